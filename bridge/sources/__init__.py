@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where coverage comes from: the protocol of a source, and its implementations beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+__all__ = ["PC", "Source"]
+
+PC = int
+"""A program counter as the guest reads it: a 64-bit kernel address."""
+
+
+class Source(Protocol):
+    """Something that covers code and can say which blocks were covered since it was last asked."""
+
+    name: str
+
+    def start(self) -> None:
+        """Begin to measure. Code that runs afterwards, on any thread of the target, counts.
+
+        Raises :class:`bridge.errors.SourceError`.
+        """
+
+    def consume(self) -> Sequence[PC]:
+        """The PCs of the blocks covered since the last call, each once, and forget them.
+
+        Called on the doorbell thread at every system call return of an owner, while the target
+        goes on running on its own threads: what is covered during the call shows up in this
+        answer or in the next one, never in none. Its cost must follow the number of blocks
+        covered, not the size of the target.
+        """
+
+    def stop(self) -> None:
+        """End the measurement. Safe to call twice, and on a source that never started."""
+
+    @property
+    def blocks_total(self) -> int:
+        """How many blocks the source could cover."""
+
+    @property
+    def blocks_covered(self) -> int:
+        """How many different blocks have been covered since :meth:`start`."""
