@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Become another program that dies with its parent. Run as a script, by :mod:`bridge.vm.process`.
+
+``launch.py PARENT ERROR_FD -- PROGRAM [ARGUMENT ...]``
+
+A function between fork and exec (``preexec_fn``) is unsafe in a process with threads, so the
+parent-death signal is asked for here, in a fresh interpreter, and survives the exec. ``ERROR_FD``
+is the writing end of a pipe: it carries the errno of a failed exec and is closed by one that
+works. Imports nothing but the standard library, so that ``-I -S`` starts it in a few milliseconds.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1
+"""``include/uapi/linux/prctl.h``."""
+
+
+def main(argv: list[str]) -> int:
+    parent, error_fd, program = int(argv[1]), int(argv[2]), argv[4:]
+    os.set_inheritable(error_fd, False)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
+        os.write(error_fd, b"%d" % ctypes.get_errno())
+        return 126
+    # A parent that died before the call above sends no signal any more.
+    if os.getppid() != parent:
+        return 126
+    try:
+        os.execvp(program[0], program)
+    except OSError as error:
+        os.write(error_fd, b"%d" % (error.errno or 0))
+    return 127
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
