@@ -14,22 +14,22 @@ and, where there is one, a hint that says what to do next.
 from __future__ import annotations
 
 __all__ = [
+    "BootTimeoutError",
     "BridgeError",
-    "UsageError",
-    "InfrastructureError",
-    "MissingDependencyError",
-    "RegionError",
     "DoorbellError",
-    "SourceError",
-    "TargetError",
-    "ImageError",
-    "QemuError",
-    "GuestSetupError",
     "GuestLostError",
     "GuestPanicError",
     "GuestPoweredOffError",
-    "BootTimeoutError",
+    "GuestSetupError",
+    "ImageError",
+    "InfrastructureError",
+    "MissingDependencyError",
+    "QemuError",
+    "RegionError",
     "RunTimeoutError",
+    "SourceError",
+    "TargetError",
+    "UsageError",
 ]
 
 

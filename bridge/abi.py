@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two interfaces of the bridge, each fact defined here once.
+
+* kcov's own: ioctl numbers, modes and limits, from ``include/uapi/linux/kcov.h`` and
+  ``kernel/kcov.c`` in Linux, and ``pkg/sentry/kernel/kcov.go`` in gVisor;
+* the layout of the shared region, as the guest module's ``kcov_bridge_abi.h`` has it too
+  (``tests/test_abi.py`` compiles that header and compares).
+
+The region is an array of little-endian 64-bit words, so that each field is read and written by
+one aligned access that cannot tear::
+
+    page 0                     header: written by the host, but for the words named GUEST
+    REQUESTS_OFFSET            one request of 64 bytes for each slot, written by the guest
+    RESPONSES_OFFSET           one response of 64 bytes for each slot, written by the host
+    AREAS_OFFSET ...           the kcov areas, handed out in pages
+
+A slot belongs to one open kcov descriptor (an *instance*) from open to release. The guest fills
+the slot's request, sets its ``SEQ`` to a new value, moves the header's ``KICK`` and, unless the
+header says that the host is awake, rings the doorbell. The host carries the operation out, fills
+the response and sets its ``SEQ`` to the request's, which hands both back to the guest.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+__all__ = [
+    "AREAS_OFFSET",
+    "ENOTSUPP",
+    "GVISOR_MAX_WORDS",
+    "HOST_PEER",
+    "KCOV_DISABLE",
+    "KCOV_ENABLE",
+    "KCOV_INIT_TRACE",
+    "KCOV_TRACE_CMP",
+    "KCOV_TRACE_PC",
+    "KICK_SLOT_BITS",
+    "LINUX_MAX_WORDS",
+    "MAGIC",
+    "PAGE_SIZE",
+    "PCI_DEVICE_ID",
+    "PCI_VENDOR_ID",
+    "REQUESTS_OFFSET",
+    "RESPONSES_OFFSET",
+    "SLOTS",
+    "SLOT_WORDS",
+    "VECTORS",
+    "VERSION",
+    "WORD",
+    "HeaderWord",
+    "HostState",
+    "Op",
+    "RequestWord",
+    "ResponseWord",
+]
+
+# kcov: include/uapi/linux/kcov.h, 64-bit little-endian.
+KCOV_INIT_TRACE = 0x80086301
+KCOV_ENABLE = 0x6364
+KCOV_DISABLE = 0x6365
+KCOV_TRACE_PC = 0
+KCOV_TRACE_CMP = 1
+
+LINUX_MAX_WORDS = 0x7FFFFFFF // 8
+"""Largest area in words: ``kcov_ioctl`` in Linux refuses more than INT_MAX / 8."""
+GVISOR_MAX_WORDS = 10 * 1024 * 1024
+"""Largest area in words: ``kcovAreaSizeMax`` in gVisor."""
+ENOTSUPP = 524
+"""The kernel-internal errno that ``kcov_get_mode`` returns for a mode it was not built for."""
+
+# The shared region.
+PAGE_SIZE = 4096
+WORD = 8
+MAGIC = 0x47445242564F434B  # "KCOVBRDG" in memory
+VERSION = 1
+SLOTS = 1024
+SLOT_WORDS = 8
+REQUESTS_OFFSET = PAGE_SIZE
+RESPONSES_OFFSET = REQUESTS_OFFSET + SLOTS * SLOT_WORDS * WORD
+AREAS_OFFSET = RESPONSES_OFFSET + SLOTS * SLOT_WORDS * WORD
+
+# The ivshmem device: docs/specs/ivshmem-spec.txt in QEMU.
+PCI_VENDOR_ID = 0x1AF4
+PCI_DEVICE_ID = 0x1110
+HOST_PEER = 1
+"""The bridge's peer id; QEMU's own is 0, which snapshots demand."""
+VECTORS = 1
+
+
+class HeaderWord(IntEnum):
+    """Index of each word of the header. Lines of 8 words have one writer each."""
+
+    MAGIC = 0
+    VERSION = 1
+    SLOTS = 2
+    REQUESTS_OFFSET = 3
+    RESPONSES_OFFSET = 4
+    AREAS_OFFSET = 5
+    REGION_BYTES = 6
+    HOST_PEER = 7
+    HOST_EPOCH = 8
+    """Changes each time a host takes the region over; 0 while none has."""
+    HOST_STATE = 9
+    """A :class:`HostState`."""
+    KICK = 16
+    """GUEST: a count of requests above ``KICK_SLOT_BITS`` bits that name the slot of the last."""
+    GUEST_TIMEOUTS = 24
+    """GUEST: signals given up because the host did not answer in time."""
+    GUEST_SKIPPED = 25
+    """GUEST: system call returns not signalled because the host was known to be gone."""
+
+
+KICK_SLOT_BITS = 16
+
+
+class HostState(IntEnum):
+    """Whether a request needs the doorbell to be seen."""
+
+    ASLEEP = 0
+    AWAKE = 1
+
+
+class Op(IntEnum):
+    """What the guest asks for. Arguments are ARG0..ARG2 of the request."""
+
+    INIT = 1
+    """KCOV_INIT_TRACE; ARG0 = size in words."""
+    MAP = 2
+    """mmap; ARG0 = length in bytes, ARG1 = offset in pages, ARG2 = live mappings of the area."""
+    ENABLE = 3
+    """KCOV_ENABLE; ARG0 = mode."""
+    DISABLE = 4
+    """KCOV_DISABLE; ARG0 = the ioctl's argument."""
+    EXIT = 5
+    """The task TASK is gone."""
+    RELEASE = 6
+    """The last reference to the instance is gone; no mapping is left."""
+    RETURN = 7
+    """A system call of the owner is about to return to user mode; ARG0 = its number."""
+
+
+class RequestWord(IntEnum):
+    """Index of each word of a request."""
+
+    SEQ = 0
+    OP = 1
+    GENERATION = 2
+    """Different for every open of the device, so that a slot's next instance is told apart."""
+    TASK = 3
+    """Names a guest thread; the low 32 bits are its thread id."""
+    ARG0 = 4
+    ARG1 = 5
+    ARG2 = 6
+
+
+class ResponseWord(IntEnum):
+    """Index of each word of a response."""
+
+    SEQ = 0
+    ERROR = 1
+    """0 or an errno (positive)."""
+    AREA_OFFSET = 2
+    """MAP: where the area starts in the region, bytes."""
+    APPENDED = 3
+    """PCs that the instance has been given so far."""
+    DROPPED = 4
+    """PCs that did not fit into its area so far."""

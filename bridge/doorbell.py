@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doorbell: the ivshmem server that QEMU connects to, and the loop that answers the guest.
+
+QEMU is given one end of a socket pair and finds an ivshmem server on the other
+(``docs/specs/ivshmem-spec.txt`` in QEMU): protocol version, its peer id, the region's memfd, then
+an eventfd for each vector of each peer. The bridge is the server and peer 1 at once: a guest that
+writes ``1 << 16`` into the device's doorbell register wakes the loop.
+
+The loop trusts nothing that it reads: a request is an op code, three ids and three numbers, each
+bounded by the host's own tables; whatever fails becomes an errno, and is counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from bridge.abi import (
+    HOST_PEER,
+    KICK_SLOT_BITS,
+    REQUESTS_OFFSET,
+    RESPONSES_OFFSET,
+    SLOT_WORDS,
+    SLOTS,
+    VECTORS,
+    WORD,
+    HeaderWord,
+    HostState,
+    Op,
+    ResponseWord,
+)
+from bridge.errors import DoorbellError
+from bridge.kcov import Device, Kcov
+from bridge.region import Region
+
+__all__ = ["Doorbell", "DoorbellCounters", "IvshmemServer"]
+
+C = TypeVar("C")
+logger = logging.getLogger(__name__)
+
+_QEMU_PEER = 0
+_PROTOCOL_VERSION = 0
+_REGION_FOLLOWS = -1
+
+_REQUESTS = REQUESTS_OFFSET // WORD
+_RESPONSES = RESPONSES_OFFSET // WORD
+_SLOT_MASK = (1 << KICK_SLOT_BITS) - 1
+_MAX_ERRNO = 4095
+
+
+class IvshmemServer:
+    """Owner of the socket pair and of the eventfds; ``qemu_socket`` is for QEMU's chardev.
+
+    QEMU reads the first messages while it starts, so :meth:`handshake` sends them all before.
+    """
+
+    def __init__(self, region: Region) -> None:
+        with contextlib.ExitStack() as stack:
+            self.bridge_socket, self.qemu_socket = socket.socketpair(
+                socket.AF_UNIX, socket.SOCK_STREAM
+            )
+            stack.enter_context(self.bridge_socket)
+            stack.enter_context(self.qemu_socket)
+            self.bell = self._eventfd(stack)
+            """Readable once the guest has rung."""
+            self._guest_bell = self._eventfd(stack)
+            self._region_fd = region.fd
+            self._stack = stack.pop_all()
+
+    @staticmethod
+    def _eventfd(stack: contextlib.ExitStack) -> int:
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        stack.callback(os.close, fd)
+        return fd
+
+    def handshake(self) -> None:
+        """Send QEMU all it needs; it waits in the socket until QEMU reads it.
+
+        Raises :class:`bridge.errors.DoorbellError`.
+        """
+        try:
+            self._send(_PROTOCOL_VERSION)
+            self._send(_QEMU_PEER)
+            self._send(_REGION_FOLLOWS, self._region_fd)
+            for _ in range(VECTORS):
+                self._send(HOST_PEER, self.bell)
+            for _ in range(VECTORS):
+                self._send(_QEMU_PEER, self._guest_bell)
+        except OSError as error:
+            raise DoorbellError(f"QEMU could not be told about the region: {error}") from error
+
+    def _send(self, value: int, *fds: int) -> None:
+        message = struct.pack("<q", value)
+        if fds:
+            socket.send_fds(self.bridge_socket, [message], list(fds))
+        else:
+            self.bridge_socket.sendall(message)
+
+    def close(self) -> None:
+        """Close sockets and eventfds. Safe to call twice."""
+        self._stack.close()
+
+
+@dataclass(slots=True)
+class DoorbellCounters:
+    """What the loop saw.
+
+    ``requests``: carried out; ``refused``: of an unknown op or for an unknown instance;
+    ``wakeups``: from sleep, by the bell; ``scans``: looks over all slots, because requests came
+    at the same time or the guest's hint was wrong; ``source_failures``: raised by a source.
+    """
+
+    requests: int = 0
+    refused: int = 0
+    wakeups: int = 0
+    scans: int = 0
+    source_failures: int = 0
+
+
+class Doorbell(Generic[C]):
+    """The thread that turns requests in the region into calls on the device.
+
+    ``busy_seconds`` is how long the loop stays awake after the last request before it sleeps on
+    the bell: waking up costs more than answering, but a loop that is awake uses a core.
+    ``failure`` is the first exception that a source raised; the guest gets no PCs then, and goes
+    on. ``epoch`` (not 0) tells the guest that a new host has come.
+    """
+
+    def __init__(
+        self,
+        region: Region,
+        device: Device[C],
+        bell: int,
+        *,
+        busy_seconds: float = 0.0,
+        epoch: int | None = None,
+    ) -> None:
+        self.counters = DoorbellCounters()
+        self.failure: BaseException | None = None
+        self._device = device
+        self._control = region.control
+        self._bell = bell
+        self._busy_ns = int(busy_seconds * 1e9)
+        self._epoch = epoch if epoch is not None else (time.time_ns() | 1) & (2**63 - 1)
+        self._slots: list[Kcov[C] | None] = [None] * SLOTS
+        self._handled: list[int] = self._sequence_numbers()
+        self._stopping = False
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        # Taken and let go for its memory barrier alone: see _doze().
+        self._barrier = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="kcov-doorbell", daemon=True)
+
+    def start(self) -> None:
+        """Start to answer, and tell the guest so."""
+        self._control[HeaderWord.HOST_STATE] = HostState.ASLEEP
+        self._control[HeaderWord.HOST_EPOCH] = self._epoch
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop to answer and join the thread. Safe to call twice."""
+        if self._stopping:
+            return
+        self._stopping = True
+        os.eventfd_write(self._wake, 1)
+        if self._thread.ident is not None:
+            self._thread.join()
+            self._control[HeaderWord.HOST_EPOCH] = 0
+            self._control[HeaderWord.HOST_STATE] = HostState.ASLEEP
+        os.close(self._wake)
+
+    @property
+    def guest_timeouts(self) -> int:
+        """Signals that the guest says it gave up waiting for."""
+        value: int = self._control[HeaderWord.GUEST_TIMEOUTS]
+        return value
+
+    @property
+    def guest_skipped(self) -> int:
+        """System call returns that the guest says it did not signal, knowing the host gone."""
+        value: int = self._control[HeaderWord.GUEST_SKIPPED]
+        return value
+
+    def _run(self) -> None:
+        control = self._control
+        clock = time.perf_counter_ns
+        with select.epoll() as epoll:
+            epoll.register(self._bell, select.EPOLLIN)
+            epoll.register(self._wake, select.EPOLLIN)
+            last = control[HeaderWord.KICK]
+            self._scan()
+            awake_until = 0
+            while not self._stopping:
+                kick = control[HeaderWord.KICK]
+                if kick != last:
+                    slot = kick & _SLOT_MASK
+                    # One request since the last look: its slot is known. Otherwise look at all.
+                    if kick >> KICK_SLOT_BITS == (last >> KICK_SLOT_BITS) + 1 and slot < SLOTS:
+                        self._serve(slot)
+                    else:
+                        self._scan()
+                    last = kick
+                    if self._busy_ns:
+                        awake_until = clock() + self._busy_ns
+                elif self._busy_ns and clock() < awake_until:
+                    # Awake, but the GIL belongs to the target.
+                    time.sleep(0)
+                else:
+                    self._doze(epoll, last)
+
+    def _doze(self, epoll: select.epoll, last: int) -> None:
+        """Sleep until the guest rings, unless it kicked while we were about to.
+
+        The guest writes KICK and then reads HOST_STATE; we write HOST_STATE and then read KICK.
+        With a full barrier between the two on either side, at least one sees the other's write:
+        no kick is slept through. Taking a lock is a locked instruction, so a full barrier, on
+        x86; the guest has its own in the compare-and-exchange that moves KICK.
+        """
+        control = self._control
+        control[HeaderWord.HOST_STATE] = HostState.ASLEEP
+        with self._barrier:
+            pass
+        if control[HeaderWord.KICK] == last:
+            events = epoll.poll()
+            if any(fd == self._bell for fd, _ in events):
+                self.counters.wakeups += 1
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._bell)
+                # A bell without a kick: a guest that lost count, or one that plays with it.
+                if control[HeaderWord.KICK] == last:
+                    self._scan()
+        if self._busy_ns:
+            control[HeaderWord.HOST_STATE] = HostState.AWAKE
+
+    def _sequence_numbers(self) -> list[int]:
+        end = _REQUESTS + SLOTS * SLOT_WORDS
+        return self._control[_REQUESTS:end:SLOT_WORDS].tolist()
+
+    def _scan(self) -> None:
+        """Serve every slot whose request is new."""
+        self.counters.scans += 1
+        current = self._sequence_numbers()
+        if current == self._handled:
+            return
+        for slot, (now, before) in enumerate(zip(current, self._handled, strict=True)):
+            if now != before:
+                self._serve(slot)
+
+    def _serve(self, slot: int) -> None:
+        """Carry out the request in ``slot``, if it is new, and answer it."""
+        control = self._control
+        at = _REQUESTS + slot * SLOT_WORDS
+        sequence, op, generation, task, arg0, arg1, arg2, _ = control[at : at + SLOT_WORDS].tolist()
+        if sequence == self._handled[slot]:
+            return
+        self._handled[slot] = sequence
+        answer = _RESPONSES + slot * SLOT_WORDS
+        kcov = self._slots[slot]
+        if op == Op.RETURN and kcov is not None and kcov.generation == generation:
+            # The hot path: straight to the device.
+            try:
+                error = self._device.syscall_return(kcov, task, arg0)
+            except Exception as failure:
+                error = self._source_failed(failure)
+        else:
+            error = self._carry_out(slot, op, generation, task, (arg0, arg1, arg2))
+            kcov = self._slots[slot]
+        self.counters.requests += 1
+        control[answer + ResponseWord.ERROR] = error if 0 <= error <= _MAX_ERRNO else errno.EIO
+        if kcov is not None:
+            control[answer + ResponseWord.APPENDED] = kcov.appended
+            control[answer + ResponseWord.DROPPED] = kcov.dropped
+        control[answer + ResponseWord.SEQ] = sequence
+
+    def _carry_out(
+        self, slot: int, op: int, generation: int, task: int, args: tuple[int, int, int]
+    ) -> int:
+        device = self._device
+        kcov = self._slots[slot]
+        if kcov is not None and kcov.generation != generation:
+            # Its release was lost: the slot belongs to a new open now.
+            device.release(kcov)
+            kcov = self._slots[slot] = None
+        if op == Op.RELEASE:
+            if kcov is not None:
+                device.release(kcov)
+                self._slots[slot] = None
+            return 0
+        if kcov is None:
+            if op not in (Op.INIT, Op.MAP, Op.ENABLE, Op.DISABLE):
+                self.counters.refused += 1
+                return errno.EINVAL
+            kcov = self._slots[slot] = device.open(generation)
+        try:
+            if op == Op.INIT:
+                return device.init_trace(kcov, args[0])
+            if op == Op.MAP:
+                error, offset = device.map(kcov, *args)
+                at = _RESPONSES + slot * SLOT_WORDS
+                self._control[at + ResponseWord.AREA_OFFSET] = offset
+                return error
+            if op == Op.ENABLE:
+                return device.enable(kcov, task, args[0])
+        except Exception as failure:
+            return self._source_failed(failure)
+        if op == Op.DISABLE:
+            return device.disable(kcov, task, args[0])
+        if op == Op.EXIT:
+            return device.task_exit(kcov, task)
+        self.counters.refused += 1
+        return errno.EINVAL
+
+    def _source_failed(self, failure: Exception) -> int:
+        """Nothing that a source does may end the loop or hang a guest."""
+        self.counters.source_failures += 1
+        if self.failure is None:
+            self.failure = failure
+            logger.error("a coverage source failed; the guest gets no PCs from it: %r", failure)
+        return errno.EIO

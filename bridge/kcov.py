@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kcov device: one :class:`Kcov` per open descriptor, and the :class:`Device` that holds them.
+
+Pure logic, without a VM or a socket. Every method answers with an errno (0 for success), as the
+ioctl, the mmap or the exit in the guest is to end. Two personalities:
+
+* ``linux`` follows ``kernel/kcov.c`` in Linux,
+* ``gvisor`` follows ``pkg/sentry/kernel/kcov.go`` in gVisor.
+
+The life of an instance::
+
+                INIT_TRACE            ENABLE
+    DISABLED ───────────────▶ INIT ───────────▶ TRACE_PC
+                               ▲                   │
+                               └── DISABLE, exit ──┘       release ends it from any mode
+
+Not thread-safe: the doorbell's thread alone calls in.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, Protocol, TypeVar
+
+from bridge.abi import (
+    ENOTSUPP,
+    GVISOR_MAX_WORDS,
+    KCOV_TRACE_CMP,
+    KCOV_TRACE_PC,
+    LINUX_MAX_WORDS,
+    PAGE_SIZE,
+    WORD,
+)
+from bridge.region import Area
+
+__all__ = ["Areas", "Coverage", "Device", "Kcov", "Mode", "Personality", "Totals"]
+
+Errno = int
+Task = int
+"""Names a guest thread: never 0, and different for every thread that was made an owner."""
+
+C = TypeVar("C")
+
+
+class Personality(Enum):
+    """Which kcov the device behaves like where the two differ."""
+
+    LINUX = "linux"
+    GVISOR = "gvisor"
+
+
+class Mode(Enum):
+    """``enum kcov_mode`` in Linux' ``kernel/kcov.c``."""
+
+    DISABLED = "disabled"
+    INIT = "init"
+    TRACE_PC = "trace-pc"
+
+
+class Areas(Protocol):
+    """Where areas come from: :class:`bridge.region.Region`."""
+
+    def has_room(self, size: int) -> bool:
+        """Whether an area of ``size`` words could be had now."""
+
+    def allocate(self, size: int) -> Area | None:
+        """A zeroed area of ``size`` words, or None."""
+
+    def free(self, area: Area) -> None:
+        """Take an area back."""
+
+
+class Coverage(Protocol[C]):
+    """Where PCs come from: :class:`bridge.sources.ledger.Ledger`."""
+
+    def open_cursor(self) -> C:
+        """A cursor that stands at now: what was covered before is not for its owner."""
+
+    def collect(self, cursor: C) -> Sequence[int]:
+        """What was covered since the cursor's last collect, each block once."""
+
+
+@dataclass(slots=True)
+class Totals:
+    """Sums over all instances, also those released.
+
+    ``returns``: system call returns of owners; ``appended``: PCs written into areas; ``dropped``:
+    PCs that did not fit.
+    """
+
+    returns: int = 0
+    appended: int = 0
+    dropped: int = 0
+
+
+class Kcov(Generic[C]):
+    """One open descriptor. The fields are the device's; read them, don't write them.
+
+    ``area`` is None before INIT_TRACE (linux) or the first mmap (gvisor). ``retired`` are areas
+    of the gvisor personality that DISABLE dropped while mappings of them may be left.
+    """
+
+    __slots__ = (
+        "appended",
+        "area",
+        "cursor",
+        "dropped",
+        "generation",
+        "mode",
+        "owner",
+        "retired",
+        "size",
+    )
+
+    def __init__(self, generation: int) -> None:
+        self.generation = generation
+        self.mode = Mode.DISABLED
+        self.size = 0
+        self.owner: Task | None = None
+        self.area: Area | None = None
+        self.retired: list[Area] = []
+        self.cursor: C | None = None
+        self.appended = 0
+        self.dropped = 0
+
+
+class Device(Generic[C]):
+    """The kcov device of one guest.
+
+    ``syscall_pc`` maps a system call's number to the PC that stands for it, or to None; where it
+    is given, each return appends that PC first. ``unique`` is every PC that any area was given.
+    """
+
+    def __init__(
+        self,
+        areas: Areas,
+        coverage: Coverage[C],
+        personality: Personality = Personality.LINUX,
+        syscall_pc: Callable[[int], int | None] | None = None,
+    ) -> None:
+        self.personality = personality
+        self.totals = Totals()
+        self.unique: set[int] = set()
+        self._areas = areas
+        self._coverage = coverage
+        self._syscall_pc = syscall_pc
+        self._owners: dict[Task, Kcov[C]] = {}
+        self._live = 0
+
+    @property
+    def instances(self) -> int:
+        """How many instances are open."""
+        return self._live
+
+    @property
+    def enabled(self) -> int:
+        """How many instances trace a task now."""
+        return len(self._owners)
+
+    def open(self, generation: int = 0) -> Kcov[C]:
+        """A new instance, mode DISABLED."""
+        self._live += 1
+        return Kcov(generation)
+
+    def init_trace(self, kcov: Kcov[C], size: int) -> Errno:
+        """KCOV_INIT_TRACE: ``size`` words. The order of checks is the personality's own."""
+        if self.personality is Personality.GVISOR:
+            if kcov.mode is not Mode.DISABLED:
+                return errno.EBUSY
+            if size * WORD % PAGE_SIZE or not 2 <= size <= GVISOR_MAX_WORDS:
+                return errno.EINVAL
+        else:
+            if not 2 <= size <= LINUX_MAX_WORDS:
+                return errno.EINVAL
+            # Linux allocates first and throws the area away when it finds the instance in use.
+            if not self._areas.has_room(size):
+                return errno.ENOMEM
+            if kcov.mode is not Mode.DISABLED:
+                return errno.EBUSY
+            kcov.area = self._areas.allocate(size)
+        kcov.size = size
+        kcov.mode = Mode.INIT
+        return 0
+
+    def map(
+        self, kcov: Kcov[C], length: int, page_offset: int, live_mappings: int = 1
+    ) -> tuple[Errno, int]:
+        """mmap of ``length`` bytes: (errno, offset of the area in the region in bytes).
+
+        ``live_mappings`` is how many mappings of this instance the guest still has: areas that
+        were dropped are given back when there is none.
+        """
+        if self.personality is Personality.GVISOR:
+            if kcov.mode is not Mode.INIT:
+                return errno.EINVAL, 0
+        elif kcov.mode is Mode.DISABLED:
+            return errno.EINVAL, 0
+        if page_offset or length != kcov.size * WORD:
+            return errno.EINVAL, 0
+        if kcov.area is None:
+            if live_mappings == 0:
+                self._free_retired(kcov)
+            kcov.area = self._areas.allocate(kcov.size)
+            if kcov.area is None:
+                return errno.ENOMEM, 0
+        return 0, kcov.area.offset
+
+    def enable(self, kcov: Kcov[C], task: Task, mode: int) -> Errno:
+        """KCOV_ENABLE by ``task``. Coverage gathered before is dropped, word 0 left alone."""
+        if kcov.mode is not Mode.INIT or kcov.area is None:
+            return errno.EINVAL
+        busy = kcov.owner is not None or task in self._owners
+        if self.personality is Personality.GVISOR:
+            # gVisor's kcovFD.Ioctl looks at the low byte alone.
+            error = _mode_error(mode & 0xFF, errno.EOPNOTSUPP) or (errno.EBUSY if busy else 0)
+        else:
+            error = errno.EBUSY if busy else _mode_error(mode, ENOTSUPP)
+        if error:
+            return error
+        kcov.cursor = self._coverage.open_cursor()
+        kcov.owner = task
+        kcov.mode = Mode.TRACE_PC
+        self._owners[task] = kcov
+        return 0
+
+    def disable(self, kcov: Kcov[C], task: Task, argument: int) -> Errno:
+        """KCOV_DISABLE by ``task``, with the ioctl's argument."""
+        if argument or kcov.owner is None or kcov.owner != task:
+            return errno.EINVAL
+        self._reset(kcov)
+        return 0
+
+    def task_exit(self, kcov: Kcov[C], task: Task) -> Errno:
+        """``task`` is gone: an instance that it owned goes back to INIT."""
+        if kcov.owner is not None and kcov.owner == task:
+            self._reset(kcov)
+        return 0
+
+    def release(self, kcov: Kcov[C]) -> Errno:
+        """The last reference is gone: the instance ends and its areas go back."""
+        if kcov.owner is not None:
+            self._reset(kcov)
+        self._free_retired(kcov)
+        if kcov.area is not None:
+            self._areas.free(kcov.area)
+            kcov.area = None
+        kcov.mode = Mode.DISABLED
+        kcov.size = 0
+        self._live -= 1
+        return 0
+
+    def syscall_return(self, kcov: Kcov[C], task: Task, number: int) -> Errno:
+        """A system call of the owner returns: everything covered since goes into its area.
+
+        EINVAL where ``task`` is not the owner. A source that raises is the caller's to handle;
+        the area is untouched then.
+        """
+        area = kcov.area
+        cursor = kcov.cursor
+        if kcov.owner != task or area is None or cursor is None:
+            return errno.EINVAL
+        totals = self.totals
+        totals.returns += 1
+        pcs = self._coverage.collect(cursor)
+        if self._syscall_pc is not None:
+            pc = self._syscall_pc(number)
+            if pc is not None:
+                pcs = [pc, *pcs]
+        if pcs:
+            total = len(pcs)
+            fitted = area.append(pcs)
+            kcov.appended += fitted
+            totals.appended += fitted
+            if fitted != total:
+                kcov.dropped += total - fitted
+                totals.dropped += total - fitted
+                pcs = pcs[:fitted]
+            self.unique.update(pcs)
+        return 0
+
+    def _reset(self, kcov: Kcov[C]) -> None:
+        """Back to INIT, without an owner."""
+        if kcov.owner is not None:
+            del self._owners[kcov.owner]
+        kcov.owner = None
+        kcov.cursor = None
+        kcov.mode = Mode.INIT
+        if self.personality is Personality.GVISOR and kcov.area is not None:
+            kcov.retired.append(kcov.area)
+            kcov.area = None
+
+    def _free_retired(self, kcov: Kcov[C]) -> None:
+        for area in kcov.retired:
+            self._areas.free(area)
+        kcov.retired.clear()
+
+
+def _mode_error(mode: int, unsupported: Errno) -> Errno:
+    if mode == KCOV_TRACE_PC:
+        return 0
+    return unsupported if mode == KCOV_TRACE_CMP else errno.EINVAL

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shared region: the memory that the guest sees as the BAR of its ivshmem device.
+
+The only module that touches raw shared memory. Everything behind ``AREAS_OFFSET`` is handed out
+in whole pages as :class:`Area`; every view is made with bounds that the host chose itself, so no
+value that a guest writes can move an access elsewhere.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from array import array
+from bisect import insort
+from collections.abc import Sequence
+
+from bridge.abi import (
+    AREAS_OFFSET,
+    HOST_PEER,
+    MAGIC,
+    PAGE_SIZE,
+    REQUESTS_OFFSET,
+    RESPONSES_OFFSET,
+    SLOTS,
+    VERSION,
+    WORD,
+    HeaderWord,
+)
+from bridge.errors import RegionError, UsageError
+
+__all__ = ["Area", "Region"]
+
+_MIN_BYTES = 1 << 20
+_MAX_BYTES = 1 << 40
+
+
+class Area:
+    """One kcov area: word 0 is the number of PCs, the PCs follow.
+
+    ``offset`` and ``bytes`` are where it lies in the region (bytes, whole pages); ``size`` is its
+    number of words, which may be smaller than its pages.
+    """
+
+    __slots__ = ("_words", "bytes", "offset", "size")
+
+    def __init__(self, words: memoryview, offset: int, size: int, length: int) -> None:
+        self._words = words
+        self.offset = offset
+        self.size = size
+        self.bytes = length
+
+    @property
+    def count(self) -> int:
+        """Word 0 as it stands: whatever the guest wrote, 0 to 2**64-1."""
+        value: int = self._words[0]
+        return value
+
+    def append(self, pcs: Sequence[int]) -> int:
+        """Append PCs after those that word 0 counts; returns how many fitted.
+
+        As ``write_comp_data``/``__sanitizer_cov_trace_pc`` in Linux' ``kernel/kcov.c`` do: where
+        word 0 points outside the area nothing is written, and the count never passes ``size - 1``.
+        """
+        words = self._words
+        count = words[0]
+        room = self.size - 1 - count
+        if room <= 0:
+            return 0
+        fitting = len(pcs)
+        if fitting > room:
+            fitting = room
+            pcs = pcs[:room]
+        start = count + 1
+        if fitting == 1:
+            words[start] = pcs[0]
+        else:
+            words[start : start + fitting] = memoryview(array("Q", pcs))
+        words[0] = count + fitting
+        return fitting
+
+    def read(self) -> list[int]:
+        """The PCs that word 0 counts, as far as they lie inside the area."""
+        count = min(self.count, self.size - 1)
+        return self._words[1 : count + 1].tolist()
+
+
+class Region:
+    """A memfd of ``size`` bytes (a power of two), mapped, with its header written.
+
+    It is sealed against resizing, so that no process which holds the descriptor can make an
+    access fault. Pages exist only once they are touched: a large region costs address space.
+
+    Raises :class:`bridge.errors.UsageError` for an impossible size and
+    :class:`bridge.errors.RegionError` where the system has no room.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size & (size - 1) or not _MIN_BYTES <= size <= _MAX_BYTES:
+            raise UsageError(
+                f"a region of {size} bytes is not possible",
+                hint="choose a power of two from 1 MiB on; the PCI device needs that",
+            )
+        self.size = size
+        self.fd = -1
+        try:
+            self.fd = os.memfd_create("kcov-bridge", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(self.fd, size)
+            fcntl.fcntl(
+                self.fd,
+                fcntl.F_ADD_SEALS,
+                fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
+            )
+            self._map = mmap.mmap(self.fd, size)
+        except OSError as error:
+            if self.fd >= 0:
+                os.close(self.fd)
+            raise RegionError(
+                f"no shared region of {size >> 20} MiB could be made: {error.strerror}",
+                hint="free memory, or ask for a smaller region",
+            ) from error
+        self._bytes = memoryview(self._map)
+        self.control = self._bytes[:AREAS_OFFSET].cast("Q")
+        """Header, requests and responses as 64-bit words."""
+        self._areas: dict[int, Area] = {}
+        # Free extents, sorted by offset, never adjacent: (offset, length) in bytes.
+        self._free: list[tuple[int, int]] = [(AREAS_OFFSET, size - AREAS_OFFSET)]
+        self._write_header()
+
+    def _write_header(self) -> None:
+        control = self.control
+        control[HeaderWord.VERSION] = VERSION
+        control[HeaderWord.SLOTS] = SLOTS
+        control[HeaderWord.REQUESTS_OFFSET] = REQUESTS_OFFSET
+        control[HeaderWord.RESPONSES_OFFSET] = RESPONSES_OFFSET
+        control[HeaderWord.AREAS_OFFSET] = AREAS_OFFSET
+        control[HeaderWord.REGION_BYTES] = self.size
+        control[HeaderWord.HOST_PEER] = HOST_PEER
+        control[HeaderWord.MAGIC] = MAGIC
+
+    @property
+    def areas_in_use(self) -> int:
+        """How many areas are handed out."""
+        return len(self._areas)
+
+    @property
+    def bytes_free(self) -> int:
+        """Bytes left for areas, perhaps in pieces."""
+        return sum(length for _, length in self._free)
+
+    def has_room(self, size: int) -> bool:
+        """Whether an area of ``size`` words could be had now."""
+        need = _page_bytes(size)
+        return any(length >= need for _, length in self._free)
+
+    def allocate(self, size: int) -> Area | None:
+        """An area of ``size`` words (at least 1), all zero; None where there is no room."""
+        if size < 1:
+            raise ValueError(f"an area has at least one word, not {size}")
+        need = _page_bytes(size)
+        for index, (offset, length) in enumerate(self._free):
+            if length < need:
+                continue
+            if length == need:
+                del self._free[index]
+            else:
+                self._free[index] = (offset + need, length - need)
+            words = self._bytes[offset : offset + size * WORD].cast("Q")
+            area = Area(words, offset, size, need)
+            self._areas[offset] = area
+            return area
+        return None
+
+    def free(self, area: Area) -> None:
+        """Take an area back. Its pages are given back to the system, which also zeroes them."""
+        if self._areas.pop(area.offset, None) is not area:
+            raise ValueError("not an area of this region, or freed before")
+        area._words.release()
+        self._map.madvise(mmap.MADV_REMOVE, area.offset, area.bytes)
+        insort(self._free, (area.offset, area.bytes))
+        self._merge_around(area.offset)
+
+    def _merge_around(self, offset: int) -> None:
+        free = self._free
+        index = next(i for i, extent in enumerate(free) if extent[0] == offset)
+        first = max(index - 1, 0)
+        merged = [free[first]]
+        for start, length in free[first + 1 : index + 2]:
+            last_start, last_length = merged[-1]
+            if last_start + last_length == start:
+                merged[-1] = (last_start, last_length + length)
+            else:
+                merged.append((start, length))
+        free[first : index + 2] = merged
+
+    def close(self) -> None:
+        """Unmap and close. Safe to call twice; areas must not be used afterwards."""
+        if self.fd < 0:
+            return
+        for area in self._areas.values():
+            area._words.release()
+        self._areas.clear()
+        self.control.release()
+        self._bytes.release()
+        self._map.close()
+        os.close(self.fd)
+        self.fd = -1
+
+
+def _page_bytes(size: int) -> int:
+    return -(-size * WORD // PAGE_SIZE) * PAGE_SIZE

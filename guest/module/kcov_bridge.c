@@ -1,0 +1,897 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * kcov_bridge: the kcov device on a kernel that was built without it.
+ *
+ * The host decides, this module forwards. Each open of the device is an instance with a slot in
+ * the shared region (see kcov_bridge_abi.h); in the order of its life:
+ *
+ *   open			takes a slot; the host learns of it with the first request
+ *   ioctl(KCOV_INIT_TRACE)	forwarded; the host makes the area
+ *   mmap			forwarded; the host says where in the region the area lies
+ *   ioctl(KCOV_ENABLE)		forwarded; on success the calling thread becomes the owner
+ *   every system call of the owner
+ *				at its end, just before user mode: the host appends PCs
+ *   ioctl(KCOV_DISABLE), exit	forwarded; the owner is none any more
+ *   close, munmap, exit	the last reference gone: forwarded; the slot is free again
+ *
+ * What the module keeps is which task owns which instance, so that the end of a system call of
+ * any other task costs one look into a hash table.
+ *
+ * The end of a system call is seen by the sys_exit tracepoint, where one may not sleep; it queues
+ * a task work, which runs in process context before the task goes back to user mode, sends the
+ * request and waits for the answer: busy for a moment, then asleep, kb_timeout_ms at most. A host
+ * that does not answer in time is taken for gone, and nobody waits for it again until it
+ * shows itself by an answer or a new epoch.
+ */
+
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/bitmap.h>
+#include <linux/debugfs.h>
+#include <linux/delay.h>
+#include <linux/fs.h>
+#include <linux/hashtable.h>
+#include <linux/io.h>
+#include <linux/kprobes.h>
+#include <linux/kref.h>
+#include <linux/ktime.h>
+#include <linux/miscdevice.h>
+#include <linux/mm.h>
+#include <linux/module.h>
+#include <linux/mutex.h>
+#include <linux/pci.h>
+#include <linux/random.h>
+#include <linux/sched.h>
+#include <linux/sched/task.h>
+#include <linux/slab.h>
+#include <linux/spinlock.h>
+#include <linux/task_work.h>
+#include <linux/tracepoint.h>
+#include <asm/syscall.h>
+#include <asm/tsc.h>
+#include <uapi/linux/kcov.h>
+
+#include "kcov_bridge_abi.h"
+
+static unsigned int kb_timeout_ms = 1000;
+module_param_named(timeout_ms, kb_timeout_ms, uint, 0644);
+MODULE_PARM_DESC(timeout_ms, "How long a system call return waits for the host (ms)");
+
+static unsigned int kb_spin_us = 50;
+module_param_named(spin_us, kb_spin_us, uint, 0644);
+MODULE_PARM_DESC(spin_us, "How much of that it waits busily (us)");
+
+/* Registers of ivshmem-doorbell in BAR 0: docs/specs/ivshmem-spec.txt in QEMU. */
+#define KB_BAR_REGISTERS	0
+#define KB_BAR_REGION		2
+#define KB_REG_DOORBELL		12
+
+#define KB_HASH_BITS		8
+#define KB_KICK_TRIES		64
+#define KB_SLEEP_MIN_US		20
+#define KB_SLEEP_MAX_US		1000
+
+struct kb_owner;
+
+/*
+ * One open descriptor. References: the file (mappings hold the file) and each kb_owner made from
+ * it, until that is freed.
+ */
+struct kb_instance {
+	struct kref ref;
+	/* Held over a whole request: one at a time in a slot. Taken inside mmap_lock. */
+	struct mutex lock;
+	/* Who traces through this instance, or NULL. Guarded by lock. */
+	struct kb_owner *owner;
+	/* The slot, fixed from open to release. */
+	unsigned int slot;
+	/* Tells this open from the slot's earlier ones. Guarded by lock. */
+	u64 generation;
+	/* Number of the last request. Guarded by lock. */
+	u64 seq;
+	/* The last request's op if it was given up unanswered, else 0. Guarded by lock. */
+	u64 unanswered;
+	/* The task id in that request. Guarded by lock. */
+	u64 unanswered_task;
+	/* vmas that map the area. */
+	atomic_t mappings;
+};
+
+/*
+ * A task that traces, from ENABLE to DISABLE or exit. References: kb_instance.owner and each
+ * queued work. Only the task itself looks at the works, but another task may find it exiting and
+ * end the ownership in its place, so an owner can outlive its place in the instance.
+ */
+struct kb_owner {
+	struct kref ref;
+	struct rcu_head rcu;
+	/* In kb_owners, guarded by kb_owners_lock, readers under RCU. */
+	struct hlist_node node;
+	struct kb_instance *inst;
+	struct task_struct *task;
+	/* How the host knows the task: thread id below, a number never used before above. */
+	u64 id;
+	/* The three below belong to the task alone. */
+	struct callback_head return_work;
+	bool return_queued;
+	int nr;
+	struct callback_head exit_work;
+};
+
+struct kb_bridge {
+	struct pci_dev *pdev;
+	void __iomem *registers;
+	/* The region up to the areas. */
+	struct kb_header *header;
+	struct kb_request *requests;
+	const struct kb_response *responses;
+	phys_addr_t region_start;
+	u64 region_bytes;
+	u32 host_peer;
+	struct dentry *file;
+
+	/* Guards slots, zombies, zombie_seq. */
+	spinlock_t slots_lock;
+	DECLARE_BITMAP(slots, KB_SLOTS);
+	/* Slots whose release the host has not answered: not to be reused before. */
+	DECLARE_BITMAP(zombies, KB_SLOTS);
+	u64 zombie_seq[KB_SLOTS];
+
+	/* Guards lost_*; lost itself is read without. */
+	spinlock_t lost_lock;
+	bool lost;
+	unsigned int lost_slot;
+	u64 lost_seq;
+	u64 lost_epoch;
+	atomic64_t timeouts;
+	atomic64_t skipped;
+};
+
+/* There is one region in a guest; set by probe before the device files exist. */
+static struct kb_bridge *kb;
+
+static DEFINE_HASHTABLE(kb_owners, KB_HASH_BITS);
+static DEFINE_SPINLOCK(kb_owners_lock);
+
+/* Starts at random, so that a reloaded module or a rebooted guest repeats no number. */
+static atomic64_t kb_next = ATOMIC64_INIT(0);
+static atomic_t kb_next_owner = ATOMIC_INIT(0);
+
+/* Guards kb_hooked. */
+static DEFINE_MUTEX(kb_hook_lock);
+static bool kb_hooked;
+static struct tracepoint *kb_tp_sys_exit;
+static struct tracepoint *kb_tp_process_exit;
+
+static int (*kb_task_work_add)(struct task_struct *task, struct callback_head *work,
+			       enum task_work_notify_mode notify);
+
+static void kb_instance_free(struct kref *ref);
+
+/* ---- the host ------------------------------------------------------------------------------ */
+
+static bool kb_answered(unsigned int slot, u64 seq)
+{
+	/* Pairs with the host's last store of a response, that of its seq. */
+	return smp_load_acquire(&kb->responses[slot].seq) == seq;
+}
+
+/* Whether there is no point in asking. Ends by itself once the host shows signs of life. */
+static bool kb_host_gone(void)
+{
+	u64 epoch = READ_ONCE(kb->header->host_epoch);
+	bool gone;
+
+	if (!epoch)
+		return true;
+	if (likely(!READ_ONCE(kb->lost)))
+		return false;
+	spin_lock(&kb->lost_lock);
+	if (kb->lost && (epoch != kb->lost_epoch || kb_answered(kb->lost_slot, kb->lost_seq))) {
+		WRITE_ONCE(kb->lost, false);
+		pr_info("the host is back\n");
+	}
+	gone = kb->lost;
+	spin_unlock(&kb->lost_lock);
+	return gone;
+}
+
+static void kb_host_lost(unsigned int slot, u64 seq)
+{
+	bool first;
+
+	WRITE_ONCE(kb->header->guest_timeouts, atomic64_inc_return(&kb->timeouts));
+	spin_lock(&kb->lost_lock);
+	first = !kb->lost;
+	kb->lost_slot = slot;
+	kb->lost_seq = seq;
+	kb->lost_epoch = READ_ONCE(kb->header->host_epoch);
+	WRITE_ONCE(kb->lost, true);
+	spin_unlock(&kb->lost_lock);
+	if (first)
+		pr_info_ratelimited("no answer from the host in %u ms; going on without it\n",
+				    kb_timeout_ms);
+}
+
+static void kb_kick(unsigned int slot)
+{
+	u64 old = READ_ONCE(kb->header->kick);
+	int tries;
+
+	for (tries = 0; tries < KB_KICK_TRIES; tries++) {
+		u64 next = (((old >> KB_KICK_SLOT_BITS) + 1) << KB_KICK_SLOT_BITS) | slot;
+		u64 seen = cmpxchg(&kb->header->kick, old, next);
+
+		if (seen == old)
+			break;
+		old = seen;
+	}
+	/*
+	 * cmpxchg() is a full barrier between kick and host_state; it pairs with the one in the
+	 * host's Doorbell._doze(), which writes host_state and then reads kick.
+	 */
+	if (tries == KB_KICK_TRIES || READ_ONCE(kb->header->host_state) != KB_HOST_AWAKE)
+		iowrite32(kb->host_peer << 16, kb->registers + KB_REG_DOORBELL);
+}
+
+/* Waits for the answer to the request @seq in @slot: true if it came. May sleep. */
+static bool kb_wait(unsigned int slot, u64 seq)
+{
+	u64 spin = (u64)READ_ONCE(kb_spin_us) * tsc_khz / 1000;
+	unsigned int sleep_us = KB_SLEEP_MIN_US;
+	u64 start = get_cycles();
+	ktime_t end;
+
+	/*
+	 * The time-stamp counter, because reading the clock may leave the guest. A task that
+	 * moves to a processor with another counter only waits busily for less or for longer;
+	 * the loop below is bounded by the clock.
+	 */
+	do {
+		if (kb_answered(slot, seq))
+			return true;
+		cpu_relax();
+	} while (get_cycles() - start < spin && !need_resched());
+
+	end = ktime_add_ms(ktime_get(), READ_ONCE(kb_timeout_ms));
+	while (!kb_answered(slot, seq)) {
+		if (ktime_after(ktime_get(), end))
+			return kb_answered(slot, seq);
+		usleep_range(sleep_us, sleep_us * 2);
+		sleep_us = min(sleep_us * 2, (unsigned int)KB_SLEEP_MAX_US);
+	}
+	return true;
+}
+
+/*
+ * Sends a request and waits for its answer: 0, a negative errno from the host, or -EIO where there
+ * is no answer. Must be called with inst->lock held.
+ */
+static int kb_call(struct kb_instance *inst, enum kb_op op, u64 task, u64 arg0, u64 arg1, u64 arg2)
+{
+	struct kb_request *request = &kb->requests[inst->slot];
+	u64 error;
+
+	inst->seq = atomic64_inc_return(&kb_next);
+	WRITE_ONCE(request->op, op);
+	WRITE_ONCE(request->generation, inst->generation);
+	WRITE_ONCE(request->task, task);
+	WRITE_ONCE(request->arg0, arg0);
+	WRITE_ONCE(request->arg1, arg1);
+	WRITE_ONCE(request->arg2, arg2);
+	/* Pairs with the host's read of the whole request, which begins with seq. */
+	smp_store_release(&request->seq, inst->seq);
+	kb_kick(inst->slot);
+	if (!kb_wait(inst->slot, inst->seq)) {
+		inst->unanswered = op;
+		inst->unanswered_task = task;
+		kb_host_lost(inst->slot, inst->seq);
+		return -EIO;
+	}
+	error = READ_ONCE(kb->responses[inst->slot].error);
+	return error > MAX_ERRNO ? -EIO : -(int)error;
+}
+
+static void kb_owner_end(struct kb_instance *inst);
+
+/*
+ * Makes the slot usable for a request: where the last one was given up, its caller was told that
+ * it failed; what the host made of it later is undone or followed. Must be called with inst->lock
+ * held. False while the host has not answered.
+ */
+static bool kb_settle(struct kb_instance *inst)
+{
+	u64 op = inst->unanswered;
+	bool done;
+
+	if (kb_host_gone())
+		return false;
+	if (likely(!op))
+		return true;
+	if (!kb_answered(inst->slot, inst->seq))
+		return false;
+	inst->unanswered = 0;
+	done = !READ_ONCE(kb->responses[inst->slot].error);
+	if (op == KB_OP_INIT && done)
+		inst->generation = atomic64_inc_return(&kb_next);
+	else if (op == KB_OP_ENABLE && done)
+		kb_call(inst, KB_OP_EXIT, inst->unanswered_task, 0, 0, 0);
+	else if (op == KB_OP_DISABLE && done)
+		kb_owner_end(inst);
+	return !inst->unanswered;
+}
+
+/* ---- owners -------------------------------------------------------------------------------- */
+
+static void kb_owner_free(struct kref *ref)
+{
+	struct kb_owner *owner = container_of(ref, struct kb_owner, ref);
+	struct kb_instance *inst = owner->inst;
+
+	put_task_struct(owner->task);
+	kfree_rcu(owner, rcu);
+	kref_put(&inst->ref, kb_instance_free);
+}
+
+static void kb_owner_put(struct kb_owner *owner)
+{
+	kref_put(&owner->ref, kb_owner_free);
+}
+
+/* What @task owns, or NULL. The answer holds for current; for others the caller must know. */
+static struct kb_owner *kb_owner_of(struct task_struct *task)
+{
+	struct kb_owner *owner, *found = NULL;
+
+	rcu_read_lock();
+	hash_for_each_possible_rcu(kb_owners, owner, node, (unsigned long)task) {
+		if (owner->task == task) {
+			found = owner;
+			break;
+		}
+	}
+	rcu_read_unlock();
+	return found;
+}
+
+/*
+ * The instance has no owner any more. Must be called with inst->lock held, by somebody who holds a
+ * reference to the instance.
+ */
+static void kb_owner_end(struct kb_instance *inst)
+{
+	struct kb_owner *owner = inst->owner;
+
+	if (!owner)
+		return;
+	spin_lock(&kb_owners_lock);
+	hash_del_rcu(&owner->node);
+	spin_unlock(&kb_owners_lock);
+	inst->owner = NULL;
+	kb_owner_put(owner);
+}
+
+/* The owner is exiting: tell the host. Must be called with inst->lock held. */
+static void kb_owner_exits(struct kb_instance *inst)
+{
+	u64 id = inst->owner->id;
+
+	/* Without an answer the request stays in the slot, and nothing follows it before it. */
+	if (kb_settle(inst) && inst->owner)
+		kb_call(inst, KB_OP_EXIT, id, 0, 0, 0);
+	kb_owner_end(inst);
+}
+
+/*
+ * Takes the instance for an operation. An owner that is on its way out lets go of its mappings,
+ * and so tells those who join it, before its exit work runs: do that work for it.
+ */
+static void kb_lock(struct kb_instance *inst)
+{
+	mutex_lock(&inst->lock);
+	if (inst->owner && inst->owner->task != current &&
+	    (READ_ONCE(inst->owner->task->flags) & PF_EXITING))
+		kb_owner_exits(inst);
+}
+
+/* A system call of the owner is about to return to user mode. Process context, may sleep. */
+static void kb_return_work(struct callback_head *head)
+{
+	struct kb_owner *owner = container_of(head, struct kb_owner, return_work);
+	struct kb_instance *inst = owner->inst;
+
+	owner->return_queued = false;
+	mutex_lock(&inst->lock);
+	if (inst->owner == owner) {
+		if (kb_settle(inst))
+			kb_call(inst, KB_OP_RETURN, owner->id, owner->nr, 0, 0);
+		else
+			WRITE_ONCE(kb->header->guest_skipped, atomic64_inc_return(&kb->skipped));
+	}
+	mutex_unlock(&inst->lock);
+	kb_owner_put(owner);
+}
+
+static void kb_exit_work(struct callback_head *head)
+{
+	struct kb_owner *owner = container_of(head, struct kb_owner, exit_work);
+	struct kb_instance *inst = owner->inst;
+
+	mutex_lock(&inst->lock);
+	if (inst->owner == owner)
+		kb_owner_exits(inst);
+	mutex_unlock(&inst->lock);
+	kb_owner_put(owner);
+}
+
+/* Tracepoint sys_exit, for every system call of every task. */
+static void kb_sys_exit(void *unused, struct pt_regs *regs, long ret)
+{
+	struct kb_owner *owner = kb_owner_of(current);
+
+	if (likely(!owner) || owner->return_queued)
+		return;
+	owner->nr = syscall_get_nr(current, regs);
+	owner->return_queued = true;
+	kref_get(&owner->ref);
+	if (kb_task_work_add(current, &owner->return_work, TWA_RESUME)) {
+		owner->return_queued = false;
+		kb_owner_put(owner);
+	}
+}
+
+/* Tracepoint sched_process_exit, in the exiting task, before its last task works run. */
+static void kb_process_exit(void *unused, struct task_struct *task)
+{
+	struct kb_owner *owner = kb_owner_of(current);
+
+	if (likely(!owner))
+		return;
+	kref_get(&owner->ref);
+	if (kb_task_work_add(current, &owner->exit_work, TWA_NONE))
+		kb_owner_put(owner);
+}
+
+/* ---- hooks --------------------------------------------------------------------------------- */
+
+static void kb_match_tracepoint(struct tracepoint *tp, void *unused)
+{
+	if (!strcmp(tp->name, "sys_exit"))
+		kb_tp_sys_exit = tp;
+	else if (!strcmp(tp->name, "sched_process_exit"))
+		kb_tp_process_exit = tp;
+}
+
+#ifdef KB_TASK_WORK_EXPORTED
+static void kb_find_task_work_add(void)
+{
+	kb_task_work_add = task_work_add;
+}
+#else
+static void kb_find_task_work_add(void)
+{
+	struct kprobe probe = { .symbol_name = "task_work_add" };
+
+	/* A kprobe knows the address of what the kernel does not export. */
+	if (!register_kprobe(&probe)) {
+		kb_task_work_add = (void *)probe.addr;
+		unregister_kprobe(&probe);
+	}
+}
+#endif
+
+static int kb_find_hooks(void)
+{
+	for_each_kernel_tracepoint(kb_match_tracepoint, NULL);
+	if (!kb_tp_sys_exit || !kb_tp_process_exit) {
+		pr_err("this kernel lacks the tracepoint %s (CONFIG_FTRACE_SYSCALLS)\n",
+		       kb_tp_sys_exit ? "sched_process_exit" : "sys_exit");
+		return -EOPNOTSUPP;
+	}
+	kb_find_task_work_add();
+	if (!kb_task_work_add) {
+		pr_err("this kernel neither exports task_work_add() nor has kprobes to find it\n");
+		return -EOPNOTSUPP;
+	}
+	return 0;
+}
+
+/*
+ * The tracepoints are left alone until the first ENABLE: from then on every system call of every
+ * task takes the slow way out.
+ */
+static int kb_hook(void)
+{
+	int err = 0;
+
+	mutex_lock(&kb_hook_lock);
+	if (!kb_hooked) {
+		err = tracepoint_probe_register(kb_tp_process_exit, kb_process_exit, NULL);
+		if (!err) {
+			err = tracepoint_probe_register(kb_tp_sys_exit, kb_sys_exit, NULL);
+			if (err)
+				tracepoint_probe_unregister(kb_tp_process_exit, kb_process_exit,
+							    NULL);
+		}
+		kb_hooked = !err;
+	}
+	mutex_unlock(&kb_hook_lock);
+	return err;
+}
+
+static void kb_unhook(void)
+{
+	mutex_lock(&kb_hook_lock);
+	if (kb_hooked) {
+		tracepoint_probe_unregister(kb_tp_sys_exit, kb_sys_exit, NULL);
+		tracepoint_probe_unregister(kb_tp_process_exit, kb_process_exit, NULL);
+		kb_hooked = false;
+	}
+	mutex_unlock(&kb_hook_lock);
+	tracepoint_synchronize_unregister();
+}
+
+/* ---- the device ---------------------------------------------------------------------------- */
+
+static int kb_slot_take(void)
+{
+	unsigned int slot;
+
+	spin_lock(&kb->slots_lock);
+	for_each_set_bit(slot, kb->zombies, KB_SLOTS) {
+		if (kb_answered(slot, kb->zombie_seq[slot])) {
+			__clear_bit(slot, kb->zombies);
+			__clear_bit(slot, kb->slots);
+		}
+	}
+	slot = find_first_zero_bit(kb->slots, KB_SLOTS);
+	if (slot < KB_SLOTS)
+		__set_bit(slot, kb->slots);
+	spin_unlock(&kb->slots_lock);
+	return slot < KB_SLOTS ? (int)slot : -ENOMEM;
+}
+
+static void kb_slot_give_back(unsigned int slot, u64 unanswered_seq)
+{
+	spin_lock(&kb->slots_lock);
+	if (unanswered_seq) {
+		kb->zombie_seq[slot] = unanswered_seq;
+		__set_bit(slot, kb->zombies);
+	} else {
+		__clear_bit(slot, kb->slots);
+	}
+	spin_unlock(&kb->slots_lock);
+}
+
+/* The last reference is gone. Process context, may sleep. */
+static void kb_instance_free(struct kref *ref)
+{
+	struct kb_instance *inst = container_of(ref, struct kb_instance, ref);
+
+	mutex_lock(&inst->lock);
+	if (inst->seq && kb_settle(inst))
+		kb_call(inst, KB_OP_RELEASE, 0, 0, 0, 0);
+	mutex_unlock(&inst->lock);
+	kb_slot_give_back(inst->slot, inst->unanswered ? inst->seq : 0);
+	mutex_destroy(&inst->lock);
+	kfree(inst);
+	module_put(THIS_MODULE);
+}
+
+static int kb_open(struct inode *inode, struct file *file)
+{
+	struct kb_instance *inst;
+	int slot;
+
+	inst = kzalloc(sizeof(*inst), GFP_KERNEL);
+	if (!inst)
+		return -ENOMEM;
+	slot = kb_slot_take();
+	if (slot < 0) {
+		kfree(inst);
+		return slot;
+	}
+	/* An owner keeps the instance after the last close. */
+	__module_get(THIS_MODULE);
+	kref_init(&inst->ref);
+	mutex_init(&inst->lock);
+	inst->slot = slot;
+	inst->generation = atomic64_inc_return(&kb_next);
+	file->private_data = inst;
+	return nonseekable_open(inode, file);
+}
+
+static int kb_release(struct inode *inode, struct file *file)
+{
+	struct kb_instance *inst = file->private_data;
+
+	kref_put(&inst->ref, kb_instance_free);
+	return 0;
+}
+
+/* Must be called with inst->lock held, the slot settled. */
+static int kb_enable(struct kb_instance *inst, unsigned long mode)
+{
+	struct kb_owner *mine = kb_owner_of(current);
+	struct kb_owner *owner;
+	int err;
+
+	err = kb_hook();
+	if (err)
+		return err;
+	owner = kzalloc(sizeof(*owner), GFP_KERNEL);
+	if (!owner)
+		return -ENOMEM;
+	kref_init(&owner->ref);
+	owner->task = current;
+	owner->inst = inst;
+	/*
+	 * A task that traces through another instance shows the id that the host knows: the host
+	 * refuses it. The number above the thread id makes up for thread ids that change hands.
+	 */
+	owner->id = mine ? mine->id :
+		    (u64)atomic_inc_return(&kb_next_owner) << 32 | (u32)task_pid_nr(current);
+	init_task_work(&owner->return_work, kb_return_work);
+	init_task_work(&owner->exit_work, kb_exit_work);
+	err = kb_call(inst, KB_OP_ENABLE, owner->id, mode, 0, 0);
+	if (err) {
+		kfree(owner);
+		return err;
+	}
+	get_task_struct(owner->task);
+	kref_get(&inst->ref);
+	inst->owner = owner;
+	spin_lock(&kb_owners_lock);
+	hash_add_rcu(kb_owners, &owner->node, (unsigned long)owner->task);
+	spin_unlock(&kb_owners_lock);
+	return 0;
+}
+
+/* Must be called with inst->lock held, the slot settled. */
+static int kb_disable(struct kb_instance *inst, unsigned long arg)
+{
+	struct kb_owner *mine = kb_owner_of(current);
+	int err;
+
+	err = kb_call(inst, KB_OP_DISABLE, mine ? mine->id : (u32)task_pid_nr(current), arg, 0, 0);
+	if (!err)
+		kb_owner_end(inst);
+	return err;
+}
+
+static long kb_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
+{
+	struct kb_instance *inst = file->private_data;
+	long err;
+
+	kb_lock(inst);
+	switch (cmd) {
+	case KCOV_INIT_TRACE:
+		err = kb_settle(inst) ? kb_call(inst, KB_OP_INIT, 0, arg, 0, 0) : -EIO;
+		break;
+	case KCOV_ENABLE:
+		err = kb_settle(inst) ? kb_enable(inst, arg) : -EIO;
+		break;
+	case KCOV_DISABLE:
+		err = kb_settle(inst) ? kb_disable(inst, arg) : -EIO;
+		break;
+	default:
+		err = -ENOTTY;
+	}
+	mutex_unlock(&inst->lock);
+	return err;
+}
+
+static void kb_vma_open(struct vm_area_struct *vma)
+{
+	struct kb_instance *inst = vma->vm_private_data;
+
+	atomic_inc(&inst->mappings);
+}
+
+static void kb_vma_close(struct vm_area_struct *vma)
+{
+	struct kb_instance *inst = vma->vm_private_data;
+
+	atomic_dec(&inst->mappings);
+}
+
+static const struct vm_operations_struct kb_vm_ops = {
+	.open	= kb_vma_open,
+	.close	= kb_vma_close,
+	/* ptrace and /proc/PID/mem. */
+	.access	= generic_access_phys,
+};
+
+static int kb_mmap(struct file *file, struct vm_area_struct *vma)
+{
+	struct kb_instance *inst = file->private_data;
+	unsigned long length = vma->vm_end - vma->vm_start;
+	u64 offset = 0;
+	int err;
+
+	kb_lock(inst);
+	err = kb_settle(inst) ? kb_call(inst, KB_OP_MAP, 0, length, vma->vm_pgoff,
+					atomic_read(&inst->mappings)) : -EIO;
+	if (!err)
+		offset = READ_ONCE(kb->responses[inst->slot].area_offset);
+	mutex_unlock(&inst->lock);
+	if (err)
+		return err;
+	if (offset < KB_AREAS_OFFSET || !PAGE_ALIGNED(offset) || offset > kb->region_bytes ||
+	    length > kb->region_bytes - offset)
+		return -EIO;
+	err = remap_pfn_range(vma, vma->vm_start, (kb->region_start + offset) >> PAGE_SHIFT, length,
+			      vma->vm_page_prot);
+	if (err)
+		return err;
+	vma->vm_private_data = inst;
+	vma->vm_ops = &kb_vm_ops;
+	atomic_inc(&inst->mappings);
+	return 0;
+}
+
+static const struct file_operations kb_fops = {
+	.owner		= THIS_MODULE,
+	.open		= kb_open,
+	.release	= kb_release,
+	.unlocked_ioctl	= kb_ioctl,
+	.compat_ioctl	= kb_ioctl,
+	.mmap		= kb_mmap,
+};
+
+static struct miscdevice kb_misc = {
+	.minor	= MISC_DYNAMIC_MINOR,
+	.name	= "kcov",
+	.mode	= 0600,
+	.fops	= &kb_fops,
+};
+
+/* Beside the kernel's own kcov where it has one. */
+static const char *kb_file_name(void)
+{
+	struct dentry *own = debugfs_lookup("kcov", NULL);
+
+	if (!own)
+		return "kcov";
+	dput(own);
+	return "kcov_bridge";
+}
+
+/* ---- the PCI device ------------------------------------------------------------------------ */
+
+static int kb_check_header(struct pci_dev *pdev, const struct kb_header *header, u64 bytes)
+{
+	if (header->magic != KB_MAGIC) {
+		dev_info(&pdev->dev, "not a region of kcov-bridge\n");
+		return -ENODEV;
+	}
+	if (header->version != KB_VERSION || header->slots != KB_SLOTS ||
+	    header->requests_offset != KB_REQUESTS_OFFSET ||
+	    header->responses_offset != KB_RESPONSES_OFFSET ||
+	    header->areas_offset != KB_AREAS_OFFSET || header->region_bytes != bytes) {
+		dev_err(&pdev->dev,
+			"the region is of version %llu, this module of %d: rebuild the image\n",
+			header->version, KB_VERSION);
+		return -EPROTO;
+	}
+	return 0;
+}
+
+static int kb_probe(struct pci_dev *pdev, const struct pci_device_id *id)
+{
+	struct kb_bridge *bridge;
+	void *control;
+	int err;
+
+	if (kb)
+		return -EBUSY;
+	bridge = devm_kzalloc(&pdev->dev, sizeof(*bridge), GFP_KERNEL);
+	if (!bridge)
+		return -ENOMEM;
+	err = pcim_enable_device(pdev);
+	if (err)
+		return err;
+	err = pcim_iomap_regions(pdev, BIT(KB_BAR_REGISTERS), KBUILD_MODNAME);
+	if (err)
+		return err;
+	bridge->registers = pcim_iomap_table(pdev)[KB_BAR_REGISTERS];
+	bridge->pdev = pdev;
+	bridge->region_start = pci_resource_start(pdev, KB_BAR_REGION);
+	bridge->region_bytes = pci_resource_len(pdev, KB_BAR_REGION);
+	if (bridge->region_bytes < KB_AREAS_OFFSET + PAGE_SIZE)
+		return -ENODEV;
+	if (!devm_request_mem_region(&pdev->dev, bridge->region_start, bridge->region_bytes,
+				     KBUILD_MODNAME))
+		return -EBUSY;
+	control = devm_memremap(&pdev->dev, bridge->region_start, KB_AREAS_OFFSET, MEMREMAP_WB);
+	if (IS_ERR(control))
+		return PTR_ERR(control);
+	bridge->header = control;
+	bridge->requests = control + KB_REQUESTS_OFFSET;
+	bridge->responses = control + KB_RESPONSES_OFFSET;
+	err = kb_check_header(pdev, bridge->header, bridge->region_bytes);
+	if (err)
+		return err;
+	bridge->host_peer = bridge->header->host_peer;
+	spin_lock_init(&bridge->slots_lock);
+	spin_lock_init(&bridge->lost_lock);
+
+	kb = bridge;
+	err = misc_register(&kb_misc);
+	if (err)
+		goto fail;
+	bridge->file = debugfs_create_file_unsafe(kb_file_name(), 0600, NULL, NULL, &kb_fops);
+	if (IS_ERR(bridge->file)) {
+		dev_info(&pdev->dev, "no debugfs: the device is /dev/%s alone\n", kb_misc.name);
+		bridge->file = NULL;
+	}
+	pci_set_drvdata(pdev, bridge);
+	dev_info(&pdev->dev, "kcov from the host, %llu MiB shared\n", bridge->region_bytes >> 20);
+	return 0;
+
+fail:
+	kb = NULL;
+	return err;
+}
+
+static void kb_remove(struct pci_dev *pdev)
+{
+	struct kb_bridge *bridge = pci_get_drvdata(pdev);
+
+	debugfs_remove(bridge->file);
+	misc_deregister(&kb_misc);
+	kb_unhook();
+	/* Owners that were freed under RCU. */
+	rcu_barrier();
+	kb = NULL;
+}
+
+static const struct pci_device_id kb_ids[] = {
+	{ PCI_DEVICE(KB_PCI_VENDOR_ID, KB_PCI_DEVICE_ID) },
+	{ }
+};
+MODULE_DEVICE_TABLE(pci, kb_ids);
+
+static struct pci_driver kb_driver = {
+	.name		= KBUILD_MODNAME,
+	.id_table	= kb_ids,
+	.probe		= kb_probe,
+	.remove		= kb_remove,
+	/* Instances hold the module, and nothing else may take the device from them. */
+	.driver.suppress_bind_attrs = true,
+};
+
+static int __init kb_init(void)
+{
+	int err;
+
+	BUILD_BUG_ON(sizeof(struct kb_header) > KB_REQUESTS_OFFSET);
+	BUILD_BUG_ON(sizeof(struct kb_request) != 64);
+	BUILD_BUG_ON(sizeof(struct kb_response) != 64);
+
+	err = kb_find_hooks();
+	if (err)
+		return err;
+	atomic64_set(&kb_next, get_random_u64() >> 1);
+	err = pci_register_driver(&kb_driver);
+	if (err)
+		return err;
+	if (!kb) {
+		pr_err("no ivshmem device with a region of kcov-bridge in this machine\n");
+		pci_unregister_driver(&kb_driver);
+		return -ENODEV;
+	}
+	return 0;
+}
+module_init(kb_init);
+
+static void __exit kb_exit(void)
+{
+	pci_unregister_driver(&kb_driver);
+}
+module_exit(kb_exit);
+
+MODULE_AUTHOR("kcov-bridge developers");
+MODULE_DESCRIPTION("The kcov device, filled by the host");
+MODULE_LICENSE("GPL");

@@ -1,0 +1,82 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * The shared region between the guest's kcov_bridge module and the host.
+ *
+ * bridge/abi.py describes it in words; tests/test_abi.py holds the two together. Every field is a
+ * little-endian 64-bit word that one aligned access reads or writes.
+ */
+#ifndef KCOV_BRIDGE_ABI_H
+#define KCOV_BRIDGE_ABI_H
+
+#include <linux/types.h>
+
+#define KB_PCI_VENDOR_ID	0x1af4
+#define KB_PCI_DEVICE_ID	0x1110
+
+#define KB_MAGIC		0x47445242564f434bULL	/* "KCOVBRDG" */
+#define KB_VERSION		1
+#define KB_SLOTS		1024
+#define KB_REQUESTS_OFFSET	4096
+#define KB_RESPONSES_OFFSET	(KB_REQUESTS_OFFSET + KB_SLOTS * 64)
+#define KB_AREAS_OFFSET		(KB_RESPONSES_OFFSET + KB_SLOTS * 64)
+#define KB_KICK_SLOT_BITS	16
+
+enum kb_host_state {
+	KB_HOST_ASLEEP	= 0,
+	KB_HOST_AWAKE	= 1,
+};
+
+enum kb_op {
+	KB_OP_INIT	= 1,	/* arg0: size in words */
+	KB_OP_MAP	= 2,	/* arg0: length, arg1: page offset, arg2: live mappings */
+	KB_OP_ENABLE	= 3,	/* arg0: mode */
+	KB_OP_DISABLE	= 4,	/* arg0: the ioctl's argument */
+	KB_OP_EXIT	= 5,
+	KB_OP_RELEASE	= 6,
+	KB_OP_RETURN	= 7,	/* arg0: system call number */
+};
+
+struct kb_header {
+	/* Written once by the host. */
+	__u64 magic;
+	__u64 version;
+	__u64 slots;
+	__u64 requests_offset;
+	__u64 responses_offset;
+	__u64 areas_offset;
+	__u64 region_bytes;
+	__u64 host_peer;
+	/* Written by the host. */
+	__u64 host_epoch;
+	__u64 host_state;
+	__u64 pad0[6];
+	/* Written by the guest. */
+	__u64 kick;
+	__u64 pad1[7];
+	/* Written by the guest, for people. */
+	__u64 guest_timeouts;
+	__u64 guest_skipped;
+	__u64 pad2[6];
+};
+
+struct kb_request {
+	__u64 seq;
+	__u64 op;
+	__u64 generation;
+	__u64 task;
+	__u64 arg0;
+	__u64 arg1;
+	__u64 arg2;
+	__u64 pad;
+};
+
+struct kb_response {
+	__u64 seq;
+	__u64 error;		/* 0 or a positive errno */
+	__u64 area_offset;
+	__u64 appended;
+	__u64 dropped;
+	__u64 pad[3];
+};
+
+#endif /* KCOV_BRIDGE_ABI_H */
