@@ -1,0 +1,436 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of a run, defined once.
+
+Each field of :class:`Settings` carries its type, default, limits and help. From that one
+definition come the flags of the command, the variables ``KCOV_BRIDGE_<NAME>`` of the environment,
+and the keys of the TOML file: ``kcov-bridge.toml``, or the table ``[tool.kcov-bridge]`` of
+``pyproject.toml`` where there is no such file. A flag beats the environment, the environment beats
+the file, the file beats the default. Every wrong name or value is a
+:class:`bridge.errors.UsageError` that says where it stands and what is allowed there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import enum
+import logging
+import math
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bridge.errors import UsageError
+
+__all__ = [
+    "CONFIG_FILE",
+    "ENVIRONMENT_PREFIX",
+    "Kind",
+    "Option",
+    "Settings",
+    "add_arguments",
+    "find_file",
+    "flags_of",
+    "load",
+    "options",
+]
+
+_log = logging.getLogger(__name__)
+
+CONFIG_FILE = "kcov-bridge.toml"
+"""The settings file looked for in the working directory."""
+
+ENVIRONMENT_PREFIX = "KCOV_BRIDGE_"
+"""What the name of every environment variable of the bridge begins with."""
+
+_OTHER_VARIABLES = frozenset({"CACHE", "MIRROR"})
+"""Variables with the prefix that are no settings of a run: read by :mod:`bridge.image`."""
+
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"0", "false", "no", "off"})
+
+
+class Kind(enum.Enum):
+    """How the value of a setting is written."""
+
+    FLAG = "true or false"
+    INTEGER = "a whole number"
+    SECONDS = "a number of seconds"
+    TEXT = "a text"
+    PATH = "a path"
+    NAME_OR_PATH = "a name or a path"
+    """In a file, a relative path is told from a name by its ``/``."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What there is to know about one setting besides its name, type and default.
+
+    ``minimum`` and ``maximum`` are inclusive, in the unit that ``metavar`` names.
+    """
+
+    kind: Kind
+    help: str
+    metavar: str = ""
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    power_of_two: bool = False
+
+    def allowed(self) -> str:
+        """What may be given, in words."""
+        if self.choices:
+            return " or ".join(self.choices)
+        words = self.kind.value
+        if self.power_of_two:
+            words += ", a power of two"
+        if self.minimum is not None and self.maximum is not None:
+            words += f", {self.minimum:g} to {self.maximum:g}"
+        elif self.minimum is not None:
+            words += f", {self.minimum:g} or more"
+        return words
+
+
+def _about(kind: Kind, help: str, **limits: Any) -> dict[str, Option]:
+    return {"option": Option(kind, help, **limits)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a run can be told, checked.
+
+    Raises :class:`bridge.errors.UsageError` for a value out of its limits.
+    """
+
+    personality: str = field(
+        default="linux",
+        metadata=_about(
+            Kind.TEXT, "whose kcov contract the device keeps", choices=("linux", "gvisor")
+        ),
+    )
+    syscall_pcs: bool = field(
+        default=False,
+        metadata=_about(
+            Kind.FLAG,
+            "append one PC for the number of the system call at each return, so that no traced "
+            "call is without a PC",
+        ),
+    )
+    accel: str = field(
+        default="auto",
+        metadata=_about(
+            Kind.TEXT,
+            "accelerator; auto takes KVM where it can boot a stock kernel, else TCG",
+            choices=("auto", "kvm", "tcg"),
+        ),
+    )
+    memory: int = field(
+        default=256,
+        metadata=_about(Kind.INTEGER, "guest memory", metavar="MIB", minimum=64, maximum=1 << 20),
+    )
+    cpus: int = field(
+        default=1,
+        metadata=_about(
+            Kind.INTEGER, "virtual CPUs of the guest", metavar="N", minimum=1, maximum=255
+        ),
+    )
+    region: int = field(
+        default=256,
+        metadata=_about(
+            Kind.INTEGER,
+            "size of the memory shared with the guest, from which all kcov areas come",
+            metavar="MIB",
+            minimum=1,
+            maximum=1 << 16,
+            power_of_two=True,
+        ),
+    )
+    target: str = field(
+        default="plan9",
+        metadata=_about(
+            Kind.TEXT,
+            "the host service under test: plan9, none, or module:Class of your own",
+            metavar="NAME",
+        ),
+    )
+    target_dir: Path | None = field(
+        default=None,
+        metadata=_about(
+            Kind.PATH,
+            "directory that a file server target serves a copy of; a small tree of its own when "
+            "not given",
+            metavar="DIR",
+        ),
+    )
+    image: str | None = field(
+        default=None,
+        metadata=_about(
+            Kind.NAME_OR_PATH,
+            "guest image: a name from `image list`, or a disk image file of your own, which needs "
+            "--ssh-key; the default image is built when it is missing",
+            metavar="IMAGE",
+        ),
+    )
+    ssh_key: Path | None = field(
+        default=None,
+        metadata=_about(
+            Kind.PATH, "private key that root of your own image accepts", metavar="FILE"
+        ),
+    )
+    kernel: Path | None = field(
+        default=None,
+        metadata=_about(Kind.PATH, "kernel to boot instead of the image's", metavar="FILE"),
+    )
+    initrd: Path | None = field(
+        default=None, metadata=_about(Kind.PATH, "initial RAM disk for --kernel", metavar="FILE")
+    )
+    out: Path = field(
+        default=Path("build/run"),
+        metadata=_about(Kind.PATH, "directory for what the run leaves behind", metavar="DIR"),
+    )
+    timeout: float | None = field(
+        default=None,
+        metadata=_about(
+            Kind.SECONDS,
+            "end the workload after so long, with status 124; no limit when not given",
+            metavar="SECONDS",
+            minimum=0.001,
+            maximum=1e9,
+        ),
+    )
+    boot_timeout: float | None = field(
+        default=None,
+        metadata=_about(
+            Kind.SECONDS,
+            "give up a guest that is not ready by then; chosen by the accelerator when not given",
+            metavar="SECONDS",
+            minimum=0.001,
+            maximum=1e9,
+        ),
+    )
+    qemu: str = field(
+        default="qemu-system-x86_64",
+        metadata=_about(Kind.NAME_OR_PATH, "the QEMU program to start", metavar="PROGRAM"),
+    )
+
+    def __post_init__(self) -> None:
+        for name, option in options().items():
+            _check(name, option, getattr(self, name), f"setting {name}")
+        if self.initrd is not None and self.kernel is None:
+            raise UsageError(
+                "an initrd is given without a kernel",
+                hint="give both, --kernel FILE --initrd FILE, or neither",
+            )
+
+    def replace(self, **changes: Any) -> Settings:
+        """A copy with some settings changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+
+def options() -> dict[str, Option]:
+    """The settings by name, in the order of their definition."""
+    return {each.name: each.metadata["option"] for each in dataclasses.fields(Settings)}
+
+
+_DEFAULTS = {each.name: each.default for each in dataclasses.fields(Settings)}
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """A hint that names the nearest known name, or all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]}?" if near else "there are: " + ", ".join(names)
+
+
+def _wrong(where: str, value: object, option: Option) -> UsageError:
+    shown = "nothing" if value is None else f'"{value}"' if isinstance(value, str) else f"{value}"
+    hint = f"allowed is {option.allowed()}"
+    if option.choices and isinstance(value, str):
+        near = difflib.get_close_matches(value, option.choices, n=1)
+        hint += f"; did you mean {near[0]}?" if near else ""
+    return UsageError(f"{where}: {shown} is not allowed", hint=hint)
+
+
+def _check(name: str, option: Option, value: object, where: str) -> None:
+    """Limits of a value that already has its Python type."""
+    if value is None:
+        if _DEFAULTS[name] is not None:
+            raise _wrong(where, None, option)
+        return
+    match option.kind:
+        case Kind.FLAG:
+            good = isinstance(value, bool)
+        case Kind.INTEGER:
+            good = isinstance(value, int) and not isinstance(value, bool)
+        case Kind.SECONDS:
+            good = isinstance(value, (int, float)) and not isinstance(value, bool)
+            good = good and math.isfinite(float(value))  # type: ignore[arg-type]
+        case Kind.TEXT | Kind.NAME_OR_PATH:
+            good = isinstance(value, str) and value != "" and "\0" not in value
+        case Kind.PATH:
+            good = isinstance(value, Path) and "\0" not in str(value)
+    if good and option.choices:
+        good = value in option.choices
+    if good and isinstance(value, (int, float)) and not isinstance(value, bool):
+        good = (option.minimum is None or value >= option.minimum) and (
+            option.maximum is None or value <= option.maximum
+        )
+        if good and option.power_of_two:
+            good = isinstance(value, int) and value & (value - 1) == 0
+    if not good:
+        raise _wrong(where, value, option)
+
+
+def _from_text(name: str, option: Option, text: str, where: str) -> object:
+    """A value as a flag or an environment variable gives it."""
+    value: object
+    try:
+        match option.kind:
+            case Kind.FLAG:
+                word = text.strip().lower()
+                if word not in _TRUE | _FALSE:
+                    raise ValueError(text)
+                value = word in _TRUE
+            case Kind.INTEGER:
+                value = int(text, 10)
+            case Kind.SECONDS:
+                value = float(text)
+            case Kind.PATH:
+                if text == "":
+                    raise ValueError(text)
+                value = Path(text).expanduser()
+            case Kind.TEXT | Kind.NAME_OR_PATH:
+                value = text
+    except ValueError:
+        raise _wrong(where, text, option) from None
+    _check(name, option, value, where)
+    return value
+
+
+def _from_toml(name: str, option: Option, value: object, where: str, directory: Path) -> object:
+    """A value as the file gives it; a relative path there starts at the file's directory."""
+    if option.kind is Kind.PATH and isinstance(value, str) and value != "":
+        value = directory / Path(value).expanduser()
+    elif option.kind is Kind.NAME_OR_PATH and isinstance(value, str) and "/" in value:
+        value = str(directory / Path(value).expanduser())
+    elif option.kind is Kind.SECONDS and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    _check(name, option, value, where)
+    return value
+
+
+def find_file(directory: Path) -> Path | None:
+    """The settings file of a directory: ``kcov-bridge.toml``, else a ``pyproject.toml``."""
+    for name in (CONFIG_FILE, "pyproject.toml"):
+        path = directory / name
+        if path.is_file():
+            return path
+    return None
+
+
+def _read_file(path: Path) -> dict[str, object]:
+    """The table of settings in a TOML file.
+
+    Raises :class:`UsageError` where the file can't be read, is no TOML or has no such table.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML", evidence=str(error)) from error
+    if path.name != "pyproject.toml":
+        return document
+    tool = document.get("tool", {})
+    table = tool.get("kcov-bridge", {}) if isinstance(tool, dict) else {}
+    if not isinstance(table, dict):
+        raise UsageError(f"{path}: tool.kcov-bridge is not a table")
+    return table
+
+
+def load(
+    flags: Mapping[str, object] | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    directory: Path | None = None,
+    file: Path | None = None,
+) -> Settings:
+    """Gather the settings: defaults, then the file, then the environment, then the flags.
+
+    ``flags`` are texts or values by setting name, ``None`` for one that was not given.
+    ``environ`` is the process's environment and ``directory`` (where the file is looked for) the
+    working directory when not given; ``file`` names the file instead of looking for one.
+
+    Raises :class:`bridge.errors.UsageError`.
+    """
+    environ = os.environ if environ is None else environ
+    known = options()
+    values: dict[str, object] = {}
+
+    path = file if file is not None else find_file(Path() if directory is None else directory)
+    if path is not None:
+        for key, value in _read_file(path).items():
+            name = key.replace("-", "_")
+            if name not in known:
+                raise UsageError(f"{path}: unknown key {key}", hint=_nearest(name, known))
+            values[name] = _from_toml(name, known[name], value, f"{path}: {key}", path.parent)
+
+    for variable, text in environ.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX):
+            continue
+        name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if name in known:
+            values[name] = _from_text(name, known[name], text, variable)
+        elif name.upper() not in _OTHER_VARIABLES and (
+            near := difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        ):
+            # No error: other programs may use the prefix for variables of their own.
+            meant = ENVIRONMENT_PREFIX + near[0].upper()
+            _log.warning("%s is no setting; did you mean %s?", variable, meant)
+
+    for name, flag in (flags or {}).items():
+        if flag is None:
+            continue
+        if name not in known:
+            raise UsageError(f"unknown setting {name}", hint=_nearest(name, known))
+        where = _flag(name)
+        if isinstance(flag, str):
+            values[name] = _from_text(name, known[name], flag, where)
+        else:
+            _check(name, known[name], flag, where)
+            values[name] = flag
+    return Settings(**values)  # type: ignore[arg-type]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def add_arguments(parser: argparse.ArgumentParser, names: Iterable[str] | None = None) -> None:
+    """Add a flag for each setting (or for those named) to a parser; none has a default there."""
+    chosen = None if names is None else set(names)
+    for name, option in options().items():
+        if chosen is not None and name not in chosen:
+            continue
+        default = _DEFAULTS[name]
+        text = option.help
+        if default is not None and option.kind is not Kind.FLAG:
+            text += f" (default {default})"
+        text = text.replace("%", "%%")
+        if option.kind is Kind.FLAG:
+            parser.add_argument(
+                _flag(name), action=argparse.BooleanOptionalAction, default=None, help=text
+            )
+        else:
+            metavar = "|".join(option.choices) if option.choices else option.metavar
+            parser.add_argument(_flag(name), metavar=metavar, default=None, help=text)
+
+
+def flags_of(namespace: argparse.Namespace) -> dict[str, object]:
+    """The settings among the attributes of parsed arguments, as :func:`load` takes them."""
+    given = vars(namespace)
+    return {name: given[name] for name in options() if given.get(name) is not None}
