@@ -93,6 +93,8 @@ struct kb_instance {
 	u64 unanswered;
 	/* The task id in that request. Guarded by lock. */
 	u64 unanswered_task;
+	/* An owner that exited while the host was gone: still to be told, else 0. Guarded by lock. */
+	u64 exit_owed;
 	/* vmas that map the area. */
 	atomic_t mappings;
 };
@@ -258,7 +260,7 @@ static bool kb_wait(unsigned int slot, u64 seq)
 		if (ktime_after(ktime_get(), end))
 			return kb_answered(slot, seq);
 		usleep_range(sleep_us, sleep_us * 2);
-		sleep_us = min(sleep_us * 2, (unsigned int)KB_SLEEP_MAX_US);
+		sleep_us = min_t(unsigned int, sleep_us * 2, KB_SLEEP_MAX_US);
 	}
 	return true;
 }
@@ -306,18 +308,24 @@ static bool kb_settle(struct kb_instance *inst)
 
 	if (kb_host_gone())
 		return false;
-	if (likely(!op))
+	if (likely(!op && !inst->exit_owed))
 		return true;
-	if (!kb_answered(inst->slot, inst->seq))
+	if (op && !kb_answered(inst->slot, inst->seq))
 		return false;
 	inst->unanswered = 0;
-	done = !READ_ONCE(kb->responses[inst->slot].error);
+	done = op && !READ_ONCE(kb->responses[inst->slot].error);
 	if (op == KB_OP_INIT && done)
 		inst->generation = atomic64_inc_return(&kb_next);
 	else if (op == KB_OP_ENABLE && done)
-		kb_call(inst, KB_OP_EXIT, inst->unanswered_task, 0, 0, 0);
+		inst->exit_owed = inst->unanswered_task;
 	else if (op == KB_OP_DISABLE && done)
 		kb_owner_end(inst);
+	if (inst->exit_owed) {
+		u64 id = inst->exit_owed;
+
+		inst->exit_owed = 0;
+		kb_call(inst, KB_OP_EXIT, id, 0, 0, 0);
+	}
 	return !inst->unanswered;
 }
 
@@ -374,12 +382,10 @@ static void kb_owner_end(struct kb_instance *inst)
 /* The owner is exiting: tell the host. Must be called with inst->lock held. */
 static void kb_owner_exits(struct kb_instance *inst)
 {
-	u64 id = inst->owner->id;
-
-	/* Without an answer the request stays in the slot, and nothing follows it before it. */
-	if (kb_settle(inst) && inst->owner)
-		kb_call(inst, KB_OP_EXIT, id, 0, 0, 0);
+	/* Sent now, or by whoever finds the host back. */
+	inst->exit_owed = inst->owner->id;
 	kb_owner_end(inst);
+	kb_settle(inst);
 }
 
 /*
