@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device's state machine, row by row of the contract, in both personalities."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from bridge.abi import (
+    ENOTSUPP,
+    GVISOR_MAX_WORDS,
+    KCOV_TRACE_CMP,
+    KCOV_TRACE_PC,
+    LINUX_MAX_WORDS,
+)
+from bridge.kcov import Device, Kcov, Mode, Personality
+from bridge.region import Region
+
+WORDS = 512
+"""One page: right for both personalities."""
+ALICE, BOB = 0x1_0000_0064, 0x2_0000_0065
+
+
+class ListCoverage:
+    """A coverage that the test fills: each cursor sees what came after it."""
+
+    def __init__(self) -> None:
+        self.covered: list[int] = []
+
+    def open_cursor(self) -> list[int]:
+        return [len(self.covered)]
+
+    def collect(self, cursor: list[int]) -> Sequence[int]:
+        news = self.covered[cursor[0] :]
+        cursor[0] = len(self.covered)
+        return news
+
+
+class Fixture:
+    def __init__(self, personality: Personality, syscall_pcs: bool = False) -> None:
+        self.region = Region(64 << 20)
+        self.coverage = ListCoverage()
+        self.device = Device(
+            self.region,
+            self.coverage,
+            personality,
+            (lambda nr: 0xF000 + nr if nr < 10 else None) if syscall_pcs else None,
+        )
+
+    def ready(self, words: int = WORDS) -> Kcov[list[int]]:
+        """An instance that has been initialised and mapped."""
+        kcov = self.device.open()
+        assert self.device.init_trace(kcov, words) == 0
+        assert self.device.map(kcov, words * 8, 0)[0] == 0
+        return kcov
+
+    def traced(self, task: int = ALICE) -> Kcov[list[int]]:
+        kcov = self.ready()
+        assert self.device.enable(kcov, task, KCOV_TRACE_PC) == 0
+        return kcov
+
+    def read(self, kcov: Kcov[list[int]]) -> list[int]:
+        assert kcov.area is not None
+        return kcov.area.read()
+
+    def write_count(self, kcov: Kcov[list[int]], value: int) -> None:
+        assert kcov.area is not None
+        kcov.area._words[0] = value
+
+
+def _fixture(personality: Personality) -> Iterator[Fixture]:
+    fixture = Fixture(personality)
+    yield fixture
+    fixture.region.close()
+
+
+@pytest.fixture
+def linux() -> Iterator[Fixture]:
+    yield from _fixture(Personality.LINUX)
+
+
+@pytest.fixture
+def gvisor() -> Iterator[Fixture]:
+    yield from _fixture(Personality.GVISOR)
+
+
+@pytest.fixture(params=list(Personality), ids=lambda p: p.value)
+def both(request: pytest.FixtureRequest) -> Iterator[Fixture]:
+    yield from _fixture(request.param)
+
+
+class TestInit:
+    @pytest.mark.parametrize("words", [0, 1, LINUX_MAX_WORDS + 1, 2**64 - 1])
+    def test_linux_bounds(self, linux: Fixture, words: int) -> None:
+        kcov = linux.device.open()
+        assert linux.device.init_trace(kcov, words) == errno.EINVAL
+        assert kcov.mode is Mode.DISABLED
+
+    def test_linux_takes_any_size_within(self, linux: Fixture) -> None:
+        for words in (2, 3, 511, 513, 100_001):
+            assert linux.device.init_trace(linux.device.open(), words) == 0
+
+    def test_linux_no_room(self, linux: Fixture) -> None:
+        assert linux.device.init_trace(linux.device.open(), LINUX_MAX_WORDS) == errno.ENOMEM
+
+    def test_linux_checks_size_then_room_then_use(self, linux: Fixture) -> None:
+        kcov = linux.ready()
+        assert linux.device.init_trace(kcov, 0) == errno.EINVAL
+        assert linux.device.init_trace(kcov, LINUX_MAX_WORDS) == errno.ENOMEM
+        assert linux.device.init_trace(kcov, WORDS) == errno.EBUSY
+
+    @pytest.mark.parametrize("words", [0, 1, 511, 513, GVISOR_MAX_WORDS + 512])
+    def test_gvisor_bounds(self, gvisor: Fixture, words: int) -> None:
+        assert gvisor.device.init_trace(gvisor.device.open(), words) == errno.EINVAL
+
+    def test_gvisor_checks_use_first(self, gvisor: Fixture) -> None:
+        kcov = gvisor.ready()
+        assert gvisor.device.init_trace(kcov, 0) == errno.EBUSY
+
+    def test_gvisor_makes_the_area_at_the_first_mmap(self, gvisor: Fixture) -> None:
+        kcov = gvisor.device.open()
+        assert gvisor.device.init_trace(kcov, GVISOR_MAX_WORDS) == 0
+        assert gvisor.region.areas_in_use == 0
+        assert gvisor.device.map(kcov, GVISOR_MAX_WORDS * 8, 0)[0] == errno.ENOMEM
+
+    def test_not_again_after_disable(self, both: Fixture) -> None:
+        kcov = both.traced()
+        assert both.device.disable(kcov, ALICE, 0) == 0
+        assert both.device.init_trace(kcov, WORDS) == errno.EBUSY
+
+
+class TestMap:
+    def test_not_before_init(self, both: Fixture) -> None:
+        assert both.device.map(both.device.open(), 4096, 0)[0] == errno.EINVAL
+
+    @pytest.mark.parametrize(("length", "offset"), [(0, 0), (8192, 0), (4095, 0), (4096, 1)])
+    def test_the_whole_area_or_nothing(self, both: Fixture, length: int, offset: int) -> None:
+        kcov = both.device.open()
+        assert both.device.init_trace(kcov, WORDS) == 0
+        assert both.device.map(kcov, length, offset)[0] == errno.EINVAL
+
+    def test_an_odd_size_can_never_be_mapped(self, linux: Fixture) -> None:
+        kcov = linux.device.open()
+        assert linux.device.init_trace(kcov, 513) == 0
+        assert linux.device.map(kcov, 8192, 0)[0] == errno.EINVAL
+
+    def test_again_gives_the_same_area(self, both: Fixture) -> None:
+        kcov = both.ready()
+        assert both.device.map(kcov, 4096, 0) == both.device.map(kcov, 4096, 0)
+
+    def test_while_enabled(self, linux: Fixture, gvisor: Fixture) -> None:
+        assert linux.device.map(linux.traced(), 4096, 0)[0] == 0
+        assert gvisor.device.map(gvisor.traced(), 4096, 0)[0] == errno.EINVAL
+
+
+class TestEnable:
+    def test_not_before_init(self, both: Fixture) -> None:
+        assert both.device.enable(both.device.open(), ALICE, 0) == errno.EINVAL
+
+    def test_gvisor_not_before_mmap(self, linux: Fixture, gvisor: Fixture) -> None:
+        for fixture, expected in ((linux, 0), (gvisor, errno.EINVAL)):
+            kcov = fixture.device.open()
+            assert fixture.device.init_trace(kcov, WORDS) == 0
+            assert fixture.device.enable(kcov, ALICE, 0) == expected
+
+    def test_an_enabled_instance_is_invalid_whoever_asks(self, both: Fixture) -> None:
+        kcov = both.traced()
+        for task in (ALICE, BOB):
+            assert both.device.enable(kcov, task, 0) == errno.EINVAL
+
+    def test_one_instance_a_task(self, both: Fixture) -> None:
+        both.traced(ALICE)
+        other = both.ready()
+        assert both.device.enable(other, ALICE, 0) == errno.EBUSY
+        assert both.device.enable(other, BOB, 0) == 0
+
+    def test_modes(self, linux: Fixture, gvisor: Fixture) -> None:
+        assert linux.device.enable(linux.ready(), ALICE, KCOV_TRACE_CMP) == ENOTSUPP
+        assert gvisor.device.enable(gvisor.ready(), ALICE, KCOV_TRACE_CMP) == errno.EOPNOTSUPP
+        for fixture in (linux, gvisor):
+            assert fixture.device.enable(fixture.ready(), ALICE, 2) == errno.EINVAL
+
+    def test_gvisor_reads_one_byte_of_the_mode(self, linux: Fixture, gvisor: Fixture) -> None:
+        assert linux.device.enable(linux.ready(), ALICE, 0x100) == errno.EINVAL
+        assert gvisor.device.enable(gvisor.ready(), ALICE, 0x100) == 0
+
+    def test_which_check_comes_first(self, linux: Fixture, gvisor: Fixture) -> None:
+        for fixture, expected in ((linux, errno.EBUSY), (gvisor, errno.EINVAL)):
+            fixture.traced(ALICE)
+            assert fixture.device.enable(fixture.ready(), ALICE, 7) == expected
+
+    def test_earlier_coverage_is_dropped_and_word_0_left_alone(self, both: Fixture) -> None:
+        kcov = both.ready()
+        both.write_count(kcov, 3)
+        both.coverage.covered += [1, 2]
+        assert both.device.enable(kcov, ALICE, 0) == 0
+        both.coverage.covered.append(9)
+        assert both.device.syscall_return(kcov, ALICE, 0) == 0
+        assert both.read(kcov) == [0, 0, 0, 9]
+
+
+class TestDisable:
+    def test_the_owner_alone_and_no_argument(self, both: Fixture) -> None:
+        kcov = both.traced()
+        assert both.device.disable(kcov, BOB, 0) == errno.EINVAL
+        assert both.device.disable(kcov, ALICE, 1) == errno.EINVAL
+        assert both.device.disable(kcov, ALICE, 0) == 0
+        assert kcov.mode is Mode.INIT
+        assert both.device.disable(kcov, ALICE, 0) == errno.EINVAL
+
+    def test_linux_keeps_the_area(self, linux: Fixture) -> None:
+        kcov = linux.traced()
+        area = kcov.area
+        assert linux.device.disable(kcov, ALICE, 0) == 0
+        assert kcov.area is area
+        assert linux.device.enable(kcov, BOB, 0) == 0
+
+    def test_gvisor_drops_the_area(self, gvisor: Fixture) -> None:
+        kcov = gvisor.traced()
+        first = gvisor.device.map(kcov, 4096, 0)
+        assert first[0] == errno.EINVAL
+        assert gvisor.device.disable(kcov, ALICE, 0) == 0
+        assert gvisor.device.enable(kcov, ALICE, 0) == errno.EINVAL
+        assert gvisor.device.map(kcov, 4096, 0)[0] == 0
+        assert gvisor.device.enable(kcov, ALICE, 0) == 0
+
+    def test_gvisor_gives_dropped_areas_back_once_unmapped(self, gvisor: Fixture) -> None:
+        kcov = gvisor.device.open()
+        assert gvisor.device.init_trace(kcov, WORDS) == 0
+        for mappings in (0, 1, 2, 0, 1):
+            assert gvisor.device.map(kcov, 4096, 0, mappings)[0] == 0
+            assert gvisor.region.areas_in_use == mappings + 1
+            assert gvisor.device.enable(kcov, ALICE, 0) == 0
+            assert gvisor.device.disable(kcov, ALICE, 0) == 0
+        gvisor.device.release(kcov)
+        assert gvisor.region.areas_in_use == 0
+
+
+class TestReturn:
+    def test_appends_after_what_is_there(self, both: Fixture) -> None:
+        kcov = both.traced()
+        both.coverage.covered += [10, 20]
+        assert both.device.syscall_return(kcov, ALICE, 0) == 0
+        both.coverage.covered += [20, 30]
+        assert both.device.syscall_return(kcov, ALICE, 0) == 0
+        assert both.device.syscall_return(kcov, ALICE, 0) == 0
+        assert both.read(kcov) == [10, 20, 20, 30]
+        assert both.device.totals.returns == 3
+        assert both.device.totals.appended == kcov.appended == 4
+        assert both.device.unique == {10, 20, 30}
+
+    def test_the_user_resets_word_0(self, both: Fixture) -> None:
+        kcov = both.traced()
+        both.coverage.covered += [1, 2, 3]
+        both.device.syscall_return(kcov, ALICE, 0)
+        both.write_count(kcov, 0)
+        both.coverage.covered += [4]
+        both.device.syscall_return(kcov, ALICE, 0)
+        assert both.read(kcov) == [4]
+
+    def test_a_full_area_keeps_what_fits_and_counts_the_rest(self, both: Fixture) -> None:
+        kcov = both.traced()
+        both.coverage.covered += range(1, WORDS + 100)
+        both.device.syscall_return(kcov, ALICE, 0)
+        assert both.read(kcov) == list(range(1, WORDS))
+        assert kcov.dropped == both.device.totals.dropped == 100
+        assert WORDS not in both.device.unique
+
+    @pytest.mark.parametrize("count", [WORDS - 1, WORDS, 2**31, 2**61 - 1, 2**63, 2**64 - 1])
+    def test_a_count_outside_writes_nothing(self, both: Fixture, count: int) -> None:
+        kcov = both.traced()
+        both.write_count(kcov, count)
+        both.coverage.covered += [5, 6]
+        assert both.device.syscall_return(kcov, ALICE, 0) == 0
+        assert kcov.area is not None
+        assert kcov.area.count == count
+        assert kcov.dropped == 2
+
+    def test_others_are_refused(self, both: Fixture) -> None:
+        kcov = both.traced()
+        both.coverage.covered.append(1)
+        assert both.device.syscall_return(kcov, BOB, 0) == errno.EINVAL
+        assert both.device.syscall_return(both.ready(), ALICE, 0) == errno.EINVAL
+        assert both.read(kcov) == []
+
+    def test_every_instance_is_given_everything(self, both: Fixture) -> None:
+        first, second = both.traced(ALICE), both.traced(BOB)
+        both.coverage.covered += [1, 2]
+        both.device.syscall_return(first, ALICE, 0)
+        both.coverage.covered += [3]
+        both.device.syscall_return(second, BOB, 0)
+        assert both.read(first) == [1, 2]
+        assert both.read(second) == [1, 2, 3]
+
+    def test_syscall_pcs_come_first(self) -> None:
+        fixture = Fixture(Personality.LINUX, syscall_pcs=True)
+        kcov = fixture.traced()
+        fixture.coverage.covered += [1]
+        fixture.device.syscall_return(kcov, ALICE, 3)
+        fixture.device.syscall_return(kcov, ALICE, 9)
+        fixture.device.syscall_return(kcov, ALICE, 2**64 - 1)
+        assert fixture.read(kcov) == [0xF003, 1, 0xF009]
+        fixture.region.close()
+
+
+class TestEnds:
+    def test_exit_frees_the_instance_for_others(self, both: Fixture) -> None:
+        kcov = both.traced()
+        assert both.device.task_exit(kcov, BOB) == 0
+        assert kcov.owner == ALICE
+        assert both.device.task_exit(kcov, ALICE) == 0
+        assert kcov.mode is Mode.INIT
+        assert both.device.enabled == 0
+        if both.device.personality is Personality.LINUX:
+            assert both.device.enable(kcov, BOB, 0) == 0
+
+    def test_release_while_enabled(self, both: Fixture) -> None:
+        kcov = both.traced()
+        assert both.device.release(kcov) == 0
+        assert both.region.areas_in_use == 0
+        assert both.device.instances == 0
+        assert both.device.enable(both.ready(), ALICE, 0) == 0
+
+    def test_ten_thousand_rounds_leave_nothing(self, both: Fixture) -> None:
+        free = both.region.bytes_free
+        for _ in range(10_000):
+            both.device.release(both.ready())
+        assert both.region.bytes_free == free
+        assert both.device.instances == 0
