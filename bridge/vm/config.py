@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a machine is made of, and QEMU's command line for it: pure functions of the two.
+
+Sockets are made before QEMU starts and their descriptors handed over, so that nothing races, no
+path lies in the file system, and nobody else can connect.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bridge.abi import VECTORS
+from bridge.errors import UsageError
+from bridge.targets import Endpoint
+from bridge.vm.accel import Accelerator
+from bridge.vm.network import netdev_option
+
+__all__ = ["DEFAULT_QEMU", "BackendFds", "MachineConfig", "paste_command", "qemu_command"]
+
+DEFAULT_QEMU = "qemu-system-x86_64"
+
+_CPU = {"kvm": "host", "tcg": "max,la57=off"}
+"""Five-level paging costs TCG a level on every walk and gives a small guest nothing."""
+
+_BOOT_SECONDS = {"kvm": 20.0, "tcg": 60.0}
+
+_KERNEL_ARGUMENTS = {"console": "ttyS0", "panic": "-1"}
+"""Needed to see the console, and to end (reboot at once, which ends QEMU) after a panic; given
+unless ``cmdline`` says otherwise."""
+
+_QCOW2_MAGIC = b"QFI\xfb"
+"""``docs/interop/qcow2.txt`` in QEMU."""
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """A virtual machine, as far as it is decided before it starts.
+
+    ``disk`` is a read-only image (virtio, ``/dev/vda``); ``image`` a user's own raw or qcow2 disk
+    (virtio as well), of which the guest gets a throw-away copy-on-write view: it is never written.
+    ``boot_timeout`` in seconds, None for the accelerator's default; ``cpu`` is QEMU's ``-cpu``,
+    None for the accelerator's default. ``ssh_port`` 0 takes a free port. ``sandbox`` False is for
+    a QEMU built without seccomp. Raises :class:`bridge.errors.UsageError` for what makes no sense.
+    """
+
+    accelerator: Accelerator
+    kernel: Path | None = None
+    initrd: Path | None = None
+    cmdline: str = ""
+    disk: Path | None = None
+    image: Path | None = None
+    memory_mib: int = 256
+    cpus: int = 1
+    cpu: str | None = None
+    endpoints: tuple[Endpoint, ...] = ()
+    network: bool = True
+    ssh_port: int = 0
+    boot_timeout: float | None = None
+    qemu: str = DEFAULT_QEMU
+    sandbox: bool = True
+    extra_args: tuple[str, ...] = ()
+    name: str = field(default="kcov-bridge")
+
+    def __post_init__(self) -> None:
+        if self.memory_mib < 32:
+            raise UsageError(f"{self.memory_mib} MiB of guest memory boot no kernel")
+        if self.cpus < 1:
+            raise UsageError(f"a machine with {self.cpus} processors makes no sense")
+        if self.initrd is not None and self.kernel is None:
+            raise UsageError("an initrd needs a kernel")
+        for what in ("kernel", "initrd", "disk", "image"):
+            path = getattr(self, what)
+            if path is not None and not path.is_file():
+                raise UsageError(f"the {what} {path} is not there, or is not a file")
+
+    @property
+    def boot_seconds(self) -> float:
+        """How long the guest may take to report that it is ready."""
+        if self.boot_timeout is not None:
+            return self.boot_timeout
+        return _BOOT_SECONDS[self.accelerator.name]
+
+    @property
+    def kernel_cmdline(self) -> str:
+        """``cmdline``, and what the bridge needs where it does not say otherwise."""
+        given = {word.partition("=")[0] for word in self.cmdline.split()}
+        needed = [f"{key}={value}" for key, value in _KERNEL_ARGUMENTS.items() if key not in given]
+        return " ".join([*needed, *self.cmdline.split()])
+
+
+@dataclass(frozen=True)
+class BackendFds:
+    """QEMU's ends of the socket pairs. ``doorbell`` None leaves the ivshmem device out."""
+
+    qmp: int
+    console: int
+    report: int
+    doorbell: int | None = None
+
+    @property
+    def all(self) -> tuple[int, ...]:
+        """What QEMU must inherit."""
+        fds = (self.qmp, self.console, self.report, self.doorbell)
+        return tuple(fd for fd in fds if fd is not None)
+
+
+def qemu_command(config: MachineConfig, fds: BackendFds) -> list[str]:
+    """The command that starts the machine with these backends. Reads the head of ``image``."""
+    chardevs = [
+        *("-chardev", f"socket,id=qmp,fd={fds.qmp}", "-mon", "chardev=qmp,mode=control"),
+        *("-chardev", f"socket,id=console,fd={fds.console}", "-serial", "chardev:console"),
+        *("-chardev", f"socket,id=report,fd={fds.report}", "-serial", "chardev:report"),
+    ]
+    if fds.doorbell is not None:
+        # master=on: without it the device forbids snapshots.
+        chardevs += ["-chardev", f"socket,id=kcov,fd={fds.doorbell}"]
+        chardevs += ["-device", f"ivshmem-doorbell,chardev=kcov,vectors={VECTORS},master=on"]
+    return [*_machine(config), *chardevs, *_disks(config), *_network(config), *config.extra_args]
+
+
+def paste_command(config: MachineConfig) -> str:
+    """The same machine for a person's shell: the console on the terminal, no kcov device."""
+    console = ["-serial", "mon:stdio", "-serial", "null"]
+    return shlex.join(
+        [*_machine(config), *console, *_disks(config), *_network(config), *config.extra_args]
+    )
+
+
+def _machine(config: MachineConfig) -> list[str]:
+    command = [
+        config.qemu,
+        *("-name", f"{_escaped(config.name)},debug-threads=on"),
+        *("-nodefaults", "-no-user-config", "-display", "none"),
+        # What a server has no use for costs boot time: every device is probed by the firmware.
+        *("-machine", "q35,hpet=off,sata=off,smbus=off,vmport=off,usb=off"),
+        *("-accel", config.accelerator.name),
+        *("-cpu", config.cpu or _CPU[config.accelerator.name]),
+        *("-m", str(config.memory_mib), "-smp", str(config.cpus)),
+        # A guest that panics, reboots or switches itself off ends QEMU, which tells why.
+        *("-action", "panic=shutdown,reboot=shutdown,shutdown=poweroff"),
+        *("-device", "pvpanic-pci", "-device", "virtio-rng-pci"),
+    ]
+    if config.sandbox:
+        # A relay is a child of QEMU's; without endpoints it never needs one.
+        spawn = "allow" if config.network and config.endpoints else "deny"
+        denied = "obsolete=deny,elevateprivileges=deny,resourcecontrol=deny"
+        command += ["-sandbox", f"on,{denied},spawn={spawn}"]
+    if config.kernel is not None:
+        command += ["-kernel", str(config.kernel), "-append", config.kernel_cmdline]
+    if config.initrd is not None:
+        command += ["-initrd", str(config.initrd)]
+    return command
+
+
+def _disks(config: MachineConfig) -> list[str]:
+    command: list[str] = []
+    if config.disk is not None:
+        drive = f"if=none,id=disk,format=raw,readonly=on,file={_escaped(config.disk)}"
+        command += ["-drive", drive, "-device", "virtio-blk-pci,drive=disk"]
+    if config.image is not None:
+        form = _image_format(config.image)
+        drive = f"if=none,id=image,format={form},snapshot=on,file={_escaped(config.image)}"
+        command += ["-drive", drive, "-device", "virtio-blk-pci,drive=image"]
+    return command
+
+
+def _network(config: MachineConfig) -> list[str]:
+    if not config.network:
+        return ["-nic", "none"]
+    return [
+        *("-netdev", netdev_option("net", config.endpoints, ssh_port=config.ssh_port)),
+        # An empty romfile: the firmware has no boot ROM to copy and to run.
+        *("-device", "virtio-net-pci,netdev=net,romfile="),
+    ]
+
+
+def _image_format(image: Path) -> str:
+    with image.open("rb") as file:
+        return "qcow2" if file.read(len(_QCOW2_MAGIC)) == _QCOW2_MAGIC else "raw"
+
+
+def _escaped(value: str | Path) -> str:
+    """A value inside one of QEMU's comma-separated options."""
+    return str(value).replace(",", ",,")

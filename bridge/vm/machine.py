@@ -1,0 +1,534 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A virtual machine from start to end: QEMU's process, its control connection, the guest's news.
+
+    with Machine(config, doorbell=server.qemu_socket, console_path=path) as machine:
+        machine.start()
+        ready = machine.wait_ready()
+        ...
+        machine.powerdown()
+
+The life of a machine is ``CREATED, STARTING, BOOTING, READY, STOPPING, CLOSED``; whenever QEMU or
+the guest ends unasked it is ``LOST``, and the reason is an error that :meth:`Machine.check` raises
+and every listener is given at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+import logging
+import shutil
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from qemu.qmp import Message
+
+from bridge.errors import (
+    BootTimeoutError,
+    BridgeError,
+    GuestLostError,
+    GuestPanicError,
+    GuestPoweredOffError,
+    GuestSetupError,
+    MissingDependencyError,
+    QemuError,
+    UsageError,
+)
+from bridge.vm.config import BackendFds, MachineConfig, paste_command, qemu_command
+from bridge.vm.console import ConsoleLog
+from bridge.vm.network import find_ssh_port
+from bridge.vm.process import Process, spawn
+from bridge.vm.qmp import EventLoopThread, Qmp
+from bridge.vm.report import Ready, ReportReader, Unhealthy
+
+__all__ = ["Ending", "LossListener", "Machine", "State"]
+
+logger = logging.getLogger(__name__)
+
+LossListener = Callable[[BridgeError], None]
+
+_GREETING_SECONDS = 30.0
+_QUIT_SECONDS = 5.0
+_DRAIN_SECONDS = 2.0
+_EVIDENCE_LINES = 25
+_EVENTS_KEPT = 256
+_READ_SIZE = 64 * 1024
+_DRAIN_CHUNKS = 64
+_WARNINGS = 10
+"""How often a guest may say that it is unhealthy before the log stops telling."""
+
+
+class State(enum.Enum):
+    """Where a machine is in its life."""
+
+    CREATED = "created"
+    STARTING = "starting"
+    BOOTING = "booting"
+    READY = "ready"
+    STOPPING = "stopping"
+    LOST = "lost"
+    CLOSED = "closed"
+
+
+class Ending(enum.Enum):
+    """Which of the ways to stop a machine it took."""
+
+    POWERDOWN = "powerdown"
+    QUIT = "quit"
+    KILL = "kill"
+    GONE = "gone"
+
+
+class Machine:
+    """One QEMU and the guest in it.
+
+    ``doorbell`` is the socket that QEMU's ivshmem device speaks to; it stays the caller's, who
+    must have sent the handshake before :meth:`start` and may close it afterwards.
+    ``console_path`` is where the console's output goes. All methods but the constructor and
+    :meth:`start` may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        *,
+        doorbell: socket.socket | None = None,
+        console_path: Path | None = None,
+    ) -> None:
+        self.config = config
+        self._doorbell = doorbell
+        self._console_path = console_path
+        self._changed = threading.Condition()
+        # All guarded by _changed:
+        self._state = State.CREATED
+        self._ready: Ready | None = None
+        self._unhealthy: Unhealthy | None = None
+        self._loss: BridgeError | None = None
+        self._listeners: dict[int, LossListener] = {}
+        self._next_listener = 0
+        self._events: deque[Message] = deque(maxlen=_EVENTS_KEPT)
+        # Set by start(), before another thread can know the machine:
+        self._started_at = 0.0
+        self._ssh_port: int | None = None
+        self._loop: EventLoopThread
+        self._qmp: Qmp
+        self._process: Process
+        self._console: ConsoleLog
+        self._console_socket: socket.socket
+        self._report_socket: socket.socket
+        self._stack = contextlib.ExitStack()
+        self._closing = threading.Lock()  # held by close(), so that the second caller waits
+        # The loop's thread only:
+        self._reports = ReportReader()
+        self._warnings = 0
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # What it is
+
+    @property
+    def state(self) -> State:
+        """Where it is in its life."""
+        with self._changed:
+            return self._state
+
+    @property
+    def loss(self) -> BridgeError | None:
+        """Why the machine was lost, None as long as it was not."""
+        with self._changed:
+            return self._loss
+
+    @property
+    def events(self) -> tuple[Message, ...]:
+        """The last events that QEMU told of."""
+        with self._changed:
+            return tuple(self._events)
+
+    @property
+    def ssh_port(self) -> int:
+        """The port of 127.0.0.1 that leads to the guest's sshd."""
+        if self._ssh_port is None:
+            raise UsageError("the machine has no network, or has not been started")
+        return self._ssh_port
+
+    @property
+    def pid(self) -> int:
+        """QEMU's process."""
+        self._require_started()
+        return self._process.pid
+
+    @property
+    def console(self) -> ConsoleLog:
+        """What the guest wrote to its console."""
+        self._require_started()
+        return self._console
+
+    @property
+    def ignored_reports(self) -> int:
+        """How many lines of the report channel were no report."""
+        return self._reports.ignored
+
+    # Its life
+
+    def start(self) -> None:
+        """Start QEMU; the guest boots when this returns.
+
+        Raises :class:`bridge.errors.MissingDependencyError` when QEMU is not there or lacks a
+        device, :class:`bridge.errors.UsageError` for an SSH port that is taken, and
+        :class:`bridge.errors.QemuError` when QEMU ends by itself; nothing is left running then.
+        """
+        if self.state is not State.CREATED:
+            raise UsageError("a machine is started once")
+        self._enter(State.STARTING)
+        try:
+            with contextlib.ExitStack() as stack:
+                self._start(stack)
+                self._stack = stack.pop_all()
+        except BaseException:
+            self._enter(State.CLOSED)
+            raise
+
+    def _start(self, stack: contextlib.ExitStack) -> None:
+        self._console = ConsoleLog(self._console_path)
+        stack.callback(self._console.close)
+        qmp, qemu_qmp = socket.socketpair()
+        console, qemu_console = socket.socketpair()
+        report, qemu_report = socket.socketpair()
+        ours, theirs = (qmp, console, report), (qemu_qmp, qemu_console, qemu_report)
+        for sock in (*ours, *theirs):
+            stack.callback(sock.close)
+        doorbell = self._doorbell.fileno() if self._doorbell is not None else None
+        fds = BackendFds(qemu_qmp.fileno(), qemu_console.fileno(), qemu_report.fileno(), doorbell)
+
+        self._loop = EventLoopThread(f"{self.config.name}-loop")
+        stack.callback(self._loop.stop)
+        self._qmp = Qmp(self._loop, self.config.name, self._on_event)
+        if shutil.which(self.config.qemu) is None:
+            raise MissingDependencyError(
+                f"QEMU ({self.config.qemu}) is not installed, or not an executable file",
+                hint="install it: the Debian package is qemu-system-x86",
+            )
+        self._started_at = time.monotonic()
+        self._process = spawn(
+            qemu_command(self.config, fds),
+            name="QEMU",
+            pass_fds=fds.all,
+            on_end=self._on_process_end,
+        )
+        stack.callback(self._process.kill)
+        # Only QEMU may hold its ends: its death must be the end of file on ours.
+        for sock in theirs:
+            sock.close()
+        self._console_socket, self._report_socket = console, report
+        for sock in (console, report):
+            sock.setblocking(False)
+            self._loop.watch(sock, functools.partial(self._read, sock))
+
+        stack.callback(self._qmp.disconnect)
+        try:
+            self._qmp.connect(qmp, _GREETING_SECONDS)
+            if self.config.network:
+                answer = self._qmp.execute(
+                    "human-monitor-command", {"command-line": "info usernet"}
+                )
+                self._ssh_port = find_ssh_port(str(answer))
+        except QemuError as error:
+            raise self._why_it_did_not_start(error) from error
+        self._enter(State.BOOTING)
+        if not self._process.running:
+            # It ended between its greeting and the line above, when nobody was to be told yet.
+            self._lose(self._why_it_ended())
+
+    def wait_ready(self, timeout: float | None = None) -> Ready:
+        """Wait until the guest's agent reports that the guest is ready.
+
+        ``timeout`` in seconds; None for the config's. Raises
+        :class:`bridge.errors.BootTimeoutError` with the end of the console,
+        :class:`bridge.errors.GuestSetupError` when the agent reports that something failed, and at
+        once what :meth:`check` raises when the machine is lost meanwhile.
+        """
+        seconds = self.config.boot_seconds if timeout is None else timeout
+        deadline = self._started_at + seconds if timeout is None else time.monotonic() + seconds
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._ready or self._unhealthy or self._loss or self._state is State.CLOSED,
+                max(0.0, deadline - time.monotonic()),
+            )
+            ready, unhealthy = self._ready, self._unhealthy
+        if ready is not None and self.state is State.READY:
+            return ready
+        self.check()
+        if unhealthy is not None:
+            raise GuestSetupError(
+                f"the guest could not be set up: {unhealthy.what}: {unhealthy.why}",
+                evidence=self._console.tail(_EVIDENCE_LINES),
+            )
+        accelerator = self.config.accelerator
+        raise BootTimeoutError(
+            f"the guest was not ready after {seconds:g} s under {accelerator.name}",
+            evidence=self._console.tail(_EVIDENCE_LINES) or "(the console is empty)",
+            hint="allow it more time, or use the accelerator tcg"
+            if accelerator.name == "kvm"
+            else "allow it more time, or look at the console for what it waits for",
+        )
+
+    def check(self) -> None:
+        """Raise the reason if the machine was lost; return if it was not.
+
+        Raises :class:`bridge.errors.GuestPanicError`, :class:`bridge.errors.GuestPoweredOffError`,
+        :class:`bridge.errors.GuestLostError` (QEMU ended while the guest was ready) or
+        :class:`bridge.errors.QemuError` (QEMU ended before), and
+        :class:`bridge.errors.UsageError` for a machine that is not started or is closed.
+        """
+        with self._changed:
+            loss, state = self._loss, self._state
+        if loss is not None:
+            # A fresh one for each caller: a raised exception carries its traceback.
+            raise type(loss)(loss.message, evidence=loss.evidence, hint=loss.hint)
+        if state in (State.CREATED, State.CLOSED):
+            raise UsageError(f"the machine is {state.value}")
+
+    def add_loss_listener(self, listener: LossListener) -> Callable[[], None]:
+        """Have ``listener`` called with the reason when the machine is lost; at once if it was.
+
+        It is called once, on another thread, and must not block. Returns a function that takes
+        the listener away again.
+        """
+        with self._changed:
+            key = self._next_listener
+            self._next_listener += 1
+            self._listeners[key] = listener
+            loss = self._loss
+            if loss is not None:
+                del self._listeners[key]
+        if loss is not None:
+            listener(loss)
+
+        def remove() -> None:
+            with self._changed:
+                self._listeners.pop(key, None)
+
+        return remove
+
+    def execute(
+        self, command: str, arguments: dict[str, object] | None = None, *, timeout: float = 10.0
+    ) -> object:
+        """Execute a QMP command. Raises what :meth:`check` raises, and QemuError if refused."""
+        self.check()
+        self._require_started()
+        try:
+            return self._qmp.execute(command, arguments, timeout=timeout)
+        except QemuError:
+            self.check()
+            raise
+
+    def powerdown(self, timeout: float = 15.0) -> Ending:
+        """Stop the machine the kindest way that works; says which it was.
+
+        A ready guest is asked to switch itself off and has ``timeout`` seconds for it; then, or
+        else, QEMU is told to quit; in the end it is killed.
+        """
+        with self._changed:
+            state = self._state
+            if state in (State.CREATED, State.CLOSED):
+                return Ending.GONE
+            if state is not State.LOST:
+                self._set_state(State.STOPPING)
+        if not self._process.running:
+            return Ending.GONE
+        if state is State.READY and self._tell("system_powerdown") and self._process.wait(timeout):
+            return Ending.POWERDOWN
+        return self._quit()
+
+    def _quit(self) -> Ending:
+        if self._tell("quit") and self._process.wait(_QUIT_SECONDS):
+            return Ending.QUIT
+        self._process.kill()
+        return Ending.KILL
+
+    def _tell(self, command: str) -> bool:
+        try:
+            self._qmp.execute(command, timeout=2.0)
+        except QemuError as error:
+            logger.debug("%s", error)
+            # QEMU may have ended faster than it answered, which is what was wanted.
+            return self._process.wait(0.1)
+        return True
+
+    def close(self) -> None:
+        """End QEMU and release everything. Safe to call at any time, more than once."""
+        with self._closing:
+            if self.state is State.CLOSED:
+                return
+            with self._changed:
+                started = self._state is not State.CREATED
+                if self._state is not State.LOST:
+                    self._set_state(State.STOPPING)
+            try:
+                if started and self._process.running:
+                    self._quit()
+            finally:
+                try:
+                    self._stack.close()
+                finally:
+                    self._enter(State.CLOSED)
+
+    # One setter for the state
+
+    def _enter(self, state: State) -> None:
+        with self._changed:
+            self._set_state(state)
+
+    def _set_state(self, state: State) -> None:
+        """Must be called with _changed held."""
+        if state is not self._state:
+            logger.debug("%s: %s -> %s", self.config.name, self._state.value, state.value)
+            self._state = state
+            self._changed.notify_all()
+
+    def _require_started(self) -> None:
+        if not hasattr(self, "_process"):
+            raise UsageError("the machine has not been started")
+
+    # News, on the loop's thread
+
+    def _read(self, sock: socket.socket) -> bool:
+        """Take what the guest sent, a chunk at most; whether there may be more."""
+        try:
+            chunk = sock.recv(_READ_SIZE)
+        except BlockingIOError:
+            return False
+        except OSError:
+            chunk = b""
+        if not chunk:
+            self._loop.unwatch(sock)
+            return False
+        if sock is self._console_socket:
+            self._console.feed(chunk)
+        else:
+            self._on_report(chunk)
+        return True
+
+    def _drain(self, sock: socket.socket) -> None:
+        # A guest that never stops writing does not keep the loop.
+        for _ in range(_DRAIN_CHUNKS):
+            if not self._read(sock):
+                break
+
+    def _on_report(self, chunk: bytes) -> None:
+        for report in self._reports.feed(chunk):
+            with self._changed:
+                if isinstance(report, Ready):
+                    if self._ready is None:
+                        seconds = time.monotonic() - self._started_at
+                        self._ready = replace(report, boot_seconds=seconds)
+                    self._unhealthy = None
+                    if self._state is State.BOOTING:
+                        self._set_state(State.READY)
+                else:
+                    self._unhealthy = report
+                    if self._warnings < _WARNINGS:
+                        self._warnings += 1
+                        logger.warning("the guest reports: %s: %s", report.what, report.why)
+                self._changed.notify_all()
+
+    def _on_event(self, event: Message) -> None:
+        name, data = str(event["event"]), event.get("data")
+        data = data if isinstance(data, dict) else {}
+        logger.debug("QEMU's event %s %s", name, data)
+        with self._changed:
+            self._events.append(event)
+        if name not in ("GUEST_PANICKED", "SHUTDOWN"):
+            return
+        # The guest's last words are in the socket by now, and say what the event does not.
+        self._drain(self._console_socket)
+        reason = data.get("reason")
+        if name == "GUEST_PANICKED" or reason == "guest-panic" or self._console.panic is not None:
+            cause = self._console.panic or "the console does not say why"
+            error: BridgeError = GuestPanicError(f"the guest kernel panicked: {cause}")
+        elif data.get("guest") is True:
+            what = "was reset" if reason == "guest-reset" else "was switched off"
+            error = GuestPoweredOffError(f"the guest {what} from inside")
+        else:
+            return  # by QMP or a signal: the end of the process tells how
+        error.evidence = self._console.tail(_EVIDENCE_LINES)
+        self._lose(error)
+
+    def _on_process_end(self, process: Process) -> None:
+        async def tell() -> None:
+            # QEMU's last events explain its end, so they come first.
+            await self._qmp.drained(_DRAIN_SECONDS)
+            self._drain(self._console_socket)
+            self._drain(self._report_socket)
+            self._lose(self._why_it_ended())
+
+        with self._changed:
+            if self._state in (State.STARTING, State.STOPPING, State.CLOSED, State.LOST):
+                return
+        with contextlib.suppress(RuntimeError):  # the loop was stopped: close() is at work
+            self._loop.submit(tell())
+
+    def _lose(self, error: BridgeError) -> None:
+        with self._changed:
+            if self._state not in (State.BOOTING, State.READY):
+                return
+            self._loss = error
+            self._set_state(State.LOST)
+            listeners = list(self._listeners.values())
+            self._listeners.clear()
+        logger.debug("%s: lost: %s", self.config.name, error.message)
+        for listener in listeners:
+            try:
+                listener(error)
+            except Exception:
+                logger.exception("a listener to the machine's loss failed")
+
+    def _why_it_ended(self) -> BridgeError:
+        process = self._process
+        evidence = process.stderr_text or self._console.tail(_EVIDENCE_LINES)
+        if self.state is State.READY:
+            return GuestLostError(f"QEMU {process.how_it_ended}", evidence=evidence)
+        return QemuError(
+            f"QEMU {process.how_it_ended} while the guest booted",
+            evidence=f"{evidence}\n{self._by_hand}",
+            hint="the last line starts the same machine by hand",
+        )
+
+    @property
+    def _by_hand(self) -> str:
+        return f"$ {paste_command(self.config)}"
+
+    def _why_it_did_not_start(self, error: QemuError) -> BridgeError:
+        if not self._process.wait(_DRAIN_SECONDS):
+            return error
+        said = self._process.stderr_text
+        if self.config.ssh_port and "Could not set up host forwarding rule" in said:
+            return UsageError(
+                f"the SSH port {self.config.ssh_port} is taken",
+                evidence=said,
+                hint="choose another, or none to have a free one chosen",
+            )
+        if "is not a valid device model name" in said and not self.config.extra_args:
+            return MissingDependencyError(
+                "this QEMU lacks a device that the machine is made of",
+                evidence=said,
+                hint="install a complete QEMU, 7.2 or newer",
+            )
+        hint = "the last line starts the same machine by hand"
+        if "cannot set up guest memory" in said:
+            hint = f"this machine has no {self.config.memory_mib} MiB to give to a guest"
+        elif self.config.sandbox and "-sandbox" in said:
+            hint = "this QEMU has no seccomp sandbox: switch it off in the settings"
+        return QemuError(
+            f"QEMU {self._process.how_it_ended}", evidence=f"{said}\n{self._by_hand}", hint=hint
+        )

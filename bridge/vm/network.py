@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guest's network: QEMU's user network, closed but for SSH and the targets.
+
+``restrict=on`` cuts the guest off from the host and from the world. Open are only
+
+* a port of 127.0.0.1 on the host, forwarded to the guest's sshd, and
+* for each endpoint of a target, ``TARGET_ADDRESS:guest_port`` in the guest, for which QEMU starts
+  :mod:`bridge.vm.relay` once per connection; that connects to ``127.0.0.1:host_port``.
+
+QEMU can forward a guest's connection to a chardev as well, without a program between; but a
+chardev is one connection for the life of the VM, so a second client, or a second mount after the
+first, would find it taken.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bridge.errors import QemuError, UsageError
+from bridge.targets import Endpoint
+
+__all__ = [
+    "GUEST_ADDRESS",
+    "LOCALHOST",
+    "SSH_GUEST_PORT",
+    "TARGET_ADDRESS",
+    "find_ssh_port",
+    "netdev_option",
+]
+
+LOCALHOST = "127.0.0.1"
+
+GUEST_ADDRESS = "10.0.2.15"
+"""The guest's own address in QEMU's user network; the image's agent sets it."""
+
+TARGET_ADDRESS = "10.0.2.100"
+"""Where the guest finds the targets: an address of QEMU's user network that is nothing else
+there (.2 is the host, .3 the name server, .4 the file server, .15 and up the guests)."""
+
+SSH_GUEST_PORT = 22
+
+_RELAY = Path(__file__).with_name("relay.py")
+_HOST_FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+(\S+)\s+(\d+)\s+(\S+)\s+(\d+)")
+
+
+def relay_command(endpoint: Endpoint) -> list[str]:
+    """What QEMU runs for a connection to an endpoint."""
+    return [sys.executable, "-I", "-S", str(_RELAY), str(endpoint.host_port)]
+
+
+def netdev_option(
+    name: str, endpoints: Sequence[Endpoint] = (), *, ssh_port: int = 0, ssh: bool = True
+) -> str:
+    """The value of QEMU's ``-netdev`` for a network called ``name``.
+
+    ``ssh_port`` 0 lets the kernel choose a free port, which :func:`find_ssh_port` finds out.
+    Raises :class:`bridge.errors.UsageError` for an impossible port, and for two endpoints at one
+    guest port.
+    """
+    parts = [f"user,id={name},restrict=on,ipv6=off"]
+    if ssh:
+        _check_port("the SSH port", ssh_port, lowest=0)
+        parts.append(f"hostfwd=tcp:{LOCALHOST}:{ssh_port}-{GUEST_ADDRESS}:{SSH_GUEST_PORT}")
+    taken: dict[int, Endpoint] = {}
+    for endpoint in endpoints:
+        _check_port(f"the guest port of endpoint {endpoint.name!r}", endpoint.guest_port)
+        _check_port(f"the host port of endpoint {endpoint.name!r}", endpoint.host_port)
+        if other := taken.get(endpoint.guest_port):
+            raise UsageError(
+                f"the endpoints {other.name!r} and {endpoint.name!r} both want guest port "
+                f"{endpoint.guest_port}"
+            )
+        taken[endpoint.guest_port] = endpoint
+        command = shlex.join(relay_command(endpoint)).replace(",", ",,")
+        parts.append(f"guestfwd=tcp:{TARGET_ADDRESS}:{endpoint.guest_port}-cmd:{command}")
+    return ",".join(parts)
+
+
+def _check_port(what: str, port: int, *, lowest: int = 1) -> None:
+    if not lowest <= port <= 65535:
+        raise UsageError(f"{what} is {port}", hint=f"a port lies in {lowest}-65535")
+
+
+def find_ssh_port(info_usernet: str) -> int:
+    """The host's port for SSH, from the answer to QEMU's ``info usernet``.
+
+    Raises :class:`bridge.errors.QemuError` when it tells of none.
+    """
+    for address, port, _, guest_port in _HOST_FORWARD.findall(info_usernet):
+        if address == LOCALHOST and int(guest_port) == SSH_GUEST_PORT:
+            return int(port)
+    raise QemuError("QEMU does not tell which port it forwards to SSH", evidence=info_usernet)

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QMP for threads: qemu.qmp's asyncio client on an event loop that has a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from qemu.qmp import (
+    ConnectError,
+    ExecInterruptedError,
+    ExecuteError,
+    Message,
+    QMPClient,
+    QMPError,
+    Runstate,
+)
+
+from bridge.errors import QemuError
+
+__all__ = ["COMMAND_SECONDS", "EventLoopThread", "Qmp"]
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+COMMAND_SECONDS = 10.0
+"""How long QEMU may take for a command; it answers from its main loop, in microseconds."""
+
+_wire = logger.getChild("wire")
+# The library logs what it raises as well; a failure is reported once, by whoever catches it.
+_wire.setLevel(logging.CRITICAL)
+
+
+class EventLoopThread:
+    """An asyncio event loop that runs on a thread until :meth:`stop`."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine on the loop; any thread may call. Raises RuntimeError when stopped."""
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError:
+            coroutine.close()
+            raise
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the loop and wait for it; an interrupted wait cancels it."""
+        future = self.submit(coroutine)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def watch(self, sock: socket.socket, callback: Callable[[], object]) -> None:
+        """Call back on the loop whenever the socket can be read."""
+        self._loop.call_soon_threadsafe(self._loop.add_reader, sock, callback)
+
+    def unwatch(self, sock: socket.socket) -> None:
+        """Stop watching a socket; on the loop's own thread only."""
+        self._loop.remove_reader(sock)
+
+    def stop(self) -> None:
+        """Cancel what runs, end the thread. Safe to call twice."""
+        if not self._thread.is_alive():
+            return
+        self.submit(self._cancel_all()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    @staticmethod
+    async def _cancel_all() -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+
+class Qmp:
+    """A QMP connection over a connected socket, which it owns from then on.
+
+    ``on_event`` is called on the loop's thread with each event, in order, before the answer to
+    any later command. Methods are for other threads.
+    """
+
+    def __init__(
+        self, loop: EventLoopThread, name: str, on_event: Callable[[Message], None]
+    ) -> None:
+        self._loop = loop
+        self._client = QMPClient(name)
+        self._client.logger = _wire
+
+        def observe(event: Message) -> bool:
+            on_event(event)
+            return False
+
+        # A filter that lets nothing through: the library's own queue and history never end.
+        self._client.events.event_filter = observe
+
+    def connect(self, sock: socket.socket, timeout: float) -> None:
+        """Wait for QEMU's greeting, at most ``timeout`` seconds, and agree on capabilities.
+
+        Raises :class:`bridge.errors.QemuError`.
+        """
+
+        async def connect() -> None:
+            await asyncio.wait_for(self._client.connect(sock), timeout)
+
+        try:
+            self._loop.run(connect())
+        except TimeoutError as error:
+            raise QemuError(f"QEMU says nothing on its control socket for {timeout:g} s") from error
+        except ConnectError as error:
+            raise QemuError(f"QEMU closed its control socket: {error}") from error
+
+    def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        timeout: float = COMMAND_SECONDS,
+    ) -> object:
+        """Execute a QMP command and return its value.
+
+        Raises :class:`bridge.errors.QemuError` when QEMU refuses, ends, or does not answer within
+        ``timeout`` seconds.
+        """
+
+        async def execute() -> object:
+            return await asyncio.wait_for(self._client.execute(command, arguments), timeout)
+
+        try:
+            return self._loop.run(execute())
+        except TimeoutError as error:
+            raise QemuError(f"QEMU does not answer to {command!r} within {timeout:g} s") from error
+        except ExecuteError as error:
+            raise QemuError(f"QEMU refuses {command!r}: {error}") from error
+        except (ExecInterruptedError, QMPError) as error:
+            raise QemuError(f"QEMU ended before it answered to {command!r}") from error
+
+    async def drained(self, timeout: float) -> None:
+        """On the loop: wait until everything that an ended QEMU had sent has been read."""
+
+        async def drain() -> None:
+            while self._client.runstate in (Runstate.CONNECTING, Runstate.RUNNING):
+                await self._client.runstate_changed()
+
+        try:
+            await asyncio.wait_for(drain(), timeout)
+        except TimeoutError:
+            logger.debug("the control socket stayed open after QEMU's end")
+
+    def disconnect(self) -> None:
+        """Close the connection. Safe to call on one that is closed, broken or was never open."""
+
+        async def disconnect() -> None:
+            try:
+                await self._client.disconnect()
+            except (QMPError, EOFError, OSError) as error:
+                # How the connection had ended before: no news by now.
+                logger.debug("the control connection had ended: %r", error)
+
+        self._loop.run(disconnect())
