@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Targets by name: those that come with the bridge, and anyone's own as ``module:Class``.
+
+A target of your own is a class (or any callable) in a module that Python finds, in the working
+directory too. It is called with one argument, the setting ``target_dir`` (a
+:class:`pathlib.Path` or ``None``), and what it returns keeps the protocol
+:class:`bridge.targets.Target`. Its module must not import the code under test at the top: import
+it in ``start()``, when the measurement is on.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from bridge.errors import TargetError, UsageError
+from bridge.targets import Target
+from bridge.targets.none import NoTarget
+from bridge.targets.plan9 import Plan9Target
+
+__all__ = ["create", "names"]
+
+_BUILT_IN: dict[str, Callable[[Path | None], Target]] = {
+    "plan9": Plan9Target,
+    "none": NoTarget,
+}
+
+_MEMBERS = (
+    "name",
+    "packages",
+    "start",
+    "endpoints",
+    "guest_modules",
+    "guest_setup",
+    "guest_teardown",
+    "stop",
+)
+
+
+def names() -> tuple[str, ...]:
+    """The names of the targets that come with the bridge."""
+    return tuple(_BUILT_IN)
+
+
+def create(name: str, directory: Path | None = None) -> Target:
+    """Make the target of this name, not yet started.
+
+    Raises :class:`UsageError` for a name that stands for nothing, and :class:`TargetError` where
+    the code behind it raises or what it makes is no target.
+    """
+    if ":" in name:
+        return _own(name, directory)
+    try:
+        factory = _BUILT_IN[name]
+    except KeyError:
+        near = difflib.get_close_matches(name, _BUILT_IN, n=1)
+        raise UsageError(
+            f"there is no target {name}",
+            hint=(f"did you mean {near[0]}? " if near else "")
+            + f"there are {', '.join(_BUILT_IN)}, and module:Class of your own",
+        ) from None
+    return factory(directory)
+
+
+def _own(name: str, directory: Path | None) -> Target:
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise UsageError(f"target {name} is not written as module:Class")
+    # An installed command does not look into the working directory by itself. Last, so that
+    # nothing there hides a module of someone else.
+    here = os.getcwd()  # noqa: PTH109
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise _broken(name, error) from error
+        raise UsageError(
+            f"target {name}: there is no module {error.name}",
+            hint="it is looked for in the working directory and in this Python's packages",
+        ) from error
+    except Exception as error:
+        raise _broken(name, error) from error
+    factory: Any = module
+    for part in attribute.split("."):
+        factory = getattr(factory, part, None)
+    if not callable(factory):
+        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
+        near = difflib.get_close_matches(attribute, classes, n=1)
+        raise UsageError(
+            f"target {name}: module {module_name} has no class {attribute}",
+            hint=f"did you mean {near[0]}?" if near else "",
+        )
+    try:
+        target = factory(directory)
+    except (TargetError, UsageError):
+        raise
+    except Exception as error:
+        raise _broken(name, error) from error
+    # dir() rather than hasattr(): a property such as endpoints is valid only after start().
+    present = dir(target)
+    missing = [member for member in _MEMBERS if member not in present]
+    if missing:
+        raise TargetError(
+            f"target {name} is no target: it lacks {', '.join(missing)}",
+            hint="the protocol bridge.targets.Target says what each is",
+        )
+    packages = target.packages
+    if not isinstance(packages, tuple) or not all(isinstance(each, str) for each in packages):
+        raise TargetError(
+            f"target {name}: packages is {packages!r}",
+            hint='a tuple of package names is needed, such as ("mypackage",)',
+        )
+    return cast(Target, target)
+
+
+def _broken(name: str, error: Exception) -> TargetError:
+    return TargetError(
+        f"target {name} raised {type(error).__name__} while it was made",
+        evidence="".join(traceback.format_exception(error)),
+    )
