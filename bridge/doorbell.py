@@ -211,8 +211,8 @@ class Doorbell(Generic[C]):
                     if self._busy_ns:
                         awake_until = clock() + self._busy_ns
                 elif self._busy_ns and clock() < awake_until:
-                    # Awake, but the GIL belongs to the target.
-                    time.sleep(0)
+                    # Awake, but the target may have the GIL; time.sleep(0) would cost a timer.
+                    epoll.poll(0)
                 else:
                     self._doze(epoll, last)
 

@@ -82,6 +82,9 @@ class Coverage(Protocol[C]):
     def collect(self, cursor: C) -> Sequence[int]:
         """What was covered since the cursor's last collect, each block once."""
 
+    def close_cursor(self, cursor: C) -> None:
+        """The cursor is not used any more."""
+
 
 @dataclass(slots=True)
 class Totals:
@@ -285,6 +288,8 @@ class Device(Generic[C]):
         """Back to INIT, without an owner."""
         if kcov.owner is not None:
             del self._owners[kcov.owner]
+        if kcov.cursor is not None:
+            self._coverage.close_cursor(kcov.cursor)
         kcov.owner = None
         kcov.cursor = None
         kcov.mode = Mode.INIT

@@ -43,6 +43,9 @@ class Counting:
         self.next += 1
         return [self.next]
 
+    def close_cursor(self, cursor: int) -> None:
+        assert cursor == 0
+
 
 class FakeGuest:
     """What the module does, over a mapping of its own of the same memory."""

@@ -28,14 +28,19 @@ class ListCoverage:
 
     def __init__(self) -> None:
         self.covered: list[int] = []
+        self.cursors: list[list[int]] = []
 
     def open_cursor(self) -> list[int]:
-        return [len(self.covered)]
+        self.cursors.append([len(self.covered)])
+        return self.cursors[-1]
 
     def collect(self, cursor: list[int]) -> Sequence[int]:
         news = self.covered[cursor[0] :]
         cursor[0] = len(self.covered)
         return news
+
+    def close_cursor(self, cursor: list[int]) -> None:
+        self.cursors.remove(cursor)
 
 
 class Fixture:
@@ -321,6 +326,7 @@ class TestEnds:
         assert both.device.release(kcov) == 0
         assert both.region.areas_in_use == 0
         assert both.device.instances == 0
+        assert both.coverage.cursors == []
         assert both.device.enable(both.ready(), ALICE, 0) == 0
 
     def test_ten_thousand_rounds_leave_nothing(self, both: Fixture) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 
@@ -67,7 +68,7 @@ def test_areas_fill_the_region_and_come_back(region: Region) -> None:
     spans = sorted((area.offset, area.offset + area.bytes) for area in areas)
     assert spans[0][0] >= AREAS_OFFSET
     assert spans[-1][1] <= region.size
-    assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
     for area in areas[::2] + areas[1::2]:
         region.free(area)
     assert region.bytes_free == free
@@ -152,7 +153,7 @@ def test_any_order_of_taking_and_giving_back(steps: list[tuple[bool, int]]) -> N
                 region.free(held.pop(number % len(held)))
             assert region.bytes_free + sum(area.bytes for area in held) == whole
             spans = sorted((area.offset, area.offset + area.bytes) for area in held)
-            assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+            assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
         for area in held:
             region.free(area)
         assert region.allocate(whole // WORD) is not None
