@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who has been given which block: sources are consumed once, but every instance gets every block.
+
+Consuming a source clears it, so what one kcov instance fetches would be lost to the others that
+are enabled. The ledger keeps each covered block in the order in which it was last covered, and each
+instance has a cursor into that order: its news are the blocks behind the cursor. This costs nothing
+for the instances that do not ask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from bridge.sources import PC, Source
+
+__all__ = ["Cursor", "Ledger"]
+
+
+class Cursor:
+    """What one reader has been given so far; made by :meth:`Ledger.open_cursor`."""
+
+    __slots__ = ("_sequence",)
+
+    def __init__(self, sequence: int) -> None:
+        self._sequence = sequence
+
+
+class Ledger:
+    """Hands the blocks of several sources to several readers, each block once to each.
+
+    Not thread-safe: it is used on the doorbell thread only.
+
+    Blocks come in the order in which they were last covered. Memory is bounded by the number of
+    different blocks, however long a reader does not ask; with a single open cursor that asks
+    after each drain nothing is kept at all.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources = tuple(sources)
+        # Covered blocks that some open cursor has not been given, last covered last, with the
+        # number of that event.
+        self._covered: dict[PC, int] = {}
+        self._sequence = 0
+        self._cursors: set[Cursor] = set()
+
+    def open_cursor(self) -> Cursor:
+        """A new reader, who is given what is covered from now on and nothing of before.
+
+        Raises what a source's ``consume`` raises.
+        """
+        self.drain()
+        cursor = Cursor(self._sequence)
+        self._cursors.add(cursor)
+        return cursor
+
+    def close_cursor(self, cursor: Cursor) -> None:
+        """Forget a reader; allowed more than once."""
+        self._cursors.discard(cursor)
+        if not self._cursors:
+            self._covered.clear()
+
+    def drain(self) -> None:
+        """Consume the sources and keep what they give for the open cursors.
+
+        Raises what a source's ``consume`` raises; nothing consumed before is lost.
+        """
+        for source in self._sources:
+            self._keep(source.consume())
+
+    def collect(self, cursor: Cursor) -> list[PC]:
+        """Consume the sources; what was covered since this cursor last asked, each block once.
+
+        Raises what a source's ``consume`` raises (nothing consumed before is lost), and
+        ValueError for a cursor that is not open.
+        """
+        if cursor not in self._cursors:
+            raise ValueError("the cursor is not open")
+        if len(self._cursors) == 1 and not self._covered:
+            return self._collect_alone()
+        self.drain()
+        last = cursor._sequence
+        cursor._sequence = self._sequence
+        news = []
+        for pc, sequence in reversed(self._covered.items()):
+            if sequence <= last:
+                break
+            news.append(pc)
+        news.reverse()
+        if len(self._cursors) == 1:
+            self._covered.clear()
+        return news
+
+    def _collect_alone(self) -> list[PC]:
+        """With one reader who is up to date, what is consumed is what is new."""
+        if len(self._sources) == 1:
+            return list(self._sources[0].consume())
+        news: dict[PC, None] = {}
+        try:
+            for source in self._sources:
+                for pc in source.consume():
+                    news.pop(pc, None)
+                    news[pc] = None
+        except BaseException:
+            self._keep(news)
+            raise
+        return list(news)
+
+    def _keep(self, pcs: Iterable[PC]) -> None:
+        if not self._cursors:
+            return
+        covered = self._covered
+        sequence = self._sequence
+        for pc in pcs:
+            sequence += 1
+            covered.pop(pc, None)
+            covered[pc] = sequence
+        self._sequence = sequence

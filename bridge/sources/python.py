@@ -1,0 +1,532 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Coverage of Python code, measured by coverage.py and handed over as it happens.
+
+coverage.py collects the lines of each file in a set, and offers that data whole, through a
+database: hundreds of microseconds for each look. A kcov device looks at every system call return.
+So this source reads the collector's sets themselves and empties them as it goes, and puts all lines
+back at the end, so that coverage.py writes the very file that it would have written alone.
+
+What makes this sound (all of it is tried out before the first use, see ``_try_out``):
+
+* With the C tracer (``core = ctrace``, also where another core is the default) the collector's
+  ``data`` maps a file name to the set of its lines. A frame looks its set up when it is entered,
+  keeps a reference, and adds to it at each line.
+* A set is emptied in place, by two calls that the interpreter lock makes atomic: copy, then
+  subtract the copy. A line that is added between the two stays; one that is executed again
+  between the two is in the copy.
+* A set that no frame refers to is taken out of ``data``, so that a look costs what is new and what
+  is running, not what ever ran. Should a frame take the set between the look at its reference
+  count and its removal, the removal finds out, and the set is kept and emptied beside ``data``
+  until the frame is gone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import importlib.machinery
+import logging
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from sys import getrefcount
+from typing import Any, ClassVar, Final
+
+import coverage
+from coverage.exceptions import CoverageException
+
+from bridge.errors import SourceError
+from bridge.sources import PC
+from bridge.sources.pcs import BlockTable
+
+__all__ = ["PythonSource"]
+
+_LineSets = dict[str, set[int]]
+
+# What coverage.py calls an importable source file (coverage/files.py, find_python_files): files
+# with other characters in their name are left by editors.
+_SOURCE_NAME: Final = re.compile(r"[^.#~!$@%^&*()+=,]+\.pyw?")
+
+# Warnings of coverage.py that say nothing here: imported before is our own warning, and a target
+# that was never reached is no fault of the measurement.
+_QUIET: Final = [
+    "already-imported",
+    "module-not-imported",
+    "module-not-measured",
+    "module-not-python",
+    "no-ctracer",
+    "no-data-collected",
+]
+
+_REINSTALL: Final = "install coverage.py 7.10 or later from a wheel, which has the C tracer"
+
+_log = logging.getLogger(__name__)
+
+
+class PythonSource:
+    """The lines that run in some packages of this process, as basic blocks.
+
+    One source covers any number of packages; only one can be running in a process, because
+    coverage.py measures for the one started last only. It stacks on a coverage.py that measures
+    already: that one is paused from :meth:`start` to :meth:`stop`.
+
+    The life: made, started, stopped; then done. :meth:`consume` may be called on any thread, and
+    also after :meth:`stop`, when it gives what was not consumed before.
+    """
+
+    # The source that is running in this process; under _running_lock.
+    _running: ClassVar[PythonSource | None] = None
+    _running_lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, packages: Sequence[str], *, data_file: Path, name: str = "python") -> None:
+        """Cover ``packages`` (dotted names of packages or modules) and what is below them.
+
+        ``data_file`` is where :meth:`stop` writes coverage.py's data, replacing what is there.
+        """
+        self.name = name
+        self.packages = tuple(packages)
+        self.data_file = Path(data_file)
+        self._table = BlockTable()
+        self._sources: dict[str, str] = {}
+        """Names in the table, by the canonical path that coverage.py uses."""
+        self._roots: list[tuple[str, str]] = []
+        self._coverage: coverage.Coverage | None = None
+        self._started = False
+        # All below is under _lock: consume() and stop() may come from different threads.
+        self._lock = threading.Lock()
+        self._tap: _LineTap | None = None
+        self._line_pcs: dict[str, list[PC] | None] = {}
+        self._covered: set[PC] = set()
+        self._rest: list[PC] = []
+
+    @property
+    def table(self) -> BlockTable:
+        """The blocks of all files of the packages; empty before :meth:`start`."""
+        return self._table
+
+    @property
+    def blocks_total(self) -> int:
+        """The blocks of all files of the packages, run or not, that can be parsed."""
+        return len(self._table)
+
+    @property
+    def blocks_covered(self) -> int:
+        """How many different blocks :meth:`consume` has given."""
+        return len(self._covered)
+
+    def start(self) -> None:
+        """Measure this thread, from the next function call on, and threads that start later.
+
+        Threads that run already are not measured. A module of the packages that is imported
+        already is measured in what it does from now on; the log warns, because its import is
+        missing. Where a package lies inside another one, coverage.py imports the outer one, and
+        removes it again from ``sys.modules``, to find it.
+
+        Raises :class:`bridge.errors.SourceError` for a package that cannot be found, without the
+        C tracer, where a coverage.py does not work as this module expects, or where another
+        source is running.
+        """
+        if self._started:
+            raise SourceError(f"the source {self.name} was started before", hint="make a new one")
+        if not self.packages:
+            raise SourceError("there is no package to cover", hint="name at least one")
+        with ExitStack() as undo:
+            with PythonSource._running_lock:
+                if PythonSource._running is not None:
+                    raise SourceError(
+                        f"the source {PythonSource._running.name} is covering Python code already",
+                        hint="stop it first, or give all packages to one source",
+                    )
+                PythonSource._running = self
+            undo.callback(self._release)
+            self._started = True
+            _try_out()
+            self._find_files()
+            self._warn_of_imported()
+            measurement = _new_coverage(self.data_file, source_pkgs=list(self.packages))
+            undo.callback(_discard, measurement)
+            try:
+                measurement.start()
+            except CoverageException as error:
+                raise SourceError("coverage.py did not start", evidence=str(error)) from error
+            undo.callback(measurement.stop)
+            self._tap = _LineTap(_line_sets(measurement))
+            self._coverage = measurement
+            undo.pop_all()
+
+    def consume(self) -> list[PC]:
+        """The PCs of the blocks covered since the last call, each once, and forget them.
+
+        Sorted by file name and, within a file, in the order of the text. Raises
+        :class:`bridge.errors.SourceError` where a file that appeared at run time finds no room in
+        the PC space.
+        """
+        with self._lock:
+            if self._rest:
+                rest, self._rest = self._rest, []
+                return rest
+            if self._tap is None:
+                return []
+            return self._blocks_of(self._tap.drain())
+
+    def stop(self) -> None:
+        """End the measurement and write the data file, with every line that was ever consumed.
+
+        Safe to call twice, and on a source that never started. Call it on the thread that called
+        :meth:`start` where a coverage.py was measuring before, which goes on on this thread.
+
+        Raises :class:`bridge.errors.SourceError` where the data file cannot be written, or the
+        code under test has disturbed coverage.py; the measurement has ended also then.
+        """
+        with self._lock, ExitStack() as cleanup:
+            measurement, tap = self._coverage, self._tap
+            if measurement is None or tap is None:
+                return
+            self._coverage = self._tap = None
+            cleanup.callback(self._release)
+            cleanup.callback(_discard, measurement)
+            in_order = _stop(measurement)
+            self._rest = self._blocks_of(tap.drain())
+            tap.put_back()
+            try:
+                data = measurement.get_data()
+                # Where the target removed its package from sys.modules, coverage.py has not
+                # found the files that never ran.
+                data.touch_files(list(self._sources))
+                data.write()
+            except (CoverageException, OSError) as error:
+                raise SourceError(
+                    f"cannot write the coverage data {self.data_file}", evidence=str(error)
+                ) from error
+            if not in_order:
+                raise SourceError(
+                    "another coverage.py was started during the measurement and has not ended",
+                    hint="what ran since is missing: the code under test must not measure itself",
+                )
+
+    def _blocks_of(self, fresh: list[tuple[str, set[int]]]) -> list[PC]:
+        pcs: list[PC] = []
+        if len(fresh) > 1:
+            fresh.sort(key=self._name_of)
+        for path, lines in fresh:
+            try:
+                line_pcs = self._line_pcs[path]
+            except KeyError:
+                line_pcs = self._line_pcs[path] = self._find_line_pcs(path)
+            if line_pcs is None:
+                continue
+            try:
+                blocks = set(map(line_pcs.__getitem__, lines))
+            except IndexError:
+                # The file has changed since it was read, or code was compiled in its name.
+                blocks = {line_pcs[line] for line in lines if line < len(line_pcs)}
+            blocks.discard(0)
+            pcs += sorted(blocks)
+        self._covered.update(pcs)
+        return pcs
+
+    def _name_of(self, fresh: tuple[str, set[int]]) -> str:
+        return self._sources.get(fresh[0], fresh[0])
+
+    def _find_line_pcs(self, path: str) -> list[PC] | None:
+        """The PC of each line of a file that ran for the first time."""
+        name = self._sources.get(path)
+        if name is None:
+            # It was not there when the packages were searched, or in a directory that is not
+            # a package: its blocks are found now.
+            name = self._new_name(path)
+            source = _read(path)
+            if source is None or self._table.file(name) is not None:
+                return None
+            self._sources[path] = name
+            try:
+                self._table.add(name, source)
+            except SourceError as error:
+                _log.warning("%s has no blocks: %s", path, error.report())
+                return None
+        file = self._table.file(name)
+        return file.line_pcs() if file is not None else None
+
+    def _new_name(self, path: str) -> str:
+        """The package-relative name of a file that was not found when the packages were."""
+        for root, prefix in self._roots:
+            if path.startswith(root + os.sep):
+                return prefix + "/" + path[len(root) + 1 :].replace(os.sep, "/")
+        # Code that names itself a module of the package from somewhere else.
+        return self.packages[0].partition(".")[0] + "/" + Path(path).name
+
+    def _find_files(self) -> None:
+        """Find all source files of the packages, without importing any, and their blocks."""
+        paths: dict[str, str] = {}
+        for package in self.packages:
+            for root, prefix in _locations(package):
+                canonical = os.path.realpath(root)
+                if canonical.endswith((".py", ".pyw")):
+                    paths.setdefault(prefix + Path(canonical).suffix, canonical)
+                    continue
+                self._roots.append((canonical, prefix))
+                for name in _walk(canonical):
+                    paths.setdefault(f"{prefix}/{name}", os.path.realpath(f"{canonical}/{name}"))
+        # The innermost package names a file, whatever the order of the packages.
+        self._roots.sort(key=lambda root: len(root[0]), reverse=True)
+        sources: dict[str, bytes] = {}
+        for name, path in paths.items():
+            source = _read(path)
+            if source is not None:
+                sources[name] = source
+        self._table = BlockTable.from_sources(sources, on_error=_warn_of_source)
+        self._sources = {
+            path: name for name, path in paths.items() if self._table.file(name) is not None
+        }
+
+    def _warn_of_imported(self) -> None:
+        wanted = tuple(package + "." for package in self.packages)
+        imported = sorted(
+            module for module in list(sys.modules) if (module + ".").startswith(wanted)
+        )
+        if imported:
+            _log.warning(
+                "imported before the measurement, so that their import is not covered: %s%s",
+                ", ".join(imported[:5]),
+                f" and {len(imported) - 5} more" if len(imported) > 5 else "",
+            )
+
+    def _release(self) -> None:
+        with PythonSource._running_lock:
+            if PythonSource._running is self:
+                PythonSource._running = None
+
+
+class _LineTap:
+    """Takes lines out of a collector's sets while tracers add to them; see the module's text."""
+
+    def __init__(self, data: _LineSets) -> None:
+        self._data = data
+        # All lines that were ever taken, by file.
+        self._taken: _LineSets = {}
+        # Sets that are not in data any more while a frame still adds to them.
+        self._apart: list[tuple[str, set[int]]] = []
+        self._unshared = _references_of_unshared()
+
+    def drain(self) -> list[tuple[str, set[int]]]:
+        """Take all lines: file and lines, for each file that has some."""
+        data, unshared = self._data, self._unshared
+        fresh: list[tuple[str, set[int]]] = []
+        if self._apart:
+            apart = []
+            for path, lines in self._apart:
+                if lines:
+                    self._take(path, lines, fresh)
+                if lines or getrefcount(lines) > unshared:
+                    apart.append((path, lines))
+            self._apart = apart
+        for path in list(data):
+            lines = data[path]
+            if lines:
+                self._take(path, lines, fresh)
+            if getrefcount(lines) <= unshared:
+                del data[path]
+                if lines or getrefcount(lines) >= unshared:
+                    # A frame was faster.
+                    self._apart.append((path, lines))
+        return fresh
+
+    def put_back(self) -> None:
+        """Give the collector all lines again, for coverage.py to save."""
+        for path, lines in self._taken.items():
+            self._data.setdefault(path, set()).update(lines)
+
+    def _take(self, path: str, lines: set[int], fresh: list[tuple[str, set[int]]]) -> None:
+        taken = lines.copy()
+        # In this order an interrupt (Ctrl-C) in between shows lines twice rather than never.
+        try:
+            self._taken[path].update(taken)
+        except KeyError:
+            self._taken[path] = taken.copy()
+        lines -= taken
+        fresh.append((path, taken))
+
+
+def _references_of_unshared() -> int:
+    """What getrefcount() says in :meth:`_LineTap.drain` of a set that only its dict refers to."""
+    data: _LineSets = {}
+    data["file"] = set()
+    for path in list(data):
+        lines = data[path]
+        count = getrefcount(lines)
+    return count
+
+
+def _new_coverage(data_file: Path | None, **selection: list[str]) -> coverage.Coverage:
+    """A Coverage that measures lines with the C tracer and heeds no configuration of the user."""
+    options: dict[str, Any] = dict(selection)
+    try:
+        measurement = coverage.Coverage(
+            data_file=None if data_file is None else str(data_file), config_file=False, **options
+        )
+        # After the environment (COVERAGE_CORE) has had its say.
+        measurement.set_option("run:core", "ctrace")
+        measurement.set_option("run:timid", False)
+        measurement.set_option("run:branch", False)
+        measurement.set_option("run:concurrency", ["thread"])
+        measurement.set_option("run:disable_warnings", _QUIET)
+    except CoverageException as error:
+        raise SourceError(
+            "coverage.py cannot be configured", evidence=str(error), hint=_REINSTALL
+        ) from error
+    return measurement
+
+
+def _line_sets(measurement: coverage.Coverage) -> _LineSets:
+    """The live line sets of a Coverage that was started. Raises SourceError without them."""
+    collector = getattr(measurement, "_collector", None)
+    tracers = getattr(collector, "tracers", None)
+    if not isinstance(tracers, list) or not tracers:
+        raise SourceError(
+            f"coverage.py {coverage.__version__} has no collector as it is expected",
+            hint=_REINSTALL,
+        )
+    tracer = tracers[0]
+    if type(tracer).__name__ != "CTracer":
+        raise SourceError(
+            f"coverage.py measures with {type(tracer).__name__}, not with its C tracer",
+            hint=_REINSTALL,
+        )
+    data = getattr(collector, "data", None)
+    if type(data) is not dict or tracer.data is not data or getattr(collector, "branch", True):
+        raise SourceError(
+            f"coverage.py {coverage.__version__} does not keep lines as it is expected",
+            hint=_REINSTALL,
+        )
+    return data
+
+
+def _stop(measurement: coverage.Coverage) -> bool:
+    """Stop a Coverage; false where it was not the last one that was started."""
+    collector: Any = measurement._collector
+    stack: list[object] = type(collector)._collectors
+    if stack and stack[-1] is collector:
+        measurement.stop()
+        return True
+    # It is paused already. coverage.py could only fail an assertion now, and would again at exit.
+    if collector in stack:
+        stack.remove(collector)
+    measurement._started = False
+    return False
+
+
+def _discard(measurement: coverage.Coverage) -> None:
+    """Close what a stopped Coverage has open, and its exit handler, which keeps it in memory."""
+    handler = getattr(measurement, "_atexit", None)
+    if handler is not None:
+        atexit.unregister(handler)
+    data = getattr(measurement, "_data", None)
+    if data is not None:
+        data.close(force=True)
+
+
+@functools.cache
+def _try_out() -> None:
+    """Try on a small program, once a process, that consuming works with this coverage.py.
+
+    A function is called twice, consumed after each call, and a generator is consumed while its
+    frame lives: every line must show each time it runs. Raises SourceError.
+    """
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        raise SourceError(
+            "this Python runs without its global lock, which keeps the consumed sets whole",
+            hint="run with PYTHON_GIL=1",
+        )
+    path = str(Path(__file__).resolve().with_name("_tried_out.py"))
+    program: dict[str, Any] = {}
+    code = "def call():\n    return 1\ndef generate():\n    while True:\n        yield 1\n"
+    exec(compile(code, path, "exec"), program)
+    measurement = _new_coverage(None, include=[path])
+    seen: list[set[int]] = []
+    with ExitStack() as cleanup:
+        cleanup.callback(_discard, measurement)
+        measurement.start()
+        cleanup.callback(measurement.stop)
+        tap = _LineTap(_line_sets(measurement))
+        generator = program["generate"]()
+        for _ in range(3):
+            program["call"]()
+            next(generator)
+            seen.append({line for _, lines in tap.drain() for line in lines})
+        rest = tap.drain()
+    # The line of the loop header shows or not as the compiler lays the loop out.
+    if rest or any(lines - {4} != {2, 5} for lines in seen):
+        raise SourceError(
+            f"consuming does not work with coverage.py {coverage.__version__} on this Python",
+            evidence=f"lines {[sorted(lines) for lines in seen]}, then {rest}",
+            hint=_REINSTALL,
+        )
+
+
+def _locations(package: str) -> list[tuple[str, str]]:
+    """Where a package or module lies: directory or source file, and its name with slashes.
+
+    Nothing is imported. Raises SourceError where there is none, or none with source.
+    """
+    search: Sequence[str] | None = None
+    spec: importlib.machinery.ModuleSpec | None = None
+    parts = package.split(".")
+    for depth in range(1, len(parts) + 1):
+        spec = _find_spec(".".join(parts[:depth]), search)
+        if spec is None:
+            raise SourceError(
+                f"there is no package {'.'.join(parts[:depth])}",
+                hint="install it into this Python, or set PYTHONPATH",
+            )
+        search = spec.submodule_search_locations and list(spec.submodule_search_locations)
+        if search is None and depth < len(parts):
+            raise SourceError(f"{'.'.join(parts[:depth])} is a module, not a package")
+    name = "/".join(parts)
+    found = [(root, name) for root in search or () if Path(root).is_dir()]
+    origin = spec.origin if spec is not None else None
+    if not found and origin is not None and origin.endswith((".py", ".pyw")):
+        found = [(origin, name)]
+    if not found:
+        raise SourceError(
+            f"{package} has no Python source", hint="only source files can be covered"
+        )
+    return found
+
+
+def _find_spec(name: str, search: Sequence[str] | None) -> importlib.machinery.ModuleSpec | None:
+    for finder in sys.meta_path:
+        find = getattr(finder, "find_spec", None)
+        spec: importlib.machinery.ModuleSpec | None = find(name, search) if find else None
+        if spec is not None:
+            return spec
+    return None
+
+
+def _walk(root: str) -> Iterator[str]:
+    """The source files of a package directory, relative to it, as coverage.py finds them.
+
+    Directories below it without ``__init__.py`` are no part of the package.
+    """
+    for directory, below, files in os.walk(root):
+        if directory != root and "__init__.py" not in files:
+            below.clear()
+            continue
+        for file in files:
+            if _SOURCE_NAME.fullmatch(file):
+                yield (Path(directory) / file).relative_to(root).as_posix()
+
+
+def _read(path: str) -> bytes | None:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        _log.warning("%s cannot be read and has no blocks: %s", path, error.strerror)
+        return None
+
+
+def _warn_of_source(name: str, error: SourceError) -> None:
+    _log.warning("%s has no blocks: %s", name, error.report())
