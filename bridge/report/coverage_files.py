@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports that coverage.py itself makes from a run's ``.coverage`` data: HTML pages and LCOV."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import coverage
+from coverage.exceptions import CoverageException, CoverageWarning, NoDataError
+
+from bridge.errors import InfrastructureError
+
+__all__ = ["HTML_DIRECTORY", "LCOV_FILE", "make_html", "make_lcov", "make_reports"]
+
+_log = logging.getLogger(__name__)
+
+HTML_DIRECTORY = "html"
+"""Name of the directory of HTML pages in a run's directory."""
+
+LCOV_FILE = "lcov.info"
+"""Name of the LCOV file in a run's directory."""
+
+
+def _loaded(data_file: Path) -> coverage.Coverage:
+    """The data, with settings of its own: a configuration file of the user's project is ignored.
+
+    Raises :class:`InfrastructureError` where the file is missing or no coverage data.
+    """
+    if not data_file.is_file():
+        raise InfrastructureError(f"there is no coverage data in {data_file}")
+    # The paths in the data are absolute: the files are found from any working directory.
+    measured = coverage.Coverage(data_file=str(data_file), config_file=False, messages=False)
+    try:
+        measured.load()
+    except CoverageException as error:
+        raise InfrastructureError(
+            f"{data_file} cannot be read as coverage data", evidence=str(error)
+        ) from error
+    return measured
+
+
+def _make(what: str, data_file: Path, destination: Path, make: Callable[[Path], object]) -> None:
+    """Make a report beside its destination and move it there; a half-made one is deleted."""
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{destination.name}.", dir=destination.parent
+        ) as directory:
+            made = Path(directory, destination.name)
+            with warnings.catch_warnings(record=True) as left_out:
+                warnings.simplefilter("always", CoverageWarning)
+                make(made)
+            for warning in left_out:
+                _log.warning("%s: %s", what, warning.message)
+            _remove(destination)
+            made.replace(destination)
+    except NoDataError as error:
+        raise InfrastructureError(
+            f"no {what} from {data_file}: nothing was measured", evidence=str(error)
+        ) from error
+    except (CoverageException, OSError) as error:
+        raise InfrastructureError(
+            f"no {what} from {data_file}: {type(error).__name__}", evidence=str(error)
+        ) from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def make_html(data_file: Path, directory: Path) -> None:
+    """Make HTML pages in ``directory``, which is replaced, from coverage data.
+
+    A source file that is gone or can't be parsed any more is left out with a warning in the log.
+    Raises :class:`InfrastructureError`; ``directory`` is then as it was.
+    """
+    measured = _loaded(data_file)
+    _make(
+        "HTML report",
+        data_file,
+        directory,
+        lambda made: measured.html_report(directory=str(made), ignore_errors=True),
+    )
+
+
+def make_lcov(data_file: Path, file: Path) -> None:
+    """Make an LCOV file, which is replaced, with absolute paths; errors as :func:`make_html`."""
+    measured = _loaded(data_file)
+
+    def make(made: Path) -> None:
+        measured.lcov_report(outfile=str(made), ignore_errors=True)
+        # coverage.py names files below the working directory from there; a reader of the file
+        # may stand elsewhere.
+        lines = made.read_text(encoding="utf-8").splitlines(keepends=True)
+        made.write_text("".join(map(_with_absolute_path, lines)), encoding="utf-8")
+
+    _make("LCOV report", data_file, file, make)
+
+
+def _with_absolute_path(line: str) -> str:
+    if not line.startswith("SF:"):
+        return line
+    return f"SF:{Path(line.removeprefix('SF:').rstrip()).absolute()}\n"
+
+
+def make_reports(data_file: Path, directory: Path) -> tuple[Path, Path]:
+    """Make ``html/`` and ``lcov.info`` in a run's directory; give their paths.
+
+    Raises :class:`InfrastructureError`.
+    """
+    html, lcov = directory / HTML_DIRECTORY, directory / LCOV_FILE
+    make_html(data_file, html)
+    make_lcov(data_file, lcov)
+    return html, lcov
