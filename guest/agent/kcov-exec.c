@@ -1,0 +1,717 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * kcov-exec: runs any unmodified command under kcov and writes down the PCs.
+ *
+ * It uses the kcov device alone, as any program would: open, KCOV_INIT_TRACE, mmap, then
+ * KCOV_ENABLE in the child just before exec (which keeps kcov), and reads the area when the child
+ * has ended. With -f every further process and thread asks for a descriptor of its own through
+ * libkcovexec.so (see kcov.h for the conversation, libkcovexec.c for when).
+ *
+ * A trace's life: ASKING (connected, with -f) → OFFERED (descriptor sent) → TRACING → collected.
+ * The area stays mapped here all the time, so nothing is lost however the process ends.
+ */
+#define _GNU_SOURCE
+#include "kcov.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <limits.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define DEVICE_VARIABLE "KCOV_EXEC_DEVICE"
+#define LIBRARY_VARIABLE "KCOV_EXEC_LIBRARY"
+#ifndef LIBRARY
+#define LIBRARY "/usr/lib/kcov-bridge/libkcovexec.so"
+#endif
+
+/* 4 MiB of area, what kcov's best known user takes for one program. */
+#define DEFAULT_ENTRIES (512UL * 1024)
+
+enum { EXIT_FAILED = 125, EXIT_NOT_EXECUTABLE = 126, EXIT_NOT_FOUND = 127 };
+
+enum state { ASKING, OFFERED, TRACING };
+
+struct trace {
+	struct trace *next; /* newest first */
+	enum state state;
+	pid_t pid, tid;
+	bool same_pids; /* the process sees the same process ids as we do */
+	int pidfd;
+	int connection; /* to libkcovexec.so until the thread traces, else -1 */
+	int kcov;
+	uint64_t *area;
+	char name[16];
+};
+
+/* How the child tells that it did not get as far as the command. */
+enum step { STEP_ENABLE, STEP_EXEC };
+
+struct failure {
+	enum step step;
+	int error;
+};
+
+static unsigned long entries = DEFAULT_ENTRIES;
+static bool verbose, follow;
+static const char *device_path;
+static FILE *output;
+static struct trace *traces;
+
+static const char help[] =
+	"usage: kcov-exec [-o FILE] [-n ENTRIES] [-f] [-v] -- CMD [ARGUMENT]...\n"
+	"\n"
+	"Runs CMD with kcov enabled and ends with its exit status.\n"
+	"\n"
+	"  -o FILE     write the PCs to FILE (- is standard output), one 0x%016lx a line;\n"
+	"              without it they are only counted\n"
+	"  -n ENTRIES  size of each area in 64-bit words, a multiple of 512 (default 524288);\n"
+	"              one word is the count, so ENTRIES-1 PCs fit\n"
+	"  -f          follow: trace child processes and threads too, each with an area of its own\n"
+	"  -v          say on standard error what each process gave\n"
+	"\n"
+	"PCs are written process by process, in the order in which the processes ended; those that\n"
+	"are still running when CMD ends come last, as far as they have come. With -f each traced\n"
+	"thread begins with the few system calls by which it was set up. Not followed are statically\n"
+	"linked programs, set-user-ID programs, processes made with a bare clone(2), programs that\n"
+	"clear LD_PRELOAD, and those in another network namespace.\n"
+	"\n"
+	"Exit status: CMD's own; 128+N if signal N ended it; 125 if kcov-exec itself failed,\n"
+	"126 if CMD could not be executed, 127 if it was not found.\n"
+	"\n"
+	"Environment: KCOV_EXEC_DEVICE names the device; by default it is the first of\n"
+	"/sys/kernel/debug/kcov_bridge, /sys/kernel/debug/kcov and /dev/kcov that can be opened.\n"
+	"KCOV_EXEC_LIBRARY names the library that follows.\n";
+
+static const char *const known_devices[] = {
+	"/sys/kernel/debug/kcov_bridge", /* where the kernel has a kcov of its own */
+	"/sys/kernel/debug/kcov",
+	"/dev/kcov",
+};
+
+/* Signals that are handed on to CMD when another process sends them to kcov-exec. */
+static const int forwarded[] = {
+	SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGALRM, SIGWINCH, SIGCONT,
+};
+
+__attribute__((format(printf, 1, 2))) static void say(const char *format, ...)
+{
+	va_list arguments;
+
+	va_start(arguments, format);
+	fputs("kcov-exec: ", stderr);
+	vfprintf(stderr, format, arguments);
+	fputc('\n', stderr);
+	va_end(arguments);
+}
+
+/* ---- the device ---------------------------------------------------------------------------- */
+
+/* Finds the device and leaves its path in device_path. Returns an open descriptor or -1. */
+static int find_device(void)
+{
+	const char *wish = getenv(DEVICE_VARIABLE);
+	int fd, error = ENOENT;
+
+	if (wish) {
+		device_path = wish;
+		fd = open(wish, O_RDWR | O_CLOEXEC);
+		if (fd < 0)
+			say("can't open %s (from " DEVICE_VARIABLE "): %s", wish, strerror(errno));
+		return fd;
+	}
+	for (size_t i = 0; i < sizeof(known_devices) / sizeof(known_devices[0]); i++) {
+		device_path = known_devices[i];
+		fd = open(device_path, O_RDWR | O_CLOEXEC);
+		if (fd >= 0)
+			return fd;
+		if (errno != ENOENT) {
+			error = errno;
+			say("can't open %s: %s", device_path, strerror(errno));
+		}
+	}
+	if (error == ENOENT)
+		say("there is no kcov device: none of %s, %s, %s exists. Is debugfs mounted and "
+		    "the module kcov_bridge loaded?",
+		    known_devices[0], known_devices[1], known_devices[2]);
+	else if (error == EACCES || error == EPERM)
+		say("the device is root's: run kcov-exec as root");
+	return -1;
+}
+
+/* Why KCOV_INIT_TRACE or mmap failed, and what to do. */
+static const char *advice(int error)
+{
+	switch (error) {
+	case ENOMEM:
+		return ": no room for the area; choose a smaller -n, or give the bridge a larger "
+		       "region";
+	case EINVAL:
+		return ": the device does not take this size; choose another -n";
+	case ENOTTY:
+		return ": this is no kcov device";
+	default:
+		return "";
+	}
+}
+
+/* Initialises and maps an instance. Returns 0 or an errno, with a message unless quiet. */
+static int make_area(struct trace *trace, bool quiet)
+{
+	const char *step = "KCOV_INIT_TRACE";
+	int error = 0;
+
+	if (ioctl(trace->kcov, KCOV_INIT_TRACE, entries)) {
+		error = errno;
+	} else {
+		void *area = mmap(NULL, entries * sizeof(uint64_t), PROT_READ | PROT_WRITE,
+				  MAP_SHARED, trace->kcov, 0);
+
+		if (area == MAP_FAILED) {
+			step = "mmap";
+			error = errno;
+		} else {
+			trace->area = area;
+			__atomic_store_n(&trace->area[0], 0, __ATOMIC_RELAXED);
+		}
+	}
+	if (error && !quiet)
+		say("%s: %s of %lu entries: %s%s", device_path, step, entries, strerror(error),
+		    advice(error));
+	return error;
+}
+
+/* ---- traces ---------------------------------------------------------------------------------- */
+
+static struct trace *add_trace(enum state state)
+{
+	struct trace *trace = calloc(1, sizeof(*trace));
+
+	if (!trace) {
+		say("out of memory");
+		return NULL;
+	}
+	*trace = (struct trace){ .next = traces, .state = state, .pidfd = -1, .connection = -1,
+				 .kcov = -1 };
+	traces = trace;
+	return trace;
+}
+
+static void close_fd(int *fd)
+{
+	if (*fd >= 0)
+		close(*fd);
+	*fd = -1;
+}
+
+static void drop_trace(struct trace *trace)
+{
+	struct trace **link = &traces;
+
+	while (*link != trace)
+		link = &(*link)->next;
+	*link = trace->next;
+	if (trace->area)
+		munmap(trace->area, entries * sizeof(uint64_t));
+	close_fd(&trace->pidfd);
+	close_fd(&trace->connection);
+	close_fd(&trace->kcov);
+	free(trace);
+}
+
+/* printf is too slow here: an area may hold half a million PCs, and the guest may be emulated. */
+static void write_pcs(const uint64_t *pcs, uint64_t count)
+{
+	static const char digits[] = "0123456789abcdef";
+	char line[] = "0x0000000000000000\n";
+
+	for (uint64_t i = 0; i < count; i++) {
+		uint64_t pc = pcs[i];
+
+		for (int at = 17; at > 1; at--, pc >>= 4)
+			line[at] = digits[pc & 15];
+		fwrite(line, 1, sizeof(line) - 1, output);
+	}
+}
+
+/* Writes down what a trace gathered, and ends it. */
+static void collect(struct trace *trace)
+{
+	uint64_t count = trace->area ? __atomic_load_n(&trace->area[0], __ATOMIC_ACQUIRE) : 0;
+	bool full = count >= entries - 1;
+
+	if (count > entries - 1)
+		count = entries - 1;
+	if (output && count)
+		write_pcs(trace->area + 1, count);
+	if (verbose && (count || trace->state == TRACING))
+		say("%d%s %s: %lu PCs", (int)trace->tid, trace->tid == trace->pid ? "" : " (thread)",
+		    trace->name, (unsigned long)count);
+	if (full)
+		say("%d %s: the area is full, PCs were lost; a larger -n than %lu holds more",
+		    (int)trace->tid, trace->name, entries);
+	drop_trace(trace);
+}
+
+static void read_name(struct trace *trace)
+{
+	char path[64];
+	ssize_t got = -1;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/%d/task/%d/comm", (int)trace->pid, (int)trace->tid);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return;
+	got = read(fd, trace->name, sizeof(trace->name) - 1);
+	close(fd);
+	if (got > 0)
+		trace->name[got - 1] = '\0'; /* in place of the newline */
+}
+
+/* ---- following ------------------------------------------------------------------------------- */
+
+/* Makes the socket that libkcovexec.so connects to. Abstract, so that it dies with us and is
+ * reached from a chroot and by any user. */
+static int make_server(char *name, size_t size)
+{
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	uint64_t salt = 0;
+	size_t length;
+	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+
+	if (getrandom(&salt, sizeof(salt), GRND_NONBLOCK) < 0)
+		salt = (uint64_t)getpid(); /* early in boot; the name must only be our own */
+	snprintf(name, size, "kcov-exec-%d-%016lx", (int)getpid(), (unsigned long)salt);
+	length = strlen(name);
+	memcpy(address.sun_path + 1, name, length);
+	if (fd < 0 ||
+	    bind(fd, (struct sockaddr *)&address,
+		 (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + length)) ||
+	    listen(fd, SOMAXCONN)) {
+		say("can't make the socket for -f: %s", strerror(errno));
+		close_fd(&fd);
+	}
+	return fd;
+}
+
+/* Sets the environment by which CMD and its children load the library. */
+static bool set_environment(const char *name)
+{
+	const char *library = getenv(LIBRARY_VARIABLE), *other = getenv("LD_PRELOAD");
+	char preload[PATH_MAX * 2];
+
+	if (!library)
+		library = LIBRARY;
+	if (access(library, R_OK)) {
+		say("can't follow: %s: %s; set " LIBRARY_VARIABLE " to the path of libkcovexec.so",
+		    library, strerror(errno));
+		return false;
+	}
+	snprintf(preload, sizeof(preload), "%s%s%s", library, other && *other ? ":" : "",
+		 other ? other : "");
+	return !setenv("LD_PRELOAD", preload, 1) && !setenv(FOLLOW_VARIABLE, name, 1);
+}
+
+static void accept_trace(int server)
+{
+	int connection = accept4(server, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+	struct ucred peer;
+	socklen_t length = sizeof(peer);
+	struct trace *trace;
+
+	if (connection < 0)
+		return;
+	trace = add_trace(ASKING);
+	if (!trace) {
+		close(connection);
+		return;
+	}
+	trace->connection = connection;
+	if (!getsockopt(connection, SOL_SOCKET, SO_PEERCRED, &peer, &length)) {
+		trace->pid = trace->tid = peer.pid;
+		trace->pidfd = (int)syscall(SYS_pidfd_open, peer.pid, 0);
+	}
+	if (trace->pidfd < 0)
+		drop_trace(trace); /* gone before it asked */
+}
+
+/* Collects the traces of threads that have ended while their process goes on, so that a process
+ * with short threads does not use the region up. */
+static void collect_ended_threads(void)
+{
+	struct trace *trace = traces, *next;
+
+	for (; trace; trace = next) {
+		char path[64];
+
+		next = trace->next;
+		if (trace->state != TRACING || trace->tid == trace->pid || !trace->same_pids)
+			continue;
+		snprintf(path, sizeof(path), "/proc/%d/task/%d", (int)trace->pid, (int)trace->tid);
+		if (access(path, F_OK) && errno == ENOENT)
+			collect(trace);
+	}
+}
+
+/* True if exec brought this thread here with its kcov still on. */
+static bool already_traced(const struct trace *asking)
+{
+	for (struct trace *trace = traces; trace; trace = trace->next)
+		if (trace != asking && trace->state == TRACING && trace->pid == asking->pid &&
+		    trace->tid == asking->tid) {
+			read_name(trace); /* exec gave it a new one */
+			return true;
+		}
+	return false;
+}
+
+static bool send_message(struct trace *trace, enum follow_kind kind, int value, int fd)
+{
+	union {
+		struct cmsghdr align;
+		char bytes[CMSG_SPACE(sizeof(int))];
+	} control = { 0 };
+	struct follow_message message = { .kind = kind, .value = value };
+	struct iovec part = { &message, sizeof(message) };
+	struct msghdr header = { .msg_iov = &part, .msg_iovlen = 1 };
+
+	if (fd >= 0) {
+		struct cmsghdr *attached;
+
+		header.msg_control = control.bytes;
+		header.msg_controllen = sizeof(control.bytes);
+		attached = CMSG_FIRSTHDR(&header);
+		attached->cmsg_level = SOL_SOCKET;
+		attached->cmsg_type = SCM_RIGHTS;
+		attached->cmsg_len = CMSG_LEN(sizeof(fd));
+		memcpy(CMSG_DATA(attached), &fd, sizeof(fd));
+	}
+	return sendmsg(trace->connection, &header, MSG_NOSIGNAL | MSG_DONTWAIT) >= 0;
+}
+
+/* Answers a HELLO with an instance of the asker's own. */
+static void offer(struct trace *trace, const struct follow_message *hello)
+{
+	int error;
+
+	trace->same_pids = hello->pid == trace->pid;
+	/* In another PID namespace the ids differ; a first thread is still told from the others. */
+	trace->tid = hello->value == hello->pid ? trace->pid : hello->value;
+	read_name(trace);
+	collect_ended_threads();
+	if (already_traced(trace)) {
+		send_message(trace, FOLLOW_DECLINE, 0, -1);
+		drop_trace(trace);
+		return;
+	}
+	trace->kcov = open(device_path, O_RDWR | O_CLOEXEC);
+	error = trace->kcov < 0 ? errno : make_area(trace, true);
+	if (error) {
+		say("%d %s runs untraced: %s%s", (int)trace->tid, trace->name, strerror(error),
+		    advice(error));
+		send_message(trace, FOLLOW_DECLINE, error, -1);
+		drop_trace(trace);
+	} else if (send_message(trace, FOLLOW_OFFER, 0, trace->kcov)) {
+		trace->state = OFFERED;
+	} else {
+		drop_trace(trace);
+	}
+}
+
+/* Reads one message of the library. The trace may be gone afterwards. */
+static void listen_to(struct trace *trace)
+{
+	struct follow_message message;
+	ssize_t got = recv(trace->connection, &message, sizeof(message), MSG_DONTWAIT);
+
+	if (got < 0 && (errno == EAGAIN || errno == EINTR))
+		return;
+	if (got == (ssize_t)sizeof(message) && trace->state == ASKING &&
+	    message.kind == FOLLOW_HELLO) {
+		offer(trace, &message);
+	} else if (got == (ssize_t)sizeof(message) && trace->state == OFFERED &&
+		   message.kind == FOLLOW_ENABLED) {
+		close_fd(&trace->connection);
+		if (!message.value) {
+			trace->state = TRACING;
+		} else {
+			/* EBUSY: it traces through an instance that exec brought along. */
+			if (message.value != EBUSY)
+				say("%d %s runs untraced: KCOV_ENABLE: %s", (int)trace->tid,
+				    trace->name, strerror(message.value));
+			drop_trace(trace);
+		}
+	} else if (trace->state == ASKING) {
+		drop_trace(trace);
+	} else {
+		/* It went away, perhaps after ENABLE: its end will tell. */
+		close_fd(&trace->connection);
+	}
+}
+
+/* Collects a trace whose process has ended, reading first what it still had to say. */
+static void end_trace(struct trace *trace)
+{
+	if (trace->state == OFFERED && trace->connection >= 0) {
+		struct follow_message message;
+
+		if (recv(trace->connection, &message, sizeof(message), MSG_DONTWAIT) ==
+			    (ssize_t)sizeof(message) &&
+		    message.kind == FOLLOW_ENABLED && !message.value)
+			trace->state = TRACING;
+	}
+	collect(trace);
+}
+
+/* ---- running the command --------------------------------------------------------------------- */
+
+__attribute__((noreturn)) static void run_child(struct trace *trace, int pipe_fd, char **command,
+						const sigset_t *mask)
+{
+	struct failure failure = { .step = STEP_ENABLE };
+
+	sigprocmask(SIG_SETMASK, mask, NULL);
+	if (!ioctl(trace->kcov, KCOV_ENABLE, KCOV_TRACE_PC)) {
+		failure.step = STEP_EXEC;
+		execvp(command[0], command);
+	}
+	failure.error = errno;
+	if (write(pipe_fd, &failure, sizeof(failure)) < 0)
+		_exit(EXIT_FAILED);
+	_exit(EXIT_NOT_FOUND);
+}
+
+/* Says why the command did not start. Returns the exit status for it. */
+static int explain(const struct failure *failure, const char *command)
+{
+	if (failure->step == STEP_ENABLE) {
+		say("%s: KCOV_ENABLE: %s", device_path, strerror(failure->error));
+		return EXIT_FAILED;
+	}
+	say("can't execute %s: %s", command, strerror(failure->error));
+	return failure->error == ENOENT ? EXIT_NOT_FOUND : EXIT_NOT_EXECUTABLE;
+}
+
+/* Handles pending signals. Returns true once the command has ended. */
+static bool handle_signals(int signals, pid_t child)
+{
+	struct signalfd_siginfo signal;
+	siginfo_t info = { 0 };
+
+	while (read(signals, &signal, sizeof(signal)) == (ssize_t)sizeof(signal))
+		/* The terminal's own signals reach the whole foreground group: not twice. */
+		if (signal.ssi_signo != SIGCHLD && signal.ssi_code != SI_KERNEL)
+			kill(child, (int)signal.ssi_signo);
+	/* Left a zombie until its trace is collected, so that its name can still be read. */
+	return !waitid(P_PID, (id_t)child, &info, WEXITED | WNOHANG | WNOWAIT) && info.si_pid;
+}
+
+/* One round of waiting. Returns true once the command has ended. */
+static bool wait_once(int signals, int server, pid_t child)
+{
+	struct trace *trace, *next;
+	struct pollfd *polled;
+	size_t count = 2, i;
+	bool ended;
+
+	for (trace = traces; trace; trace = trace->next)
+		count += 2;
+	polled = calloc(count, sizeof(*polled));
+	if (!polled) {
+		say("out of memory");
+		return handle_signals(signals, child);
+	}
+	polled[0] = (struct pollfd){ .fd = signals, .events = POLLIN };
+	polled[1] = (struct pollfd){ .fd = server, .events = POLLIN };
+	for (trace = traces, i = 2; trace; trace = trace->next, i += 2) {
+		polled[i] = (struct pollfd){ .fd = trace->pidfd, .events = POLLIN };
+		polled[i + 1] = (struct pollfd){ .fd = trace->connection, .events = POLLIN };
+	}
+	if (poll(polled, count, -1) < 0 && errno != EINTR)
+		say("poll: %s", strerror(errno));
+	/* The end of processes first, and the newest of them first: a child ends before the parent
+	 * that waits for it. */
+	for (trace = traces, i = 2; i < count; trace = next, i += 2) {
+		next = trace->next;
+		if (polled[i].revents && trace->pid != child)
+			end_trace(trace);
+	}
+	for (trace = traces; trace; trace = next) {
+		struct pollfd one = { .fd = trace->connection, .events = POLLIN };
+
+		next = trace->next;
+		if (trace->connection >= 0 && poll(&one, 1, 0) > 0) {
+			listen_to(trace);
+			next = traces; /* this one or others may be gone: start over */
+		}
+	}
+	ended = handle_signals(signals, child);
+	if (polled[1].revents)
+		accept_trace(server);
+	free(polled);
+	return ended;
+}
+
+static int run(char **command)
+{
+	struct trace *trace = add_trace(TRACING);
+	struct failure failure;
+	int server = -1, signals, pipe_fds[2], status = 0;
+	sigset_t mask, old_mask;
+	char name[64];
+	ssize_t told;
+	pid_t child;
+
+	if (!trace)
+		return EXIT_FAILED;
+	trace->same_pids = true;
+	trace->kcov = find_device();
+	if (trace->kcov < 0 || make_area(trace, false))
+		return EXIT_FAILED;
+	if (follow) {
+		server = make_server(name, sizeof(name));
+		if (server < 0 || !set_environment(name))
+			return EXIT_FAILED;
+	}
+	sigemptyset(&mask);
+	sigaddset(&mask, SIGCHLD);
+	for (size_t i = 0; i < sizeof(forwarded) / sizeof(forwarded[0]); i++)
+		sigaddset(&mask, forwarded[i]);
+	sigprocmask(SIG_BLOCK, &mask, &old_mask);
+	signals = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
+	if (signals < 0 || pipe2(pipe_fds, O_CLOEXEC)) {
+		say("can't set up: %s", strerror(errno));
+		return EXIT_FAILED;
+	}
+
+	child = fork();
+	if (child < 0) {
+		say("fork: %s", strerror(errno));
+		return EXIT_FAILED;
+	}
+	if (!child)
+		run_child(trace, pipe_fds[1], command, &old_mask);
+	trace->pid = trace->tid = child;
+	close(pipe_fds[1]);
+
+	/* The library of a followed command speaks before main; exec closes the pipe before that. */
+	do {
+		told = read(pipe_fds[0], &failure, sizeof(failure));
+	} while (told < 0 && errno == EINTR);
+	close(pipe_fds[0]);
+	if (told == (ssize_t)sizeof(failure)) {
+		waitpid(child, NULL, 0);
+		return explain(&failure, command[0]);
+	}
+
+	while (!wait_once(signals, server, child))
+		;
+	for (struct trace *own = traces, *next; own; own = next) {
+		next = own->next;
+		if (own->pid == child && own->tid == child)
+			read_name(own);
+	}
+	/* What ended before the command and was not seen yet, then the command itself, then those
+	 * that outlive it. */
+	for (int round = 0; round < 3; round++) {
+		struct trace *next;
+
+		for (struct trace *left = traces; left; left = next) {
+			struct pollfd one = { .fd = left->pidfd, .events = POLLIN };
+			bool own = left->pid == child;
+
+			next = left->next;
+			if (round == 0 ? !own && left->pidfd >= 0 && poll(&one, 1, 0) > 0 :
+			    round == 1 ? own :
+					 true)
+				end_trace(left);
+		}
+	}
+	waitpid(child, &status, 0);
+	return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+}
+
+static bool parse_entries(const char *text)
+{
+	unsigned long words_a_page = (unsigned long)sysconf(_SC_PAGESIZE) / sizeof(uint64_t);
+	char *end;
+
+	errno = 0;
+	entries = strtoul(text, &end, 0);
+	if (errno || end == text || *end || *text == '-' || !entries || entries > INT_MAX / 8 ||
+	    entries % words_a_page) {
+		say("-n %s: ENTRIES must be a multiple of %lu and at most %d", text, words_a_page,
+		    INT_MAX / 8 / (int)words_a_page * (int)words_a_page);
+		return false;
+	}
+	return true;
+}
+
+int main(int argc, char **argv)
+{
+	static const struct option options[] = { { "help", no_argument, NULL, 'h' }, { 0 } };
+	const char *path = NULL;
+	int option, status;
+
+	while ((option = getopt_long(argc, argv, "+o:n:fvh", options, NULL)) >= 0) {
+		switch (option) {
+		case 'o':
+			path = optarg;
+			break;
+		case 'n':
+			if (!parse_entries(optarg))
+				return EXIT_FAILED;
+			break;
+		case 'f':
+			follow = true;
+			break;
+		case 'v':
+			verbose = true;
+			break;
+		case 'h':
+			fputs(help, stdout);
+			return 0;
+		default:
+			say("try --help");
+			return EXIT_FAILED;
+		}
+	}
+	if (optind >= argc) {
+		say("no command given; try --help");
+		return EXIT_FAILED;
+	}
+	if (path) {
+		/* A descriptor of its own, that CMD does not inherit, for standard output too. */
+		int fd = strcmp(path, "-") ?
+				 open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666) :
+				 fcntl(STDOUT_FILENO, F_DUPFD_CLOEXEC, 3);
+
+		output = fd >= 0 ? fdopen(fd, "w") : NULL;
+		if (!output) {
+			say("can't write to %s: %s", path, strerror(errno));
+			return EXIT_FAILED;
+		}
+	}
+	status = run(argv + optind);
+	if (output && fclose(output)) {
+		say("can't write to %s: %s; the PCs are incomplete", path, strerror(errno));
+		return EXIT_FAILED;
+	}
+	return status;
+}

@@ -1,0 +1,37 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What a user of kcov needs to know, as documented in the kernel's dev-tools/kcov.rst, and the
+ * message that kcov-exec and libkcovexec.so exchange.
+ */
+#ifndef KCOV_BRIDGE_AGENT_KCOV_H
+#define KCOV_BRIDGE_AGENT_KCOV_H
+
+#include <stdint.h>
+#include <sys/ioctl.h>
+
+#define KCOV_INIT_TRACE _IOR('c', 1, unsigned long) /* 0x80086301 */
+#define KCOV_ENABLE _IO('c', 100)                   /* 0x6364 */
+#define KCOV_DISABLE _IO('c', 101)                  /* 0x6365 */
+#define KCOV_TRACE_PC 0
+
+/*
+ * Following (kcov-exec -f). The library connects to the abstract Unix socket (SOCK_SEQPACKET) that
+ * FOLLOW_VARIABLE names, once for each new process image, forked child and thread:
+ *
+ *   library                                    kcov-exec
+ *   HELLO   value = thread id, pid     ──▶
+ *                                      ◀──     OFFER   with an initialised descriptor (SCM_RIGHTS)
+ *                                              or DECLINE: already traced, or value = errno
+ *   ENABLED value = 0 or errno         ──▶     (the thread traces from here on)
+ */
+#define FOLLOW_VARIABLE "KCOV_EXEC_SOCKET"
+
+enum follow_kind { FOLLOW_HELLO = 1, FOLLOW_OFFER, FOLLOW_DECLINE, FOLLOW_ENABLED };
+
+struct follow_message {
+	int32_t kind;
+	int32_t value;
+	int32_t pid;
+};
+
+#endif
