@@ -13,6 +13,9 @@
 #
 # In DIRECTORY only files of its own and those in DIRECTORY/scratch are written to.
 
+# sh -c gets its arguments by position: no expansion is meant in its text.
+# shellcheck disable=SC2016
+
 set -u
 LC_ALL=C
 export LC_ALL

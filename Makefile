@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# Plain `make` prints help, made from the comments after ##.
+
+VENV ?= .venv
+OUT ?= build/run
+ARGS ?=
+PYTHON ?=
+export PYTHON
+
+# The Pythons that `make test-all` looks for, on PATH and among pyenv's.
+PYTHONS ?= 3.11 3.12 3.13
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+.PHONY: help run image test test-unit test-all lint format venv packages packages-test clean distclean
+
+help: ## this help
+	@awk -F ' ## ' '/^[a-z-]+:.* ## / { split($$1, name, ":"); printf "make %-10s %s\n", name[1], $$2 }' \
+		$(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo 'Variables: OUT=$(OUT) (where `make run` puts its results), ARGS="..." (more arguments for'
+	@echo 'run or for pytest), VENV=$(VENV), PYTHON=PROGRAM. Examples:'
+	@echo '  make run ARGS="--memory 512 -- ls -l /mnt/target"'
+	@echo '  make test ARGS="-k config"'
+
+run: packages $(VENV)/installed ## install what is missing, boot a guest, run the default workload under kcov
+	$(VENV)/bin/kcov-bridge run --out $(OUT) $(ARGS)
+
+image: packages $(VENV)/installed ## build the default guest image
+	$(VENV)/bin/kcov-bridge image build $(ARGS)
+
+test: packages-test $(VENV)/installed-dev ## run all tests, those in virtual machines too
+	@mkdir -p build
+	@status=0; $(VENV)/bin/python -m pytest $(ARGS) || status=$$?; \
+		echo $$status >build/test.status; exit $$status
+
+test-unit: packages-test $(VENV)/installed-dev ## run the tests that need no virtual machine (seconds)
+	$(VENV)/bin/python -m pytest -m 'not vm and not bench' $(ARGS)
+
+test-all: packages-test ## run the tests that need no virtual machine, on each Python of PYTHONS that is found
+	@found=; for version in $(PYTHONS); do \
+		for python in "$$(command -v python$$version)" "$$HOME"/.pyenv/versions/$$version.*/bin/python; do \
+			"$$python" -c '' 2>/dev/null || continue; \
+			found="$$found $$version"; \
+			echo "== $$python"; \
+			PYTHON="$$python" .ci/make-venv build/venv-$$version dev || exit; \
+			build/venv-$$version/bin/python -m pytest -m 'not vm and not bench' $(ARGS) || exit; \
+			break; \
+		done; \
+	done; \
+	[ -n "$$found" ] || { echo "none of Python $(PYTHONS) is here"; exit 2; }; \
+	echo "passed on Python$$found"
+
+lint: $(VENV)/installed-dev ## run the linters alone
+	$(VENV)/bin/python -m pytest -q tests/test_lint.py
+
+format: $(VENV)/installed-dev ## format the Python sources
+	$(VENV)/bin/ruff check --fix --quiet bridge tests
+	$(VENV)/bin/ruff format bridge tests
+
+venv: $(VENV)/installed-dev ## make .venv with everything for work on the project
+
+packages:
+	@.ci/install-packages run
+
+packages-test:
+	@.ci/install-packages run test
+
+# Stamps: a second `make run` asks neither apt nor pip.
+$(VENV)/installed: pyproject.toml .ci/make-venv
+	.ci/make-venv $(VENV)
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml .ci/make-venv
+	.ci/make-venv $(VENV) dev
+	@touch $(VENV)/installed $@
+
+clean: ## remove what was built here (images in the cache stay: kcov-bridge image rm)
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find bridge tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## also remove the virtual environment
+	rm -rf $(VENV) *.egg-info
