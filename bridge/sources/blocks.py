@@ -27,6 +27,7 @@ from __future__ import annotations
 import ast
 import io
 import re
+import sys
 import tokenize
 import warnings
 from collections.abc import Iterator, Sequence
@@ -289,3 +290,7 @@ def _merge(runs: list[_Run]) -> list[Block]:
         else:
             merged.append(run)
     return [Block(*run.start, *run.end) for run in merged]
+
+
+if __name__ == "__main__":
+    print(*find_blocks(sys.stdin.buffer.read()), sep="\n")
