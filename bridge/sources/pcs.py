@@ -285,7 +285,7 @@ class BlockTable:
                 hint="symbolize with the kcov-bridge that made the run",
             )
         if lines.pop() != "":
-            raise SourceError(f"{path} is cut short", evidence=lines[-1][:80])
+            raise SourceError(f"{path} is cut short", evidence=text[-80:])
         table = cls()
         for line in lines[1:]:
             try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,6 +29,9 @@ __all__ = [
 
 BLOCKS_FILE: Final = "blocks.tsv"
 """The name of the block table in a run directory."""
+
+# Always hex, with or without 0x; no sign and no underscore, which int() would take.
+_HEX: Final = re.compile(r"(?:0[xX])?[0-9a-fA-F]+")
 
 
 class Symbolizer:
@@ -69,16 +73,11 @@ class Symbolizer:
             text = line.strip()
             if not text:
                 continue
-            try:
-                # Always hex, with or without 0x; no sign and no underscore as Python would take.
-                digits = text[2:] if text[:2] in ("0x", "0X") else text
-                if not digits.isalnum():
-                    raise ValueError(text)
-                pc = int(digits, 16)
-            except ValueError:
+            if not _HEX.fullmatch(text):
                 print(f"symbolize: {text[:80]!r} is no hexadecimal number", file=err)
                 failed += 1
                 continue
+            pc = int(text, 16)
             if not self.write(pc, out):
                 print(f"symbolize: {pc:#x} is no PC of this run's blocks", file=err)
                 failed += 1
