@@ -1,0 +1,612 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running commands in the guest, over SSH (paramiko).
+
+A command gets a shell of its own in the guest, whose first line of output is the number of its
+process group: so a command that runs out of time, or whose caller was interrupted, can be killed
+with all that it started. The guest may vanish at any moment; whoever waits for a command then gets
+the reason at once, because the machine tells (:meth:`bridge.vm.machine.Machine.add_loss_listener`),
+and does not wait for TCP to find out.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import io
+import logging
+import os
+import re
+import select
+import shlex
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import termios
+import threading
+import time
+import tty
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import paramiko
+from paramiko.pkey import UnknownKeyType
+
+from bridge.errors import (
+    BridgeError,
+    GuestLostError,
+    GuestSetupError,
+    ImageError,
+    RunTimeoutError,
+    UsageError,
+)
+from bridge.vm.network import LOCALHOST
+
+__all__ = ["CAPTURE_LIMIT", "CommandResult", "Guest", "Output", "Watched"]
+
+logger = logging.getLogger(__name__)
+
+Output = Callable[[bytes], object]
+"""Where a command's output goes as it comes: called with pieces of any size."""
+
+CAPTURE_LIMIT = 1024 * 1024
+"""Bytes of stdout, and of stderr, that a result keeps: the first ones."""
+
+_CONNECT_SECONDS = 30.0
+_CHANNEL_SECONDS = 30.0
+_RETRY_SECONDS = 0.1
+_KILL_SECONDS = 5.0
+_LINGER_SECONDS = 1.0
+_POLL_SECONDS = 0.25  # output and its end wake at once; an exit status alone does not
+_LOSS_SECONDS = 3.0
+_CHUNK = 64 * 1024
+_EVIDENCE = 4096
+_PID_LINE = re.compile(rb"kcov-bridge-pgid:(\d{1,10})\Z")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+
+_wire = logger.getChild("wire")
+# The library logs what it raises as well; a failure is reported once, by whoever catches it.
+_wire.setLevel(logging.CRITICAL)
+
+
+class Watched(Protocol):
+    """What can be lost while a command runs: a :class:`bridge.vm.machine.Machine`."""
+
+    def check(self) -> None:
+        """Raise the reason if it was lost."""
+
+    def add_loss_listener(self, listener: Callable[[BridgeError], None], /) -> Callable[[], None]:
+        """Have the listener called when it is lost; returns how to take it away again."""
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """How a command in the guest ended.
+
+    ``exit_status`` is the shell's: 127 for a command that is not there, 128+N after signal N.
+    ``stdout`` and ``stderr`` are the first :data:`CAPTURE_LIMIT` bytes (``truncated`` if there
+    were more); ``seconds`` is the time it took, seen from the host.
+    """
+
+    exit_status: int
+    stdout: bytes
+    stderr: bytes
+    truncated: bool
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        """stdout as text."""
+        return self.stdout.decode(errors="replace")
+
+
+class _Capture:
+    """One of a command's two streams: passed on as it comes, its beginning kept."""
+
+    def __init__(self, sink: Output | None, limit: int) -> None:
+        self.sink = sink
+        self.limit = limit
+        self.kept = bytearray()
+        self.truncated = False
+
+    def take(self, chunk: bytes) -> None:
+        room = self.limit - len(self.kept)
+        self.kept += chunk[:room]
+        self.truncated |= len(chunk) > room
+        if self.sink is not None and chunk:
+            self.sink(chunk)
+
+
+class _PidLine:
+    """Takes the shell's first line out of stdout: the process group of the command."""
+
+    def __init__(self) -> None:
+        self.process_group: int | None = None
+        self._head: bytes | None = b""
+
+    def strip(self, chunk: bytes) -> bytes:
+        if self._head is None:
+            return chunk
+        self._head += chunk
+        line, newline, rest = self._head.partition(b"\n")
+        if not newline and len(line) < 64:
+            return b""
+        found = _PID_LINE.match(line) if newline else None
+        head, self._head = self._head, None
+        if found is None:
+            return head
+        self.process_group = int(found.group(1))
+        return rest
+
+    def end(self) -> bytes:
+        head, self._head = self._head or b"", None
+        return head
+
+
+class Guest:
+    """The guest as a place to run commands; :meth:`connect` first, :meth:`close` at the end.
+
+    ``key`` is the private key file that the guest accepts. ``host_key`` is the guest's public host
+    key (a line of an OpenSSH ``.pub`` file) and is insisted on; None, for an image whose key is
+    not known, trusts the first connection and insists on that key from then on. ``watched`` is the
+    machine that the guest runs in. Commands may run on several threads at once.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        key: Path,
+        host_key: str | None,
+        *,
+        watched: Watched | None = None,
+        user: str = "root",
+    ) -> None:
+        self._port = port
+        self._user = user
+        self._key = _private_key(key)
+        self._host_key = _public_key(host_key) if host_key is not None else None
+        self._watched = watched
+        self._lock = threading.Lock()  # guards _transport and _lost
+        self._transport: paramiko.Transport | None = None
+        self._lost = False
+        self._stack = contextlib.ExitStack()
+        if watched is not None:
+            self._stack.callback(watched.add_loss_listener(self._on_loss))
+
+    def __enter__(self) -> Guest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # The connection
+
+    def connect(self, timeout: float = _CONNECT_SECONDS) -> None:
+        """Log in, as soon as the guest's sshd answers, within ``timeout`` seconds.
+
+        Raises :class:`bridge.errors.GuestSetupError` when it does not answer, refuses the key, or
+        shows another host key than the image's, and the reason of the loss when the guest is lost.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            self._check()
+            left = deadline - time.monotonic()
+            try:
+                self._log_in(max(1.0, left))
+                return
+            except paramiko.AuthenticationException as error:
+                raise GuestSetupError(
+                    f"the guest's sshd refuses the key for {self._user}: {error}",
+                    hint="the key must be the one that the image was made with",
+                ) from error
+            except (paramiko.SSHException, OSError, EOFError) as error:
+                # Nothing listens yet, or sshd is just starting: QEMU accepts and drops us.
+                self._check()
+                if left <= _RETRY_SECONDS:
+                    raise GuestSetupError(
+                        f"the guest's sshd does not answer within {timeout:g} s: {error}",
+                        hint="the console tells whether sshd was started",
+                    ) from error
+                time.sleep(_RETRY_SECONDS)
+
+    def _log_in(self, timeout: float) -> None:
+        with contextlib.ExitStack() as stack:
+            sock = socket.create_connection((LOCALHOST, self._port), timeout)
+            stack.callback(sock.close)
+            transport = paramiko.Transport(sock)
+            stack.callback(transport.close)
+            transport.set_log_channel(_wire.name)
+            transport.banner_timeout = timeout
+            transport.auth_timeout = timeout
+            self._adopt(transport)
+            stack.callback(self._adopt, None)
+            if self._host_key is not None:
+                transport.get_security_options().key_types = (self._host_key.get_name(),)
+            transport.start_client(timeout=timeout)
+            shown = transport.get_remote_server_key()
+            if self._host_key is None:
+                logger.info("trusting the guest's host key SHA256 %s", shown.fingerprint)
+                self._host_key = shown
+            elif shown.asbytes() != self._host_key.asbytes():
+                raise GuestSetupError(
+                    "what answers on the SSH port is not the guest: its host key is another",
+                    evidence=f"expected {self._host_key.fingerprint}\nshown    {shown.fingerprint}",
+                    hint="was the image built anew while the machine ran?",
+                )
+            transport.auth_publickey(self._user, self._key)
+            stack.pop_all()
+
+    def _adopt(self, transport: paramiko.Transport | None) -> None:
+        with self._lock:
+            self._transport = transport
+            lost = self._lost
+        if lost and transport is not None:
+            transport.close()
+
+    def _on_loss(self, _: BridgeError) -> None:
+        """Wake everyone who waits for the guest. On the machine's thread: must not block."""
+        with self._lock:
+            self._lost = True
+            transport = self._transport
+        if transport is not None:
+            # close() joins the transport's thread, which may be busy in a callback of ours.
+            threading.Thread(target=transport.close, name="ssh-close", daemon=True).start()
+
+    def _check(self) -> None:
+        if self._watched is not None:
+            self._watched.check()
+
+    def _broken(self, error: BaseException | None) -> BridgeError:
+        """Why the connection broke: the machine's reason, which may come a moment later."""
+        deadline = time.monotonic() + _LOSS_SECONDS
+        while self._watched is not None:
+            try:
+                self._watched.check()
+            except BridgeError as reason:
+                return reason
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        return GuestLostError(
+            "the SSH connection to the guest broke",
+            evidence=repr(error) if error is not None else "",
+            hint="did the workload end sshd, or fill the guest's memory?",
+        )
+
+    def close(self) -> None:
+        """Close the connection; commands that still run get an error. Safe to call twice."""
+        self._stack.close()
+        with self._lock:
+            transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.close()
+
+    # Commands
+
+    def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        stdout: Output | None = None,
+        stderr: Output | None = None,
+        stdin: BinaryIO | bytes = b"",
+        timeout: float | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        check: bool = False,
+        capture: int = CAPTURE_LIMIT,
+    ) -> CommandResult:
+        """Run a command in the guest and wait for its end.
+
+        ``command`` is a line for the guest's ``sh``, or a sequence of words that no shell will
+        change. ``stdout`` and ``stderr`` are called with the output as it comes; ``capture`` is
+        how many bytes of each the result keeps. ``timeout`` in seconds, None for none. ``check``
+        makes an exit status but 0 an error. A process that the command leaves behind with its
+        output open is waited for no longer than a second after the command's own end.
+
+        Raises :class:`bridge.errors.RunTimeoutError` (the command is killed, with its children),
+        :class:`bridge.errors.GuestLostError` or another reason of the loss when the guest is lost,
+        and with ``check`` :class:`bridge.errors.GuestSetupError`.
+        """
+        started = time.monotonic()
+        deadline = None if timeout is None else started + timeout
+        line = command if isinstance(command, str) else shlex.join(command)
+        channel = self._open(_wrapped(line, env, cwd))
+        out, err = _Capture(stdout, capture), _Capture(stderr, capture)
+        pid_line = _PidLine()
+        try:
+            with _feeding(channel, stdin):
+                ended = self._pump(channel, out, err, pid_line, deadline)
+        except BaseException:
+            self._kill(pid_line.process_group)
+            raise
+        finally:
+            channel.close()
+        if not ended:
+            self._kill(pid_line.process_group)
+            raise RunTimeoutError(
+                f"the command did not end within {timeout:g} s: {line}",
+                evidence=_end_of(out, err),
+            )
+        status = channel.exit_status
+        if status < 0:
+            raise self._broken(None)
+        result = CommandResult(
+            exit_status=status,
+            stdout=bytes(out.kept),
+            stderr=bytes(err.kept),
+            truncated=out.truncated or err.truncated,
+            seconds=time.monotonic() - started,
+        )
+        if check and status != 0:
+            raise GuestSetupError(
+                f"a command in the guest ended with status {status}: {line}",
+                evidence=_end_of(out, err),
+            )
+        return result
+
+    def _open(self, script: str) -> paramiko.Channel:
+        """A channel on which the script runs."""
+        self._check()
+        with self._lock:
+            transport = self._transport
+        if transport is None:
+            raise UsageError("there is no connection to the guest")
+        try:
+            channel = transport.open_session(timeout=_CHANNEL_SECONDS)
+            channel.settimeout(_CHANNEL_SECONDS)
+            channel.exec_command(script)
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            raise self._broken(error) from error
+        return channel
+
+    @staticmethod
+    def _pump(
+        channel: paramiko.Channel,
+        out: _Capture,
+        err: _Capture,
+        pid_line: _PidLine,
+        deadline: float | None,
+    ) -> bool:
+        """Pass output on until the command has ended; False when it ran out of time."""
+        poll = select.poll()
+        poll.register(channel.fileno(), select.POLLIN)
+        ended_at: float | None = None
+        while True:
+            now = time.monotonic()
+            if ended_at is None and deadline is not None and now >= deadline:
+                return False
+            over = channel.eof_received or channel.closed  # and so nothing comes after the rest
+            while channel.recv_ready():
+                out.take(pid_line.strip(channel.recv(_CHUNK)))
+            while channel.recv_stderr_ready():
+                err.take(channel.recv_stderr(_CHUNK))
+            if channel.exit_status_ready():
+                ended_at = ended_at or now
+                if over or now >= ended_at + _LINGER_SECONDS:
+                    break
+            wait = _POLL_SECONDS if deadline is None else min(_POLL_SECONDS, deadline - now)
+            if over:
+                channel.status_event.wait(max(0.0, wait))
+            else:
+                poll.poll(max(0.0, wait) * 1000)
+        out.take(pid_line.end())
+        return True
+
+    def _kill(self, process_group: int | None) -> None:
+        """End a command and what it started, if the guest still takes orders."""
+        if process_group is None:
+            return
+        try:
+            channel = self._open(f"kill -KILL -- -{process_group}")
+        except BridgeError as error:
+            logger.debug("could not kill a command in the guest: %s", error)
+            return
+        channel.status_event.wait(_KILL_SECONDS)
+        channel.close()
+
+    # Files
+
+    def upload(self, local: Path | bytes, remote: str, mode: int = 0o644) -> None:
+        """Write a file in the guest: complete under its name, or not at all.
+
+        Raises :class:`bridge.errors.UsageError` for a local file that cannot be read,
+        :class:`bridge.errors.GuestSetupError` when the guest cannot write it (no room, no such
+        directory), and what :meth:`run` raises.
+        """
+        name, part = shlex.quote(remote), shlex.quote(f"{remote}.part")
+        script = f"umask 077; cat > {part} && chmod {mode:o} {part} && mv -f {part} {name}"
+        script += f" || {{ rm -f {part}; exit 1; }}"
+        with contextlib.ExitStack() as stack:
+            if isinstance(local, bytes):
+                source: BinaryIO = io.BytesIO(local)
+            else:
+                try:
+                    source = stack.enter_context(local.open("rb"))
+                except OSError as error:
+                    raise UsageError(f"{local} cannot be read: {error.strerror}") from error
+            result = self.run(script, stdin=source)
+        if result.exit_status != 0:
+            raise GuestSetupError(
+                f"the guest cannot write {remote}", evidence=result.stderr.decode(errors="replace")
+            )
+
+    def download(self, remote: str, local: Path) -> None:
+        """Read a file of the guest into a local one: complete under its name, or not at all.
+
+        Raises :class:`bridge.errors.GuestSetupError` when the guest cannot read it,
+        :class:`bridge.errors.UsageError` when it cannot be written here, and what :meth:`run`
+        raises.
+        """
+        try:
+            fd, name = tempfile.mkstemp(dir=local.parent, prefix=".download-")
+        except OSError as error:
+            raise UsageError(f"{local} cannot be written: {error.strerror}") from error
+        part = Path(name)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                result = self.run(["cat", "--", remote], stdout=file.write, capture=_EVIDENCE)
+            if result.exit_status != 0:
+                raise GuestSetupError(
+                    f"the guest cannot read {remote}",
+                    evidence=result.stderr.decode(errors="replace"),
+                )
+            part.replace(local)
+        finally:
+            part.unlink(missing_ok=True)
+
+    # A person
+
+    def shell(self, command: str | None = None) -> int:
+        """Connect this terminal (stdin and stdout) to a shell in the guest, or to a command.
+
+        Returns the exit status. Raises the reason when the guest is lost meanwhile.
+        """
+        self._check()
+        with self._lock:
+            transport = self._transport
+        if transport is None:
+            raise UsageError("there is no connection to the guest")
+        stdin = sys.stdin.fileno()
+        interactive = os.isatty(stdin)
+        try:
+            channel = transport.open_session(timeout=_CHANNEL_SECONDS)
+            if interactive:
+                columns, lines = _terminal_size(stdin)
+                channel.get_pty(os.environ.get("TERM", "vt100"), columns, lines)
+            if command is None:
+                channel.invoke_shell()
+            else:
+                channel.exec_command(command)
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            raise self._broken(error) from error
+        with contextlib.closing(channel):
+            with _raw_terminal(stdin, channel) if interactive else contextlib.nullcontext():
+                _converse(channel, stdin)
+            channel.status_event.wait(_LOSS_SECONDS)
+            if channel.exit_status < 0:
+                raise self._broken(None)
+            return channel.exit_status
+
+
+def _wrapped(line: str, env: Mapping[str, str] | None, cwd: str | None) -> str:
+    """The command for sshd: tells its process group, then runs the line in a shell of its own.
+
+    sshd makes each session a process group, whose number is that of the shell it starts. The inner
+    shell makes a death by signal an exit status (128+N), which SSH would not carry.
+    """
+    script = ""
+    for name, value in (env or {}).items():
+        if not _VARIABLE.match(name):
+            raise UsageError(f"{name!r} is no name for an environment variable")
+        script += f"export {name}={shlex.quote(value)}; "
+    if cwd is not None:
+        script += f"cd {shlex.quote(cwd)} || exit 126; "
+    return f"echo kcov-bridge-pgid:$$; sh -c {shlex.quote(script + line)}; exit $?"
+
+
+def _end_of(out: _Capture, err: _Capture) -> str:
+    end = bytes(out.kept[-_EVIDENCE:]) + bytes(err.kept[-_EVIDENCE:])
+    return end.decode(errors="replace")
+
+
+@contextlib.contextmanager
+def _feeding(channel: paramiko.Channel, stdin: BinaryIO | bytes) -> Iterator[None]:
+    """Send stdin on a thread of its own, as the command may answer before it has read all."""
+    if isinstance(stdin, bytes):
+        if not stdin:
+            channel.shutdown_write()
+            yield
+            return
+        stdin = io.BytesIO(stdin)
+    source = stdin
+
+    def feed() -> None:
+        # A command that ends without reading everything is no failure.
+        with contextlib.suppress(OSError, EOFError):
+            while chunk := source.read(_CHUNK):
+                channel.sendall(chunk)
+            channel.shutdown_write()
+
+    channel.settimeout(None)
+    feeder = threading.Thread(target=feed, name="ssh-stdin", daemon=True)
+    feeder.start()
+    try:
+        yield
+    finally:
+        channel.close()
+        feeder.join()
+
+
+def _converse(channel: paramiko.Channel, stdin: int) -> None:
+    """Copy between the terminal and the channel until the channel ends."""
+    poll = select.poll()
+    poll.register(stdin, select.POLLIN)
+    poll.register(channel.fileno(), select.POLLIN)
+    while True:
+        ready = {fd for fd, _ in poll.poll(250)}
+        moved = False
+        while channel.recv_ready():
+            moved = True
+            os.write(sys.stdout.fileno(), channel.recv(_CHUNK))
+        while channel.recv_stderr_ready():
+            moved = True
+            os.write(sys.stderr.fileno(), channel.recv_stderr(_CHUNK))
+        if not moved and (channel.eof_received or channel.closed or channel.exit_status_ready()):
+            return
+        if stdin in ready:
+            typed = os.read(stdin, _CHUNK)
+            if typed:
+                channel.sendall(typed)
+            else:
+                poll.unregister(stdin)
+                channel.shutdown_write()
+
+
+@contextlib.contextmanager
+def _raw_terminal(stdin: int, channel: paramiko.Channel) -> Iterator[None]:
+    """Every key goes to the guest, and so does a change of the window's size."""
+    before = termios.tcgetattr(stdin)
+
+    def resized(*_: object) -> None:
+        with contextlib.suppress(paramiko.SSHException):
+            channel.resize_pty(*_terminal_size(stdin))
+
+    handler = signal.signal(signal.SIGWINCH, resized)
+    try:
+        tty.setraw(stdin)
+        yield
+    finally:
+        signal.signal(signal.SIGWINCH, handler)
+        termios.tcsetattr(stdin, termios.TCSADRAIN, before)
+
+
+def _terminal_size(fd: int) -> tuple[int, int]:
+    """Columns and lines."""
+    lines, columns, _, _ = struct.unpack("HHHH", fcntl.ioctl(fd, termios.TIOCGWINSZ, bytes(8)))
+    return columns or 80, lines or 24
+
+
+def _private_key(path: Path) -> paramiko.PKey:
+    try:
+        return paramiko.PKey.from_path(path)
+    except OSError as error:
+        raise UsageError(f"the SSH key {path} cannot be read: {error.strerror}") from error
+    except (paramiko.SSHException, UnknownKeyType, ValueError, TypeError) as error:
+        raise UsageError(
+            f"the SSH key {path} cannot be used: {error}",
+            hint="it must be a private key without a passphrase",
+        ) from error
+
+
+def _public_key(line: str) -> paramiko.PKey:
+    try:
+        kind, encoded, *_ = line.split()
+        from_type_string: Callable[[str, bytes], paramiko.PKey] = paramiko.PKey.from_type_string
+        return from_type_string(kind, base64.b64decode(encoded, validate=True))
+    except (ValueError, paramiko.SSHException, UnknownKeyType) as error:
+        raise ImageError(f"the image's host key is none: {line[:80]!r}") from error
