@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kcov-bridge doctor``: each thing that the bridge needs, found or not, and how to get it.
+
+With ``--json`` it prints one object: ``format`` (``"kcov-bridge-doctor"``), ``version`` (1), ``ok``
+(all that is required is there) and ``checks``, whose items are the fields of :class:`Check`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from bridge.config import Settings
+from bridge.errors import BridgeError
+from bridge.vm.accel import choose_accelerator, why_not_kvm
+
+__all__ = ["Check", "Package", "debian_packages", "diagnose", "doctor_command", "render"]
+
+_FORMAT = "kcov-bridge-doctor"
+_VERSION = 1
+
+_QEMU_OWN_MIB = 200
+"""What QEMU takes beside the guest's memory, mostly TCG's code buffer; measured with QEMU 7.2."""
+
+_BUILD_MIB = 2048
+"""Room that building an image takes, the build root with compiler and headers included."""
+
+_PROBE_SECONDS = 30.0
+
+_QEMU_DEVICE = "ivshmem-doorbell"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked for."""
+
+    name: str
+    required: bool
+    found: bool
+    detail: str
+    """What was found, or why it does not do."""
+    remedy: str = ""
+    """How to get it; empty where it is there."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A line of ``debian-packages.txt``; the columns are explained there."""
+
+    name: str
+    purpose: str
+    probe: str
+    what_for: str
+
+
+def debian_packages(purpose: str | None = None) -> tuple[Package, ...]:
+    """The Debian packages that the bridge needs, all or those of one purpose, in file order."""
+    text = Path(__file__).with_name("debian-packages.txt").read_text(encoding="utf-8")
+    packages = []
+    for line in text.splitlines():
+        if line.strip() and not line.startswith("#"):
+            name, kind, probe, what_for = line.split(None, 3)
+            packages.append(Package(name, kind, probe, what_for.strip()))
+    return tuple(each for each in packages if purpose in (None, each.purpose))
+
+
+def _apt(*packages: str) -> str:
+    return f"sudo apt-get install --no-install-recommends {' '.join(packages)}"
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints; ``None`` if it does not run, fails or hangs."""
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_PROBE_SECONDS,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def _python() -> Iterator[Check]:
+    detail = ".".join(map(str, sys.version_info[:3]))
+    yield Check(
+        "Python",
+        True,
+        sys.version_info >= (3, 11),
+        detail,
+        "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer",
+    )
+    try:
+        lines = importlib.metadata.requires("kcov-bridge") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Check("kcov-bridge", True, False, "is not installed in this Python", "make venv")
+        return
+    for requirement in map(Requirement, lines):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        name = f"Python package {requirement.name}"
+        remedy = f"pip install '{requirement}'"
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Check(name, True, False, "is not installed", remedy)
+            continue
+        fits = requirement.specifier.contains(version, prereleases=True)
+        detail = version if fits else f"{version} is there, {requirement.specifier} is needed"
+        yield Check(name, True, fits, detail, "" if fits else remedy)
+    if importlib.util.find_spec("coverage") is not None:
+        compiled = importlib.util.find_spec("coverage.tracer") is not None
+        yield Check(
+            "coverage.py's C tracer",
+            True,
+            compiled,
+            "compiled in" if compiled else "this coverage.py is pure Python",
+            "" if compiled else "pip install --force-reinstall --only-binary :all: coverage",
+        )
+
+
+def _qemu(settings: Settings) -> Iterator[Check]:
+    path = shutil.which(settings.qemu)
+    remedy = _apt("qemu-system-x86")
+    if path is None:
+        yield Check("QEMU", True, False, f"{settings.qemu} is not there", remedy)
+        return
+    banner = _output(path, "--version")
+    if banner is None:
+        yield Check("QEMU", True, False, f"{path} --version fails", remedy)
+        return
+    match = re.search(r"version (\S+)", banner)
+    yield Check("QEMU", True, True, f"{match.group(1) if match else banner.strip()}, {path}")
+    # The device rather than the version: a build may leave it out.
+    devices = _output(path, "-device", "help") or ""
+    there = f'"{_QEMU_DEVICE}"' in devices
+    yield Check(
+        f"QEMU's {_QEMU_DEVICE}",
+        True,
+        there,
+        "in this QEMU" if there else f"not in {path}",
+        "" if there else "use a QEMU that is built with it, as Debian's is: --qemu PROGRAM",
+    )
+
+
+def _accelerator(settings: Settings) -> Iterator[Check]:
+    try:
+        chosen = choose_accelerator(settings.accel)
+    except BridgeError as error:
+        yield Check("accelerator", True, False, error.message, error.hint)
+    else:
+        yield Check("accelerator", True, True, f"{chosen.name}: {chosen.reason}")
+    obstacle = why_not_kvm()
+    if obstacle is None:
+        yield Check("KVM", False, True, "can boot a stock kernel")
+    else:
+        yield Check("KVM", False, False, f"{obstacle[0]} (TCG is slower)", obstacle[1])
+
+
+def _image(settings: Settings) -> Iterator[Check]:
+    from bridge.image import cache_directory, list_images
+
+    names = [image.name for image in list_images()]
+    own = settings.image is not None and settings.image not in names
+    if own:
+        path = Path(str(settings.image))
+        found = path.is_file()
+        detail = f"{path}" if found else f"{path} is neither an image nor a file"
+        yield Check("guest image", True, found, detail, "" if found else "kcov-bridge image list")
+    else:
+        yield Check(
+            "guest image",
+            False,
+            bool(names),
+            ", ".join(names) or "not built yet",
+            "" if names else "kcov-bridge image build (run does it by itself)",
+        )
+    to_build = not own and not names
+    for package in debian_packages("run"):
+        if package.name.startswith("qemu-"):
+            continue
+        there = shutil.which(package.probe) or (
+            package.probe
+            if package.probe.startswith("/") and Path(package.probe).exists()
+            else None
+        )
+        yield Check(
+            package.name,
+            to_build,
+            there is not None,
+            there or f"is not there; it {package.what_for}",
+            "" if there else _apt(package.name),
+        )
+    cache = cache_directory()
+    existing = cache
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free >> 20
+    writable = os.access(existing, os.W_OK | os.X_OK)
+    enough = free >= _BUILD_MIB and writable
+    yield Check(
+        "disk",
+        to_build,
+        enough,
+        f"{free} MiB free for {cache}" if writable else f"{existing} is not writable",
+        "" if enough else f"free {_BUILD_MIB} MiB there, or set KCOV_BRIDGE_CACHE to another place",
+    )
+
+
+def _memory(settings: Settings) -> Iterator[Check]:
+    needed = settings.memory + settings.region + _QEMU_OWN_MIB
+    text = Path("/proc/meminfo").read_text(encoding="ascii")
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+    available = int(match.group(1)) >> 10 if match else 0
+    enough = available >= needed
+    yield Check(
+        "memory",
+        True,
+        enough,
+        f"{available} MiB available, a run takes up to {needed} MiB",
+        "" if enough else "free some, or take less: --memory MIB --region MIB",
+    )
+    try:
+        os.close(os.memfd_create("kcov-bridge-doctor", os.MFD_CLOEXEC))
+    except OSError as error:
+        why = f"memfd_create: {error.strerror}"
+        yield Check("memfd", True, False, why, "allow it: a sandbox or seccomp filter denies it")
+    else:
+        yield Check("memfd", True, True, "works")
+
+
+def diagnose(settings: Settings) -> tuple[Check, ...]:
+    """Look for everything that a run with these settings needs."""
+    parts: tuple[Callable[[], Iterator[Check]], ...] = (
+        _python,
+        lambda: _qemu(settings),
+        lambda: _accelerator(settings),
+        lambda: _memory(settings),
+        lambda: _image(settings),
+    )
+    return tuple(check for part in parts for check in part())
+
+
+def render(checks: tuple[Check, ...]) -> str:
+    """The checks as a person reads them; no trailing newline."""
+    width = max(len(check.name) for check in checks)
+    lines = []
+    for check in checks:
+        mark = "ok" if check.found else "MISSING" if check.required else "no"
+        lines.append(f"{mark:>7}  {check.name:<{width}}  {check.detail}")
+        if check.remedy:
+            lines.append(f"{'':>7}  {'':<{width}}  -> {check.remedy}")
+    missing = sum(check.required and not check.found for check in checks)
+    lines.append("")
+    lines.append("all that is required is there" if not missing else f"{missing} required missing")
+    return "\n".join(lines)
+
+
+def doctor_command(settings: Settings, *, as_json: bool = False) -> int:
+    """Print the diagnosis to stdout; 0 when all that is required is there, else 1."""
+    checks = diagnose(settings)
+    ok = all(check.found for check in checks if check.required)
+    if as_json:
+        document = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "ok": ok,
+            "checks": [dataclasses.asdict(check) for check in checks],
+        }
+        print(json.dumps(document, indent=2))
+    else:
+        print(render(checks))
+    return 0 if ok else 1
