@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The developer's frame: Makefile, package and environment scripts."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bridge.doctor import debian_packages
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def sh(
+    *command: str, path: str | None = None, cwd: Path = ROOT, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    # A make around this one hands its flags and variables down otherwise.
+    outer = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHON", "VENV", "OUT", "ARGS"}
+    environment = {key: text for key, text in os.environ.items() if key not in outer}
+    environment |= variables
+    if path is not None:
+        environment["PATH"] = path
+    program = shutil.which(command[0]) or command[0]
+    return subprocess.run(
+        [program, *command[1:]],
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def targets() -> list[str]:
+    return re.findall(r"^([a-z-]+):.* ## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_plain_make_prints_help_on_each_target() -> None:
+    done = sh("make")
+    assert done.returncode == 0, done.stderr
+    assert {"run", "test", "lint", "image", "clean", "venv"} <= set(targets())
+    for target in targets():
+        assert re.search(rf"^make {target} +\S", done.stdout, re.MULTILINE), target
+
+
+@pytest.mark.parametrize("target", targets())
+def test_each_target_has_commands_that_parse(target: str) -> None:
+    done = sh("make", "--dry-run", "--warn-undefined-variables", target)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    assert done.stdout
+
+
+def test_run_hands_its_variables_on(tmp_path: Path) -> None:
+    done = sh("make", "-n", "run", f"OUT={tmp_path}", "ARGS=--memory 512 -- ls")
+    assert f"kcov-bridge run --out {tmp_path} --memory 512 -- ls" in done.stdout
+
+
+def test_up_to_date_stamps_mean_no_pip(tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    venv.mkdir()
+    (venv / "installed").touch()
+    assert "make-venv" not in sh("make", "-n", "run", f"VENV={venv}").stdout
+    assert "make-venv" in sh("make", "-n", "test", f"VENV={venv}").stdout
+
+
+def tools(directory: Path, *names: str) -> str:
+    """A PATH on which only these programs are found."""
+    directory.mkdir(exist_ok=True)
+    for name in names:
+        found = shutil.which(name)
+        assert found is not None, name
+        (directory / name).symlink_to(found)
+    return str(directory)
+
+
+def script(directory: Path, name: str, text: str) -> None:
+    directory.mkdir(exist_ok=True)
+    path = directory / name
+    path.unlink(missing_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+INSTALL = str(ROOT / ".ci" / "install-packages")
+
+
+def test_the_package_list_is_read_by_both() -> None:
+    packages = debian_packages()
+    assert {"qemu-system-x86", "mmdebstrap", "make", "gcc"} <= {each.name for each in packages}
+    assert {each.purpose for each in packages} == {"run", "test", "make"}
+    assert next(iter(debian_packages("run"))).name == "qemu-system-x86"
+    for each in packages:
+        assert each.what_for
+
+
+def test_without_root_the_one_line_is_printed_and_it_is_2(tmp_path: Path) -> None:
+    path = tools(tmp_path / "bin", "sh", "dirname", "grep")
+    script(tmp_path / "bin", "id", "echo 1000")
+    script(tmp_path / "bin", "apt-get", "echo must not be called; exit 9")
+    done = sh(INSTALL, "run", path=path)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("sudo apt-get")]
+    assert len(lines) == 1
+    for package in debian_packages("run"):
+        if not shutil.which(package.probe, path="/usr/sbin:/sbin"):
+            assert f" {package.name}" in lines[0]
+    assert "missing: qemu-system-x86 (runs the guest)" in done.stderr
+
+
+def test_sudo_that_asks_for_a_password_is_not_used(tmp_path: Path) -> None:
+    path = tools(tmp_path / "bin", "sh", "dirname", "grep")
+    script(tmp_path / "bin", "id", "echo 1000")
+    script(tmp_path / "bin", "apt-get", "exit 9")
+    script(tmp_path / "bin", "sudo", "exit 1")
+    assert sh(INSTALL, "run", path=path).returncode == 2
+
+
+def test_no_debian_names_the_programs(tmp_path: Path) -> None:
+    path = tools(tmp_path / "bin", "sh", "dirname", "grep", "id")
+    done = sh(INSTALL, "run", path=path)
+    assert done.returncode == 2
+    assert "this is no Debian" in done.stderr
+    assert "qemu-system-x86_64" in done.stderr
+
+
+def test_a_failed_install_is_tried_again_with_new_lists(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    path = tools(tmp_path / "bin", "sh", "dirname", "grep", "env", "touch")
+    script(tmp_path / "bin", "id", "echo 0")
+    script(
+        tmp_path / "bin",
+        "apt-get",
+        f'echo "$@" >>{log}\n[ "$1" = update ] && {{ touch {log}.updated; exit; }}\n'
+        f"[ -e {log}.updated ]",
+    )
+    done = sh(INSTALL, "run", path=path)
+    assert done.returncode == 0, done.stderr
+    calls = log.read_text().splitlines()
+    assert len(calls) == 3
+    assert calls[1].startswith("update")
+    assert "qemu-system-x86" in calls[2]
+
+
+def test_nothing_missing_is_silent() -> None:
+    done = sh(INSTALL)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+MAKE_VENV = str(ROOT / ".ci" / "make-venv")
+
+
+def test_no_python_is_a_clear_message(tmp_path: Path) -> None:
+    path = tools(tmp_path / "bin", "sh", "dirname")
+    script(tmp_path / "bin", "python3", "exit 1")
+    done = sh(MAKE_VENV, str(tmp_path / "venv"), path=path)
+    assert done.returncode == 2
+    assert "Python 3.11 or newer is needed" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_a_python_that_was_named_must_do(tmp_path: Path) -> None:
+    done = sh(MAKE_VENV, str(tmp_path / "venv"), PYTHON="/bin/false")
+    assert done.returncode == 2
+    assert "/bin/false is no Python 3.11 or newer" in done.stderr
+
+
+def test_a_python_without_venv_gets_the_package_of_its_version(tmp_path: Path) -> None:
+    """python3.12 passes the version check but has no ensurepip; the package is python3.12-venv."""
+    path = tools(tmp_path / "bin", "sh", "dirname", "grep", "rm")
+    script(tmp_path / "bin", "id", "echo 1000")
+    script(tmp_path / "bin", "apt-get", "exit 9")
+    script(
+        tmp_path / "bin",
+        "python3.12",
+        f'case "$2" in *version_info*) exec {sys.executable} "$@" ;; esac\nexit 1',
+    )
+    done = sh(MAKE_VENV, str(tmp_path / "venv"), path=path)
+    assert done.returncode == 2
+    assert "sudo apt-get install -y" in done.stderr.replace("update && sudo apt-get ", "")
+    assert done.stderr.rstrip().endswith(" python3.12-venv")
+
+
+def test_ci_ends_with_pytests_line_and_status(tmp_path: Path) -> None:
+    """The real script in a project whose `make test` fails as pytest does."""
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
+    script(tmp_path / ".ci", "install-packages", "[ $# -eq 1 ] && [ $1 = make ]")
+    (tmp_path / "Makefile").write_text(
+        "test:\n\t@echo '=== 1 failed, 2 passed in 0.1s ==='; echo 5 >build/test.status; exit 5\n"
+    )
+    done = sh(str(tmp_path / ".ci" / "run"), cwd=tmp_path)
+    assert done.returncode == 5
+    assert done.stdout.splitlines()[-1] == "=== 1 failed, 2 passed in 0.1s ==="
+    (tmp_path / "Makefile").write_text("test:\n\t@echo no pip today; exit 1\n")
+    done = sh(str(tmp_path / ".ci" / "run"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout.splitlines()[-1] == "make test ended before pytest did (exit status 2)"
