@@ -420,13 +420,24 @@ def _stop(measurement: coverage.Coverage) -> bool:
 
 
 def _discard(measurement: coverage.Coverage) -> None:
-    """Close what a stopped Coverage has open, and its exit handler, which keeps it in memory."""
+    """Close what a stopped Coverage has open, and let go of what keeps it in memory for good.
+
+    That is its exit handler, the C tracers, which the garbage collector cannot look into, and a
+    cache of a class. A coverage.py without one of them has nothing to let go of there.
+    """
     handler = getattr(measurement, "_atexit", None)
     if handler is not None:
         atexit.unregister(handler)
     data = getattr(measurement, "_data", None)
     if data is not None:
         data.close(force=True)
+    collector = getattr(measurement, "_collector", None)
+    if collector is not None:
+        collector.tracers = []
+        mapped_file = getattr(type(collector), "cached_mapped_file", None)
+        clear = getattr(mapped_file, "cache_clear", None)
+        if clear is not None:
+            clear()
 
 
 @functools.cache

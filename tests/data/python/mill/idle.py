@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A module that nobody imports."""
+
+
+def unused():
+    """Not called."""
+    return 1
