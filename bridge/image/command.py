@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a build runs and waits for: commands with a log, phases with progress, one lock."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from bridge.errors import ImageError, MissingDependencyError
+
+__all__ = ["Commands", "Phases", "Progress", "disk_full", "locked", "print_progress"]
+
+Progress = Callable[[str], None]
+"""Told one line about what is going on."""
+
+_EVIDENCE_LINES = 15
+_TICK_SECONDS = 10.0
+_TERM_SECONDS = 10.0
+
+
+def print_progress(line: str) -> None:
+    """Progress for people: on stderr."""
+    print(f"image: {line}", file=sys.stderr, flush=True)
+
+
+class Phases:
+    """Tells each phase of a build when it begins, and every ten seconds while it lasts."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._start = time.monotonic()
+        self._name = ""
+        self._told = self._start
+
+    def begin(self, name: str) -> None:
+        """A new phase begins."""
+        self._name = name
+        self._tell(name)
+
+    def tick(self) -> None:
+        """To be called now and then while the phase lasts."""
+        if time.monotonic() - self._told >= _TICK_SECONDS:
+            self._tell(f"still {self._name}")
+
+    def _tell(self, text: str) -> None:
+        self._told = time.monotonic()
+        self._progress(f"[{self._told - self._start:4.0f} s] {text}")
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the build began."""
+        return time.monotonic() - self._start
+
+
+class Commands:
+    """The one door for the programs of a build.
+
+    Each runs in a session of its own, with its output in a log; ``keep_fds`` are inherited, so
+    that a lock stays held for as long as a program lives, whatever becomes of this process.
+    """
+
+    def __init__(self, log: Path, phases: Phases, keep_fds: Sequence[int] = ()) -> None:
+        self.log = log
+        self.phases = phases
+        self._keep_fds = tuple(keep_fds)
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        what: str,
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+        feed: Callable[[IO[bytes]], None] | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        """Runs a program to its end. ``feed`` writes its stdin; ``what`` says in an error what
+        failed; ``seconds`` bounds it.
+
+        Raises :class:`bridge.errors.ImageError` with the end of its output, or
+        :class:`bridge.errors.MissingDependencyError` if there is no such program.
+        """
+        with self.log.open("ab") as log:
+            log.write(f"$ {shlex.join(argv)}\n".encode())
+            log.flush()
+            start = log.tell()
+            try:
+                process = subprocess.Popen(
+                    argv,
+                    stdin=subprocess.PIPE if feed else subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=env,
+                    cwd=cwd,
+                    pass_fds=self._keep_fds,
+                    start_new_session=True,
+                )
+            except FileNotFoundError as error:
+                raise MissingDependencyError(
+                    f"{what}: there is no {argv[0]} on this machine",
+                    hint="`kcov-bridge doctor` says how to get what is missing",
+                ) from error
+            with _ended(process):
+                broken = self._feed(process, feed)
+                status = self._wait(process, seconds)
+        if status or broken is not None:
+            outcome = f"status {status}" if status >= 0 else f"signal {-status}"
+            raise self._failure(argv, what, broken or outcome, start)
+
+    def _feed(
+        self, process: subprocess.Popen[bytes], feed: Callable[[IO[bytes]], None] | None
+    ) -> str | None:
+        """Writes the program's stdin. Returns what went wrong; the program's output says why."""
+        if not process.stdin or not feed:
+            return None
+        try:
+            with process.stdin as stdin:
+                feed(stdin)
+        except BrokenPipeError:
+            return "a closed input"
+        return None
+
+    def _wait(self, process: subprocess.Popen[bytes], seconds: float | None) -> int:
+        end = None if seconds is None else time.monotonic() + seconds
+        while True:
+            try:
+                return process.wait(timeout=0.5)
+            except subprocess.TimeoutExpired:
+                self.phases.tick()
+            if end is not None and time.monotonic() > end:
+                _kill_group(process, signal.SIGKILL)
+                end = None
+
+    def _failure(self, argv: Sequence[str], what: str, why: str, start: int) -> ImageError:
+        with self.log.open("rb") as log:
+            log.seek(start)
+            lines = log.read().decode(errors="replace").splitlines()
+        evidence = "\n".join(deque(lines, maxlen=_EVIDENCE_LINES))
+        if os.strerror(errno.ENOSPC) in evidence:
+            return disk_full(self.log.parent)
+        return ImageError(
+            f"{what} failed: {Path(argv[0]).name} ended with {why}", evidence=evidence
+        )
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Sees to it that the process is gone afterwards, with all that it started."""
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            _kill_group(process, signal.SIGTERM)
+            try:
+                process.wait(timeout=_TERM_SECONDS)
+            except subprocess.TimeoutExpired:
+                _kill_group(process, signal.SIGKILL)
+                process.wait()
+
+
+def _kill_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def disk_full(directory: Path, needed: int = 0) -> ImageError:
+    """The error for a full disk; ``needed`` in bytes, 0 if that is not known."""
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    status = os.statvfs(existing)
+    free = status.f_bavail * status.f_frsize
+    wants = f", {needed >> 20} MiB are needed" if needed else ""
+    return ImageError(
+        f"there is no room to build the image: {free >> 20} MiB are free in {existing}{wants}",
+        hint="make room, or set KCOV_BRIDGE_CACHE to a directory on another disk",
+    )
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: str, progress: Progress) -> Iterator[int]:
+    """Holds an exclusive lock on a file; gives its descriptor.
+
+    Whoever has to wait says so in one line. The lock goes with the last process that has the
+    descriptor, so it can't be left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            progress(f"waiting for another build of {what} (process {holder})")
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        yield fd
+    finally:
+        os.close(fd)
