@@ -11,6 +11,9 @@ export PYTHON
 # The Pythons that `make test-all` looks for, on PATH and among pyenv's.
 PYTHONS ?= 3.11 3.12 3.13
 
+# What packages are for: building images takes one more where this is not root.
+KINDS := run $(if $(filter 0,$(shell id -u)),,user)
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
@@ -63,10 +66,10 @@ format: $(VENV)/installed-dev ## format the Python sources
 venv: $(VENV)/installed-dev ## make .venv with everything for work on the project
 
 packages:
-	@.ci/install-packages run
+	@.ci/install-packages $(KINDS)
 
 packages-test:
-	@.ci/install-packages run test
+	@.ci/install-packages $(KINDS) test
 
 # Stamps: a second `make run` asks neither apt nor pip.
 $(VENV)/installed: pyproject.toml .ci/make-venv

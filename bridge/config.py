@@ -188,6 +188,14 @@ class Settings:
     initrd: Path | None = field(
         default=None, metadata=_about(Kind.PATH, "initial RAM disk for --kernel", metavar="FILE")
     )
+    append: str = field(
+        default="",
+        metadata=_about(
+            Kind.TEXT,
+            "kernel command line for --kernel with a disk image of your own",
+            metavar="WORDS",
+        ),
+    )
     out: Path = field(
         default=Path("build/run"),
         metadata=_about(Kind.PATH, "directory for what the run leaves behind", metavar="DIR"),
@@ -270,7 +278,8 @@ def _check(name: str, option: Option, value: object, where: str) -> None:
             good = isinstance(value, (int, float)) and not isinstance(value, bool)
             good = good and math.isfinite(float(value))  # type: ignore[arg-type]
         case Kind.TEXT | Kind.NAME_OR_PATH:
-            good = isinstance(value, str) and value != "" and "\0" not in value
+            good = isinstance(value, str) and "\0" not in value
+            good = good and (value != "" or _DEFAULTS[name] == "")
         case Kind.PATH:
             good = isinstance(value, Path) and "\0" not in str(value)
     if good and option.choices:
@@ -418,7 +427,7 @@ def add_arguments(parser: argparse.ArgumentParser, names: Iterable[str] | None =
             continue
         default = _DEFAULTS[name]
         text = option.help
-        if default is not None and option.kind is not Kind.FLAG:
+        if default not in (None, "") and option.kind is not Kind.FLAG:
             text += f" (default {default})"
         text = text.replace("%", "%%")
         if option.kind is Kind.FLAG:

@@ -22,8 +22,10 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from bridge import image as images
 from bridge.config import Settings
 from bridge.errors import BridgeError
+from bridge.image.store import resolve
 from bridge.vm.accel import choose_accelerator, why_not_kvm
 
 __all__ = ["Check", "Package", "debian_packages", "diagnose", "doctor_command", "render"]
@@ -173,41 +175,48 @@ def _accelerator(settings: Settings) -> Iterator[Check]:
         yield Check("KVM", False, False, f"{obstacle[0]} (TCG is slower)", obstacle[1])
 
 
-def _image(settings: Settings) -> Iterator[Check]:
-    from bridge.image import cache_directory, list_images
+def _guest_image(settings: Settings) -> tuple[Check, bool]:
+    """The image that a run would boot, and whether it would have to be built first."""
+    name = "guest image"
+    if settings.image is None:
+        try:
+            image = images.find()
+        except BridgeError as error:
+            return Check(name, True, False, error.message, "kcov-bridge image build"), True
+        if image is None:
+            how = "kcov-bridge image build (run does it by itself)"
+            return Check(name, False, False, "not built yet, or older than its sources", how), True
+        return Check(name, True, True, str(image.directory)), False
+    path = Path(settings.image)
+    if settings.ssh_key is None and not path.is_file():
+        try:
+            return Check(name, True, True, str(resolve(settings.image))), False
+        except BridgeError as error:
+            return Check(name, True, False, error.message, "kcov-bridge image list"), False
+    for what, file in (("disk image", path), ("SSH key", settings.ssh_key)):
+        if file is None or not file.is_file():
+            how = "give a disk image of your own with its key: --image FILE --ssh-key FILE"
+            return Check(
+                name, True, False, f"there is no {what}{f' {file}' if file else ''}", how
+            ), False
+    return Check(name, True, True, str(path)), False
 
-    names = [image.name for image in list_images()]
-    own = settings.image is not None and settings.image not in names
-    if own:
-        path = Path(str(settings.image))
-        found = path.is_file()
-        detail = f"{path}" if found else f"{path} is neither an image nor a file"
-        yield Check("guest image", True, found, detail, "" if found else "kcov-bridge image list")
-    else:
-        yield Check(
-            "guest image",
-            False,
-            bool(names),
-            ", ".join(names) or "not built yet",
-            "" if names else "kcov-bridge image build (run does it by itself)",
-        )
-    to_build = not own and not names
-    for package in debian_packages("run"):
+
+def _image(settings: Settings) -> Iterator[Check]:
+    check, to_build = _guest_image(settings)
+    yield check
+    for package in debian_packages("run") + debian_packages("user"):
         if package.name.startswith("qemu-"):
             continue
-        there = shutil.which(package.probe) or (
-            package.probe
-            if package.probe.startswith("/") and Path(package.probe).exists()
-            else None
-        )
+        there = shutil.which(package.probe)
         yield Check(
             package.name,
-            to_build,
+            to_build and not (package.purpose == "user" and os.geteuid() == 0),
             there is not None,
             there or f"is not there; it {package.what_for}",
             "" if there else _apt(package.name),
         )
-    cache = cache_directory()
+    cache = images.cache_directory()
     existing = cache
     while not existing.exists():
         existing = existing.parent
