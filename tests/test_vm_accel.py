@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The accelerator probe, with processors and devices that this machine may not have."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from bridge.errors import MissingDependencyError, UsageError
+from bridge.vm.accel import Accelerator, choose_accelerator, why_not_kvm
+
+PLAIN = "processor\t: 0\nflags\t\t: fpu vme de pse tsc msr\nbugs\t\t:\n"
+
+
+def test_tcg_is_taken_when_asked_for() -> None:
+    assert choose_accelerator("tcg") == Accelerator("tcg", "asked for")
+
+
+def test_an_unknown_word_is_the_users_mistake() -> None:
+    with pytest.raises(UsageError, match="'hvf'") as caught:
+        choose_accelerator("hvf")
+    assert "auto, kvm, tcg" in caught.value.hint
+
+
+def test_without_the_device_it_is_tcg(tmp_path: Path) -> None:
+    chosen = choose_accelerator("auto", device=tmp_path / "kvm")
+    assert chosen.name == "tcg"
+    assert "there is no" in chosen.reason
+    assert "\n" not in str(chosen)
+
+
+def test_a_device_that_is_not_kvm_is_told_so() -> None:
+    obstacle = why_not_kvm(device=Path("/dev/null"))
+    assert obstacle is not None
+    assert "/dev/null is not KVM" in obstacle[0]
+
+
+def test_kvm_that_cannot_work_is_refused_with_reason_and_remedy(tmp_path: Path) -> None:
+    with pytest.raises(MissingDependencyError, match="there is no") as caught:
+        choose_accelerator("kvm", device=tmp_path / "kvm")
+    assert "tcg" in caught.value.hint
+
+
+@pytest.fixture
+def kvm_ioctl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A device that answers as KVM does: a machine has it or not, a test cannot make it."""
+    device = tmp_path / "kvm"
+    device.touch()
+
+    def ioctl(_fd: int, request: int, _argument: int = 0) -> int:
+        if request == 0xAE00:
+            return 12
+        assert request == 0xAE01
+        return os.open(device, os.O_RDONLY)
+
+    monkeypatch.setattr("bridge.vm.accel.fcntl.ioctl", ioctl)
+    return device
+
+
+@pytest.mark.parametrize("flag", ["vmx", "svm"])
+def test_kvm_with_the_processors_help_is_taken(kvm_ioctl: Path, flag: str) -> None:
+    cpuinfo = PLAIN.replace("msr", f"msr {flag} sse")
+    assert choose_accelerator("auto", device=kvm_ioctl, cpuinfo=cpuinfo).name == "kvm"
+    assert choose_accelerator("kvm", device=kvm_ioctl, cpuinfo=cpuinfo).name == "kvm"
+
+
+@pytest.mark.parametrize("cpuinfo", [PLAIN, "", PLAIN.replace("msr", "svm_lock vmxnet")])
+def test_kvm_without_the_processors_help_is_not(kvm_ioctl: Path, cpuinfo: str) -> None:
+    chosen = choose_accelerator("auto", device=kvm_ioctl, cpuinfo=cpuinfo)
+    assert chosen.name == "tcg"
+    assert "neither vmx nor svm" in chosen.reason
+
+
+def test_on_this_machine_the_choice_has_a_reason() -> None:
+    chosen = choose_accelerator("auto")
+    assert chosen.reason
+    assert (chosen.name == "kvm") == (why_not_kvm() is None)

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The relay between the guest's network and a target: the real program on real sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bridge.targets import Endpoint
+from bridge.vm.network import relay_command
+
+Serve = Callable[[socket.socket], None]
+
+
+@contextlib.contextmanager
+def target(serve: Serve) -> Iterator[int]:
+    """A TCP service on 127.0.0.1: ``serve`` for each connection, on a thread; yields its port."""
+    threads: list[threading.Thread] = []
+
+    def accept() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threads.append(threading.Thread(target=handle, args=(connection,)))
+            threads[-1].start()
+
+    def handle(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(ConnectionError):
+            serve(connection)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        acceptor = threading.Thread(target=accept)
+        acceptor.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+        acceptor.join()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def relayed(port: int) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
+    """A connection as QEMU gives it to the relay (a TCP pair as stdin, stdout, stderr)."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        guest = socket.create_connection(listener.getsockname())
+        stdio, _ = listener.accept()
+    guest.settimeout(20)
+    command = relay_command(Endpoint("test", port, 564))
+    fd = stdio.fileno()
+    with guest, subprocess.Popen(command, stdin=fd, stdout=fd, stderr=fd) as relay:
+        stdio.close()
+        try:
+            yield guest, relay
+            guest.close()
+            assert relay.wait(10) in (0, 1)
+        finally:
+            relay.kill()
+
+
+def read_all(sock: socket.socket) -> bytes:
+    return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
+def echo(connection: socket.socket) -> None:
+    while data := connection.recv(65536):
+        connection.sendall(data)
+
+
+def test_there_and_back() -> None:
+    with target(echo) as port, relayed(port) as (guest, relay):
+        for _ in range(100):
+            guest.sendall(b"ping")
+            assert guest.recv(100) == b"ping"
+        guest.shutdown(socket.SHUT_WR)
+        assert read_all(guest) == b""
+        assert relay.wait(10) == 0
+
+
+def test_the_guest_may_close_its_half_first() -> None:
+    def count(connection: socket.socket) -> None:
+        received = read_all(connection)
+        time.sleep(0.1)
+        connection.sendall(b"%d" % len(received))
+
+    with target(count) as port, relayed(port) as (guest, relay):
+        guest.sendall(b"x" * 100_000)
+        guest.shutdown(socket.SHUT_WR)
+        assert read_all(guest) == b"100000"
+        assert relay.wait(10) == 0
+
+
+def test_the_target_may_close_its_half_first() -> None:
+    received = []
+
+    def greet(connection: socket.socket) -> None:
+        connection.sendall(b"welcome")
+        connection.shutdown(socket.SHUT_WR)
+        received.append(read_all(connection))
+
+    with target(greet) as port, relayed(port) as (guest, relay):
+        assert read_all(guest) == b"welcome"
+        guest.sendall(b"late")
+        guest.shutdown(socket.SHUT_WR)
+        assert relay.wait(10) == 0
+    assert received == [b"late"]
+
+
+def test_much_in_both_directions_at_once() -> None:
+    data = random.Random(1).randbytes(20_000_000)
+    with target(echo) as port, relayed(port) as (guest, relay):
+
+        def send() -> None:
+            guest.sendall(data)
+            guest.shutdown(socket.SHUT_WR)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        assert read_all(guest) == data
+        sender.join()
+        assert relay.wait(10) == 0
+
+
+def test_a_slow_reader_costs_no_processor_time() -> None:
+    # What the target sends does not fit: the relay waits for room, and must not spin meanwhile.
+    def flood(connection: socket.socket) -> None:
+        connection.sendall(b"x" * 30_000_000)
+
+    with target(flood) as port, relayed(port) as (guest, relay):
+        time.sleep(0.5)
+        before = processor_ticks(relay.pid)
+        time.sleep(1.0)
+        assert processor_ticks(relay.pid) - before <= 5
+        assert len(read_all(guest)) == 30_000_000
+
+
+def processor_ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_a_refused_connection_breaks_the_guests() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with relayed(port) as (guest, relay):
+        with pytest.raises(ConnectionResetError):
+            guest.recv(1)
+        assert relay.wait(10) == 1
+
+
+def test_a_reset_by_the_target_reaches_the_guest() -> None:
+    def slam(connection: socket.socket) -> None:
+        connection.recv(1)
+        linger = (1).to_bytes(4, sys.byteorder) + bytes(4)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+    with target(slam) as port, relayed(port) as (guest, relay):
+        guest.sendall(b"x")
+        with pytest.raises(ConnectionResetError):
+            guest.recv(1)
+        assert relay.wait(10) == 1
+
+
+def test_it_ends_with_qemu() -> None:
+    ended = threading.Event()
+
+    def hold(connection: socket.socket) -> None:
+        connection.sendall(b"x")
+        read_all(connection)
+        ended.set()
+
+    with target(hold) as port, relayed(port) as (guest, relay):
+        assert guest.recv(1) == b"x"
+        guest.close()  # as the kernel does when QEMU dies
+        assert ended.wait(10)
+        assert relay.wait(10) == 0
+
+
+def test_many_at_once() -> None:
+    with target(echo) as port, contextlib.ExitStack() as stack:
+        guests = [stack.enter_context(relayed(port))[0] for _ in range(16)]
+        for number, guest in enumerate(guests):
+            guest.sendall(b"%d" % number)
+        assert [guest.recv(10) for guest in guests] == [b"%d" % n for n in range(16)]
+
+
+def test_no_setting_of_python_gets_into_the_connection() -> None:
+    # stderr is the connection as well, and QEMU hands the environment on.
+    with target(lambda connection: connection.sendall(b"only this")) as port:
+        command = relay_command(Endpoint("test", port, 564))
+        env = {"PYTHONVERBOSE": "1", "PYTHONPROFILEIMPORTTIME": "1", "PYTHONHOME": "/nowhere"}
+        ours, theirs = socket.socketpair()
+        fd = theirs.fileno()
+        with ours, subprocess.Popen(command, stdin=fd, stdout=fd, stderr=fd, env=env):
+            theirs.close()
+            assert read_all(ours) == b"only this"
+            ours.shutdown(socket.SHUT_WR)
