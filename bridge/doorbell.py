@@ -21,8 +21,11 @@ import socket
 import struct
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from bridge.abi import (
     HOST_PEER,
@@ -45,6 +48,7 @@ from bridge.region import Region
 __all__ = ["Doorbell", "DoorbellCounters", "IvshmemServer"]
 
 C = TypeVar("C")
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _QEMU_PEER = 0
@@ -154,6 +158,7 @@ class Doorbell(Generic[C]):
         self._slots: list[Kcov[C] | None] = [None] * SLOTS
         self._handled: list[int] = self._sequence_numbers()
         self._stopping = False
+        self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         # Taken and let go for its memory barrier alone: see _doze().
         self._barrier = threading.Lock()
@@ -176,6 +181,19 @@ class Doorbell(Generic[C]):
             self._control[HeaderWord.HOST_EPOCH] = 0
             self._control[HeaderWord.HOST_STATE] = HostState.ASLEEP
         os.close(self._wake)
+
+    def call(self, function: Callable[[], T], timeout: float = 5.0) -> T:
+        """Run ``function`` on the doorbell's thread, which alone may touch the device.
+
+        ``timeout`` in seconds. Raises what the function raises, TimeoutError, and
+        :class:`bridge.errors.DoorbellError` when the thread does not run.
+        """
+        if not self._thread.is_alive():
+            raise DoorbellError("the doorbell's thread does not run")
+        future: Future[object] = Future()
+        self._calls.append((function, future))
+        os.eventfd_write(self._wake, 1)
+        return cast(T, future.result(timeout))
 
     @property
     def guest_timeouts(self) -> int:
@@ -210,6 +228,8 @@ class Doorbell(Generic[C]):
                     last = kick
                     if self._busy_ns:
                         awake_until = clock() + self._busy_ns
+                elif self._calls:
+                    self._call_next()
                 elif self._busy_ns and clock() < awake_until:
                     # Awake, but the target may have the GIL; time.sleep(0) would cost a timer.
                     epoll.poll(0)
@@ -229,8 +249,11 @@ class Doorbell(Generic[C]):
         with self._barrier:
             pass
         if control[HeaderWord.KICK] == last:
-            events = epoll.poll()
-            if any(fd == self._bell for fd, _ in events):
+            events = [fd for fd, _ in epoll.poll()]
+            if self._wake in events:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake)
+            if self._bell in events:
                 self.counters.wakeups += 1
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._bell)
@@ -239,6 +262,13 @@ class Doorbell(Generic[C]):
                     self._scan()
         if self._busy_ns:
             control[HeaderWord.HOST_STATE] = HostState.AWAKE
+
+    def _call_next(self) -> None:
+        function, future = self._calls.popleft()
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
 
     def _sequence_numbers(self) -> list[int]:
         end = _REQUESTS + SLOTS * SLOT_WORDS

@@ -151,12 +151,13 @@ class Device(Generic[C]):
         self._coverage = coverage
         self._syscall_pc = syscall_pc
         self._owners: dict[Task, Kcov[C]] = {}
-        self._live = 0
+        # In the order of their opening, as dicts keep it.
+        self._open: dict[Kcov[C], None] = {}
 
     @property
     def instances(self) -> int:
         """How many instances are open."""
-        return self._live
+        return len(self._open)
 
     @property
     def enabled(self) -> int:
@@ -165,8 +166,9 @@ class Device(Generic[C]):
 
     def open(self, generation: int = 0) -> Kcov[C]:
         """A new instance, mode DISABLED."""
-        self._live += 1
-        return Kcov(generation)
+        kcov: Kcov[C] = Kcov(generation)
+        self._open[kcov] = None
+        return kcov
 
     def init_trace(self, kcov: Kcov[C], size: int) -> Errno:
         """KCOV_INIT_TRACE: ``size`` words. The order of checks is the personality's own."""
@@ -252,8 +254,12 @@ class Device(Generic[C]):
             kcov.area = None
         kcov.mode = Mode.DISABLED
         kcov.size = 0
-        self._live -= 1
+        del self._open[kcov]
         return 0
+
+    def read_areas(self) -> list[int]:
+        """The PCs that stand in the areas of the open instances, one instance after the other."""
+        return [pc for kcov in self._open if kcov.area is not None for pc in kcov.area.read()]
 
     def syscall_return(self, kcov: Kcov[C], task: Task, number: int) -> Errno:
         """A system call of the owner returns: everything covered since goes into its area.

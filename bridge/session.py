@@ -11,12 +11,14 @@ doorbell, coverage source and target (on a thread of their own), QEMU, SSH.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
-import shlex
-import time
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,21 +26,20 @@ from typing import TypeVar
 
 from bridge.config import Settings
 from bridge.doorbell import Doorbell, IvshmemServer
-from bridge.errors import BridgeError, GuestSetupError, TargetError
+from bridge.errors import BridgeError, GuestSetupError, InfrastructureError, TargetError
 from bridge.guest_image import GuestImage, find_guest_image
 from bridge.kcov import Device, Personality
 from bridge.region import Region
 from bridge.sources.ledger import Cursor, Ledger
-from bridge.sources.pcs import BlockTable, syscall_pc
+from bridge.sources.pcs import BlockTable, Location, syscall_pc
 from bridge.sources.python import PythonSource
-from bridge.sources.symbolize import Location, Symbolizer
+from bridge.sources.symbolize import Symbolizer
 from bridge.targets import Target
 from bridge.targets.registry import create as create_target
 from bridge.vm.accel import Accelerator, choose_accelerator
-from bridge.vm.config import MachineConfig
 from bridge.vm.machine import Machine
 from bridge.vm.report import Ready
-from bridge.vm.ssh import CommandResult, Guest
+from bridge.vm.ssh import CommandResult, Guest, Output
 
 __all__ = ["KcovResult", "Session"]
 
@@ -46,11 +47,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _BUSY_SECONDS = 200e-6
-"""How long the host stays awake after a signal; tests/bench/bench_signal.py shows what it wins."""
+"""How long the host stays awake after a request; tests/bench/bench_signal.py shows what it wins."""
 
 _GUEST_DIRECTORY = "/run/kcov-bridge"
-_PROGRESS_SECONDS = 2.0
-Output = Callable[[bytes], None]
+_SET_UP_SECONDS = 60.0
+_TEAR_DOWN_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -66,28 +67,30 @@ class KcovResult:
 class Session:
     """A booted guest and all that stands behind it; a context manager, to be entered once.
 
-    ``out`` is the directory for what the run leaves: ``console.log`` while it runs, ``.coverage``
-    and ``blocks.json`` at the end. Entering raises the :class:`bridge.errors.BridgeError` that
-    says what failed, with nothing left running.
+    ``out`` is the directory for what the session leaves: ``console.log`` while it runs,
+    ``.coverage`` and ``blocks.json`` at its end; None for a temporary one that goes with it.
+    Entering raises the :class:`bridge.errors.BridgeError` that says what failed, with nothing
+    left running. ``partial_pcs`` is what stood in the areas when a command under kcov was cut
+    off.
     """
 
-    def __init__(self, settings: Settings, out: Path | None = None) -> None:
+    def __init__(self, settings: Settings, out: Path | None) -> None:
         self.settings = settings
-        self.out = settings.out if out is None else out
-        self.accelerator: Accelerator
+        self.partial_pcs: list[int] = []
+        self.accelerator: Accelerator | None = None
+        self.source: PythonSource | None = None
+        self.device: Device[Cursor] | None = None
+        self.doorbell: Doorbell[Cursor] | None = None
+        self.ready: Ready | None = None
         self.image: GuestImage
         self.target: Target
-        self.device: Device[Cursor]
-        self.doorbell: Doorbell[Cursor]
-        self.source: PythonSource | None = None
         self.machine: Machine
         self.guest: Guest
-        self.ready: Ready | None = None
-        self._stack = contextlib.ExitStack()
-        self._results = 0
+        self._out = out
+        self._stack = ExitStack()
 
     def __enter__(self) -> Session:
-        with contextlib.ExitStack() as stack:
+        with ExitStack() as stack:
             self._start(stack)
             self._stack = stack.pop_all()
         return self
@@ -102,20 +105,20 @@ class Session:
 
     # From nothing to a guest that is ready
 
-    def _start(self, stack: contextlib.ExitStack) -> None:
+    def _start(self, stack: ExitStack) -> None:
         settings = self.settings
-        self.out.mkdir(parents=True, exist_ok=True)
         self.accelerator = choose_accelerator(settings.accel)
-        logger.info("accelerator: %s (%s)", self.accelerator.name, self.accelerator.reason)
+        logger.info("accelerator: %s", self.accelerator)
         self.target = create_target(settings.target, settings.target_dir)
         self.image = find_guest_image(settings)
+        out = self._output_directory(stack)
 
         region = Region(settings.region << 20)
         stack.callback(region.close)
         server = IvshmemServer(region)
         stack.callback(server.close)
         if self.target.packages:
-            self.source = PythonSource(self.target.packages, data_file=self.out / ".coverage")
+            self.source = PythonSource(self.target.packages, data_file=out / ".coverage")
         self.device = Device(
             region,
             Ledger([self.source] if self.source else []),
@@ -126,24 +129,37 @@ class Session:
         # Before the source starts: coverage.py measures the threads that start after it.
         self.doorbell.start()
         stack.callback(self.doorbell.stop)
-        self._start_target(stack)
+        self._start_target(stack, out)
 
-        self.machine = Machine(
-            self._machine_config(),
-            doorbell=server.qemu_socket,
-            console_path=self.out / "console.log",
-        )
+        config = self.image.machine_config(settings, self.accelerator)
+        config = dataclasses.replace(config, endpoints=self.target.endpoints)
+        console = out / "console.log"
+        self.machine = Machine(config, doorbell=server.qemu_socket, console_path=console)
         stack.callback(self.machine.close)
         server.handshake()
-        with _progress("booting"):
-            self.machine.start()
-            server.qemu_socket.close()
-            self.guest = self.image.connect(self.machine, stack)
-            self.ready = self.image.ready(self.machine, self.guest)
+        logger.info("booting %s", self.image.name)
+        self.machine.start()
+        server.qemu_socket.close()
+        self.guest, self.ready = self.image.bring_up(self.machine, stack)
+        logger.info(
+            "guest ready after %.1f s: Linux %s", self.ready.boot_seconds, self.ready.kernel
+        )
+        stack.push(self._power_down)
         self._set_up(stack)
 
-    def _start_target(self, stack: contextlib.ExitStack) -> None:
-        """Source, then target, on one thread of their own: it alone is measured, with its heirs."""
+    def _output_directory(self, stack: ExitStack) -> Path:
+        if self._out is None:
+            return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kcov-bridge-")))
+        try:
+            self._out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InfrastructureError(
+                f"the directory {self._out} cannot be made: {error.strerror}"
+            ) from error
+        return self._out
+
+    def _start_target(self, stack: ExitStack, out: Path) -> None:
+        """Source, then target, on one thread of their own: it is measured, and its heirs."""
         executor = ThreadPoolExecutor(1, thread_name_prefix="target")
         stack.callback(executor.shutdown)
 
@@ -152,46 +168,39 @@ class Session:
 
         if self.source is not None:
             there(self.source.start)
-            stack.callback(self._save_blocks, self.source.table)
+            # Called in the reverse order: the source writes .coverage, then its table is whole.
+            stack.callback(self.source.table.save, out / "blocks.json")
             stack.callback(there, self.source.stop)
+        logger.debug("starting the target %s", self.target.name)
+        stack.callback(there, self.target.stop)
         try:
             there(self.target.start)
         except BridgeError:
             raise
         except Exception as error:
             raise TargetError(
-                f"the target {self.target.name} raised {type(error).__name__} when started: {error}"
+                f"the target {self.target.name} raised {type(error).__name__} on start: {error}",
+                evidence="".join(traceback.format_exception(error)),
             ) from error
-        stack.callback(there, self.target.stop)
 
-    def _save_blocks(self, table: BlockTable) -> None:
-        table.save(self.out / "blocks.json")
+    def _power_down(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Orderly after good work; in trouble the machine's close() is quick."""
+        if kind is None:
+            ending = self.machine.powerdown()
+            logger.debug("the machine ended by %s", ending.value)
 
-    def _machine_config(self) -> MachineConfig:
-        settings = self.settings
-        return self.image.machine_config(
-            accelerator=self.accelerator,
-            memory_mib=settings.memory,
-            cpus=settings.cpus,
-            endpoints=self.target.endpoints,
-            boot_timeout=settings.boot_timeout,
-            qemu=settings.qemu,
-        )
-
-    def _set_up(self, stack: contextlib.ExitStack) -> None:
-        """Make the target usable in the guest; undone, as far as the guest is there, at the end."""
-        stack.callback(self.machine.powerdown)
+    def _set_up(self, stack: ExitStack) -> None:
+        """Make the target usable in the guest; undone at the end, if the guest still is there."""
         self.guest.run(["mkdir", "-p", _GUEST_DIRECTORY], check=True)
         for module in self.target.guest_modules:
             self._set_up_step(f"load the module {module}", ["modprobe", module])
-        if self.target.guest_setup:
-            self._set_up_step("set the target up", ["sh", "-c", self.target.guest_setup])
         if self.target.guest_teardown:
             stack.callback(self._tear_down)
+        if self.target.guest_setup:
+            self._set_up_step(f"set up the target {self.target.name}", self.target.guest_setup)
 
-    def _set_up_step(self, what: str, command: Sequence[str]) -> None:
-        with _progress(what):
-            result = self.guest.run(command, timeout=60)
+    def _set_up_step(self, what: str, command: str | Sequence[str]) -> None:
+        result = self.guest.run(command, timeout=_SET_UP_SECONDS)
         if result.exit_status:
             raise GuestSetupError(
                 f"the guest could not {what} (exit status {result.exit_status})",
@@ -200,8 +209,10 @@ class Session:
 
     def _tear_down(self) -> None:
         if self.machine.loss is None:
-            with contextlib.suppress(BridgeError):
-                self.guest.run(["sh", "-c", self.target.guest_teardown], timeout=10)
+            try:
+                self.guest.run(self.target.guest_teardown, timeout=_TEAR_DOWN_SECONDS)
+            except BridgeError as error:
+                logger.debug("the target was not taken down in the guest: %s", error)
 
     # Work in the guest
 
@@ -217,25 +228,52 @@ class Session:
         """Run ``command`` in the guest under ``kcov-exec`` and fetch its PCs.
 
         ``follow``: its children and threads too. ``timeout`` in seconds. ``stdout`` and ``stderr``
-        are given the output as it comes. Raises :class:`bridge.errors.RunTimeoutError` and
-        :class:`bridge.errors.GuestLostError`.
+        are given the output as it comes. Raises :class:`bridge.errors.RunTimeoutError`, and a
+        :class:`bridge.errors.GuestLostError` when the guest goes away.
         """
-        self._results += 1
-        file = f"{_GUEST_DIRECTORY}/pcs.{self._results}"
+        made = self.guest.run(["mktemp", f"{_GUEST_DIRECTORY}/pcs.XXXXXX"], check=True)
+        file = made.text.strip()
         words = ["kcov-exec", *(["-f"] if follow else []), "-o", file, "--", *command]
-        result = self.guest.run(words, timeout=timeout, stdout=stdout, stderr=stderr)
-        pcs = self.guest.run(["sh", "-c", f"cat {file} && rm {file}"], capture=None)
-        return KcovResult(result.exit_status, parse_pcs(pcs), result.stdout, result.stderr)
+        kept = False
+
+        def keep() -> None:
+            nonlocal kept
+            if not kept:
+                kept = True
+                self._keep_areas()
+
+        try:
+            result = self.guest.run(
+                words, timeout=timeout, stdout=stdout, stderr=stderr, before_kill=keep
+            )
+            pcs = self._fetch(file)
+        except BaseException:
+            keep()
+            raise
+        return KcovResult(result.exit_status, pcs, result.stdout, result.stderr)
+
+    def _keep_areas(self) -> None:
+        """The guest can't say any more what it found: read it where the host wrote it."""
+        if self.doorbell is not None and self.device is not None:
+            with contextlib.suppress(BridgeError, TimeoutError):
+                self.partial_pcs += self.doorbell.call(self.device.read_areas)
+
+    def _fetch(self, file: str) -> list[int]:
+        with tempfile.TemporaryDirectory(prefix="kcov-bridge-") as directory:
+            local = Path(directory, "pcs")
+            self.guest.download(file, local)
+            self.guest.run(["rm", "-f", file])
+            return [int(word, 16) for word in local.read_text(encoding="ascii").split()]
 
     def run(
         self,
-        command: Sequence[str] | str,
+        command: str | Sequence[str],
         *,
         timeout: float | None = None,
         stdout: Output | None = None,
         stderr: Output | None = None,
     ) -> CommandResult:
-        """Run ``command`` in the guest as it is, without kcov."""
+        """Run ``command`` in the guest as it is, without kcov; raises what :meth:`kcov` does."""
         return self.guest.run(command, timeout=timeout, stdout=stdout, stderr=stderr)
 
     @functools.cached_property
@@ -243,5 +281,5 @@ class Session:
         return Symbolizer(self.source.table if self.source else BlockTable())
 
     def symbolize(self, pc: int) -> Location | None:
-        """What a PC stands for, or None for an address that is no block's."""
+        """What a PC stands for; None for an address that is no block's."""
         return self._symbolizer.lookup(pc)

@@ -282,6 +282,13 @@ class Machine:
             else "allow it more time, or look at the console for what it waits for",
         )
 
+    def adopt_ready(self, ready: Ready) -> None:
+        """The guest is ready: said by who found out, for guests without the agent."""
+        with self._changed:
+            self._ready = ready
+            if self._state is State.BOOTING:
+                self._set_state(State.READY)
+
     def check(self) -> None:
         """Raise the reason if the machine was lost; return if it was not.
 

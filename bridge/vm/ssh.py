@@ -299,6 +299,7 @@ class Guest:
         cwd: str | None = None,
         check: bool = False,
         capture: int = CAPTURE_LIMIT,
+        before_kill: Callable[[], object] | None = None,
     ) -> CommandResult:
         """Run a command in the guest and wait for its end.
 
@@ -307,6 +308,7 @@ class Guest:
         how many bytes of each the result keeps. ``timeout`` in seconds, None for none. ``check``
         makes an exit status but 0 an error. A process that the command leaves behind with its
         output open is waited for no longer than a second after the command's own end.
+        ``before_kill`` is called before a command that is given up is killed: the last look at it.
 
         Raises :class:`bridge.errors.RunTimeoutError` (the command is killed, with its children),
         :class:`bridge.errors.GuestLostError` or another reason of the loss when the guest is lost,
@@ -322,11 +324,15 @@ class Guest:
             with _feeding(channel, stdin):
                 ended = self._pump(channel, out, err, pid_line, deadline)
         except BaseException:
+            if before_kill is not None:
+                before_kill()
             self._kill(pid_line.process_group)
             raise
         finally:
             channel.close()
         if not ended:
+            if before_kill is not None:
+                before_kill()
             self._kill(pid_line.process_group)
             raise RunTimeoutError(
                 f"the command did not end within {timeout:g} s: {line}",

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a guest boots from: the project's own image, or a disk image of the user's.
+
+The two differ in how the guest becomes ready. In the project's image the agent does it and
+reports. A disk image of the user's boots as it always does; once its sshd answers, the module and
+the programs are built in it, from its own kernel headers, or taken from the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shlex
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol
+
+from bridge import image as images
+from bridge.config import Settings
+from bridge.errors import BootTimeoutError, GuestSetupError, UsageError
+from bridge.vm.accel import Accelerator
+from bridge.vm.config import MachineConfig
+from bridge.vm.machine import Machine
+from bridge.vm.report import Ready
+from bridge.vm.ssh import Guest
+
+__all__ = ["GuestImage", "OwnImage", "ProjectImage", "find_guest_image"]
+
+logger = logging.getLogger(__name__)
+
+_MODULE = "module/kcov_bridge.ko"
+_PROGRAM = "agent/kcov-exec"
+_LIBRARY = "agent/libkcovexec.so"
+_LIBRARY_HOME = "/usr/lib/kcov-bridge"
+_PROGRAM_HOME = "/usr/bin"
+_BUILD_SECONDS = 900.0
+_EVIDENCE_LINES = 25
+
+
+class GuestImage(Protocol):
+    """Something that a machine can boot from and become ready with."""
+
+    name: str
+
+    def machine_config(self, settings: Settings, accelerator: Accelerator) -> MachineConfig:
+        """The machine to boot it in, without endpoints."""
+
+    def bring_up(self, machine: Machine, stack: ExitStack) -> tuple[Guest, Ready]:
+        """Wait for the started machine until its kcov device is there and commands can run.
+
+        What must be closed goes on the stack. Raises the errors of
+        :meth:`bridge.vm.machine.Machine.wait_ready` and :meth:`bridge.vm.ssh.Guest.connect`.
+        """
+
+
+def find_guest_image(settings: Settings) -> GuestImage:
+    """The image that the settings ask for; the default one is built if it is not there.
+
+    Raises :class:`bridge.errors.UsageError` for one that does not exist and
+    :class:`bridge.errors.ImageError` for one that is broken or cannot be built.
+    """
+    if settings.image is not None and settings.ssh_key is not None:
+        return OwnImage(Path(settings.image), settings.ssh_key)
+    if settings.image is not None and Path(settings.image).is_file():
+        raise UsageError(
+            f"the disk image {settings.image} is given without a key",
+            hint="--ssh-key FILE names the private key that its root accepts",
+        )
+    if settings.ssh_key is not None:
+        raise UsageError(
+            "an SSH key is given without a disk image of your own",
+            hint="give both, --image FILE --ssh-key FILE",
+        )
+    if settings.image is not None:
+        found = images.Image.load(images.resolve(settings.image))
+        found.check()
+        return ProjectImage(found)
+    return ProjectImage(images.build())
+
+
+class ProjectImage:
+    """An image that ``kcov-bridge image build`` made."""
+
+    def __init__(self, image: images.Image) -> None:
+        self.name = image.name
+        self._image = image
+
+    def machine_config(self, settings: Settings, accelerator: Accelerator) -> MachineConfig:
+        """As the protocol says; ``settings.kernel`` boots instead of the image's."""
+        image = self._image
+        own = settings.kernel is not None
+        return MachineConfig(
+            accelerator=accelerator,
+            kernel=settings.kernel or image.kernel,
+            initrd=settings.initrd if own and settings.initrd else image.initrd,
+            cmdline=image.cmdline,
+            disk=image.root,
+            memory_mib=settings.memory,
+            cpus=settings.cpus,
+            boot_timeout=settings.boot_timeout,
+            qemu=settings.qemu,
+        )
+
+    def bring_up(self, machine: Machine, stack: ExitStack) -> tuple[Guest, Ready]:
+        """As the protocol says."""
+        ready = machine.wait_ready()
+        host_key = self._image.host_key.read_text(encoding="utf-8")
+        guest = Guest(machine.ssh_port, self._image.ssh_key, host_key, watched=machine)
+        stack.callback(guest.close)
+        guest.connect()
+        return guest, ready
+
+
+class OwnImage:
+    """A disk image of the user's, raw or qcow2, with an sshd, a compiler and kernel headers.
+
+    It is never written: the guest works on a throw-away copy. What was built in it is kept in
+    the cache, by kernel and sources, so that the next boot only copies.
+    """
+
+    def __init__(self, path: Path, key: Path) -> None:
+        for what, file in (("disk image", path), ("SSH key", key)):
+            if not file.is_file():
+                raise UsageError(f"the {what} {file} is not there, or is not a file")
+        self.name = path.name
+        self._path = path
+        self._key = key
+
+    def machine_config(self, settings: Settings, accelerator: Accelerator) -> MachineConfig:
+        """As the protocol says."""
+        return MachineConfig(
+            accelerator=accelerator,
+            kernel=settings.kernel,
+            initrd=settings.initrd,
+            cmdline=settings.append,
+            image=self._path,
+            memory_mib=settings.memory,
+            cpus=settings.cpus,
+            boot_timeout=settings.boot_timeout,
+            qemu=settings.qemu,
+        )
+
+    def bring_up(self, machine: Machine, stack: ExitStack) -> tuple[Guest, Ready]:
+        """As the protocol says; the first time with a kernel the module is built, which takes."""
+        started = time.monotonic()
+        guest = Guest(machine.ssh_port, self._key, None, watched=machine)
+        stack.callback(guest.close)
+        seconds = machine.config.boot_seconds
+        try:
+            guest.connect(timeout=seconds)
+        except GuestSetupError as error:
+            machine.check()
+            raise BootTimeoutError(
+                f"the guest's sshd was not usable after {seconds:g} s: {error.message}",
+                evidence=machine.console.tail(_EVIDENCE_LINES) or "(the console is empty)",
+                hint="allow it more time, or see that the image has sshd and a console on ttyS0",
+            ) from error
+        kernel = guest.run(["uname", "-r"], check=True).text.strip()
+        self._install(guest, kernel)
+        device = self._device(guest)
+        uptime, memory = self._figures(guest)
+        ready = Ready(kernel, device, uptime, memory, time.monotonic() - started)
+        machine.adopt_ready(ready)
+        return guest, ready
+
+    def _install(self, guest: Guest, kernel: str) -> None:
+        sources = images.Sources.find()
+        version = guest.run(["uname", "-v", "-m"], check=True).text.strip()
+        digest = hashlib.sha256(f"{kernel} {version}".encode())
+        files = sources.agent_files()
+        for name, path in files:
+            digest.update(name.encode() + b"\0" + path.read_bytes())
+        cached = images.cache_directory() / "guests" / f"{kernel}-{digest.hexdigest()[:16]}"
+        made = (_MODULE, _PROGRAM, _LIBRARY)
+        if not all((cached / Path(name).name).is_file() for name in made):
+            self._build(guest, kernel, files)
+            cached.mkdir(parents=True, exist_ok=True)
+            for name in made:
+                guest.download(f"/tmp/kcov-bridge/{name}", cached / Path(name).name)
+        guest.run(["mkdir", "-p", _LIBRARY_HOME], check=True)
+        for name, home, mode in (
+            (_MODULE, "/tmp", 0o600),
+            (_PROGRAM, _PROGRAM_HOME, 0o755),
+            (_LIBRARY, _LIBRARY_HOME, 0o644),
+        ):
+            base = Path(name).name
+            guest.upload(cached / base, f"{home}/{base}", mode)
+        loaded = guest.run(["insmod", f"/tmp/{Path(_MODULE).name}"])
+        if loaded.exit_status:
+            said = guest.run("dmesg | tail -n 8").stdout
+            raise GuestSetupError(
+                f"the module does not load into the guest's kernel {kernel}",
+                evidence=(loaded.stderr + said).decode(errors="replace"),
+            )
+
+    @staticmethod
+    def _build(guest: Guest, kernel: str, files: list[tuple[str, Path]]) -> None:
+        logger.info("building the module for %s in the guest, once", kernel)
+        guest.run("mkdir -p /tmp/kcov-bridge/agent /tmp/kcov-bridge/module", check=True)
+        for name, path in files:
+            guest.upload(path, f"/tmp/kcov-bridge/{name}")
+        tree = shlex.quote(f"/lib/modules/{kernel}/build")
+        script = (
+            "cd /tmp/kcov-bridge && "
+            f"make -C module KDIR={tree} modules && make -C agent kcov-exec libkcovexec.so"
+        )
+        result = guest.run(script, timeout=_BUILD_SECONDS)
+        if result.exit_status:
+            raise GuestSetupError(
+                f"the module could not be built in the guest for its kernel {kernel}",
+                evidence=(result.stdout + result.stderr)[-4096:].decode(errors="replace"),
+                hint=f"the image needs make, gcc, libc6-dev and linux-headers-{kernel}",
+            )
+
+    @staticmethod
+    def _device(guest: Guest) -> str:
+        script = (
+            "[ -e /sys/kernel/debug/tracing ] || mount -t debugfs debugfs /sys/kernel/debug; "
+            "for f in /sys/kernel/debug/kcov_bridge /sys/kernel/debug/kcov /dev/kcov; do "
+            '[ -e "$f" ] && echo "$f" && exit 0; done; exit 1'
+        )
+        try:
+            return guest.run(script, check=True).text.strip()
+        except GuestSetupError as error:
+            raise GuestSetupError("the module made no kcov device in the guest") from error
+
+    @staticmethod
+    def _figures(guest: Guest) -> tuple[int, int]:
+        """Uptime in milliseconds, available memory in KiB."""
+        text = guest.run("cat /proc/uptime; grep MemAvailable /proc/meminfo").text.split()
+        try:
+            return int(float(text[0]) * 1000), int(text[text.index("MemAvailable:") + 1])
+        except (ValueError, IndexError):
+            return 0, 0
