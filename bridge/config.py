@@ -196,14 +196,6 @@ class Settings:
             metavar="WORDS",
         ),
     )
-    append: str = field(
-        default="",
-        metadata=_about(
-            Kind.TEXT,
-            "kernel command line for a disk image of your own booted with --kernel",
-            metavar="TEXT",
-        ),
-    )
     out: Path = field(
         default=Path("build/run"),
         metadata=_about(Kind.PATH, "directory for what the run leaves behind", metavar="DIR"),
