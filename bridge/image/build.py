@@ -406,6 +406,7 @@ class _Builder:
                 _link(base.directory / name, temporary / name)
             agent = self._compile_agent(build_root, base.kernel_release, temporary)
             keys = _make_keys(temporary)
+            (temporary / "initrd.img").touch(mode=0o600)  # the host's private key is in it
             with (temporary / "initrd.img").open("wb") as initrd:
                 initrd.write((base.directory / "boot.cpio").read_bytes())
                 write_newc(initrd, agent)

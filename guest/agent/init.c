@@ -798,9 +798,11 @@ int main(int argc, char **argv)
 	if (getpid() != 1)
 		return ask_for_end(strcmp(name, "kcov-init") ? name : "poweroff", argc, argv);
 
-	mount_at("proc", "/proc", MS_NOSUID | MS_NOEXEC | MS_NODEV, NULL);
-	mount_at("sysfs", "/sys", MS_NOSUID | MS_NOEXEC | MS_NODEV, NULL);
-	mount_at("devtmpfs", "/dev", MS_NOSUID, "mode=0755");
+	if (access("/proc/self", F_OK)) { /* else they came along from the initramfs */
+		mount_at("proc", "/proc", MS_NOSUID | MS_NOEXEC | MS_NODEV, NULL);
+		mount_at("sysfs", "/sys", MS_NOSUID | MS_NOEXEC | MS_NODEV, NULL);
+		mount_at("devtmpfs", "/dev", MS_NOSUID, "mode=0755");
+	}
 	/* The initramfs has no /dev/console, so the kernel could open none for us. */
 	console = open("/dev/console", O_RDWR | O_NOCTTY);
 	if (console >= 0) {
