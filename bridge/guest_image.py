@@ -16,9 +16,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
-from bridge import image as images
 from bridge.config import Settings
 from bridge.errors import BootTimeoutError, GuestSetupError, UsageError
+from bridge.image import Image, build, cache_directory
+from bridge.image.recipe import Sources
+from bridge.image.store import resolve
 from bridge.vm.accel import Accelerator
 from bridge.vm.config import MachineConfig
 from bridge.vm.machine import Machine
@@ -73,16 +75,16 @@ def find_guest_image(settings: Settings) -> GuestImage:
             hint="give both, --image FILE --ssh-key FILE",
         )
     if settings.image is not None:
-        found = images.Image.load(images.resolve(settings.image))
+        found = Image.load(resolve(settings.image))
         found.check()
         return ProjectImage(found)
-    return ProjectImage(images.build())
+    return ProjectImage(build())
 
 
 class ProjectImage:
     """An image that ``kcov-bridge image build`` made."""
 
-    def __init__(self, image: images.Image) -> None:
+    def __init__(self, image: Image) -> None:
         self.name = image.name
         self._image = image
 
@@ -165,13 +167,13 @@ class OwnImage:
         return guest, ready
 
     def _install(self, guest: Guest, kernel: str) -> None:
-        sources = images.Sources.find()
+        sources = Sources.find()
         version = guest.run(["uname", "-v", "-m"], check=True).text.strip()
         digest = hashlib.sha256(f"{kernel} {version}".encode())
         files = sources.agent_files()
         for name, path in files:
             digest.update(name.encode() + b"\0" + path.read_bytes())
-        cached = images.cache_directory() / "guests" / f"{kernel}-{digest.hexdigest()[:16]}"
+        cached = cache_directory() / "guests" / f"{kernel}-{digest.hexdigest()[:16]}"
         made = (_MODULE, _PROGRAM, _LIBRARY)
         if not all((cached / Path(name).name).is_file() for name in made):
             self._build(guest, kernel, files)
