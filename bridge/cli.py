@@ -258,15 +258,15 @@ def _settings(args: argparse.Namespace) -> config.Settings:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from bridge import runner
+    from bridge.runner import run
 
-    return runner.run(_settings(args), args.command)
+    return run(_settings(args), args.command)
 
 
 def _ssh(args: argparse.Namespace) -> int:
-    from bridge import runner
+    from bridge.runner import shell
 
-    return runner.shell(_settings(args))
+    return shell(_settings(args))
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -286,7 +286,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:
     if not own and split is None:
         parser.print_help()
         return None
-    args, extra = parser.parse_known_args(own)
+    parsed: tuple[argparse.Namespace, list[str]] = parser.parse_known_args(own)
+    args, extra = parsed
     if extra:
         hint = f"`{_PROGRAM} {args.subcommand or ''} --help` shows what there is".replace("  ", " ")
         if args.subcommand == "run" and not extra[0].startswith("-"):
