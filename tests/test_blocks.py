@@ -76,13 +76,22 @@ RULES = {
         "a\nmatch b:\n    case 1:\n        c\n    case _: d\ne\n",
         ["1-2", "3", "4", "5", "6"],
     ),
-    "a docstring joins a loop": ('def f():\n    "doc"\n    while a:\n        b\n', ["1", "2-3", "4"]),
+    "a docstring joins a loop": (
+        'def f():\n    "doc"\n    while a:\n        b\n',
+        ["1", "2-3", "4"],
+    ),
     "global joins what follows": (
         "def f():\n    global a\n    for a in b:\n        c\n",
         ["1", "2-3", "4"],
     ),
-    "a local annotation is nothing": ("def f():\n    a: int\n    while b:\n        c\n", ["1", "2-3", "4"]),
-    "lambda and comprehension": ("a = lambda: (\n    1\n)\nb = [\n    c\n    for c in d\n]\n", ["1-7"]),
+    "a local annotation is nothing": (
+        "def f():\n    a: int\n    while b:\n        c\n",
+        ["1", "2-3", "4"],
+    ),
+    "lambda and comprehension": (
+        "a = lambda: (\n    1\n)\nb = [\n    c\n    for c in d\n]\n",
+        ["1-7"],
+    ),
     "only a docstring": ('def f():\n    """doc"""\n', ["1", "2"]),
     "empty": ("", []),
     "only comments": ("# nothing\n", []),
@@ -120,7 +129,13 @@ def test_coding_cookie_and_byte_order_mark() -> None:
 
 @pytest.mark.parametrize(
     "source",
-    [b"def f(:\n", b"a = '\xff'\n", b"# coding: no-such-coding\n", b"a = 1\x00\n", "a" + "(" * 5000],
+    [
+        b"def f(:\n",
+        b"a = '\xff'\n",
+        b"# coding: no-such-coding\n",
+        b"a = 1\x00\n",
+        "a" + "(" * 5000,
+    ],
     ids=["syntax", "no utf-8", "unknown coding", "nul", "too deep"],
 )
 def test_what_cannot_be_parsed_is_a_source_error(source: str | bytes) -> None:

@@ -161,9 +161,10 @@ class PythonSource:
     def consume(self) -> list[PC]:
         """The PCs of the blocks covered since the last call, each once, and forget them.
 
-        Sorted by file name and, within a file, in the order of the text. Raises
-        :class:`bridge.errors.SourceError` where a file that appeared at run time finds no room in
-        the PC space.
+        Sorted by file name and, within a file, in the order of the text. The first time that a
+        file is among them its lines are mapped to PCs, which takes about 0.4 us a block; a file
+        that was not there at the start is parsed then. Lines without a block give no PC and are
+        kept for the data file alone.
         """
         with self._lock:
             if self._rest:
@@ -182,15 +183,17 @@ class PythonSource:
         Raises :class:`bridge.errors.SourceError` where the data file cannot be written, or the
         code under test has disturbed coverage.py; the measurement has ended also then.
         """
-        with self._lock, ExitStack() as cleanup:
-            measurement, tap = self._coverage, self._tap
-            if measurement is None or tap is None:
-                return
-            self._coverage = self._tap = None
-            cleanup.callback(self._release)
-            cleanup.callback(_discard, measurement)
-            in_order = _stop(measurement)
-            self._rest = self._blocks_of(tap.drain())
+        with ExitStack() as cleanup:
+            with self._lock:
+                measurement, tap = self._coverage, self._tap
+                if measurement is None or tap is None:
+                    return
+                self._coverage = self._tap = None
+                cleanup.callback(self._release)
+                cleanup.callback(_discard, measurement)
+                in_order = _stop(measurement)
+                self._rest = self._blocks_of(tap.drain())
+            # The rest takes its time, and consume() need not wait for it.
             tap.put_back()
             try:
                 data = measurement.get_data()
@@ -202,11 +205,11 @@ class PythonSource:
                 raise SourceError(
                     f"cannot write the coverage data {self.data_file}", evidence=str(error)
                 ) from error
-            if not in_order:
-                raise SourceError(
-                    "another coverage.py was started during the measurement and has not ended",
-                    hint="what ran since is missing: the code under test must not measure itself",
-                )
+        if not in_order:
+            raise SourceError(
+                "another coverage.py was started during the measurement and has not ended",
+                hint="what ran since is missing: the code under test must not measure itself",
+            )
 
     def _blocks_of(self, fresh: list[tuple[str, set[int]]]) -> list[PC]:
         pcs: list[PC] = []
@@ -240,14 +243,14 @@ class PythonSource:
             # a package: its blocks are found now.
             name = self._new_name(path)
             source = _read(path)
-            if source is None or self._table.file(name) is not None:
+            if source is None:
                 return None
-            self._sources[path] = name
             try:
                 self._table.add(name, source)
             except SourceError as error:
                 _log.warning("%s has no blocks: %s", path, error.report())
                 return None
+            self._sources[path] = name
         file = self._table.file(name)
         return file.line_pcs() if file is not None else None
 
