@@ -221,6 +221,42 @@ def test_what_raises_on_start_is_a_target_error(monkeypatch: pytest.MonkeyPatch)
     target.stop()
 
 
+def test_a_server_that_ends_by_itself_is_a_target_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyroute2.plan9.server
+
+    async def ends(self: object) -> asyncio.Task[None]:
+        async def serve() -> None:
+            await asyncio.sleep(0.05)
+            raise RuntimeError("enough for today")
+
+        return asyncio.create_task(serve())
+
+    monkeypatch.setattr(pyroute2.plan9.server.Plan9ServerSocket, "async_run", ends)
+    target = Plan9Target()
+    target.start()
+    port = target.endpoints[0].host_port
+    for thread in threading.enumerate():
+        if thread.name == "target-plan9":
+            thread.join(10)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), 5)
+    with pytest.raises(TargetError, match="ended by itself: RuntimeError: enough for today"):
+        target.stop()
+    target.stop()
+
+
+def test_a_stuck_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bridge.targets.plan9._STOP_SECONDS", 0.2)
+    target = Plan9Target()
+    target.start()
+    release = threading.Event()
+    assert target._loop is not None
+    target._loop.call_soon_threadsafe(release.wait)
+    with pytest.raises(TargetError, match="did not end in"):
+        target.stop()
+    release.set()
+
+
 def test_no_free_port_is_a_target_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError(98, "Address already in use")

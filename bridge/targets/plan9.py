@@ -50,8 +50,8 @@ class _WholeMessages(asyncio.Protocol):
 
     TCP cuts a stream where it likes, while pyroute2's server takes each piece it receives for a
     row of whole messages: it drops a request that comes in two segments, and its client waits for
-    the answer for ever. A guest that writes more than a segment at once hits that, so the
-    messages are put together here, before the server sees them.
+    the answer for ever: ``dd bs=8192 of=FILE`` on the mount hangs in the guest. So the messages
+    are put together here, before the server sees them.
     """
 
     def __init__(self, inner: asyncio.Protocol, open_now: set[asyncio.Transport]) -> None:
@@ -104,6 +104,8 @@ class Plan9Target:
         self._thread: threading.Thread | None = None
         self._endpoints: tuple[Endpoint, ...] = ()
         self._raised_count = 0
+        # Written by the thread before it ends, read after it was joined.
+        self._failure: Exception | None = None
         # Both belong to the thread's loop; set before start() returns.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
@@ -163,7 +165,8 @@ class Plan9Target:
     def stop(self) -> None:
         """Cut all connections, close the port, join the thread.
 
-        Raises :class:`TargetError` if the server is stuck and its thread does not end.
+        Raises :class:`TargetError` if the server had ended by itself with an exception, or is
+        stuck and its thread does not end.
         """
         thread, self._thread = self._thread, None
         self._endpoints = ()
@@ -177,6 +180,12 @@ class Plan9Target:
         thread.join(_STOP_SECONDS)
         if thread.is_alive():
             raise TargetError(f"the 9P server's thread did not end in {_STOP_SECONDS:g} s")
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise TargetError(
+                f"the 9P server ended by itself: {type(failure).__name__}: {failure}",
+                evidence="".join(traceback.format_exception(failure)),
+            ) from failure
 
     def _run(
         self, listener: socket.socket, entries: tuple[Entry, ...], started: Future[None]
@@ -189,7 +198,8 @@ class Plan9Target:
                 if not started.done():
                     started.set_exception(error)
                 else:
-                    _log.exception("the 9P server ended")
+                    _log.warning("the 9P server ended: %s: %s", type(error).__name__, error)
+                    self._failure = error
 
     def _raised(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """The server let an exception escape, which costs a client its connection."""
