@@ -447,8 +447,8 @@ def _discard(measurement: coverage.Coverage) -> None:
 def _try_out() -> None:
     """Try on a small program, once a process, that consuming works with this coverage.py.
 
-    A function is called twice, consumed after each call, and a generator is consumed while its
-    frame lives: every line must show each time it runs. Raises SourceError.
+    Functions are called again and again, a generator is entered again, and a function consumes
+    while it runs: every line must show each time it runs, and once. Raises SourceError.
     """
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         raise SourceError(
@@ -457,26 +457,41 @@ def _try_out() -> None:
         )
     path = str(Path(__file__).resolve().with_name("_tried_out.py"))
     program: dict[str, Any] = {}
-    code = "def call():\n    return 1\ndef generate():\n    while True:\n        yield 1\n"
+    code = (
+        "def call():\n"
+        "    return 1\n"
+        "def generate():\n"
+        "    yield 1\n"
+        "    yield 2\n"
+        "    yield 3\n"
+        "def hold(look):\n"
+        "    look()\n"
+        "    look()\n"
+    )
     exec(compile(code, path, "exec"), program)
     measurement = _new_coverage(None, include=[path])
-    seen: list[set[int]] = []
+    seen: list[list[int]] = []
     with ExitStack() as cleanup:
         cleanup.callback(_discard, measurement)
         measurement.start()
         cleanup.callback(measurement.stop)
         tap = _LineTap(_line_sets(measurement))
+
+        def look() -> None:
+            seen.append(sorted(line for _, lines in tap.drain() for line in lines))
+
         generator = program["generate"]()
         for _ in range(3):
             program["call"]()
             next(generator)
-            seen.append({line for _, lines in tap.drain() for line in lines})
-        rest = tap.drain()
-    # The line of the loop header shows or not as the compiler lays the loop out.
-    if rest or any(lines - {4} != {2, 5} for lines in seen):
+            look()
+            program["hold"](look)
+        look()
+    expected = [lines for turn in (4, 5, 6) for lines in ([2, turn], [8], [9])]
+    if seen != [*expected, []]:
         raise SourceError(
             f"consuming does not work with coverage.py {coverage.__version__} on this Python",
-            evidence=f"lines {[sorted(lines) for lines in seen]}, then {rest}",
+            evidence=f"lines {seen}",
             hint=_REINSTALL,
         )
 
