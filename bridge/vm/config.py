@@ -143,10 +143,14 @@ def _machine(config: MachineConfig) -> list[str]:
         *("-device", "pvpanic-pci", "-device", "virtio-rng-pci"),
     ]
     if config.sandbox:
-        # A relay is a child of QEMU's; without endpoints it never needs one.
-        spawn = "allow" if config.network and config.endpoints else "deny"
-        denied = "obsolete=deny,elevateprivileges=deny,resourcecontrol=deny"
-        command += ["-sandbox", f"on,{denied},spawn={spawn}"]
+        # A relay is a child of QEMU's, for which libslirp calls setsid(): that counts as elevating
+        # privileges, and "children" forbids the rest of it by no_new_privs.
+        relays = config.network and config.endpoints
+        privileges, spawn = ("children", "allow") if relays else ("deny", "deny")
+        command += [
+            "-sandbox",
+            f"on,obsolete=deny,elevateprivileges={privileges},resourcecontrol=deny,spawn={spawn}",
+        ]
     if config.kernel is not None:
         command += ["-kernel", str(config.kernel), "-append", config.kernel_cmdline]
     if config.initrd is not None:

@@ -408,7 +408,7 @@ class Guest:
         if process_group is None:
             return
         try:
-            channel = self._open(f"kill -KILL -- -{process_group}")
+            channel = self._open(f"kill -s KILL -- -{process_group}")
         except BridgeError as error:
             logger.debug("could not kill a command in the guest: %s", error)
             return
