@@ -26,7 +26,7 @@ def boot(out: Path | None = None, **settings: Any) -> Session:
     """A booted guest with its target and its kcov device, to be used in a ``with`` statement.
 
     ``settings`` are those of :class:`bridge.config.Settings`, over what the environment and the
-    settings file say; ``out`` is where ``console.log``, ``.coverage`` and ``blocks.json`` are left
+    settings file say; ``out`` is where ``console.log``, ``.coverage`` and ``blocks.tsv`` are left
     (None: nowhere). Raises :class:`bridge.errors.BridgeError`, most of it on entering.
     """
     from bridge import config

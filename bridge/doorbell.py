@@ -136,7 +136,9 @@ class Doorbell(Generic[C]):
     ``busy_seconds`` is how long the loop stays awake after the last request before it sleeps on
     the bell: waking up costs more than answering, but a loop that is awake uses a core.
     ``failure`` is the first exception that a source raised; the guest gets no PCs then, and goes
-    on. ``epoch`` (not 0) tells the guest that a new host has come.
+    on. ``epoch`` (not 0) tells the guest that a new host has come. ``guest_timeouts`` and
+    ``guest_skipped`` are what the guest counted, as of :meth:`look_at_guest` or :meth:`stop`:
+    signals that it gave up waiting for, and returns it did not signal, knowing the host gone.
     """
 
     def __init__(
@@ -150,6 +152,8 @@ class Doorbell(Generic[C]):
     ) -> None:
         self.counters = DoorbellCounters()
         self.failure: BaseException | None = None
+        self.guest_timeouts = 0
+        self.guest_skipped = 0
         self._device = device
         self._control = region.control
         self._bell = bell
@@ -178,6 +182,7 @@ class Doorbell(Generic[C]):
         os.eventfd_write(self._wake, 1)
         if self._thread.ident is not None:
             self._thread.join()
+            self.look_at_guest()
             self._control[HeaderWord.HOST_EPOCH] = 0
             self._control[HeaderWord.HOST_STATE] = HostState.ASLEEP
         os.close(self._wake)
@@ -195,17 +200,10 @@ class Doorbell(Generic[C]):
         os.eventfd_write(self._wake, 1)
         return cast(T, future.result(timeout))
 
-    @property
-    def guest_timeouts(self) -> int:
-        """Signals that the guest says it gave up waiting for."""
-        value: int = self._control[HeaderWord.GUEST_TIMEOUTS]
-        return value
-
-    @property
-    def guest_skipped(self) -> int:
-        """System call returns that the guest says it did not signal, knowing the host gone."""
-        value: int = self._control[HeaderWord.GUEST_SKIPPED]
-        return value
+    def look_at_guest(self) -> None:
+        """Read what the guest says about itself, bounded by nothing but 64 bits: for people."""
+        self.guest_timeouts = self._control[HeaderWord.GUEST_TIMEOUTS]
+        self.guest_skipped = self._control[HeaderWord.GUEST_SKIPPED]
 
     def _run(self) -> None:
         control = self._control

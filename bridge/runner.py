@@ -16,6 +16,7 @@ from bridge.errors import BridgeError, InfrastructureError, SourceError, UsageEr
 from bridge.report import summary as summaries
 from bridge.report.coverage_files import HTML_DIRECTORY, LCOV_FILE, make_reports
 from bridge.session import Session
+from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.targets.plan9 import MOUNT_POINT, Plan9Target
 from bridge.vm.ssh import Output
 
@@ -23,7 +24,7 @@ __all__ = ["run", "shell"]
 
 logger = logging.getLogger(__name__)
 
-_FILES = ("summary.json", "pcs.txt", ".coverage", "blocks.json", LCOV_FILE, "console.log")
+_FILES = ("summary.json", "pcs.txt", ".coverage", BLOCKS_FILE, LCOV_FILE, "console.log")
 _WORKLOAD = Path(__file__).resolve().parents[1] / "guest" / "workload" / "files.sh"
 _EXAMPLE = f'kcov-doc "$(find {MOUNT_POINT} -type f | head -n 1)"'
 

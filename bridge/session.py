@@ -33,7 +33,7 @@ from bridge.region import Region
 from bridge.sources.ledger import Cursor, Ledger
 from bridge.sources.pcs import BlockTable, Location, syscall_pc
 from bridge.sources.python import PythonSource
-from bridge.sources.symbolize import Symbolizer
+from bridge.sources.symbolize import BLOCKS_FILE, Symbolizer
 from bridge.targets import Target
 from bridge.targets.registry import create as create_target
 from bridge.vm.accel import Accelerator, choose_accelerator
@@ -68,7 +68,7 @@ class Session:
     """A booted guest and all that stands behind it; a context manager, to be entered once.
 
     ``out`` is the directory for what the session leaves: ``console.log`` while it runs,
-    ``.coverage`` and ``blocks.json`` at its end; None for a temporary one that goes with it.
+    ``.coverage`` and ``blocks.tsv`` at its end; None for a temporary one that goes with it.
     Entering raises the :class:`bridge.errors.BridgeError` that says what failed, with nothing
     left running. ``partial_pcs`` is what stood in the areas when a command under kcov was cut
     off.
@@ -169,7 +169,7 @@ class Session:
         if self.source is not None:
             there(self.source.start)
             # Called in the reverse order: the source writes .coverage, then its table is whole.
-            stack.callback(self.source.table.save, out / "blocks.json")
+            stack.callback(self.source.table.save, out / BLOCKS_FILE)
             stack.callback(there, self.source.stop)
         logger.debug("starting the target %s", self.target.name)
         stack.callback(there, self.target.stop)

@@ -143,14 +143,12 @@ def _machine(config: MachineConfig) -> list[str]:
         *("-device", "pvpanic-pci", "-device", "virtio-rng-pci"),
     ]
     if config.sandbox:
-        # A relay is a child of QEMU's, for which libslirp calls setsid(): that counts as elevating
-        # privileges, and "children" forbids the rest of it by no_new_privs.
+        # A relay is a child of QEMU's, for which libslirp calls setsid(). QEMU's sandbox counts
+        # that as elevating privileges; what it would forbid besides, no_new_privs does (launch.py).
         relays = config.network and config.endpoints
-        privileges, spawn = ("children", "allow") if relays else ("deny", "deny")
-        command += [
-            "-sandbox",
-            f"on,obsolete=deny,elevateprivileges={privileges},resourcecontrol=deny,spawn={spawn}",
-        ]
+        allowed = "allow" if relays else "deny"
+        denied = "obsolete=deny,resourcecontrol=deny"
+        command += ["-sandbox", f"on,{denied},elevateprivileges={allowed},spawn={allowed}"]
     if config.kernel is not None:
         command += ["-kernel", str(config.kernel), "-append", config.kernel_cmdline]
     if config.initrd is not None:

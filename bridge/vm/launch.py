@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Become another program that dies with its parent. Run as a script, by :mod:`bridge.vm.process`.
+"""Become another program that dies with its parent and can't gain privileges. Run as a script, by :mod:`bridge.vm.process`.
 
 ``launch.py PARENT ERROR_FD -- PROGRAM [ARGUMENT ...]``
 
@@ -15,6 +15,7 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
+PR_SET_NO_NEW_PRIVS = 38
 """``include/uapi/linux/prctl.h``."""
 
 
@@ -22,7 +23,10 @@ def main(argv: list[str]) -> int:
     parent, error_fd, program = int(argv[1]), int(argv[2]), argv[4:]
     os.set_inheritable(error_fd, False)
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
+    if (
+        libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0
+        or libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
+    ):
         os.write(error_fd, b"%d" % ctypes.get_errno())
         return 126
     # A parent that died before the call above sends no signal any more.
