@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bridge.errors import UsageError
+from bridge.errors import ImageError, UsageError
 from bridge.image import Image, build, find, list_images
 from bridge.image.store import (
     base_directories,
@@ -101,7 +101,10 @@ def _build(args: argparse.Namespace) -> int:
 
 def _list(args: argparse.Namespace) -> int:
     images = list_images()
-    current = find(DEFAULT_RECIPE)
+    try:
+        current = find(DEFAULT_RECIPE)
+    except ImageError:
+        current = None  # broken, which the list shows, or installed without sources
     if args.json:
         rows = [
             {

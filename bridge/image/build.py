@@ -40,13 +40,14 @@ from bridge.image.store import (
     MANIFEST,
     FileRecord,
     Image,
+    base_directory,
     cache_directory,
     image_directory,
     remove_tree,
     sha256_of,
 )
 
-__all__ = ["build"]
+__all__ = ["build", "compile_for_guest"]
 
 _BASE_BYTES = 2 << 30
 """Free space in bytes that a base needs while it is built: measured 1.6 GiB at the peak."""
@@ -87,8 +88,7 @@ def build(
     mirror = mirror or os.environ.get("KCOV_BRIDGE_MIRROR") or None
     try:
         with contextlib.ExitStack() as stack:
-            lock = cache_directory() / "locks" / recipe
-            fd = stack.enter_context(locked(lock, f"the image {recipe}", progress))
+            fd = stack.enter_context(_recipe_lock(recipe, progress))
             if not force and (image := _usable(directory)):
                 return image
             builder = _Builder(sources, wanted, mirror, Phases(progress), fd)
@@ -103,6 +103,47 @@ def build(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_full(cache_directory()) from error
         raise ImageError(f"the image {recipe} could not be built: {error}") from error
+
+
+def compile_for_guest(
+    image: Image,
+    source: Path,
+    out: Path,
+    *,
+    flags: Sequence[str] = ("-O2", "-Wall", "-Wextra", "-Werror"),
+    progress: Progress = print_progress,
+) -> Path:
+    """Compiles a C program for an image's guest, with the compiler and libraries of its release.
+
+    ``out`` is the executable to write; headers beside ``source`` are found. Returns ``out``.
+    Raises :class:`bridge.errors.ImageError` with the compiler's messages, or if the image's build
+    root was removed.
+    """
+    base = _Base.load(base_directory(image.recipe, image.base_fingerprint), image.base_fingerprint)
+    if base is None:
+        raise ImageError(
+            f"the build root of the image {image.name} is gone",
+            hint="build the image again: kcov-bridge image build --force",
+        )
+    with contextlib.ExitStack() as stack:
+        fd = stack.enter_context(_recipe_lock(image.recipe, progress))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kcov-bridge-")))
+        commands = Commands(scratch / "build.log", Phases(progress), (fd,))
+        build_root = _BuildRoot(base.build_root, commands)
+        work = stack.enter_context(build_root.workspace())
+        for path in (source, *source.parent.glob("*.h")):
+            shutil.copyfile(path, work / path.name)
+        build_root.run(
+            ["gcc", *flags, "-o", "/work/program.out", f"/work/{source.name}", "-pthread"],
+            what=f"compiling {source.name} for the guest",
+        )
+        shutil.copyfile(work / "program.out", out)
+        out.chmod(0o755)
+    return out
+
+
+def _recipe_lock(recipe: str, progress: Progress) -> contextlib.AbstractContextManager[int]:
+    return locked(cache_directory() / "locks" / recipe, f"the image {recipe}", progress)
 
 
 def _usable(directory: Path) -> Image | None:
@@ -205,7 +246,7 @@ class _Builder:
     def base(self, *, force: bool) -> _Base:
         """The base, built if it is missing."""
         fingerprint = self.sources.base_fingerprint(self.recipe)
-        directory = cache_directory() / "bases" / f"{self.recipe.name}-{fingerprint}"
+        directory = base_directory(self.recipe.name, fingerprint)
         base = _Base.load(directory, fingerprint)
         if base is not None and not force:
             return base
