@@ -294,6 +294,14 @@ def _check(name: str, option: Option, value: object, where: str) -> None:
         raise _wrong(where, value, option)
 
 
+def _path(text: str) -> Path:
+    """A path, its ``~`` or ``~user`` replaced where there is such a user; else taken as it is."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
 def _from_text(name: str, option: Option, text: str, where: str) -> object:
     """A value as a flag or an environment variable gives it."""
     value: object
@@ -311,7 +319,7 @@ def _from_text(name: str, option: Option, text: str, where: str) -> object:
             case Kind.PATH:
                 if text == "":
                     raise ValueError(text)
-                value = Path(text).expanduser()
+                value = _path(text)
             case Kind.TEXT | Kind.NAME_OR_PATH:
                 value = text
     except ValueError:
@@ -323,9 +331,9 @@ def _from_text(name: str, option: Option, text: str, where: str) -> object:
 def _from_toml(name: str, option: Option, value: object, where: str, directory: Path) -> object:
     """A value as the file gives it; a relative path there starts at the file's directory."""
     if option.kind is Kind.PATH and isinstance(value, str) and value != "":
-        value = directory / Path(value).expanduser()
+        value = directory / _path(value)
     elif option.kind is Kind.NAME_OR_PATH and isinstance(value, str) and "/" in value:
-        value = str(directory / Path(value).expanduser())
+        value = str(directory / _path(value))
     elif option.kind is Kind.SECONDS and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     _check(name, option, value, where)

@@ -134,6 +134,15 @@ def test_a_misspelt_variable_is_warned_of(caplog: pytest.LogCaptureFixture, tmp_
     ]
 
 
+def test_a_home_directory_is_filled_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load({"out": "~/there"}, environ={}).out == tmp_path / "there"
+    toml(tmp_path, 'ssh_key = "~/key"\nout = "~no-such-user/x"\n')
+    settings = load(environ={}, directory=tmp_path)
+    assert settings.ssh_key == tmp_path / "key"
+    assert settings.out == tmp_path / "~no-such-user/x"
+
+
 def test_every_setting_has_a_flag_and_comes_back(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
