@@ -57,6 +57,7 @@ _GREETING_SECONDS = 30.0
 _QUIT_SECONDS = 5.0
 _DRAIN_SECONDS = 2.0
 _EVIDENCE_LINES = 25
+_PANIC_LINES = 60  # an oops and the panic that follows, with their traces
 _EVENTS_KEPT = 256
 _READ_SIZE = 64 * 1024
 _DRAIN_CHUNKS = 64
@@ -462,13 +463,16 @@ class Machine:
         reason = data.get("reason")
         if name == "GUEST_PANICKED" or reason == "guest-panic" or self._console.panic is not None:
             cause = self._console.panic or "the console does not say why"
-            error: BridgeError = GuestPanicError(f"the guest kernel panicked: {cause}")
+            error: BridgeError = GuestPanicError(
+                f"the guest kernel panicked: {cause}", evidence=self._console.tail(_PANIC_LINES)
+            )
         elif data.get("guest") is True:
             what = "was reset" if reason == "guest-reset" else "was switched off"
-            error = GuestPoweredOffError(f"the guest {what} from inside")
+            error = GuestPoweredOffError(
+                f"the guest {what} from inside", evidence=self._console.tail(_EVIDENCE_LINES)
+            )
         else:
             return  # by QMP or a signal: the end of the process tells how
-        error.evidence = self._console.tail(_EVIDENCE_LINES)
         self._lose(error)
 
     def _on_process_end(self, process: Process) -> None:
