@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -138,6 +139,19 @@ def test_the_text_for_people() -> None:
     assert "6.1.0-1-amd64, tcg" in text
     assert "ended by" not in text
     assert not text.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ((), None),
+        (("files.sh /mnt",), "command  files.sh /mnt"),
+        (("sh", "-c", "a; b"), "command  sh -c 'a; b'"),
+    ],
+)
+def test_the_command_in_the_text_can_be_pasted(command: tuple[str, ...], text: str | None) -> None:
+    rendered = summary.render(dataclasses.replace(FIGURES, command=command))
+    assert text in rendered if text else "command" not in rendered
 
 
 def test_the_text_of_a_run_that_never_booted() -> None:

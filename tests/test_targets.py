@@ -361,6 +361,31 @@ def test_a_target_of_ones_own_from_the_working_directory(own_module: str, tmp_pa
     assert vars(target) == {"directory": tmp_path}
 
 
+def test_the_example_of_the_documentation_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Path(__file__).resolve().parent.parent / "docs" / "targets.md"
+    example = page.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    (tmp_path / "documented_web_target.py").write_text(example)
+    (tmp_path / "file").write_text("served")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    target = create("documented_web_target:WebServer", tmp_path)
+    target.start()
+    try:
+        address = ("127.0.0.1", target.endpoints[0].host_port)
+        with socket.create_connection(address, 5) as connection:
+            connection.sendall(b"GET /file HTTP/1.0\r\n\r\n")
+            with connection.makefile("rb") as answer:
+                assert answer.read().endswith(b"\r\n\r\nserved")
+    finally:
+        target.stop()
+        target.stop()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address, 5)
+    sys.modules.pop("documented_web_target")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +140,10 @@ def render(summary: Summary) -> str:
         ("guest", f"{summary.kernel or 'unknown kernel'}, {summary.accel}{reason}"),
         ("booted in", _seconds(summary.boot_seconds)),
         ("target", summary.target),
-        ("command", " ".join(summary.command)),
+        (
+            "command",
+            shlex.join(summary.command) if summary.command[1:] else "".join(summary.command),
+        ),
         ("ran for", _seconds(summary.run_seconds)),
         ("system calls", f"{summary.syscalls:,} signalled"),
         ("PCs", f"{summary.pcs:,} appended, {summary.pcs_unique:,} different{per_call}"),
