@@ -50,9 +50,10 @@ def run(settings: Settings, command: Sequence[str] = ()) -> int:
         _complain_about_the_source(session)
     except BaseException as error:
         record.failed(error)
-        raise
-    finally:
         record.write(out)
+        raise
+    if not record.write(out):
+        raise InfrastructureError(f"not all results could be written to {out}")
     return record.exit_status
 
 
@@ -141,20 +142,22 @@ class _Record:
         else:
             self.error = f"{type(error).__name__}: {error}"
 
-    def write(self, out: Path) -> None:
-        """Everything that can be written is; a file that cannot is reported in the log."""
+    def write(self, out: Path) -> bool:
+        """Write whatever can be written; what cannot is in the log. Returns whether all was."""
         seconds = time.monotonic() - self.started if self.started is not None else None
-        with _reported("pcs.txt"):
+        problems: list[str] = []
+        with _noted("pcs.txt", problems):
             text = "".join(f"{pc:#018x}\n" for pc in self.pcs)
             (out / "pcs.txt").write_text(text, encoding="ascii")
         if (out / ".coverage").is_file():
-            with _reported("the coverage reports"):
+            with _noted("the coverage reports", problems):
                 make_reports(out / ".coverage", out)
         summary = self._summary(seconds)
-        with _reported("summary.json"):
+        with _noted("summary.json", problems):
             summaries.write(summary, out / "summary.json")
         print(summaries.render(summary), file=sys.stderr)
         print(f"{'results in':>12}  {out}", file=sys.stderr)
+        return not problems
 
     def _summary(self, seconds: float | None) -> summaries.Summary:
         session = self.session
@@ -195,9 +198,13 @@ class _Record:
 
 
 @contextlib.contextmanager
-def _reported(what: str) -> Iterator[None]:
+def _noted(what: str, problems: list[str]) -> Iterator[None]:
     """A failure to write one result must not hide the others, nor what ended the run."""
     try:
         yield
-    except (BridgeError, OSError) as error:
-        logger.error("%s could not be written: %s", what, error)
+    except BridgeError as error:
+        problems.append(what)
+        logger.error("%s could not be written: %s", what, error.report())
+    except OSError as error:
+        problems.append(what)
+        logger.error("%s could not be written: %s", what, error.strerror)

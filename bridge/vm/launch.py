@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Become another program that dies with its parent and can't gain privileges. Run as a script, by :mod:`bridge.vm.process`.
+"""Become another program, one that dies with its parent and gains no privileges.
+
+Run as a script, by :mod:`bridge.vm.process`:
 
 ``launch.py PARENT ERROR_FD -- PROGRAM [ARGUMENT ...]``
 

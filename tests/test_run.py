@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kcov-bridge run`` from outside: a real guest, a real target, real faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import coverage
+import pytest
+
+import bridge
+from bridge.config import load
+from bridge.errors import GuestSetupError
+from bridge.guest_image import ProjectImage
+from bridge.image import Image, build
+from bridge.sources.pcs import BlockTable
+from bridge.sources.symbolize import BLOCKS_FILE
+from bridge.vm.config import MachineConfig
+
+pytestmark = pytest.mark.vm
+
+ROOT = Path(__file__).parents[1]
+COMMAND = [sys.executable, "-m", "bridge"]
+QUICK = ["--target", "none", "--syscall-pcs"]
+
+
+@pytest.fixture(scope="module")
+def image() -> Image:
+    return build()
+
+
+MARK = "KCOV_BRIDGE_TEST_RUN"
+"""An environment variable by which everything that a run started is found again."""
+
+
+def start(out: Path, *arguments: str, cwd: Path = ROOT) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, "run", "--out", str(out), *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, MARK: str(out)},
+        start_new_session=True,
+    )
+
+
+def run(out: Path, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    with nothing_left(out), start(out, *arguments, cwd=cwd) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=240)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def started_by(out: Path) -> dict[int, str]:
+    """The live processes that the run into ``out`` started, itself too, and their names."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and f"{MARK}={out}\0".encode() in (
+                (entry / "environ").read_bytes() + b"\0"
+            ):
+                found[int(entry.name)] = (entry / "comm").read_text().strip()
+        except OSError:
+            continue
+    return found
+
+
+def qemu_of(out: Path) -> int:
+    (qemu,) = [pid for pid, name in started_by(out).items() if name.startswith("qemu")]
+    return qemu
+
+
+def wait_until_gone(out: Path) -> None:
+    end = time.monotonic() + 10
+    while (left := started_by(out)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not left
+
+
+@contextmanager
+def nothing_left(out: Path) -> Iterator[None]:
+    """No process and no temporary file is left behind by what runs inside."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as directory:
+        patch.setenv("TMPDIR", directory)
+        yield
+        wait_until_gone(out)
+        assert not list(Path(directory).iterdir())
+    assert not [path for path in out.glob(".*") if path.name != ".coverage"]
+
+
+def summary(out: Path) -> dict[str, object]:
+    data = json.loads((out / "summary.json").read_text())
+    assert isinstance(data, dict)
+    return data
+
+
+def pcs(out: Path) -> list[int]:
+    return [int(line, 16) for line in (out / "pcs.txt").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def done(
+    image: Image, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The default run, once."""
+    out = tmp_path_factory.mktemp("default") / "run"
+    return out, run(out)
+
+
+class TestTheDefaultRun:
+    def test_it_works(self, done: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+        out, result = done
+        assert result.returncode == 0, result.stderr
+        assert "0 failed" in result.stdout
+        values = summary(out)
+        assert values["exit_status"] == 0
+        assert values["accel"] in ("kvm", "tcg")
+        assert values["target"] == "plan9"
+        assert values["lost_pcs"] == values["guest_timeouts"] == values["source_failures"] == 0
+        assert isinstance(values["boot_seconds"], float)
+        assert values["kernel"] == build().kernel_release
+        assert "console" not in result.stderr
+
+    def test_its_pcs_are_the_blocks_that_coverage_saw(
+        self, done: tuple[Path, subprocess.CompletedProcess[str]]
+    ) -> None:
+        out, _ = done
+        values, found = summary(out), pcs(out)
+        table = BlockTable.load(out / BLOCKS_FILE)
+        assert len(table) == values["blocks_total"]
+        assert len(set(found)) == values["pcs_unique"]
+        # kcov-doc sets word 0 to 0 after ENABLE, so a few that were appended are not listed.
+        appended = values["pcs"]
+        assert isinstance(appended, int)
+        assert 0 <= appended - len(found) < 200
+        data = coverage.CoverageData(str(out / ".coverage"))
+        data.read()
+        lines: dict[str, set[int]] = {}
+        for file in data.measured_files():
+            name = "pyroute2" + file.rpartition("/pyroute2")[2]
+            lines[name] = set(data.lines(file) or ())
+        for pc in set(found):
+            location = table.lookup(pc)
+            assert location is not None
+            block = table.file(location.file)
+            assert block is not None
+            covered = {block.line_pc(line) for line in lines[location.file]}
+            assert pc in covered
+
+    def test_its_results_are_for_others_to_read(
+        self, done: tuple[Path, subprocess.CompletedProcess[str]]
+    ) -> None:
+        out, _ = done
+        report = subprocess.run(
+            [sys.executable, "-m", "coverage", "report", "--data-file", out / ".coverage"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=out,
+        )
+        assert "plan9/server.py" in report.stdout
+        assert "plan9/server.py" in (out / "lcov.info").read_text()
+        assert "server_py" in " ".join(path.name for path in (out / "html").iterdir())
+        symbolized = subprocess.run(
+            [*COMMAND, "symbolize", "--run", out],
+            stdin=(out / "pcs.txt").open(),
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd="/",
+        ).stdout.splitlines()
+        assert symbolized[::2] == [f"{pc:#x}" for pc in pcs(out)]
+        pattern = re.compile(r"pyroute2/plan9/\w+\.py:\d+\.\d+,\d+\.\d+")
+        assert all(pattern.fullmatch(line) for line in symbolized[1::2])
+
+
+class TestCommands:
+    def test_the_exit_status_is_the_commands(self, image: Image, tmp_path: Path) -> None:
+        result = run(tmp_path, *QUICK, "--", "sh", "-c", "echo out; echo err >&2; exit 7")
+        assert result.returncode == 7
+        assert result.stdout == "out\n"
+        assert "err\n" in result.stderr
+        assert summary(tmp_path)["exit_status"] == 7
+        found = pcs(tmp_path)
+        assert len(found) > 20
+        assert all(0xFFFFFFFFF0000000 <= pc < 0xFFFFFFFFFF000000 for pc in found)
+
+    def test_a_command_that_is_not_there(self, image: Image, tmp_path: Path) -> None:
+        result = run(tmp_path, *QUICK, "--", "no-such-command")
+        assert result.returncode == 127
+        assert "no-such-command" in result.stderr
+
+    def test_out_of_time(self, image: Image, tmp_path: Path) -> None:
+        script = "cat /mnt/target/*; sleep 100"
+        result = run(tmp_path, "--timeout", "4", "--", "sh", "-c", script)
+        assert result.returncode == 124
+        assert "did not end within 4 s" in result.stderr
+        assert summary(tmp_path)["exit_status"] == 124
+        # What the shell had opened by then is there, though it never came to write it.
+        assert pcs(tmp_path)
+        assert (tmp_path / "lcov.info").is_file()
+
+    def test_gvisor_personality(self, image: Image, tmp_path: Path) -> None:
+        result = run(tmp_path, *QUICK, "--personality", "gvisor", "--", "true")
+        assert result.returncode == 0, result.stderr
+        assert pcs(tmp_path)
+        assert summary(tmp_path)["personality"] == "gvisor"
+
+
+class TestTheGuestGoesAway:
+    def test_it_panics(self, image: Image, tmp_path: Path) -> None:
+        script = "ls /mnt/target >/dev/null; cd /mnt/target; echo c >/proc/sysrq-trigger"
+        result = run(tmp_path, "--", "sh", "-c", script)
+        assert result.returncode == 123
+        assert "panicked" in result.stderr
+        assert "sysrq triggered crash" in result.stderr
+        assert summary(tmp_path)["exit_status"] == 123
+        assert pcs(tmp_path)
+        assert "Kernel panic" in (tmp_path / "console.log").read_text()
+
+    def test_it_is_switched_off(self, image: Image, tmp_path: Path) -> None:
+        result = run(tmp_path, *QUICK, "--", "sh", "-c", "poweroff; sleep 60")
+        assert result.returncode == 123
+        assert "switched off from inside" in result.stderr
+
+    def test_qemu_is_killed(self, image: Image, tmp_path: Path) -> None:
+        with (
+            nothing_left(tmp_path),
+            start(tmp_path, *QUICK, "--", "sh", "-c", "echo go; sleep 100") as process,
+        ):
+            assert process.stdout is not None
+            assert process.stdout.readline() == "go\n"
+            qemu = qemu_of(tmp_path)
+            os.kill(qemu, signal.SIGKILL)
+            _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 123
+        assert "SIGKILL" in stderr or "signal 9" in stderr
+        assert pcs(tmp_path)
+
+
+class TestInterrupted:
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize("phase", ["accelerator", "booting", "guest ready", "go"])
+    def test_at_each_phase(
+        self, image: Image, tmp_path: Path, phase: str, number: signal.Signals
+    ) -> None:
+        with (
+            nothing_left(tmp_path),
+            start(tmp_path, "--", "sh", "-c", "echo go >&2; sleep 100") as process,
+        ):
+            assert process.stderr is not None
+            for line in process.stderr:
+                if phase in line:
+                    break
+            process.send_signal(number)
+            _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 128 + number
+        assert "interrupted" in stderr
+        assert summary(tmp_path)["error"] == "interrupted"
+
+    def test_killed_it_takes_qemu_along(self, image: Image, tmp_path: Path) -> None:
+        with start(tmp_path, *QUICK, "--", "sh", "-c", "echo go; sleep 100") as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "go\n"
+            assert qemu_of(tmp_path)
+            process.kill()
+        wait_until_gone(tmp_path)
+
+
+class TestWhatIsMissing:
+    def test_no_qemu(self, image: Image, tmp_path: Path) -> None:
+        result = run(tmp_path, "--qemu", "/nowhere/qemu", *QUICK, "--", "true")
+        assert result.returncode == 125
+        assert "/nowhere/qemu" in result.stderr
+        assert "qemu-system-x86" in result.stderr
+        assert summary(tmp_path)["exit_status"] == 125
+
+    def test_a_qemu_without_the_device(self, image: Image, tmp_path: Path) -> None:
+        # A QEMU that old is not to be had: a program that says what one says.
+        old = tmp_path / "qemu-old"
+        old.write_text(
+            "#!/bin/sh\necho \"qemu: -device ivshmem-doorbell: 'ivshmem-doorbell' is not a valid "
+            'device model name" >&2\nexit 1\n'
+        )
+        old.chmod(0o755)
+        result = run(tmp_path / "run", "--qemu", str(old), *QUICK, "--", "true")
+        assert result.returncode == 125
+        assert "lacks a device" in result.stderr
+        assert "7.2 or newer" in result.stderr
+
+    def test_no_memory(self, image: Image, tmp_path: Path) -> None:
+        result = run(tmp_path, "--memory", str(1 << 20), *QUICK, "--", "true")
+        assert result.returncode == 125
+        assert "memory" in result.stderr
+
+    def test_a_broken_image(
+        self, image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(tmp_path / "cache"))
+        copy = tmp_path / "cache" / "images" / image.name
+        shutil.copytree(image.directory, copy)
+        with (copy / "root.squashfs").open("r+b") as file:
+            file.truncate(1_000_000)
+        result = run(tmp_path / "run", "--image", image.name, *QUICK, "--", "true")
+        assert result.returncode == 125
+        assert "root.squashfs: 1000000 bytes instead of" in result.stderr
+        assert "image rm" in result.stderr
+
+    def test_a_root_that_is_garbage(
+        self, image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(tmp_path / "cache"))
+        copy = tmp_path / "cache" / "images" / image.name
+        shutil.copytree(image.directory, copy)
+        size = (copy / "root.squashfs").stat().st_size
+        (copy / "root.squashfs").write_bytes(bytes(size))
+        result = run(tmp_path / "run", "--image", image.name, *QUICK, "--", "true")
+        assert result.returncode in (123, 125)
+        assert "  | " in result.stderr, "the console's end is the evidence"
+
+    def test_a_kernel_without_the_module(self, image: Image, tmp_path: Path) -> None:
+        class WithoutModule(ProjectImage):
+            def machine_config(self, *arguments: object) -> MachineConfig:
+                config = super().machine_config(*arguments)  # type: ignore[arg-type]
+                words = f"{config.cmdline} module_blacklist=kcov_bridge"
+                return MachineConfig(**{**config.__dict__, "cmdline": words})
+
+        session = bridge.boot(target="none")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("bridge.session.find_guest_image", lambda _: WithoutModule(image))
+            with pytest.raises(GuestSetupError, match="module"), session:
+                raise AssertionError("the session must not begin")
+
+    def test_no_room_for_results(self, image: Image, tmp_path: Path) -> None:
+        if os.geteuid() != 0:
+            pytest.skip("mounting a small file system takes root: run the tests as root")
+        small = tmp_path / "small"
+        small.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], check=True)
+        try:
+            result = run(small / "run", "--", "ls", "-lR", "/mnt/target")
+        finally:
+            subprocess.run(["umount", small], check=True)
+        assert result.returncode == 125
+        assert "No space left" in result.stderr
+
+    def test_a_place_for_results_that_is_none(self, image: Image, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        result = run(tmp_path / "file" / "run", *QUICK, "--", "true")
+        assert result.returncode == 125
+        assert "cannot be used" in result.stderr
+
+    def test_a_target_that_raises(self, image: Image, tmp_path: Path) -> None:
+        (tmp_path / "broken_target.py").write_text(
+            "class Target:\n"
+            "    name = 'broken'\n"
+            "    packages = ('http',)\n"
+            "    endpoints = guest_modules = ()\n"
+            "    guest_setup = guest_teardown = ''\n"
+            "    def __init__(self, directory): pass\n"
+            "    def start(self): raise RuntimeError('no such luck')\n"
+            "    def stop(self): pass\n"
+        )
+        result = run(
+            tmp_path / "run", "--target", "broken_target:Target", "--", "true", cwd=tmp_path
+        )
+        assert result.returncode == 125
+        assert "raised RuntimeError on start: no such luck" in result.stderr
+        assert "booting" not in result.stderr
+
+    def test_no_workload_for_the_target(self, tmp_path: Path) -> None:
+        result = run(tmp_path, "--target", "none")
+        assert result.returncode == 2
+        assert "-- CMD" in result.stderr
+
+
+def test_the_readme_is_true(image: Image, tmp_path: Path) -> None:
+    """The README's library example and its target, as they stand there."""
+    text = (ROOT / "README.md").read_text()
+    library, target = re.findall(r"```python\n(.*?)```", text, re.S)
+    example = subprocess.run(
+        [sys.executable, "-c", library],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        timeout=120,
+    )
+    assert example.returncode == 0, example.stderr
+    first, *blocks = example.stdout.splitlines()
+    status, count = map(int, first.split())
+    assert status == 0
+    assert count > 50
+    assert len(blocks) == 5
+    assert all(re.match(r"0xfffffffff\w+ pyroute2/plan9/\w+\.py:", line) for line in blocks)
+
+    (tmp_path / "mytarget.py").write_text(target)
+    request = "printf 'GET /mytarget.py HTTP/1.0\\r\\n\\r\\n' >&3"
+    fetch = f"exec 3<>/dev/tcp/10.0.2.100/80; {request}; cat <&3"
+    result = run(
+        tmp_path / "run",
+        *("--target", "mytarget:Target", "--", "bash", "-c", fetch),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "class Target:" in result.stdout
+    assert summary(tmp_path / "run")["blocks_covered"] != 0
+    assert pcs(tmp_path / "run")
+
+
+def test_settings_are_checked_before_anything_is_done(tmp_path: Path) -> None:
+    result = run(tmp_path, "--personality", "solaris", "--", "true")
+    assert result.returncode == 2
+    assert "linux or gvisor" in result.stderr
+    assert load(directory=tmp_path).personality == "linux"
