@@ -43,13 +43,15 @@ def consumed(data_file: str, package: str, module: str) -> dict[str, object]:
     consumers = [threading.Thread(target=consume, args=(n,)) for n in (0, 1)]
     for thread in consumers:
         thread.start()
-    source.start()
-    sys.setswitchinterval(1e-6)
-    importlib.import_module(module).main()
-    sys.setswitchinterval(0.005)
-    done.set()
-    for thread in consumers:
-        thread.join()
+    try:
+        source.start()
+        sys.setswitchinterval(1e-6)
+        importlib.import_module(module).main()
+    finally:
+        sys.setswitchinterval(0.005)
+        done.set()
+        for thread in consumers:
+            thread.join()
     source.stop()
     pcs.update(source.consume())
     if source.consume():
