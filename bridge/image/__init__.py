@@ -7,7 +7,7 @@ image.kernel, image.initrd, image.root, image.ssh_key, image.host_key
 
 from __future__ import annotations
 
-from bridge.image.build import build, compile_for_guest
+from bridge.image.builder import build, compile_for_guest
 from bridge.image.store import Image, cache_directory, find, list_images, remove
 
 __all__ = [

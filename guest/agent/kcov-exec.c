@@ -51,7 +51,7 @@ struct trace {
 	struct trace *next; /* newest first */
 	enum state state;
 	pid_t pid, tid;
-	bool same_pids; /* the process sees the same process ids as we do */
+	bool same_pids; /* its thread id means the same to us, and will while the thread lives */
 	int pidfd;
 	int connection; /* to libkcovexec.so until the thread traces, else -1 */
 	int kcov;
@@ -351,9 +351,10 @@ static void accept_trace(int server)
 		drop_trace(trace); /* gone before it asked */
 }
 
-/* Collects the traces of threads that have ended while their process goes on, so that a process
- * with short threads does not use the region up. */
-static void collect_ended_threads(void)
+/* Collects the traces of a process's threads that have ended, so that a program with many short
+ * threads does not use the region up. To be called when one of its threads asks: after an exec the
+ * new image's first thread always asks before another can, and pins what was there (see offer). */
+static void collect_ended_threads(pid_t pid)
 {
 	struct trace *trace = traces, *next;
 
@@ -361,24 +362,35 @@ static void collect_ended_threads(void)
 		char path[64];
 
 		next = trace->next;
-		if (trace->state != TRACING || trace->tid == trace->pid || !trace->same_pids)
+		if (trace->state != TRACING || trace->pid != pid || trace->tid == pid ||
+		    !trace->same_pids)
 			continue;
-		snprintf(path, sizeof(path), "/proc/%d/task/%d", (int)trace->pid, (int)trace->tid);
+		snprintf(path, sizeof(path), "/proc/%d/task/%d", (int)pid, (int)trace->tid);
 		if (access(path, F_OK) && errno == ENOENT)
 			collect(trace);
 	}
 }
 
-/* True if exec brought this thread here with its kcov still on. */
+/* True if exec brought this first thread here with its kcov still on. If the old image had other
+ * traced threads, it may be one of them that called exec and so became the first, under another
+ * thread id: then none is to be collected before the process ends, and KCOV_ENABLE will tell. */
 static bool already_traced(const struct trace *asking)
 {
-	for (struct trace *trace = traces; trace; trace = trace->next)
-		if (trace != asking && trace->state == TRACING && trace->pid == asking->pid &&
-		    trace->tid == asking->tid) {
-			read_name(trace); /* exec gave it a new one */
-			return true;
+	struct trace *first = NULL;
+	bool others = false;
+
+	for (struct trace *trace = traces; trace; trace = trace->next) {
+		if (trace == asking || trace->state != TRACING || trace->pid != asking->pid)
+			continue;
+		if (trace->tid == trace->pid) {
+			first = trace;
+		} else {
+			others = true;
+			trace->same_pids = false;
 		}
-	return false;
+		read_name(trace); /* exec gave it a new one */
+	}
+	return first && !others;
 }
 
 static bool send_message(struct trace *trace, enum follow_kind kind, int value, int fd)
@@ -414,8 +426,9 @@ static void offer(struct trace *trace, const struct follow_message *hello)
 	/* In another PID namespace the ids differ; a first thread is still told from the others. */
 	trace->tid = hello->value == hello->pid ? trace->pid : hello->value;
 	read_name(trace);
-	collect_ended_threads();
-	if (already_traced(trace)) {
+	if (trace->tid != trace->pid)
+		collect_ended_threads(trace->pid);
+	else if (already_traced(trace)) {
 		send_message(trace, FOLLOW_DECLINE, 0, -1);
 		drop_trace(trace);
 		return;
