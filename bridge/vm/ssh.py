@@ -121,6 +121,22 @@ class _Capture:
             self.sink(chunk)
 
 
+class _Wake(threading.Event):
+    """Set by a channel's buffers when there is something to read, or nothing ever again.
+
+    A buffer that is read empty would clear it, and so the news of the other one. The channel's
+    own descriptor is no way out: paramiko may write to it after it was closed, and its number is
+    then perhaps another file's.
+    """
+
+    def clear(self) -> None:
+        """Not for the buffers."""
+
+    def rearm(self) -> None:
+        """Cleared by the reader alone, before it reads."""
+        super().clear()
+
+
 class _PidLine:
     """Takes the shell's first line out of stdout: the process group of the command."""
 
@@ -379,10 +395,12 @@ class Guest:
         deadline: float | None,
     ) -> bool:
         """Pass output on until the command has ended; False when it ran out of time."""
-        poll = select.poll()
-        poll.register(channel.fileno(), select.POLLIN)
+        wake = _Wake()
+        channel.in_buffer.set_event(wake)
+        channel.in_stderr_buffer.set_event(wake)
         ended_at: float | None = None
         while True:
+            wake.rearm()
             now = time.monotonic()
             if ended_at is None and deadline is not None and now >= deadline:
                 return False
@@ -396,10 +414,7 @@ class Guest:
                 if over or now >= ended_at + _LINGER_SECONDS:
                     break
             wait = _POLL_SECONDS if deadline is None else min(_POLL_SECONDS, deadline - now)
-            if over:
-                channel.status_event.wait(max(0.0, wait))
-            else:
-                poll.poll(max(0.0, wait) * 1000)
+            (channel.status_event if over else wake).wait(max(0.0, wait))
         out.take(pid_line.end())
         return True
 
