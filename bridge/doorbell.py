@@ -59,21 +59,15 @@ _REQUESTS = REQUESTS_OFFSET // WORD
 _RESPONSES = RESPONSES_OFFSET // WORD
 _SLOT_MASK = (1 << KICK_SLOT_BITS) - 1
 _MAX_ERRNO = 4095
+_CLOSE = 5
+"""Requests follow each other closely if no more than this many busy phases lie between."""
 
 
 class IvshmemServer:
-    """Owner of the socket pair and of the eventfds; ``qemu_socket`` is for QEMU's chardev.
-
-    QEMU reads the first messages while it starts, so :meth:`handshake` sends them all before.
-    """
+    """The ivshmem server of one region; each :meth:`connect` is for one QEMU."""
 
     def __init__(self, region: Region) -> None:
         with contextlib.ExitStack() as stack:
-            self.bridge_socket, self.qemu_socket = socket.socketpair(
-                socket.AF_UNIX, socket.SOCK_STREAM
-            )
-            stack.enter_context(self.bridge_socket)
-            stack.enter_context(self.qemu_socket)
             self.bell = self._eventfd(stack)
             """Readable once the guest has rung."""
             self._guest_bell = self._eventfd(stack)
@@ -86,28 +80,33 @@ class IvshmemServer:
         stack.callback(os.close, fd)
         return fd
 
-    def handshake(self) -> None:
-        """Send QEMU all it needs; it waits in the socket until QEMU reads it.
+    def connect(self) -> socket.socket:
+        """A socket for QEMU's chardev, with all that QEMU reads while it starts waiting in it.
 
-        Raises :class:`bridge.errors.DoorbellError`.
+        It is the caller's to close, once QEMU has it. Raises
+        :class:`bridge.errors.DoorbellError`.
         """
         try:
-            self._send(_PROTOCOL_VERSION)
-            self._send(_QEMU_PEER)
-            self._send(_REGION_FOLLOWS, self._region_fd)
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._stack.callback(ours.close)
+            self._send(ours, _PROTOCOL_VERSION)
+            self._send(ours, _QEMU_PEER)
+            self._send(ours, _REGION_FOLLOWS, self._region_fd)
             for _ in range(VECTORS):
-                self._send(HOST_PEER, self.bell)
+                self._send(ours, HOST_PEER, self.bell)
             for _ in range(VECTORS):
-                self._send(_QEMU_PEER, self._guest_bell)
+                self._send(ours, _QEMU_PEER, self._guest_bell)
         except OSError as error:
             raise DoorbellError(f"QEMU could not be told about the region: {error}") from error
+        return theirs
 
-    def _send(self, value: int, *fds: int) -> None:
+    @staticmethod
+    def _send(sock: socket.socket, value: int, *fds: int) -> None:
         message = struct.pack("<q", value)
         if fds:
-            socket.send_fds(self.bridge_socket, [message], list(fds))
+            socket.send_fds(sock, [message], list(fds))
         else:
-            self.bridge_socket.sendall(message)
+            sock.sendall(message)
 
     def close(self) -> None:
         """Close sockets and eventfds. Safe to call twice."""
@@ -133,8 +132,9 @@ class DoorbellCounters:
 class Doorbell(Generic[C]):
     """The thread that turns requests in the region into calls on the device.
 
-    ``busy_seconds`` is how long the loop stays awake after the last request before it sleeps on
-    the bell: waking up costs more than answering, but a loop that is awake uses a core.
+    ``busy_seconds`` is how long the loop stays awake after a request that followed closely on the
+    one before, until it sleeps on the bell: waking up costs more than answering, but a loop that
+    is awake uses a core, which the target or another guest may need.
     ``failure`` is the first exception that a source raised; the guest gets no PCs then, and goes
     on. ``epoch`` (not 0) tells the guest that a new host has come. ``guest_timeouts`` and
     ``guest_skipped`` are what the guest counted, as of :meth:`look_at_guest` or :meth:`stop`:
@@ -213,7 +213,7 @@ class Doorbell(Generic[C]):
             epoll.register(self._wake, select.EPOLLIN)
             last = control[HeaderWord.KICK]
             self._scan()
-            awake_until = 0
+            awake_until = previous = 0
             while not self._stopping:
                 kick = control[HeaderWord.KICK]
                 if kick != last:
@@ -225,7 +225,11 @@ class Doorbell(Generic[C]):
                         self._scan()
                     last = kick
                     if self._busy_ns:
-                        awake_until = clock() + self._busy_ns
+                        # Worth staying awake for only where requests follow each other closely.
+                        now = clock()
+                        if now - previous < _CLOSE * self._busy_ns:
+                            awake_until = now + self._busy_ns
+                        previous = now
                 elif self._calls:
                     self._call_next()
                 elif self._busy_ns and clock() < awake_until:

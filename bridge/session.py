@@ -26,7 +26,13 @@ from typing import TypeVar
 
 from bridge.config import Settings
 from bridge.doorbell import Doorbell, IvshmemServer
-from bridge.errors import BridgeError, GuestSetupError, InfrastructureError, TargetError
+from bridge.errors import (
+    BootTimeoutError,
+    BridgeError,
+    GuestSetupError,
+    InfrastructureError,
+    TargetError,
+)
 from bridge.guest_image import GuestImage, find_guest_image
 from bridge.kcov import Device, Personality
 from bridge.region import Region
@@ -131,21 +137,36 @@ class Session:
         stack.callback(self.doorbell.stop)
         self._start_target(stack, out)
 
-        config = self.image.machine_config(settings, self.accelerator)
+        try:
+            self._boot(stack, server, out)
+        except BootTimeoutError as error:
+            if self.accelerator.name != "kvm" or settings.accel != "auto":
+                raise
+            # A KVM that opens and boots nothing; the processor's flags did not tell.
+            self.accelerator = Accelerator("tcg", "nothing booted under KVM")
+            logger.warning("%s; once more with %s", error.message, self.accelerator)
+            self._boot(stack, server, out)
+        stack.push(self._power_down)
+        self._set_up(stack)
+
+    def _boot(self, stack: ExitStack, server: IvshmemServer, out: Path) -> None:
+        """From the settings to a guest that takes commands."""
+        assert self.accelerator is not None
+        config = self.image.machine_config(self.settings, self.accelerator)
         config = dataclasses.replace(config, endpoints=self.target.endpoints)
-        console = out / "console.log"
-        self.machine = Machine(config, doorbell=server.qemu_socket, console_path=console)
-        stack.callback(self.machine.close)
-        server.handshake()
         logger.info("booting %s", self.image.name)
-        self.machine.start()
-        server.qemu_socket.close()
-        self.guest, self.ready = self.image.bring_up(self.machine, stack)
+        with ExitStack() as attempt:
+            doorbell = attempt.enter_context(server.connect())
+            console = out / "console.log"
+            self.machine = Machine(config, doorbell=doorbell, console_path=console)
+            attempt.callback(self.machine.close)
+            self.machine.start()
+            doorbell.close()
+            self.guest, self.ready = self.image.bring_up(self.machine, attempt)
+            stack.push(attempt.pop_all())
         logger.info(
             "guest ready after %.1f s: Linux %s", self.ready.boot_seconds, self.ready.kernel
         )
-        stack.push(self._power_down)
-        self._set_up(stack)
 
     def _output_directory(self, stack: ExitStack) -> Path:
         if self._out is None:

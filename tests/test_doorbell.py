@@ -135,15 +135,16 @@ def test_the_handshake_is_the_one_of_the_specification() -> None:
     region = Region(1 << 20)
     server = IvshmemServer(region)
     try:
-        server.handshake()
+        qemu = server.connect()
         messages = []
         for _ in range(5):
-            data, fds, _, _ = socket.recv_fds(server.qemu_socket, 8, 1)
+            data, fds, _, _ = socket.recv_fds(qemu, 8, 1)
             messages.append((struct.unpack("<q", data)[0], len(fds)))
             if messages[-1] == (-1, 1):
                 assert os.fstat(fds[0]).st_size == region.size
             for fd in fds:
                 os.close(fd)
+        qemu.close()
         assert messages == [(0, 0), (0, 0), (-1, 1), (abi.HOST_PEER, 1), (0, 1)]
     finally:
         server.close()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -20,12 +21,13 @@ import coverage
 import pytest
 
 import bridge
-from bridge.config import load
-from bridge.errors import GuestSetupError
+from bridge.config import Settings, load
+from bridge.errors import BootTimeoutError, GuestSetupError
 from bridge.guest_image import ProjectImage
 from bridge.image import Image, build
 from bridge.sources.pcs import BlockTable
 from bridge.sources.symbolize import BLOCKS_FILE
+from bridge.vm.accel import Accelerator
 from bridge.vm.config import MachineConfig
 
 pytestmark = pytest.mark.vm
@@ -428,3 +430,30 @@ def test_settings_are_checked_before_anything_is_done(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "linux or gvisor" in result.stderr
     assert load(directory=tmp_path).personality == "linux"
+
+
+def test_a_kvm_that_boots_nothing(
+    image: Image, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Chosen by the probe, noticed by the boot watchdog: the run goes on with TCG.
+
+    A machine with a KVM of that kind is not to be had everywhere. The next best thing is a QEMU
+    that never runs the guest, whichever accelerator it was told: ``-S`` stops the processors.
+    """
+
+    def stopped(self: ProjectImage, settings: Settings, accelerator: Accelerator) -> MachineConfig:
+        config = original(self, settings, accelerator)
+        if accelerator.name == "tcg":
+            return config
+        tcg = Accelerator("tcg", "stands for a KVM")
+        return dataclasses.replace(config, accelerator=tcg, extra_args=("-S",), boot_timeout=2.0)
+
+    original = ProjectImage.machine_config
+    monkeypatch.setattr(ProjectImage, "machine_config", stopped)
+    monkeypatch.setattr("bridge.session.choose_accelerator", lambda _: Accelerator("kvm", "test"))
+    with bridge.boot(target="none", accel="auto") as guest:
+        assert guest.run("true").exit_status == 0
+        assert guest.accelerator == Accelerator("tcg", "nothing booted under KVM")
+    assert "once more with tcg" in caplog.text
+    with pytest.raises(BootTimeoutError), bridge.boot(target="none", accel="kvm"):
+        raise AssertionError("what was asked for must not be replaced")

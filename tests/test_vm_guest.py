@@ -69,10 +69,8 @@ def boot(image: Image, console: Path, endpoints: tuple[Endpoint, ...] = ()) -> I
         stack.callback(region.close)
         server = IvshmemServer(region)
         stack.callback(server.close)
-        server.handshake()
-        machine = stack.enter_context(
-            Machine(config, doorbell=server.qemu_socket, console_path=console)
-        )
+        doorbell = stack.enter_context(server.connect())
+        machine = stack.enter_context(Machine(config, doorbell=doorbell, console_path=console))
         machine.start()
         ready = machine.wait_ready()
         guest = Guest(machine.ssh_port, image.ssh_key, image.host_key.read_text(), watched=machine)

@@ -214,10 +214,9 @@ def test_the_kcov_device_is_there_with_the_region_behind_it() -> None:
     region = Region(16 << 20)
     server = IvshmemServer(region)
     try:
-        server.handshake()
-        with Machine(EMPTY, doorbell=server.qemu_socket) as machine:
+        with server.connect() as doorbell, Machine(EMPTY, doorbell=doorbell) as machine:
             machine.start()
-            server.qemu_socket.close()
+            doorbell.close()
             pci = str(machine.execute("human-monitor-command", {"command-line": "info pci"}))
             assert "1af4:1110" in pci
             # QEMU maps the very memory that the bridge has.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A virtual machine from start to end: QEMU's process, its control connection, the guest's news.
 
-    with Machine(config, doorbell=server.qemu_socket, console_path=path) as machine:
+    with Machine(config, doorbell=server.connect(), console_path=path) as machine:
         machine.start()
         ready = machine.wait_ready()
         ...

@@ -57,7 +57,7 @@ static unsigned int kb_timeout_ms = 1000;
 module_param_named(timeout_ms, kb_timeout_ms, uint, 0644);
 MODULE_PARM_DESC(timeout_ms, "How long a system call return waits for the host (ms)");
 
-static unsigned int kb_spin_us = 50;
+static unsigned int kb_spin_us = 100;
 module_param_named(spin_us, kb_spin_us, uint, 0644);
 MODULE_PARM_DESC(spin_us, "How much of that it waits busily (us)");
 
