@@ -37,6 +37,7 @@ _LIBRARY = "agent/libkcovexec.so"
 _LIBRARY_HOME = "/usr/lib/kcov-bridge"
 _PROGRAM_HOME = "/usr/bin"
 _BUILD_SECONDS = 900.0
+_BUILD_TREE = "/lib/modules/{kernel}/build"
 _EVIDENCE_LINES = 25
 
 
@@ -202,7 +203,7 @@ class OwnImage:
         guest.run("mkdir -p /tmp/kcov-bridge/agent /tmp/kcov-bridge/module", check=True)
         for name, path in files:
             guest.upload(path, f"/tmp/kcov-bridge/{name}")
-        tree = shlex.quote(f"/lib/modules/{kernel}/build")
+        tree = shlex.quote(_BUILD_TREE.format(kernel=kernel))
         script = (
             "cd /tmp/kcov-bridge && "
             f"make -C module KDIR={tree} modules && make -C agent kcov-exec libkcovexec.so"
