@@ -30,7 +30,7 @@ PACKAGES = (
 NETWORK = rf"[Match]\nName=en*\n[Network]\nAddress={GUEST_ADDRESS}/24\n"
 CUSTOMIZE = f"""
 set -e
-mkdir -m 700 "$1/root/.ssh"
+mkdir -p -m 700 "$1/root/.ssh"
 cp key.pub "$1/root/.ssh/authorized_keys"
 printf '{NETWORK}' >"$1/etc/systemd/network/guest.network"
 chroot "$1" systemctl enable systemd-networkd
@@ -39,7 +39,7 @@ cp "$1"/boot/initrd.img-* initrd.img
 """
 ARGUMENTS = [
     *("mmdebstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}"),
-    *("--aptopt=APT::Install-Recommends false", "--dpkgopt=path-exclude=/usr/share/doc/*"),
+    *('--aptopt=APT::Install-Recommends "false"', "--dpkgopt=path-exclude=/usr/share/doc/*"),
     *("--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/locale/*"),
     f"--customize-hook={CUSTOMIZE}",
     *("bookworm", "tree"),
