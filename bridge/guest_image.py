@@ -13,6 +13,7 @@ import logging
 import shlex
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -82,6 +83,17 @@ def find_guest_image(settings: Settings) -> GuestImage:
     return ProjectImage(build())
 
 
+def _machine(settings: Settings, accelerator: Accelerator) -> MachineConfig:
+    """What does not depend on the image."""
+    return MachineConfig(
+        accelerator=accelerator,
+        memory_mib=settings.memory,
+        cpus=settings.cpus,
+        boot_timeout=settings.boot_timeout,
+        qemu=settings.qemu,
+    )
+
+
 class ProjectImage:
     """An image that ``kcov-bridge image build`` made."""
 
@@ -92,17 +104,12 @@ class ProjectImage:
     def machine_config(self, settings: Settings, accelerator: Accelerator) -> MachineConfig:
         """As the protocol says; ``settings.kernel`` boots instead of the image's."""
         image = self._image
-        own = settings.kernel is not None
-        return MachineConfig(
-            accelerator=accelerator,
+        return replace(
+            _machine(settings, accelerator),
             kernel=settings.kernel or image.kernel,
-            initrd=settings.initrd if own and settings.initrd else image.initrd,
+            initrd=settings.initrd or image.initrd,
             cmdline=image.cmdline,
             disk=image.root,
-            memory_mib=settings.memory,
-            cpus=settings.cpus,
-            boot_timeout=settings.boot_timeout,
-            qemu=settings.qemu,
         )
 
     def bring_up(self, machine: Machine, stack: ExitStack) -> tuple[Guest, Ready]:
@@ -132,16 +139,12 @@ class OwnImage:
 
     def machine_config(self, settings: Settings, accelerator: Accelerator) -> MachineConfig:
         """As the protocol says."""
-        return MachineConfig(
-            accelerator=accelerator,
+        return replace(
+            _machine(settings, accelerator),
             kernel=settings.kernel,
             initrd=settings.initrd,
             cmdline=settings.append,
             image=self._path,
-            memory_mib=settings.memory,
-            cpus=settings.cpus,
-            boot_timeout=settings.boot_timeout,
-            qemu=settings.qemu,
         )
 
     def bring_up(self, machine: Machine, stack: ExitStack) -> tuple[Guest, Ready]:

@@ -392,9 +392,8 @@ class TestWhatIsMissing:
 
 
 def test_the_readme_is_true(image: Image, tmp_path: Path) -> None:
-    """The README's library example and its target, as they stand there."""
-    text = (ROOT / "README.md").read_text()
-    library, target = re.findall(r"```python\n(.*?)```", text, re.S)
+    """The README's library example, as it stands there."""
+    (library,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     example = subprocess.run(
         [sys.executable, "-c", library],
         capture_output=True,
@@ -411,16 +410,21 @@ def test_the_readme_is_true(image: Image, tmp_path: Path) -> None:
     assert len(blocks) == 5
     assert all(re.match(r"0xfffffffff\w+ pyroute2/plan9/\w+\.py:", line) for line in blocks)
 
+
+def test_a_target_of_ones_own(image: Image, tmp_path: Path) -> None:
+    """The target of docs/targets.md, used from a guest."""
+    (target,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/targets.md").read_text(), re.S)
     (tmp_path / "mytarget.py").write_text(target)
+    (name,) = re.findall(r"^class (\w+):", target, re.M)
     request = "printf 'GET /mytarget.py HTTP/1.0\\r\\n\\r\\n' >&3"
-    fetch = f"exec 3<>/dev/tcp/10.0.2.100/80; {request}; cat <&3"
+    fetch = f"exec 3<>/dev/tcp/target/80; {request}; cat <&3"
     result = run(
         tmp_path / "run",
-        *("--target", "mytarget:Target", "--", "bash", "-c", fetch),
+        *("--target", f"mytarget:{name}", "--", "bash", "-c", fetch),
         cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr
-    assert "class Target:" in result.stdout
+    assert f"class {name}:" in result.stdout
     assert summary(tmp_path / "run")["blocks_covered"] != 0
     assert pcs(tmp_path / "run")
 
