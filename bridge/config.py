@@ -139,10 +139,11 @@ class Settings:
         ),
     )
     region: int = field(
-        default=256,
+        default=1024,
         metadata=_about(
             Kind.INTEGER,
-            "size of the memory shared with the guest, from which all kcov areas come",
+            "size of the memory shared with the guest, from which all kcov areas come; only what "
+            "is used is taken; below 1024 a guest may have to map it uncached",
             metavar="MIB",
             minimum=1,
             maximum=1 << 16,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,20 @@ def test_the_documentations_example(contract: Path) -> None:
         found = [int(word, 16) for word in result.text.split()]
         # read(2) is number 0.
         assert [str(session.symbolize(pc)) for pc in found] == ["syscall/x86_64:0.1,0.1"]
+
+
+def test_the_region_is_mapped_cached(contract: Path) -> None:
+    """Also where the guest's memory types count: KVM on AMD honours them."""
+    with bridge.boot(target="none") as session:
+        # kcov-exec has its area mapped while the command runs.
+        types = session.run("kcov-exec -- cat /sys/kernel/debug/x86/pat_memtype_list").text
+        device = session.run(
+            "cd /sys/bus/pci/devices; cd $(dirname $(grep -l 0x1110 */device)); sed -n 3p resource"
+        ).text
+        start, end, _ = (int(word, 16) for word in device.split())
+        assert end - start + 1 == session.settings.region << 20
+        assert start >= 1 << 32, "above 4 GiB, where no MTRR forbids caching"
+        entries = re.findall(r"\[mem 0x(\w+)-0x(\w+)\] (\S+)", types)
+        inside = [kind for low, _, kind in entries if start <= int(low, 16) <= end]
+        assert len(inside) == 2, "the control part and the mapped area"
+        assert set(inside) == {"write-back"}
