@@ -25,7 +25,7 @@ def test_defaults_need_no_file(tmp_path: Path) -> None:
     settings = load(environ={}, directory=tmp_path)
     assert settings == Settings()
     assert (settings.personality, settings.accel, settings.target) == ("linux", "auto", "plan9")
-    assert (settings.memory, settings.cpus, settings.region) == (256, 1, 256)
+    assert (settings.memory, settings.cpus, settings.region) == (256, 1, 1024)
     assert settings.out == Path("build/run")
 
 
