@@ -32,8 +32,10 @@ __all__ = [
     "KCOV_DISABLE",
     "KCOV_ENABLE",
     "KCOV_INIT_TRACE",
+    "KCOV_RESET_TRACE",
     "KCOV_TRACE_CMP",
     "KCOV_TRACE_PC",
+    "KCOV_UNIQUE_ENABLE",
     "KICK_SLOT_BITS",
     "LINUX_MAX_WORDS",
     "MAGIC",
@@ -60,6 +62,10 @@ KCOV_ENABLE = 0x6364
 KCOV_DISABLE = 0x6365
 KCOV_TRACE_PC = 0
 KCOV_TRACE_CMP = 1
+# As proposed for Linux ("kcov: add ioctl(KCOV_UNIQUE_ENABLE)", "kcov: add ioctl(KCOV_RESET_TRACE)",
+# linux-kernel, July 2025); not in its uapi header yet.
+KCOV_UNIQUE_ENABLE = 0x40086367
+KCOV_RESET_TRACE = 0x6368
 
 LINUX_MAX_WORDS = 0x7FFFFFFF // 8
 """Largest area in words: ``kcov_ioctl`` in Linux refuses more than INT_MAX / 8."""
@@ -137,6 +143,10 @@ class Op(IntEnum):
     """The last reference to the instance is gone; no mapping is left."""
     RETURN = 7
     """A system call of the owner is about to return to user mode; ARG0 = its number."""
+    RESET = 8
+    """KCOV_RESET_TRACE; ARG0 = the ioctl's argument."""
+    UNIQUE = 9
+    """KCOV_UNIQUE_ENABLE; ARG0 = words of the bitmap."""
 
 
 class RequestWord(IntEnum):

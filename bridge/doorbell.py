@@ -59,6 +59,8 @@ _REQUESTS = REQUESTS_OFFSET // WORD
 _RESPONSES = RESPONSES_OFFSET // WORD
 _SLOT_MASK = (1 << KICK_SLOT_BITS) - 1
 _MAX_ERRNO = 4095
+_OPENING = frozenset({Op.INIT, Op.MAP, Op.ENABLE, Op.DISABLE, Op.RESET, Op.UNIQUE})
+"""What can be the first request of an instance: the host learns of an open by it."""
 _CLOSE = 5
 """Requests follow each other closely if no more than this many busy phases lie between."""
 
@@ -327,7 +329,7 @@ class Doorbell(Generic[C]):
                 self._slots[slot] = None
             return 0
         if kcov is None:
-            if op not in (Op.INIT, Op.MAP, Op.ENABLE, Op.DISABLE):
+            if op not in _OPENING:
                 self.counters.refused += 1
                 return errno.EINVAL
             kcov = self._slots[slot] = device.open(generation)
@@ -341,10 +343,14 @@ class Doorbell(Generic[C]):
                 return error
             if op == Op.ENABLE:
                 return device.enable(kcov, task, args[0])
+            if op == Op.UNIQUE:
+                return device.unique_enable(kcov, task, args[0])
         except Exception as failure:
             return self._source_failed(failure)
         if op == Op.DISABLE:
             return device.disable(kcov, task, args[0])
+        if op == Op.RESET:
+            return device.reset_trace(kcov, task, args[0])
         if op == Op.EXIT:
             return device.task_exit(kcov, task)
         self.counters.refused += 1

@@ -10,7 +10,7 @@ ioctl, the mmap or the exit in the guest is to end. Two personalities:
 The life of an instance::
 
                 INIT_TRACE            ENABLE
-    DISABLED ───────────────▶ INIT ───────────▶ TRACE_PC
+    DISABLED ───────────────▶ INIT ───────────▶ TRACE_PC, UNIQUE_PC
                                ▲                   │
                                └── DISABLE, exit ──┘       release ends it from any mode
 
@@ -58,6 +58,7 @@ class Mode(Enum):
     DISABLED = "disabled"
     INIT = "init"
     TRACE_PC = "trace-pc"
+    UNIQUE_PC = "unique-pc"
 
 
 class Areas(Protocol):
@@ -150,6 +151,8 @@ class Device(Generic[C]):
         self._areas = areas
         self._coverage = coverage
         self._syscall_pc = syscall_pc
+        # The bit of each PC in the bitmaps of UNIQUE_PC; bounded by the number of PCs there are.
+        self._bits: dict[int, int] = {}
         self._owners: dict[Task, Kcov[C]] = {}
         # In the order of their opening, as dicts keep it.
         self._open: dict[Kcov[C], None] = {}
@@ -225,10 +228,40 @@ class Device(Generic[C]):
             error = errno.EBUSY if busy else _mode_error(mode, ENOTSUPP)
         if error:
             return error
+        self._begin(kcov, task, Mode.TRACE_PC)
+        return 0
+
+    def unique_enable(self, kcov: Kcov[C], task: Task, bitmap_words: int) -> Errno:
+        """KCOV_UNIQUE_ENABLE by ``task``: each PC once, until it is reset.
+
+        The first ``bitmap_words`` words of the area become the bitmap of the PCs already written,
+        the rest is a smaller area. As ``kcov_handle_unique_enable`` in the patches for Linux.
+        """
+        if self.personality is Personality.GVISOR:
+            return errno.ENOTTY
+        if kcov.mode is not Mode.INIT or kcov.area is None:
+            return errno.EINVAL
+        if kcov.owner is not None or task in self._owners:
+            return errno.EBUSY
+        if not 1 <= bitmap_words < kcov.size - 1:
+            return errno.EINVAL
+        kcov.area.bitmap_words = bitmap_words
+        self._begin(kcov, task, Mode.UNIQUE_PC)
+        return 0
+
+    def _begin(self, kcov: Kcov[C], task: Task, mode: Mode) -> None:
         kcov.cursor = self._coverage.open_cursor()
         kcov.owner = task
-        kcov.mode = Mode.TRACE_PC
+        kcov.mode = mode
         self._owners[task] = kcov
+
+    def reset_trace(self, kcov: Kcov[C], task: Task, argument: int) -> Errno:
+        """KCOV_RESET_TRACE by ``task``: count and bitmap become 0."""
+        if self.personality is Personality.GVISOR:
+            return errno.ENOTTY
+        if argument or kcov.owner is None or kcov.owner != task or kcov.area is None:
+            return errno.EINVAL
+        kcov.area.reset()
         return 0
 
     def disable(self, kcov: Kcov[C], task: Task, argument: int) -> Errno:
@@ -278,6 +311,8 @@ class Device(Generic[C]):
             pc = self._syscall_pc(number)
             if pc is not None:
                 pcs = [pc, *pcs]
+        if kcov.mode is Mode.UNIQUE_PC and pcs:
+            pcs = area.unseen(pcs, self._bits)
         if pcs:
             total = len(pcs)
             fitted = area.append(pcs)
@@ -299,6 +334,8 @@ class Device(Generic[C]):
         kcov.owner = None
         kcov.cursor = None
         kcov.mode = Mode.INIT
+        if kcov.area is not None:
+            kcov.area.bitmap_words = 0
         if self.personality is Personality.GVISOR and kcov.area is not None:
             kcov.retired.append(kcov.area)
             kcov.area = None

@@ -39,21 +39,23 @@ class Area:
     """One kcov area: word 0 is the number of PCs, the PCs follow.
 
     ``offset`` and ``bytes`` are where it lies in the region (bytes, whole pages); ``size`` is its
-    number of words, which may be smaller than its pages.
+    number of words, which may be smaller than its pages. ``bitmap_words`` words at its start are a
+    bitmap (:meth:`unseen`); count and PCs come behind it.
     """
 
-    __slots__ = ("_words", "bytes", "offset", "size")
+    __slots__ = ("_words", "bitmap_words", "bytes", "offset", "size")
 
     def __init__(self, words: memoryview, offset: int, size: int, length: int) -> None:
         self._words = words
         self.offset = offset
         self.size = size
         self.bytes = length
+        self.bitmap_words = 0
 
     @property
     def count(self) -> int:
-        """Word 0 as it stands: whatever the guest wrote, 0 to 2**64-1."""
-        value: int = self._words[0]
+        """The count as it stands: whatever the guest wrote, 0 to 2**64-1."""
+        value: int = self._words[self.bitmap_words]
         return value
 
     def append(self, pcs: Sequence[int]) -> int:
@@ -63,26 +65,57 @@ class Area:
         word 0 points outside the area nothing is written, and the count never passes ``size - 1``.
         """
         words = self._words
-        count = words[0]
-        room = self.size - 1 - count
+        head = self.bitmap_words
+        count = words[head]
+        room = self.size - 1 - head - count
         if room <= 0:
             return 0
         fitting = len(pcs)
         if fitting > room:
             fitting = room
             pcs = pcs[:room]
-        start = count + 1
+        start = head + count + 1
         if fitting == 1:
             words[start] = pcs[0]
         else:
             words[start : start + fitting] = memoryview(array("Q", pcs))
-        words[0] = count + fitting
+        words[head] = count + fitting
         return fitting
 
+    def unseen(self, pcs: Sequence[int], numbers: dict[int, int]) -> list[int]:
+        """Those of ``pcs`` whose bit in the bitmap is not set yet; it is set now.
+
+        ``numbers`` gives each PC its bit, for as long as the device lives; new PCs are added to
+        it. A PC whose bit lies behind the bitmap is always new. As
+        ``__sanitizer_cov_trace_pc_guard`` in the patches for Linux.
+        """
+        words = self._words
+        bits = self.bitmap_words * 64
+        news = []
+        for pc in pcs:
+            # Numbers begin with 1, as Linux' guards do.
+            number = numbers.setdefault(pc, len(numbers) + 1)
+            if number < bits:
+                index, bit = number >> 6, 1 << (number & 63)
+                word = words[index]
+                if word & bit:
+                    continue
+                words[index] = word | bit
+            news.append(pc)
+        return news
+
+    def reset(self) -> None:
+        """Set the count to 0 and clear the bitmap."""
+        head = self.bitmap_words
+        if head:
+            self._words[:head] = memoryview(bytes(head * WORD)).cast("Q")
+        self._words[head] = 0
+
     def read(self) -> list[int]:
-        """The PCs that word 0 counts, as far as they lie inside the area."""
-        count = min(self.count, self.size - 1)
-        return self._words[1 : count + 1].tolist()
+        """The PCs that the count counts, as far as they lie inside the area."""
+        head = self.bitmap_words
+        count = min(self.count, self.size - 1 - head)
+        return self._words[head + 1 : head + 1 + count].tolist()
 
 
 class Region:

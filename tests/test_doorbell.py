@@ -200,7 +200,7 @@ def test_nonsense_is_an_errno(bench: Bench) -> None:
     guest = bench.guest
     assert guest.call(9, Op.RETURN) == errno.EINVAL
     assert guest.call(9, Op.EXIT) == errno.EINVAL
-    for op in (0, 8, 2**32, 2**64 - 1):
+    for op in (0, 99, 2**32, 2**64 - 1):
         assert guest.call(9, op) == errno.EINVAL
     assert guest.call(9, Op.INIT, arg0=2**64 - 1) == errno.EINVAL
     assert guest.call(9, Op.MAP, arg0=2**64 - 1, arg1=2**63, arg2=2**64 - 1) == errno.EINVAL

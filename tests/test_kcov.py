@@ -310,6 +310,87 @@ class TestReturn:
         fixture.region.close()
 
 
+class TestUniqueAndReset:
+    """As the patches proposed for Linux do it."""
+
+    def unique(self, fixture: Fixture, bitmap: int = 8) -> Kcov[list[int]]:
+        kcov = fixture.ready()
+        assert fixture.device.unique_enable(kcov, ALICE, bitmap) == 0
+        return kcov
+
+    def give(self, fixture: Fixture, kcov: Kcov[list[int]], *pcs: int) -> list[int]:
+        fixture.coverage.covered += pcs
+        assert fixture.device.syscall_return(kcov, ALICE, 0) == 0
+        return fixture.read(kcov)
+
+    def test_gvisor_has_neither(self, gvisor: Fixture) -> None:
+        kcov = gvisor.ready()
+        assert gvisor.device.unique_enable(kcov, ALICE, 8) == errno.ENOTTY
+        assert gvisor.device.reset_trace(kcov, ALICE, 0) == errno.ENOTTY
+
+    def test_checks_of_unique(self, linux: Fixture) -> None:
+        device = linux.device
+        assert device.unique_enable(device.open(), ALICE, 8) == errno.EINVAL
+        kcov = linux.ready()
+        for bitmap in (0, WORDS - 1, WORDS, 2**64 - 1):
+            assert device.unique_enable(kcov, ALICE, bitmap) == errno.EINVAL
+        assert device.unique_enable(kcov, ALICE, WORDS - 2) == 0
+        assert device.unique_enable(kcov, BOB, 8) == errno.EINVAL
+        assert device.unique_enable(linux.ready(), ALICE, 0) == errno.EBUSY
+
+    def test_each_pc_once_until_reset(self, linux: Fixture) -> None:
+        kcov = self.unique(linux)
+        assert self.give(linux, kcov, 10, 20) == [10, 20]
+        assert self.give(linux, kcov, 20, 30) == [10, 20, 30]
+        assert linux.device.reset_trace(kcov, ALICE, 0) == 0
+        assert linux.read(kcov) == []
+        assert self.give(linux, kcov, 20) == [20]
+
+    def test_the_bitmap_lies_before_the_count_and_is_the_users_to_clear(
+        self, linux: Fixture
+    ) -> None:
+        kcov = self.unique(linux, bitmap=4)
+        self.give(linux, kcov, 10, 20, 30)
+        assert kcov.area is not None
+        words = kcov.area._words
+        assert words[0] == 0b1110, "bits begin with 1"
+        assert words[4:8].tolist() == [3, 10, 20, 30]
+        words[0] = 0
+        words[4] = 0
+        assert self.give(linux, kcov, 10) == [10]
+
+    def test_pcs_behind_the_bitmap_are_given_each_time(self, linux: Fixture) -> None:
+        kcov = self.unique(linux, bitmap=1)
+        many = range(100, 200)
+        assert len(self.give(linux, kcov, *many)) == 100
+        # 63 have a bit, the others none.
+        assert len(self.give(linux, kcov, *many)) == 100 + 37
+
+    def test_the_trace_ends_where_the_area_ends(self, linux: Fixture) -> None:
+        kcov = self.unique(linux, bitmap=WORDS - 3)
+        assert self.give(linux, kcov, 1, 2, 3, 4) == [1, 2]
+        assert kcov.dropped == 2
+
+    def test_disable_makes_it_a_plain_area_again(self, linux: Fixture) -> None:
+        kcov = self.unique(linux)
+        self.give(linux, kcov, 10)
+        assert linux.device.disable(kcov, ALICE, 0) == 0
+        assert linux.device.enable(kcov, ALICE, KCOV_TRACE_PC) == 0
+        linux.write_count(kcov, 0)
+        assert self.give(linux, kcov, 10) == [10]
+        assert self.give(linux, kcov, 10) == [10, 10]
+
+    def test_reset_is_the_owners(self, linux: Fixture) -> None:
+        kcov = linux.traced()
+        self.give(linux, kcov, 1, 2)
+        assert linux.device.reset_trace(kcov, BOB, 0) == errno.EINVAL
+        assert linux.device.reset_trace(kcov, ALICE, 1) == errno.EINVAL
+        assert linux.read(kcov) == [1, 2]
+        assert linux.device.reset_trace(kcov, ALICE, 0) == 0
+        assert linux.read(kcov) == []
+        assert linux.device.reset_trace(linux.ready(), ALICE, 0) == errno.EINVAL
+
+
 class TestEnds:
     def test_exit_frees_the_instance_for_others(self, both: Fixture) -> None:
         kcov = both.traced()

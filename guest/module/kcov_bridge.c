@@ -8,9 +8,11 @@
  *   open			takes a slot; the host learns of it with the first request
  *   ioctl(KCOV_INIT_TRACE)	forwarded; the host makes the area
  *   mmap			forwarded; the host says where in the region the area lies
- *   ioctl(KCOV_ENABLE)		forwarded; on success the calling thread becomes the owner
+ *   ioctl(KCOV_ENABLE), ioctl(KCOV_UNIQUE_ENABLE)
+ *				forwarded; on success the calling thread becomes the owner
  *   every system call of the owner
  *				at its end, just before user mode: the host appends PCs
+ *   ioctl(KCOV_RESET_TRACE)	forwarded; the area is empty
  *   ioctl(KCOV_DISABLE), exit	forwarded; the owner is none any more
  *   close, munmap, exit	the last reference gone: forwarded; the slot is free again
  *
@@ -316,7 +318,7 @@ static bool kb_settle(struct kb_instance *inst)
 	done = op && !READ_ONCE(kb->responses[inst->slot].error);
 	if (op == KB_OP_INIT && done)
 		inst->generation = atomic64_inc_return(&kb_next);
-	else if (op == KB_OP_ENABLE && done)
+	else if ((op == KB_OP_ENABLE || op == KB_OP_UNIQUE) && done)
 		inst->exit_owed = inst->unanswered_task;
 	else if (op == KB_OP_DISABLE && done)
 		kb_owner_end(inst);
@@ -615,8 +617,8 @@ static int kb_release(struct inode *inode, struct file *file)
 	return 0;
 }
 
-/* Must be called with inst->lock held, the slot settled. */
-static int kb_enable(struct kb_instance *inst, unsigned long mode)
+/* @op is one of those that begin to trace. Must be called with inst->lock held, slot settled. */
+static int kb_enable(struct kb_instance *inst, enum kb_op op, unsigned long arg)
 {
 	struct kb_owner *mine = kb_owner_of(current);
 	struct kb_owner *owner;
@@ -639,7 +641,7 @@ static int kb_enable(struct kb_instance *inst, unsigned long mode)
 		    (u64)atomic_inc_return(&kb_next_owner) << 32 | (u32)task_pid_nr(current);
 	init_task_work(&owner->return_work, kb_return_work);
 	init_task_work(&owner->exit_work, kb_exit_work);
-	err = kb_call(inst, KB_OP_ENABLE, owner->id, mode, 0, 0);
+	err = kb_call(inst, op, owner->id, arg, 0, 0);
 	if (err) {
 		kfree(owner);
 		return err;
@@ -653,16 +655,36 @@ static int kb_enable(struct kb_instance *inst, unsigned long mode)
 	return 0;
 }
 
-/* Must be called with inst->lock held, the slot settled. */
-static int kb_disable(struct kb_instance *inst, unsigned long arg)
+/* How the host knows current, if it traces; no owner has an id without a number above. */
+static u64 kb_own_id(void)
 {
 	struct kb_owner *mine = kb_owner_of(current);
-	int err;
 
-	err = kb_call(inst, KB_OP_DISABLE, mine ? mine->id : (u32)task_pid_nr(current), arg, 0, 0);
-	if (!err)
-		kb_owner_end(inst);
-	return err;
+	return mine ? mine->id : (u32)task_pid_nr(current);
+}
+
+/* Must be called with inst->lock held, the slot settled. */
+static long kb_control(struct kb_instance *inst, unsigned int cmd, unsigned long arg)
+{
+	long err;
+
+	switch (cmd) {
+	case KCOV_INIT_TRACE:
+		return kb_call(inst, KB_OP_INIT, 0, arg, 0, 0);
+	case KCOV_ENABLE:
+		return kb_enable(inst, KB_OP_ENABLE, arg);
+	case KCOV_UNIQUE_ENABLE:
+		return kb_enable(inst, KB_OP_UNIQUE, arg);
+	case KCOV_RESET_TRACE:
+		return kb_call(inst, KB_OP_RESET, kb_own_id(), arg, 0, 0);
+	case KCOV_DISABLE:
+		err = kb_call(inst, KB_OP_DISABLE, kb_own_id(), arg, 0, 0);
+		if (!err)
+			kb_owner_end(inst);
+		return err;
+	default:
+		return -ENOTTY;
+	}
 }
 
 static long kb_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
@@ -671,19 +693,7 @@ static long kb_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 	long err;
 
 	kb_lock(inst);
-	switch (cmd) {
-	case KCOV_INIT_TRACE:
-		err = kb_settle(inst) ? kb_call(inst, KB_OP_INIT, 0, arg, 0, 0) : -EIO;
-		break;
-	case KCOV_ENABLE:
-		err = kb_settle(inst) ? kb_enable(inst, arg) : -EIO;
-		break;
-	case KCOV_DISABLE:
-		err = kb_settle(inst) ? kb_disable(inst, arg) : -EIO;
-		break;
-	default:
-		err = -ENOTTY;
-	}
+	err = kb_settle(inst) ? kb_control(inst, cmd, arg) : -EIO;
 	mutex_unlock(&inst->lock);
 	return err;
 }

@@ -8,7 +8,16 @@
 #ifndef KCOV_BRIDGE_ABI_H
 #define KCOV_BRIDGE_ABI_H
 
+#include <linux/ioctl.h>
 #include <linux/types.h>
+
+/* Proposed for <linux/kcov.h>, not there yet. */
+#ifndef KCOV_UNIQUE_ENABLE
+#define KCOV_UNIQUE_ENABLE	_IOW('c', 103, unsigned long)
+#endif
+#ifndef KCOV_RESET_TRACE
+#define KCOV_RESET_TRACE	_IO('c', 104)
+#endif
 
 #define KB_PCI_VENDOR_ID	0x1af4
 #define KB_PCI_DEVICE_ID	0x1110
@@ -34,6 +43,8 @@ enum kb_op {
 	KB_OP_EXIT	= 5,
 	KB_OP_RELEASE	= 6,
 	KB_OP_RETURN	= 7,	/* arg0: system call number */
+	KB_OP_RESET	= 8,	/* arg0: the ioctl's argument */
+	KB_OP_UNIQUE	= 9,	/* arg0: words of the bitmap */
 };
 
 struct kb_header {
