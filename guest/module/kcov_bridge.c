@@ -45,6 +45,7 @@
 #include <linux/random.h>
 #include <linux/sched.h>
 #include <linux/sched/task.h>
+#include <linux/seq_file.h>
 #include <linux/slab.h>
 #include <linux/spinlock.h>
 #include <linux/task_work.h>
@@ -91,6 +92,8 @@ struct kb_instance {
 	u64 generation;
 	/* Number of the last request. Guarded by lock. */
 	u64 seq;
+	/* Whether the host has answered any request of this open. Written under lock. */
+	bool answered;
 	/* The last request's op if it was given up unanswered, else 0. Guarded by lock. */
 	u64 unanswered;
 	/* The task id in that request. Guarded by lock. */
@@ -99,6 +102,9 @@ struct kb_instance {
 	u64 exit_owed;
 	/* vmas that map the area. */
 	atomic_t mappings;
+	/* Signals given up, and returns not signalled. Written by the owner. */
+	atomic64_t timeouts;
+	atomic64_t skipped;
 };
 
 /*
@@ -133,10 +139,12 @@ struct kb_bridge {
 	u64 region_bytes;
 	u32 host_peer;
 	struct dentry *file;
+	struct dentry *stats;
 
-	/* Guards slots, zombies, zombie_seq. */
+	/* Guards slots, instances, zombies, zombie_seq. */
 	spinlock_t slots_lock;
 	DECLARE_BITMAP(slots, KB_SLOTS);
+	struct kb_instance *instances[KB_SLOTS];
 	/* Slots whose release the host has not answered: not to be reused before. */
 	DECLARE_BITMAP(zombies, KB_SLOTS);
 	u64 zombie_seq[KB_SLOTS];
@@ -289,9 +297,11 @@ static int kb_call(struct kb_instance *inst, enum kb_op op, u64 task, u64 arg0, 
 	if (!kb_wait(inst->slot, inst->seq)) {
 		inst->unanswered = op;
 		inst->unanswered_task = task;
+		atomic64_inc(&inst->timeouts);
 		kb_host_lost(inst->slot, inst->seq);
 		return -EIO;
 	}
+	WRITE_ONCE(inst->answered, true);
 	error = READ_ONCE(kb->responses[inst->slot].error);
 	return error > MAX_ERRNO ? -EIO : -(int)error;
 }
@@ -377,7 +387,7 @@ static void kb_owner_end(struct kb_instance *inst)
 	spin_lock(&kb_owners_lock);
 	hash_del_rcu(&owner->node);
 	spin_unlock(&kb_owners_lock);
-	inst->owner = NULL;
+	WRITE_ONCE(inst->owner, NULL);
 	kb_owner_put(owner);
 }
 
@@ -411,10 +421,12 @@ static void kb_return_work(struct callback_head *head)
 	owner->return_queued = false;
 	mutex_lock(&inst->lock);
 	if (inst->owner == owner) {
-		if (kb_settle(inst))
+		if (kb_settle(inst)) {
 			kb_call(inst, KB_OP_RETURN, owner->id, owner->nr, 0, 0);
-		else
+		} else {
+			atomic64_inc(&inst->skipped);
 			WRITE_ONCE(kb->header->guest_skipped, atomic64_inc_return(&kb->skipped));
+		}
 	}
 	mutex_unlock(&inst->lock);
 	kb_owner_put(owner);
@@ -541,7 +553,7 @@ static void kb_unhook(void)
 
 /* ---- the device ---------------------------------------------------------------------------- */
 
-static int kb_slot_take(void)
+static int kb_slot_take(struct kb_instance *inst)
 {
 	unsigned int slot;
 
@@ -553,8 +565,10 @@ static int kb_slot_take(void)
 		}
 	}
 	slot = find_first_zero_bit(kb->slots, KB_SLOTS);
-	if (slot < KB_SLOTS)
+	if (slot < KB_SLOTS) {
 		__set_bit(slot, kb->slots);
+		kb->instances[slot] = inst;
+	}
 	spin_unlock(&kb->slots_lock);
 	return slot < KB_SLOTS ? (int)slot : -ENOMEM;
 }
@@ -562,6 +576,7 @@ static int kb_slot_take(void)
 static void kb_slot_give_back(unsigned int slot, u64 unanswered_seq)
 {
 	spin_lock(&kb->slots_lock);
+	kb->instances[slot] = NULL;
 	if (unanswered_seq) {
 		kb->zombie_seq[slot] = unanswered_seq;
 		__set_bit(slot, kb->zombies);
@@ -594,7 +609,7 @@ static int kb_open(struct inode *inode, struct file *file)
 	inst = kzalloc(sizeof(*inst), GFP_KERNEL);
 	if (!inst)
 		return -ENOMEM;
-	slot = kb_slot_take();
+	slot = kb_slot_take(inst);
 	if (slot < 0) {
 		kfree(inst);
 		return slot;
@@ -648,7 +663,7 @@ static int kb_enable(struct kb_instance *inst, enum kb_op op, unsigned long arg)
 	}
 	get_task_struct(owner->task);
 	kref_get(&inst->ref);
-	inst->owner = owner;
+	WRITE_ONCE(inst->owner, owner);
 	spin_lock(&kb_owners_lock);
 	hash_add_rcu(kb_owners, &owner->node, (unsigned long)owner->task);
 	spin_unlock(&kb_owners_lock);
@@ -774,6 +789,38 @@ static const char *kb_file_name(void)
 	return "kcov_bridge";
 }
 
+/* ---- for people ---------------------------------------------------------------------------- */
+
+static int kb_stats_show(struct seq_file *file, void *unused)
+{
+	unsigned int slot;
+
+	seq_printf(file, "host %s, timeouts %lld, skipped %lld\n",
+		   kb_host_gone() ? "gone" : "here", atomic64_read(&kb->timeouts),
+		   atomic64_read(&kb->skipped));
+	seq_puts(file, "slot owner appended dropped timeouts skipped\n");
+	spin_lock(&kb->slots_lock);
+	rcu_read_lock();
+	for_each_set_bit(slot, kb->slots, KB_SLOTS) {
+		const struct kb_response *response = &kb->responses[slot];
+		struct kb_instance *inst = kb->instances[slot];
+		struct kb_owner *owner;
+
+		if (!inst)
+			continue;
+		owner = READ_ONCE(inst->owner);
+		/* A slot's response may still be that of the instance before. */
+		seq_printf(file, "%u %u %llu %llu %lld %lld\n", slot, owner ? (u32)owner->id : 0,
+			   READ_ONCE(inst->answered) ? READ_ONCE(response->appended) : 0,
+			   READ_ONCE(inst->answered) ? READ_ONCE(response->dropped) : 0,
+			   atomic64_read(&inst->timeouts), atomic64_read(&inst->skipped));
+	}
+	rcu_read_unlock();
+	spin_unlock(&kb->slots_lock);
+	return 0;
+}
+DEFINE_SHOW_ATTRIBUTE(kb_stats);
+
 /* ---- the PCI device ------------------------------------------------------------------------ */
 
 static int kb_check_header(struct pci_dev *pdev, const struct kb_header *header, u64 bytes)
@@ -842,6 +889,7 @@ static int kb_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 		dev_info(&pdev->dev, "no debugfs: the device is /dev/%s alone\n", kb_misc.name);
 		bridge->file = NULL;
 	}
+	bridge->stats = debugfs_create_file("kcov_bridge_stats", 0400, NULL, NULL, &kb_stats_fops);
 	pci_set_drvdata(pdev, bridge);
 	dev_info(&pdev->dev, "kcov from the host, %llu MiB shared\n", bridge->region_bytes >> 20);
 	return 0;
@@ -855,6 +903,7 @@ static void kb_remove(struct pci_dev *pdev)
 {
 	struct kb_bridge *bridge = pci_get_drvdata(pdev);
 
+	debugfs_remove(bridge->stats);
 	debugfs_remove(bridge->file);
 	misc_deregister(&kb_misc);
 	kb_unhook();
