@@ -97,6 +97,14 @@ examples:
   kcov-bridge symbolize --all
 """
 
+_STATUS_EPILOG = """\
+examples:
+  kcov-bridge status
+  kcov-bridge status --json | jq .lost_pcs
+
+The exit status is 1 when no bridge is running.
+"""
+
 _IMAGE_EPILOG = """\
 examples:
   kcov-bridge image build
@@ -193,6 +201,13 @@ def _fill_symbolize(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(function=symbolize_command)
 
 
+def _fill_status(parser: argparse.ArgumentParser) -> None:
+    from bridge.status import add_status_arguments, status_command
+
+    add_status_arguments(parser)
+    parser.set_defaults(function=status_command)
+
+
 def _fill_image(parser: argparse.ArgumentParser) -> None:
     from bridge.image_cli import add_image_arguments, image_command
 
@@ -217,6 +232,13 @@ _SUBCOMMANDS: tuple[tuple[str, str, str, str, Callable[[argparse.ArgumentParser]
     ),
     ("ssh", "open a shell in a booted guest", "", _SSH_EPILOG, _fill_ssh),
     ("symbolize", "say what PCs are", "", _SYMBOLIZE_EPILOG, _fill_symbolize),
+    (
+        "status",
+        "say what the running bridges are doing",
+        "What each running bridge of yours has signalled, appended and lost, by instance.",
+        _STATUS_EPILOG,
+        _fill_status,
+    ),
     ("image", "build, list and remove guest images", "", _IMAGE_EPILOG, _fill_image),
 )
 

@@ -202,6 +202,10 @@ class Doorbell(Generic[C]):
         os.eventfd_write(self._wake, 1)
         return cast(T, future.result(timeout))
 
+    def instances(self) -> list[tuple[int, Kcov[C]]]:
+        """The open instances with their slots; on the doorbell's thread (see :meth:`call`)."""
+        return [(slot, kcov) for slot, kcov in enumerate(self._slots) if kcov is not None]
+
     def look_at_guest(self) -> None:
         """Read what the guest says about itself, bounded by nothing but 64 bits: for people."""
         self.guest_timeouts = self._control[HeaderWord.GUEST_TIMEOUTS]

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from bridge.config import Settings
 from bridge.doorbell import Doorbell, IvshmemServer
@@ -40,6 +41,7 @@ from bridge.sources.ledger import Cursor, Ledger
 from bridge.sources.pcs import BlockTable, Location, syscall_pc
 from bridge.sources.python import PythonSource
 from bridge.sources.symbolize import BLOCKS_FILE, Symbolizer
+from bridge.status import StatusServer
 from bridge.targets import Target
 from bridge.targets.registry import create as create_target
 from bridge.vm.accel import Accelerator, choose_accelerator
@@ -135,6 +137,7 @@ class Session:
         # Before the source starts: coverage.py measures the threads that start after it.
         self.doorbell.start()
         stack.callback(self.doorbell.stop)
+        stack.enter_context(StatusServer(self.status))
         self._start_target(stack, out)
 
         try:
@@ -234,6 +237,47 @@ class Session:
                 self.guest.run(self.target.guest_teardown, timeout=_TEAR_DOWN_SECONDS)
             except BridgeError as error:
                 logger.debug("the target was not taken down in the guest: %s", error)
+
+    def status(self) -> dict[str, Any]:
+        """What the device is doing now, for ``kcov-bridge status``; only while it runs.
+
+        Raises :class:`bridge.errors.DoorbellError` and TimeoutError.
+        """
+        doorbell, device = self.doorbell, self.device
+        assert doorbell is not None
+        assert device is not None
+
+        def look() -> dict[str, Any]:
+            doorbell.look_at_guest()
+            return {
+                "returns": device.totals.returns,
+                "pcs": device.totals.appended,
+                "pcs_unique": len(device.unique),
+                "lost_pcs": device.totals.dropped,
+                "guest_timeouts": doorbell.guest_timeouts,
+                "guest_skipped": doorbell.guest_skipped,
+                "source_failures": doorbell.counters.source_failures,
+                "instances": [
+                    {
+                        "slot": slot,
+                        "owner": None if kcov.owner is None else kcov.owner & 0xFFFFFFFF,
+                        "mode": kcov.mode.value,
+                        "words": kcov.size,
+                        "appended": kcov.appended,
+                        "dropped": kcov.dropped,
+                    }
+                    for slot, kcov in doorbell.instances()
+                ],
+            }
+
+        return {
+            "pid": os.getpid(),
+            "target": self.target.name,
+            "accel": self.accelerator.name if self.accelerator else None,
+            "kernel": self.ready.kernel if self.ready else None,
+            "personality": self.settings.personality,
+            **doorbell.call(look),
+        }
 
     # Work in the guest
 
