@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import logging
 import os
-import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +59,7 @@ _BUSY_SECONDS = 200e-6
 _GUEST_DIRECTORY = "/run/kcov-bridge"
 _SET_UP_SECONDS = 60.0
 _TEAR_DOWN_SECONDS = 10.0
+_EVIDENCE = 4096
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Session:
     """A booted guest and all that stands behind it; a context manager, to be entered once.
 
     ``out`` is the directory for what the session leaves: ``console.log`` while it runs,
-    ``.coverage`` and ``blocks.tsv`` at its end; None for a temporary one that goes with it.
+    ``.coverage`` and ``blocks.tsv`` at its end; None: nothing, and no file is made anywhere.
     Entering raises the :class:`bridge.errors.BridgeError` that says what failed, with nothing
     left running. ``partial_pcs`` is what stood in the areas when a command under kcov was cut
     off.
@@ -87,6 +87,7 @@ class Session:
         self.partial_pcs: list[int] = []
         self.accelerator: Accelerator | None = None
         self.source: PythonSource | None = None
+        self.region: Region | None = None
         self.device: Device[Cursor] | None = None
         self.doorbell: Doorbell[Cursor] | None = None
         self.ready: Ready | None = None
@@ -119,14 +120,15 @@ class Session:
         logger.info("accelerator: %s", self.accelerator)
         self.target = create_target(settings.target, settings.target_dir)
         self.image = find_guest_image(settings)
-        out = self._output_directory(stack)
+        out = self._output_directory()
 
-        region = Region(settings.region << 20)
+        self.region = region = Region(settings.region << 20)
         stack.callback(region.close)
         server = IvshmemServer(region)
         stack.callback(server.close)
         if self.target.packages:
-            self.source = PythonSource(self.target.packages, data_file=out / ".coverage")
+            data_file = out / ".coverage" if out is not None else None
+            self.source = PythonSource(self.target.packages, data_file=data_file)
         self.device = Device(
             region,
             Ledger([self.source] if self.source else []),
@@ -152,7 +154,7 @@ class Session:
         stack.push(self._power_down)
         self._set_up(stack)
 
-    def _boot(self, stack: ExitStack, server: IvshmemServer, out: Path) -> None:
+    def _boot(self, stack: ExitStack, server: IvshmemServer, out: Path | None) -> None:
         """From the settings to a guest that takes commands."""
         assert self.accelerator is not None
         config = self.image.machine_config(self.settings, self.accelerator)
@@ -160,7 +162,7 @@ class Session:
         logger.info("booting %s", self.image.name)
         with ExitStack() as attempt:
             doorbell = attempt.enter_context(server.connect())
-            console = out / "console.log"
+            console = out / "console.log" if out is not None else None
             self.machine = Machine(config, doorbell=doorbell, console_path=console)
             attempt.callback(self.machine.close)
             self.machine.start()
@@ -171,9 +173,9 @@ class Session:
             "guest ready after %.1f s: Linux %s", self.ready.boot_seconds, self.ready.kernel
         )
 
-    def _output_directory(self, stack: ExitStack) -> Path:
+    def _output_directory(self) -> Path | None:
         if self._out is None:
-            return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kcov-bridge-")))
+            return None
         try:
             self._out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -182,7 +184,7 @@ class Session:
             ) from error
         return self._out
 
-    def _start_target(self, stack: ExitStack, out: Path) -> None:
+    def _start_target(self, stack: ExitStack, out: Path | None) -> None:
         """Source, then target, on one thread of their own: it is measured, and its heirs."""
         executor = ThreadPoolExecutor(1, thread_name_prefix="target")
         stack.callback(executor.shutdown)
@@ -193,7 +195,8 @@ class Session:
         if self.source is not None:
             there(self.source.start)
             # Called in the reverse order: the source writes .coverage, then its table is whole.
-            stack.callback(self.source.table.save, out / BLOCKS_FILE)
+            if out is not None:
+                stack.callback(self.source.table.save, out / BLOCKS_FILE)
             stack.callback(there, self.source.stop)
         logger.debug("starting the target %s", self.target.name)
         stack.callback(there, self.target.stop)
@@ -324,11 +327,16 @@ class Session:
                 self.partial_pcs += self.doorbell.call(self.device.read_areas)
 
     def _fetch(self, file: str) -> list[int]:
-        with tempfile.TemporaryDirectory(prefix="kcov-bridge-") as directory:
-            local = Path(directory, "pcs")
-            self.guest.download(file, local)
-            self.guest.run(["rm", "-f", file])
-            return [int(word, 16) for word in local.read_text(encoding="ascii").split()]
+        # In memory: a bridge that is killed leaves no file behind.
+        received = bytearray()
+        result = self.guest.run(["cat", "--", file], stdout=received.extend, capture=_EVIDENCE)
+        if result.exit_status:
+            raise GuestSetupError(
+                "the PCs of a command cannot be read in the guest",
+                evidence=result.stderr.decode(errors="replace"),
+            )
+        self.guest.run(["rm", "-f", file])
+        return [int(word, 16) for word in received.split()]
 
     def run(
         self,

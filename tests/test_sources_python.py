@@ -92,8 +92,9 @@ def places(source: PythonSource, pcs: list[int] | None = None) -> list[str]:
     return found
 
 
-def executed(data_file: Path) -> dict[str, list[int]]:
+def executed(data_file: Path | None) -> dict[str, list[int]]:
     """The lines in a coverage file."""
+    assert data_file is not None
     data = coverage.CoverageData(basename=str(data_file))
     data.read()
     try:

@@ -82,14 +82,17 @@ class PythonSource:
     _running: ClassVar[PythonSource | None] = None
     _running_lock: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, packages: Sequence[str], *, data_file: Path, name: str = "python") -> None:
+    def __init__(
+        self, packages: Sequence[str], *, data_file: Path | None, name: str = "python"
+    ) -> None:
         """Cover ``packages`` (dotted names of packages or modules) and what is below them.
 
-        ``data_file`` is where :meth:`stop` writes coverage.py's data, replacing what is there.
+        ``data_file`` is where :meth:`stop` writes coverage.py's data, replacing what is there;
+        None for nowhere.
         """
         self.name = name
         self.packages = tuple(packages)
-        self.data_file = Path(data_file)
+        self.data_file = data_file
         self._table = BlockTable()
         self._sources: dict[str, str] = {}
         """Names in the table, by the canonical path that coverage.py uses."""
