@@ -7,7 +7,10 @@ an eventfd for each vector of each peer. The bridge is the server and peer 1 at 
 writes ``1 << 16`` into the device's doorbell register wakes the loop.
 
 The loop trusts nothing that it reads: a request is an op code, three ids and three numbers, each
-bounded by the host's own tables; whatever fails becomes an errno, and is counted.
+bounded by the host's own tables; whatever fails becomes an errno, and is counted. Nor does it
+trust that what it wrote still stands there: a few times a second it mends the words that are the
+host's and looks at all slots, so that a guest that scribbled over the region, or over the hints
+that wake the loop, is served again once it stops.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ from typing import Generic, TypeVar, cast
 
 from bridge.abi import (
     HOST_PEER,
+    KCOV_REMOTE_MAX_HANDLES,
     KICK_SLOT_BITS,
+    PAYLOAD_OFFSET,
     REQUESTS_OFFSET,
     RESPONSES_OFFSET,
     SLOT_WORDS,
@@ -39,6 +44,7 @@ from bridge.abi import (
     HeaderWord,
     HostState,
     Op,
+    RequestWord,
     ResponseWord,
 )
 from bridge.errors import DoorbellError
@@ -57,12 +63,18 @@ _REGION_FOLLOWS = -1
 
 _REQUESTS = REQUESTS_OFFSET // WORD
 _RESPONSES = RESPONSES_OFFSET // WORD
+_PAYLOAD = PAYLOAD_OFFSET // WORD
+_UNREADABLE = 2**64 - 1
 _SLOT_MASK = (1 << KICK_SLOT_BITS) - 1
 _MAX_ERRNO = 4095
-_OPENING = frozenset({Op.INIT, Op.MAP, Op.ENABLE, Op.DISABLE, Op.RESET, Op.UNIQUE})
+_OPENING = frozenset({Op.INIT, Op.MAP, Op.ENABLE, Op.DISABLE, Op.RESET, Op.UNIQUE, Op.REMOTE})
 """What can be the first request of an instance: the host learns of an open by it."""
 _CLOSE = 5
 """Requests follow each other closely if no more than this many busy phases lie between."""
+_MEND_NS = 250_000_000
+"""How often the region is mended: well within the time that the guest waits for an answer."""
+_MEND_SHOWS = 8
+"""How many times the host shows itself to a guest that takes it for gone."""
 
 
 class IvshmemServer:
@@ -121,7 +133,9 @@ class DoorbellCounters:
 
     ``requests``: carried out; ``refused``: of an unknown op or for an unknown instance;
     ``wakeups``: from sleep, by the bell; ``scans``: looks over all slots, because requests came
-    at the same time or the guest's hint was wrong; ``source_failures``: raised by a source.
+    at the same time or the guest's hint was wrong; ``source_failures``: raised by a source;
+    ``mended``: words of the host's that the guest had overwritten; ``reclaimed``: instances ended
+    because their slots did not name them any more when others were in need of what they held.
     """
 
     requests: int = 0
@@ -129,6 +143,8 @@ class DoorbellCounters:
     wakeups: int = 0
     scans: int = 0
     source_failures: int = 0
+    mended: int = 0
+    reclaimed: int = 0
 
 
 class Doorbell(Generic[C]):
@@ -138,7 +154,8 @@ class Doorbell(Generic[C]):
     one before, until it sleeps on the bell: waking up costs more than answering, but a loop that
     is awake uses a core, which the target or another guest may need.
     ``failure`` is the first exception that a source raised; the guest gets no PCs then, and goes
-    on. ``epoch`` (not 0) tells the guest that a new host has come. ``guest_timeouts`` and
+    on. ``epoch`` (not 0) tells the guest that a new host has come; it grows when the guest takes
+    this one for gone. ``guest_timeouts`` and
     ``guest_skipped`` are what the guest counted, as of :meth:`look_at_guest` or :meth:`stop`:
     signals that it gave up waiting for, and returns it did not signal, knowing the host gone.
     """
@@ -157,12 +174,18 @@ class Doorbell(Generic[C]):
         self.guest_timeouts = 0
         self.guest_skipped = 0
         self._device = device
+        self._region = region
         self._control = region.control
         self._bell = bell
         self._busy_ns = int(busy_seconds * 1e9)
         self._epoch = epoch if epoch is not None else (time.time_ns() | 1) & (2**63 - 1)
         self._slots: list[Kcov[C] | None] = [None] * SLOTS
         self._handled: list[int] = self._sequence_numbers()
+        # What the host wrote last into each response's SEQ.
+        self._answered: list[int] = [0] * SLOTS
+        self._mend_at = 0
+        self._guest_counts = (0, 0)
+        self._shows = 0
         self._stopping = False
         self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -222,7 +245,10 @@ class Doorbell(Generic[C]):
             awake_until = previous = 0
             while not self._stopping:
                 kick = control[HeaderWord.KICK]
-                if kick != last:
+                if self._calls:
+                    # First, or a guest that kicks without end would keep them waiting.
+                    self._call_next()
+                elif kick != last:
                     slot = kick & _SLOT_MASK
                     # One request since the last look: its slot is known. Otherwise look at all.
                     if kick >> KICK_SLOT_BITS == (last >> KICK_SLOT_BITS) + 1 and slot < SLOTS:
@@ -236,8 +262,8 @@ class Doorbell(Generic[C]):
                         if now - previous < _CLOSE * self._busy_ns:
                             awake_until = now + self._busy_ns
                         previous = now
-                elif self._calls:
-                    self._call_next()
+                        if now >= self._mend_at:
+                            self._mend(now)
                 elif self._busy_ns and clock() < awake_until:
                     # Awake, but the target may have the GIL; time.sleep(0) would cost a timer.
                     epoll.poll(0)
@@ -253,11 +279,15 @@ class Doorbell(Generic[C]):
         x86; the guest has its own in the compare-and-exchange that moves KICK.
         """
         control = self._control
+        now = time.perf_counter_ns()
+        if now >= self._mend_at:
+            self._mend(now)
         control[HeaderWord.HOST_STATE] = HostState.ASLEEP
         with self._barrier:
             pass
         if control[HeaderWord.KICK] == last:
-            events = [fd for fd, _ in epoll.poll()]
+            # Not for ever: the guest may have overwritten what says that it has to ring.
+            events = [fd for fd, _ in epoll.poll(_MEND_NS / 1e9)]
             if self._wake in events:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake)
@@ -270,6 +300,33 @@ class Doorbell(Generic[C]):
                     self._scan()
         if self._busy_ns:
             control[HeaderWord.HOST_STATE] = HostState.AWAKE
+
+    def _mend(self, now: int) -> None:
+        """Restore what the host wrote, and look at all slots whatever the hints say."""
+        self._mend_at = now + _MEND_NS
+        control = self._control
+        counters = self.counters
+        counters.mended += self._region.restore_header()
+        counts = (control[HeaderWord.GUEST_TIMEOUTS], control[HeaderWord.GUEST_SKIPPED])
+        if counts != self._guest_counts:
+            # The guest takes the host for gone until a lost answer turns up, which it never does
+            # where the request was overwritten. A new epoch says that the host is here; more than
+            # one, because the guest counts before it looks at the epoch.
+            self._guest_counts = counts
+            self._shows = _MEND_SHOWS
+        elif control[HeaderWord.HOST_EPOCH] != self._epoch:
+            counters.mended += 1
+        if self._shows:
+            self._shows -= 1
+            self._epoch = self._epoch + 2 & (2**63 - 1)
+        control[HeaderWord.HOST_EPOCH] = self._epoch
+        self._scan()
+        answers = control[_RESPONSES : _RESPONSES + SLOTS * SLOT_WORDS : SLOT_WORDS].tolist()
+        if answers != self._answered:
+            for slot, (now_there, ours) in enumerate(zip(answers, self._answered, strict=True)):
+                if now_there != ours:
+                    counters.mended += 1
+                    control[_RESPONSES + slot * SLOT_WORDS + ResponseWord.SEQ] = ours
 
     def _call_next(self) -> None:
         function, future = self._calls.popleft()
@@ -317,6 +374,7 @@ class Doorbell(Generic[C]):
             control[answer + ResponseWord.APPENDED] = kcov.appended
             control[answer + ResponseWord.DROPPED] = kcov.dropped
         control[answer + ResponseWord.SEQ] = sequence
+        self._answered[slot] = sequence
 
     def _carry_out(
         self, slot: int, op: int, generation: int, task: int, args: tuple[int, int, int]
@@ -339,16 +397,27 @@ class Doorbell(Generic[C]):
             kcov = self._slots[slot] = device.open(generation)
         try:
             if op == Op.INIT:
-                return device.init_trace(kcov, args[0])
+                error = device.init_trace(kcov, args[0])
+                if error == errno.ENOMEM and self._reclaim():
+                    error = device.init_trace(kcov, args[0])
+                return error
             if op == Op.MAP:
                 error, offset = device.map(kcov, *args)
+                if error == errno.ENOMEM and self._reclaim():
+                    error, offset = device.map(kcov, *args)
                 at = _RESPONSES + slot * SLOT_WORDS
                 self._control[at + ResponseWord.AREA_OFFSET] = offset
                 return error
             if op == Op.ENABLE:
-                return device.enable(kcov, task, args[0])
+                error = device.enable(kcov, task, args[0])
+                if error == errno.EBUSY and self._reclaim():
+                    error = device.enable(kcov, task, args[0])
+                return error
             if op == Op.UNIQUE:
-                return device.unique_enable(kcov, task, args[0])
+                error = device.unique_enable(kcov, task, args[0])
+                if error == errno.EBUSY and self._reclaim():
+                    error = device.unique_enable(kcov, task, args[0])
+                return error
         except Exception as failure:
             return self._source_failed(failure)
         if op == Op.DISABLE:
@@ -359,6 +428,34 @@ class Doorbell(Generic[C]):
             return device.task_exit(kcov, task)
         self.counters.refused += 1
         return errno.EINVAL
+
+    def _reclaim(self) -> int:
+        """End the instances whose slots do not name them any more; returns how many.
+
+        The slot's next request would end them, but a slot that nobody uses has none. Requests that
+        the guest's module did not write leave such instances: they hold room, or go by the name
+        of a task that is another's.
+        """
+        generations = self._control[
+            _REQUESTS + RequestWord.GENERATION : _RESPONSES : SLOT_WORDS
+        ].tolist()
+        ended = 0
+        for slot, kcov in enumerate(self._slots):
+            if kcov is not None and kcov.generation != generations[slot]:
+                self._device.release(kcov)
+                self._slots[slot] = None
+                ended += 1
+        self.counters.reclaimed += ended
+        return ended
+
+    def _handles(self, count: int) -> list[int] | None:
+        """The payload of a REMOTE request: None if unreadable, one too many for any more."""
+        if count == _UNREADABLE:
+            return None
+        handles: list[int] = self._control[
+            _PAYLOAD : _PAYLOAD + min(count, KCOV_REMOTE_MAX_HANDLES + 1)
+        ].tolist()
+        return handles
 
     def _source_failed(self, failure: Exception) -> int:
         """Nothing that a source does may end the loop or hang a guest."""

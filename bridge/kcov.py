@@ -28,6 +28,7 @@ from typing import Generic, Protocol, TypeVar
 from bridge.abi import (
     ENOTSUPP,
     GVISOR_MAX_WORDS,
+    KCOV_REMOTE_MAX_HANDLES,
     KCOV_TRACE_CMP,
     KCOV_TRACE_PC,
     LINUX_MAX_WORDS,
@@ -43,6 +44,12 @@ Task = int
 """Names a guest thread: never 0, and different for every thread that was made an owner."""
 
 C = TypeVar("C")
+
+# Handles: include/uapi/linux/kcov.h, KCOV_SUBSYSTEM_* and KCOV_*_MASK.
+_SUBSYSTEM_BITS = 0xFF << 56
+_INSTANCE_BITS = 0xFFFFFFFF
+_HANDLE_BITS = _SUBSYSTEM_BITS | _INSTANCE_BITS
+_SUBSYSTEM_USB = 0x01 << 56
 
 
 class Personality(Enum):
@@ -104,7 +111,9 @@ class Kcov(Generic[C]):
     """One open descriptor. The fields are the device's; read them, don't write them.
 
     ``area`` is None before INIT_TRACE (linux) or the first mmap (gvisor). ``retired`` are areas
-    of the gvisor personality that DISABLE dropped while mappings of them may be left.
+    of the gvisor personality that DISABLE dropped while mappings of them may be left. ``handles``
+    are those of KCOV_REMOTE_ENABLE; an instance that has some gets what is done on their behalf,
+    and nothing of its owner's own calls: it has no cursor.
     """
 
     __slots__ = (
@@ -113,6 +122,7 @@ class Kcov(Generic[C]):
         "cursor",
         "dropped",
         "generation",
+        "handles",
         "mode",
         "owner",
         "retired",
@@ -127,6 +137,7 @@ class Kcov(Generic[C]):
         self.area: Area | None = None
         self.retired: list[Area] = []
         self.cursor: C | None = None
+        self.handles: tuple[int, ...] = ()
         self.appended = 0
         self.dropped = 0
 
@@ -151,6 +162,7 @@ class Device(Generic[C]):
         self._areas = areas
         self._coverage = coverage
         self._syscall_pc = syscall_pc
+        self._remotes: dict[int, Kcov[C]] = {}
         # The bit of each PC in the bitmaps of UNIQUE_PC; bounded by the number of PCs there are.
         self._bits: dict[int, int] = {}
         self._owners: dict[Task, Kcov[C]] = {}
@@ -249,6 +261,72 @@ class Device(Generic[C]):
         self._begin(kcov, task, Mode.UNIQUE_PC)
         return 0
 
+    def remote_enable(
+        self,
+        kcov: Kcov[C],
+        task: Task,
+        mode: int,
+        handles: Sequence[int] | None,
+        common_handle: int = 0,
+    ) -> Errno:
+        """KCOV_REMOTE_ENABLE by ``task``: what is done on behalf of the handles goes here.
+
+        ``handles`` is None where the guest could not read the argument, and may be longer than
+        allowed. As ``kcov_ioctl`` and ``kcov_ioctl_locked`` in Linux.
+        """
+        if self.personality is Personality.GVISOR:
+            return errno.ENOTTY
+        if handles is None:
+            return errno.EFAULT
+        if len(handles) > KCOV_REMOTE_MAX_HANDLES:
+            return errno.EINVAL
+        if kcov.mode is not Mode.INIT or kcov.area is None:
+            return errno.EINVAL
+        if kcov.owner is not None or task in self._owners:
+            return errno.EBUSY
+        error = _mode_error(mode, ENOTSUPP) or self._take_handles(kcov, handles, common_handle)
+        if error:
+            self._leave_handles(kcov)
+            return error
+        kcov.owner = task
+        kcov.mode = Mode.TRACE_PC
+        self._owners[task] = kcov
+        return 0
+
+    def _take_handles(self, kcov: Kcov[C], handles: Sequence[int], common_handle: int) -> Errno:
+        for handle in handles:
+            if handle & ~_HANDLE_BITS or handle & _SUBSYSTEM_BITS != _SUBSYSTEM_USB:
+                return errno.EINVAL
+            if handle in self._remotes:
+                return errno.EEXIST
+            self._remotes[handle] = kcov
+            kcov.handles += (handle,)
+        if common_handle:
+            # Of the subsystem 0, and not the instance 0.
+            if common_handle & ~_INSTANCE_BITS:
+                return errno.EINVAL
+            if common_handle in self._remotes:
+                return errno.EEXIST
+            self._remotes[common_handle] = kcov
+            kcov.handles += (common_handle,)
+        return 0
+
+    def _leave_handles(self, kcov: Kcov[C]) -> None:
+        for handle in kcov.handles:
+            del self._remotes[handle]
+        kcov.handles = ()
+
+    def remote_coverage(self, handle: int, pcs: Sequence[int]) -> bool:
+        """``pcs`` were covered on behalf of ``handle``: for the instance that enabled it.
+
+        Returns whether there is one; as in Linux, coverage for nobody is nobody's.
+        """
+        kcov = self._remotes.get(handle)
+        if kcov is None or kcov.area is None:
+            return False
+        self._append(kcov, kcov.area, pcs)
+        return True
+
     def _begin(self, kcov: Kcov[C], task: Task, mode: Mode) -> None:
         kcov.cursor = self._coverage.open_cursor()
         kcov.owner = task
@@ -291,8 +369,16 @@ class Device(Generic[C]):
         return 0
 
     def read_areas(self) -> list[int]:
-        """The PCs that stand in the areas of the open instances, one instance after the other."""
-        return [pc for kcov in self._open if kcov.area is not None for pc in kcov.area.read()]
+        """The PCs that stand in the areas of the open instances, one instance after the other.
+
+        No more of each than it was given: a count that the guest made up costs no memory.
+        """
+        return [
+            pc
+            for kcov in self._open
+            if kcov.area is not None
+            for pc in kcov.area.read(kcov.appended)
+        ]
 
     def syscall_return(self, kcov: Kcov[C], task: Task, number: int) -> Errno:
         """A system call of the owner returns: everything covered since goes into its area.
@@ -314,16 +400,20 @@ class Device(Generic[C]):
         if kcov.mode is Mode.UNIQUE_PC and pcs:
             pcs = area.unseen(pcs, self._bits)
         if pcs:
-            total = len(pcs)
-            fitted = area.append(pcs)
-            kcov.appended += fitted
-            totals.appended += fitted
-            if fitted != total:
-                kcov.dropped += total - fitted
-                totals.dropped += total - fitted
-                pcs = pcs[:fitted]
-            self.unique.update(pcs)
+            self._append(kcov, area, pcs)
         return 0
+
+    def _append(self, kcov: Kcov[C], area: Area, pcs: Sequence[int]) -> None:
+        totals = self.totals
+        total = len(pcs)
+        fitted = area.append(pcs)
+        kcov.appended += fitted
+        totals.appended += fitted
+        if fitted != total:
+            kcov.dropped += total - fitted
+            totals.dropped += total - fitted
+            pcs = pcs[:fitted]
+        self.unique.update(pcs)
 
     def _reset(self, kcov: Kcov[C]) -> None:
         """Back to INIT, without an owner."""
@@ -334,6 +424,7 @@ class Device(Generic[C]):
         kcov.owner = None
         kcov.cursor = None
         kcov.mode = Mode.INIT
+        self._leave_handles(kcov)
         if kcov.area is not None:
             kcov.area.bitmap_words = 0
         if self.personality is Personality.GVISOR and kcov.area is not None:

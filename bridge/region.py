@@ -43,9 +43,12 @@ class Area:
     bitmap (:meth:`unseen`); count and PCs come behind it.
     """
 
-    __slots__ = ("_words", "bitmap_words", "bytes", "offset", "size")
+    __slots__ = ("_memory", "_words", "bitmap_words", "bytes", "offset", "size")
 
-    def __init__(self, words: memoryview, offset: int, size: int, length: int) -> None:
+    def __init__(
+        self, memory: mmap.mmap, words: memoryview, offset: int, size: int, length: int
+    ) -> None:
+        self._memory = memory
         self._words = words
         self.offset = offset
         self.size = size
@@ -107,14 +110,20 @@ class Area:
     def reset(self) -> None:
         """Set the count to 0 and clear the bitmap."""
         head = self.bitmap_words
-        if head:
-            self._words[:head] = memoryview(bytes(head * WORD)).cast("Q")
-        self._words[head] = 0
+        pages = head * WORD // PAGE_SIZE * PAGE_SIZE
+        if pages:
+            # However large the guest chose it, this takes neither time nor memory.
+            self._memory.madvise(mmap.MADV_REMOVE, self.offset, pages)
+        rest = pages // WORD
+        # With the count behind the bitmap.
+        self._words[rest : head + 1] = memoryview(bytes((head + 1 - rest) * WORD)).cast("Q")
 
-    def read(self) -> list[int]:
-        """The PCs that the count counts, as far as they lie inside the area."""
+    def read(self, most: int | None = None) -> list[int]:
+        """The PCs that the count counts, as far as they lie inside the area: ``most`` at most."""
         head = self.bitmap_words
         count = min(self.count, self.size - 1 - head)
+        if most is not None:
+            count = min(count, most)
         return self._words[head + 1 : head + 1 + count].tolist()
 
 
@@ -158,18 +167,28 @@ class Region:
         self._areas: dict[int, Area] = {}
         # Free extents, sorted by offset, never adjacent: (offset, length) in bytes.
         self._free: list[tuple[int, int]] = [(AREAS_OFFSET, size - AREAS_OFFSET)]
-        self._write_header()
+        self._layout = {
+            HeaderWord.VERSION: VERSION,
+            HeaderWord.SLOTS: SLOTS,
+            HeaderWord.REQUESTS_OFFSET: REQUESTS_OFFSET,
+            HeaderWord.RESPONSES_OFFSET: RESPONSES_OFFSET,
+            HeaderWord.AREAS_OFFSET: AREAS_OFFSET,
+            HeaderWord.REGION_BYTES: size,
+            HeaderWord.HOST_PEER: HOST_PEER,
+            # Last: what is found behind it is whole.
+            HeaderWord.MAGIC: MAGIC,
+        }
+        self.restore_header()
 
-    def _write_header(self) -> None:
+    def restore_header(self) -> int:
+        """Write the header's words about the layout where they differ; returns how many did."""
         control = self.control
-        control[HeaderWord.VERSION] = VERSION
-        control[HeaderWord.SLOTS] = SLOTS
-        control[HeaderWord.REQUESTS_OFFSET] = REQUESTS_OFFSET
-        control[HeaderWord.RESPONSES_OFFSET] = RESPONSES_OFFSET
-        control[HeaderWord.AREAS_OFFSET] = AREAS_OFFSET
-        control[HeaderWord.REGION_BYTES] = self.size
-        control[HeaderWord.HOST_PEER] = HOST_PEER
-        control[HeaderWord.MAGIC] = MAGIC
+        different = 0
+        for word, value in self._layout.items():
+            if control[word] != value:
+                control[word] = value
+                different += 1
+        return different
 
     @property
     def areas_in_use(self) -> int:
@@ -199,7 +218,7 @@ class Region:
             else:
                 self._free[index] = (offset + need, length - need)
             words = self._bytes[offset : offset + size * WORD].cast("Q")
-            area = Area(words, offset, size, need)
+            area = Area(self._map, words, offset, size, need)
             self._areas[offset] = area
             return area
         return None

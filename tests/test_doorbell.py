@@ -268,7 +268,7 @@ def test_random_words_over_the_control_part_never_end_the_loop(bench: Bench) -> 
     sequence = bench.guest.post(slot, Op.RELEASE, 0)
     os.eventfd_write(bench.server.bell, 1)
     assert bench.guest.wait(slot, sequence)
-    bench.region._write_header()
+    bench.region.restore_header()
     bench.guest.trace(slot, generation=2**40)
     assert bench.guest.call(slot, Op.RETURN, 2**40) == 0
     assert len(bench.area(slot)) == 1
