@@ -12,6 +12,7 @@ one aligned access that cannot tear::
     page 0                     header: written by the host, but for the words named GUEST
     REQUESTS_OFFSET            one request of 64 bytes for each slot, written by the guest
     RESPONSES_OFFSET           one response of 64 bytes for each slot, written by the host
+    PAYLOAD_OFFSET             what does not fit into a request: one page, written by the guest
     AREAS_OFFSET ...           the kcov areas, handed out in pages
 
 A slot belongs to one open kcov descriptor (an *instance*) from open to release. The guest fills
@@ -32,6 +33,8 @@ __all__ = [
     "KCOV_DISABLE",
     "KCOV_ENABLE",
     "KCOV_INIT_TRACE",
+    "KCOV_REMOTE_ENABLE",
+    "KCOV_REMOTE_MAX_HANDLES",
     "KCOV_RESET_TRACE",
     "KCOV_TRACE_CMP",
     "KCOV_TRACE_PC",
@@ -40,6 +43,7 @@ __all__ = [
     "LINUX_MAX_WORDS",
     "MAGIC",
     "PAGE_SIZE",
+    "PAYLOAD_OFFSET",
     "PCI_DEVICE_ID",
     "PCI_VENDOR_ID",
     "REQUESTS_OFFSET",
@@ -60,8 +64,10 @@ __all__ = [
 KCOV_INIT_TRACE = 0x80086301
 KCOV_ENABLE = 0x6364
 KCOV_DISABLE = 0x6365
+KCOV_REMOTE_ENABLE = 0x40186366
 KCOV_TRACE_PC = 0
 KCOV_TRACE_CMP = 1
+KCOV_REMOTE_MAX_HANDLES = 0x100
 # As proposed for Linux ("kcov: add ioctl(KCOV_UNIQUE_ENABLE)", "kcov: add ioctl(KCOV_RESET_TRACE)",
 # linux-kernel, July 2025); not in its uapi header yet.
 KCOV_UNIQUE_ENABLE = 0x40086367
@@ -78,12 +84,13 @@ ENOTSUPP = 524
 PAGE_SIZE = 4096
 WORD = 8
 MAGIC = 0x47445242564F434B  # "KCOVBRDG" in memory
-VERSION = 1
+VERSION = 2
 SLOTS = 1024
 SLOT_WORDS = 8
 REQUESTS_OFFSET = PAGE_SIZE
 RESPONSES_OFFSET = REQUESTS_OFFSET + SLOTS * SLOT_WORDS * WORD
-AREAS_OFFSET = RESPONSES_OFFSET + SLOTS * SLOT_WORDS * WORD
+PAYLOAD_OFFSET = RESPONSES_OFFSET + SLOTS * SLOT_WORDS * WORD
+AREAS_OFFSET = PAYLOAD_OFFSET + PAGE_SIZE
 
 # The ivshmem device: docs/specs/ivshmem-spec.txt in QEMU.
 PCI_VENDOR_ID = 0x1AF4
@@ -147,6 +154,9 @@ class Op(IntEnum):
     """KCOV_RESET_TRACE; ARG0 = the ioctl's argument."""
     UNIQUE = 9
     """KCOV_UNIQUE_ENABLE; ARG0 = words of the bitmap."""
+    REMOTE = 10
+    """KCOV_REMOTE_ENABLE; ARG0 = trace_mode, and area_size above 32 bits; ARG1 = num_handles, or
+    2**64-1 where the argument could not be read; ARG2 = common_handle; the payload: handles."""
 
 
 class RequestWord(IntEnum):

@@ -69,6 +69,8 @@ _SLOT_MASK = (1 << KICK_SLOT_BITS) - 1
 _MAX_ERRNO = 4095
 _OPENING = frozenset({Op.INIT, Op.MAP, Op.ENABLE, Op.DISABLE, Op.RESET, Op.UNIQUE, Op.REMOTE})
 """What can be the first request of an instance: the host learns of an open by it."""
+_IN_THE_WAY = frozenset({errno.ENOMEM, errno.EBUSY, errno.EEXIST})
+"""What an instance is told because of what others hold."""
 _CLOSE = 5
 """Requests follow each other closely if no more than this many busy phases lie between."""
 _MEND_NS = 250_000_000
@@ -395,29 +397,27 @@ class Doorbell(Generic[C]):
                 self.counters.refused += 1
                 return errno.EINVAL
             kcov = self._slots[slot] = device.open(generation)
+        error = self._operate(slot, kcov, op, task, args)
+        if error in _IN_THE_WAY and self._reclaim(slot):
+            error = self._operate(slot, kcov, op, task, args)
+        return error
+
+    def _operate(
+        self, slot: int, kcov: Kcov[C], op: int, task: int, args: tuple[int, int, int]
+    ) -> int:
+        device = self._device
         try:
             if op == Op.INIT:
-                error = device.init_trace(kcov, args[0])
-                if error == errno.ENOMEM and self._reclaim():
-                    error = device.init_trace(kcov, args[0])
-                return error
+                return device.init_trace(kcov, args[0])
             if op == Op.MAP:
                 error, offset = device.map(kcov, *args)
-                if error == errno.ENOMEM and self._reclaim():
-                    error, offset = device.map(kcov, *args)
                 at = _RESPONSES + slot * SLOT_WORDS
                 self._control[at + ResponseWord.AREA_OFFSET] = offset
                 return error
             if op == Op.ENABLE:
-                error = device.enable(kcov, task, args[0])
-                if error == errno.EBUSY and self._reclaim():
-                    error = device.enable(kcov, task, args[0])
-                return error
+                return device.enable(kcov, task, args[0])
             if op == Op.UNIQUE:
-                error = device.unique_enable(kcov, task, args[0])
-                if error == errno.EBUSY and self._reclaim():
-                    error = device.unique_enable(kcov, task, args[0])
-                return error
+                return device.unique_enable(kcov, task, args[0])
         except Exception as failure:
             return self._source_failed(failure)
         if op == Op.DISABLE:
@@ -429,8 +429,10 @@ class Doorbell(Generic[C]):
         self.counters.refused += 1
         return errno.EINVAL
 
-    def _reclaim(self) -> int:
-        """End the instances whose slots do not name them any more; returns how many.
+    def _reclaim(self, asking: int) -> int:
+        """End the instances whose slots do not name them any more, but for the slot ``asking``.
+
+        Returns how many there were.
 
         The slot's next request would end them, but a slot that nobody uses has none. Requests that
         the guest's module did not write leave such instances: they hold room, or go by the name
@@ -441,7 +443,7 @@ class Doorbell(Generic[C]):
         ].tolist()
         ended = 0
         for slot, kcov in enumerate(self._slots):
-            if kcov is not None and kcov.generation != generations[slot]:
+            if kcov is not None and slot != asking and kcov.generation != generations[slot]:
                 self._device.release(kcov)
                 self._slots[slot] = None
                 ended += 1

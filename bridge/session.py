@@ -24,11 +24,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from bridge import remote
 from bridge.config import Settings
 from bridge.doorbell import Doorbell, IvshmemServer
 from bridge.errors import (
     BootTimeoutError,
     BridgeError,
+    DoorbellError,
     GuestSetupError,
     InfrastructureError,
     TargetError,
@@ -198,6 +200,7 @@ class Session:
             if out is not None:
                 stack.callback(self.source.table.save, out / BLOCKS_FILE)
             stack.callback(there, self.source.stop)
+            stack.enter_context(remote.serving(self.source, self._deliver))
         logger.debug("starting the target %s", self.target.name)
         stack.callback(there, self.target.stop)
         try:
@@ -209,6 +212,16 @@ class Session:
                 f"the target {self.target.name} raised {type(error).__name__} on start: {error}",
                 evidence="".join(traceback.format_exception(error)),
             ) from error
+
+    def _deliver(self, handle: int, pcs: Sequence[int]) -> None:
+        """Coverage on behalf of a handle, from the target's thread: into the area, then go on."""
+        doorbell, device = self.doorbell, self.device
+        assert doorbell is not None
+        assert device is not None
+        try:
+            doorbell.call(functools.partial(device.remote_coverage, handle, pcs))
+        except (DoorbellError, TimeoutError) as error:
+            logger.warning("coverage for handle %#x is lost: %s", handle, error)
 
     def _power_down(self, kind: type[BaseException] | None, *_: object) -> None:
         """Orderly after good work; in trouble the machine's close() is quick."""

@@ -23,6 +23,7 @@ CONSTANTS = {
     "KB_SLOTS": abi.SLOTS,
     "KB_REQUESTS_OFFSET": abi.REQUESTS_OFFSET,
     "KB_RESPONSES_OFFSET": abi.RESPONSES_OFFSET,
+    "KB_PAYLOAD_OFFSET": abi.PAYLOAD_OFFSET,
     "KB_AREAS_OFFSET": abi.AREAS_OFFSET,
     "KB_KICK_SLOT_BITS": abi.KICK_SLOT_BITS,
     "sizeof(struct kb_request)": abi.SLOT_WORDS * abi.WORD,
@@ -30,6 +31,8 @@ CONSTANTS = {
     "KCOV_INIT_TRACE": abi.KCOV_INIT_TRACE,
     "KCOV_ENABLE": abi.KCOV_ENABLE,
     "KCOV_DISABLE": abi.KCOV_DISABLE,
+    "KCOV_REMOTE_ENABLE": abi.KCOV_REMOTE_ENABLE,
+    "KCOV_REMOTE_MAX_HANDLES": abi.KCOV_REMOTE_MAX_HANDLES,
     "KCOV_TRACE_PC": abi.KCOV_TRACE_PC,
     "KCOV_TRACE_CMP": abi.KCOV_TRACE_CMP,
     "KCOV_UNIQUE_ENABLE": abi.KCOV_UNIQUE_ENABLE,
@@ -79,6 +82,7 @@ def test_everything_fits_in_its_place() -> None:
     assert max(abi.HeaderWord) * abi.WORD < abi.REQUESTS_OFFSET
     assert abi.SLOTS <= 1 << abi.KICK_SLOT_BITS
     assert abi.AREAS_OFFSET % abi.PAGE_SIZE == 0
+    assert abi.KCOV_REMOTE_MAX_HANDLES * abi.WORD <= abi.AREAS_OFFSET - abi.PAYLOAD_OFFSET
     assert max(*abi.RequestWord, *abi.ResponseWord) < abi.SLOT_WORDS
 
 

@@ -391,6 +391,76 @@ class TestUniqueAndReset:
         assert linux.device.reset_trace(linux.ready(), ALICE, 0) == errno.EINVAL
 
 
+USB = 1 << 56
+
+
+class TestRemote:
+    """KCOV_REMOTE_ENABLE: the order of checks is kcov_ioctl's and kcov_ioctl_locked's."""
+
+    def test_gvisor_has_none(self, gvisor: Fixture) -> None:
+        assert gvisor.device.remote_enable(gvisor.ready(), ALICE, 0, None) == errno.ENOTTY
+
+    def test_checks_in_order(self, linux: Fixture) -> None:
+        device = linux.device
+        fresh = device.open()
+        assert device.remote_enable(fresh, ALICE, 0, None) == errno.EFAULT
+        assert device.remote_enable(fresh, ALICE, 0, [USB] * 257) == errno.EINVAL
+        assert device.remote_enable(fresh, ALICE, 0, [USB]) == errno.EINVAL
+        linux.traced(ALICE)
+        assert device.remote_enable(linux.ready(), ALICE, 7, [5]) == errno.EBUSY
+        assert device.remote_enable(linux.ready(), BOB, KCOV_TRACE_CMP, [5]) == ENOTSUPP
+        assert device.remote_enable(linux.ready(), BOB, 7, [5]) == errno.EINVAL
+
+    @pytest.mark.parametrize("handle", [0, 5, 2 << 56, USB | 1 << 32, 2**64 - 1])
+    def test_bad_handles(self, linux: Fixture, handle: int) -> None:
+        kcov = linux.ready()
+        assert linux.device.remote_enable(kcov, ALICE, 0, [USB | 7, handle]) == errno.EINVAL
+        assert kcov.owner is None
+        assert linux.device.remote_enable(kcov, ALICE, 0, [USB | 7]) == 0, "nothing was taken"
+
+    @pytest.mark.parametrize("common", [1 << 32, USB | 1, 2**64 - 1])
+    def test_bad_common_handles(self, linux: Fixture, common: int) -> None:
+        kcov = linux.ready()
+        assert linux.device.remote_enable(kcov, ALICE, 0, [], common) == errno.EINVAL
+        assert linux.device.remote_enable(kcov, ALICE, 0, [], 1) == 0
+
+    def test_a_handle_has_one_instance(self, linux: Fixture) -> None:
+        device = linux.device
+        first = linux.ready()
+        assert device.remote_enable(first, ALICE, 0, [USB | 1, USB | 2], 9) == 0
+        for handles, common in (([USB | 2], 0), ([USB | 3, USB | 3], 0), ([USB | 4], 9)):
+            assert device.remote_enable(linux.ready(), BOB, 0, handles, common) == errno.EEXIST
+        assert device.disable(first, ALICE, 0) == 0
+        assert device.remote_enable(linux.ready(), BOB, 0, [USB | 2], 9) == 0
+
+    def test_it_gets_what_is_done_for_its_handles_alone(self, linux: Fixture) -> None:
+        device = linux.device
+        remote, plain = linux.ready(), linux.traced(BOB)
+        assert device.remote_enable(remote, ALICE, 0, [USB | 1], 9) == 0
+        linux.coverage.covered += [1, 2]
+        assert device.syscall_return(remote, ALICE, 0) == errno.EINVAL
+        assert device.remote_coverage(USB | 1, [10, 20])
+        assert device.remote_coverage(9, [30])
+        assert not device.remote_coverage(USB | 5, [40])
+        assert device.syscall_return(plain, BOB, 0) == 0
+        assert linux.read(remote) == [10, 20, 30]
+        assert linux.read(plain) == [1, 2]
+
+    @pytest.mark.parametrize("end", ["disable", "exit", "release"])
+    def test_handles_end_with_their_owner(self, linux: Fixture, end: str) -> None:
+        device = linux.device
+        kcov = linux.ready()
+        assert device.remote_enable(kcov, ALICE, 0, [USB | 1], 9) == 0
+        if end == "disable":
+            assert device.disable(kcov, ALICE, 0) == 0
+        elif end == "exit":
+            assert device.task_exit(kcov, ALICE) == 0
+        else:
+            assert device.release(kcov) == 0
+        assert not device.remote_coverage(USB | 1, [10])
+        assert device.remote_enable(linux.ready(), ALICE, 0, [USB | 1], 9) == 0
+
+
 class TestEnds:
     def test_exit_frees_the_instance_for_others(self, both: Fixture) -> None:
         kcov = both.traced()

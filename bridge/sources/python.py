@@ -23,6 +23,7 @@ What makes this sound (all of it is tried out before the first use, see ``_try_o
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib.machinery
 import logging
@@ -176,6 +177,32 @@ class PythonSource:
             if self._tap is None:
                 return []
             return self._blocks_of(self._tap.drain())
+
+    @contextlib.contextmanager
+    def divert(self) -> Iterator[list[PC]]:
+        """Keep apart what functions that this thread calls inside the block cover.
+
+        The list that is given holds their PCs, each once, when the block ends; :meth:`consume`
+        does not give them. Code of the function that the block itself stands in is not kept
+        apart, and in a coroutine the block must not be left by ``await``. Blocks nest. On a
+        thread that is not measured nothing is covered and nothing kept apart.
+        """
+        tracer: Any = sys.gettrace()
+        pcs: list[PC] = []
+        if type(tracer).__name__ != "CTracer" or self._tap is None:
+            yield pcs
+            return
+        outer: _LineSets = tracer.data
+        inner: _LineSets = {}
+        # Frames look their set up when they are entered, in what is here then.
+        tracer.data = inner
+        try:
+            yield pcs
+        finally:
+            tracer.data = outer
+            with self._lock:
+                if self._tap is not None:
+                    pcs += self._blocks_of(self._tap.adopt(inner))
 
     def stop(self) -> None:
         """End the measurement and write the data file, with every line that was ever consumed.
@@ -339,6 +366,14 @@ class _LineTap:
                 if lines or getrefcount(lines) >= unshared:
                     # A frame was faster.
                     self._apart.append((path, lines))
+        return fresh
+
+    def adopt(self, sets: _LineSets) -> list[tuple[str, set[int]]]:
+        """Take all lines of sets that no frame adds to any more."""
+        fresh: list[tuple[str, set[int]]] = []
+        for path, lines in sets.items():
+            if lines:
+                self._take(path, lines, fresh)
         return fresh
 
     def put_back(self) -> None:

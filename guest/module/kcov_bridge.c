@@ -8,7 +8,7 @@
  *   open			takes a slot; the host learns of it with the first request
  *   ioctl(KCOV_INIT_TRACE)	forwarded; the host makes the area
  *   mmap			forwarded; the host says where in the region the area lies
- *   ioctl(KCOV_ENABLE), ioctl(KCOV_UNIQUE_ENABLE)
+ *   ioctl(KCOV_ENABLE), ioctl(KCOV_UNIQUE_ENABLE), ioctl(KCOV_REMOTE_ENABLE)
  *				forwarded; on success the calling thread becomes the owner
  *   every system call of the owner
  *				at its end, just before user mode: the host appends PCs
@@ -50,6 +50,7 @@
 #include <linux/spinlock.h>
 #include <linux/task_work.h>
 #include <linux/tracepoint.h>
+#include <linux/uaccess.h>
 #include <asm/syscall.h>
 #include <asm/tsc.h>
 #include <uapi/linux/kcov.h>
@@ -121,7 +122,9 @@ struct kb_owner {
 	struct task_struct *task;
 	/* How the host knows the task: thread id below, a number never used before above. */
 	u64 id;
-	/* The three below belong to the task alone. */
+	/* Gets what is done elsewhere on its behalf: its own calls are not signalled. */
+	bool remote;
+	/* The four below belong to the task alone. */
 	struct callback_head return_work;
 	bool return_queued;
 	int nr;
@@ -135,6 +138,9 @@ struct kb_bridge {
 	struct kb_header *header;
 	struct kb_request *requests;
 	const struct kb_response *responses;
+	/* Guarded by payload_lock, from filling it to the answer. Taken inside kb_instance.lock. */
+	u64 *payload;
+	struct mutex payload_lock;
 	phys_addr_t region_start;
 	u64 region_bytes;
 	u32 host_peer;
@@ -328,7 +334,7 @@ static bool kb_settle(struct kb_instance *inst)
 	done = op && !READ_ONCE(kb->responses[inst->slot].error);
 	if (op == KB_OP_INIT && done)
 		inst->generation = atomic64_inc_return(&kb_next);
-	else if ((op == KB_OP_ENABLE || op == KB_OP_UNIQUE) && done)
+	else if ((op == KB_OP_ENABLE || op == KB_OP_UNIQUE || op == KB_OP_REMOTE) && done)
 		inst->exit_owed = inst->unanswered_task;
 	else if (op == KB_OP_DISABLE && done)
 		kb_owner_end(inst);
@@ -449,7 +455,7 @@ static void kb_sys_exit(void *unused, struct pt_regs *regs, long ret)
 {
 	struct kb_owner *owner = kb_owner_of(current);
 
-	if (likely(!owner) || owner->return_queued)
+	if (likely(!owner) || owner->return_queued || owner->remote)
 		return;
 	owner->nr = syscall_get_nr(current, regs);
 	owner->return_queued = true;
@@ -633,7 +639,7 @@ static int kb_release(struct inode *inode, struct file *file)
 }
 
 /* @op is one of those that begin to trace. Must be called with inst->lock held, slot settled. */
-static int kb_enable(struct kb_instance *inst, enum kb_op op, unsigned long arg)
+static int kb_enable(struct kb_instance *inst, enum kb_op op, u64 arg0, u64 arg1, u64 arg2)
 {
 	struct kb_owner *mine = kb_owner_of(current);
 	struct kb_owner *owner;
@@ -648,6 +654,7 @@ static int kb_enable(struct kb_instance *inst, enum kb_op op, unsigned long arg)
 	kref_init(&owner->ref);
 	owner->task = current;
 	owner->inst = inst;
+	owner->remote = op == KB_OP_REMOTE;
 	/*
 	 * A task that traces through another instance shows the id that the host knows: the host
 	 * refuses it. The number above the thread id makes up for thread ids that change hands.
@@ -656,7 +663,7 @@ static int kb_enable(struct kb_instance *inst, enum kb_op op, unsigned long arg)
 		    (u64)atomic_inc_return(&kb_next_owner) << 32 | (u32)task_pid_nr(current);
 	init_task_work(&owner->return_work, kb_return_work);
 	init_task_work(&owner->exit_work, kb_exit_work);
-	err = kb_call(inst, op, owner->id, arg, 0, 0);
+	err = kb_call(inst, op, owner->id, arg0, arg1, arg2);
 	if (err) {
 		kfree(owner);
 		return err;
@@ -670,6 +677,51 @@ static int kb_enable(struct kb_instance *inst, enum kb_op op, unsigned long arg)
 	return 0;
 }
 
+/* The argument of KCOV_REMOTE_ENABLE, as far as it could be read. */
+struct kb_remote {
+	u32 mode;
+	u32 area_size;
+	/* As the user has it, perhaps more than there are below; ~0 if it could not be read. */
+	u64 count;
+	u64 common_handle;
+	u64 handles[KCOV_REMOTE_MAX_HANDLES];
+};
+
+/* Reads the argument. Before any lock: a page fault takes mmap_lock, inside which kb_mmap locks. */
+static struct kb_remote *kb_read_remote(const struct kcov_remote_arg __user *user)
+{
+	struct kb_remote *remote = kzalloc(sizeof(*remote), GFP_KERNEL);
+	struct kcov_remote_arg arg;
+
+	if (!remote)
+		return NULL;
+	remote->count = ~0ULL;
+	if (copy_from_user(&arg, user, sizeof(arg)))
+		return remote;
+	if (arg.num_handles <= KCOV_REMOTE_MAX_HANDLES &&
+	    copy_from_user(remote->handles, user->handles, arg.num_handles * sizeof(u64)))
+		return remote;
+	remote->mode = arg.trace_mode;
+	remote->area_size = arg.area_size;
+	remote->common_handle = arg.common_handle;
+	remote->count = arg.num_handles;
+	return remote;
+}
+
+/* Hands the argument to the host, which checks it. Must be called with inst->lock held, settled. */
+static int kb_remote_enable(struct kb_instance *inst, const struct kb_remote *remote)
+{
+	int err;
+
+	mutex_lock(&kb->payload_lock);
+	if (remote->count <= KCOV_REMOTE_MAX_HANDLES)
+		memcpy(kb->payload, remote->handles, remote->count * sizeof(u64));
+	err = kb_enable(inst, KB_OP_REMOTE, remote->mode | (u64)remote->area_size << 32,
+			remote->count, remote->common_handle);
+	mutex_unlock(&kb->payload_lock);
+	return err;
+}
+
 /* How the host knows current, if it traces; no owner has an id without a number above. */
 static u64 kb_own_id(void)
 {
@@ -678,8 +730,9 @@ static u64 kb_own_id(void)
 	return mine ? mine->id : (u32)task_pid_nr(current);
 }
 
-/* Must be called with inst->lock held, the slot settled. */
-static long kb_control(struct kb_instance *inst, unsigned int cmd, unsigned long arg)
+/* @remote is the argument of KCOV_REMOTE_ENABLE. Must be called with inst->lock held, settled. */
+static long kb_control(struct kb_instance *inst, unsigned int cmd, unsigned long arg,
+		       const struct kb_remote *remote)
 {
 	long err;
 
@@ -687,9 +740,11 @@ static long kb_control(struct kb_instance *inst, unsigned int cmd, unsigned long
 	case KCOV_INIT_TRACE:
 		return kb_call(inst, KB_OP_INIT, 0, arg, 0, 0);
 	case KCOV_ENABLE:
-		return kb_enable(inst, KB_OP_ENABLE, arg);
+		return kb_enable(inst, KB_OP_ENABLE, arg, 0, 0);
 	case KCOV_UNIQUE_ENABLE:
-		return kb_enable(inst, KB_OP_UNIQUE, arg);
+		return kb_enable(inst, KB_OP_UNIQUE, arg, 0, 0);
+	case KCOV_REMOTE_ENABLE:
+		return kb_remote_enable(inst, remote);
 	case KCOV_RESET_TRACE:
 		return kb_call(inst, KB_OP_RESET, kb_own_id(), arg, 0, 0);
 	case KCOV_DISABLE:
@@ -705,11 +760,18 @@ static long kb_control(struct kb_instance *inst, unsigned int cmd, unsigned long
 static long kb_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 {
 	struct kb_instance *inst = file->private_data;
+	struct kb_remote *remote = NULL;
 	long err;
 
+	if (cmd == KCOV_REMOTE_ENABLE) {
+		remote = kb_read_remote((struct kcov_remote_arg __user *)arg);
+		if (!remote)
+			return -ENOMEM;
+	}
 	kb_lock(inst);
-	err = kb_settle(inst) ? kb_control(inst, cmd, arg) : -EIO;
+	err = kb_settle(inst) ? kb_control(inst, cmd, arg, remote) : -EIO;
 	mutex_unlock(&inst->lock);
+	kfree(remote);
 	return err;
 }
 
@@ -873,12 +935,14 @@ static int kb_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	bridge->header = control;
 	bridge->requests = control + KB_REQUESTS_OFFSET;
 	bridge->responses = control + KB_RESPONSES_OFFSET;
+	bridge->payload = control + KB_PAYLOAD_OFFSET;
 	err = kb_check_header(pdev, bridge->header, bridge->region_bytes);
 	if (err)
 		return err;
 	bridge->host_peer = bridge->header->host_peer;
 	spin_lock_init(&bridge->slots_lock);
 	spin_lock_init(&bridge->lost_lock);
+	mutex_init(&bridge->payload_lock);
 
 	kb = bridge;
 	err = misc_register(&kb_misc);

@@ -23,11 +23,12 @@
 #define KB_PCI_DEVICE_ID	0x1110
 
 #define KB_MAGIC		0x47445242564f434bULL	/* "KCOVBRDG" */
-#define KB_VERSION		1
+#define KB_VERSION		2
 #define KB_SLOTS		1024
 #define KB_REQUESTS_OFFSET	4096
 #define KB_RESPONSES_OFFSET	(KB_REQUESTS_OFFSET + KB_SLOTS * 64)
-#define KB_AREAS_OFFSET		(KB_RESPONSES_OFFSET + KB_SLOTS * 64)
+#define KB_PAYLOAD_OFFSET	(KB_RESPONSES_OFFSET + KB_SLOTS * 64)
+#define KB_AREAS_OFFSET		(KB_PAYLOAD_OFFSET + 4096)
 #define KB_KICK_SLOT_BITS	16
 
 enum kb_host_state {
@@ -45,6 +46,7 @@ enum kb_op {
 	KB_OP_RETURN	= 7,	/* arg0: system call number */
 	KB_OP_RESET	= 8,	/* arg0: the ioctl's argument */
 	KB_OP_UNIQUE	= 9,	/* arg0: words of the bitmap */
+	KB_OP_REMOTE	= 10,	/* arg0: mode, size << 32; arg1: handles or ~0; arg2: common handle */
 };
 
 struct kb_header {
