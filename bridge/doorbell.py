@@ -418,6 +418,9 @@ class Doorbell(Generic[C]):
                 return device.enable(kcov, task, args[0])
             if op == Op.UNIQUE:
                 return device.unique_enable(kcov, task, args[0])
+            if op == Op.REMOTE:
+                mode = args[0] & 0xFFFFFFFF
+                return device.remote_enable(kcov, task, mode, self._handles(args[1]), args[2])
         except Exception as failure:
             return self._source_failed(failure)
         if op == Op.DISABLE:
