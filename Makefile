@@ -11,13 +11,16 @@ export PYTHON
 # The Pythons that `make test-all` looks for, on PATH and among pyenv's.
 PYTHONS ?= 3.11 3.12 3.13
 
+# Mutations of `make storm`.
+STORM ?= 10000000
+
 # What packages are for: building images takes one more where this is not root.
 KINDS := run $(if $(filter 0,$(shell id -u)),,user)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help run image test test-unit test-all lint format venv packages packages-test clean distclean
+.PHONY: help run image test test-unit test-all storm lint format venv packages packages-test clean distclean
 
 help: ## this help
 	@awk -F ' ## ' '/^[a-z-]+:.* ## / { split($$1, name, ":"); printf "make %-10s %s\n", name[1], $$2 }' \
@@ -55,6 +58,9 @@ test-all: packages-test ## run the tests that need no virtual machine, on each P
 	done; \
 	[ -n "$$found" ] || { echo "none of Python $(PYTHONS) is here"; exit 2; }; \
 	echo "passed on Python$$found"
+
+storm: packages-test $(VENV)/installed-dev ## let a hostile guest scribble ten million times (about two minutes)
+	KCOV_BRIDGE_STORM=$(STORM) $(VENV)/bin/python -m pytest -s tests/guest/test_storm.py $(ARGS)
 
 lint: $(VENV)/installed-dev ## run the linters alone
 	$(VENV)/bin/python -m pytest -q tests/test_lint.py
