@@ -20,7 +20,7 @@ KINDS := run $(if $(filter 0,$(shell id -u)),,user)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help run image test test-unit test-all storm lint format venv packages packages-test clean distclean
+.PHONY: help run image test test-unit test-all storm executor kills lint format venv packages packages-test clean distclean
 
 help: ## this help
 	@awk -F ' ## ' '/^[a-z-]+:.* ## / { split($$1, name, ":"); printf "make %-10s %s\n", name[1], $$2 }' \
@@ -44,6 +44,12 @@ test: packages-test $(VENV)/installed-dev ## run all tests, those in virtual mac
 
 test-unit: packages-test $(VENV)/installed-dev ## run the tests that need no virtual machine (seconds)
 	$(VENV)/bin/python -m pytest -m 'not vm and not bench' $(ARGS)
+
+executor: packages-test $(VENV)/installed-dev ## run a fuzzer's kind of client for 100,000 system calls
+	KCOV_BRIDGE_EXECUTOR=100000 $(VENV)/bin/python -m pytest tests/guest/test_executor.py -k an_executor $(ARGS)
+
+kills: packages-test $(VENV)/installed-dev ## kill 200 runs at random moments: is anything left?
+	KCOV_BRIDGE_KILLS=200 $(VENV)/bin/python -m pytest tests/test_kills.py $(ARGS)
 
 test-all: packages-test ## run the tests that need no virtual machine, on each Python of PYTHONS that is found
 	@found=; for version in $(PYTHONS); do \
