@@ -167,6 +167,13 @@ class Settings:
             metavar="DIR",
         ),
     )
+    isolate: bool = field(
+        default=False,
+        metadata=_about(
+            Kind.FLAG,
+            "run the target in a process of its own: if it dies or hangs, the device goes on",
+        ),
+    )
     image: str | None = field(
         default=None,
         metadata=_about(

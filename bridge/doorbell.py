@@ -462,10 +462,14 @@ class Doorbell(Generic[C]):
         ].tolist()
         return handles
 
-    def _source_failed(self, failure: Exception) -> int:
-        """Nothing that a source does may end the loop or hang a guest."""
+    def source_failed(self, failure: Exception) -> None:
+        """Count what a source raised, and keep the first; on the doorbell's thread."""
         self.counters.source_failures += 1
         if self.failure is None:
             self.failure = failure
             logger.error("a coverage source failed; the guest gets no PCs from it: %r", failure)
+
+    def _source_failed(self, failure: Exception) -> int:
+        """Nothing that a source does may end the loop or hang a guest."""
+        self.source_failed(failure)
         return errno.EIO

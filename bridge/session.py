@@ -36,6 +36,7 @@ from bridge.errors import (
     TargetError,
 )
 from bridge.guest_image import GuestImage, find_guest_image
+from bridge.isolated import IsolatedTarget
 from bridge.kcov import Device, Personality
 from bridge.region import Region
 from bridge.sources.ledger import Cursor, Ledger
@@ -88,7 +89,7 @@ class Session:
         self.settings = settings
         self.partial_pcs: list[int] = []
         self.accelerator: Accelerator | None = None
-        self.source: PythonSource | None = None
+        self.source: PythonSource | IsolatedTarget | None = None
         self.region: Region | None = None
         self.device: Device[Cursor] | None = None
         self.doorbell: Doorbell[Cursor] | None = None
@@ -128,12 +129,15 @@ class Session:
         stack.callback(region.close)
         server = IvshmemServer(region)
         stack.callback(server.close)
-        if self.target.packages:
+        if settings.isolate:
+            isolated = IsolatedTarget(settings.target, settings.target_dir, out, self._deliver)
+            self.target = self.source = isolated
+        elif self.target.packages:
             data_file = out / ".coverage" if out is not None else None
             self.source = PythonSource(self.target.packages, data_file=data_file)
         self.device = Device(
             region,
-            Ledger([self.source] if self.source else []),
+            Ledger([self.source] if self.source else [], self._source_failed),
             Personality(settings.personality),
             syscall_pc if settings.syscall_pcs else None,
         )
@@ -188,6 +192,10 @@ class Session:
 
     def _start_target(self, stack: ExitStack, out: Path | None) -> None:
         """Source, then target, on one thread of their own: it is measured, and its heirs."""
+        if isinstance(self.source, IsolatedTarget):
+            self.source.start()
+            stack.callback(self.source.stop)
+            return
         executor = ThreadPoolExecutor(1, thread_name_prefix="target")
         stack.callback(executor.shutdown)
 
@@ -222,6 +230,11 @@ class Session:
             doorbell.call(functools.partial(device.remote_coverage, handle, pcs))
         except (DoorbellError, TimeoutError) as error:
             logger.warning("coverage for handle %#x is lost: %s", handle, error)
+
+    def _source_failed(self, failure: Exception) -> None:
+        """A device without coverage is still a device: the guest's calls must go on."""
+        assert self.doorbell is not None
+        self.doorbell.source_failed(failure)
 
     def _power_down(self, kind: type[BaseException] | None, *_: object) -> None:
         """Orderly after good work; in trouble the machine's close() is quick."""

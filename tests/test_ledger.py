@@ -191,3 +191,17 @@ def test_two_sources_that_share_a_block_give_it_once(rounds: list[list[PC]]) -> 
     for pcs in rounds:
         first.covered, second.covered = list(pcs), list(pcs)
         assert sorted(ledger.collect(cursor)) == sorted(set(pcs))
+
+
+def test_a_source_that_fails_is_reported_and_the_others_go_on() -> None:
+    good, bad = Fountain("good"), Fountain("bad")
+    failures: list[Exception] = []
+    ledger = Ledger([bad, good], failures.append)
+    bad.broken = True
+    cursor = ledger.open_cursor()
+    good.covered = [1, 2]
+    assert ledger.collect(cursor) == [1, 2]
+    assert [str(failure) for failure in failures] == ["the fountain is dry"] * 2
+    bad.broken = False
+    bad.covered, good.covered = [7], [8]
+    assert sorted(ledger.collect(cursor)) == [7, 8]

@@ -9,7 +9,7 @@ for the instances that do not ask.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from bridge.sources import PC, Source
 
@@ -35,8 +35,15 @@ class Ledger:
     after each drain nothing is kept at all.
     """
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        on_failure: Callable[[Exception], object] | None = None,
+    ) -> None:
+        """``on_failure`` is told what a source raises, which then has given nothing; without it,
+        the exception is the caller's."""
         self._sources = tuple(sources)
+        self._on_failure = on_failure
         # Covered blocks that some open cursor has not been given, last covered last, with the
         # number of that event.
         self._covered: dict[PC, int] = {}
@@ -65,7 +72,7 @@ class Ledger:
         Raises what a source's ``consume`` raises; nothing consumed before is lost.
         """
         for source in self._sources:
-            self._keep(source.consume())
+            self._keep(self._consume(source))
 
     def collect(self, cursor: Cursor) -> list[PC]:
         """Consume the sources; what was covered since this cursor last asked, each block once.
@@ -93,17 +100,26 @@ class Ledger:
     def _collect_alone(self) -> list[PC]:
         """With one reader who is up to date, what is consumed is what is new."""
         if len(self._sources) == 1:
-            return list(self._sources[0].consume())
+            return list(self._consume(self._sources[0]))
         news: dict[PC, None] = {}
         try:
             for source in self._sources:
-                for pc in source.consume():
+                for pc in self._consume(source):
                     news.pop(pc, None)
                     news[pc] = None
         except BaseException:
             self._keep(news)
             raise
         return list(news)
+
+    def _consume(self, source: Source) -> Sequence[PC]:
+        if self._on_failure is None:
+            return source.consume()
+        try:
+            return source.consume()
+        except Exception as error:
+            self._on_failure(error)
+            return ()
 
     def _keep(self, pcs: Iterable[PC]) -> None:
         if not self._cursors:

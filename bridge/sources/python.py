@@ -44,7 +44,7 @@ from bridge.errors import SourceError
 from bridge.sources import PC
 from bridge.sources.pcs import BlockTable
 
-__all__ = ["PythonSource"]
+__all__ = ["PythonSource", "block_table"]
 
 _LineSets = dict[str, set[int]]
 
@@ -332,6 +332,16 @@ class PythonSource:
         with PythonSource._running_lock:
             if PythonSource._running is self:
                 PythonSource._running = None
+
+
+def block_table(packages: Sequence[str]) -> BlockTable:
+    """The blocks that a source of these packages has when it starts; nothing is imported.
+
+    Raises :class:`bridge.errors.SourceError` for a package that cannot be found.
+    """
+    source = PythonSource(packages, data_file=None)
+    source._find_files()
+    return source.table
 
 
 class _LineTap:

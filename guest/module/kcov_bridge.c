@@ -99,7 +99,7 @@ struct kb_instance {
 	u64 unanswered;
 	/* The task id in that request. Guarded by lock. */
 	u64 unanswered_task;
-	/* An owner that exited while the host was gone: still to be told, else 0. Guarded by lock. */
+	/* An owner that exited while the host was gone, to be told, else 0. Guarded by lock. */
 	u64 exit_owed;
 	/* vmas that map the area. */
 	atomic_t mappings;
@@ -138,8 +138,9 @@ struct kb_bridge {
 	struct kb_header *header;
 	struct kb_request *requests;
 	const struct kb_response *responses;
-	/* Guarded by payload_lock, from filling it to the answer. Taken inside kb_instance.lock. */
+	/* Guarded by payload_lock, from filling it to the answer. */
 	u64 *payload;
+	/* Guards payload. Taken inside kb_instance.lock. */
 	struct mutex payload_lock;
 	phys_addr_t region_start;
 	u64 region_bytes;

@@ -46,7 +46,7 @@ enum kb_op {
 	KB_OP_RETURN	= 7,	/* arg0: system call number */
 	KB_OP_RESET	= 8,	/* arg0: the ioctl's argument */
 	KB_OP_UNIQUE	= 9,	/* arg0: words of the bitmap */
-	KB_OP_REMOTE	= 10,	/* arg0: mode, size << 32; arg1: handles or ~0; arg2: common handle */
+	KB_OP_REMOTE	= 10,	/* arg0: mode, size << 32; arg1: handles or ~0; arg2: common */
 };
 
 struct kb_header {
