@@ -24,7 +24,10 @@ __all__ = ["run", "shell"]
 
 logger = logging.getLogger(__name__)
 
-_FILES = ("summary.json", "pcs.txt", ".coverage", BLOCKS_FILE, LCOV_FILE, "console.log")
+_RESULTS = (
+    *("summary.json", "pcs.txt", ".coverage", BLOCKS_FILE),
+    *(LCOV_FILE, HTML_DIRECTORY, "console.log"),
+)
 _WORKLOAD = Path(__file__).resolve().parents[1] / "guest" / "workload" / "files.sh"
 _EXAMPLE = f'kcov-doc "$(find {MOUNT_POINT} -type f | head -n 1)"'
 
@@ -108,15 +111,24 @@ def _clear(out: Path) -> None:
     """Take away what an earlier run left: a file that is there belongs to this run."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in _FILES:
-            (out / name).unlink(missing_ok=True)
-        if (out / HTML_DIRECTORY).is_dir():
-            shutil.rmtree(out / HTML_DIRECTORY)
+        for name in _RESULTS:
+            _remove(out / name)
+            # What a run that was killed had not finished to write.
+            for part in out.glob(f".{name}.*"):
+                _remove(part)
     except OSError as error:
         raise InfrastructureError(
             f"the directory {out} cannot be used: {error.strerror}",
             hint="--out DIR takes another one",
         ) from error
+
+
+def _remove(path: Path) -> None:
+    """A file, a directory with all that is in it, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class _Record:

@@ -11,10 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import coverage
@@ -29,80 +25,16 @@ from bridge.sources.pcs import BlockTable
 from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.vm.accel import Accelerator
 from bridge.vm.config import MachineConfig
+from tests.support import COMMAND, ROOT, nothing_left, qemu_of, run, start, wait_until_gone
 
 pytestmark = pytest.mark.vm
 
-ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, "-m", "bridge"]
 QUICK = ["--target", "none", "--syscall-pcs"]
 
 
 @pytest.fixture(scope="module")
 def image() -> Image:
     return build()
-
-
-MARK = "KCOV_BRIDGE_TEST_RUN"
-"""An environment variable by which everything that a run started is found again."""
-
-
-def start(out: Path, *arguments: str, cwd: Path = ROOT) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*COMMAND, "run", "--out", str(out), *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, MARK: str(out)},
-        start_new_session=True,
-    )
-
-
-def run(out: Path, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    with nothing_left(out), start(out, *arguments, cwd=cwd) as process:
-        try:
-            stdout, stderr = process.communicate(timeout=240)
-        finally:
-            process.kill()
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
-def started_by(out: Path) -> dict[int, str]:
-    """The live processes that the run into ``out`` started, itself too, and their names."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and f"{MARK}={out}\0".encode() in (
-                (entry / "environ").read_bytes() + b"\0"
-            ):
-                found[int(entry.name)] = (entry / "comm").read_text().strip()
-        except OSError:
-            continue
-    return found
-
-
-def qemu_of(out: Path) -> int:
-    (qemu,) = [pid for pid, name in started_by(out).items() if name.startswith("qemu")]
-    return qemu
-
-
-def wait_until_gone(out: Path) -> None:
-    end = time.monotonic() + 10
-    while (left := started_by(out)) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not left
-
-
-@contextmanager
-def nothing_left(out: Path) -> Iterator[None]:
-    """No process and no temporary file is left behind by what runs inside."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as directory:
-        patch.setenv("TMPDIR", directory)
-        yield
-        wait_until_gone(out)
-        assert not list(Path(directory).iterdir())
-    assert not [path for path in out.glob(".*") if path.name != ".coverage"]
 
 
 def summary(out: Path) -> dict[str, object]:
