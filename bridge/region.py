@@ -217,6 +217,8 @@ class Region:
                 del self._free[index]
             else:
                 self._free[index] = (offset + need, length - need)
+            # Zeroed when it was freed, but a guest can write wherever it likes.
+            self._map.madvise(mmap.MADV_REMOVE, offset, need)
             words = self._bytes[offset : offset + size * WORD].cast("Q")
             area = Area(self._map, words, offset, size, need)
             self._areas[offset] = area
