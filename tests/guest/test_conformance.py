@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The conformance programs in a guest of each personality, and the reader of their reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import bridge
+from bridge.session import Session
+from tests.guest import conformance
+from tests.guest.conformance import KNOWN_FAILURES, PERSONALITIES, PROGRAMS, Result, parse
+
+ROUNDS = 500
+"""Of the programs that repeat; ``make conformance`` does more."""
+
+CPUS = {"linux": 4, "gvisor": 1}
+
+
+@dataclass
+class Subject:
+    """A guest of one personality, and what the programs said there so far."""
+
+    session: Session
+    personality: str
+    results: dict[str, Result]
+
+    def result(self, program: str) -> Result:
+        if program not in self.results:
+            self.results[program] = conformance.run_program(
+                self.session, program, self.personality, rounds=ROUNDS
+            )
+        return self.results[program]
+
+
+@pytest.fixture(scope="module")
+def binaries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return conformance.compile_programs(tmp_path_factory.mktemp("conformance"))
+
+
+@pytest.fixture(scope="module", params=PERSONALITIES)
+def subject(request: pytest.FixtureRequest, binaries: dict[str, Path]) -> Iterator[Subject]:
+    personality = request.param
+    with bridge.boot(
+        target="none", syscall_pcs=True, personality=personality, cpus=CPUS[personality]
+    ) as session:
+        conformance.upload(session, binaries)
+        yield Subject(session, personality, {})
+
+
+def known(personality: str, program: str) -> list[str]:
+    return [rule for who, name, rule in KNOWN_FAILURES if (who, name) == (personality, program)]
+
+
+@pytest.mark.vm
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_each_rule_is_kept(subject: Subject, program: str) -> None:
+    result = subject.result(program)
+    assert result.problem is None, conformance.table([result])
+    expected = known(subject.personality, program)
+    assert [rule for rule in result.failed if rule not in expected] == [], conformance.table(
+        [result]
+    )
+
+
+@pytest.mark.vm
+@pytest.mark.parametrize(
+    ("personality", "program", "rule"),
+    [
+        pytest.param(*key, marks=pytest.mark.xfail(reason=reason, strict=True))
+        for key, reason in KNOWN_FAILURES.items()
+    ],
+)
+def test_rules_that_are_not_kept_yet(
+    subject: Subject, personality: str, program: str, rule: str
+) -> None:
+    if personality != subject.personality:
+        pytest.xfail("a rule of the other personality")
+    result = subject.result(program)
+    assert rule in [line.rule for line in result.lines], "the rule has another name now"
+    assert rule not in result.failed
+
+
+@pytest.mark.vm
+def test_nothing_is_left_behind(subject: Subject) -> None:
+    device = subject.session.device
+    assert device is not None
+    assert conformance.complaints(subject.session) == ""
+    assert device.enabled == 0
+    assert device.instances == 0
+
+
+class TestReports:
+    GOOD = "ok 1 - one\nnot ok 2 - two\n# got 3, wanted 4\nok 3 - three # SKIP no such\n1..3\n"
+
+    def test_lines(self) -> None:
+        result = parse("p", self.GOOD, 1)
+        assert result.problem is None
+        assert [line.rule for line in result.lines] == ["one", "two", "three"]
+        assert result.failed == ["two"]
+        assert not result.ok
+        assert result.lines[1].detail == "got 3, wanted 4"
+        assert result.lines[2].skip == "no such"
+        shown = conformance.table([result])
+        assert "not ok two  [got 3, wanted 4]" in shown
+        assert "skip   three  [no such]" in shown
+
+    @pytest.mark.parametrize(
+        ("text", "status", "problem"),
+        [
+            ("ok 1 - one\n", 0, "no plan"),
+            ("ok 1 - one\n1..2\n", 0, "1 lines instead of 2"),
+            ("ok 1 - one\n1..1\n", 139, "exit status 139"),
+            ("not ok 1 - one\n1..1\n", 0, "exit status 0"),
+            ("ok 2 - one\n1..1\n", 0, "out of order"),
+            ("Bail out! no device\n", 1, "Bail out! no device"),
+            ("1..0\n", 0, "exit status 0"),
+            ("", -9, "no plan"),
+        ],
+    )
+    def test_what_is_no_good_report(self, text: str, status: int, problem: str) -> None:
+        result = parse("p", text, status)
+        assert not result.ok
+        assert problem in str(result.problem)
