@@ -23,7 +23,7 @@ KINDS := run $(if $(filter 0,$(shell id -u)),,user)
 .PHONY: help run image test test-unit test-all storm executor kills lint format venv packages packages-test clean distclean
 
 help: ## this help
-	@awk -F ' ## ' '/^[a-z-]+:.* ## / { split($$1, name, ":"); printf "make %-10s %s\n", name[1], $$2 }' \
+	@awk -F ' ## ' '/^[a-z-]+:.* ## / { split($$1, name, ":"); printf "make %-11s %s\n", name[1], $$2 }' \
 		$(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo 'Variables: OUT=$(OUT) (where `make run` puts its results), ARGS="..." (more arguments for'
@@ -67,6 +67,9 @@ test-all: packages-test ## run the tests that need no virtual machine, on each P
 
 storm: packages-test $(VENV)/installed-dev ## let a hostile guest scribble ten million times (about two minutes)
 	KCOV_BRIDGE_STORM=$(STORM) $(VENV)/bin/python -m pytest -s tests/guest/test_storm.py $(ARGS)
+
+conformance: packages-test $(VENV)/installed-dev ## run kcov's rules in guests: linux and gvisor, on 1 and 4 vCPUs
+	$(VENV)/bin/python -m tests.guest.conformance $(ARGS)
 
 lint: $(VENV)/installed-dev ## run the linters alone
 	$(VENV)/bin/python -m pytest -q tests/test_lint.py

@@ -9,45 +9,21 @@ from pathlib import Path
 import pytest
 
 import bridge
-from bridge.image import build, compile_for_guest
-from bridge.session import Session
+from tests.guest.conformance import compile_programs, run_program, table, upload
+from tests.guest.conformance import complaints as complaints
 
 pytestmark = pytest.mark.vm
 
-HERE = Path(__file__).parent
-
 
 @pytest.fixture(scope="module")
-def contract(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("contract") / "contract"
-    return compile_for_guest(build(), HERE / "contract.c", out)
+def binaries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    programs = ["calls_append", "mmap_shared", "owner_ends"]
+    return compile_programs(tmp_path_factory.mktemp("programs"), programs)
 
 
-def complaints(session: Session) -> str:
-    """What the guest kernel had to complain about."""
-    pattern = "WARNING:|BUG:|Oops|stall|hung task|refcount_t|general protection"
-    return session.run(f"dmesg | grep -E {pattern!r}").text
-
-
-@pytest.mark.parametrize("cpus", [1, 4])
-def test_the_contract(contract: Path, cpus: int) -> None:
-    with bridge.boot(target="none", syscall_pcs=True, cpus=cpus) as session:
-        assert session.device is not None
-        session.guest.upload(contract, "/tmp/contract", 0o755)
-        result = session.run("/tmp/contract", timeout=120)
-        lines = result.text.splitlines()
-        assert not [line for line in lines if not line.startswith("ok ")][:-1]
-        assert lines[-1] == f"1..{len(lines) - 1}"
-        assert len(lines) > 40
-        assert result.exit_status == 0
-        assert complaints(session) == ""
-        assert session.device.instances == 0
-        assert session.device.enabled == 0
-
-
-def test_the_module_goes_and_comes_back(contract: Path) -> None:
+def test_the_module_goes_and_comes_back(binaries: dict[str, Path]) -> None:
     with bridge.boot(target="none", syscall_pcs=True) as session:
-        session.guest.upload(contract, "/tmp/contract", 0o755)
+        upload(session, binaries)
         held = session.run("exec 3</dev/kcov; rmmod kcov_bridge")
         assert held.exit_status != 0, "an open descriptor holds the module"
         assert "in use" in held.stderr.decode()
@@ -57,11 +33,12 @@ def test_the_module_goes_and_comes_back(contract: Path) -> None:
             assert session.run("rmmod kcov_bridge").exit_status == 0
             assert session.run("test -e /dev/kcov").exit_status != 0
             assert session.run('insmod "$(cat /tmp/where)"').exit_status == 0
-            assert session.run("/tmp/contract | grep -c '^not ok'").text.strip() == "0"
+            results = [run_program(session, name, "linux") for name in binaries]
+            assert all(result.ok for result in results), table(results)
         assert complaints(session) == ""
 
 
-def test_the_documentations_example(contract: Path) -> None:
+def test_the_documentations_example() -> None:
     with bridge.boot(target="none", syscall_pcs=True) as session:
         result = session.run("kcov-doc")
         assert result.exit_status == 0
