@@ -35,7 +35,7 @@ SHORT = "cat /mnt/target/many/* >/dev/null"
 RESULTS = {"console.log", ".coverage", "blocks.tsv", "pcs.txt", "summary.json", "lcov.info", "html"}
 
 
-def kill_one(directory: Path, moment: float, when_ready: bool, workload: str) -> str:
+def kill_one(directory: Path, moment: float, when_ready: bool, *arguments: str) -> str:
     """Run, kill, look for what is left; returns how far the run had come.
 
     ``moment``, from 0 to 1, says when between the earliest and the latest.
@@ -45,7 +45,7 @@ def kill_one(directory: Path, moment: float, when_ready: bool, workload: str) ->
     out, temporary = directory / "out", directory / "tmp"
     temporary.mkdir(parents=True)
     phase, stderr = "started", ""
-    with start(out, "--", "sh", "-c", workload, env={"TMPDIR": str(temporary)}) as process:
+    with start(out, *arguments, env={"TMPDIR": str(temporary)}) as process:
         assert process.stderr is not None
         while when_ready and "guest ready" not in stderr and (line := process.stderr.readline()):
             stderr += line
@@ -80,7 +80,11 @@ def test_nothing_is_left_of_a_run_that_is_killed(tmp_path: Path) -> None:
     build()
     moments = random.Random(SEED)
     runs = [
-        (tmp_path / str(number), moments.random(), number % 2 == 1, SHORT if number & 2 else LONG)
+        (
+            *(tmp_path / str(number), moments.random(), number % 2 == 1),
+            *(["--isolate"] if number % 3 == 2 else []),
+            *("--", "sh", "-c", SHORT if number & 2 else LONG),
+        )
         for number in range(KILLS)
     ]
     try:

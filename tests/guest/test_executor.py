@@ -65,7 +65,7 @@ def assert_nothing_is_left(session: Session) -> None:
 
 
 def test_an_executor(session: Session) -> None:
-    result = session.run(f"/tmp/executor --dir {MOUNT} {CALLS}", timeout=120 + CALLS / 50)
+    result = session.run(f"/tmp/executor --remote --dir {MOUNT} {CALLS}", timeout=120 + CALLS / 50)
     assert result.exit_status == 0, result.stderr.decode()
     figures = json.loads(result.text)
     assert figures["calls"] >= CALLS
