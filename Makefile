@@ -20,7 +20,7 @@ KINDS := run $(if $(filter 0,$(shell id -u)),,user)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help run image test test-unit test-all storm executor kills lint format venv packages packages-test clean distclean
+.PHONY: help run image test test-unit test-all storm executor kills conformance lint format venv packages packages-test clean distclean
 
 help: ## this help
 	@awk -F ' ## ' '/^[a-z-]+:.* ## / { split($$1, name, ":"); printf "make %-11s %s\n", name[1], $$2 }' \
