@@ -50,8 +50,10 @@ def kill_one(directory: Path, moment: float, when_ready: bool, *arguments: str) 
         while when_ready and "guest ready" not in stderr and (line := process.stderr.readline()):
             stderr += line
         time.sleep(seconds)
-        names = set(started_by(out).values())
+        before = started_by(out)
         held = held_by(out)
+        # Alive in both looks, so in the one between them too.
+        names = {name for pid, name in started_by(out).items() if before.get(pid) == name}
         process.kill()
         stderr += process.communicate(timeout=60)[1]
     wait_until_gone(out)
@@ -67,6 +69,7 @@ def kill_one(directory: Path, moment: float, when_ready: bool, *arguments: str) 
         assert known, f"{where}: {name}"
     if any(name.startswith("qemu") for name in names):
         assert held.memory, "the region is a memfd"
+        assert held.sockets, "the guest's console is one"
         phase = "ready" if "guest ready" in stderr else "booting"
     elif "results in" in stderr:
         phase = "ended"
