@@ -217,6 +217,8 @@ static bool kb_host_gone(void)
 
 static void kb_host_lost(unsigned int slot, u64 seq)
 {
+	/* Before the host can learn of it: it answers a time-out with a new epoch. */
+	u64 epoch = READ_ONCE(kb->header->host_epoch);
 	bool first;
 
 	WRITE_ONCE(kb->header->guest_timeouts, atomic64_inc_return(&kb->timeouts));
@@ -224,7 +226,7 @@ static void kb_host_lost(unsigned int slot, u64 seq)
 	first = !kb->lost;
 	kb->lost_slot = slot;
 	kb->lost_seq = seq;
-	kb->lost_epoch = READ_ONCE(kb->header->host_epoch);
+	kb->lost_epoch = epoch;
 	WRITE_ONCE(kb->lost, true);
 	spin_unlock(&kb->lost_lock);
 	if (first)
