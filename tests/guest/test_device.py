@@ -47,7 +47,7 @@ def test_the_documentations_example() -> None:
         assert [str(session.symbolize(pc)) for pc in found] == ["syscall/x86_64:0.1,0.1"]
 
 
-def test_the_region_is_mapped_cached(contract: Path) -> None:
+def test_the_region_is_mapped_cached() -> None:
     """Also where the guest's memory types count: KVM on AMD honours them."""
     with bridge.boot(target="none") as session:
         # kcov-exec has its area mapped while the command runs.
