@@ -16,6 +16,25 @@ static int untraced_child(void *unused)
 	return kcov_disable(&kcov) == EINVAL ? 0 : 2;
 }
 
+/* Opening a gate is a call too, and its return may be under way: wait until the child is at rest. */
+static void wait_for_rest(pid_t pid)
+{
+	char path[64], text[256];
+	const char *state;
+
+	snprintf(path, sizeof(path), "/proc/%d/stat", (int)pid);
+	do {
+		int fd = open(path, O_RDONLY | O_CLOEXEC);
+		ssize_t size = read(fd, text, sizeof(text) - 1);
+
+		close(fd);
+		if (size <= 0)
+			bail("%s", path);
+		text[size] = 0;
+		state = strrchr(text, ')');
+	} while (!state || state[2] != 'S');
+}
+
 /* The parent is traced, and its area has nothing of the child's. */
 static int parent_alone(void)
 {
@@ -60,6 +79,7 @@ int main(int argc, char **argv)
 		_exit(1);
 	}
 	gate_wait(&gate);
+	wait_for_rest(pid);
 	is(kcov_enable(&own), EINVAL, "a child of a task that traces may trace through another");
 	ok(traces(&kcov), "while the parent is traced");
 	reset(&own);
