@@ -84,7 +84,7 @@ ENOTSUPP = 524
 PAGE_SIZE = 4096
 WORD = 8
 MAGIC = 0x47445242564F434B  # "KCOVBRDG" in memory
-VERSION = 2
+VERSION = 3
 SLOTS = 1024
 SLOT_WORDS = 8
 REQUESTS_OFFSET = PAGE_SIZE
@@ -157,6 +157,8 @@ class Op(IntEnum):
     REMOTE = 10
     """KCOV_REMOTE_ENABLE; ARG0 = trace_mode, and area_size above 32 bits; ARG1 = num_handles, or
     2**64-1 where the argument could not be read; ARG2 = common_handle; the payload: handles."""
+    CLOSE = 11
+    """The last descriptor is closed while TASK owns the instance; the answer 0 ends that."""
 
 
 class RequestWord(IntEnum):

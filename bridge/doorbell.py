@@ -429,6 +429,8 @@ class Doorbell(Generic[C]):
             return device.reset_trace(kcov, task, args[0])
         if op == Op.EXIT:
             return device.task_exit(kcov, task)
+        if op == Op.CLOSE:
+            return device.last_close(kcov, task)
         self.counters.refused += 1
         return errno.EINVAL
 

@@ -355,6 +355,16 @@ class Device(Generic[C]):
             self._reset(kcov)
         return 0
 
+    def last_close(self, kcov: Kcov[C], task: Task) -> Errno:
+        """No descriptor is left, while ``task`` owns the instance: 0 if that ends the ownership.
+
+        gVisor clears the instance (``kcovFD.Release``). In Linux the task holds a reference to it
+        and traces on: EPERM.
+        """
+        if self.personality is not Personality.GVISOR:
+            return errno.EPERM
+        return self.task_exit(kcov, task)
+
     def release(self, kcov: Kcov[C]) -> Errno:
         """The last reference is gone: the instance ends and its areas go back."""
         if kcov.owner is not None:

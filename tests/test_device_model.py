@@ -222,6 +222,51 @@ class Lives(RuleBasedStateMachine):
             offset = abi.AREAS_OFFSET + model.area
         assert self.device.map(model.kcov, length, off, live) == (error, offset)
 
+    @precondition(lambda self: len(self.all) < INSTANCES)
+    @rule(size=st.sampled_from([2, 3, 4, 512, 512, 1024]))
+    def open_and_map(self, size: int) -> None:
+        """What takes three steps by chance, so that most lives get beyond them."""
+        self.open()
+        self.init_trace(len(self.all) - 1, size)
+        self.map(len(self.all) - 1, 0, 0, 1)
+
+    @precondition(lambda self: any(model.initialised and not model.owner for model in self.all))
+    @rule(
+        index=index,
+        task=task,
+        mode=st.sampled_from([0, 0, 1, 256, 257]),
+        bitmap=st.sampled_from([None, None, 1, 2, 8]),
+    )
+    def an_idle_one_is_enabled(self, index: int, task: int, mode: int, bitmap: int | None) -> None:
+        idle = [at for at, model in enumerate(self.all) if model.initialised and not model.owner]
+        at = idle[index % len(idle)]
+        self.map(at, 0, 0, 1)
+        if bitmap is None:
+            self.enable(at, task, mode)
+        else:
+            self.unique_enable(at, task, bitmap)
+
+    @precondition(lambda self: any(model.owner is not None for model in self.all))
+    @rule(index=index, how=st.sampled_from(["again", "disable", "exit", "close", "reset"]))
+    def an_owner_acts(self, index: int, how: str) -> None:
+        owned = [at for at, model in enumerate(self.all) if model.owner is not None]
+        at = owned[index % len(owned)]
+        task = self.all[at].owner
+        assert task is not None
+        if how == "again":
+            self.disable(at, task, 0)
+            self.map(at, 0, 0, 1)
+            self.enable(at, task, 0)
+            self.returns(self.all[at], task, 39)
+        elif how == "disable":
+            self.disable(at, task, 0)
+        elif how == "exit":
+            self.task_exit(at, task)
+        elif how == "close":
+            self.last_close(at, task)
+        else:
+            self.reset_trace(at, task, 0)
+
     @precondition(lambda self: self.all)
     @rule(index=index, task=task, mode=st.sampled_from([0, 0, 0, 0, 0, 1, 2, 255, 256, 257]))
     def enable(self, index: int, task: int, mode: int) -> None:
@@ -301,6 +346,15 @@ class Lives(RuleBasedStateMachine):
         if model.owner is not None and model.owner == task:
             self.ends_tracing(model)
         assert self.device.task_exit(model.kcov, task) == 0
+
+    @precondition(lambda self: self.all)
+    @rule(index=index, task=task)
+    def last_close(self, index: int, task: int) -> None:
+        model = self.pick(index)
+        if self.gvisor and model.owner is not None and model.owner == task:
+            self.ends_tracing(model)
+        expected = 0 if self.gvisor else errno.EPERM
+        assert self.device.last_close(model.kcov, task) == expected
 
     @precondition(lambda self: self.all)
     @rule(index=index)
@@ -415,7 +469,7 @@ def test_any_life_is_as_the_contract_says(personality: Personality) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=int(os.environ.get("KCOV_BRIDGE_LIVES", "60")),
+            max_examples=int(os.environ.get("KCOV_BRIDGE_LIVES", "200")),
             stateful_step_count=60,
             deadline=None,
             derandomize=True,

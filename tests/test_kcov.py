@@ -472,6 +472,19 @@ class TestEnds:
         if both.device.personality is Personality.LINUX:
             assert both.device.enable(kcov, BOB, 0) == 0
 
+    def test_the_last_close_is_an_end_in_gvisor_alone(self, both: Fixture) -> None:
+        kcov = both.traced()
+        if both.device.personality is Personality.LINUX:
+            assert both.device.last_close(kcov, ALICE) == errno.EPERM
+            assert kcov.owner == ALICE
+        else:
+            assert both.device.last_close(kcov, BOB) == 0
+            assert kcov.owner == ALICE
+            assert both.device.last_close(kcov, ALICE) == 0
+            assert kcov.owner is None
+            assert kcov.area is None
+            assert both.device.enabled == 0
+
     def test_release_while_enabled(self, both: Fixture) -> None:
         kcov = both.traced()
         assert both.device.release(kcov) == 0

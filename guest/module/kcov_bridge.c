@@ -14,6 +14,7 @@
  *				at its end, just before user mode: the host appends PCs
  *   ioctl(KCOV_RESET_TRACE)	forwarded; the area is empty
  *   ioctl(KCOV_DISABLE), exit	forwarded; the owner is none any more
+ *   close of the last descriptor	forwarded; the host says whether the owner traces on
  *   close, munmap, exit	the last reference gone: forwarded; the slot is free again
  *
  * What the module keeps is which task owns which instance, so that the end of a system call of
@@ -95,10 +96,10 @@ struct kb_instance {
 	u64 seq;
 	/* Whether the host has answered any request of this open. Written under lock. */
 	bool answered;
-	/* The last request's op if it was given up unanswered, else 0. Guarded by lock. */
+	/* The last request as it was sent, without its seq. Guarded by lock. */
+	struct kb_request request;
+	/* Its op if it was given up unanswered, else 0. Guarded by lock. */
 	u64 unanswered;
-	/* The task id in that request. Guarded by lock. */
-	u64 unanswered_task;
 	/* An owner that exited while the host was gone, to be told, else 0. Guarded by lock. */
 	u64 exit_owed;
 	/* vmas that map the area. */
@@ -284,28 +285,55 @@ static bool kb_wait(unsigned int slot, u64 seq)
 	return true;
 }
 
-/*
- * Sends a request and waits for its answer: 0, a negative errno from the host, or -EIO where there
- * is no answer. Must be called with inst->lock held.
- */
-static int kb_call(struct kb_instance *inst, enum kb_op op, u64 task, u64 arg0, u64 arg1, u64 arg2)
+/* Writes a request into @slot and tells the host. Sent again with its old @seq, it is one still. */
+static void kb_send(unsigned int slot, u64 seq, const struct kb_request *from)
 {
-	struct kb_request *request = &kb->requests[inst->slot];
+	struct kb_request *request = &kb->requests[slot];
+
+	WRITE_ONCE(request->op, from->op);
+	WRITE_ONCE(request->generation, from->generation);
+	WRITE_ONCE(request->task, from->task);
+	WRITE_ONCE(request->arg0, from->arg0);
+	WRITE_ONCE(request->arg1, from->arg1);
+	WRITE_ONCE(request->arg2, from->arg2);
+	/* Pairs with the host's read of the whole request, which begins with seq. */
+	smp_store_release(&request->seq, seq);
+	kb_kick(slot);
+}
+
+/*
+ * Says in each slot which open it belongs to, 0 for none; whether that was news. Anybody who can
+ * write to the region can make the host take a slot for somebody else's, and hold room and tasks
+ * in its name; when others are in need of them, the host ends what its slot does not name.
+ */
+static bool kb_restore_generations(void)
+{
+	bool news = false;
+	unsigned int slot;
+
+	spin_lock(&kb->slots_lock);
+	for (slot = 0; slot < KB_SLOTS; slot++) {
+		struct kb_instance *inst = kb->instances[slot];
+		u64 generation = inst ? READ_ONCE(inst->generation) : 0;
+
+		if (READ_ONCE(kb->requests[slot].generation) != generation) {
+			WRITE_ONCE(kb->requests[slot].generation, generation);
+			news = true;
+		}
+	}
+	spin_unlock(&kb->slots_lock);
+	return news;
+}
+
+/* Sends inst->request and waits for its answer; see kb_call(). */
+static int kb_ask(struct kb_instance *inst)
+{
 	u64 error;
 
 	inst->seq = atomic64_inc_return(&kb_next);
-	WRITE_ONCE(request->op, op);
-	WRITE_ONCE(request->generation, inst->generation);
-	WRITE_ONCE(request->task, task);
-	WRITE_ONCE(request->arg0, arg0);
-	WRITE_ONCE(request->arg1, arg1);
-	WRITE_ONCE(request->arg2, arg2);
-	/* Pairs with the host's read of the whole request, which begins with seq. */
-	smp_store_release(&request->seq, inst->seq);
-	kb_kick(inst->slot);
+	kb_send(inst->slot, inst->seq, &inst->request);
 	if (!kb_wait(inst->slot, inst->seq)) {
-		inst->unanswered = op;
-		inst->unanswered_task = task;
+		inst->unanswered = inst->request.op;
 		atomic64_inc(&inst->timeouts);
 		kb_host_lost(inst->slot, inst->seq);
 		return -EIO;
@@ -313,6 +341,25 @@ static int kb_call(struct kb_instance *inst, enum kb_op op, u64 task, u64 arg0, 
 	WRITE_ONCE(inst->answered, true);
 	error = READ_ONCE(kb->responses[inst->slot].error);
 	return error > MAX_ERRNO ? -EIO : -(int)error;
+}
+
+/*
+ * Sends a request and waits for its answer: 0, a negative errno from the host, or -EIO where there
+ * is no answer. Must be called with inst->lock held.
+ */
+static int kb_call(struct kb_instance *inst, enum kb_op op, u64 task, u64 arg0, u64 arg1, u64 arg2)
+{
+	int err;
+
+	inst->request = (struct kb_request) {
+		.op = op, .generation = inst->generation, .task = task,
+		.arg0 = arg0, .arg1 = arg1, .arg2 = arg2,
+	};
+	err = kb_ask(inst);
+	/* Perhaps in the way is what is nobody's. */
+	if ((err == -ENOMEM || err == -EBUSY || err == -EEXIST) && kb_restore_generations())
+		err = kb_ask(inst);
+	return err;
 }
 
 static void kb_owner_end(struct kb_instance *inst);
@@ -331,15 +378,18 @@ static bool kb_settle(struct kb_instance *inst)
 		return false;
 	if (likely(!op && !inst->exit_owed))
 		return true;
-	if (op && !kb_answered(inst->slot, inst->seq))
+	if (op && !kb_answered(inst->slot, inst->seq)) {
+		/* Overwritten on its way, perhaps. The answer is for the next caller. */
+		kb_send(inst->slot, inst->seq, &inst->request);
 		return false;
+	}
 	inst->unanswered = 0;
 	done = op && !READ_ONCE(kb->responses[inst->slot].error);
 	if (op == KB_OP_INIT && done)
-		inst->generation = atomic64_inc_return(&kb_next);
+		WRITE_ONCE(inst->generation, (u64)atomic64_inc_return(&kb_next));
 	else if ((op == KB_OP_ENABLE || op == KB_OP_UNIQUE || op == KB_OP_REMOTE) && done)
-		inst->exit_owed = inst->unanswered_task;
-	else if (op == KB_OP_DISABLE && done)
+		inst->exit_owed = inst->request.task;
+	else if ((op == KB_OP_DISABLE || op == KB_OP_CLOSE) && done)
 		kb_owner_end(inst);
 	if (inst->exit_owed) {
 		u64 id = inst->exit_owed;
@@ -564,6 +614,7 @@ static void kb_unhook(void)
 
 static int kb_slot_take(struct kb_instance *inst)
 {
+	const struct kb_request release = { .op = KB_OP_RELEASE };
 	unsigned int slot;
 
 	spin_lock(&kb->slots_lock);
@@ -571,6 +622,8 @@ static int kb_slot_take(struct kb_instance *inst)
 		if (kb_answered(slot, kb->zombie_seq[slot])) {
 			__clear_bit(slot, kb->zombies);
 			__clear_bit(slot, kb->slots);
+		} else {
+			kb_send(slot, kb->zombie_seq[slot], &release);
 		}
 	}
 	slot = find_first_zero_bit(kb->slots, KB_SLOTS);
@@ -633,10 +686,38 @@ static int kb_open(struct inode *inode, struct file *file)
 	return nonseekable_open(inode, file);
 }
 
+/* No descriptor is left, though mappings may be. The host says whether that ends the owner. */
+static void kb_closed(struct kb_instance *inst)
+{
+	kb_lock(inst);
+	if (inst->owner && (current->flags & PF_EXITING) && inst->owner->task == current)
+		kb_owner_exits(inst);
+	else if (inst->owner && kb_settle(inst) &&
+		 !kb_call(inst, KB_OP_CLOSE, inst->owner->id, 0, 0, 0))
+		kb_owner_end(inst);
+	mutex_unlock(&inst->lock);
+}
+
+/* A descriptor is closed. */
+static int kb_flush(struct file *file, fl_owner_t id)
+{
+	struct kb_instance *inst = file->private_data;
+
+	/*
+	 * Each mapping holds the file, and is counted for less long than it does; whoever else
+	 * holds it is or may become a descriptor.
+	 */
+	if (file_count(file) - atomic_read(&inst->mappings) <= 1)
+		kb_closed(inst);
+	return 0;
+}
+
 static int kb_release(struct inode *inode, struct file *file)
 {
 	struct kb_instance *inst = file->private_data;
 
+	/* The last may have been a descriptor that nobody took out of its message. */
+	kb_closed(inst);
 	kref_put(&inst->ref, kb_instance_free);
 	return 0;
 }
@@ -830,6 +911,7 @@ static int kb_mmap(struct file *file, struct vm_area_struct *vma)
 static const struct file_operations kb_fops = {
 	.owner		= THIS_MODULE,
 	.open		= kb_open,
+	.flush		= kb_flush,
 	.release	= kb_release,
 	.unlocked_ioctl	= kb_ioctl,
 	.compat_ioctl	= kb_ioctl,

@@ -45,17 +45,10 @@ PROGRAMS = tuple(sorted(path.stem for path in SOURCES.glob("*.c")))
 DEVICE = "/sys/kernel/debug/kcov"
 
 _NO_PAGES = "the area is device memory: the kernel has no pages of it to pin for others"
-_CLOSE = "a mapping keeps the file, so the module does not learn of the last close"
 
 KNOWN_FAILURES: dict[tuple[str, str, str], str] = {
     ("linux", "area_access", "process_vm_readv"): _NO_PAGES,
     ("gvisor", "area_access", "process_vm_readv"): _NO_PAGES,
-    (
-        "gvisor",
-        "close_enabled",
-        "the last descriptor is closed: no PC comes any more",
-    ): _CLOSE,
-    ("gvisor", "close_enabled", "the task may trace through another"): _CLOSE,
 }
 """(personality, program, rule as its line says it): why the device does not keep it yet."""
 
