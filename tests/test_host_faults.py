@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 
 import bridge
+from bridge import abi
 from bridge.image import build, compile_for_guest
 from bridge.session import Session
 from bridge.targets import Endpoint
 from bridge.vm.network import TARGET_ADDRESS
+from bridge.vm.ssh import CommandResult
 from tests.guest.conformance import complaints
 
 pytestmark = pytest.mark.vm
@@ -147,6 +149,34 @@ def test_a_handler_that_does_not_answer(session: Session, mood: str) -> None:
     ask = "set -e; exec 3<>/dev/tcp/target/80; echo please >&3; cat <&3"
     assert session.kcov(["bash", "-c", ask], timeout=60).stdout == b"answer\n"
     assert device.enabled == 0
+
+
+def test_requests_that_are_overwritten_on_their_way(session: Session) -> None:
+    doorbell = session.doorbell
+    assert doorbell is not None
+    stats = "head -n 1 /sys/kernel/debug/kcov_bridge_stats"
+
+    def busy() -> None:
+        # The guest asks, and gives up; what it wrote is gone before the host looks.
+        time.sleep(BOUND_MS / 1000 + 1)
+        for slot in range(abi.SLOTS):
+            at = abi.REQUESTS_OFFSET // abi.WORD + slot * abi.SLOT_WORDS
+            doorbell._control[at + abi.RequestWord.SEQ] = 0
+
+    asking = threading.Timer(0.2, lambda: given_up.append(session.run("kcov-exec -- true")))
+    given_up: list[CommandResult] = []
+    asking.start()
+    doorbell.call(busy, timeout=30)
+    asking.join()
+    assert given_up[0].exit_status == 125, given_up
+    assert session.run(stats).text.endswith("unreleased 1\n")
+    deadline = time.monotonic() + 10
+    while not session.run(stats).text.startswith("host here"):
+        assert time.monotonic() < deadline, session.run(stats).text
+    # One open asks the host again, the next sees the answer.
+    for _ in range(2):
+        assert session.run("kcov-exec -- true").exit_status == 0
+    assert session.run(stats).text.endswith("unreleased 0\n")
 
 
 STOPPED = """

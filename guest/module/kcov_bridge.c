@@ -942,9 +942,9 @@ static int kb_stats_show(struct seq_file *file, void *unused)
 {
 	unsigned int slot;
 
-	seq_printf(file, "host %s, timeouts %lld, skipped %lld\n",
+	seq_printf(file, "host %s, timeouts %lld, skipped %lld, unreleased %d\n",
 		   kb_host_gone() ? "gone" : "here", atomic64_read(&kb->timeouts),
-		   atomic64_read(&kb->skipped));
+		   atomic64_read(&kb->skipped), bitmap_weight(kb->zombies, KB_SLOTS));
 	seq_puts(file, "slot owner appended dropped timeouts skipped\n");
 	spin_lock(&kb->slots_lock);
 	rcu_read_lock();

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,23 @@ def test_the_documentations_example() -> None:
         found = [int(word, 16) for word in result.text.split()]
         # read(2) is number 0.
         assert [str(session.symbolize(pc)) for pc in found] == ["syscall/x86_64:0.1,0.1"]
+
+
+def test_the_guest_reads_what_was_lost() -> None:
+    with bridge.boot(target="none", syscall_pcs=True) as session:
+        stats = "/sys/kernel/debug/kcov_bridge_stats"
+        # What traces has a row of its own; an area of 512 words has room for 511 PCs.
+        script = f"for i in $(seq 300); do : </etc/passwd; done; echo $$; cat {stats}; :"
+        text = session.run(f"kcov-exec -n 512 -o /dev/null -- sh -c {shlex.quote(script)}").text
+        pid, host, header, *rows = text.splitlines()
+        assert host == "host here, timeouts 0, skipped 0, unreleased 0"
+        assert header == "slot owner appended dropped timeouts skipped"
+        (row,) = [row.split() for row in rows if row.split()[1] != "0"]
+        assert row[1] == pid
+        assert row[2] == "511"
+        assert int(row[3]) > 300, "three calls a round"
+        assert row[4:] == ["0", "0"]
+        assert session.run(f"cat {stats}").text.splitlines() == [host, header]
 
 
 def test_the_region_is_mapped_cached() -> None:
