@@ -20,7 +20,7 @@ KINDS := run $(if $(filter 0,$(shell id -u)),,user)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help run image test test-unit test-all storm executor kills conformance lint format venv packages packages-test clean distclean
+.PHONY: help run image test test-unit test-all storm executor kills conformance reference lint format venv packages packages-test clean distclean
 
 help: ## this help
 	@awk -F ' ## ' '/^[a-z-]+:.* ## / { split($$1, name, ":"); printf "make %-11s %s\n", name[1], $$2 }' \
@@ -30,6 +30,7 @@ help: ## this help
 	@echo 'run or for pytest), VENV=$(VENV), PYTHON=PROGRAM. Examples:'
 	@echo '  make run ARGS="--memory 512 -- ls -l /mnt/target"'
 	@echo '  make test ARGS="-k config"'
+	@echo '  make conformance ARGS="--kernel debug"   (with lockdep, KASAN, ...; built as by reference)'
 
 run: packages $(VENV)/installed ## install what is missing, boot a guest, run the default workload under kcov
 	$(VENV)/bin/kcov-bridge run --out $(OUT) $(ARGS)
@@ -70,6 +71,9 @@ storm: packages-test $(VENV)/installed-dev ## let a hostile guest scribble ten m
 
 conformance: packages-test $(VENV)/installed-dev ## run kcov's rules in guests: linux and gvisor, on 1 and 4 vCPUs
 	$(VENV)/bin/python -m tests.guest.conformance $(ARGS)
+
+reference: packages-test $(VENV)/installed-dev ## ask a kernel built with kcov (many minutes; no part of the tests)
+	$(VENV)/bin/python -m tests.guest.conformance --reference $(ARGS)
 
 lint: $(VENV)/installed-dev ## run the linters alone
 	$(VENV)/bin/python -m pytest -q tests/test_lint.py
