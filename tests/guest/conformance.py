@@ -69,7 +69,7 @@ KNOWN_DIFFERENCES: dict[tuple[str, str], str] = {}
 """(program, rule as its line says it): why Linux' own kcov, as released, does not keep it."""
 
 _COMPLAINT = (
-    "WARNING:|BUG:|BUG [a-z]|Oops|stall|hung task|blocked for more than|refcount_t|"
+    "WARNING:|BUG:|BUG [a-z]|Oops|[^n]stall|hung task|blocked for more than|refcount_t|"
     "general protection|ODEBUG|INFO: trying to register|INFO: lockdep is turned off"
 )
 _MEMORY = {"kcov": 512, "plain": 256, "debug": 1024}
@@ -339,7 +339,14 @@ def _reference(
         good = good and not unexplained and not wrong
         rules = sum(len(result.lines) for result in own)
         summary.append(f"{where}: {len(own)} programs, {rules} rules")
+        skipped = [
+            f"{result.program}: {line.rule}: {line.skip}"
+            for result in own
+            for line in result.lines
+            if line.skip is not None
+        ]
         for what, lines in (
+            ("what this kernel cannot be asked", skipped),
             ("where the real kernel differs from the rules", explained),
             ("differences that nobody has explained", unexplained),
             ("what is wrong with the bridge's device on this kernel", wrong),

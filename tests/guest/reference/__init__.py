@@ -86,6 +86,10 @@ _HEADERS = {"gelf.h": "libelf-dev", "openssl/opensslv.h": "libssl-dev"}
 _ROOM = 8 << 30
 """Free space in bytes for sources, one build tree with debug information, and the products."""
 
+_BOOTED = {"kcov": "vmlinux", "plain": "vmlinux", "debug": "vmlinuz"}
+"""What QEMU starts. Through the PVH entry of ``vmlinux`` a kernel with KASAN runs instrumented code
+before there is shadow memory, and is reset; ``vmlinuz`` unpacks itself, at a random address."""
+
 _OPTIONAL = ("CONFIG_KCOV_ENABLE_COMPARISONS=y",)
 """What an old compiler may lack."""
 
@@ -279,7 +283,8 @@ def _image(
     """The kernel with the default image's root and with agent and module. The lock must be held."""
     sources = Sources.find()
     agent_fingerprint = sources.agent_fingerprint()
-    parts = (kernel.directory.name, default.base_fingerprint, agent_fingerprint)
+    booted = _BOOTED[variant]
+    parts = (kernel.directory.name, booted, default.base_fingerprint, agent_fingerprint)
     fingerprint = hashlib.sha256("+".join(parts).encode()).hexdigest()[:12]
     directory = image_directory(f"reference-{variant}-{fingerprint}")
     try:
@@ -309,7 +314,8 @@ def _image(
         shutil.copyfile(module, temporary / "kcov_bridge.ko")
         layer = _layer(sources, kernel, module, _BuildRoot(base.build_root, commands))
         _link(base.directory / "root.squashfs", temporary / "root.squashfs")
-        for product in ("vmlinux", "vmlinux.debug", "vmlinuz", "System.map", "config"):
+        _link(kernel.directory / booted, temporary / "vmlinux")
+        for product in ("vmlinux.debug", "vmlinuz", "System.map", "config"):
             _link(kernel.directory / product, temporary / product)
         keys = _make_keys(temporary)
         (temporary / "initrd.img").touch(mode=0o600)  # the host's private key is in it
