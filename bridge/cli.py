@@ -97,6 +97,13 @@ examples:
   kcov-bridge symbolize --all
 """
 
+_EXPORT_EPILOG = """\
+examples:
+  kcov-bridge export --format rawcover >rawcover.txt
+  kcov-bridge export --format drcov -o kernel.drcov
+  kcov-bridge export --format lcov --vmlinux vmlinux -o kernel.info
+"""
+
 _STATUS_EPILOG = """\
 examples:
   kcov-bridge status
@@ -201,6 +208,13 @@ def _fill_symbolize(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(function=symbolize_command)
 
 
+def _fill_export(parser: argparse.ArgumentParser) -> None:
+    from bridge.sources.guest_kernel.export import add_export_arguments, export_command
+
+    add_export_arguments(parser)
+    parser.set_defaults(function=export_command)
+
+
 def _fill_status(parser: argparse.ArgumentParser) -> None:
     from bridge.status import add_status_arguments, status_command
 
@@ -232,6 +246,13 @@ _SUBCOMMANDS: tuple[tuple[str, str, str, str, Callable[[argparse.ArgumentParser]
     ),
     ("ssh", "open a shell in a booted guest", "", _SSH_EPILOG, _fill_ssh),
     ("symbolize", "say what PCs are", "", _SYMBOLIZE_EPILOG, _fill_symbolize),
+    (
+        "export",
+        "write the coverage of the guest's kernel for other programs",
+        "",
+        _EXPORT_EPILOG,
+        _fill_export,
+    ),
     (
         "status",
         "say what the running bridges are doing",

@@ -38,6 +38,7 @@ from bridge.image.recipe import Recipe, Sources
 from bridge.image.store import (
     FILES,
     MANIFEST,
+    OPTIONAL_FILES,
     FileRecord,
     Image,
     base_directory,
@@ -46,6 +47,7 @@ from bridge.image.store import (
     remove_tree,
     sha256_of,
 )
+from bridge.sources.guest_kernel.placement import ModulePlacement, core_text_size
 
 __all__ = ["build", "compile_for_guest"]
 
@@ -258,6 +260,7 @@ class _Builder:
             self._make_build_root(build_root, temporary, commands)
             release, version = self._unpack_kernel(build_root, temporary)
             modules = _Modules(build_root.root / "kernel" / "lib" / "modules" / release)
+            ModulePlacement(modules.text_sizes()).save(temporary / "modules.json")
             self._make_boot_archive(build_root, modules, temporary)
             packages = self._make_root(build_root, modules, release, temporary, commands)
             shutil.rmtree(build_root.root / "kernel")
@@ -445,6 +448,10 @@ class _Builder:
             build_root = _BuildRoot(base.build_root, commands)
             for name in ("vmlinux", "vmlinuz", "root.squashfs"):
                 _link(base.directory / name, temporary / name)
+            # A base that an earlier version built has no such list.
+            for name in OPTIONAL_FILES:
+                if (base.directory / name).exists():
+                    _link(base.directory / name, temporary / name)
             agent = self._compile_agent(build_root, base.kernel_release, temporary)
             keys = _make_keys(temporary)
             (temporary / "initrd.img").touch(mode=0o600)  # the host's private key is in it
@@ -469,7 +476,8 @@ class _Builder:
                 packages=base.packages,
                 files={
                     name: FileRecord((temporary / name).stat().st_size, sha256_of(temporary / name))
-                    for name in FILES
+                    for name in (*FILES, *OPTIONAL_FILES)
+                    if (temporary / name).exists()
                 },
             )
             _write_json(temporary / MANIFEST, image.manifest())
@@ -591,6 +599,13 @@ class _Modules:
             for path in (*reversed(self._needs[self._paths[name]]), self._paths[name]):
                 order.setdefault(path)
         return [self._directory / path for path in order]
+
+    def text_sizes(self) -> dict[str, int]:
+        """The bytes of text that each module keeps while it is loaded, by its name."""
+        return {
+            name: core_text_size(self._directory / path)
+            for name, path in sorted(self._paths.items())
+        }
 
     def copy(self, files: Iterable[Path], to: Path) -> None:
         """Copies modules, and what depmod needs besides, to another tree of modules."""

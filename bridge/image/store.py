@@ -28,6 +28,7 @@ from bridge.image.recipe import IMAGE_FORMAT, Recipe, Sources
 __all__ = [
     "FILES",
     "MANIFEST",
+    "OPTIONAL_FILES",
     "FileRecord",
     "Image",
     "base_directories",
@@ -59,6 +60,9 @@ FILES = (
     "kcov_bridge.ko",
 )
 """The files of an image besides its manifest."""
+
+OPTIONAL_FILES = ("modules.json",)
+"""Files that an image may have besides: those built by an earlier version don't."""
 
 _CMDLINE = "quiet mitigations=off cryptomgr.notests"
 """``mitigations=off``: a guest of our own needs no defence against its own programs, and its
@@ -171,9 +175,11 @@ class Image:
         Raises :class:`bridge.errors.ImageError` for a broken image.
         """
         wrong = []
-        for name in FILES:
+        for name in (*FILES, *OPTIONAL_FILES):
             record = self.files.get(name)
             path = self.directory / name
+            if record is None and name in OPTIONAL_FILES:
+                continue
             if record is None:
                 wrong.append(f"{name}: not in the manifest")
                 continue
@@ -230,6 +236,13 @@ class Image:
     def system_map(self) -> Path:
         """The kernel's symbols at their addresses without randomisation."""
         return self.directory / "System.map"
+
+    @property
+    def modules_list(self) -> Path | None:
+        """The sizes of the kernel's modules, as
+        :class:`bridge.sources.guest_kernel.placement.ModulePlacement` reads them; None for an
+        image without them."""
+        return self.directory / "modules.json" if "modules.json" in self.files else None
 
     @property
     def ssh_key(self) -> Path:

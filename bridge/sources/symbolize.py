@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From synthetic PCs back to source: what ``kcov-bridge symbolize`` prints.
+"""From PCs back to source: what ``kcov-bridge symbolize`` prints.
 
-The output is that of gVisor's ``runsc symbolize``: for each PC a line with it in hex and a line
-``file:line.col,line.col``.
+For synthetic PCs the output is that of gVisor's ``runsc symbolize``: for each PC a line with it in
+hex and a line ``file:line.col,line.col``. For PCs of the guest's kernel the second line is
+``function+0xoffset``, with `` [module]`` behind it for those of a module and ``file:line `` before
+it where the kernel's debug information is there.
 """
 
 from __future__ import annotations
@@ -11,19 +13,27 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Iterable
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Final, TextIO
+from typing import TYPE_CHECKING, Final, TextIO
 
 from bridge.errors import SourceError, UsageError
 from bridge.sources import PC
 from bridge.sources.pcs import BlockTable, Location
 
+if TYPE_CHECKING:
+    from bridge.sources.guest_kernel.lines import Lines
+    from bridge.sources.guest_kernel.symbols import KernelSymbols
+
 __all__ = [
     "BLOCKS_FILE",
+    "KernelPlaces",
     "Symbolizer",
     "add_symbolize_arguments",
     "load_blocks",
+    "load_kernel",
     "symbolize_command",
 ]
 
@@ -34,13 +44,75 @@ BLOCKS_FILE: Final = "blocks.tsv"
 _HEX: Final = re.compile(r"(?:0[xX])?[0-9a-fA-F]+")
 
 
-class Symbolizer:
-    """Looks up PCs in a block table and prints them."""
+_MOVED: Final = 5
+"""syzkaller's report takes so much from a PC, to get from a return address to its call."""
+_MASKED: Final = 7
+"""syzkaller's filter drops these bits of a PC."""
 
-    def __init__(self, table: BlockTable, *, prefix: str = "") -> None:
+
+class KernelPlaces:
+    """Says what PCs of the guest's kernel are."""
+
+    def __init__(
+        self,
+        symbols: KernelSymbols,
+        blocks: Iterable[PC] = (),
+        *,
+        lines: Callable[[], Lines | None] = lambda: None,
+    ) -> None:
+        """``blocks`` are the starts of the blocks that the run has covered; ``lines`` gives the
+        kernel's debug information and is called when it is first needed."""
+        self._symbols = symbols
+        self._blocks = array("Q", sorted(blocks))
+        self._open_lines: Callable[[], Lines | None] | None = lines
+        self._lines: Lines | None = None
+
+    def block(self, pc: PC) -> PC:
+        """The covered block that a PC stands for; it may have been moved by a consumer.
+
+        One that begins at the PC, else one that begins 5 bytes on, else, where the low 3 bits
+        are 0, the first within 8 bytes, else the first within 5; without any, the PC itself.
+        """
+        for candidate in (pc, pc + _MOVED):
+            if self._next_block(candidate) == candidate:
+                return candidate
+        following = self._next_block(pc)
+        room = _MASKED if pc & _MASKED == 0 else _MOVED
+        return following if following is not None and following - pc <= room else pc
+
+    def text(self, pc: PC, prefix: str = "") -> str | None:
+        """``[file:line ]function+0xoffset[ [module]]``; None for an unknown PC."""
+        block = self.block(pc)
+        # A moved PC may lie in the padding before the function, which is no function's.
+        for at in (block, pc + _MOVED, pc | _MASKED):
+            symbol = self._symbols.lookup(at)
+            if symbol is not None:
+                break
+        else:
+            return None
+        text = f"{symbol.name}+{at - symbol.start:#x}"
+        if symbol.module:
+            return f"{text} [{symbol.module}]"
+        if self._open_lines is not None:
+            self._lines, self._open_lines = self._open_lines(), None
+        place = self._lines.lookup(at) if self._lines is not None else None
+        return f"{prefix}{place[0]}:{place[1]} {text}" if place is not None else text
+
+    def _next_block(self, pc: PC) -> PC | None:
+        index = bisect_left(self._blocks, pc)
+        return self._blocks[index] if index < len(self._blocks) else None
+
+
+class Symbolizer:
+    """Looks up PCs in a block table and in the guest's kernel, and prints them."""
+
+    def __init__(
+        self, table: BlockTable, *, prefix: str = "", kernel: KernelPlaces | None = None
+    ) -> None:
         """``prefix`` is put before each printed path as it is: give the slash with it."""
         self._table = table
         self._prefix = prefix
+        self._kernel = kernel
 
     def lookup(self, pc: PC) -> Location | None:
         """What a PC, or any other address of its slot, stands for."""
@@ -49,9 +121,13 @@ class Symbolizer:
     def write(self, pc: PC, out: TextIO) -> bool:
         """Print one PC and its place; prints nothing and returns False for an unknown one."""
         location = self.lookup(pc)
-        if location is None:
+        if location is not None:
+            self._write(pc, location, out)
+            return True
+        text = self._kernel.text(pc, self._prefix) if self._kernel is not None else None
+        if text is None:
             return False
-        self._write(pc, location, out)
+        out.write(f"{pc:#x}\n{text}\n")
         return True
 
     def write_all(self, out: TextIO) -> None:
@@ -102,6 +178,32 @@ def load_blocks(run: Path) -> BlockTable:
     return BlockTable.load(path)
 
 
+def load_kernel(run: Path, vmlinux: Path | None = None) -> KernelPlaces | None:
+    """The places of the guest's kernel in a run directory; None for a run without them.
+
+    ``vmlinux`` has the kernel's debug information; by default that of Debian's package is used
+    where it is installed. Raises :class:`bridge.errors.UsageError` where it is not there and
+    :class:`bridge.errors.SourceError` where the run's files are damaged.
+    """
+    # Most runs have nothing of the kernel; the imports are not for them.
+    from bridge.sources.guest_kernel.symbols import SYMBOLS_FILE, KernelSymbols
+
+    if vmlinux is not None and not vmlinux.is_file():
+        raise UsageError(f"there is no file {vmlinux}")
+    if not (run / SYMBOLS_FILE).is_file():
+        return None
+    from bridge.sources.guest_kernel import export
+
+    blocks: list[PC] = []
+    if (run / export.BLOCKS_FILE).is_file():
+        blocks = [block.start for block in export.read_blocks(run / export.BLOCKS_FILE)]
+    return KernelPlaces(
+        KernelSymbols.load(run / SYMBOLS_FILE),
+        blocks,
+        lines=lambda: export.lines_of(run, vmlinux),
+    )
+
+
 def add_symbolize_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``kcov-bridge symbolize`` to a parser."""
     parser.add_argument(
@@ -114,7 +216,8 @@ def add_symbolize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all",
         action="store_true",
-        help="print all blocks that the run could have covered; stdin is not read",
+        help="print all blocks of source files that the run could have covered, none of the "
+        "kernel's; stdin is not read",
     )
     parser.add_argument(
         "--prefix",
@@ -122,15 +225,26 @@ def add_symbolize_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH/",
         help="put this before each path (syzkaller wants paths with pkg/ in them)",
     )
+    parser.add_argument(
+        "--vmlinux",
+        type=Path,
+        metavar="FILE",
+        help="the guest's kernel with debug information, for its files and lines (default: where "
+        "Debian's package linux-image-…-dbg has it)",
+    )
 
 
 def symbolize_command(args: argparse.Namespace) -> int:
     """Run ``kcov-bridge symbolize``: PCs on stdin, their places on stdout.
 
     Returns the exit status: 0, or 1 where a PC could not be printed. Raises as
-    :func:`load_blocks` does.
+    :func:`load_blocks` and :func:`load_kernel` do.
     """
-    symbolizer = Symbolizer(load_blocks(args.run), prefix=args.prefix)
+    kernel = load_kernel(args.run, args.vmlinux)
+    # A run of the kernel alone has no block table.
+    alone = kernel is not None and not args.all and not (args.run / BLOCKS_FILE).is_file()
+    table = BlockTable() if alone else load_blocks(args.run)
+    symbolizer = Symbolizer(table, prefix=args.prefix, kernel=kernel)
     try:
         if args.all:
             symbolizer.write_all(sys.stdout)

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the code of kernel modules lies canonically: at the same place on every run.
+
+The kernel loads a module wherever there is room. A PC must mean the same on every run, so the text
+of each module that the kernel's package has is given a place of its own, by the order of the names;
+what the package does not know gets the room after them in the order in which it appears.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+import struct
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from bridge.errors import SourceError
+
+__all__ = [
+    "MODULES_BASE",
+    "MODULES_END",
+    "ModulePlacement",
+    "core_text_size",
+    "module_name",
+    "write_atomically",
+]
+
+MODULES_BASE: Final = 0xFFFF_FFFF_A000_0000
+"""The first canonical address of modules."""
+MODULES_END: Final = 0xFFFF_FFFF_EF00_0000
+"""The end of the canonical addresses of modules, exclusive; synthetic PCs lie further up."""
+
+_PAGE: Final = 4096
+_FORMAT: Final = "kcov-bridge-modules"
+_VERSION: Final = 1
+
+_SHF_ALLOC: Final = 2
+_SHF_EXECINSTR: Final = 4
+
+
+class ModulePlacement:
+    """Gives the texts of modules their canonical bases."""
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        """``sizes`` has the bytes of core text of each module that is known beforehand.
+
+        Raises :class:`bridge.errors.SourceError` where they don't find room.
+        """
+        self._sizes = {module_name(name): _pages(size) for name, size in sizes.items()}
+        self._known: dict[str, int] = {}
+        self._late: dict[str, tuple[int, int]] = {}
+        self._next = MODULES_BASE
+        for name in sorted(self._sizes):
+            self._known[name] = self._take(name, self._sizes[name])
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """The modules that are known beforehand: bytes of core text, in whole pages."""
+        return dict(self._sizes)
+
+    def place(self, name: str, size: int) -> int:
+        """The canonical base of a module with ``size`` bytes of core text.
+
+        A module that is known beforehand, and not larger than was said, has the same on every run;
+        any other one keeps what it got first, as long as it does not grow beyond it. Raises
+        :class:`bridge.errors.SourceError` where no room is left.
+        """
+        name, size = module_name(name), _pages(size)
+        if size <= self._sizes.get(name, 0):
+            return self._known[name]
+        base, room = self._late.get(name, (0, 0))
+        if size > room:
+            base = self._take(name, size)
+            self._late[name] = base, size
+        return base
+
+    def save(self, path: Path) -> None:
+        """Write the modules that are known beforehand as JSON, whole or not at all.
+
+        Raises :class:`bridge.errors.SourceError`.
+        """
+        data = {"format": _FORMAT, "version": _VERSION, "sizes": dict(sorted(self._sizes.items()))}
+        write_atomically(path, json.dumps(data, indent=1).encode() + b"\n")
+
+    @classmethod
+    def load(cls, path: Path) -> ModulePlacement:
+        """Read what :meth:`save` wrote. Raises :class:`bridge.errors.SourceError`."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["format"] != _FORMAT or data["version"] != _VERSION:
+                raise ValueError(f"format {data['format']!r}, version {data['version']!r}")
+            sizes = {str(name): int(size) for name, size in data["sizes"].items()}
+        except OSError as error:
+            raise SourceError(f"cannot read {path}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SourceError(
+                f"{path} is no list of modules", evidence=f"{type(error).__name__}: {error}"
+            ) from error
+        return cls(sizes)
+
+    def _take(self, name: str, size: int) -> int:
+        base = self._next
+        # A page more: what runs past the end of a module is none of the next one's.
+        if base + size + _PAGE > MODULES_END:
+            raise SourceError(
+                f"no room for the {size} bytes of module {name} among the canonical addresses",
+                hint=f"{MODULES_END - base} bytes are left: load fewer modules",
+            )
+        self._next = base + size + _PAGE
+        return base
+
+
+def module_name(name: str) -> str:
+    """A module's name as the kernel has it: its file may be named with hyphens."""
+    return name.replace("-", "_")
+
+
+def core_text_size(path: Path) -> int:
+    """The bytes of text that a module keeps while it is loaded, from its file.
+
+    As the kernel's loader lays them out: the executable sections that are no ``.init``, one after
+    the other, each aligned. The file may be packed with xz (``.ko.xz``). Raises
+    :class:`bridge.errors.SourceError` for what is no module.
+    """
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".xz":
+            data = lzma.decompress(data)
+    except (OSError, lzma.LZMAError) as error:
+        raise SourceError(f"cannot read the module {path.name}: {error}") from error
+    if path.suffix == ".zst":
+        raise SourceError(f"the module {path.name} is packed with zstd, which can't be read here")
+    try:
+        return _core_text_size(data)
+    except (struct.error, ValueError) as error:
+        raise SourceError(f"{path.name} is no kernel module", evidence=str(error)) from error
+
+
+def _core_text_size(elf: bytes) -> int:
+    """Raises ValueError or struct.error for what is no ELF file of 64 bits, little-endian."""
+    if elf[:6] != b"\x7fELF\x02\x01":
+        raise ValueError("no ELF file of 64 bits, little-endian")
+    # Elf64_Ehdr: e_shoff at 40; e_shentsize, e_shnum, e_shstrndx from 58 on.
+    (offset,) = struct.unpack_from("<Q", elf, 40)
+    entry, count, names_index = struct.unpack_from("<HHH", elf, 58)
+    # Elf64_Shdr: name, type, flags, addr, offset, size, link, info, addralign, entsize.
+    headers = [struct.unpack_from("<IIQQQQIIQQ", elf, offset + i * entry) for i in range(count)]
+    if names_index >= count:
+        raise ValueError("no names of sections")
+    names = headers[names_index][4]
+    total = 0
+    for header in headers:
+        name = elf[names + header[0] : elf.index(b"\0", names + header[0])]
+        if header[2] & (_SHF_ALLOC | _SHF_EXECINSTR) != _SHF_ALLOC | _SHF_EXECINSTR:
+            continue
+        if name.startswith(b".init"):
+            continue
+        alignment = max(header[8], 1)
+        total = -(-total // alignment) * alignment + header[5]
+    return total
+
+
+def _pages(size: int) -> int:
+    return -(-size // _PAGE) * _PAGE
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: into a temporary file beside it, which is renamed.
+
+    Raises :class:`bridge.errors.SourceError`.
+    """
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        temporary = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+            # mkstemp makes the file private; this is for whoever may read the directory.
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise SourceError(
+            f"cannot write {path}: {error.strerror}",
+            hint="see that the directory exists, is writable and has room left",
+        ) from error
