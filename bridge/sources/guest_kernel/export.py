@@ -179,7 +179,7 @@ def lcov(symbols: KernelSymbols, blocks: list[Block], lines: Lines) -> bytes:
         if symbol.module or symbol.start == seen or not symbol.size:
             continue
         seen = symbol.start
-        if lines.unit_at(symbol.start) in units and (place := lines.lookup(symbol.start)):
+        if lines.unit_at(symbol.start) in units and (place := lines.function_line(symbol.start)):
             covered = functions.setdefault(place[0], {})
             line, before = covered.get(symbol.name, (place[1], False))
             covered[symbol.name] = line, before or symbol.start in starts

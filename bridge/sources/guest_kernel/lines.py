@@ -113,8 +113,17 @@ class _Rows:
         index = bisect_right(self.addresses, pc) - 1
         return self._row(index) if index >= 0 else None
 
+    def first(self, pc: PC) -> tuple[str, int] | None:
+        for index in range(bisect_left(self.addresses, pc), bisect_right(self.addresses, pc)):
+            if (row := self._row(index)) is not None:
+                return row
+        return self.lookup(pc)
+
     def between(self, start: PC, end: PC) -> set[tuple[str, int]]:
-        first = max(bisect_right(self.addresses, start) - 1, 0)
+        # All that is at the start, else what goes on there.
+        first = bisect_left(self.addresses, start)
+        if first == len(self.addresses) or self.addresses[first] != start:
+            first = max(first - 1, 0)
         last = bisect_left(self.addresses, end)
         return {row for index in range(first, last) if (row := self._row(index)) is not None}
 
@@ -137,7 +146,10 @@ class Lines:
             # Both outlive this: sections are in memory after this.
             with vmlinux.open("rb") as file:
                 elf: Any = ELFFile(file)
-                if not elf.has_dwarf_info():
+                # Not has_dwarf_info(): for that, unwind tables are enough.
+                if elf.get_section_by_name(".debug_info") is None and (
+                    elf.get_section_by_name(".zdebug_info") is None
+                ):
                     raise UsageError(f"{vmlinux} has no debug information", hint=_HINT)
                 # Linked code: relocations, if any were kept, have been applied.
                 self._dwarf: Any = elf.get_dwarf_info(
@@ -158,6 +170,15 @@ class Lines:
         """
         unit = self.unit_at(pc)
         return self._table(unit).lookup(pc) if unit is not None else None
+
+    def function_line(self, start: PC) -> tuple[str, int] | None:
+        """The file and line where the function is that begins at an address.
+
+        :meth:`lookup` may give its first statement: that is the last of several lines that an
+        address has.
+        """
+        unit = self.unit_at(start)
+        return self._table(unit).first(start) if unit is not None else None
 
     def unit_at(self, pc: PC) -> int | None:
         """The compile unit of an address, as a number for :meth:`unit_lines`."""

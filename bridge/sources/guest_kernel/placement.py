@@ -49,7 +49,10 @@ class ModulePlacement:
 
         Raises :class:`bridge.errors.SourceError` where they don't find room.
         """
-        self._sizes = {module_name(name): _pages(size) for name, size in sizes.items()}
+        self._sizes: dict[str, int] = {}
+        for name, size in sizes.items():
+            known = module_name(name)
+            self._sizes[known] = max(_pages(size), self._sizes.get(known, 0))
         self._known: dict[str, int] = {}
         self._late: dict[str, tuple[int, int]] = {}
         self._next = MODULES_BASE

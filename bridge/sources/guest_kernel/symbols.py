@@ -17,6 +17,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import translate
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -377,7 +378,7 @@ def _rows(found: list[tuple[int, str, str]], end: PC) -> list[tuple[PC, int, str
     """Start, size and name of the functions among these symbols, sorted. Whatever has a symbol
     ends what is before it, data and padding too."""
     edges = sorted({address for address, _, _ in found})
-    sizes = {a: b - a for a, b in zip(edges, [*edges[1:], end], strict=True)}
+    sizes = {a: b - a for a, b in pairwise([*edges, end])}
     text = sorted(
         (address, _rank(kind, name), position, name)
         for position, (address, kind, name) in enumerate(found)
