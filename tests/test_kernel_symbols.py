@@ -214,7 +214,10 @@ def test_a_large_kernel_is_read_in_a_second() -> None:
 @pytest.mark.vm
 def test_the_symbols_of_a_guest() -> None:
     with bridge.boot(target="plan9") as session:
-        text = session.run("cat /proc/kallsyms").text
+        # Longer than what is kept of an output.
+        chunks: list[bytes] = []
+        session.run("cat /proc/kallsyms", stdout=chunks.append)
+        text = b"".join(chunks).decode()
         rows = [line.split() for line in session.run("cat /proc/modules").text.splitlines()]
         bases = {
             module: int(session.run(f"cat /sys/module/{module}/sections/.text").text, 16)
