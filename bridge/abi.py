@@ -23,7 +23,7 @@ the response and sets its ``SEQ`` to the request's, which hands both back to the
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 
 __all__ = [
     "AREAS_OFFSET",
@@ -84,7 +84,7 @@ ENOTSUPP = 524
 PAGE_SIZE = 4096
 WORD = 8
 MAGIC = 0x47445242564F434B  # "KCOVBRDG" in memory
-VERSION = 3
+VERSION = 4
 SLOTS = 1024
 SLOT_WORDS = 8
 REQUESTS_OFFSET = PAGE_SIZE
@@ -141,7 +141,7 @@ class Op(IntEnum):
     MAP = 2
     """mmap; ARG0 = length in bytes, ARG1 = offset in pages, ARG2 = live mappings of the area."""
     ENABLE = 3
-    """KCOV_ENABLE; ARG0 = mode."""
+    """KCOV_ENABLE; ARG0 = mode, ARG1 = the address of the caller's task_struct."""
     DISABLE = 4
     """KCOV_DISABLE; ARG0 = the ioctl's argument."""
     EXIT = 5
@@ -153,12 +153,18 @@ class Op(IntEnum):
     RESET = 8
     """KCOV_RESET_TRACE; ARG0 = the ioctl's argument."""
     UNIQUE = 9
-    """KCOV_UNIQUE_ENABLE; ARG0 = words of the bitmap."""
+    """KCOV_UNIQUE_ENABLE; ARG0 = words of the bitmap, ARG1 as for ENABLE."""
     REMOTE = 10
     """KCOV_REMOTE_ENABLE; ARG0 = trace_mode, and area_size above 32 bits; ARG1 = num_handles, or
     2**64-1 where the argument could not be read; ARG2 = common_handle; the payload: handles."""
     CLOSE = 11
     """The last descriptor is closed while TASK owns the instance; the answer 0 ends that."""
+    KERNEL = 12
+    """In the module's own slot, which is no instance: the payload describes the kernel, see
+    :class:`KernelWord`; the answer 0 says that the host watches it."""
+    MODULE = 13
+    """Likewise: a module's code comes (ARG0 = 1) or goes (0); ARG1 = its address, ARG2 = bytes;
+    the payload: its name."""
 
 
 class RequestWord(IntEnum):
@@ -173,6 +179,8 @@ class RequestWord(IntEnum):
     ARG0 = 4
     ARG1 = 5
     ARG2 = 6
+    HIDDEN = 7
+    """Not of the request: while it is not 0, the owner runs the module's code, not its own."""
 
 
 class ResponseWord(IntEnum):
@@ -187,3 +195,27 @@ class ResponseWord(IntEnum):
     """PCs that the instance has been given so far."""
     DROPPED = 4
     """PCs that did not fit into its area so far."""
+    FLAGS = 5
+    """An :class:`Answer`."""
+
+
+class Answer(IntFlag):
+    """What else the guest is to know."""
+
+    SILENT = 1
+    """To an ENABLE: the host needs no RETURN of this owner."""
+
+
+class KernelWord(IntEnum):
+    """Index of each word of KERNEL's payload. Addresses are the guest's."""
+
+    CPUS = 0
+    SYSCALL_ENTRY = 1
+    CPU = 8
+    """By APIC id two physical addresses: of current_task and of preempt_count; 0: no CPU."""
+    VECTORS = 136
+    """The code that each of the 256 vectors of the interrupt descriptor table leads to."""
+
+
+KERNEL_CPUS = 64
+"""How many CPUs KERNEL's payload has room for."""

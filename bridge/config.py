@@ -120,6 +120,16 @@ class Settings:
             "call is without a PC",
         ),
     )
+    source: str = field(
+        default="auto",
+        metadata=_about(
+            Kind.TEXT,
+            "where coverage comes from: python (the target on the host), kernel (the guest's "
+            "kernel, under TCG), or both with a comma between; auto takes what the accelerator "
+            "allows",
+            metavar="NAMES",
+        ),
+    )
     accel: str = field(
         default="auto",
         metadata=_about(
@@ -236,11 +246,31 @@ class Settings:
     def __post_init__(self) -> None:
         for name, option in options().items():
             _check(name, option, getattr(self, name), f"setting {name}")
+        if unknown := set(self.source.split(",")) - {"auto", "python", "kernel"}:
+            raise UsageError(
+                f"there is no source {', '.join(sorted(unknown))}",
+                hint="give python, kernel, python,kernel or auto",
+            )
         if self.initrd is not None and self.kernel is None:
             raise UsageError(
                 "an initrd is given without a kernel",
                 hint="give both, --kernel FILE --initrd FILE, or neither",
             )
+
+    def sources(self, accelerator: str) -> frozenset[str]:
+        """Which sources there are under an accelerator ("tcg" or "kvm"): "python", "kernel".
+
+        Raises :class:`bridge.errors.UsageError` for one that it does not allow.
+        """
+        named = frozenset(self.source.split(","))
+        if "auto" in named:
+            return frozenset({"python"})
+        if "kernel" in named and accelerator != "tcg":
+            raise UsageError(
+                "the guest kernel cannot be watched under KVM: only TCG lets QEMU see its code",
+                hint="ask for --accel tcg, or for --source python",
+            )
+        return named
 
     def replace(self, **changes: Any) -> Settings:
         """A copy with some settings changed, checked again."""

@@ -34,6 +34,7 @@ from bridge.abi import (
     HOST_PEER,
     KCOV_REMOTE_MAX_HANDLES,
     KICK_SLOT_BITS,
+    PAGE_SIZE,
     PAYLOAD_OFFSET,
     REQUESTS_OFFSET,
     RESPONSES_OFFSET,
@@ -41,6 +42,7 @@ from bridge.abi import (
     SLOTS,
     VECTORS,
     WORD,
+    Answer,
     HeaderWord,
     HostState,
     Op,
@@ -50,6 +52,7 @@ from bridge.abi import (
 from bridge.errors import DoorbellError
 from bridge.kcov import Device, Kcov
 from bridge.region import Region
+from bridge.sources.guest_kernel.source import GuestKernel
 
 __all__ = ["Doorbell", "DoorbellCounters", "IvshmemServer"]
 
@@ -65,6 +68,8 @@ _REQUESTS = REQUESTS_OFFSET // WORD
 _RESPONSES = RESPONSES_OFFSET // WORD
 _PAYLOAD = PAYLOAD_OFFSET // WORD
 _UNREADABLE = 2**64 - 1
+_NAME_WORDS = 56 // WORD
+"""MODULE_NAME_LEN in include/linux/module.h of Linux."""
 _SLOT_MASK = (1 << KICK_SLOT_BITS) - 1
 _MAX_ERRNO = 4095
 _OPENING = frozenset({Op.INIT, Op.MAP, Op.ENABLE, Op.DISABLE, Op.RESET, Op.UNIQUE, Op.REMOTE})
@@ -152,6 +157,8 @@ class DoorbellCounters:
 class Doorbell(Generic[C]):
     """The thread that turns requests in the region into calls on the device.
 
+    ``kernel`` is told what the guest says about its kernel; ``silent``: owners need not tell of
+    their returns, because no source is consumed at them.
     ``busy_seconds`` is how long the loop stays awake after a request that followed closely on the
     one before, until it sleeps on the bell: waking up costs more than answering, but a loop that
     is awake uses a core, which the target or another guest may need.
@@ -170,12 +177,16 @@ class Doorbell(Generic[C]):
         *,
         busy_seconds: float = 0.0,
         epoch: int | None = None,
+        kernel: GuestKernel | None = None,
+        silent: bool = False,
     ) -> None:
         self.counters = DoorbellCounters()
         self.failure: BaseException | None = None
         self.guest_timeouts = 0
         self.guest_skipped = 0
         self._device = device
+        self._kernel = kernel
+        self._flags = Answer.SILENT if silent else Answer(0)
         self._region = region
         self._control = region.control
         self._bell = bell
@@ -322,6 +333,8 @@ class Doorbell(Generic[C]):
             self._shows -= 1
             self._epoch = self._epoch + 2 & (2**63 - 1)
         control[HeaderWord.HOST_EPOCH] = self._epoch
+        if self._kernel is not None:
+            self._kernel.tick()
         self._scan()
         answers = control[_RESPONSES : _RESPONSES + SLOTS * SLOT_WORDS : SLOT_WORDS].tolist()
         if answers != self._answered:
@@ -371,6 +384,7 @@ class Doorbell(Generic[C]):
             error = self._carry_out(slot, op, generation, task, (arg0, arg1, arg2))
             kcov = self._slots[slot]
         self.counters.requests += 1
+        control[answer + ResponseWord.FLAGS] = self._flags if op != Op.REMOTE else Answer.SILENT
         control[answer + ResponseWord.ERROR] = error if 0 <= error <= _MAX_ERRNO else errno.EIO
         if kcov is not None:
             control[answer + ResponseWord.APPENDED] = kcov.appended
@@ -383,6 +397,8 @@ class Doorbell(Generic[C]):
     ) -> int:
         device = self._device
         kcov = self._slots[slot]
+        if op in (Op.KERNEL, Op.MODULE):
+            return self._hear_kernel(op, args)
         if kcov is not None and kcov.generation != generation:
             # Its release was lost: the slot belongs to a new open now.
             device.release(kcov)
@@ -396,7 +412,7 @@ class Doorbell(Generic[C]):
             if op not in _OPENING:
                 self.counters.refused += 1
                 return errno.EINVAL
-            kcov = self._slots[slot] = device.open(generation)
+            kcov = self._slots[slot] = device.open(generation, slot)
         error = self._operate(slot, kcov, op, task, args)
         if error in _IN_THE_WAY and self._reclaim(slot):
             error = self._operate(slot, kcov, op, task, args)
@@ -415,9 +431,9 @@ class Doorbell(Generic[C]):
                 self._control[at + ResponseWord.AREA_OFFSET] = offset
                 return error
             if op == Op.ENABLE:
-                return device.enable(kcov, task, args[0])
+                return device.enable(kcov, task, args[0], args[1])
             if op == Op.UNIQUE:
-                return device.unique_enable(kcov, task, args[0])
+                return device.unique_enable(kcov, task, args[0], args[1])
             if op == Op.REMOTE:
                 mode = args[0] & 0xFFFFFFFF
                 return device.remote_enable(kcov, task, mode, self._handles(args[1]), args[2])
@@ -433,6 +449,19 @@ class Doorbell(Generic[C]):
             return device.last_close(kcov, task)
         self.counters.refused += 1
         return errno.EINVAL
+
+    def _hear_kernel(self, op: int, args: tuple[int, int, int]) -> int:
+        """The guest's module describes its kernel."""
+        if self._kernel is None:
+            return errno.EOPNOTSUPP
+        payload = self._control[_PAYLOAD : _PAYLOAD + PAGE_SIZE // WORD]
+        try:
+            if op == Op.KERNEL:
+                return self._kernel.describe(payload.tolist())
+            name = payload[:_NAME_WORDS].tobytes().partition(b"\0")[0].decode("ascii", "replace")
+            return self._kernel.module(name, args[0] == 1, args[1], args[2])
+        except Exception as failure:
+            return self._source_failed(failure)
 
     def _reclaim(self, asking: int) -> int:
         """End the instances whose slots do not name them any more, but for the slot ``asking``.

@@ -21,6 +21,7 @@ from bridge.config import Settings
 from bridge.errors import BootTimeoutError, GuestSetupError, UsageError
 from bridge.image import Image, build, cache_directory
 from bridge.image.recipe import Sources
+from bridge.sources.guest_kernel.source import CodeMap, code_map
 from bridge.image.store import resolve
 from bridge.vm.accel import Accelerator
 from bridge.vm.config import MachineConfig
@@ -111,6 +112,10 @@ class ProjectImage:
             cmdline=image.cmdline,
             disk=image.root,
         )
+
+    def code_map(self) -> CodeMap:
+        """As the protocol says."""
+        return code_map(self._image.system_map)
 
     def bring_up(self, machine: Machine, stack: ExitStack) -> tuple[Guest, Ready]:
         """As the protocol says."""

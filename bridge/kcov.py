@@ -37,7 +37,7 @@ from bridge.abi import (
 )
 from bridge.region import Area
 
-__all__ = ["Areas", "Coverage", "Device", "Kcov", "Mode", "Personality", "Totals"]
+__all__ = ["Areas", "Coverage", "Device", "Kcov", "Mode", "Personality", "Totals", "Watcher"]
 
 Errno = int
 Task = int
@@ -94,6 +94,22 @@ class Coverage(Protocol[C]):
         """The cursor is not used any more."""
 
 
+class Watcher(Protocol):
+    """Who writes PCs into areas by itself: :class:`bridge.sources.guest_kernel.source.GuestKernel`.
+
+    Instances are named by their slots.
+    """
+
+    def attach(self, slot: int, area: Area, task: int) -> None:
+        """The task with this address in the guest traces into the area from now on."""
+
+    def counts(self, slot: int) -> tuple[int, int]:
+        """PCs appended and dropped since :meth:`attach`."""
+
+    def detach(self, slot: int) -> tuple[int, int]:
+        """Nobody writes into the area any more; as :meth:`counts`."""
+
+
 @dataclass(slots=True)
 class Totals:
     """Sums over all instances, also those released.
@@ -127,10 +143,15 @@ class Kcov(Generic[C]):
         "owner",
         "retired",
         "size",
+        "slot",
+        "watched",
     )
 
-    def __init__(self, generation: int) -> None:
+    def __init__(self, generation: int, slot: int = 0) -> None:
         self.generation = generation
+        self.slot = slot
+        # What the watcher has written for the owner, as far as it is in appended and dropped.
+        self.watched = (0, 0)
         self.mode = Mode.DISABLED
         self.size = 0
         self.owner: Task | None = None
@@ -146,7 +167,8 @@ class Device(Generic[C]):
     """The kcov device of one guest.
 
     ``syscall_pc`` maps a system call's number to the PC that stands for it, or to None; where it
-    is given, each return appends that PC first. ``unique`` is every PC that any area was given.
+    is given, each return appends that PC first. ``unique`` is every PC that any area was given, but
+    for those that ``watcher`` wrote.
     """
 
     def __init__(
@@ -155,8 +177,10 @@ class Device(Generic[C]):
         coverage: Coverage[C],
         personality: Personality = Personality.LINUX,
         syscall_pc: Callable[[int], int | None] | None = None,
+        watcher: Watcher | None = None,
     ) -> None:
         self.personality = personality
+        self._watcher = watcher
         self.totals = Totals()
         self.unique: set[int] = set()
         self._areas = areas
@@ -179,9 +203,9 @@ class Device(Generic[C]):
         """How many instances trace a task now."""
         return len(self._owners)
 
-    def open(self, generation: int = 0) -> Kcov[C]:
-        """A new instance, mode DISABLED."""
-        kcov: Kcov[C] = Kcov(generation)
+    def open(self, generation: int = 0, slot: int = 0) -> Kcov[C]:
+        """A new instance, mode DISABLED, in a slot that no other open instance has."""
+        kcov: Kcov[C] = Kcov(generation, slot)
         self._open[kcov] = None
         return kcov
 
@@ -228,8 +252,11 @@ class Device(Generic[C]):
                 return errno.ENOMEM, 0
         return 0, kcov.area.offset
 
-    def enable(self, kcov: Kcov[C], task: Task, mode: int) -> Errno:
-        """KCOV_ENABLE by ``task``. Coverage gathered before is dropped, word 0 left alone."""
+    def enable(self, kcov: Kcov[C], task: Task, mode: int, address: int = 0) -> Errno:
+        """KCOV_ENABLE by ``task``. Coverage gathered before is dropped, word 0 left alone.
+
+        ``address`` is that of the task's task_struct, for the watcher.
+        """
         if kcov.mode is not Mode.INIT or kcov.area is None:
             return errno.EINVAL
         busy = kcov.owner is not None or task in self._owners
@@ -240,10 +267,12 @@ class Device(Generic[C]):
             error = errno.EBUSY if busy else _mode_error(mode, ENOTSUPP)
         if error:
             return error
-        self._begin(kcov, task, Mode.TRACE_PC)
+        self._begin(kcov, task, Mode.TRACE_PC, address)
         return 0
 
-    def unique_enable(self, kcov: Kcov[C], task: Task, bitmap_words: int) -> Errno:
+    def unique_enable(
+        self, kcov: Kcov[C], task: Task, bitmap_words: int, address: int = 0
+    ) -> Errno:
         """KCOV_UNIQUE_ENABLE by ``task``: each PC once, until it is reset.
 
         The first ``bitmap_words`` words of the area become the bitmap of the PCs already written,
@@ -258,7 +287,7 @@ class Device(Generic[C]):
         if not 1 <= bitmap_words < kcov.size - 1:
             return errno.EINVAL
         kcov.area.bitmap_words = bitmap_words
-        self._begin(kcov, task, Mode.UNIQUE_PC)
+        self._begin(kcov, task, Mode.UNIQUE_PC, address)
         return 0
 
     def remote_enable(
@@ -327,11 +356,26 @@ class Device(Generic[C]):
         self._append(kcov, kcov.area, pcs)
         return True
 
-    def _begin(self, kcov: Kcov[C], task: Task, mode: Mode) -> None:
+    def _begin(self, kcov: Kcov[C], task: Task, mode: Mode, address: int) -> None:
         kcov.cursor = self._coverage.open_cursor()
         kcov.owner = task
         kcov.mode = mode
         self._owners[task] = kcov
+        if self._watcher is not None and kcov.area is not None:
+            self._watcher.attach(kcov.slot, kcov.area, address)
+
+    def count_watched(self, kcov: Kcov[C]) -> None:
+        """Bring ``appended`` and ``dropped`` up to date with what the watcher wrote."""
+        if self._watcher is not None and kcov.cursor is not None:
+            self._add_watched(kcov, self._watcher.counts(kcov.slot))
+
+    def _add_watched(self, kcov: Kcov[C], counts: tuple[int, int]) -> None:
+        appended, dropped = counts[0] - kcov.watched[0], counts[1] - kcov.watched[1]
+        kcov.watched = counts
+        kcov.appended += appended
+        kcov.dropped += dropped
+        self.totals.appended += appended
+        self.totals.dropped += dropped
 
     def reset_trace(self, kcov: Kcov[C], task: Task, argument: int) -> Errno:
         """KCOV_RESET_TRACE by ``task``: count and bitmap become 0."""
@@ -411,6 +455,8 @@ class Device(Generic[C]):
             pcs = area.unseen(pcs, self._bits)
         if pcs:
             self._append(kcov, area, pcs)
+        if self._watcher is not None:
+            self.count_watched(kcov)
         return 0
 
     def _append(self, kcov: Kcov[C], area: Area, pcs: Sequence[int]) -> None:
@@ -430,6 +476,9 @@ class Device(Generic[C]):
         if kcov.owner is not None:
             del self._owners[kcov.owner]
         if kcov.cursor is not None:
+            if self._watcher is not None:
+                self._add_watched(kcov, self._watcher.detach(kcov.slot))
+                kcov.watched = (0, 0)
             self._coverage.close_cursor(kcov.cursor)
         kcov.owner = None
         kcov.cursor = None

@@ -96,8 +96,8 @@ class Area:
         bits = self.bitmap_words * 64
         news = []
         for pc in pcs:
-            # Numbers begin with 1, as Linux' guards do.
-            number = numbers.setdefault(pc, len(numbers) + 1)
+            # Even ones from 2 on: the odd ones are the guest kernel's, see kcov_tcg.c.
+            number = numbers.setdefault(pc, 2 * len(numbers) + 2)
             if number < bits:
                 index, bit = number >> 6, 1 << (number & 63)
                 word = words[index]

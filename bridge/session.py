@@ -39,6 +39,8 @@ from bridge.guest_image import GuestImage, find_guest_image
 from bridge.isolated import IsolatedTarget
 from bridge.kcov import Device, Personality
 from bridge.region import Region
+from bridge.sources.guest_kernel.plugin import build_plugin
+from bridge.sources.guest_kernel.source import GuestKernel
 from bridge.sources.ledger import Cursor, Ledger
 from bridge.sources.pcs import BlockTable, Location, syscall_pc
 from bridge.sources.python import PythonSource
@@ -47,6 +49,7 @@ from bridge.status import StatusServer
 from bridge.targets import Target
 from bridge.targets.registry import create as create_target
 from bridge.vm.accel import Accelerator, choose_accelerator
+from bridge.vm.config import WatchFds
 from bridge.vm.machine import Machine
 from bridge.vm.report import Ready
 from bridge.vm.ssh import CommandResult, Guest, Output
@@ -90,6 +93,7 @@ class Session:
         self.partial_pcs: list[int] = []
         self.accelerator: Accelerator | None = None
         self.source: PythonSource | IsolatedTarget | None = None
+        self.kernel: GuestKernel | None = None
         self.region: Region | None = None
         self.device: Device[Cursor] | None = None
         self.doorbell: Doorbell[Cursor] | None = None
@@ -99,6 +103,7 @@ class Session:
         self.machine: Machine
         self.guest: Guest
         self._out = out
+        self._plugin: Path | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Session:
@@ -129,7 +134,14 @@ class Session:
         stack.callback(region.close)
         server = IvshmemServer(region)
         stack.callback(server.close)
-        if settings.isolate:
+        sources = settings.sources(self.accelerator.name)
+        if "kernel" in sources:
+            self._plugin = build_plugin()
+            self.kernel = GuestKernel(self.image.code_map(), settings.memory << 20)
+            stack.callback(self.kernel.close)
+        if "python" not in sources:
+            pass
+        elif settings.isolate:
             isolated = IsolatedTarget(settings.target, settings.target_dir, out, self._deliver)
             self.target = self.source = isolated
         elif self.target.packages:
@@ -140,8 +152,16 @@ class Session:
             Ledger([self.source] if self.source else [], self._source_failed),
             Personality(settings.personality),
             syscall_pc if settings.syscall_pcs else None,
+            self.kernel,
         )
-        self.doorbell = Doorbell(region, self.device, server.bell, busy_seconds=_BUSY_SECONDS)
+        self.doorbell = Doorbell(
+            region,
+            self.device,
+            server.bell,
+            busy_seconds=_BUSY_SECONDS,
+            kernel=self.kernel,
+            silent=self.kernel is not None and self.source is None and not settings.syscall_pcs,
+        )
         # Before the source starts: coverage.py measures the threads that start after it.
         self.doorbell.start()
         stack.callback(self.doorbell.stop)
@@ -165,11 +185,15 @@ class Session:
         assert self.accelerator is not None
         config = self.image.machine_config(self.settings, self.accelerator)
         config = dataclasses.replace(config, endpoints=self.target.endpoints)
+        watch = None
+        if self.kernel is not None and self.region is not None:
+            config = dataclasses.replace(config, plugin=self._plugin)
+            watch = WatchFds(self.kernel.plan.fd, self.region.fd, self.kernel.ram_fd)
         logger.info("booting %s", self.image.name)
         with ExitStack() as attempt:
             doorbell = attempt.enter_context(server.connect())
             console = out / "console.log" if out is not None else None
-            self.machine = Machine(config, doorbell=doorbell, console_path=console)
+            self.machine = Machine(config, doorbell=doorbell, console_path=console, watch=watch)
             attempt.callback(self.machine.close)
             self.machine.start()
             doorbell.close()
@@ -278,6 +302,8 @@ class Session:
 
         def look() -> dict[str, Any]:
             doorbell.look_at_guest()
+            for _, kcov in doorbell.instances():
+                device.count_watched(kcov)
             return {
                 "returns": device.totals.returns,
                 "pcs": device.totals.appended,

@@ -17,7 +17,14 @@ from bridge.targets import Endpoint
 from bridge.vm.accel import Accelerator
 from bridge.vm.network import netdev_option
 
-__all__ = ["DEFAULT_QEMU", "BackendFds", "MachineConfig", "paste_command", "qemu_command"]
+__all__ = [
+    "DEFAULT_QEMU",
+    "BackendFds",
+    "MachineConfig",
+    "WatchFds",
+    "paste_command",
+    "qemu_command",
+]
 
 DEFAULT_QEMU = "qemu-system-x86_64"
 
@@ -42,7 +49,8 @@ class MachineConfig:
     (virtio as well), of which the guest gets a throw-away copy-on-write view: it is never written.
     ``boot_timeout`` in seconds, None for the accelerator's default; ``cpu`` is QEMU's ``-cpu``,
     None for the accelerator's default. ``ssh_port`` 0 takes a free port. ``sandbox`` False is for
-    a QEMU built without seccomp. Raises :class:`bridge.errors.UsageError` for what makes no sense.
+    a QEMU built without seccomp. ``plugin`` watches the guest kernel
+    (:mod:`bridge.sources.guest_kernel`). Raises :class:`bridge.errors.UsageError` for what makes no sense.
     """
 
     accelerator: Accelerator
@@ -60,6 +68,7 @@ class MachineConfig:
     boot_timeout: float | None = None
     qemu: str = DEFAULT_QEMU
     sandbox: bool = True
+    plugin: Path | None = None
     extra_args: tuple[str, ...] = ()
     name: str = field(default="kcov-bridge")
 
@@ -91,6 +100,15 @@ class MachineConfig:
 
 
 @dataclass(frozen=True)
+class WatchFds:
+    """The memory that the plugin in QEMU shares with the bridge, and the guest's own."""
+
+    plan: int
+    region: int
+    ram: int
+
+
+@dataclass(frozen=True)
 class BackendFds:
     """QEMU's ends of the socket pairs. ``doorbell`` None leaves the ivshmem device out."""
 
@@ -98,12 +116,14 @@ class BackendFds:
     console: int
     report: int
     doorbell: int | None = None
+    watch: WatchFds | None = None
 
     @property
     def all(self) -> tuple[int, ...]:
         """What QEMU must inherit."""
         fds = (self.qmp, self.console, self.report, self.doorbell)
-        return tuple(fd for fd in fds if fd is not None)
+        watch = (self.watch.plan, self.watch.region, self.watch.ram) if self.watch else ()
+        return (*(fd for fd in fds if fd is not None), *watch)
 
 
 def qemu_command(config: MachineConfig, fds: BackendFds) -> list[str]:
@@ -117,6 +137,13 @@ def qemu_command(config: MachineConfig, fds: BackendFds) -> list[str]:
         # master=on: without it the device forbids snapshots.
         chardevs += ["-chardev", f"socket,id=kcov,fd={fds.doorbell}"]
         chardevs += ["-device", f"ivshmem-doorbell,chardev=kcov,vectors={VECTORS},master=on"]
+    if fds.watch is not None:
+        assert config.plugin is not None
+        memory = f"size={config.memory_mib}M,mem-path=/proc/self/fd/{fds.watch.ram},share=on"
+        chardevs += ["-object", f"memory-backend-file,id=ram,{memory}"]
+        chardevs += ["-machine", "memory-backend=ram"]
+        given = f"plan={fds.watch.plan},region={fds.watch.region},ram={fds.watch.ram}"
+        chardevs += ["-plugin", f"file={_escaped(config.plugin)},{given}"]
     return [*_machine(config), *chardevs, *_disks(config), *_network(config), *config.extra_args]
 
 

@@ -40,7 +40,7 @@ from bridge.errors import (
     QemuError,
     UsageError,
 )
-from bridge.vm.config import BackendFds, MachineConfig, paste_command, qemu_command
+from bridge.vm.config import BackendFds, MachineConfig, WatchFds, paste_command, qemu_command
 from bridge.vm.console import ConsoleLog
 from bridge.vm.network import find_ssh_port
 from bridge.vm.process import Process, spawn
@@ -91,7 +91,8 @@ class Machine:
 
     ``doorbell`` is the socket that QEMU's ivshmem device speaks to; it stays the caller's, who
     must have sent the handshake before :meth:`start` and may close it afterwards.
-    ``console_path`` is where the console's output goes. All methods but the constructor and
+    ``console_path`` is where the console's output goes; ``watch`` what the plugin of
+    ``config.plugin`` needs, and stays the caller's. All methods but the constructor and
     :meth:`start` may be called from any thread.
     """
 
@@ -101,8 +102,10 @@ class Machine:
         *,
         doorbell: socket.socket | None = None,
         console_path: Path | None = None,
+        watch: WatchFds | None = None,
     ) -> None:
         self.config = config
+        self._watch = watch
         self._doorbell = doorbell
         self._console_path = console_path
         self._changed = threading.Condition()
@@ -209,7 +212,13 @@ class Machine:
         for sock in (*ours, *theirs):
             stack.callback(sock.close)
         doorbell = self._doorbell.fileno() if self._doorbell is not None else None
-        fds = BackendFds(qemu_qmp.fileno(), qemu_console.fileno(), qemu_report.fileno(), doorbell)
+        fds = BackendFds(
+            qemu_qmp.fileno(),
+            qemu_console.fileno(),
+            qemu_report.fileno(),
+            doorbell,
+            self._watch,
+        )
 
         self._loop = EventLoopThread(f"{self.config.name}-loop")
         stack.callback(self._loop.stop)

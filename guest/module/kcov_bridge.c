@@ -52,6 +52,10 @@
 #include <linux/task_work.h>
 #include <linux/tracepoint.h>
 #include <linux/uaccess.h>
+#include <linux/version.h>
+#include <asm/desc.h>
+#include <asm/msr.h>
+#include <asm/smp.h>
 #include <asm/syscall.h>
 #include <asm/tsc.h>
 #include <uapi/linux/kcov.h>
@@ -123,8 +127,8 @@ struct kb_owner {
 	struct task_struct *task;
 	/* How the host knows the task: thread id below, a number never used before above. */
 	u64 id;
-	/* Gets what is done elsewhere on its behalf: its own calls are not signalled. */
-	bool remote;
+	/* Its calls are not signalled: the host has no use for that. */
+	bool silent;
 	/* The four below belong to the task alone. */
 	struct callback_head return_work;
 	bool return_queued;
@@ -169,6 +173,11 @@ struct kb_bridge {
 
 /* There is one region in a guest; set by probe before the device files exist. */
 static struct kb_bridge *kb;
+
+/* What is asked in the module's own name; it has a slot, and is no instance. */
+static struct kb_instance kb_self;
+/* Whether the host watches this kernel's code. Set by probe. */
+static bool kb_watched;
 
 static DEFINE_HASHTABLE(kb_owners, KB_HASH_BITS);
 static DEFINE_SPINLOCK(kb_owners_lock);
@@ -400,6 +409,33 @@ static bool kb_settle(struct kb_instance *inst)
 	return !inst->unanswered;
 }
 
+/* ---- a host that watches this kernel ------------------------------------------------------- */
+
+/*
+ * From here to kb_show() the owner runs what is ours: none of it is its own. Only the task itself
+ * says so.
+ */
+static void kb_hide(const struct kb_owner *owner)
+{
+	WRITE_ONCE(kb->requests[owner->inst->slot].hidden, 1);
+	barrier();
+}
+
+static void kb_show(const struct kb_owner *owner)
+{
+	barrier();
+	WRITE_ONCE(kb->requests[owner->inst->slot].hidden, 0);
+}
+
+/*
+ * A sign to the plugin in QEMU (bridge/sources/guest_kernel/kcov_tcg.c) that there is an owner
+ * now: a NOP that nobody else writes, first in a block of its own.
+ */
+static void kb_marker(void)
+{
+	asm volatile("jmp 1f\n1: .byte 0x0f, 0x1f, 0x80, 'k', 'c', 'o', 'v'" : : : "memory");
+}
+
 /* ---- owners -------------------------------------------------------------------------------- */
 
 static void kb_owner_free(struct kref *ref)
@@ -431,6 +467,23 @@ static struct kb_owner *kb_owner_of(struct task_struct *task)
 	}
 	rcu_read_unlock();
 	return found;
+}
+
+/* As kb_hide() and kb_show(), for whoever it is that uses the device. */
+static void kb_hide_current(void)
+{
+	struct kb_owner *owner = kb_owner_of(current);
+
+	if (owner)
+		kb_hide(owner);
+}
+
+static void kb_show_current(void)
+{
+	struct kb_owner *owner = kb_owner_of(current);
+
+	if (owner)
+		kb_show(owner);
 }
 
 /*
@@ -486,6 +539,7 @@ static void kb_return_work(struct callback_head *head)
 			atomic64_inc(&inst->skipped);
 			WRITE_ONCE(kb->header->guest_skipped, atomic64_inc_return(&kb->skipped));
 		}
+		kb_show(owner);
 	}
 	mutex_unlock(&inst->lock);
 	kb_owner_put(owner);
@@ -508,13 +562,15 @@ static void kb_sys_exit(void *unused, struct pt_regs *regs, long ret)
 {
 	struct kb_owner *owner = kb_owner_of(current);
 
-	if (likely(!owner) || owner->return_queued || owner->remote)
+	if (likely(!owner) || owner->return_queued || owner->silent)
 		return;
+	kb_hide(owner);
 	owner->nr = syscall_get_nr(current, regs);
 	owner->return_queued = true;
 	kref_get(&owner->ref);
 	if (kb_task_work_add(current, &owner->return_work, TWA_RESUME)) {
 		owner->return_queued = false;
+		kb_show(owner);
 		kb_owner_put(owner);
 	}
 }
@@ -689,6 +745,7 @@ static int kb_open(struct inode *inode, struct file *file)
 /* No descriptor is left, though mappings may be. The host says whether that ends the owner. */
 static void kb_closed(struct kb_instance *inst)
 {
+	kb_hide_current();
 	kb_lock(inst);
 	if (inst->owner && (current->flags & PF_EXITING) && inst->owner->task == current)
 		kb_owner_exits(inst);
@@ -696,6 +753,7 @@ static void kb_closed(struct kb_instance *inst)
 		 !kb_call(inst, KB_OP_CLOSE, inst->owner->id, 0, 0, 0))
 		kb_owner_end(inst);
 	mutex_unlock(&inst->lock);
+	kb_show_current();
 }
 
 /* A descriptor is closed. */
@@ -738,7 +796,6 @@ static int kb_enable(struct kb_instance *inst, enum kb_op op, u64 arg0, u64 arg1
 	kref_init(&owner->ref);
 	owner->task = current;
 	owner->inst = inst;
-	owner->remote = op == KB_OP_REMOTE;
 	/*
 	 * A task that traces through another instance shows the id that the host knows: the host
 	 * refuses it. The number above the thread id makes up for thread ids that change hands.
@@ -747,11 +804,17 @@ static int kb_enable(struct kb_instance *inst, enum kb_op op, u64 arg0, u64 arg1
 		    (u64)atomic_inc_return(&kb_next_owner) << 32 | (u32)task_pid_nr(current);
 	init_task_work(&owner->return_work, kb_return_work);
 	init_task_work(&owner->exit_work, kb_exit_work);
+	/* Until kb_show_current(): the host may watch the task from its answer on. */
+	if (!inst->owner)
+		kb_hide(owner);
 	err = kb_call(inst, op, owner->id, arg0, arg1, arg2);
 	if (err) {
 		kfree(owner);
 		return err;
 	}
+	owner->silent = READ_ONCE(kb->responses[inst->slot].flags) & KB_ANSWER_SILENT;
+	if (kb_watched)
+		kb_marker();
 	get_task_struct(owner->task);
 	kref_get(&inst->ref);
 	WRITE_ONCE(inst->owner, owner);
@@ -824,9 +887,9 @@ static long kb_control(struct kb_instance *inst, unsigned int cmd, unsigned long
 	case KCOV_INIT_TRACE:
 		return kb_call(inst, KB_OP_INIT, 0, arg, 0, 0);
 	case KCOV_ENABLE:
-		return kb_enable(inst, KB_OP_ENABLE, arg, 0, 0);
+		return kb_enable(inst, KB_OP_ENABLE, arg, (unsigned long)current, 0);
 	case KCOV_UNIQUE_ENABLE:
-		return kb_enable(inst, KB_OP_UNIQUE, arg, 0, 0);
+		return kb_enable(inst, KB_OP_UNIQUE, arg, (unsigned long)current, 0);
 	case KCOV_REMOTE_ENABLE:
 		return kb_remote_enable(inst, remote);
 	case KCOV_RESET_TRACE:
@@ -852,10 +915,12 @@ static long kb_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 		if (!remote)
 			return -ENOMEM;
 	}
+	kb_hide_current();
 	kb_lock(inst);
 	err = kb_settle(inst) ? kb_control(inst, cmd, arg, remote) : -EIO;
 	mutex_unlock(&inst->lock);
 	kfree(remote);
+	kb_show_current();
 	return err;
 }
 
@@ -887,12 +952,14 @@ static int kb_mmap(struct file *file, struct vm_area_struct *vma)
 	u64 offset = 0;
 	int err;
 
+	kb_hide_current();
 	kb_lock(inst);
 	err = kb_settle(inst) ? kb_call(inst, KB_OP_MAP, 0, length, vma->vm_pgoff,
 					atomic_read(&inst->mappings)) : -EIO;
 	if (!err)
 		offset = READ_ONCE(kb->responses[inst->slot].area_offset);
 	mutex_unlock(&inst->lock);
+	kb_show_current();
 	if (err)
 		return err;
 	if (offset < KB_AREAS_OFFSET || !PAGE_ALIGNED(offset) || offset > kb->region_bytes ||
@@ -934,6 +1001,111 @@ static const char *kb_file_name(void)
 		return "kcov";
 	dput(own);
 	return "kcov_bridge";
+}
+
+/* ---- a host that watches this kernel: what it is told ---------------------------------------- */
+
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 2, 0) && LINUX_VERSION_CODE < KERNEL_VERSION(6, 15, 0)
+#define kb_current_task(cpu)	per_cpu_ptr(&pcpu_hot.current_task, cpu)
+#define kb_preempt_count(cpu)	per_cpu_ptr(&pcpu_hot.preempt_count, cpu)
+#else
+#define kb_current_task(cpu)	per_cpu_ptr(&current_task, cpu)
+#define kb_preempt_count(cpu)	per_cpu_ptr(&__preempt_count, cpu)
+#endif
+
+static void kb_describe_kernel(struct kb_kernel *kernel)
+{
+	struct desc_ptr table;
+	const gate_desc *gates;
+	unsigned int cpu, vector;
+
+	memset(kernel, 0, sizeof(*kernel));
+	for_each_possible_cpu(cpu) {
+		unsigned int id = cpu_physical_id(cpu);
+
+		if (id >= KB_KERNEL_CPUS)
+			continue;
+		kernel->cpu[id].current_task = slow_virt_to_phys((void *)kb_current_task(cpu));
+		kernel->cpu[id].preempt_count = slow_virt_to_phys((void *)kb_preempt_count(cpu));
+	}
+	kernel->cpus = num_possible_cpus();
+	kernel->syscall_entry = __rdmsr(MSR_LSTAR);
+	store_idt(&table);
+	gates = (const gate_desc *)table.address;
+	for (vector = 0; vector < ARRAY_SIZE(kernel->vectors); vector++)
+		if ((vector + 1) * sizeof(*gates) <= table.size + 1)
+			kernel->vectors[vector] = gate_offset(&gates[vector]);
+}
+
+/* Answers whether the host watches this kernel. */
+static bool kb_tell_kernel(void)
+{
+	int err = -EIO;
+
+	mutex_lock(&kb_self.lock);
+	mutex_lock(&kb->payload_lock);
+	kb_describe_kernel((struct kb_kernel *)kb->payload);
+	if (kb_settle(&kb_self))
+		err = kb_call(&kb_self, KB_OP_KERNEL, 0, 0, 0, 0);
+	mutex_unlock(&kb->payload_lock);
+	mutex_unlock(&kb_self.lock);
+	return !err;
+}
+
+/* A module's code is there, and has not run yet; or it has run for the last time. */
+static int kb_module_event(struct notifier_block *block, unsigned long event, void *data)
+{
+	struct module *mod = data;
+	u64 text, bytes;
+
+	if (event != MODULE_STATE_COMING && event != MODULE_STATE_GOING)
+		return NOTIFY_DONE;
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 4, 0)
+	text = (unsigned long)mod->mem[MOD_TEXT].base;
+	bytes = mod->mem[MOD_TEXT].size;
+#else
+	text = (unsigned long)mod->core_layout.base;
+	bytes = mod->core_layout.text_size;
+#endif
+	kb_hide_current();
+	mutex_lock(&kb_self.lock);
+	mutex_lock(&kb->payload_lock);
+	memset(kb->payload, 0, MODULE_NAME_LEN);
+	strscpy((char *)kb->payload, mod->name, MODULE_NAME_LEN);
+	if (kb_settle(&kb_self))
+		kb_call(&kb_self, KB_OP_MODULE, 0, event == MODULE_STATE_COMING, text, bytes);
+	mutex_unlock(&kb->payload_lock);
+	mutex_unlock(&kb_self.lock);
+	kb_show_current();
+	return NOTIFY_DONE;
+}
+
+static struct notifier_block kb_module_notifier = {
+	.notifier_call	= kb_module_event,
+};
+
+static int kb_begin_to_tell(void)
+{
+	int slot;
+
+	mutex_init(&kb_self.lock);
+	slot = kb_slot_take(NULL);
+	if (slot < 0)
+		return slot;
+	kb_self.slot = slot;
+	kb_self.generation = atomic64_inc_return(&kb_next);
+	kb_watched = kb_tell_kernel();
+	if (!kb_watched)
+		return 0;
+	return register_module_notifier(&kb_module_notifier);
+}
+
+static void kb_end_to_tell(void)
+{
+	if (kb_watched)
+		unregister_module_notifier(&kb_module_notifier);
+	kb_watched = false;
+	mutex_destroy(&kb_self.lock);
 }
 
 /* ---- for people ---------------------------------------------------------------------------- */
@@ -1030,9 +1202,12 @@ static int kb_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	mutex_init(&bridge->payload_lock);
 
 	kb = bridge;
-	err = misc_register(&kb_misc);
+	err = kb_begin_to_tell();
 	if (err)
 		goto fail;
+	err = misc_register(&kb_misc);
+	if (err)
+		goto silent;
 	bridge->file = debugfs_create_file_unsafe(kb_file_name(), 0600, NULL, NULL, &kb_fops);
 	if (IS_ERR(bridge->file)) {
 		dev_info(&pdev->dev, "no debugfs: the device is /dev/%s alone\n", kb_misc.name);
@@ -1043,6 +1218,8 @@ static int kb_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	dev_info(&pdev->dev, "kcov from the host, %llu MiB shared\n", bridge->region_bytes >> 20);
 	return 0;
 
+silent:
+	kb_end_to_tell();
 fail:
 	kb = NULL;
 	return err;
@@ -1056,6 +1233,7 @@ static void kb_remove(struct pci_dev *pdev)
 	debugfs_remove(bridge->file);
 	misc_deregister(&kb_misc);
 	kb_unhook();
+	kb_end_to_tell();
 	/* Owners that were freed under RCU. */
 	rcu_barrier();
 	kb = NULL;
@@ -1083,6 +1261,7 @@ static int __init kb_init(void)
 	BUILD_BUG_ON(sizeof(struct kb_header) > KB_REQUESTS_OFFSET);
 	BUILD_BUG_ON(sizeof(struct kb_request) != 64);
 	BUILD_BUG_ON(sizeof(struct kb_response) != 64);
+	BUILD_BUG_ON(sizeof(struct kb_kernel) > KB_AREAS_OFFSET - KB_PAYLOAD_OFFSET);
 
 	err = kb_find_hooks();
 	if (err)

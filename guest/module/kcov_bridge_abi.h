@@ -23,7 +23,7 @@
 #define KB_PCI_DEVICE_ID	0x1110
 
 #define KB_MAGIC		0x47445242564f434bULL	/* "KCOVBRDG" */
-#define KB_VERSION		3
+#define KB_VERSION		4
 #define KB_SLOTS		1024
 #define KB_REQUESTS_OFFSET	4096
 #define KB_RESPONSES_OFFSET	(KB_REQUESTS_OFFSET + KB_SLOTS * 64)
@@ -39,15 +39,18 @@ enum kb_host_state {
 enum kb_op {
 	KB_OP_INIT	= 1,	/* arg0: size in words */
 	KB_OP_MAP	= 2,	/* arg0: length, arg1: page offset, arg2: live mappings */
-	KB_OP_ENABLE	= 3,	/* arg0: mode */
+	KB_OP_ENABLE	= 3,	/* arg0: mode; arg1: the task's address */
 	KB_OP_DISABLE	= 4,	/* arg0: the ioctl's argument */
 	KB_OP_EXIT	= 5,
 	KB_OP_RELEASE	= 6,
 	KB_OP_RETURN	= 7,	/* arg0: system call number */
 	KB_OP_RESET	= 8,	/* arg0: the ioctl's argument */
-	KB_OP_UNIQUE	= 9,	/* arg0: words of the bitmap */
+	KB_OP_UNIQUE	= 9,	/* arg0: words of the bitmap; arg1: the task's address */
 	KB_OP_REMOTE	= 10,	/* arg0: mode, size << 32; arg1: handles or ~0; arg2: common */
 	KB_OP_CLOSE	= 11,	/* error 0: the owner is none any more; else it traces on */
+	/* Both in the module's own slot, which is no instance. */
+	KB_OP_KERNEL	= 12,	/* payload: struct kb_kernel; error 0: watch it */
+	KB_OP_MODULE	= 13,	/* arg0: 1 comes, 0 goes; arg1: text, arg2: bytes; payload: name */
 };
 
 struct kb_header {
@@ -81,7 +84,8 @@ struct kb_request {
 	__u64 arg0;
 	__u64 arg1;
 	__u64 arg2;
-	__u64 pad;
+	/* Not of the request: while it is not 0, the owner runs the module's code, not its own. */
+	__u64 hidden;
 };
 
 struct kb_response {
@@ -90,7 +94,28 @@ struct kb_response {
 	__u64 area_offset;
 	__u64 appended;
 	__u64 dropped;
-	__u64 pad[3];
+	__u64 flags;		/* enum kb_answer */
+	__u64 pad[2];
+};
+
+enum kb_answer {
+	KB_ANSWER_SILENT	= 1,	/* to an ENABLE: the host needs no RETURN of this owner */
+};
+
+#define KB_KERNEL_CPUS	64
+
+/* What the host has to know about the kernel to see which task runs. Addresses as in the guest. */
+struct kb_kernel {
+	__u64 cpus;
+	__u64 syscall_entry;
+	__u64 pad[6];
+	/* By APIC id, physical: the per-CPU variables current_task and preempt_count; 0: no CPU. */
+	struct {
+		__u64 current_task;
+		__u64 preempt_count;
+	} cpu[KB_KERNEL_CPUS];
+	/* The code that each vector of the interrupt descriptor table leads to. */
+	__u64 vectors[256];
 };
 
 #endif /* KCOV_BRIDGE_ABI_H */

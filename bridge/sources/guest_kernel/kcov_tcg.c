@@ -1,0 +1,645 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * kcov_tcg: a QEMU plugin that does for a kernel built without CONFIG_KCOV what the calls of
+ * __sanitizer_cov_trace_pc() do in one built with it.
+ *
+ * Each block of kernel code that a vCPU executes comes by block_runs(). If the task that runs owns
+ * an instance, and is in its own kernel context, the block's PC goes into the instance's area, at
+ * once and in order, as in kernel/kcov.c. Who owns what stands in the plan (plan.h), which the
+ * bridge writes; which task runs, and whether in an interrupt, is read from the guest's own
+ * per-CPU variables current_task and preempt_count, as the kernel itself reads them.
+ *
+ * While nobody traces, nothing is watched: the translated code has no callbacks. The guest's
+ * module executes a marker once it is an owner, and then all code is translated anew.
+ *
+ * Arguments: plan=FD,region=FD,ram=FD, inherited from the bridge.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#include "plan.h"
+#include "qemu_plugin_api.h"
+
+#define likely(x)	__builtin_expect(!!(x), 1)
+#define unlikely(x)	__builtin_expect(!!(x), 0)
+
+#define KERNEL_START	0xffff800000000000ULL
+
+/* include/linux/preempt.h; what in_task() looks at. */
+#define HARD_OR_NMI	0x00ff0000U
+#define SERVING_SOFTIRQ	0x00000100U
+
+#define DEPTH		16
+#define BUCKETS		(1U << 18)
+
+/* A NOP that nobody else writes: nopl 0x766f636b(%rax); kb_marker() in guest/module. */
+static const uint8_t marker[] = { 0x0f, 0x1f, 0x80, 'k', 'c', 'o', 'v' };
+
+enum block_flags {
+	/* The last instruction goes elsewhere: what follows is a block of its own. */
+	ENDS		= 1,
+	/* The last instruction repeats itself, and is translated as a jump to itself. */
+	REPEATS		= 2,
+	/* A single instruction that QEMU may carry out alone, with all other vCPUs stopped. */
+	ALONE		= 4,
+	RECORD		= 8,
+	NOINSTR		= 16,
+	INTERRUPT	= 32,
+	EXCEPTION	= 64,
+	SYSCALL		= 128,
+	RETURNS		= 256,	/* from interrupt or exception: iret */
+	SPECIAL		= NOINSTR | INTERRUPT | EXCEPTION | SYSCALL | RETURNS,
+};
+
+/* A translated piece of kernel code. Never freed, and found again when it is translated again. */
+struct block {
+	struct block *next;
+	uint64_t start, last, end;	/* last: its last instruction */
+	uint64_t pc;			/* canonical */
+	uint64_t number;
+	uint32_t flags;
+	atomic_bool seen;
+};
+
+enum interrupt {
+	NONE,
+	/* Begun, and not yet counted in preempt_count. */
+	ENTERED,
+	COUNTED,
+	/* Not counted any more; ends when the code around the handler goes on. */
+	LEAVING,
+};
+
+/* What a slot's owner is about. Touched by the vCPU that runs the owner. */
+struct owner {
+	struct plan_slot *slot;
+	const _Atomic uint64_t *hidden;
+	/* The block before, in this task and context. */
+	const struct block *before;
+	bool resumed;
+	enum interrupt interrupt;
+	/* What interrupts and exceptions broke into, innermost last. */
+	struct {
+		const struct block *block;
+		bool interrupt;
+	} broken[DEPTH];
+	unsigned int depth;
+	uint64_t task;
+};
+
+struct vcpu {
+	const volatile uint64_t *current;
+	const volatile uint32_t *preempt;
+	uint64_t epoch;
+	uint64_t task;
+	struct owner *owner;
+} __attribute__((aligned(64)));
+
+static struct plan_header *plan;
+static struct plan_cpu *cpus;
+static struct plan_slot *slots;
+static struct plan_block *blocks;
+static uint8_t *region, *ram;
+static uint64_t region_bytes, ram_bytes;
+
+static struct vcpu vcpus[PLAN_CPUS];
+static struct owner owners[PLAN_SLOTS];
+
+static qemu_plugin_id_t plugin_id;
+static bool insn_data_copies;
+static void *insn_data_symbol;
+
+/* Guards what follows: translation happens on every vCPU. */
+static pthread_mutex_t translation = PTHREAD_MUTEX_INITIALIZER;
+static struct block *buckets[BUCKETS];
+static uint64_t n_blocks;
+static struct plan_range *ranges;
+static uint64_t n_ranges, ranges_epoch;
+static uint64_t vectors[PLAN_VECTORS];
+
+/*
+ * QEMU reads this after it has loaded the file, so the constructor below can still choose. What
+ * is used here is the same in all versions, but a QEMU may refuse old ones.
+ */
+EXPORTED int qemu_plugin_version = 1;
+
+__attribute__((constructor))
+static void choose_version(void)
+{
+	static const struct {
+		const char *symbol;
+		int version;
+	} since[] = {
+		{ "qemu_plugin_scoreboard_new", 2 },
+		{ "qemu_plugin_register_vcpu_tb_exec_cond_cb", 3 },
+		{ "qemu_plugin_read_memory_vaddr", 4 },
+		{ "qemu_plugin_write_memory_vaddr", 5 },
+		{ "qemu_plugin_register_vcpu_discon_cb", 6 },
+	};
+
+	/* Old names that went away with version 2. */
+	if (!dlsym(RTLD_DEFAULT, "qemu_plugin_n_vcpus"))
+		for (size_t i = 0; i < sizeof(since) / sizeof(since[0]); i++)
+			if (dlsym(RTLD_DEFAULT, since[i].symbol))
+				qemu_plugin_version = since[i].version;
+}
+
+/* ---- the bridge's words -------------------------------------------------------------------- */
+
+static inline uint64_t load(const uint64_t *word)
+{
+	return __atomic_load_n(word, __ATOMIC_ACQUIRE);
+}
+
+static inline void store(uint64_t *word, uint64_t value)
+{
+	__atomic_store_n(word, value, __ATOMIC_RELEASE);
+}
+
+static const void *in_ram(uint64_t offset, size_t bytes)
+{
+	if (offset > ram_bytes - bytes || offset % bytes)
+		return NULL;
+	return ram + offset;
+}
+
+/* ---- recording ----------------------------------------------------------------------------- */
+
+static void first_time(struct block *block)
+{
+	uint64_t at;
+
+	if (atomic_exchange(&block->seen, true))
+		return;
+	pthread_mutex_lock(&translation);
+	at = plan->blocks;
+	if (at < PLAN_BLOCKS) {
+		blocks[at].start = block->pc;
+		blocks[at].bytes = block->end - block->start;
+		store(&plan->blocks, at + 1);
+	}
+	pthread_mutex_unlock(&translation);
+}
+
+/* As kcov_append in the areas of bridge/region.py: every value from the area is bounded. */
+static void append(struct vcpu *vcpu, unsigned int index, struct owner *owner,
+		   struct block *block)
+{
+	struct plan_slot *slot = owner->slot;
+	uint64_t at, words, bitmap, count, number;
+	uint64_t *area;
+
+	/*
+	 * The bridge takes an area away by changing slot and epoch, and then waits until no vCPU is
+	 * busy with the slot: this store must be seen before the epoch is read again.
+	 */
+	__atomic_store_n(&cpus[index].busy, (uint64_t)(slot - slots) + 1, __ATOMIC_SEQ_CST);
+	if (__atomic_load_n(&plan->epoch, __ATOMIC_SEQ_CST) != vcpu->epoch)
+		goto out;
+	at = slot->area;
+	words = slot->words;
+	bitmap = slot->bitmap_words;
+	if (at % 8 || at > region_bytes || words > (region_bytes - at) / 8 || bitmap + 2 > words)
+		goto out;
+	area = (uint64_t *)(region + at);
+	if (bitmap) {
+		/* Even numbers are the bridge's. */
+		number = block->number * 2 + 1;
+		if (number / 64 < bitmap) {
+			uint64_t *word = &area[number / 64], bit = 1ULL << number % 64;
+
+			if (*word & bit)
+				goto out;
+			*word |= bit;
+		}
+		area += bitmap;
+		words -= bitmap;
+	}
+	count = __atomic_load_n(&area[0], __ATOMIC_RELAXED);
+	if (count < words - 1) {
+		__atomic_store_n(&area[count + 1], block->pc, __ATOMIC_RELAXED);
+		__atomic_store_n(&area[0], count + 1, __ATOMIC_RELEASE);
+		slot->appended++;
+		if (unlikely(!atomic_load_explicit(&block->seen, memory_order_relaxed)))
+			first_time(block);
+	} else {
+		slot->dropped++;
+	}
+out:
+	__atomic_store_n(&cpus[index].busy, 0, __ATOMIC_RELEASE);
+}
+
+/* Another task runs, or the plan has changed: who owns what? */
+static void look_up(struct vcpu *vcpu, unsigned int index, uint64_t epoch)
+{
+	vcpu->owner = NULL;
+	vcpu->epoch = epoch;
+	vcpu->current = in_ram(load(&cpus[index].current), 8);
+	vcpu->preempt = in_ram(load(&cpus[index].preempt), 4);
+	vcpu->task = vcpu->current && vcpu->preempt ? *vcpu->current : 0;
+	if (!vcpu->task)
+		return;
+	for (unsigned int i = 0; i < PLAN_SLOTS && i < load(&plan->slots); i++) {
+		struct owner *owner = &owners[i];
+
+		if (load(&slots[i].task) != vcpu->task)
+			continue;
+		if (owner->task != vcpu->task) {
+			*owner = (struct owner) {
+				.slot = &slots[i],
+				.hidden = (const void *)(region + plan->hidden + i * plan->hidden_stride),
+				.task = vcpu->task,
+			};
+		}
+		vcpu->owner = owner;
+		return;
+	}
+}
+
+static void break_in(struct owner *owner, bool interrupt)
+{
+	if (owner->depth < DEPTH) {
+		owner->broken[owner->depth].block = owner->before;
+		owner->broken[owner->depth].interrupt = interrupt;
+	}
+	owner->depth++;
+	owner->before = NULL;
+	owner->resumed = false;
+}
+
+static void go_back(struct owner *owner)
+{
+	if (!owner->depth)
+		return;
+	owner->depth--;
+	owner->before = NULL;
+	if (owner->depth >= DEPTH)
+		return;
+	owner->before = owner->broken[owner->depth].block;
+	owner->resumed = true;
+	if (owner->broken[owner->depth].interrupt)
+		owner->interrupt = NONE;
+}
+
+/* What tells own work from that of interrupts, beside preempt_count. */
+static void special(struct owner *owner, const struct block *block)
+{
+	if (block->flags & SYSCALL) {
+		owner->interrupt = NONE;
+		owner->depth = 0;
+		owner->before = NULL;
+		owner->resumed = false;
+	} else if (block->flags & INTERRUPT) {
+		if (owner->interrupt == NONE)
+			owner->interrupt = ENTERED;
+		break_in(owner, true);
+	} else if (block->flags & EXCEPTION) {
+		break_in(owner, false);
+	}
+	/* The handler was called from code of this kind, and has returned to it. */
+	if (owner->interrupt == LEAVING && block->flags & NOINSTR)
+		owner->interrupt = NONE;
+}
+
+/* Whether @block only goes on with what @before began. */
+static bool goes_on(const struct block *before, const struct block *block, bool resumed)
+{
+	if (!(before->flags & ENDS) && block->start == before->end)
+		return true;
+	if (before->flags & REPEATS && block->start == before->last)
+		return true;
+	if (resumed || block->flags & ALONE)
+		return block->start >= before->start && block->start < before->end;
+	return false;
+}
+
+/* Before each execution of a block of kernel code. */
+static void block_runs(unsigned int index, void *data)
+{
+	struct vcpu *vcpu = &vcpus[index];
+	struct block *block = data;
+	const struct block *before;
+	uint64_t epoch = load(&plan->epoch);
+	struct owner *owner;
+	uint32_t preempt;
+	bool resumed;
+
+	if (unlikely(epoch != vcpu->epoch || (vcpu->current && *vcpu->current != vcpu->task)))
+		look_up(vcpu, index, epoch);
+	owner = vcpu->owner;
+	if (likely(!owner))
+		return;
+
+	preempt = *vcpu->preempt;
+	if (unlikely(block->flags & SPECIAL))
+		special(owner, block);
+	if (unlikely(owner->interrupt != NONE)) {
+		bool counted = preempt & (HARD_OR_NMI | SERVING_SOFTIRQ);
+
+		if (counted)
+			owner->interrupt = COUNTED;
+		else if (owner->interrupt == COUNTED)
+			owner->interrupt = LEAVING;
+		if (block->flags & RETURNS)
+			go_back(owner);
+		return;
+	}
+	if (unlikely(block->flags & RETURNS)) {
+		go_back(owner);
+		return;
+	}
+	/* in_task() */
+	if (preempt & (HARD_OR_NMI | SERVING_SOFTIRQ))
+		return;
+
+	before = owner->before;
+	resumed = owner->resumed;
+	owner->before = block;
+	owner->resumed = false;
+	if (!(block->flags & RECORD) || atomic_load_explicit(owner->hidden, memory_order_relaxed))
+		return;
+	if (before && unlikely(goes_on(before, block, resumed)))
+		return;
+	append(vcpu, index, owner, block);
+}
+
+/* ---- translation --------------------------------------------------------------------------- */
+
+/* The bridge's ranges and vectors, if they have changed. Under translation. */
+static void read_ranges(void)
+{
+	const struct plan_range *from = (void *)((uint8_t *)plan + PLAN_RANGES_OFFSET);
+	uint64_t epoch = load(&plan->ranges_epoch), n;
+
+	if (epoch == ranges_epoch || epoch & 1)
+		return;
+	n = plan->ranges;
+	if (n > PLAN_RANGES)
+		n = PLAN_RANGES;
+	memcpy(ranges, from, n * sizeof(*ranges));
+	memcpy(vectors, (uint8_t *)plan + PLAN_VECTORS_OFFSET, sizeof(vectors));
+	__atomic_thread_fence(__ATOMIC_ACQUIRE);
+	/* Written meanwhile: the epoch is another by now, so it is read again. */
+	n_ranges = n;
+	ranges_epoch = epoch;
+}
+
+static const struct plan_range *range_of(uint64_t address)
+{
+	uint64_t low = 0, high = n_ranges;
+
+	while (low < high) {
+		uint64_t middle = low + (high - low) / 2;
+
+		if (address >= ranges[middle].end)
+			low = middle + 1;
+		else if (address < ranges[middle].start)
+			high = middle;
+		else
+			return &ranges[middle];
+	}
+	return NULL;
+}
+
+static size_t insn_data(const struct qemu_plugin_insn *insn, uint8_t *to, size_t most)
+{
+	size_t size = qemu_plugin_insn_size(insn);
+
+	if (size > most)
+		size = most;
+	if (insn_data_copies)
+		return ((insn_data_3)insn_data_symbol)(insn, to, size);
+	memcpy(to, ((insn_data_1)insn_data_symbol)(insn), size);
+	return size;
+}
+
+static bool is_prefix(uint8_t byte)
+{
+	switch (byte) {
+	case 0x26: case 0x2e: case 0x36: case 0x3e: case 0x64: case 0x65: case 0x66: case 0x67:
+	case 0xf0: case 0xf2: case 0xf3:
+		return true;
+	default:
+		return byte >= 0x40 && byte <= 0x4f;
+	}
+}
+
+/* What an instruction is to us: opcode map of the Intel manual, volume 2, appendix A. */
+static uint32_t classify(const uint8_t *code, size_t size)
+{
+	bool repeat = false, lock = false;
+	size_t i = 0;
+	uint8_t op;
+
+	for (; i < size && is_prefix(code[i]); i++) {
+		repeat |= code[i] == 0xf2 || code[i] == 0xf3;
+		lock |= code[i] == 0xf0;
+	}
+	if (i == size)
+		return 0;
+	op = code[i];
+	if (op == 0x0f && i + 1 < size) {
+		op = code[i + 1];
+		if (op >= 0x80 && op <= 0x8f)
+			return ENDS;
+		if (op == 0x05 || op == 0x07 || op == 0x34 || op == 0x35 || op == 0x0b || op == 0xb9)
+			return ENDS;
+		/* cmpxchg8b, cmpxchg16b */
+		return lock || op == 0xc7 ? ALONE : 0;
+	}
+	if ((op >= 0x70 && op <= 0x7f) || (op >= 0xe0 && op <= 0xe3))
+		return ENDS;
+	if (op == 0xcf)
+		return ENDS | RETURNS;
+	if (op == 0xc2 || op == 0xc3 || (op >= 0xca && op <= 0xcd) || op == 0xe8 || op == 0xe9 ||
+	    op == 0xeb)
+		return ENDS;
+	if (op == 0xff && i + 1 < size && (code[i + 1] >> 3 & 7) >= 2 && (code[i + 1] >> 3 & 7) <= 5)
+		return ENDS;
+	if (repeat && ((op >= 0xa4 && op <= 0xa7) || (op >= 0xaa && op <= 0xaf) ||
+		       (op >= 0x6c && op <= 0x6f)))
+		return REPEATS;
+	return lock ? ALONE : 0;
+}
+
+static uint32_t vector_flags(uint64_t address)
+{
+	for (unsigned int i = 0; i < PLAN_VECTORS; i++)
+		if (vectors[i] == address)
+			return i < 32 ? EXCEPTION : i == 0x80 ? SYSCALL : INTERRUPT;
+	return 0;
+}
+
+/* The block from start to end, new or as before. Under translation. */
+static struct block *intern(const struct block *wanted)
+{
+	uint64_t hash = (wanted->start ^ wanted->end << 20) * 0x9e3779b97f4a7c15;
+	struct block **bucket = &buckets[hash >> 46];
+	struct block *block;
+
+	for (block = *bucket; block; block = block->next)
+		if (block->start == wanted->start && block->end == wanted->end &&
+		    block->last == wanted->last && block->pc == wanted->pc &&
+		    block->flags == wanted->flags)
+			return block;
+	if (n_blocks == PLAN_BLOCKS)
+		return NULL;
+	block = malloc(sizeof(*block));
+	if (!block)
+		return NULL;
+	*block = *wanted;
+	block->number = n_blocks++;
+	block->next = *bucket;
+	*bucket = block;
+	plan->translated = n_blocks;
+	return block;
+}
+
+static void reset_done(qemu_plugin_id_t id);
+
+/* Begins or ends to watch, if the bridge wants that; on a vCPU's thread. */
+static void follow_plan(void)
+{
+	static atomic_bool resetting;
+
+	if (load(&plan->want) == load(&plan->have))
+		atomic_store(&resetting, false);
+	else if (!atomic_exchange(&resetting, true))
+		qemu_plugin_reset(plugin_id, reset_done);
+}
+
+static void marker_runs(unsigned int index, void *data)
+{
+	(void)index;
+	(void)data;
+	follow_plan();
+}
+
+static void vcpu_idles(qemu_plugin_id_t id, unsigned int index)
+{
+	(void)id;
+	(void)index;
+	follow_plan();
+}
+
+static void translates(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
+{
+	uint64_t start = qemu_plugin_tb_vaddr(tb);
+	size_t n = qemu_plugin_tb_n_insns(tb);
+	const struct plan_range *range;
+	const struct qemu_plugin_insn *last;
+	struct block block = { .start = start };
+	struct block *found = NULL;
+	uint8_t code[15];
+	size_t size;
+
+	(void)id;
+	if (start < KERNEL_START || !n)
+		return;
+	size = insn_data(qemu_plugin_tb_get_insn(tb, 0), code, sizeof(code));
+	if (size == sizeof(marker) && !memcmp(code, marker, sizeof(marker)))
+		qemu_plugin_register_vcpu_tb_exec_cb(tb, marker_runs, QEMU_PLUGIN_CB_NO_REGS, NULL);
+	if (!load(&plan->have))
+		return;
+
+	last = qemu_plugin_tb_get_insn(tb, n - 1);
+	block.last = qemu_plugin_insn_vaddr(last);
+	block.end = block.last + qemu_plugin_insn_size(last);
+	size = insn_data(last, code, sizeof(code));
+	block.flags = classify(code, size);
+	if (n != 1)
+		block.flags &= ~ALONE;
+
+	pthread_mutex_lock(&translation);
+	read_ranges();
+	range = range_of(start);
+	if (range) {
+		block.pc = start + range->delta;
+		block.flags |= range->flags & PLAN_RECORD ? RECORD : 0;
+		block.flags |= range->flags & PLAN_NOINSTR ? NOINSTR : 0;
+		block.flags |= start == plan->syscall_entry ? SYSCALL : vector_flags(start);
+		found = intern(&block);
+		if (!found)
+			plan->blocks_lost++;
+	}
+	pthread_mutex_unlock(&translation);
+	if (found)
+		qemu_plugin_register_vcpu_tb_exec_cb(tb, block_runs, QEMU_PLUGIN_CB_NO_REGS, found);
+}
+
+static void reset_done(qemu_plugin_id_t id)
+{
+	store(&plan->have, load(&plan->want));
+	store(&plan->resets, plan->resets + 1);
+	for (unsigned int i = 0; i < PLAN_SLOTS; i++)
+		owners[i].task = 0;
+	for (unsigned int i = 0; i < PLAN_CPUS; i++)
+		vcpus[i].epoch = 0;
+	qemu_plugin_register_vcpu_tb_trans_cb(id, translates);
+	qemu_plugin_register_vcpu_idle_cb(id, vcpu_idles);
+	follow_plan();
+}
+
+/* ---- beginning ----------------------------------------------------------------------------- */
+
+static void *map(const char *value, uint64_t *bytes)
+{
+	struct stat status;
+	void *memory;
+	int fd = atoi(value);
+
+	if (fstat(fd, &status) || !status.st_size)
+		return NULL;
+	*bytes = status.st_size;
+	memory = mmap(NULL, status.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	return memory == MAP_FAILED ? NULL : memory;
+}
+
+static int refuse(const char *why)
+{
+	fprintf(stderr, "kcov_tcg: %s\n", why);
+	return 1;
+}
+
+int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv)
+{
+	uint64_t plan_bytes = 0;
+
+	for (int i = 0; i < argc; i++) {
+		if (!strncmp(argv[i], "plan=", 5))
+			plan = map(argv[i] + 5, &plan_bytes);
+		else if (!strncmp(argv[i], "region=", 7))
+			region = map(argv[i] + 7, &region_bytes);
+		else if (!strncmp(argv[i], "ram=", 4))
+			ram = map(argv[i] + 4, &ram_bytes);
+	}
+	if (!info->system_emulation || strcmp(info->target_name, "x86_64"))
+		return refuse("made for qemu-system-x86_64 alone");
+	if (!plan || !region || !ram)
+		return refuse("the bridge starts it: plan=FD,region=FD,ram=FD");
+	if (plan_bytes < PLAN_BYTES || plan->magic != PLAN_MAGIC || plan->version != PLAN_VERSION)
+		return refuse("the plan is of another version of the bridge");
+	if (plan->hidden > region_bytes || plan->hidden % 8 || plan->hidden_stride % 8 ||
+	    plan->hidden_stride > (region_bytes - plan->hidden) / PLAN_SLOTS)
+		return refuse("the plan does not fit the region");
+	ranges = calloc(PLAN_RANGES, sizeof(*ranges));
+	insn_data_symbol = dlsym(RTLD_DEFAULT, "qemu_plugin_insn_data");
+	if (!ranges || !insn_data_symbol)
+		return refuse("out of memory, or not loaded by QEMU");
+	insn_data_copies = qemu_plugin_version >= 3;
+	cpus = (void *)((uint8_t *)plan + PLAN_CPUS_OFFSET);
+	slots = (void *)((uint8_t *)plan + PLAN_SLOTS_OFFSET);
+	blocks = (void *)((uint8_t *)plan + PLAN_BLOCKS_OFFSET);
+	plugin_id = id;
+	store(&plan->api, info->version.cur);
+	qemu_plugin_register_vcpu_tb_trans_cb(id, translates);
+	qemu_plugin_register_vcpu_idle_cb(id, vcpu_idles);
+	return 0;
+}

@@ -1,0 +1,100 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The plan: the memory that the bridge and the plugin inside QEMU share. The guest cannot see it.
+ *
+ * bridge/sources/guest_kernel/plan.py describes it in words; tests/test_kernel_plan.py holds the
+ * two together. Every field is a 64-bit word with one writer.
+ */
+#ifndef KCOV_PLAN_H
+#define KCOV_PLAN_H
+
+#include <stdint.h>
+
+#define PLAN_MAGIC		0x4e414c50564f434bULL	/* "KCOVPLAN" */
+#define PLAN_VERSION		1
+#define PLAN_CPUS		256
+#define PLAN_SLOTS		1024
+#define PLAN_VECTORS		256
+#define PLAN_RANGES		65536
+#define PLAN_BLOCKS		(1UL << 20)
+
+#define PLAN_CPUS_OFFSET	4096
+#define PLAN_SLOTS_OFFSET	(PLAN_CPUS_OFFSET + PLAN_CPUS * 64)
+#define PLAN_VECTORS_OFFSET	(PLAN_SLOTS_OFFSET + PLAN_SLOTS * 64)
+#define PLAN_RANGES_OFFSET	(PLAN_VECTORS_OFFSET + PLAN_VECTORS * 8)
+#define PLAN_BLOCKS_OFFSET	(PLAN_RANGES_OFFSET + PLAN_RANGES * 32)
+#define PLAN_BYTES		(PLAN_BLOCKS_OFFSET + PLAN_BLOCKS * 16)
+
+/* Nothing: of plan_cpu.current and .preempt. */
+#define PLAN_NOWHERE		UINT64_MAX
+
+enum plan_range_flags {
+	/* Blocks of this range are recorded. */
+	PLAN_RECORD	= 1,
+	/* Code that runs before an interrupt is known as one, and after (.entry.text, .noinstr.text). */
+	PLAN_NOINSTR	= 2,
+};
+
+struct plan_header {
+	/* Written once by the bridge. */
+	uint64_t magic;
+	uint64_t version;
+	/* Where the guest's hidden flag of slot n is in the region: hidden + n * hidden_stride. */
+	uint64_t hidden;
+	uint64_t hidden_stride;
+	uint64_t pad0[4];
+	/* Written by the bridge. */
+	uint64_t want;		/* 1: watch the kernel's blocks, 0: run at full speed */
+	uint64_t epoch;		/* changes with slots and cpus */
+	uint64_t ranges_epoch;	/* changes with ranges and vectors; odd while they are written */
+	uint64_t ranges;	/* how many there are */
+	uint64_t syscall_entry;
+	uint64_t slots;		/* no slot from here on has an owner */
+	uint64_t pad1[2];
+	/* Written by the plugin. */
+	uint64_t have;		/* what is done of want */
+	uint64_t api;
+	uint64_t resets;
+	uint64_t translated;
+	uint64_t blocks;	/* how many of the table are there */
+	uint64_t blocks_lost;	/* blocks that found no room */
+	uint64_t pad2[2];
+};
+
+struct plan_cpu {
+	/* Written by the bridge: where in the guest's memory. */
+	uint64_t current;	/* its current_task */
+	uint64_t preempt;	/* its preempt_count */
+	uint64_t pad0[2];
+	/* Written by the plugin. */
+	uint64_t busy;		/* slot + 1 while its area is written to */
+	uint64_t pad1[3];
+};
+
+struct plan_slot {
+	/* Written by the bridge. */
+	uint64_t task;		/* the guest's task_struct, 0: no owner */
+	uint64_t area;		/* offset in the region, bytes */
+	uint64_t words;
+	uint64_t bitmap_words;	/* the bitmap before the count; 0: none */
+	/* Written by the plugin. */
+	uint64_t appended;
+	uint64_t dropped;
+	uint64_t pad[2];
+};
+
+/* Code from start up to end; sorted, disjoint. */
+struct plan_range {
+	uint64_t start;
+	uint64_t end;
+	uint64_t delta;		/* canonical address - address */
+	uint64_t flags;
+};
+
+/* A block that was recorded at least once, in the order in which that happened first. */
+struct plan_block {
+	uint64_t start;		/* canonical */
+	uint64_t bytes;
+};
+
+#endif

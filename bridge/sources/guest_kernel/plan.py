@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan: what the bridge and the plugin in QEMU tell each other, in memory of their own.
+
+The guest cannot see it. ``plan.h`` is the plugin's side; ``tests/test_kernel_plan.py`` compares
+the two. An array of 64-bit words, each with one writer.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from collections.abc import Sequence
+from enum import IntEnum, IntFlag
+
+from bridge.abi import REQUESTS_OFFSET, SLOT_WORDS, SLOTS, WORD, RequestWord
+from bridge.errors import SourceError
+
+__all__ = ["CpuWord", "Plan", "PlanWord", "RangeFlag", "SlotWord"]
+
+MAGIC = 0x4E414C50564F434B  # "KCOVPLAN" in memory
+VERSION = 1
+CPUS = 256
+VECTORS = 256
+RANGES = 65536
+BLOCKS = 1 << 20
+
+CPU_WORDS = 8
+PLAN_SLOT_WORDS = 8
+RANGE_WORDS = 4
+BLOCK_WORDS = 2
+
+CPUS_OFFSET = 4096
+SLOTS_OFFSET = CPUS_OFFSET + CPUS * CPU_WORDS * WORD
+VECTORS_OFFSET = SLOTS_OFFSET + SLOTS * PLAN_SLOT_WORDS * WORD
+RANGES_OFFSET = VECTORS_OFFSET + VECTORS * WORD
+BLOCKS_OFFSET = RANGES_OFFSET + RANGES * RANGE_WORDS * WORD
+BYTES = BLOCKS_OFFSET + BLOCKS * BLOCK_WORDS * WORD
+
+NOWHERE = 2**64 - 1
+
+_BUSY_SECONDS = 1.0
+
+
+class PlanWord(IntEnum):
+    """Index of each word of the header."""
+
+    MAGIC = 0
+    VERSION = 1
+    HIDDEN = 2
+    HIDDEN_STRIDE = 3
+    WANT = 8
+    EPOCH = 9
+    RANGES_EPOCH = 10
+    RANGES = 11
+    SYSCALL_ENTRY = 12
+    SLOTS = 13
+    HAVE = 16
+    """PLUGIN: what is done of WANT; the words from here on are the plugin's."""
+    API = 17
+    RESETS = 18
+    TRANSLATED = 19
+    BLOCKS = 20
+    BLOCKS_LOST = 21
+
+
+class CpuWord(IntEnum):
+    """Index of each word of a vCPU. CURRENT and PREEMPT are offsets in the guest's memory."""
+
+    CURRENT = 0
+    PREEMPT = 1
+    BUSY = 4
+    """PLUGIN: slot + 1 while that slot's area is written to."""
+
+
+class SlotWord(IntEnum):
+    """Index of each word of a slot. AREA is an offset in the region, in bytes."""
+
+    TASK = 0
+    AREA = 1
+    WORDS = 2
+    BITMAP_WORDS = 3
+    APPENDED = 4
+    """PLUGIN"""
+    DROPPED = 5
+    """PLUGIN"""
+
+
+class RangeFlag(IntFlag):
+    """What is true of the code in a range; see ``plan.h``."""
+
+    RECORD = 1
+    NOINSTR = 2
+
+
+class Plan:
+    """The memory of one plan; made before QEMU starts. Raises SourceError where there is none."""
+
+    def __init__(self) -> None:
+        try:
+            self.fd = os.memfd_create("kcov-bridge-plan", os.MFD_CLOEXEC)
+            os.ftruncate(self.fd, BYTES)
+            self._map = mmap.mmap(self.fd, BYTES)
+        except OSError as error:
+            raise SourceError(
+                f"no memory for the guest kernel's coverage: {error.strerror}"
+            ) from error
+        self._bytes = memoryview(self._map)
+        self.words = self._bytes.cast("Q")
+        self._barrier = threading.Lock()
+        words = self.words
+        words[PlanWord.VERSION] = VERSION
+        words[PlanWord.HIDDEN] = REQUESTS_OFFSET + RequestWord.HIDDEN * WORD
+        words[PlanWord.HIDDEN_STRIDE] = SLOT_WORDS * WORD
+        words[PlanWord.EPOCH] = 1
+        words[PlanWord.RANGES_EPOCH] = 0
+        for cpu in range(CPUS):
+            self.set_cpu(cpu, NOWHERE, NOWHERE)
+        words[PlanWord.MAGIC] = MAGIC
+
+    def _next_epoch(self) -> None:
+        self.words[PlanWord.EPOCH] += 1
+        # A locked instruction, so a full barrier on x86: the plugin has its own.
+        with self._barrier:
+            pass
+
+    def set_cpu(self, cpu: int, current: int, preempt: int) -> None:
+        """Where vCPU ``cpu`` keeps its variables: offsets in the guest's memory."""
+        at = CPUS_OFFSET // WORD + cpu * CPU_WORDS
+        self.words[at + CpuWord.CURRENT] = current
+        self.words[at + CpuWord.PREEMPT] = preempt
+
+    def set_code(
+        self,
+        ranges: Sequence[tuple[int, int, int, RangeFlag]],
+        vectors: Sequence[int],
+        syscall_entry: int,
+    ) -> None:
+        """Which code there is: (start, end, canonical start, flags), sorted and disjoint."""
+        if len(ranges) > RANGES:
+            raise SourceError(
+                f"the filter cuts the kernel into {len(ranges)} pieces, more than {RANGES}",
+                hint="name whole files, modules or longer address ranges",
+            )
+        words = self.words
+        words[PlanWord.RANGES_EPOCH] += 1
+        at = RANGES_OFFSET // WORD
+        for start, end, canonical, flags in ranges:
+            words[at] = start
+            words[at + 1] = end
+            words[at + 2] = (canonical - start) & (2**64 - 1)
+            words[at + 3] = flags
+            at += RANGE_WORDS
+        for index, address in enumerate(vectors):
+            words[VECTORS_OFFSET // WORD + index] = address
+        words[PlanWord.SYSCALL_ENTRY] = syscall_entry
+        words[PlanWord.RANGES] = len(ranges)
+        words[PlanWord.RANGES_EPOCH] += 1
+
+    def attach(self, slot: int, task: int, area: int, size: int, bitmap_words: int) -> None:
+        """From now on what ``task`` does in the kernel goes into the area."""
+        words = self.words
+        at = SLOTS_OFFSET // WORD + slot * PLAN_SLOT_WORDS
+        words[at + SlotWord.APPENDED] = 0
+        words[at + SlotWord.DROPPED] = 0
+        words[at + SlotWord.AREA] = area
+        words[at + SlotWord.WORDS] = size
+        words[at + SlotWord.BITMAP_WORDS] = bitmap_words
+        words[at + SlotWord.TASK] = task
+        if words[PlanWord.SLOTS] <= slot:
+            words[PlanWord.SLOTS] = slot + 1
+        self._next_epoch()
+
+    def counts(self, slot: int) -> tuple[int, int]:
+        """How many PCs the plugin appended in this slot and how many it dropped."""
+        at = SLOTS_OFFSET // WORD + slot * PLAN_SLOT_WORDS
+        words = self.words
+        return words[at + SlotWord.APPENDED], words[at + SlotWord.DROPPED]
+
+    def detach(self, slot: int) -> tuple[int, int]:
+        """No more from now on: when this returns nobody writes to the area. As :meth:`counts`.
+
+        Raises SourceError where QEMU stands still in the middle of it.
+        """
+        words = self.words
+        words[SLOTS_OFFSET // WORD + slot * PLAN_SLOT_WORDS + SlotWord.TASK] = 0
+        self._next_epoch()
+        first = CPUS_OFFSET // WORD + CpuWord.BUSY
+        busy = words[first : first + CPUS * CPU_WORDS : CPU_WORDS]
+        deadline = 0.0
+        while slot + 1 in busy.tolist():
+            now = time.monotonic()
+            deadline = deadline or now + _BUSY_SECONDS
+            if now > deadline:
+                raise SourceError("QEMU stands still while it writes coverage")
+            time.sleep(1e-4)
+        return self.counts(slot)
+
+    def blocks(self, start: int = 0) -> list[tuple[int, int]]:
+        """Blocks that were recorded, from number ``start`` on: (canonical start, bytes)."""
+        words = self.words
+        count = min(words[PlanWord.BLOCKS], BLOCKS)
+        at = BLOCKS_OFFSET // WORD
+        found = words[at + start * BLOCK_WORDS : at + count * BLOCK_WORDS].tolist()
+        return list(zip(found[::2], found[1::2], strict=True))
+
+    def close(self) -> None:
+        """Unmap and close; safe to call twice."""
+        if self.fd >= 0:
+            self.words.release()
+            self._bytes.release()
+            self._map.close()
+            os.close(self.fd)
+            self.fd = -1
