@@ -125,9 +125,8 @@ class Settings:
         metadata=_about(
             Kind.TEXT,
             "where coverage comes from: python (the target on the host), kernel (the guest's "
-            "kernel, under TCG), or both with a comma between; auto takes what the accelerator "
-            "allows",
-            metavar="NAMES",
+            "kernel, under TCG), or both; auto takes what the accelerator allows",
+            choices=("auto", "python", "kernel", "python,kernel", "kernel,python"),
         ),
     )
     accel: str = field(
@@ -246,11 +245,6 @@ class Settings:
     def __post_init__(self) -> None:
         for name, option in options().items():
             _check(name, option, getattr(self, name), f"setting {name}")
-        if unknown := set(self.source.split(",")) - {"auto", "python", "kernel"}:
-            raise UsageError(
-                f"there is no source {', '.join(sorted(unknown))}",
-                hint="give python, kernel, python,kernel or auto",
-            )
         if self.initrd is not None and self.kernel is None:
             raise UsageError(
                 "an initrd is given without a kernel",

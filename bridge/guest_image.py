@@ -21,8 +21,8 @@ from bridge.config import Settings
 from bridge.errors import BootTimeoutError, GuestSetupError, UsageError
 from bridge.image import Image, build, cache_directory
 from bridge.image.recipe import Sources
-from bridge.sources.guest_kernel.source import CodeMap, code_map
 from bridge.image.store import resolve
+from bridge.sources.guest_kernel.source import CodeMap, code_map
 from bridge.vm.accel import Accelerator
 from bridge.vm.config import MachineConfig
 from bridge.vm.machine import Machine

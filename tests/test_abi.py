@@ -37,6 +37,13 @@ CONSTANTS = {
     "KCOV_TRACE_CMP": abi.KCOV_TRACE_CMP,
     "KCOV_UNIQUE_ENABLE": abi.KCOV_UNIQUE_ENABLE,
     "KCOV_RESET_TRACE": abi.KCOV_RESET_TRACE,
+    "KB_KERNEL_CPUS": abi.KERNEL_CPUS,
+    "offsetof(struct kb_kernel, cpus)": abi.KernelWord.CPUS * abi.WORD,
+    "offsetof(struct kb_kernel, syscall_entry)": abi.KernelWord.SYSCALL_ENTRY * abi.WORD,
+    "offsetof(struct kb_kernel, cpu)": abi.KernelWord.CPU * abi.WORD,
+    "offsetof(struct kb_kernel, cpu[0].preempt_count)": (abi.KernelWord.CPU + 1) * abi.WORD,
+    "offsetof(struct kb_kernel, vectors)": abi.KernelWord.VECTORS * abi.WORD,
+    **{f"KB_ANSWER_{flag.name}": int(flag) for flag in abi.Answer},
 }
 
 

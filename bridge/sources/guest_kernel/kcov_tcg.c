@@ -55,7 +55,11 @@ enum block_flags {
 	EXCEPTION	= 64,
 	SYSCALL		= 128,
 	RETURNS		= 256,	/* from interrupt or exception: iret */
-	SPECIAL		= NOINSTR | INTERRUPT | EXCEPTION | SYSCALL | RETURNS,
+	SWITCHES	= 512,
+	SWITCHED	= 1024,
+	CALLS_SWITCH	= 2048,
+	SPECIAL		= NOINSTR | INTERRUPT | EXCEPTION | SYSCALL | RETURNS | SWITCHES |
+			  SWITCHED | CALLS_SWITCH,
 };
 
 /* A translated piece of kernel code. Never freed, and found again when it is translated again. */
@@ -84,6 +88,10 @@ struct owner {
 	/* The block before, in this task and context. */
 	const struct block *before;
 	bool resumed;
+	/* In a context switch: Linux' KCOV_IN_CTXSW. */
+	bool switching;
+	/* Where the call of __schedule() returns to. */
+	uint64_t switched;
 	enum interrupt interrupt;
 	/* What interrupts and exceptions broke into, innermost last. */
 	struct {
@@ -296,6 +304,7 @@ static void special(struct owner *owner, const struct block *block)
 		owner->depth = 0;
 		owner->before = NULL;
 		owner->resumed = false;
+		owner->switching = false;
 	} else if (block->flags & INTERRUPT) {
 		if (owner->interrupt == NONE)
 			owner->interrupt = ENTERED;
@@ -303,6 +312,12 @@ static void special(struct owner *owner, const struct block *block)
 	} else if (block->flags & EXCEPTION) {
 		break_in(owner, false);
 	}
+	if (block->flags & SWITCHES)
+		owner->switching = true;
+	else if (block->flags & SWITCHED)
+		owner->switching = false;
+	if (block->flags & CALLS_SWITCH)
+		owner->switched = block->end;
 	/* The handler was called from code of this kind, and has returned to it. */
 	if (owner->interrupt == LEAVING && block->flags & NOINSTR)
 		owner->interrupt = NONE;
@@ -340,6 +355,8 @@ static void block_runs(unsigned int index, void *data)
 	preempt = *vcpu->preempt;
 	if (unlikely(block->flags & SPECIAL))
 		special(owner, block);
+	if (unlikely(owner->switching) && block->start == owner->switched)
+		owner->switching = false;
 	if (unlikely(owner->interrupt != NONE)) {
 		bool counted = preempt & (HARD_OR_NMI | SERVING_SOFTIRQ);
 
@@ -363,7 +380,8 @@ static void block_runs(unsigned int index, void *data)
 	resumed = owner->resumed;
 	owner->before = block;
 	owner->resumed = false;
-	if (!(block->flags & RECORD) || atomic_load_explicit(owner->hidden, memory_order_relaxed))
+	if (!(block->flags & RECORD) || owner->switching ||
+	    atomic_load_explicit(owner->hidden, memory_order_relaxed))
 		return;
 	if (before && unlikely(goes_on(before, block, resumed)))
 		return;
@@ -406,6 +424,19 @@ static const struct plan_range *range_of(uint64_t address)
 			return &ranges[middle];
 	}
 	return NULL;
+}
+
+/* Whether the instruction before @end is a call of __schedule(). Under translation. */
+static bool calls_switch(uint64_t end, const uint8_t *code, size_t size)
+{
+	const struct plan_range *range;
+	int32_t distance;
+
+	if (size != 5 || code[0] != 0xe8)
+		return false;
+	memcpy(&distance, code + 1, sizeof(distance));
+	range = range_of(end + distance);
+	return range && range->flags & PLAN_SWITCHES && range->start == end + distance;
 }
 
 static size_t insn_data(const struct qemu_plugin_insn *insn, uint8_t *to, size_t most)
@@ -564,6 +595,11 @@ static void translates(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 		block.pc = start + range->delta;
 		block.flags |= range->flags & PLAN_RECORD ? RECORD : 0;
 		block.flags |= range->flags & PLAN_NOINSTR ? NOINSTR : 0;
+		block.flags |= range->flags & PLAN_SWITCHED ? SWITCHED : 0;
+		if (range->flags & PLAN_SWITCHES && start == range->start)
+			block.flags |= SWITCHES;
+		if (calls_switch(block.end, code, size))
+			block.flags |= CALLS_SWITCH;
 		block.flags |= start == plan->syscall_entry ? SYSCALL : vector_flags(start);
 		found = intern(&block);
 		if (!found)

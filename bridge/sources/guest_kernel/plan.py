@@ -92,6 +92,8 @@ class RangeFlag(IntFlag):
 
     RECORD = 1
     NOINSTR = 2
+    SWITCHES = 4
+    SWITCHED = 8
 
 
 class Plan:

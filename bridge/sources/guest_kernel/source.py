@@ -9,10 +9,11 @@ it through the plan who owns what.
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,8 @@ class CodeMap:
     end: int
     record: Sequence[tuple[int, int]]
     noinstr: Sequence[tuple[int, int]]
+    switches: Sequence[tuple[int, int]]
+    switched: Sequence[tuple[int, int]]
     module: Callable[[str, int], tuple[int, Sequence[tuple[int, int]]]]
 
 
@@ -144,11 +147,17 @@ class GuestKernel:
         assert self.offset is not None
         offset, code = self.offset, self._code
         pieces: list[Range] = []
-        for start, end, flags in _cut(code.start, code.end, code.record, code.noinstr):
+        flagged = {
+            RangeFlag.RECORD: code.record,
+            RangeFlag.NOINSTR: code.noinstr,
+            RangeFlag.SWITCHES: code.switches,
+            RangeFlag.SWITCHED: code.switched,
+        }
+        for start, end, flags in _cut(code.start, code.end, flagged):
             pieces.append((start + offset, end + offset, start, flags))
         for name, (start, canonical, size) in self.modules.items():
             _, record = code.module(name, size)
-            for first, last, flags in _cut(0, size, record, ()):
+            for first, last, flags in _cut(0, size, {RangeFlag.RECORD: record}):
                 pieces.append((start + first, start + last, canonical + first, flags))
         pieces.sort()
         whole: list[Range] = []
@@ -184,10 +193,7 @@ class GuestKernel:
 
     def tick(self) -> None:
         """Called a few times a second: the kernel runs at full speed while nobody traces."""
-        if (
-            self._quiet_since is not None
-            and time.monotonic() - self._quiet_since > _QUIET_SECONDS
-        ):
+        if self._quiet_since is not None and time.monotonic() - self._quiet_since > _QUIET_SECONDS:
             self._quiet_since = None
             self.plan.words[PlanWord.WANT] = 0
 
@@ -204,21 +210,18 @@ class GuestKernel:
 
 
 def _cut(
-    start: int,
-    end: int,
-    record: Sequence[tuple[int, int]],
-    noinstr: Sequence[tuple[int, int]],
+    start: int, end: int, flagged: Mapping[RangeFlag, Sequence[tuple[int, int]]]
 ) -> list[tuple[int, int, RangeFlag]]:
     """[start, end) cut where flags change, without holes."""
     edges = {start, end}
-    for first, last in [*record, *noinstr]:
+    for first, last in itertools.chain.from_iterable(flagged.values()):
         edges.update(edge for edge in (first, last) if start < edge < end)
     cuts = sorted(edges)
     pieces: list[tuple[int, int, RangeFlag]] = []
-    at = {RangeFlag.RECORD: 0, RangeFlag.NOINSTR: 0}
+    at = dict.fromkeys(flagged, 0)
     for first, last in zip(cuts, cuts[1:], strict=False):
         flags = RangeFlag(0)
-        for flag, ranges in ((RangeFlag.RECORD, record), (RangeFlag.NOINSTR, noinstr)):
+        for flag, ranges in flagged.items():
             while at[flag] < len(ranges) and ranges[at[flag]][1] <= first:
                 at[flag] += 1
             if at[flag] < len(ranges) and ranges[at[flag]][0] <= first:
@@ -255,4 +258,23 @@ def code_map(system_map: Path) -> CodeMap:
         base = bases.setdefault(name, 0xFFFF_FFFF_A000_0000 + len(bases) * 0x100000)
         return base, [] if name == "kcov_bridge" else [(0, size)]
 
-    return CodeMap(symbols["entry_SYSCALL_64"], start, end, record, noinstr, module)
+    ends = dict(zip(sorted(symbols.values()), sorted(symbols.values())[1:], strict=False))
+
+    def functions(*names: str) -> list[tuple[int, int]]:
+        found = [
+            address
+            for name, address in symbols.items()
+            if name.partition(".")[0] in names and start <= address < end
+        ]
+        return sorted((address, ends.get(address, end)) for address in found)
+
+    return CodeMap(
+        symbols["entry_SYSCALL_64"],
+        start,
+        end,
+        record,
+        noinstr,
+        functions("__schedule"),
+        functions("finish_task_switch"),
+        module,
+    )

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan between bridge and plugin: both sides lay it out alike; and what is told through it."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Iterator
+from enum import IntEnum
+from pathlib import Path
+
+import pytest
+
+from bridge import abi
+from bridge.errors import MissingDependencyError, SourceError
+from bridge.region import Region
+from bridge.sources.guest_kernel import plan as layout
+from bridge.sources.guest_kernel import plugin
+from bridge.sources.guest_kernel.plan import CpuWord, Plan, PlanWord, RangeFlag, SlotWord
+from bridge.sources.guest_kernel.source import CodeMap, GuestKernel, ram_offset
+
+HEADER = Path(layout.__file__).with_name("plan.h")
+KERNEL = 0xFFFF_FFFF_8100_0000
+MIB = 1 << 20
+
+CONSTANTS = {
+    "PLAN_MAGIC": layout.MAGIC,
+    "PLAN_VERSION": layout.VERSION,
+    "PLAN_CPUS": layout.CPUS,
+    "PLAN_SLOTS": abi.SLOTS,
+    "PLAN_VECTORS": layout.VECTORS,
+    "PLAN_RANGES": layout.RANGES,
+    "PLAN_BLOCKS": layout.BLOCKS,
+    "PLAN_CPUS_OFFSET": layout.CPUS_OFFSET,
+    "PLAN_SLOTS_OFFSET": layout.SLOTS_OFFSET,
+    "PLAN_VECTORS_OFFSET": layout.VECTORS_OFFSET,
+    "PLAN_RANGES_OFFSET": layout.RANGES_OFFSET,
+    "PLAN_BLOCKS_OFFSET": layout.BLOCKS_OFFSET,
+    "PLAN_BYTES": layout.BYTES,
+    "PLAN_NOWHERE": layout.NOWHERE,
+    "sizeof(struct plan_cpu)": layout.CPU_WORDS * abi.WORD,
+    "sizeof(struct plan_slot)": layout.PLAN_SLOT_WORDS * abi.WORD,
+    "sizeof(struct plan_range)": layout.RANGE_WORDS * abi.WORD,
+    "sizeof(struct plan_block)": layout.BLOCK_WORDS * abi.WORD,
+    **{f"PLAN_{flag.name}": int(flag) for flag in RangeFlag},
+}
+
+
+def _expected() -> dict[str, int]:
+    expected = dict(CONSTANTS)
+    structs: dict[str, type[IntEnum]] = {
+        "plan_header": PlanWord,
+        "plan_cpu": CpuWord,
+        "plan_slot": SlotWord,
+    }
+    for struct, words in structs.items():
+        for word in words:
+            expected[f"offsetof(struct {struct}, {word.name.lower()})"] = word * abi.WORD
+    return expected
+
+
+def test_the_plugin_has_the_same_layout(tmp_path: Path) -> None:
+    compiler = shutil.which("cc")
+    assert compiler
+    expected = _expected()
+    prints = "\n".join(f'\tprintf("%llu\\n", (unsigned long long)({name}));' for name in expected)
+    source = tmp_path / "layout.c"
+    source.write_text(
+        "#include <stddef.h>\n#include <stdio.h>\n"
+        f'#include "{HEADER}"\n\nint main(void)\n{{\n{prints}\n\treturn 0;\n}}\n'
+    )
+    subprocess.run(
+        [compiler, "-Wall", "-Wextra", "-Werror", "-o", tmp_path / "layout", source], check=True
+    )
+    output = subprocess.run([tmp_path / "layout"], check=True, capture_output=True, text=True)
+    assert dict(zip(expected, map(int, output.stdout.split()), strict=True)) == expected
+
+
+def test_the_plugin_compiles_without_a_warning() -> None:
+    path = plugin.build_plugin(werror=True)
+    assert path == plugin.build_plugin()
+    with pytest.raises(OSError, match="qemu_plugin"):
+        # Its functions are QEMU's: it can be loaded nowhere else.
+        ctypes.CDLL(str(path), mode=2)
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MissingDependencyError, match="C compiler"):
+        plugin.build_plugin()
+
+
+@pytest.mark.parametrize(
+    ("physical", "memory", "offset"),
+    [
+        (0, 256 * MIB, 0),
+        (256 * MIB - 8, 256 * MIB, 256 * MIB - 8),
+        (256 * MIB, 256 * MIB, None),
+        (2048 * MIB, 2560 * MIB, 2048 * MIB),
+        (2048 * MIB, 4096 * MIB, None),
+        (4096 * MIB, 4096 * MIB, 2048 * MIB),
+        (6144 * MIB - 8, 4096 * MIB, 4096 * MIB - 8),
+        (6144 * MIB, 4096 * MIB, None),
+        (2**64 - 8, 4096 * MIB, None),
+    ],
+)
+def test_where_physical_memory_lies(physical: int, memory: int, offset: int | None) -> None:
+    assert ram_offset(physical, memory) == offset
+
+
+def modules(name: str, size: int) -> tuple[int, list[tuple[int, int]]]:
+    return 0xFFFF_FFFF_A000_0000, [(0, size)] if name != "hidden" else []
+
+
+CODE = CodeMap(
+    syscall_entry=KERNEL + 0x2000,
+    start=KERNEL,
+    end=KERNEL + 0x10000,
+    record=[(KERNEL, KERNEL + 0x2000), (KERNEL + 0x3000, KERNEL + 0x10000)],
+    noinstr=[(KERNEL + 0x2000, KERNEL + 0x3000)],
+    switches=[(KERNEL + 0x4000, KERNEL + 0x4100)],
+    switched=[(KERNEL + 0x4100, KERNEL + 0x4200)],
+    module=modules,
+)
+
+
+@pytest.fixture
+def kernel() -> Iterator[GuestKernel]:
+    kernel = GuestKernel(CODE, 64 * MIB)
+    yield kernel
+    kernel.close()
+
+
+def payload(offset: int = 0x1400000, **cpus: int) -> list[int]:
+    words = [0] * (abi.PAGE_SIZE // abi.WORD)
+    words[abi.KernelWord.SYSCALL_ENTRY] = CODE.syscall_entry + offset
+    words[abi.KernelWord.CPU] = cpus.get("current", 0x1000)
+    words[abi.KernelWord.CPU + 1] = cpus.get("preempt", 0x1010)
+    words[abi.KernelWord.VECTORS + 14] = CODE.start + 0x2200 + offset
+    return words
+
+
+def ranges(plan: Plan) -> list[tuple[int, int, int, RangeFlag]]:
+    at = layout.RANGES_OFFSET // abi.WORD
+    words = plan.words[at : at + 4 * plan.words[PlanWord.RANGES]].tolist()
+    return [
+        (start, end, start + delta & 2**64 - 1, RangeFlag(flags))
+        for start, end, delta, flags in zip(*(words[i::4] for i in range(4)), strict=True)
+    ]
+
+
+def cpu(plan: Plan, number: int) -> list[int]:
+    at = layout.CPUS_OFFSET // abi.WORD + number * layout.CPU_WORDS
+    found: list[int] = plan.words[at : at + 2].tolist()
+    return found
+
+
+def test_a_kernel_that_was_moved(kernel: GuestKernel) -> None:
+    offset = 0x1400000
+    assert kernel.describe(payload(offset)) == 0
+    assert kernel.offset == offset
+    assert cpu(kernel.plan, 0) == [0x1000, 0x1010]
+    assert cpu(kernel.plan, 1) == [layout.NOWHERE, layout.NOWHERE]
+    found = ranges(kernel.plan)
+    assert [(start - offset, end - offset, flags) for start, end, _, flags in found] == [
+        (KERNEL, KERNEL + 0x2000, RangeFlag.RECORD),
+        (KERNEL + 0x2000, KERNEL + 0x3000, RangeFlag.NOINSTR),
+        (KERNEL + 0x3000, KERNEL + 0x4000, RangeFlag.RECORD),
+        (KERNEL + 0x4000, KERNEL + 0x4100, RangeFlag.RECORD | RangeFlag.SWITCHES),
+        (KERNEL + 0x4100, KERNEL + 0x4200, RangeFlag.RECORD | RangeFlag.SWITCHED),
+        (KERNEL + 0x4200, KERNEL + 0x10000, RangeFlag.RECORD),
+    ]
+    assert all(start - canonical == offset for start, _, canonical, _ in found)
+    assert kernel.plan.words[PlanWord.SYSCALL_ENTRY] == CODE.syscall_entry + offset
+    assert kernel.plan.words[PlanWord.RANGES_EPOCH] % 2 == 0
+
+
+@pytest.mark.parametrize("offset", [1, -4096, 1 << 30, 2**63])
+def test_another_kernel(kernel: GuestKernel, offset: int) -> None:
+    assert kernel.describe(payload(offset)) != 0
+    assert kernel.offset is None
+    assert ranges(kernel.plan) == []
+
+
+def test_addresses_that_the_guest_made_up(kernel: GuestKernel) -> None:
+    for current, preempt in [(2**64 - 1, 0x1010), (64 * MIB, 0x1010), (0x1001, 0x1012)]:
+        assert kernel.describe(payload(current=current, preempt=preempt)) == 0
+        assert layout.NOWHERE in cpu(kernel.plan, 0)
+
+
+def test_modules_come_and_go(kernel: GuestKernel) -> None:
+    kernel.describe(payload(0))
+    before = ranges(kernel.plan)
+    where = 0xFFFF_FFFF_C012_3000
+    kernel.module("net_9p", True, where, 0x2000)
+    kernel.module("hidden", True, where + 0x10000, 0x2000)
+    assert ranges(kernel.plan)[len(before) :] == [
+        (where, where + 0x2000, 0xFFFF_FFFF_A000_0000, RangeFlag.RECORD),
+        (where + 0x10000, where + 0x12000, 0xFFFF_FFFF_A000_0000, RangeFlag(0)),
+    ]
+    kernel.module("net_9p", False, where, 0x2000)
+    kernel.module("hidden", False, 0, 0)
+    assert ranges(kernel.plan) == before
+    # One that would lie in the kernel's own code, or nowhere.
+    kernel.module("liar", True, KERNEL + 0x100, 0x2000)
+    kernel.module("far", True, 2**64 - 4096, 2**63)
+    assert ranges(kernel.plan) == before
+
+
+def test_too_many_pieces(kernel: GuestKernel) -> None:
+    pieces = [(n * 16, n * 16 + 8, n * 16, RangeFlag.RECORD) for n in range(layout.RANGES + 1)]
+    with pytest.raises(SourceError, match="pieces"):
+        kernel.plan.set_code(pieces, [], 0)
+
+
+def test_owners(kernel: GuestKernel) -> None:
+    region = Region(MIB)
+    try:
+        area = region.allocate(512)
+        assert area is not None
+        words = kernel.plan.words
+        at = layout.SLOTS_OFFSET // abi.WORD + 7 * layout.PLAN_SLOT_WORDS
+        kernel.attach(7, area, 0xFFFF_8880_0000_1000)
+        assert words[at + SlotWord.TASK] == 0, "nothing is known of the kernel yet"
+        kernel.describe(payload())
+        kernel.attach(7, area, 0xFFFF_8880_0000_1000)
+        assert words[at : at + 4].tolist() == [0xFFFF_8880_0000_1000, area.offset, 512, 0]
+        assert words[PlanWord.SLOTS] == 8
+        assert words[PlanWord.WANT] == 1
+        words[at + SlotWord.APPENDED], words[at + SlotWord.DROPPED] = 5, 3
+        assert kernel.counts(7) == (5, 3)
+        epoch = words[PlanWord.EPOCH]
+        assert kernel.detach(7) == (5, 3)
+        assert words[at + SlotWord.TASK] == 0
+        assert words[PlanWord.EPOCH] != epoch
+        assert kernel.detach(7) == (0, 0)
+    finally:
+        region.close()
+
+
+def test_an_area_is_not_given_away_while_it_is_written_to(
+    kernel: GuestKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "_BUSY_SECONDS", 0.05)
+    kernel.describe(payload())
+    region = Region(MIB)
+    try:
+        area = region.allocate(512)
+        assert area is not None
+        kernel.attach(3, area, 0x1000)
+        busy = layout.CPUS_OFFSET // abi.WORD + 2 * layout.CPU_WORDS + CpuWord.BUSY
+        kernel.plan.words[busy] = 4
+        with pytest.raises(SourceError, match="stands still"):
+            kernel.detach(3)
+    finally:
+        region.close()
+
+
+def test_the_kernel_is_left_alone_while_nobody_traces(
+    kernel: GuestKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    kernel.describe(payload())
+    region = Region(MIB)
+    try:
+        area = region.allocate(512)
+        assert area is not None
+        want = PlanWord.WANT
+        for _ in range(2):
+            kernel.attach(3, area, 0x1000)
+            kernel.tick()
+            assert kernel.plan.words[want] == 1
+            kernel.detach(3)
+            kernel.tick()
+            assert kernel.plan.words[want] == 1, "the next may come at once"
+            now[0] += 3
+            kernel.tick()
+            assert kernel.plan.words[want] == 0
+    finally:
+        region.close()
+
+
+def test_blocks_that_were_seen(kernel: GuestKernel) -> None:
+    words = kernel.plan.words
+    at = layout.BLOCKS_OFFSET // abi.WORD
+    for number in range(3):
+        words[at + 2 * number], words[at + 2 * number + 1] = KERNEL + number * 16, 9
+    words[PlanWord.BLOCKS] = 2
+    assert kernel.new_pcs() == [KERNEL, KERNEL + 16]
+    words[PlanWord.BLOCKS] = 3
+    assert kernel.new_pcs() == [KERNEL + 32]
+    assert kernel.new_pcs() == []
