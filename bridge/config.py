@@ -129,6 +129,38 @@ class Settings:
             choices=("auto", "python", "kernel", "python,kernel", "kernel,python"),
         ),
     )
+    kernel_include: str = field(
+        default="",
+        metadata=_about(
+            Kind.TEXT,
+            "of the guest kernel record these alone: function patterns, module:NAME, file:PATH "
+            "(with debug information) or addr:START-END, with spaces between",
+            metavar="TERMS",
+        ),
+    )
+    kernel_exclude: str = field(
+        default="",
+        metadata=_about(
+            Kind.TEXT, "of the guest kernel leave these out; terms as above", metavar="TERMS"
+        ),
+    )
+    kernel_all: bool = field(
+        default=False,
+        metadata=_about(
+            Kind.FLAG,
+            "record also the guest kernel's code that a kernel with CONFIG_KCOV leaves out: "
+            "entry code, the scheduler, locks",
+        ),
+    )
+    vmlinux: Path | None = field(
+        default=None,
+        metadata=_about(
+            Kind.PATH,
+            "the guest kernel with debug information, for files and lines; looked for where "
+            "Debian's -dbg packages put it when not given",
+            metavar="FILE",
+        ),
+    )
     accel: str = field(
         default="auto",
         metadata=_about(

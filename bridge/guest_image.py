@@ -22,7 +22,9 @@ from bridge.errors import BootTimeoutError, GuestSetupError, UsageError
 from bridge.image import Image, build, cache_directory
 from bridge.image.recipe import Sources
 from bridge.image.store import resolve
-from bridge.sources.guest_kernel.source import CodeMap, code_map
+from bridge.sources.guest_kernel.code import KernelCode
+from bridge.sources.guest_kernel.filters import KernelFilter
+from bridge.sources.guest_kernel.lines import Lines, find_vmlinux
 from bridge.vm.accel import Accelerator
 from bridge.vm.config import MachineConfig
 from bridge.vm.machine import Machine
@@ -50,6 +52,13 @@ class GuestImage(Protocol):
 
     def machine_config(self, settings: Settings, accelerator: Accelerator) -> MachineConfig:
         """The machine to boot it in, without endpoints."""
+
+    def kernel_code(self, wanted: KernelFilter, vmlinux: Path | None) -> KernelCode:
+        """What is known of the kernel's code before it runs; ``vmlinux`` has debug information.
+
+        Raises :class:`bridge.errors.UsageError` for a filter that makes no sense, or an image
+        whose kernel nothing is known of.
+        """
 
     def bring_up(self, machine: Machine, stack: ExitStack) -> tuple[Guest, Ready]:
         """Wait for the started machine until its kcov device is there and commands can run.
@@ -113,9 +122,15 @@ class ProjectImage:
             disk=image.root,
         )
 
-    def code_map(self) -> CodeMap:
+    def kernel_code(self, wanted: KernelFilter, vmlinux: Path | None) -> KernelCode:
         """As the protocol says."""
-        return code_map(self._image.system_map)
+        debug = find_vmlinux(self._image.kernel_release, vmlinux) if wanted.needs_lines else None
+        return KernelCode.from_system_map(
+            self._image.system_map,
+            self._image.modules_list,
+            wanted,
+            Lines(debug) if debug is not None else None,
+        )
 
     def bring_up(self, machine: Machine, stack: ExitStack) -> tuple[Guest, Ready]:
         """As the protocol says."""
@@ -141,6 +156,14 @@ class OwnImage:
         self.name = path.name
         self._path = path
         self._key = key
+
+    def kernel_code(self, wanted: KernelFilter, vmlinux: Path | None) -> KernelCode:
+        """As the protocol says: the kernel is inside the image, where it cannot be read."""
+        raise UsageError(
+            "the kernel in a disk image of your own cannot be watched",
+            hint="its symbols are not known; ask for --source python, or take an image of "
+            "kcov-bridge image build",
+        )
 
     def machine_config(self, settings: Settings, accelerator: Accelerator) -> MachineConfig:
         """As the protocol says."""

@@ -39,6 +39,7 @@ from bridge.guest_image import GuestImage, find_guest_image
 from bridge.isolated import IsolatedTarget
 from bridge.kcov import Device, Personality
 from bridge.region import Region
+from bridge.sources.guest_kernel.filters import KernelFilter
 from bridge.sources.guest_kernel.plugin import build_plugin
 from bridge.sources.guest_kernel.source import GuestKernel
 from bridge.sources.ledger import Cursor, Ledger
@@ -137,7 +138,13 @@ class Session:
         sources = settings.sources(self.accelerator.name)
         if "kernel" in sources:
             self._plugin = build_plugin()
-            self.kernel = GuestKernel(self.image.code_map(), settings.memory << 20)
+            wanted = KernelFilter(
+                settings.kernel_include.split(),
+                settings.kernel_exclude.split(),
+                kcov_rules=not settings.kernel_all,
+            )
+            code = self.image.kernel_code(wanted, settings.vmlinux)
+            self.kernel = GuestKernel(code, settings.memory << 20)
             stack.callback(self.kernel.close)
         if "python" not in sources:
             pass

@@ -413,7 +413,7 @@ class Lives(RuleBasedStateMachine):
 
     def is_new(self, model: Model, pc: int) -> bool:
         assert model.bitmap_words is not None
-        number = self.guard_numbers.setdefault(pc, len(self.guard_numbers) + 1)
+        number = self.guard_numbers.setdefault(pc, 2 * len(self.guard_numbers) + 2)
         if number >= model.bitmap_words * 64:
             return True
         word = self.word(model, number // 64)

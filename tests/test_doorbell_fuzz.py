@@ -72,14 +72,14 @@ class Watched(Device[int]):
             self.zeroed.update(pages(kcov.area))
         return answer
 
-    def enable(self, kcov: Kcov[int], task: int, mode: int) -> int:
-        error = super().enable(kcov, task, mode)
+    def enable(self, kcov: Kcov[int], task: int, mode: int, address: int = 0) -> int:
+        error = super().enable(kcov, task, mode, address)
         if not error:
             self._note(kcov)
         return error
 
-    def unique_enable(self, kcov: Kcov[int], task: int, bitmap_words: int) -> int:
-        error = super().unique_enable(kcov, task, bitmap_words)
+    def unique_enable(self, kcov: Kcov[int], task: int, bitmap_words: int, address: int = 0) -> int:
+        error = super().unique_enable(kcov, task, bitmap_words, address)
         if not error:
             self._note(kcov)
         return error

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from pathlib import Path
 
@@ -17,8 +18,12 @@ from bridge.errors import MissingDependencyError, SourceError
 from bridge.region import Region
 from bridge.sources.guest_kernel import plan as layout
 from bridge.sources.guest_kernel import plugin
+from bridge.sources.guest_kernel.code import KernelCode
+from bridge.sources.guest_kernel.filters import KernelFilter
+from bridge.sources.guest_kernel.placement import ModulePlacement
 from bridge.sources.guest_kernel.plan import CpuWord, Plan, PlanWord, RangeFlag, SlotWord
-from bridge.sources.guest_kernel.source import CodeMap, GuestKernel, ram_offset
+from bridge.sources.guest_kernel.source import GuestKernel, ram_offset
+from bridge.sources.guest_kernel.symbols import KernelSymbols
 
 HEADER = Path(layout.__file__).with_name("plan.h")
 KERNEL = 0xFFFF_FFFF_8100_0000
@@ -109,35 +114,47 @@ def test_where_physical_memory_lies(physical: int, memory: int, offset: int | No
     assert ram_offset(physical, memory) == offset
 
 
-def modules(name: str, size: int) -> tuple[int, list[tuple[int, int]]]:
-    return 0xFFFF_FFFF_A000_0000, [(0, size)] if name != "hidden" else []
+SYSTEM_MAP = """\
+ffffffff81000000 T _stext
+ffffffff81000000 T first
+ffffffff81002000 T __entry_text_start
+ffffffff81002000 T entry_SYSCALL_64
+ffffffff81003000 T __entry_text_end
+ffffffff81003000 T second
+ffffffff81004000 t __schedule
+ffffffff81004100 t finish_task_switch.isra.0
+ffffffff81004200 T third
+ffffffff81008000 T __noinstr_text_start
+ffffffff81008000 T exc_page_fault
+ffffffff81009000 T __noinstr_text_end
+ffffffff81009000 T last
+ffffffff81010000 T _etext
+"""
+ENTRY = KERNEL + 0x2000
+R, N = RangeFlag.RECORD, RangeFlag.NOINSTR
 
 
-CODE = CodeMap(
-    syscall_entry=KERNEL + 0x2000,
-    start=KERNEL,
-    end=KERNEL + 0x10000,
-    record=[(KERNEL, KERNEL + 0x2000), (KERNEL + 0x3000, KERNEL + 0x10000)],
-    noinstr=[(KERNEL + 0x2000, KERNEL + 0x3000)],
-    switches=[(KERNEL + 0x4000, KERNEL + 0x4100)],
-    switched=[(KERNEL + 0x4100, KERNEL + 0x4200)],
-    module=modules,
-)
+def code(*include: str, exclude: Sequence[str] = (), kcov_rules: bool = False) -> KernelCode:
+    return KernelCode(
+        KernelSymbols.from_kallsyms(SYSTEM_MAP),
+        ModulePlacement({"net_9p": 0x2000}),
+        KernelFilter(include, exclude, kcov_rules=kcov_rules),
+    )
 
 
 @pytest.fixture
 def kernel() -> Iterator[GuestKernel]:
-    kernel = GuestKernel(CODE, 64 * MIB)
+    kernel = GuestKernel(code(), 64 * MIB)
     yield kernel
     kernel.close()
 
 
 def payload(offset: int = 0x1400000, **cpus: int) -> list[int]:
     words = [0] * (abi.PAGE_SIZE // abi.WORD)
-    words[abi.KernelWord.SYSCALL_ENTRY] = CODE.syscall_entry + offset
+    words[abi.KernelWord.SYSCALL_ENTRY] = ENTRY + offset
     words[abi.KernelWord.CPU] = cpus.get("current", 0x1000)
     words[abi.KernelWord.CPU + 1] = cpus.get("preempt", 0x1010)
-    words[abi.KernelWord.VECTORS + 14] = CODE.start + 0x2200 + offset
+    words[abi.KernelWord.VECTORS + 14] = KERNEL + 0x2200 + offset
     return words
 
 
@@ -163,16 +180,20 @@ def test_a_kernel_that_was_moved(kernel: GuestKernel) -> None:
     assert cpu(kernel.plan, 0) == [0x1000, 0x1010]
     assert cpu(kernel.plan, 1) == [layout.NOWHERE, layout.NOWHERE]
     found = ranges(kernel.plan)
-    assert [(start - offset, end - offset, flags) for start, end, _, flags in found] == [
-        (KERNEL, KERNEL + 0x2000, RangeFlag.RECORD),
-        (KERNEL + 0x2000, KERNEL + 0x3000, RangeFlag.NOINSTR),
-        (KERNEL + 0x3000, KERNEL + 0x4000, RangeFlag.RECORD),
-        (KERNEL + 0x4000, KERNEL + 0x4100, RangeFlag.RECORD | RangeFlag.SWITCHES),
-        (KERNEL + 0x4100, KERNEL + 0x4200, RangeFlag.RECORD | RangeFlag.SWITCHED),
-        (KERNEL + 0x4200, KERNEL + 0x10000, RangeFlag.RECORD),
+    assert [
+        (start - offset - KERNEL, end - offset - KERNEL, flags) for start, end, _, flags in found
+    ] == [
+        (0, 0x2000, R),
+        (0x2000, 0x3000, R | N),
+        (0x3000, 0x4000, R),
+        (0x4000, 0x4100, R | RangeFlag.SWITCHES),
+        (0x4100, 0x4200, R | RangeFlag.SWITCHED),
+        (0x4200, 0x8000, R),
+        (0x8000, 0x9000, R | N),
+        (0x9000, 0x10000, R),
     ]
     assert all(start - canonical == offset for start, _, canonical, _ in found)
-    assert kernel.plan.words[PlanWord.SYSCALL_ENTRY] == CODE.syscall_entry + offset
+    assert kernel.plan.words[PlanWord.SYSCALL_ENTRY] == ENTRY + offset
     assert kernel.plan.words[PlanWord.RANGES_EPOCH] % 2 == 0
 
 
@@ -194,18 +215,57 @@ def test_modules_come_and_go(kernel: GuestKernel) -> None:
     before = ranges(kernel.plan)
     where = 0xFFFF_FFFF_C012_3000
     kernel.module("net_9p", True, where, 0x2000)
-    kernel.module("hidden", True, where + 0x10000, 0x2000)
+    kernel.module("kcov_bridge", True, where + 0x10000, 0x1000)
+    placed = 0xFFFF_FFFF_A000_0000
     assert ranges(kernel.plan)[len(before) :] == [
-        (where, where + 0x2000, 0xFFFF_FFFF_A000_0000, RangeFlag.RECORD),
-        (where + 0x10000, where + 0x12000, 0xFFFF_FFFF_A000_0000, RangeFlag(0)),
+        (where, where + 0x2000, placed, R),
+        # After the known ones and a page between; our own is not recorded.
+        (where + 0x10000, where + 0x11000, placed + 0x3000, RangeFlag(0)),
     ]
     kernel.module("net_9p", False, where, 0x2000)
-    kernel.module("hidden", False, 0, 0)
+    kernel.module("kcov_bridge", False, 0, 0)
     assert ranges(kernel.plan) == before
     # One that would lie in the kernel's own code, or nowhere.
     kernel.module("liar", True, KERNEL + 0x100, 0x2000)
     kernel.module("far", True, 2**64 - 4096, 2**63)
     assert ranges(kernel.plan) == before
+
+
+def test_a_module_before_the_kernel(kernel: GuestKernel) -> None:
+    assert kernel.module("net_9p", True, KERNEL, 0x1000) == errno.EINVAL
+    assert ranges(kernel.plan) == []
+
+
+class TestWhatIsRecorded:
+    def recorded(self, code: KernelCode) -> list[tuple[int, int]]:
+        return [(a - KERNEL, b - KERNEL) for a, b, flags in code.pieces if R in flags]
+
+    def test_by_name(self) -> None:
+        assert self.recorded(code("third", "last")) == [(0x4200, 0x8000), (0x9000, 0x10000)]
+
+    def test_as_kcov_does(self) -> None:
+        left = self.recorded(code(kcov_rules=True))
+        assert (0x2000, 0x3000) not in left
+        assert (0x8000, 0x9000) not in left
+        assert (0x4000, 0x4100) not in left, "the scheduler's files are not instrumented"
+        assert (0x4200, 0x8000) in left
+
+    def test_of_a_module_by_name(self) -> None:
+        one = code("p9_*")
+        assert self.recorded(one) == []
+        base = 0xFFFF_FFFF_C000_0000
+        one.module_comes("9pnet", base, 0x2000)
+        assert not any(R in flags for *_, flags in one.running(0))
+        lines = f"{base:x} t helper\t[9pnet]\n{base + 0x100:x} t p9_open\t[9pnet]\n"
+        lines += f"{base + 0x180:x} t other\t[9pnet]\n"
+        one.name_module("9pnet", lines)
+        found = [(start, end) for start, end, _, flags in one.running(0) if R in flags]
+        assert found == [(base + 0x100, base + 0x180)]
+
+    def test_symbols_that_are_needed(self) -> None:
+        symbols = KernelSymbols.from_kallsyms(SYSTEM_MAP.replace("entry_SYSCALL_64", "other"))
+        with pytest.raises(SourceError, match="entry_SYSCALL_64"):
+            KernelCode(symbols, ModulePlacement({}), KernelFilter())
 
 
 def test_too_many_pieces(kernel: GuestKernel) -> None:

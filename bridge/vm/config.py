@@ -50,7 +50,8 @@ class MachineConfig:
     ``boot_timeout`` in seconds, None for the accelerator's default; ``cpu`` is QEMU's ``-cpu``,
     None for the accelerator's default. ``ssh_port`` 0 takes a free port. ``sandbox`` False is for
     a QEMU built without seccomp. ``plugin`` watches the guest kernel
-    (:mod:`bridge.sources.guest_kernel`). Raises :class:`bridge.errors.UsageError` for what makes no sense.
+    (:mod:`bridge.sources.guest_kernel`). Raises :class:`bridge.errors.UsageError` for what makes
+    no sense.
     """
 
     accelerator: Accelerator

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of a kernel's code: symbols, where modules are placed, what is to be recorded.
+
+All addresses here are canonical: link-time addresses of the kernel itself, and for modules those
+that :mod:`bridge.sources.guest_kernel.placement` gives.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bridge.errors import SourceError
+from bridge.sources import PC
+from bridge.sources.guest_kernel.filters import KernelFilter, Ranges, union
+from bridge.sources.guest_kernel.lines import Lines
+from bridge.sources.guest_kernel.placement import ModulePlacement, module_name
+from bridge.sources.guest_kernel.plan import RangeFlag
+from bridge.sources.guest_kernel.symbols import KernelSymbols, ModuleText
+
+__all__ = ["KernelCode", "Piece"]
+
+Piece = tuple[PC, PC, RangeFlag]
+"""Code from an address up to another, and what is true of it."""
+
+_OWN_MODULE = "kcov_bridge"
+
+
+class KernelCode:
+    """The code of one kernel and of the modules that come and go.
+
+    ``lines`` is needed where the filter names files. Raises
+    :class:`bridge.errors.UsageError` for a filter that makes no sense and
+    :class:`bridge.errors.SourceError` for a kernel that lacks what has to be known of it.
+    """
+
+    def __init__(
+        self,
+        symbols: KernelSymbols,
+        placement: ModulePlacement,
+        wanted: KernelFilter,
+        lines: Lines | None = None,
+    ) -> None:
+        self.symbols = symbols
+        self._placement = placement
+        self._wanted = wanted
+        self._lines = lines
+        self._modules: dict[str, ModuleText] = {}
+        self._module_pieces: dict[str, list[Piece]] = {}
+        self.syscall_entry = self._needed("entry_SYSCALL_64")
+        kernel = union((start, end) for start, end, module in symbols.texts() if not module)
+        noinstr = union(
+            (self._needed(f"__{name}_text_start"), self._needed(f"__{name}_text_end"))
+            for name in ("entry", "noinstr")
+        )
+        # What a filter names may lie in a module that is not there yet.
+        recorded = wanted.ranges(symbols, lines, strict=False)
+        self.pieces: list[Piece] = cut(
+            kernel,
+            {
+                RangeFlag.RECORD: recorded,
+                RangeFlag.NOINSTR: noinstr,
+                RangeFlag.SWITCHES: self._functions("__schedule"),
+                RangeFlag.SWITCHED: self._functions("finish_task_switch*"),
+            },
+        )
+
+    @classmethod
+    def from_system_map(
+        cls,
+        system_map: Path,
+        modules: Path | None,
+        wanted: KernelFilter,
+        lines: Lines | None = None,
+    ) -> KernelCode:
+        """From a System.map, and the list of modules of the kernel's package if there is one."""
+        placement = ModulePlacement.load(modules) if modules is not None else ModulePlacement({})
+        return cls(KernelSymbols.from_system_map(system_map), placement, wanted, lines)
+
+    def _needed(self, name: str) -> PC:
+        address = self.symbols.address(name)
+        if address is None:
+            raise SourceError(
+                f"the guest kernel's symbols lack {name}: its code cannot be watched",
+                hint="is the System.map that of this kernel? Or ask for --source python",
+            )
+        return address
+
+    def _functions(self, pattern: str) -> Ranges:
+        return union((symbol.start, symbol.end) for symbol in self.symbols.matching(pattern))
+
+    @property
+    def modules(self) -> Mapping[str, ModuleText]:
+        """The modules that are there."""
+        return self._modules
+
+    def module_comes(self, name: str, base: int, size: int) -> None:
+        """A module's text is at ``base`` in the guest. Raises SourceError where no room is left."""
+        name = module_name(name)
+        place = ModuleText(base, self._placement.place(name, size), size)
+        if self._modules.get(name) != place:
+            self._modules[name] = place
+            self.name_module(name, "")
+
+    def module_goes(self, name: str) -> None:
+        """A module is not there any more; its symbols stay, for what was recorded."""
+        name = module_name(name)
+        self.symbols.remove_module(name)
+        self._modules.pop(name, None)
+        self._module_pieces.pop(name, None)
+
+    def name_module(self, name: str, kallsyms: str) -> None:
+        """Learn a module's symbols from lines of ``/proc/kallsyms``."""
+        name = module_name(name)
+        place = self._modules[name]
+        self.symbols.add_module(name, kallsyms, place)
+        alone = KernelSymbols()
+        alone.add_module(name, kallsyms, place)
+        recorded: Ranges = []
+        if name != _OWN_MODULE:
+            recorded = self._wanted.ranges(alone, self._lines, strict=False)
+        text = (place.canonical, place.canonical + place.size)
+        self._module_pieces[name] = cut([text], {RangeFlag.RECORD: recorded})
+
+    def running(self, offset: int) -> list[tuple[int, int, PC, RangeFlag]]:
+        """All code as it is in the guest, the kernel moved by ``offset``: start, end, canonical
+        start, flags; sorted and disjoint."""
+        found = [(start + offset, end + offset, start, flags) for start, end, flags in self.pieces]
+        for name, pieces in self._module_pieces.items():
+            place = self._modules[name]
+            moved = place.base - place.canonical
+            found += [(start + moved, end + moved, start, flags) for start, end, flags in pieces]
+        found.sort()
+        disjoint: list[tuple[int, int, PC, RangeFlag]] = []
+        for piece in found:
+            # What overlaps, the guest made up.
+            if not disjoint or piece[0] >= disjoint[-1][1]:
+                disjoint.append(piece)
+        return disjoint
+
+
+def cut(
+    whole: Sequence[tuple[PC, PC]], flagged: Mapping[RangeFlag, Sequence[tuple[PC, PC]]]
+) -> list[Piece]:
+    """The ranges of ``whole`` cut where a flag begins or ends; all are sorted and disjoint."""
+    pieces: list[Piece] = []
+    at = dict.fromkeys(flagged, 0)
+    for begin, finish in whole:
+        edges = {begin, finish}
+        for ranges in flagged.values():
+            edges.update(edge for pair in ranges for edge in pair if begin < edge < finish)
+        cuts = sorted(edges)
+        for start, end in itertools.pairwise(cuts):
+            flags = RangeFlag(0)
+            for flag, ranges in flagged.items():
+                while at[flag] < len(ranges) and ranges[at[flag]][1] <= start:
+                    at[flag] += 1
+                if at[flag] < len(ranges) and ranges[at[flag]][0] <= start:
+                    flags |= flag
+            pieces.append((start, end, flags))
+    return pieces
