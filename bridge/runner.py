@@ -16,6 +16,8 @@ from bridge.errors import BridgeError, InfrastructureError, SourceError, UsageEr
 from bridge.report import summary as summaries
 from bridge.report.coverage_files import HTML_DIRECTORY, LCOV_FILE, make_reports
 from bridge.session import Session
+from bridge.sources.guest_kernel.export import BLOCKS_FILE as KERNEL_BLOCKS_FILE
+from bridge.sources.guest_kernel.symbols import SYMBOLS_FILE
 from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.targets.plan9 import MOUNT_POINT, Plan9Target
 from bridge.vm.ssh import Output
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _RESULTS = (
     *("summary.json", "pcs.txt", ".coverage", BLOCKS_FILE),
+    *(SYMBOLS_FILE, KERNEL_BLOCKS_FILE),
     *(LCOV_FILE, HTML_DIRECTORY, "console.log"),
 )
 _WORKLOAD = Path(__file__).resolve().parents[1] / "guest" / "workload" / "files.sh"
@@ -187,6 +190,9 @@ class _Record:
                 "guest_skipped": doorbell.guest_skipped,
                 "source_failures": doorbell.counters.source_failures,
             }
+        kernel_blocks = session.kernel.blocks_covered if session.kernel is not None else 0
+        if session.kernel is not None:
+            more |= {"kernel_blocks_covered": kernel_blocks}
         if ready is not None:
             more |= {"guest_memory_available_kib": ready.mem_available_kib}
         return summaries.Summary(
@@ -197,7 +203,7 @@ class _Record:
             boot_seconds=round(ready.boot_seconds, 3) if ready else None,
             syscalls=device.totals.returns if device else 0,
             pcs=device.totals.appended if device else 0,
-            pcs_unique=len(device.unique) if device else 0,
+            pcs_unique=(len(device.unique) if device else 0) + kernel_blocks,
             blocks_total=source.blocks_total if source else 0,
             blocks_covered=source.blocks_covered if source else 0,
             lost_pcs=device.totals.dropped if device else 0,

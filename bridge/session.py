@@ -146,6 +146,8 @@ class Session:
             code = self.image.kernel_code(wanted, settings.vmlinux)
             self.kernel = GuestKernel(code, settings.memory << 20)
             stack.callback(self.kernel.close)
+            if out is not None:
+                stack.callback(self._save_kernel, self.kernel, out)
         if "python" not in sources:
             pass
         elif settings.isolate:
@@ -186,6 +188,7 @@ class Session:
             self._boot(stack, server, out)
         stack.push(self._power_down)
         self._set_up(stack)
+        self._learn_modules()
 
     def _boot(self, stack: ExitStack, server: IvshmemServer, out: Path | None) -> None:
         """From the settings to a guest that takes commands."""
@@ -209,6 +212,22 @@ class Session:
         logger.info(
             "guest ready after %.1f s: Linux %s", self.ready.boot_seconds, self.ready.kernel
         )
+
+    @staticmethod
+    def _save_kernel(kernel: GuestKernel, out: Path) -> None:
+        try:
+            kernel.save(out)
+        except BridgeError as error:
+            logger.error("the guest kernel's coverage was not saved: %s", error.report())
+
+    def _learn_modules(self) -> None:
+        """Ask the guest what modules it has, and for their symbols, if there are new ones."""
+        kernel, doorbell = self.kernel, self.doorbell
+        if kernel is None or doorbell is None or not kernel.unnamed:
+            return
+        modules = self.guest.run("cat /proc/modules", check=True).text
+        symbols = self.guest.run("grep -F '[' /proc/kallsyms").text
+        doorbell.call(functools.partial(kernel.learn, modules, symbols))
 
     def _output_directory(self) -> Path | None:
         if self._out is None:
@@ -348,19 +367,25 @@ class Session:
         command: Sequence[str],
         *,
         follow: bool = True,
+        unique: bool | None = None,
         timeout: float | None = None,
         stdout: Output | None = None,
         stderr: Output | None = None,
     ) -> KcovResult:
         """Run ``command`` in the guest under ``kcov-exec`` and fetch its PCs.
 
-        ``follow``: its children and threads too. ``timeout`` in seconds. ``stdout`` and ``stderr``
+        ``follow``: its children and threads too. ``unique``: each PC once a process, in the order
+        in which they came first; None: where the guest kernel is a source, whose PCs else fill
+        every area in a moment. ``timeout`` in seconds. ``stdout`` and ``stderr``
         are given the output as it comes. Raises :class:`bridge.errors.RunTimeoutError`, and a
         :class:`bridge.errors.GuestLostError` when the guest goes away.
         """
         made = self.guest.run(["mktemp", f"{_GUEST_DIRECTORY}/pcs.XXXXXX"], check=True)
         file = made.text.strip()
-        words = ["kcov-exec", *(["-f"] if follow else []), "-o", file, "--", *command]
+        if unique is None:
+            unique = self.kernel is not None and self.settings.personality == "linux"
+        options = [*(["-f"] if follow else []), *(["-u"] if unique else [])]
+        words = ["kcov-exec", *options, "-o", file, "--", *command]
         kept = False
 
         def keep() -> None:
@@ -374,6 +399,7 @@ class Session:
                 words, timeout=timeout, stdout=stdout, stderr=stderr, before_kill=keep
             )
             pcs = self._fetch(file)
+            self._learn_modules()
         except BaseException:
             keep()
             raise

@@ -19,6 +19,7 @@ from bridge.region import Region
 from bridge.sources.guest_kernel import plan as layout
 from bridge.sources.guest_kernel import plugin
 from bridge.sources.guest_kernel.code import KernelCode
+from bridge.sources.guest_kernel.export import read_blocks
 from bridge.sources.guest_kernel.filters import KernelFilter
 from bridge.sources.guest_kernel.placement import ModulePlacement
 from bridge.sources.guest_kernel.plan import CpuWord, Plan, PlanWord, RangeFlag, SlotWord
@@ -231,6 +232,21 @@ def test_modules_come_and_go(kernel: GuestKernel) -> None:
     assert ranges(kernel.plan) == before
 
 
+def test_what_the_guest_says_itself(kernel: GuestKernel) -> None:
+    kernel.describe(payload(0))
+    modules = "net_9p 90112 1 9p, Live 0xffffffffc0100000\nodd 4096 0 - Live 0x0000000000000000\n"
+    symbols = "ffffffffc0100010 t p9_read\t[net_9p]\nffffffffc0900010 t other\t[odd]\n"
+    kernel.learn(modules, symbols)
+    assert not kernel.unnamed
+    found = kernel.code.symbols.lookup(0xFFFF_FFFF_A000_0020)
+    assert found is not None
+    assert (found.name, found.module) == ("p9_read", "net_9p")
+    assert kernel.code.modules["net_9p"].size == 0x2000
+    assert "odd" not in kernel.code.modules
+    kernel.module("late", True, 0xFFFF_FFFF_C020_0000, 0x1000)
+    assert kernel.unnamed
+
+
 def test_a_module_before_the_kernel(kernel: GuestKernel) -> None:
     assert kernel.module("net_9p", True, KERNEL, 0x1000) == errno.EINVAL
     assert ranges(kernel.plan) == []
@@ -342,13 +358,19 @@ def test_the_kernel_is_left_alone_while_nobody_traces(
         region.close()
 
 
-def test_blocks_that_were_seen(kernel: GuestKernel) -> None:
+def test_blocks_that_were_seen(kernel: GuestKernel, tmp_path: Path) -> None:
     words = kernel.plan.words
     at = layout.BLOCKS_OFFSET // abi.WORD
     for number in range(3):
         words[at + 2 * number], words[at + 2 * number + 1] = KERNEL + number * 16, 9
     words[PlanWord.BLOCKS] = 2
-    assert kernel.new_pcs() == [KERNEL, KERNEL + 16]
-    words[PlanWord.BLOCKS] = 3
-    assert kernel.new_pcs() == [KERNEL + 32]
-    assert kernel.new_pcs() == []
+    assert kernel.plan.blocks() == [(KERNEL, 9), (KERNEL + 16, 9)]
+    assert kernel.blocks_covered == 2
+    kernel.save(tmp_path)
+    assert [block.start for block in read_blocks(tmp_path / "kernel-blocks.tsv")] == [
+        KERNEL,
+        KERNEL + 16,
+    ]
+    symbol = KernelSymbols.load(tmp_path / "kernel-symbols.tsv").lookup(KERNEL + 16)
+    assert symbol is not None
+    assert symbol.name == "first"

@@ -67,14 +67,19 @@ struct failure {
 	int error;
 };
 
+/* Of the bitmap with -u: more bits than a kernel has blocks that one workload reaches. */
+#define BITMAP_WORDS 8192UL
+
 static unsigned long entries = DEFAULT_ENTRIES;
+/* Words before the count. */
+static unsigned long bitmap;
 static bool verbose, follow;
 static const char *device_path;
 static FILE *output;
 static struct trace *traces;
 
 static const char help[] =
-	"usage: kcov-exec [-o FILE] [-n ENTRIES] [-f] [-v] -- CMD [ARGUMENT]...\n"
+	"usage: kcov-exec [-o FILE] [-n ENTRIES] [-f] [-u] [-v] -- CMD [ARGUMENT]...\n"
 	"\n"
 	"Runs CMD with kcov enabled and ends with its exit status.\n"
 	"\n"
@@ -83,6 +88,8 @@ static const char help[] =
 	"  -n ENTRIES  size of each area in 64-bit words, a multiple of 512 (default 524288);\n"
 	"              one word is the count, so ENTRIES-1 PCs fit\n"
 	"  -f          follow: trace child processes and threads too, each with an area of its own\n"
+	"  -u          unique: each PC once in each area, in the order in which they came first;\n"
+	"              -n is for these and a bitmap of 65536 bytes (KCOV_UNIQUE_ENABLE)\n"
 	"  -v          say on standard error what each process gave\n"
 	"\n"
 	"PCs are written process by process, in the order in which the processes ended; those that\n"
@@ -187,7 +194,7 @@ static int make_area(struct trace *trace, bool quiet)
 			error = errno;
 		} else {
 			trace->area = area;
-			__atomic_store_n(&trace->area[0], 0, __ATOMIC_RELAXED);
+			__atomic_store_n(&trace->area[bitmap], 0, __ATOMIC_RELAXED);
 		}
 	}
 	if (error && !quiet)
@@ -252,13 +259,15 @@ static void write_pcs(const uint64_t *pcs, uint64_t count)
 /* Writes down what a trace gathered, and ends it. */
 static void collect(struct trace *trace)
 {
-	uint64_t count = trace->area ? __atomic_load_n(&trace->area[0], __ATOMIC_ACQUIRE) : 0;
-	bool full = count >= entries - 1;
+	uint64_t count =
+		trace->area ? __atomic_load_n(&trace->area[bitmap], __ATOMIC_ACQUIRE) : 0;
+	uint64_t room = entries - bitmap - 1;
+	bool full = count >= room;
 
-	if (count > entries - 1)
-		count = entries - 1;
+	if (count > room)
+		count = room;
 	if (output && count)
-		write_pcs(trace->area + 1, count);
+		write_pcs(trace->area + bitmap + 1, count);
 	if (verbose && (count || trace->state == TRACING))
 		say("%d%s %s: %lu PCs", (int)trace->tid, trace->tid == trace->pid ? "" : " (thread)",
 		    trace->name, (unsigned long)count);
@@ -440,7 +449,7 @@ static void offer(struct trace *trace, const struct follow_message *hello)
 		    advice(error));
 		send_message(trace, FOLLOW_DECLINE, error, -1);
 		drop_trace(trace);
-	} else if (send_message(trace, FOLLOW_OFFER, 0, trace->kcov)) {
+	} else if (send_message(trace, FOLLOW_OFFER, (int)bitmap, trace->kcov)) {
 		trace->state = OFFERED;
 	} else {
 		drop_trace(trace);
@@ -500,7 +509,8 @@ __attribute__((noreturn)) static void run_child(struct trace *trace, int pipe_fd
 	struct failure failure = { .step = STEP_ENABLE };
 
 	sigprocmask(SIG_SETMASK, mask, NULL);
-	if (!ioctl(trace->kcov, KCOV_ENABLE, KCOV_TRACE_PC)) {
+	if (!(bitmap ? ioctl(trace->kcov, KCOV_UNIQUE_ENABLE, bitmap) :
+		       ioctl(trace->kcov, KCOV_ENABLE, KCOV_TRACE_PC))) {
 		failure.step = STEP_EXEC;
 		execvp(command[0], command);
 	}
@@ -682,7 +692,7 @@ int main(int argc, char **argv)
 	const char *path = NULL;
 	int option, status;
 
-	while ((option = getopt_long(argc, argv, "+o:n:fvh", options, NULL)) >= 0) {
+	while ((option = getopt_long(argc, argv, "+o:n:fuvh", options, NULL)) >= 0) {
 		switch (option) {
 		case 'o':
 			path = optarg;
@@ -694,6 +704,9 @@ int main(int argc, char **argv)
 		case 'f':
 			follow = true;
 			break;
+		case 'u':
+			bitmap = BITMAP_WORDS;
+			break;
 		case 'v':
 			verbose = true;
 			break;
@@ -704,6 +717,10 @@ int main(int argc, char **argv)
 			say("try --help");
 			return EXIT_FAILED;
 		}
+	}
+	if (bitmap + 2 > entries) {
+		say("-n %lu: with -u the bitmap alone takes %lu entries", entries, bitmap);
+		return EXIT_FAILED;
 	}
 	if (optind >= argc) {
 		say("no command given; try --help");

@@ -12,6 +12,7 @@
 #define KCOV_INIT_TRACE _IOR('c', 1, unsigned long) /* 0x80086301 */
 #define KCOV_ENABLE _IO('c', 100)                   /* 0x6364 */
 #define KCOV_DISABLE _IO('c', 101)                  /* 0x6365 */
+#define KCOV_UNIQUE_ENABLE _IOW('c', 103, unsigned long) /* 0x40086367, proposed for Linux */
 #define KCOV_TRACE_PC 0
 
 /*
@@ -20,7 +21,8 @@
  *
  *   library                                    kcov-exec
  *   HELLO   value = thread id, pid     ──▶
- *                                      ◀──     OFFER   with an initialised descriptor (SCM_RIGHTS)
+ *                                      ◀──     OFFER   with an initialised descriptor (SCM_RIGHTS),
+ *                                                      value = words of the bitmap or 0
  *                                              or DECLINE: already traced, or value = errno
  *   ENABLED value = 0 or errno         ──▶     (the thread traces from here on)
  */

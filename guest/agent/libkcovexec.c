@@ -33,7 +33,7 @@ static struct sockaddr_un server;
 static socklen_t server_length;
 
 /* Receives OFFER with its descriptor. Returns the descriptor, or -1. */
-static int receive_offer(int connection)
+static int receive_offer(int connection, unsigned long *bitmap)
 {
 	union {
 		struct cmsghdr align;
@@ -59,7 +59,14 @@ static int receive_offer(int connection)
 	attached = CMSG_FIRSTHDR(&header);
 	if (attached && attached->cmsg_level == SOL_SOCKET && attached->cmsg_type == SCM_RIGHTS)
 		memcpy(&fd, CMSG_DATA(attached), sizeof(fd));
+	*bitmap = (uint32_t)message.value;
 	return fd;
+}
+
+static int enable(int kcov, unsigned long bitmap)
+{
+	return bitmap ? ioctl(kcov, KCOV_UNIQUE_ENABLE, bitmap) :
+			ioctl(kcov, KCOV_ENABLE, KCOV_TRACE_PC);
 }
 
 /* Makes the calling thread traced. Only system calls: it also runs in a child that was forked from
@@ -68,6 +75,7 @@ static void trace_this_thread(void)
 {
 	struct follow_message message = { .kind = FOLLOW_HELLO };
 	int saved = errno, connection, kcov;
+	unsigned long bitmap = 0;
 
 	if (!server_length)
 		return;
@@ -77,10 +85,10 @@ static void trace_this_thread(void)
 	if (connection >= 0) {
 		if (!connect(connection, (struct sockaddr *)&server, server_length) &&
 		    send(connection, &message, sizeof(message), MSG_NOSIGNAL) > 0) {
-			kcov = receive_offer(connection);
+			kcov = receive_offer(connection, &bitmap);
 			if (kcov >= 0) {
 				message.kind = FOLLOW_ENABLED;
-				message.value = ioctl(kcov, KCOV_ENABLE, KCOV_TRACE_PC) ? errno : 0;
+				message.value = enable(kcov, bitmap) ? errno : 0;
 				close(kcov);
 				send(connection, &message, sizeof(message), MSG_NOSIGNAL);
 			}

@@ -95,6 +95,10 @@ class KernelCode:
         """The modules that are there."""
         return self._modules
 
+    def text_size(self, name: str) -> int:
+        """The bytes of text of a module of the kernel's package, 0 for one it does not have."""
+        return self._placement.sizes.get(module_name(name), 0)
+
     def module_comes(self, name: str, base: int, size: int) -> None:
         """A module's text is at ``base`` in the guest. Raises SourceError where no room is left."""
         name = module_name(name)

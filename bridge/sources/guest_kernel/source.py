@@ -13,13 +13,16 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from bridge.abi import KERNEL_CPUS, KernelWord
 from bridge.errors import SourceError
 from bridge.region import Area
-from bridge.sources import PC
 from bridge.sources.guest_kernel.code import KernelCode
+from bridge.sources.guest_kernel.export import BLOCKS_FILE
+from bridge.sources.guest_kernel.placement import write_atomically
 from bridge.sources.guest_kernel.plan import NOWHERE, VECTORS, Plan, PlanWord
+from bridge.sources.guest_kernel.symbols import SYMBOLS_FILE
 
 __all__ = ["GuestKernel", "ram_offset"]
 
@@ -56,12 +59,14 @@ class GuestKernel:
         self.offset: int | None = None
         """By how much the kernel was moved (KASLR), bytes; None until it has said so."""
         self.code = code
+        self.unnamed = True
+        """Whether there are modules whose symbols are not known; see :meth:`learn`."""
         self._memory = memory
         self._vectors: list[int] = []
         self._entry = 0
         self._attached: set[int] = set()
+        self._blocks_covered = 0
         self._quiet_since: float | None = None
-        self._given = 0
         try:
             self.ram_fd = os.memfd_create("kcov-bridge-ram", os.MFD_CLOEXEC)
             os.ftruncate(self.ram_fd, memory)
@@ -71,6 +76,7 @@ class GuestKernel:
 
     def close(self) -> None:
         """Give the memory back. Safe to call twice."""
+        self._blocks_covered = self.blocks_covered
         self.plan.close()
         if self.ram_fd >= 0:
             os.close(self.ram_fd)
@@ -116,10 +122,35 @@ class GuestKernel:
             return errno.EINVAL
         if comes and size and start + size < 1 << 64:
             self.code.module_comes(name, start, size)
+            self.unnamed = True
         else:
             self.code.module_goes(name)
         self.tell_code()
         return 0
+
+    def learn(self, proc_modules: str, kallsyms: str) -> None:
+        """What the guest's own files say: modules that were there before ours, and symbols.
+
+        ``/proc/modules`` as root reads it, and the lines of ``/proc/kallsyms`` that name a module.
+        """
+        if self.offset is None:
+            return
+        self.unnamed = False
+        code = self.code
+        for line in proc_modules.splitlines():
+            words = line.split()
+            if len(words) >= 6 and words[0] not in code.modules:
+                base = int(words[5], 16)
+                size = min(code.text_size(words[0]) or int(words[1]), int(words[1]))
+                if base:
+                    code.module_comes(words[0], base, size)
+        by_module: dict[str, list[str]] = {}
+        for line in kallsyms.splitlines():
+            by_module.setdefault(line.rpartition("[")[2].rstrip("]"), []).append(line)
+        for name, lines in by_module.items():
+            if name in code.modules:
+                code.name_module(name, "\n".join(lines))
+        self.tell_code()
 
     def tell_code(self) -> None:
         """What is known of the code has changed."""
@@ -156,11 +187,21 @@ class GuestKernel:
             self._quiet_since = None
             self.plan.words[PlanWord.WANT] = 0
 
-    def new_pcs(self) -> list[PC]:
-        """PCs that were recorded for the first time since the last call."""
-        new = self.plan.blocks(self._given)
-        self._given += len(new)
-        return [start for start, _ in new]
+    @property
+    def blocks_covered(self) -> int:
+        """How many different blocks were recorded; also after :meth:`close`."""
+        if self.plan.fd >= 0:
+            self._blocks_covered = self.plan.words[PlanWord.BLOCKS]
+        return self._blocks_covered
+
+    def save(self, directory: Path) -> None:
+        """Write what exports and ``symbolize`` need into a run directory.
+
+        Raises :class:`bridge.errors.SourceError`.
+        """
+        self.code.symbols.save(directory / SYMBOLS_FILE)
+        rows = [f"{start:#x}\t{size}\n" for start, size in self.plan.blocks()]
+        write_atomically(directory / BLOCKS_FILE, "".join(rows).encode())
 
     @property
     def api(self) -> int:
