@@ -96,7 +96,7 @@ class Area:
         bits = self.bitmap_words * 64
         news = []
         for pc in pcs:
-            # Even ones from 2 on: the odd ones are the guest kernel's, see kcov_tcg.c.
+            # Even ones from 2 on: the odd ones are the guest kernel's, see tcg/kcov_tcg.c.
             number = numbers.setdefault(pc, 2 * len(numbers) + 2)
             if number < bits:
                 index, bit = number >> 6, 1 << (number & 63)

@@ -26,7 +26,7 @@ from bridge.sources.guest_kernel.plan import CpuWord, Plan, PlanWord, RangeFlag,
 from bridge.sources.guest_kernel.source import GuestKernel, ram_offset
 from bridge.sources.guest_kernel.symbols import KernelSymbols
 
-HEADER = Path(layout.__file__).with_name("plan.h")
+HEADER = Path(layout.__file__).with_name("tcg") / "plan.h"
 KERNEL = 0xFFFF_FFFF_8100_0000
 MIB = 1 << 20
 

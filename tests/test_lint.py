@@ -14,7 +14,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-LICENCES = {"bridge": "Apache-2.0", "guest/module": "GPL-2.0"}
+LICENCES = {
+    "bridge": "Apache-2.0",
+    "bridge/sources/guest_kernel/tcg": "GPL-2.0-or-later",
+    "guest/module": "GPL-2.0",
+}
 """Who is under which licence; the longest prefix counts, and Apache-2.0 is the rest's."""
 
 NO_SPDX = {".json", ".md", ".txt.gz", ".svg", ".png"}

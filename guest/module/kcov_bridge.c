@@ -428,7 +428,7 @@ static void kb_show(const struct kb_owner *owner)
 }
 
 /*
- * A sign to the plugin in QEMU (bridge/sources/guest_kernel/kcov_tcg.c) that there is an owner
+ * A sign to the plugin in QEMU (bridge/sources/guest_kernel/tcg/kcov_tcg.c) that there is an owner
  * now: a NOP that nobody else writes, first in a block of its own.
  */
 static void kb_marker(void)

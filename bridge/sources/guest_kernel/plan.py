@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan: what the bridge and the plugin in QEMU tell each other, in memory of their own.
 
-The guest cannot see it. ``plan.h`` is the plugin's side; ``tests/test_kernel_plan.py`` compares
+The guest cannot see it. ``tcg/plan.h`` is the plugin's side; ``tests/test_kernel_plan.py`` compares
 the two. An array of 64-bit words, each with one writer.
 """
 
@@ -88,7 +88,7 @@ class SlotWord(IntEnum):
 
 
 class RangeFlag(IntFlag):
-    """What is true of the code in a range; see ``plan.h``."""
+    """What is true of the code in a range; see ``tcg/plan.h``."""
 
     RECORD = 1
     NOINSTR = 2

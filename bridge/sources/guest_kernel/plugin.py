@@ -16,7 +16,7 @@ from bridge.image.store import cache_directory
 
 __all__ = ["build_plugin"]
 
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).parent / "tcg"
 _SOURCES = ("kcov_tcg.c", "plan.h", "qemu_plugin_api.h")
 _FLAGS = ("-shared", "-fPIC", "-O2", "-g", "-std=gnu11", "-Wall", "-Wextra", "-fvisibility=hidden")
 
