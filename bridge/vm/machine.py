@@ -544,6 +544,12 @@ class Machine:
                 evidence=said,
                 hint="install a complete QEMU, 7.2 or newer",
             )
+        if self.config.plugin is not None and "plugin" in said:
+            return MissingDependencyError(
+                "this QEMU cannot load the plugin that watches the guest kernel",
+                evidence=said,
+                hint="install a QEMU with TCG plugins, 7.2 or newer, or ask for --source python",
+            )
         hint = "the last line starts the same machine by hand"
         if "cannot set up guest memory" in said:
             hint = f"this machine has no {self.config.memory_mib} MiB to give to a guest"

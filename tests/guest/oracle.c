@@ -92,16 +92,15 @@ static long call_touch(void)
 static long call_open(void)
 {
 	int fd = open("/proc/self/status", O_RDONLY);
+	long got = read(fd, buffer, sizeof(buffer));
 
-	read(fd, buffer, sizeof(buffer));
-	return close(fd);
+	return close(fd) ? -1 : got;
 }
 
 static long call_dirs(void)
 {
-	mkdir("/tmp/oracle.d", 0700);
-	rename("/tmp/oracle.d", "/tmp/oracle.e");
-	return rmdir("/tmp/oracle.e");
+	return mkdir("/tmp/oracle.d", 0700) | rename("/tmp/oracle.d", "/tmp/oracle.e") |
+	       rmdir("/tmp/oracle.e");
 }
 
 static long call_socket(void)
@@ -119,8 +118,7 @@ static long call_getdents(void)
 
 static long call_pipe(void)
 {
-	write(pipe_fds[1], buffer, 512);
-	return read(pipe_fds[0], buffer, 512);
+	return write(pipe_fds[1], buffer, 512) + read(pipe_fds[0], buffer, 512);
 }
 
 static long call_pair(void)
@@ -144,9 +142,9 @@ static long call_epoll(void)
 	uint64_t one = 1;
 
 	epoll_ctl(epoll_fd, EPOLL_CTL_ADD, event_fd, &event);
-	write(event_fd, &one, 8);
-	epoll_wait(epoll_fd, &event, 1, 0);
-	read(event_fd, &one, 8);
+	if (write(event_fd, &one, 8) != 8 || epoll_wait(epoll_fd, &event, 1, 0) != 1 ||
+	    read(event_fd, &one, 8) != 8)
+		return -1;
 	return epoll_ctl(epoll_fd, EPOLL_CTL_DEL, event_fd, NULL);
 }
 

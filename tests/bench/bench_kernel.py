@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What watching the guest kernel costs, against the same guest without the plugin.
+
+    python tests/bench/bench_kernel.py [--rounds N] [--reference]
+
+Each round boots a guest of each kind in turn (A B C ...), all under TCG with one vCPU, and runs the
+same work in it: 200,000 small system calls (dd), file work (copying a tree in memory), and a shell
+script that starts many processes. The guest itself takes the time. Printed are medians, the
+fastest and the slowest, and the ratio of the medians to the guest without plugin.
+
+* "no plugin": the baseline;
+* "idle": the plugin is there, and nobody traces;
+* "traced": the work is traced (kcov-exec, each PC once a process);
+* "-d exec": QEMU's own log of executed blocks, to /dev/null, for comparison.
+
+``--reference`` adds the kernel of ``make reference`` built with CONFIG_KCOV: "kcov off", and
+"kcov on", traced by its own kcov (each PC, as it has nothing else), with ratios to itself off and
+to the traced stock kernel. What it takes to build that kernel is said there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import bridge
+from bridge.config import Settings
+from bridge.guest_image import ProjectImage
+from bridge.session import Session
+from bridge.vm.accel import Accelerator
+from bridge.vm.config import MachineConfig
+from tests.guest import reference
+
+WORK = {
+    "system calls": "dd if=/dev/zero of=/dev/null bs=1 count=100000 2>/dev/null",
+    "files": "for i in 1 2 3; do cp -r /usr/share/zoneinfo /tmp/a; rm -r /tmp/a; done",
+    "processes": "for i in $(seq 100); do /bin/true; done",
+}
+_SPREAD = 1.0
+"""Above this relative spread (slowest to fastest less 1) a ratio is marked as uncertain."""
+
+
+@contextmanager
+def _arguments(*extra: str) -> Iterator[None]:
+    """More arguments for QEMU."""
+    original = ProjectImage.machine_config
+
+    def more(self: ProjectImage, settings: Settings, accelerator: Accelerator) -> MachineConfig:
+        return dataclasses.replace(original(self, settings, accelerator), extra_args=extra)
+
+    ProjectImage.machine_config = more  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ProjectImage.machine_config = original  # type: ignore[method-assign]
+
+
+def _run(session: Session, before: str = "") -> dict[str, float]:
+    """Seconds of each work, by the guest's clock; ``before`` is put in front of the shell."""
+    seconds = {}
+    for name, work in WORK.items():
+        # The shell itself is traced, so that its loop is; its children follow.
+        script = f"date +%s%N >&2; {work}; date +%s%N >&2"
+        result = session.run(f"{before} sh -c {script!r}", timeout=1800)
+        assert result.exit_status == 0, result.stderr.decode()
+        lines = result.stderr.decode().split("\n")
+        start, end = (int(line) for line in lines if line.isdigit())
+        seconds[name] = (end - start) / 1e9
+    return seconds
+
+
+def _kinds(with_reference: bool) -> dict[str, Callable[[], dict[str, float]]]:
+    def plain(source: str, before: str = "") -> Callable[[], dict[str, float]]:
+        def run() -> dict[str, float]:
+            with bridge.boot(target="none", accel="tcg", source=source, memory=512) as session:
+                return _run(session, before)
+
+        return run
+
+    def logged() -> dict[str, float]:
+        with _arguments("-d", "exec,nochain", "-D", "/dev/null"):
+            return plain("python")()
+
+    def own(before: str) -> Callable[[], dict[str, float]]:
+        image = reference.build("kcov").name
+
+        def run() -> dict[str, float]:
+            with bridge.boot(
+                target="none", accel="tcg", source="python", memory=512, image=image
+            ) as session:
+                return _run(session, before)
+
+        return run
+
+    kinds = {
+        "no plugin": plain("python"),
+        "idle": plain("kernel"),
+        "traced": plain("kernel", "kcov-exec -u -f --"),
+        "-d exec": logged,
+    }
+    if with_reference:
+        kinds["kcov off"] = own("")
+        kinds["kcov on"] = own("KCOV_EXEC_DEVICE=/sys/kernel/debug/kcov kcov-exec -f --")
+    return kinds
+
+
+def main() -> int:
+    """The command; see the module's text."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="of each kind (default: 3)")
+    parser.add_argument("--reference", action="store_true", help="the kernel with CONFIG_KCOV too")
+    arguments = parser.parse_args()
+    kinds = _kinds(arguments.reference)
+    taken: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for number in range(arguments.rounds):
+        for kind, run in kinds.items():
+            print(f"round {number + 1} of {arguments.rounds}: {kind}", file=sys.stderr)
+            for work, once in run().items():
+                taken[work][kind].append(once)
+    for work, found in taken.items():
+        base = statistics.median(found["no plugin"])
+        print(f"{work:<14}{'median s':>10}{'min':>8}{'max':>8}{'ratio':>9}")
+        for kind, seconds in found.items():
+            median = statistics.median(seconds)
+            doubt = "?" if max(seconds) / min(seconds) - 1 > _SPREAD else " "
+            print(
+                f"  {kind:<12}{median:>10.3f}{min(seconds):>8.3f}{max(seconds):>8.3f}"
+                f"{median / base:>8.2f}x{doubt}"
+            )
+        if "kcov on" in found:
+            on, off = (statistics.median(found[kind]) for kind in ("kcov on", "kcov off"))
+            traced = statistics.median(found["traced"])
+            print(
+                f"  kcov on is {on / off:.2f}x its kernel with kcov off, {on / traced:.2f}x traced"
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The unmodified guest kernel as a source, on the stock image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import bridge
+from bridge.cli import main
+from bridge.config import Settings
+from bridge.errors import MissingDependencyError, UsageError
+from bridge.session import Session
+from bridge.sources.pcs import PC_BASE
+from tests.guest.conformance import complaints
+
+pytestmark = pytest.mark.vm
+
+LOOP = "for i in $(seq 10); do {}; done >/dev/null"
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[Session]:
+    with bridge.boot(target="plan9", source="python,kernel", cpus=2) as session:
+        yield session
+        assert complaints(session) == ""
+        assert session.device is not None
+        assert session.device.enabled == 0
+
+
+def functions(session: Session, pcs: Iterable[int]) -> list[str]:
+    """The kernel's functions of a trace; each PC must be in one."""
+    assert session.kernel is not None
+    names = []
+    for pc in pcs:
+        if pc < PC_BASE:
+            symbol = session.kernel.code.symbols.lookup(pc)
+            assert symbol is not None, hex(pc)
+            names.append(symbol.name)
+    return names
+
+
+def test_one_trace_across_the_machines_boundary(session: Session) -> None:
+    result = session.kcov(["cat", "/mnt/target/README"], follow=False, unique=False)
+    assert result.exit_status == 0, result.stderr.decode()
+    names = functions(session, result.pcs)
+    assert names.index("do_sys_openat2") < names.index("v9fs_fid_lookup")
+    # The server's code, after the kernel's of the call that waited for it.
+    first_served = next(at for at, pc in enumerate(result.pcs) if pc >= PC_BASE)
+    before = functions(session, result.pcs[:first_served])
+    assert "v9fs_fid_lookup" in before
+    assert "p9_client_rpc" in before or "p9_client_walk" in before
+    after = functions(session, result.pcs[first_served:])
+    assert "__x64_sys_read" in after
+    files = {str(session.symbolize(pc)).partition(":")[0] for pc in result.pcs if pc >= PC_BASE}
+    assert "pyroute2/plan9/server.py" in files
+    # What Linux' kcov leaves out, and what is ours.
+    assert not {"__schedule", "entry_SYSCALL_64", "asm_exc_page_fault"} & set(names)
+    assert not [name for name in names if name.startswith("kb_")]
+
+
+def test_repeats_and_order_are_kept(session: Session) -> None:
+    result = session.kcov(["true"], follow=False, unique=False)
+    assert len(result.pcs) > 2 * len(set(result.pcs))
+    once = session.kcov(["true"], follow=False)
+    assert len(once.pcs) == len(set(once.pcs))
+
+
+def test_owners_on_two_processors_have_their_own(session: Session) -> None:
+    def trace(command: str) -> set[str]:
+        result = session.kcov(["sh", "-c", LOOP.format(command)])
+        assert result.exit_status == 0, result.stderr.decode()
+        return set(functions(session, result.pcs))
+
+    with ThreadPoolExecutor(2) as both:
+        statfs, affinity = both.map(trace, ["stat -f /", "nproc"])
+    assert "__do_sys_statfs" in statfs or "user_statfs" in statfs
+    assert "sched_getaffinity" not in statfs
+    assert not {"__do_sys_statfs", "user_statfs"} & affinity
+
+
+def test_the_same_program_again(session: Session) -> None:
+    """More of this, with figures: tests/bench/bench_kernel.py."""
+    runs = [set(session.kcov(["stat", "/etc/passwd"], follow=False).pcs) for _ in range(5)]
+    for run in runs[2:]:
+        assert len(run & runs[1]) / len(run | runs[1]) > 0.9
+
+
+def test_an_area_too_small_for_one_call(session: Session) -> None:
+    device = session.device
+    assert device is not None
+    dropped = device.totals.dropped
+    result = session.run(["kcov-exec", "-n", "512", "-o", "/tmp/small", "true"])
+    assert b"the area is full" in result.stderr
+    assert len(session.run("cat /tmp/small").text.split()) == 511
+    assert device.totals.dropped > dropped + 1000
+
+
+def test_modules_come_and_go_while_tasks_are_traced(session: Session) -> None:
+    kernel = session.kernel
+    assert kernel is not None
+    before = set(kernel.code.modules)
+    script = "for i in 1 2 3; do modprobe nbd && rmmod nbd; done"
+    result = session.kcov(["sh", "-c", script])
+    assert result.exit_status == 0, result.stderr.decode()
+    assert functions(session, [pc for pc in result.pcs if pc < PC_BASE])
+    assert set(kernel.code.modules) == before
+    session.run("modprobe nbd")
+    session.kcov(["true"])
+    assert "nbd" in kernel.code.modules
+    assert kernel.code.symbols.lookup(kernel.code.modules["nbd"].canonical + 64) is not None
+
+
+def test_nothing_is_watched_once_nobody_traces(session: Session) -> None:
+    plan = session.kernel
+    assert plan is not None
+    session.kcov(["true"])
+    session.run("sleep 4")
+    assert plan.plan.words[8] == 0, "the bridge does not want it any more"
+    assert plan.plan.words[16] == 0, "and the plugin has stopped"
+    assert session.kcov(["true"]).pcs, "until somebody does again"
+
+
+def test_a_filter() -> None:
+    with bridge.boot(source="kernel", kernel_include="v9fs_* module:9pnet") as session:
+        result = session.kcov(["cat", "/mnt/target/README"])
+        names = functions(session, result.pcs)
+        assert names
+        kernel = session.kernel
+        assert kernel is not None
+        for pc in result.pcs:
+            symbol = kernel.code.symbols.lookup(pc)
+            assert symbol is not None
+            assert symbol.name.startswith("v9fs_") or symbol.module == "9pnet"
+        assert {"v9fs_fid_lookup", "p9_client_rpc"} <= set(names)
+
+
+def test_a_run_and_its_exports(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "run")
+    command = ["cat", "/mnt/target/README"]
+    assert main(["run", "--source", "kernel,python", "--out", out, "--", *command]) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["kernel_blocks_covered"] > 1000
+    assert summary["pcs"] >= summary["pcs_unique"] > summary["kernel_blocks_covered"] - 1
+    capfd.readouterr()
+    for form in ("rawcover", "drcov"):
+        assert main(["export", "--run", out, "--format", form, "-o", f"{out}/{form}"]) == 0
+        assert (tmp_path / "run" / form).stat().st_size > 10_000
+
+
+def test_a_plugin_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "broken.so"
+    broken.write_text("no object file")
+    monkeypatch.setattr("bridge.session.build_plugin", lambda: broken)
+    with (
+        pytest.raises(MissingDependencyError, match="cannot load the plugin") as caught,
+        bridge.boot(target="none", source="kernel"),
+    ):
+        pass
+    assert "--source python" in caught.value.report()
+    assert "broken.so" in caught.value.report()
+
+
+def test_not_under_kvm() -> None:
+    settings = Settings(source="kernel")
+    with pytest.raises(UsageError, match="KVM"):
+        settings.sources("kvm")
+    assert settings.sources("tcg") == {"kernel"}
+    assert Settings(source="kernel,python").sources("tcg") == {"kernel", "python"}
