@@ -21,9 +21,14 @@ int main(int argc, char **argv)
 	first = count(&kcov);
 	ok(first > 0, "a system call leaves PCs");
 	kept = kcov.area[1];
-	reset(&kcov);
-	for (volatile int i = 0; i < 1000000; i++)
-		;
+	/* On Linux an owner that is preempted leaves some as it comes back; not every time. */
+	for (int tries = 0; tries < 100; tries++) {
+		reset(&kcov);
+		for (volatile int i = 0; i < 1000000; i++)
+			;
+		if (!count(&kcov))
+			break;
+	}
 	is(count(&kcov), 0, "without a system call, none");
 	reset(&kcov);
 	for (int i = 0; i < CALLS && count(&kcov) < WORDS / 2; i++) {

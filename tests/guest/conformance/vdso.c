@@ -20,7 +20,7 @@ int main(int argc, char **argv)
 	struct timespec now, later;
 	struct kcov kcov;
 	volatile time_t vsyscall = 0;
-	uint64_t left;
+	uint64_t left = 0;
 	int wrong = 0;
 
 	begin(argc, argv);
@@ -29,12 +29,17 @@ int main(int argc, char **argv)
 	/* What is to be found and mapped is, before anything counts. */
 	clock_gettime(CLOCK_REALTIME_COARSE, &now);
 	time(NULL);
-	reset(&kcov);
-	for (int i = 0; i < 1000; i++) {
-		wrong += clock_gettime(CLOCK_REALTIME_COARSE, &later) != 0;
-		wrong += time(NULL) < now.tv_sec;
+	/* On Linux an owner that is preempted leaves some as it comes back; not every time. */
+	for (int tries = 0; tries < 100; tries++) {
+		reset(&kcov);
+		for (int i = 0; i < 1000; i++) {
+			wrong += clock_gettime(CLOCK_REALTIME_COARSE, &later) != 0;
+			wrong += time(NULL) < now.tv_sec;
+		}
+		left = count(&kcov);
+		if (!left)
+			break;
 	}
-	left = count(&kcov);
 	is(wrong, 0, "clock_gettime and time in the vDSO");
 	is(left, 0, "leave nothing");
 	reset(&kcov);
