@@ -226,8 +226,9 @@ class Session:
         if kernel is None or doorbell is None or not kernel.unnamed:
             return
         modules = self.guest.run("cat /proc/modules", check=True).text
-        symbols = self.guest.run("grep -F '[' /proc/kallsyms").text
-        doorbell.call(functools.partial(kernel.learn, modules, symbols))
+        symbols = bytearray()
+        self.guest.run("grep -F '[' /proc/kallsyms", stdout=symbols.extend, capture=_EVIDENCE)
+        doorbell.call(functools.partial(kernel.learn, modules, symbols.decode("ascii", "replace")))
 
     def _output_directory(self) -> Path | None:
         if self._out is None:

@@ -376,6 +376,11 @@ static void block_runs(unsigned int index, void *data)
 	if (preempt & (HARD_OR_NMI | SERVING_SOFTIRQ))
 		return;
 
+	/* The way back from an interrupt is not the task's own either. */
+	if (unlikely(block->flags & NOINSTR) && owner->depth && owner->depth <= DEPTH &&
+	    owner->broken[owner->depth - 1].interrupt)
+		return;
+
 	before = owner->before;
 	resumed = owner->resumed;
 	owner->before = block;
