@@ -125,7 +125,7 @@ class Settings:
         metadata=_about(
             Kind.TEXT,
             "where coverage comes from: python (the target on the host), kernel (the guest's "
-            "kernel, under TCG), or both; auto takes what the accelerator allows",
+            "kernel, under TCG), or both; auto is python",
             choices=("auto", "python", "kernel", "python,kernel", "kernel,python"),
         ),
     )

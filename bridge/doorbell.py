@@ -383,8 +383,8 @@ class Doorbell(Generic[C]):
         else:
             error = self._carry_out(slot, op, generation, task, (arg0, arg1, arg2))
             kcov = self._slots[slot]
+            control[answer + ResponseWord.FLAGS] = self._flags if op != Op.REMOTE else Answer.SILENT
         self.counters.requests += 1
-        control[answer + ResponseWord.FLAGS] = self._flags if op != Op.REMOTE else Answer.SILENT
         control[answer + ResponseWord.ERROR] = error if 0 <= error <= _MAX_ERRNO else errno.EIO
         if kcov is not None:
             control[answer + ResponseWord.APPENDED] = kcov.appended

@@ -148,12 +148,11 @@ class Session:
             stack.callback(self.kernel.close)
             if out is not None:
                 stack.callback(self._save_kernel, self.kernel, out)
-        if "python" not in sources:
-            pass
-        elif settings.isolate:
+        python = "python" in sources
+        if python and settings.isolate:
             isolated = IsolatedTarget(settings.target, settings.target_dir, out, self._deliver)
             self.target = self.source = isolated
-        elif self.target.packages:
+        elif python and self.target.packages:
             data_file = out / ".coverage" if out is not None else None
             self.source = PythonSource(self.target.packages, data_file=data_file)
         self.device = Device(

@@ -196,7 +196,7 @@ static void first_time(struct block *block)
 	pthread_mutex_unlock(&translation);
 }
 
-/* As kcov_append in the areas of bridge/region.py: every value from the area is bounded. */
+/* As Area.append() in bridge/region.py: every value from the area is bounded. */
 static void append(struct vcpu *vcpu, unsigned int index, struct owner *owner,
 		   struct block *block)
 {
