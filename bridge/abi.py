@@ -54,6 +54,7 @@ __all__ = [
     "VERSION",
     "WORD",
     "HeaderWord",
+    "Hidden",
     "HostState",
     "Op",
     "RequestWord",
@@ -84,7 +85,7 @@ ENOTSUPP = 524
 PAGE_SIZE = 4096
 WORD = 8
 MAGIC = 0x47445242564F434B  # "KCOVBRDG" in memory
-VERSION = 4
+VERSION = 5
 SLOTS = 1024
 SLOT_WORDS = 8
 REQUESTS_OFFSET = PAGE_SIZE
@@ -180,7 +181,17 @@ class RequestWord(IntEnum):
     ARG1 = 5
     ARG2 = 6
     HIDDEN = 7
-    """Not of the request: while it is not 0, the owner runs the module's code, not its own."""
+    """Not of the request: a :class:`Hidden`; while it is not NO, the owner runs the module's code,
+    not its own."""
+
+
+class Hidden(IntEnum):
+    """What the owner's code is, to a host that watches it."""
+
+    NO = 0
+    YES = 1
+    SEEN = 2
+    """As YES; written by the plugin in QEMU, which watches the owner from now on."""
 
 
 class ResponseWord(IntEnum):
@@ -211,6 +222,10 @@ class KernelWord(IntEnum):
 
     CPUS = 0
     SYSCALL_ENTRY = 1
+    MARKER = 2
+    """The function with the sign by which the plugin in QEMU finds this kernel's memory ..."""
+    MARKER_PHYSICAL = 3
+    """... and where it lies."""
     CPU = 8
     """By APIC id two physical addresses: of current_task and of preempt_count; 0: no CPU."""
     VECTORS = 136

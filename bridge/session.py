@@ -197,7 +197,7 @@ class Session:
         watch = None
         if self.kernel is not None and self.region is not None:
             config = dataclasses.replace(config, plugin=self._plugin)
-            watch = WatchFds(self.kernel.plan.fd, self.region.fd, self.kernel.ram_fd)
+            watch = WatchFds(self.kernel.plan.fd, self.region.fd)
         logger.info("booting %s", self.image.name)
         with ExitStack() as attempt:
             doorbell = attempt.enter_context(server.connect())

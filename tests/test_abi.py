@@ -40,6 +40,8 @@ CONSTANTS = {
     "KB_KERNEL_CPUS": abi.KERNEL_CPUS,
     "offsetof(struct kb_kernel, cpus)": abi.KernelWord.CPUS * abi.WORD,
     "offsetof(struct kb_kernel, syscall_entry)": abi.KernelWord.SYSCALL_ENTRY * abi.WORD,
+    "offsetof(struct kb_kernel, marker)": abi.KernelWord.MARKER * abi.WORD,
+    "offsetof(struct kb_kernel, marker_physical)": abi.KernelWord.MARKER_PHYSICAL * abi.WORD,
     "offsetof(struct kb_kernel, cpu)": abi.KernelWord.CPU * abi.WORD,
     "offsetof(struct kb_kernel, cpu[0].preempt_count)": (abi.KernelWord.CPU + 1) * abi.WORD,
     "offsetof(struct kb_kernel, vectors)": abi.KernelWord.VECTORS * abi.WORD,
@@ -56,7 +58,11 @@ def _expected() -> dict[str, int]:
     ):
         for word in words:
             expected[f"offsetof(struct {struct}, {word.name.lower()})"] = word * abi.WORD
-    prefixes: dict[str, type[IntEnum]] = {"KB_OP_": abi.Op, "KB_HOST_": abi.HostState}
+    prefixes: dict[str, type[IntEnum]] = {
+        "KB_OP_": abi.Op,
+        "KB_HOST_": abi.HostState,
+        "KB_HIDDEN_": abi.Hidden,
+    }
     for prefix, values in prefixes.items():
         for value in values:
             expected[prefix + value.name] = value

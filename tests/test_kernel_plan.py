@@ -22,7 +22,7 @@ from bridge.sources.guest_kernel.code import KernelCode
 from bridge.sources.guest_kernel.export import read_blocks
 from bridge.sources.guest_kernel.filters import KernelFilter
 from bridge.sources.guest_kernel.placement import ModulePlacement
-from bridge.sources.guest_kernel.plan import CpuWord, Plan, PlanWord, RangeFlag, SlotWord
+from bridge.sources.guest_kernel.plan import CpuWord, Plan, PlanWord, Ram, RangeFlag, SlotWord
 from bridge.sources.guest_kernel.source import GuestKernel, ram_offset
 from bridge.sources.guest_kernel.symbols import KernelSymbols
 
@@ -45,6 +45,10 @@ CONSTANTS = {
     "PLAN_BLOCKS_OFFSET": layout.BLOCKS_OFFSET,
     "PLAN_BYTES": layout.BYTES,
     "PLAN_NOWHERE": layout.NOWHERE,
+    "PLAN_MARKER_BYTES": layout.MARKER_BYTES,
+    "PLAN_HIDDEN_SEEN": abi.Hidden.SEEN,
+    "PLAN_RAM_FOUND": Ram.FOUND,
+    "PLAN_RAM_REFUSED": Ram.REFUSED,
     "sizeof(struct plan_cpu)": layout.CPU_WORDS * abi.WORD,
     "sizeof(struct plan_slot)": layout.PLAN_SLOT_WORDS * abi.WORD,
     "sizeof(struct plan_range)": layout.RANGE_WORDS * abi.WORD,

@@ -102,11 +102,10 @@ class MachineConfig:
 
 @dataclass(frozen=True)
 class WatchFds:
-    """The memory that the plugin in QEMU shares with the bridge, and the guest's own."""
+    """The memory that the plugin in QEMU shares with the bridge."""
 
     plan: int
     region: int
-    ram: int
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class BackendFds:
     def all(self) -> tuple[int, ...]:
         """What QEMU must inherit."""
         fds = (self.qmp, self.console, self.report, self.doorbell)
-        watch = (self.watch.plan, self.watch.region, self.watch.ram) if self.watch else ()
+        watch = (self.watch.plan, self.watch.region) if self.watch else ()
         return (*(fd for fd in fds if fd is not None), *watch)
 
 
@@ -140,10 +139,7 @@ def qemu_command(config: MachineConfig, fds: BackendFds) -> list[str]:
         chardevs += ["-device", f"ivshmem-doorbell,chardev=kcov,vectors={VECTORS},master=on"]
     if fds.watch is not None:
         assert config.plugin is not None
-        memory = f"size={config.memory_mib}M,mem-path=/proc/self/fd/{fds.watch.ram},share=on"
-        chardevs += ["-object", f"memory-backend-file,id=ram,{memory}"]
-        chardevs += ["-machine", "memory-backend=ram"]
-        given = f"plan={fds.watch.plan},region={fds.watch.region},ram={fds.watch.ram}"
+        given = f"plan={fds.watch.plan},region={fds.watch.region}"
         chardevs += ["-plugin", f"file={_escaped(config.plugin)},{given}"]
     return [*_machine(config), *chardevs, *_disks(config), *_network(config), *config.extra_args]
 

@@ -417,23 +417,42 @@ static bool kb_settle(struct kb_instance *inst)
  */
 static void kb_hide(const struct kb_owner *owner)
 {
-	WRITE_ONCE(kb->requests[owner->inst->slot].hidden, 1);
+	WRITE_ONCE(kb->requests[owner->inst->slot].hidden, KB_HIDDEN_YES);
 	barrier();
 }
 
 static void kb_show(const struct kb_owner *owner)
 {
 	barrier();
-	WRITE_ONCE(kb->requests[owner->inst->slot].hidden, 0);
+	WRITE_ONCE(kb->requests[owner->inst->slot].hidden, KB_HIDDEN_NO);
 }
 
 /*
- * A sign to the plugin in QEMU (bridge/sources/guest_kernel/tcg/kcov_tcg.c) that there is an owner
- * now: a NOP that nobody else writes, first in a block of its own.
+ * A sign to the plugin in QEMU (bridge/sources/guest_kernel/tcg/kcov_tcg.c): a NOP that nobody else
+ * writes, first in a block of its own. Within one page, so that its physical address is known.
  */
-static void kb_marker(void)
+static noinline notrace __aligned(64) void kb_marker(void)
 {
 	asm volatile("jmp 1f\n1: .byte 0x0f, 0x1f, 0x80, 'k', 'c', 'o', 'v'" : : : "memory");
+}
+
+/*
+ * Waits until the plugin watches the owner, which is hidden meanwhile. While nobody traces it looks
+ * at no code, so there is no sign to be seen; but it learns that there is an owner now when a vCPU
+ * halts.
+ */
+static void kb_await_watcher(const struct kb_owner *owner)
+{
+	const u64 *hidden = &kb->requests[owner->inst->slot].hidden;
+	ktime_t end = ktime_add_ms(ktime_get(), READ_ONCE(kb_timeout_ms));
+
+	for (;;) {
+		kb_marker();
+		if (READ_ONCE(*hidden) == KB_HIDDEN_SEEN || ktime_after(ktime_get(), end))
+			return;
+		/* The next interrupt ends it, a timer's tick at the latest. */
+		asm volatile("hlt" : : : "memory");
+	}
 }
 
 /* ---- owners -------------------------------------------------------------------------------- */
@@ -813,8 +832,8 @@ static int kb_enable(struct kb_instance *inst, enum kb_op op, u64 arg0, u64 arg1
 		return err;
 	}
 	owner->silent = READ_ONCE(kb->responses[inst->slot].flags) & KB_ANSWER_SILENT;
-	if (kb_watched)
-		kb_marker();
+	if (kb_watched && op != KB_OP_REMOTE)
+		kb_await_watcher(owner);
 	get_task_struct(owner->task);
 	kref_get(&inst->ref);
 	WRITE_ONCE(inst->owner, owner);
@@ -1030,6 +1049,8 @@ static void kb_describe_kernel(struct kb_kernel *kernel)
 	}
 	kernel->cpus = num_possible_cpus();
 	kernel->syscall_entry = __rdmsr(MSR_LSTAR);
+	kernel->marker = (unsigned long)kb_marker;
+	kernel->marker_physical = slow_virt_to_phys(kb_marker);
 	store_idt(&table);
 	gates = (const gate_desc *)table.address;
 	for (vector = 0; vector < ARRAY_SIZE(kernel->vectors); vector++)

@@ -23,7 +23,7 @@
 #define KB_PCI_DEVICE_ID	0x1110
 
 #define KB_MAGIC		0x47445242564f434bULL	/* "KCOVBRDG" */
-#define KB_VERSION		4
+#define KB_VERSION		5
 #define KB_SLOTS		1024
 #define KB_REQUESTS_OFFSET	4096
 #define KB_RESPONSES_OFFSET	(KB_REQUESTS_OFFSET + KB_SLOTS * 64)
@@ -84,8 +84,15 @@ struct kb_request {
 	__u64 arg0;
 	__u64 arg1;
 	__u64 arg2;
-	/* Not of the request: while it is not 0, the owner runs the module's code, not its own. */
+	/* Not of the request: enum kb_hidden. */
 	__u64 hidden;
+};
+
+/* While it is not NO, the owner runs the module's code, not its own. */
+enum kb_hidden {
+	KB_HIDDEN_NO	= 0,
+	KB_HIDDEN_YES	= 1,
+	KB_HIDDEN_SEEN	= 2,	/* written by the plugin in QEMU: it watches the owner from now on */
 };
 
 struct kb_response {
@@ -108,7 +115,10 @@ enum kb_answer {
 struct kb_kernel {
 	__u64 cpus;
 	__u64 syscall_entry;
-	__u64 pad[6];
+	/* The function kb_marker(), by which the plugin finds this kernel's memory. */
+	__u64 marker;
+	__u64 marker_physical;
+	__u64 pad[4];
 	/* By APIC id, physical: the per-CPU variables current_task and preempt_count; 0: no CPU. */
 	struct {
 		__u64 current_task;

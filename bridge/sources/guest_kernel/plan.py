@@ -17,10 +17,10 @@ from enum import IntEnum, IntFlag
 from bridge.abi import REQUESTS_OFFSET, SLOT_WORDS, SLOTS, WORD, RequestWord
 from bridge.errors import SourceError
 
-__all__ = ["CpuWord", "Plan", "PlanWord", "RangeFlag", "SlotWord"]
+__all__ = ["CpuWord", "Plan", "PlanWord", "Ram", "RangeFlag", "SlotWord"]
 
 MAGIC = 0x4E414C50564F434B  # "KCOVPLAN" in memory
-VERSION = 1
+VERSION = 2
 CPUS = 256
 VECTORS = 256
 RANGES = 65536
@@ -38,6 +38,7 @@ RANGES_OFFSET = VECTORS_OFFSET + VECTORS * WORD
 BLOCKS_OFFSET = RANGES_OFFSET + RANGES * RANGE_WORDS * WORD
 BYTES = BLOCKS_OFFSET + BLOCKS * BLOCK_WORDS * WORD
 
+MARKER_BYTES = 64
 NOWHERE = 2**64 - 1
 
 _BUSY_SECONDS = 1.0
@@ -50,12 +51,16 @@ class PlanWord(IntEnum):
     VERSION = 1
     HIDDEN = 2
     HIDDEN_STRIDE = 3
+    RAM_BYTES = 4
     WANT = 8
     EPOCH = 9
     RANGES_EPOCH = 10
     RANGES = 11
     SYSCALL_ENTRY = 12
     SLOTS = 13
+    MARKER = 14
+    MARKER_OFFSET = 15
+    """Where in the guest's memory the marker is."""
     HAVE = 16
     """PLUGIN: what is done of WANT; the words from here on are the plugin's."""
     API = 17
@@ -63,6 +68,17 @@ class PlanWord(IntEnum):
     TRANSLATED = 19
     BLOCKS = 20
     BLOCKS_LOST = 21
+    RAM = 22
+    """A :class:`Ram`."""
+
+
+class Ram(IntEnum):
+    """Whether the plugin knows where QEMU has the guest's memory."""
+
+    UNKNOWN = 0
+    FOUND = 1
+    REFUSED = 2
+    """The marker is not where the guest says."""
 
 
 class CpuWord(IntEnum):
@@ -97,9 +113,12 @@ class RangeFlag(IntFlag):
 
 
 class Plan:
-    """The memory of one plan; made before QEMU starts. Raises SourceError where there is none."""
+    """The memory of one plan; made before QEMU starts. Raises SourceError where there is none.
 
-    def __init__(self) -> None:
+    ``memory`` is the guest's, in bytes.
+    """
+
+    def __init__(self, memory: int) -> None:
         try:
             self.fd = os.memfd_create("kcov-bridge-plan", os.MFD_CLOEXEC)
             os.ftruncate(self.fd, BYTES)
@@ -115,6 +134,8 @@ class Plan:
         words[PlanWord.VERSION] = VERSION
         words[PlanWord.HIDDEN] = REQUESTS_OFFSET + RequestWord.HIDDEN * WORD
         words[PlanWord.HIDDEN_STRIDE] = SLOT_WORDS * WORD
+        words[PlanWord.RAM_BYTES] = memory
+        words[PlanWord.MARKER_OFFSET] = NOWHERE
         words[PlanWord.EPOCH] = 1
         words[PlanWord.RANGES_EPOCH] = 0
         for cpu in range(CPUS):
@@ -132,6 +153,11 @@ class Plan:
         at = CPUS_OFFSET // WORD + cpu * CPU_WORDS
         self.words[at + CpuWord.CURRENT] = current
         self.words[at + CpuWord.PREEMPT] = preempt
+
+    def set_marker(self, address: int, offset: int) -> None:
+        """Where the guest's marker is, and where in the guest's memory."""
+        self.words[PlanWord.MARKER] = address
+        self.words[PlanWord.MARKER_OFFSET] = offset
 
     def set_code(
         self,

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from bridge.abi import KERNEL_CPUS, KernelWord
-from bridge.errors import SourceError
 from bridge.region import Area
 from bridge.sources.guest_kernel.code import KernelCode
 from bridge.sources.guest_kernel.export import BLOCKS_FILE
 from bridge.sources.guest_kernel.placement import write_atomically
-from bridge.sources.guest_kernel.plan import NOWHERE, VECTORS, Plan, PlanWord
+from bridge.sources.guest_kernel.plan import NOWHERE, VECTORS, Plan, PlanWord, Ram
 from bridge.sources.guest_kernel.symbols import SYMBOLS_FILE
 
 __all__ = ["GuestKernel", "ram_offset"]
@@ -48,14 +46,14 @@ def ram_offset(physical: int, memory: int) -> int | None:
 
 
 class GuestKernel:
-    """The plan's writer, on the doorbell's thread. Made before QEMU starts, which inherits ``fds``.
+    """The plan's writer, on the doorbell's thread. Made before QEMU, which inherits the plan.
 
     ``code`` is what is known of the kernel; ``memory`` in bytes. Raises
     :class:`bridge.errors.SourceError` where there is no memory.
     """
 
     def __init__(self, code: KernelCode, memory: int) -> None:
-        self.plan = Plan()
+        self.plan = Plan(memory)
         self.offset: int | None = None
         """By how much the kernel was moved (KASLR), bytes; None until it has said so."""
         self.code = code
@@ -67,20 +65,12 @@ class GuestKernel:
         self._attached: set[int] = set()
         self._blocks_covered = 0
         self._quiet_since: float | None = None
-        try:
-            self.ram_fd = os.memfd_create("kcov-bridge-ram", os.MFD_CLOEXEC)
-            os.ftruncate(self.ram_fd, memory)
-        except OSError as error:
-            self.plan.close()
-            raise SourceError(f"no memory for the guest: {error.strerror}") from error
+        self._blind = False
 
     def close(self) -> None:
         """Give the memory back. Safe to call twice."""
         self._blocks_covered = self.blocks_covered
         self.plan.close()
-        if self.ram_fd >= 0:
-            os.close(self.ram_fd)
-            self.ram_fd = -1
 
     # What the guest's module says; none of it is trusted further than an address is bounded
 
@@ -102,6 +92,8 @@ class GuestKernel:
             cpus.append((self._where(current, 8), self._where(preempt, 4)))
         for slot in tuple(self._attached):
             self.detach(slot)
+        marker = payload[KernelWord.MARKER]
+        self.plan.set_marker(marker, self._where(payload[KernelWord.MARKER_PHYSICAL], 64))
         for cpu, (current, preempt) in enumerate(cpus):
             self.plan.set_cpu(cpu, current, preempt)
         self.offset = offset
@@ -183,6 +175,9 @@ class GuestKernel:
 
     def tick(self) -> None:
         """Called a few times a second: the kernel runs at full speed while nobody traces."""
+        if not self._blind and self.plan.words[PlanWord.RAM] == Ram.REFUSED:
+            self._blind = True
+            logger.error("the guest's memory was not found in QEMU: its kernel is not watched")
         if self._quiet_since is not None and time.monotonic() - self._quiet_since > _QUIET_SECONDS:
             self._quiet_since = None
             self.plan.words[PlanWord.WANT] = 0

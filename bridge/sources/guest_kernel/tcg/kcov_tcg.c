@@ -9,10 +9,14 @@
  * bridge writes; which task runs, and whether in an interrupt, is read from the guest's own
  * per-CPU variables current_task and preempt_count, as the kernel itself reads them.
  *
- * While nobody traces, nothing is watched: the translated code has no callbacks. The guest's
- * module executes a marker once it is an owner, and then all code is translated anew.
+ * While nobody traces, nothing is watched: QEMU translates as it does without a plugin. Once there
+ * is an owner the guest's module lets its vCPU halt, and all code is translated anew, to be watched;
+ * the module sees that from what its marker does then.
  *
- * Arguments: plan=FD,region=FD,ram=FD, inherited from the bridge.
+ * Where QEMU has the guest's memory follows from the marker as well: the module says where in that
+ * memory it is, and QEMU where it reads the code of an instruction from.
+ *
+ * Arguments: plan=FD,region=FD, inherited from the bridge.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -84,7 +88,7 @@ enum interrupt {
 /* What a slot's owner is about. Touched by the vCPU that runs the owner. */
 struct owner {
 	struct plan_slot *slot;
-	const _Atomic uint64_t *hidden;
+	_Atomic uint64_t *hidden;
 	/* The block before, in this task and context. */
 	const struct block *before;
 	bool resumed;
@@ -114,8 +118,10 @@ static struct plan_header *plan;
 static struct plan_cpu *cpus;
 static struct plan_slot *slots;
 static struct plan_block *blocks;
-static uint8_t *region, *ram;
-static uint64_t region_bytes, ram_bytes;
+static uint8_t *region;
+static uint64_t region_bytes;
+/* Set once, under translation. */
+static _Atomic(uint8_t *) guest_memory;
 
 static struct vcpu vcpus[PLAN_CPUS];
 static struct owner owners[PLAN_SLOTS];
@@ -173,9 +179,52 @@ static inline void store(uint64_t *word, uint64_t value)
 
 static const void *in_ram(uint64_t offset, size_t bytes)
 {
-	if (offset > ram_bytes - bytes || offset % bytes)
+	const uint8_t *ram = atomic_load(&guest_memory);
+
+	if (!ram || offset > plan->ram_bytes - bytes || offset % bytes)
 		return NULL;
 	return ram + offset;
+}
+
+/* Whether all of this memory of QEMU's is there to be read. */
+static bool is_mapped(uintptr_t start, uintptr_t end)
+{
+	FILE *maps = fopen("/proc/self/maps", "re");
+	unsigned long from, to;
+	char line[512], mode;
+
+	if (!maps)
+		return false;
+	/* Sorted by address. */
+	while (start < end && fgets(line, sizeof(line), maps))
+		if (sscanf(line, "%lx-%lx %c", &from, &to, &mode) == 3 && mode == 'r' &&
+		    from <= start && start < to)
+			start = to;
+	fclose(maps);
+	return start >= end;
+}
+
+/*
+ * The guest's memory, from where QEMU reads the marker at @address. What the guest says of where
+ * it is may be a lie: what is found is used only if it is memory from end to end. Under translation.
+ */
+static void find_ram(const struct qemu_plugin_insn *insn, uint64_t address)
+{
+	uint64_t offset = address - plan->marker, at = load(&plan->marker_offset);
+	uintptr_t here = (uintptr_t)qemu_plugin_insn_haddr(insn);
+	bool found = false;
+
+	if (atomic_load(&guest_memory) || offset >= PLAN_MARKER_BYTES)
+		return;
+	if (here && at <= plan->ram_bytes - PLAN_MARKER_BYTES && at + offset <= here) {
+		uintptr_t start = here - at - offset;
+
+		found = start % 4096 == 0 && start < UINTPTR_MAX - plan->ram_bytes &&
+			is_mapped(start, start + plan->ram_bytes);
+		if (found)
+			atomic_store(&guest_memory, (uint8_t *)start);
+	}
+	store(&plan->ram, found ? PLAN_RAM_FOUND : PLAN_RAM_REFUSED);
 }
 
 /* ---- recording ----------------------------------------------------------------------------- */
@@ -262,7 +311,7 @@ static void look_up(struct vcpu *vcpu, unsigned int index, uint64_t epoch)
 		if (owner->task != vcpu->task) {
 			*owner = (struct owner) {
 				.slot = &slots[i],
-				.hidden = (const void *)(region + plan->hidden + i * plan->hidden_stride),
+				.hidden = (void *)(region + plan->hidden + i * plan->hidden_stride),
 				.task = vcpu->task,
 			};
 		}
@@ -551,11 +600,15 @@ static void follow_plan(void)
 		qemu_plugin_reset(plugin_id, reset_done);
 }
 
+/* All code that runs from here on is watched: tell the owner. */
 static void marker_runs(unsigned int index, void *data)
 {
-	(void)index;
+	struct vcpu *vcpu = &vcpus[index];
+
 	(void)data;
-	follow_plan();
+	look_up(vcpu, index, load(&plan->epoch));
+	if (vcpu->owner)
+		atomic_store(vcpu->owner->hidden, PLAN_HIDDEN_SEEN);
 }
 
 static void vcpu_idles(qemu_plugin_id_t id, unsigned int index)
@@ -580,10 +633,12 @@ static void translates(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 	if (start < KERNEL_START || !n)
 		return;
 	size = insn_data(qemu_plugin_tb_get_insn(tb, 0), code, sizeof(code));
-	if (size == sizeof(marker) && !memcmp(code, marker, sizeof(marker)))
+	if (size == sizeof(marker) && !memcmp(code, marker, sizeof(marker))) {
+		pthread_mutex_lock(&translation);
+		find_ram(qemu_plugin_tb_get_insn(tb, 0), start);
+		pthread_mutex_unlock(&translation);
 		qemu_plugin_register_vcpu_tb_exec_cb(tb, marker_runs, QEMU_PLUGIN_CB_NO_REGS, NULL);
-	if (!load(&plan->have))
-		return;
+	}
 
 	last = qemu_plugin_tb_get_insn(tb, n - 1);
 	block.last = qemu_plugin_insn_vaddr(last);
@@ -623,7 +678,8 @@ static void reset_done(qemu_plugin_id_t id)
 		owners[i].task = 0;
 	for (unsigned int i = 0; i < PLAN_CPUS; i++)
 		vcpus[i].epoch = 0;
-	qemu_plugin_register_vcpu_tb_trans_cb(id, translates);
+	if (plan->have)
+		qemu_plugin_register_vcpu_tb_trans_cb(id, translates);
 	qemu_plugin_register_vcpu_idle_cb(id, vcpu_idles);
 	follow_plan();
 }
@@ -658,17 +714,16 @@ int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, 
 			plan = map(argv[i] + 5, &plan_bytes);
 		else if (!strncmp(argv[i], "region=", 7))
 			region = map(argv[i] + 7, &region_bytes);
-		else if (!strncmp(argv[i], "ram=", 4))
-			ram = map(argv[i] + 4, &ram_bytes);
 	}
 	if (!info->system_emulation || strcmp(info->target_name, "x86_64"))
 		return refuse("made for qemu-system-x86_64 alone");
-	if (!plan || !region || !ram)
-		return refuse("the bridge starts it: plan=FD,region=FD,ram=FD");
+	if (!plan || !region)
+		return refuse("the bridge starts it: plan=FD,region=FD");
 	if (plan_bytes < PLAN_BYTES || plan->magic != PLAN_MAGIC || plan->version != PLAN_VERSION)
 		return refuse("the plan is of another version of the bridge");
 	if (plan->hidden > region_bytes || plan->hidden % 8 || plan->hidden_stride % 8 ||
-	    plan->hidden_stride > (region_bytes - plan->hidden) / PLAN_SLOTS)
+	    plan->hidden_stride > (region_bytes - plan->hidden) / PLAN_SLOTS ||
+	    plan->ram_bytes < 4096)
 		return refuse("the plan does not fit the region");
 	ranges = calloc(PLAN_RANGES, sizeof(*ranges));
 	insn_data_symbol = dlsym(RTLD_DEFAULT, "qemu_plugin_insn_data");
@@ -680,7 +735,6 @@ int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, 
 	blocks = (void *)((uint8_t *)plan + PLAN_BLOCKS_OFFSET);
 	plugin_id = id;
 	store(&plan->api, info->version.cur);
-	qemu_plugin_register_vcpu_tb_trans_cb(id, translates);
 	qemu_plugin_register_vcpu_idle_cb(id, vcpu_idles);
 	return 0;
 }

@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 #define PLAN_MAGIC		0x4e414c50564f434bULL	/* "KCOVPLAN" */
-#define PLAN_VERSION		1
+#define PLAN_VERSION		2
 #define PLAN_CPUS		256
 #define PLAN_SLOTS		1024
 #define PLAN_VECTORS		256
@@ -25,8 +25,19 @@
 #define PLAN_BLOCKS_OFFSET	(PLAN_RANGES_OFFSET + PLAN_RANGES * 32)
 #define PLAN_BYTES		(PLAN_BLOCKS_OFFSET + PLAN_BLOCKS * 16)
 
-/* Nothing: of plan_cpu.current and .preempt. */
+/* Within how many bytes of plan_header.marker the marker is. */
+#define PLAN_MARKER_BYTES	64
+
+/* Nothing: of plan_cpu.current and .preempt, and of plan_header.marker_offset. */
 #define PLAN_NOWHERE		UINT64_MAX
+
+/* Written into a slot's hidden flag once its owner is watched. */
+#define PLAN_HIDDEN_SEEN	2
+
+enum plan_ram {
+	PLAN_RAM_FOUND	= 1,
+	PLAN_RAM_REFUSED = 2,	/* the marker is not where the guest says */
+};
 
 enum plan_range_flags {
 	/* Blocks of this range are recorded. */
@@ -46,7 +57,8 @@ struct plan_header {
 	/* Where the guest's hidden flag of slot n is in the region: hidden + n * hidden_stride. */
 	uint64_t hidden;
 	uint64_t hidden_stride;
-	uint64_t pad0[4];
+	uint64_t ram_bytes;	/* the guest's memory */
+	uint64_t pad0[3];
 	/* Written by the bridge. */
 	uint64_t want;		/* 1: watch the kernel's blocks, 0: run at full speed */
 	uint64_t epoch;		/* changes with slots and cpus */
@@ -54,7 +66,8 @@ struct plan_header {
 	uint64_t ranges;	/* how many there are */
 	uint64_t syscall_entry;
 	uint64_t slots;		/* no slot from here on has an owner */
-	uint64_t pad1[2];
+	uint64_t marker;	/* where the guest's marker is ... */
+	uint64_t marker_offset;	/* ... and where in its memory */
 	/* Written by the plugin. */
 	uint64_t have;		/* what is done of want */
 	uint64_t api;
@@ -62,7 +75,8 @@ struct plan_header {
 	uint64_t translated;
 	uint64_t blocks;	/* how many of the table are there */
 	uint64_t blocks_lost;	/* blocks that found no room */
-	uint64_t pad2[2];
+	uint64_t ram;		/* enum plan_ram, 0: not looked for yet */
+	uint64_t pad2;
 };
 
 struct plan_cpu {

@@ -53,6 +53,8 @@ uint64_t qemu_plugin_tb_vaddr(const struct qemu_plugin_tb *tb);
 struct qemu_plugin_insn *qemu_plugin_tb_get_insn(const struct qemu_plugin_tb *tb, size_t index);
 size_t qemu_plugin_insn_size(const struct qemu_plugin_insn *insn);
 uint64_t qemu_plugin_insn_vaddr(const struct qemu_plugin_insn *insn);
+/* Where QEMU reads the instruction from, in its own memory; NULL if that is no RAM. */
+void *qemu_plugin_insn_haddr(const struct qemu_plugin_insn *insn);
 
 /* Not declared as a function: see insn_data() in kcov_tcg.c. */
 typedef const void *(*insn_data_1)(const struct qemu_plugin_insn *insn);
