@@ -20,6 +20,7 @@
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <linux/membarrier.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -27,6 +28,8 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "plan.h"
 #include "qemu_plugin_api.h"
@@ -66,7 +69,10 @@ enum block_flags {
 			  SWITCHED | CALLS_SWITCH,
 };
 
-/* A translated piece of kernel code. Never freed, and found again when it is translated again. */
+/*
+ * A translated piece of kernel code. Never freed, and found again when it is translated again. One
+ * cache line.
+ */
 struct block {
 	struct block *next;
 	uint64_t start, last, end;	/* last: its last instruction */
@@ -74,7 +80,7 @@ struct block {
 	uint64_t number;
 	uint32_t flags;
 	atomic_bool seen;
-};
+} __attribute__((aligned(64)));
 
 enum interrupt {
 	NONE,
@@ -89,6 +95,9 @@ enum interrupt {
 struct owner {
 	struct plan_slot *slot;
 	_Atomic uint64_t *hidden;
+	/* The slot's area as of the vCPU's epoch, inside the region: NULL: none. */
+	uint64_t *area, *bitmap;
+	uint64_t most, bitmap_bits;
 	/* The block before, in this task and context. */
 	const struct block *before;
 	bool resumed;
@@ -128,6 +137,8 @@ static struct owner owners[PLAN_SLOTS];
 
 static qemu_plugin_id_t plugin_id;
 static bool insn_data_copies;
+/* The bridge uses membarrier(2), and it concerns this process. */
+static bool expedited;
 static void *insn_data_symbol;
 
 /* Guards what follows: translation happens on every vCPU. */
@@ -245,56 +256,73 @@ static void first_time(struct block *block)
 	pthread_mutex_unlock(&translation);
 }
 
-/* As Area.append() in bridge/region.py: every value from the area is bounded. */
-static void append(struct vcpu *vcpu, unsigned int index, struct owner *owner,
-		   struct block *block)
+/*
+ * As Area.append() in bridge/region.py: every value from the area is bounded.
+ *
+ * The bridge takes an area away by changing slot and epoch, and then waits until no vCPU is busy
+ * with the slot. So the store to busy must be seen before the epoch is read again. It costs a third
+ * of all this to have the processor see to that each time; the bridge makes all threads of QEMU do
+ * so when it takes one away (membarrier(2)), where there is such a call.
+ */
+static void append(unsigned int index, uint64_t epoch, struct owner *owner, struct block *block)
 {
-	struct plan_slot *slot = owner->slot;
-	uint64_t at, words, bitmap, count, number;
-	uint64_t *area;
+	uint64_t busy = (uint64_t)(owner->slot - slots) + 1, count;
+	uint64_t *area = owner->area;
 
-	/*
-	 * The bridge takes an area away by changing slot and epoch, and then waits until no vCPU is
-	 * busy with the slot: this store must be seen before the epoch is read again.
-	 */
-	__atomic_store_n(&cpus[index].busy, (uint64_t)(slot - slots) + 1, __ATOMIC_SEQ_CST);
-	if (__atomic_load_n(&plan->epoch, __ATOMIC_SEQ_CST) != vcpu->epoch)
+	if (likely(expedited)) {
+		__atomic_store_n(&cpus[index].busy, busy, __ATOMIC_RELAXED);
+		__atomic_signal_fence(__ATOMIC_SEQ_CST);
+	} else {
+		__atomic_store_n(&cpus[index].busy, busy, __ATOMIC_SEQ_CST);
+	}
+	if (unlikely(load(&plan->epoch) != epoch || !area))
 		goto out;
-	at = slot->area;
-	words = slot->words;
-	bitmap = slot->bitmap_words;
-	if (at % 8 || at > region_bytes || words > (region_bytes - at) / 8 || bitmap + 2 > words)
-		goto out;
-	area = (uint64_t *)(region + at);
-	if (bitmap) {
+	if (owner->bitmap) {
 		/* Even numbers are the bridge's. */
-		number = block->number * 2 + 1;
-		if (number / 64 < bitmap) {
-			uint64_t *word = &area[number / 64], bit = 1ULL << number % 64;
+		uint64_t number = block->number * 2 + 1;
+
+		if (likely(number < owner->bitmap_bits)) {
+			uint64_t *word = &owner->bitmap[number / 64], bit = 1ULL << number % 64;
 
 			if (*word & bit)
 				goto out;
 			*word |= bit;
 		}
-		area += bitmap;
-		words -= bitmap;
 	}
 	count = __atomic_load_n(&area[0], __ATOMIC_RELAXED);
-	if (count < words - 1) {
+	if (likely(count < owner->most)) {
 		__atomic_store_n(&area[count + 1], block->pc, __ATOMIC_RELAXED);
 		__atomic_store_n(&area[0], count + 1, __ATOMIC_RELEASE);
-		slot->appended++;
+		owner->slot->appended++;
 		if (unlikely(!atomic_load_explicit(&block->seen, memory_order_relaxed)))
 			first_time(block);
 	} else {
-		slot->dropped++;
+		owner->slot->dropped++;
 	}
 out:
 	__atomic_store_n(&cpus[index].busy, 0, __ATOMIC_RELEASE);
 }
 
+/* Where the owner's area is, as the plan has it now. */
+static void find_area(struct owner *owner)
+{
+	uint64_t at = owner->slot->area, words = owner->slot->words;
+	uint64_t bitmap = owner->slot->bitmap_words;
+
+	owner->area = owner->bitmap = NULL;
+	if (at % 8 || at > region_bytes || words > (region_bytes - at) / 8 || words < 2 ||
+	    bitmap > words - 2)
+		return;
+	owner->area = (uint64_t *)(region + at) + bitmap;
+	owner->most = words - bitmap - 1;
+	if (bitmap) {
+		owner->bitmap = (uint64_t *)(region + at);
+		owner->bitmap_bits = bitmap * 64;
+	}
+}
+
 /* Another task runs, or the plan has changed: who owns what? */
-static void look_up(struct vcpu *vcpu, unsigned int index, uint64_t epoch)
+static void look_up(unsigned int index, struct vcpu *vcpu, uint64_t epoch)
 {
 	vcpu->owner = NULL;
 	vcpu->epoch = epoch;
@@ -315,6 +343,7 @@ static void look_up(struct vcpu *vcpu, unsigned int index, uint64_t epoch)
 				.task = vcpu->task,
 			};
 		}
+		find_area(owner);
 		vcpu->owner = owner;
 		return;
 	}
@@ -384,29 +413,17 @@ static bool goes_on(const struct block *before, const struct block *block, bool 
 	return false;
 }
 
-/* Before each execution of a block of kernel code. */
-static void block_runs(unsigned int index, void *data)
+/*
+ * A block of interrupts, exceptions and switches, or one that runs during such. Answers whether it
+ * is the task's own.
+ */
+static bool is_own(struct owner *owner, const struct block *block, uint32_t preempt)
 {
-	struct vcpu *vcpu = &vcpus[index];
-	struct block *block = data;
-	const struct block *before;
-	uint64_t epoch = load(&plan->epoch);
-	struct owner *owner;
-	uint32_t preempt;
-	bool resumed;
-
-	if (unlikely(epoch != vcpu->epoch || (vcpu->current && *vcpu->current != vcpu->task)))
-		look_up(vcpu, index, epoch);
-	owner = vcpu->owner;
-	if (likely(!owner))
-		return;
-
-	preempt = *vcpu->preempt;
-	if (unlikely(block->flags & SPECIAL))
+	if (block->flags & SPECIAL)
 		special(owner, block);
-	if (unlikely(owner->switching) && block->start == owner->switched)
+	if (owner->switching && block->start == owner->switched)
 		owner->switching = false;
-	if (unlikely(owner->interrupt != NONE)) {
+	if (owner->interrupt != NONE) {
 		bool counted = preempt & (HARD_OR_NMI | SERVING_SOFTIRQ);
 
 		if (counted)
@@ -415,21 +432,32 @@ static void block_runs(unsigned int index, void *data)
 			owner->interrupt = LEAVING;
 		if (block->flags & RETURNS)
 			go_back(owner);
-		return;
+		return false;
 	}
-	if (unlikely(block->flags & RETURNS)) {
+	if (block->flags & RETURNS) {
 		go_back(owner);
-		return;
+		return false;
 	}
 	/* in_task() */
 	if (preempt & (HARD_OR_NMI | SERVING_SOFTIRQ))
-		return;
-
+		return false;
 	/* The way back from an interrupt is not the task's own either. */
-	if (unlikely(block->flags & NOINSTR) && owner->depth && owner->depth <= DEPTH &&
-	    owner->broken[owner->depth - 1].interrupt)
-		return;
+	return !(block->flags & NOINSTR && owner->depth && owner->depth <= DEPTH &&
+		 owner->broken[owner->depth - 1].interrupt);
+}
 
+/* A block of kernel code is about to run, and its task is an owner. */
+static void owner_runs(unsigned int index, struct vcpu *vcpu, struct block *block)
+{
+	struct owner *owner = vcpu->owner;
+	const struct block *before;
+	uint32_t preempt = *vcpu->preempt;
+	bool resumed;
+
+	if (unlikely(block->flags & SPECIAL || owner->switching || owner->interrupt != NONE ||
+		     preempt & (HARD_OR_NMI | SERVING_SOFTIRQ)) &&
+	    !is_own(owner, block, preempt))
+		return;
 	before = owner->before;
 	resumed = owner->resumed;
 	owner->before = block;
@@ -439,7 +467,27 @@ static void block_runs(unsigned int index, void *data)
 		return;
 	if (before && unlikely(goes_on(before, block, resumed)))
 		return;
-	append(vcpu, index, owner, block);
+	append(index, vcpu->epoch, owner, block);
+}
+
+static __attribute__((noinline))
+void another_runs(unsigned int index, struct vcpu *vcpu, struct block *block)
+{
+	look_up(index, vcpu, load(&plan->epoch));
+	if (vcpu->owner)
+		owner_runs(index, vcpu, block);
+}
+
+/* Before each execution of a block of kernel code. */
+static void block_runs(unsigned int index, void *block)
+{
+	struct vcpu *vcpu = &vcpus[index];
+
+	if (unlikely(load(&plan->epoch) != vcpu->epoch ||
+		     (vcpu->current && *vcpu->current != vcpu->task)))
+		another_runs(index, vcpu, block);
+	else if (vcpu->owner)
+		owner_runs(index, vcpu, block);
 }
 
 /* ---- translation --------------------------------------------------------------------------- */
@@ -576,7 +624,7 @@ static struct block *intern(const struct block *wanted)
 			return block;
 	if (n_blocks == PLAN_BLOCKS)
 		return NULL;
-	block = malloc(sizeof(*block));
+	block = aligned_alloc(_Alignof(struct block), sizeof(*block));
 	if (!block)
 		return NULL;
 	*block = *wanted;
@@ -606,7 +654,7 @@ static void marker_runs(unsigned int index, void *data)
 	struct vcpu *vcpu = &vcpus[index];
 
 	(void)data;
-	look_up(vcpu, index, load(&plan->epoch));
+	look_up(index, vcpu, load(&plan->epoch));
 	if (vcpu->owner)
 		atomic_store(vcpu->owner->hidden, PLAN_HIDDEN_SEEN);
 }
@@ -734,6 +782,9 @@ int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, 
 	slots = (void *)((uint8_t *)plan + PLAN_SLOTS_OFFSET);
 	blocks = (void *)((uint8_t *)plan + PLAN_BLOCKS_OFFSET);
 	plugin_id = id;
+	expedited = plan->barriers &&
+		    !syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED, 0, 0);
+	store(&plan->expedited, expedited);
 	store(&plan->api, info->version.cur);
 	qemu_plugin_register_vcpu_idle_cb(id, vcpu_idles);
 	return 0;

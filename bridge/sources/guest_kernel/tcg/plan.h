@@ -58,7 +58,8 @@ struct plan_header {
 	uint64_t hidden;
 	uint64_t hidden_stride;
 	uint64_t ram_bytes;	/* the guest's memory */
-	uint64_t pad0[3];
+	uint64_t barriers;	/* 1: the bridge can make other processes' threads pass a barrier */
+	uint64_t pad0[2];
 	/* Written by the bridge. */
 	uint64_t want;		/* 1: watch the kernel's blocks, 0: run at full speed */
 	uint64_t epoch;		/* changes with slots and cpus */
@@ -76,7 +77,7 @@ struct plan_header {
 	uint64_t blocks;	/* how many of the table are there */
 	uint64_t blocks_lost;	/* blocks that found no room */
 	uint64_t ram;		/* enum plan_ram, 0: not looked for yet */
-	uint64_t pad2;
+	uint64_t expedited;	/* 1: relies on the bridge's barriers */
 };
 
 struct plan_cpu {
