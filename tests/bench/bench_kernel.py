@@ -4,10 +4,11 @@
     python -m tests.bench.bench_kernel [--rounds N] [--reference]
 
 Each round boots a guest of each kind in turn (A B C ...), all under TCG with one vCPU, and runs the
-same work in it: 200,000 small system calls (dd), file work (copying a tree in memory), and a shell
-script that starts many processes. The guest itself takes the time, after a tenth of the work that
-does not count: the first ENABLE has all code translated anew. Printed are medians, the fastest and
-the slowest, and the ratio of the medians to the guest without plugin.
+same work in it: a loop of 80,000 system calls (``loop.c``), file work (copying a tree in memory),
+and a shell script that starts many processes. The guest itself takes the time, after a tenth of the
+work that does not count: the first ENABLE has all code translated anew. Printed are medians, the
+fastest and the slowest, and the ratio of the medians to the guest without plugin; and what memory
+QEMU has at the end.
 
 * "no plugin": the baseline;
 * "idle": the plugin is there, and nobody traces;
@@ -15,35 +16,41 @@ the slowest, and the ratio of the medians to the guest without plugin.
 * "-d exec": QEMU's own log of executed blocks, to /dev/null, switched on after the boot, for
   comparison; a tenth of the work, and ten times the seconds, for it is that slow.
 
-``--reference`` adds the kernel of ``make reference`` built with CONFIG_KCOV: "kcov off", and
-"kcov on", traced by its own kcov (each PC, as it has nothing else), with ratios to itself off and
-to the traced stock kernel. What it takes to build that kernel is said there.
+``--reference`` does all this with the kernel of ``make reference`` without CONFIG_KCOV in place of
+the stock image's, and adds the same kernel built with it: "kcov off", and "kcov on", traced by its
+own kcov (each PC, as it has nothing else). What it takes to build these is said there.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import statistics
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import bridge
 from bridge.config import Settings
 from bridge.guest_image import ProjectImage
+from bridge.image import build, compile_for_guest
 from bridge.session import Session
 from bridge.vm.accel import Accelerator
 from bridge.vm.config import MachineConfig
 from tests.guest import reference
 
 WORK = {
-    "system calls": ("dd if=/dev/zero of=/dev/null bs=1 count={} 2>/dev/null", 100_000),
+    "system calls": ("/tmp/loop {}", 20_000),
     "files": ("for i in $(seq {}); do cp -r /etc /tmp/a; rm -r /tmp/a; done", 10),
     "processes": ("for i in $(seq {}); do /bin/true; done", 100),
 }
 """What the guest's shell does, and how many of it."""
+_LOOP = Path(__file__).with_name("loop.c")
+_MEMORY = "QEMU's memory"
 _SPREAD = 1.0
 """Above this relative spread (slowest to fastest less 1) a ratio is marked as uncertain."""
 
@@ -64,10 +71,14 @@ def _arguments(*extra: str) -> Iterator[None]:
 
 
 def _run(session: Session, before: str = "", share: int = 1) -> dict[str, float]:
-    """Seconds of each work, by the guest's clock; ``before`` is put in front of the shell.
+    """Seconds of each work, by the guest's clock, and QEMU's memory in MiB.
 
-    ``share``: only so small a part is done, and its time multiplied.
+    ``before`` is put in front of the shell. ``share``: only so small a part is done, and its time
+    multiplied.
     """
+    with tempfile.TemporaryDirectory(prefix="kcov-bridge-") as directory:
+        loop = compile_for_guest(build(), _LOOP, Path(directory) / "loop")
+        session.guest.upload(loop, "/tmp/loop", 0o755)
     seconds = {}
     for name, (command, count) in WORK.items():
         work = command.format(count // share)
@@ -79,15 +90,22 @@ def _run(session: Session, before: str = "", share: int = 1) -> dict[str, float]
         lines = result.stderr.decode().split("\n")
         start, end = (int(line) for line in lines if line.isdigit())
         seconds[name] = (end - start) / 1e9 * share
+    status = Path(f"/proc/{session.machine.pid}/status").read_text()
+    seconds[_MEMORY] = int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024
     return seconds
 
 
 def _kinds(with_reference: bool) -> dict[str, Callable[[], dict[str, float]]]:
+    image = reference.build("plain").name if with_reference else None
+
+    def boot(source: str, image: str | None = image) -> Session:
+        return bridge.boot(
+            target="none", accel="tcg", source=source, memory=512, image=image, boot_timeout=300
+        )
+
     def plain(source: str, before: str = "") -> Callable[[], dict[str, float]]:
         def run() -> dict[str, float]:
-            with bridge.boot(
-                target="none", accel="tcg", source=source, memory=512, boot_timeout=300
-            ) as session:
+            with boot(source) as session:
                 return _run(session, before)
 
         return run
@@ -95,7 +113,7 @@ def _kinds(with_reference: bool) -> dict[str, Callable[[], dict[str, float]]]:
     def logged() -> dict[str, float]:
         with (
             _arguments("-D", "/dev/null"),
-            bridge.boot(target="none", accel="tcg", source="python", memory=512) as session,
+            boot("python") as session,
         ):
             log: dict[str, object] = {"command-line": "log exec,nochain"}
             session.machine.execute("human-monitor-command", log)
@@ -105,9 +123,7 @@ def _kinds(with_reference: bool) -> dict[str, Callable[[], dict[str, float]]]:
         image = reference.build("kcov").name
 
         def run() -> dict[str, float]:
-            with bridge.boot(
-                target="none", accel="tcg", source="python", memory=512, image=image
-            ) as session:
+            with boot("python", image) as session:
                 return _run(session, before)
 
         return run
@@ -141,7 +157,8 @@ def main() -> int:
                 taken[work][kind].append(once)
     for work, found in taken.items():
         base = statistics.median(found["no plugin"])
-        print(f"{work:<14}{'median s':>10}{'min':>8}{'max':>8}{'ratio':>9}")
+        unit = "MiB" if work == _MEMORY else "s"
+        print(f"{work:<14}{'median ' + unit:>10}{'min':>8}{'max':>8}{'ratio':>9}")
         for kind, seconds in found.items():
             median = statistics.median(seconds)
             doubt = "?" if max(seconds) / min(seconds) - 1 > _SPREAD else " "
@@ -149,7 +166,7 @@ def main() -> int:
                 f"  {kind:<12}{median:>10.3f}{min(seconds):>8.3f}{max(seconds):>8.3f}"
                 f"{median / base:>8.2f}x{doubt}"
             )
-        if "kcov on" in found:
+        if "kcov on" in found and work != _MEMORY:
             on, off = (statistics.median(found[kind]) for kind in ("kcov on", "kcov off"))
             traced = statistics.median(found["traced"])
             print(

@@ -26,6 +26,16 @@ Piece = tuple[PC, PC, RangeFlag]
 
 _OWN_MODULE = "kcov_bridge"
 
+_LEAVES = (
+    "__perf_event_task_sched_out",
+    "__kmap_local_sched_out",
+    "enter_lazy_tlb",
+    "switch_mm_irqs_off",
+    "__switch_to_asm",
+)
+"""What ``context_switch()`` (kernel/sched/core.c in Linux) calls first after
+``kcov_prepare_switch()``, which a kernel without kcov lacks."""
+
 
 class KernelCode:
     """The code of one kernel and of the modules that come and go.
@@ -62,6 +72,7 @@ class KernelCode:
                 RangeFlag.RECORD: recorded,
                 RangeFlag.NOINSTR: noinstr,
                 RangeFlag.SWITCHES: self._functions("__schedule"),
+                RangeFlag.LEAVES: union(itertools.chain(*map(self._functions, _LEAVES))),
                 RangeFlag.SWITCHED: self._functions("finish_task_switch*"),
             },
         )

@@ -128,6 +128,7 @@ class RangeFlag(IntFlag):
     NOINSTR = 2
     SWITCHES = 4
     SWITCHED = 8
+    LEAVES = 16
 
 
 class Plan:

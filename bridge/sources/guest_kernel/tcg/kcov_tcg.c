@@ -65,8 +65,9 @@ enum block_flags {
 	SWITCHES	= 512,
 	SWITCHED	= 1024,
 	CALLS_SWITCH	= 2048,
+	LEAVES		= 4096,
 	SPECIAL		= NOINSTR | INTERRUPT | EXCEPTION | SYSCALL | RETURNS | SWITCHES |
-			  SWITCHED | CALLS_SWITCH,
+			  SWITCHED | CALLS_SWITCH | LEAVES,
 };
 
 /*
@@ -101,6 +102,8 @@ struct owner {
 	/* The block before, in this task and context. */
 	const struct block *before;
 	bool resumed;
+	/* In __schedule(). */
+	bool scheduling;
 	/* In a context switch: Linux' KCOV_IN_CTXSW. */
 	bool switching;
 	/* Where the call of __schedule() returns to. */
@@ -109,6 +112,8 @@ struct owner {
 	/* What interrupts and exceptions broke into, innermost last. */
 	struct {
 		const struct block *block;
+		/* What owner.interrupt was. */
+		enum interrupt outer;
 		bool interrupt;
 	} broken[DEPTH];
 	unsigned int depth;
@@ -263,11 +268,14 @@ static void first_time(struct block *block)
  * with the slot. So the store to busy must be seen before the epoch is read again. It costs a third
  * of all this to have the processor see to that each time; the bridge makes all threads of QEMU do
  * so when it takes one away (membarrier(2)), where there is such a call.
+ *
+ * False where the plan has changed since the epoch.
  */
-static void append(unsigned int index, uint64_t epoch, struct owner *owner, struct block *block)
+static bool append(unsigned int index, uint64_t epoch, struct owner *owner, struct block *block)
 {
 	uint64_t busy = (uint64_t)(owner->slot - slots) + 1, count;
 	uint64_t *area = owner->area;
+	bool same;
 
 	if (likely(expedited)) {
 		__atomic_store_n(&cpus[index].busy, busy, __ATOMIC_RELAXED);
@@ -275,7 +283,8 @@ static void append(unsigned int index, uint64_t epoch, struct owner *owner, stru
 	} else {
 		__atomic_store_n(&cpus[index].busy, busy, __ATOMIC_SEQ_CST);
 	}
-	if (unlikely(load(&plan->epoch) != epoch || !area))
+	same = load(&plan->epoch) == epoch;
+	if (unlikely(!same || !area))
 		goto out;
 	if (owner->bitmap) {
 		/* Even numbers are the bridge's. */
@@ -301,6 +310,7 @@ static void append(unsigned int index, uint64_t epoch, struct owner *owner, stru
 	}
 out:
 	__atomic_store_n(&cpus[index].busy, 0, __ATOMIC_RELEASE);
+	return same;
 }
 
 /* Where the owner's area is, as the plan has it now. */
@@ -325,7 +335,8 @@ static void find_area(struct owner *owner)
 static void look_up(unsigned int index, struct vcpu *vcpu, uint64_t epoch)
 {
 	vcpu->owner = NULL;
-	vcpu->epoch = epoch;
+	/* No plan has the epoch 0: until the memory is found, look again each time. */
+	vcpu->epoch = atomic_load(&guest_memory) ? epoch : 0;
 	vcpu->current = in_ram(load(&cpus[index].current), 8);
 	vcpu->preempt = in_ram(load(&cpus[index].preempt), 4);
 	vcpu->task = vcpu->current && vcpu->preempt ? *vcpu->current : 0;
@@ -353,8 +364,11 @@ static void break_in(struct owner *owner, bool interrupt)
 {
 	if (owner->depth < DEPTH) {
 		owner->broken[owner->depth].block = owner->before;
+		owner->broken[owner->depth].outer = owner->interrupt;
 		owner->broken[owner->depth].interrupt = interrupt;
 	}
+	if (interrupt && owner->interrupt == NONE)
+		owner->interrupt = ENTERED;
 	owner->depth++;
 	owner->before = NULL;
 	owner->resumed = false;
@@ -370,8 +384,7 @@ static void go_back(struct owner *owner)
 		return;
 	owner->before = owner->broken[owner->depth].block;
 	owner->resumed = true;
-	if (owner->broken[owner->depth].interrupt)
-		owner->interrupt = NONE;
+	owner->interrupt = owner->broken[owner->depth].outer;
 }
 
 /* What tells own work from that of interrupts, beside preempt_count. */
@@ -382,18 +395,18 @@ static void special(struct owner *owner, const struct block *block)
 		owner->depth = 0;
 		owner->before = NULL;
 		owner->resumed = false;
-		owner->switching = false;
+		owner->scheduling = owner->switching = false;
 	} else if (block->flags & INTERRUPT) {
-		if (owner->interrupt == NONE)
-			owner->interrupt = ENTERED;
 		break_in(owner, true);
 	} else if (block->flags & EXCEPTION) {
 		break_in(owner, false);
 	}
 	if (block->flags & SWITCHES)
+		owner->scheduling = true;
+	else if (block->flags & LEAVES && owner->scheduling)
 		owner->switching = true;
 	else if (block->flags & SWITCHED)
-		owner->switching = false;
+		owner->scheduling = owner->switching = false;
 	if (block->flags & CALLS_SWITCH)
 		owner->switched = block->end;
 	/* The handler was called from code of this kind, and has returned to it. */
@@ -421,8 +434,8 @@ static bool is_own(struct owner *owner, const struct block *block, uint32_t pree
 {
 	if (block->flags & SPECIAL)
 		special(owner, block);
-	if (owner->switching && block->start == owner->switched)
-		owner->switching = false;
+	if (owner->scheduling && block->start == owner->switched)
+		owner->scheduling = owner->switching = false;
 	if (owner->interrupt != NONE) {
 		bool counted = preempt & (HARD_OR_NMI | SERVING_SOFTIRQ);
 
@@ -454,7 +467,7 @@ static void owner_runs(unsigned int index, struct vcpu *vcpu, struct block *bloc
 	uint32_t preempt = *vcpu->preempt;
 	bool resumed;
 
-	if (unlikely(block->flags & SPECIAL || owner->switching || owner->interrupt != NONE ||
+	if (unlikely(block->flags & SPECIAL || owner->scheduling || owner->interrupt != NONE ||
 		     preempt & (HARD_OR_NMI | SERVING_SOFTIRQ)) &&
 	    !is_own(owner, block, preempt))
 		return;
@@ -467,7 +480,11 @@ static void owner_runs(unsigned int index, struct vcpu *vcpu, struct block *bloc
 		return;
 	if (before && unlikely(goes_on(before, block, resumed)))
 		return;
-	append(index, vcpu->epoch, owner, block);
+	while (unlikely(!append(index, vcpu->epoch, owner, block))) {
+		look_up(index, vcpu, load(&plan->epoch));
+		if (vcpu->owner != owner)
+			return;
+	}
 }
 
 static __attribute__((noinline))
@@ -706,6 +723,8 @@ static void translates(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 		block.flags |= range->flags & PLAN_SWITCHED ? SWITCHED : 0;
 		if (range->flags & PLAN_SWITCHES && start == range->start)
 			block.flags |= SWITCHES;
+		if (range->flags & PLAN_LEAVES && start == range->start)
+			block.flags |= LEAVES;
 		if (calls_switch(block.end, code, size))
 			block.flags |= CALLS_SWITCH;
 		block.flags |= start == plan->syscall_entry ? SYSCALL : vector_flags(start);

@@ -44,9 +44,11 @@ enum plan_range_flags {
 	PLAN_RECORD	= 1,
 	/* Code that runs before an interrupt is known as one, and after (.entry.text, .noinstr.text). */
 	PLAN_NOINSTR	= 2,
-	/* __schedule(): from its first block on the task is between here and elsewhere ... */
+	/* __schedule(): still the task's own work, as for kcov ... */
 	PLAN_SWITCHES	= 4,
-	/* ... and is back in finish_task_switch(), or behind the call. */
+	/* ... until it has come to one of these, between here and elsewhere ... */
+	PLAN_LEAVES	= 16,
+	/* ... and the task is back in finish_task_switch(), or behind the call. */
 	PLAN_SWITCHED	= 8,
 };
 
