@@ -24,7 +24,7 @@ from bridge.image.recipe import Sources
 from bridge.image.store import resolve
 from bridge.sources.guest_kernel.code import KernelCode
 from bridge.sources.guest_kernel.filters import KernelFilter
-from bridge.sources.guest_kernel.lines import Lines, find_vmlinux
+from bridge.sources.guest_kernel.lines import Lines, find_modules, find_vmlinux
 from bridge.vm.accel import Accelerator
 from bridge.vm.config import MachineConfig
 from bridge.vm.machine import Machine
@@ -104,6 +104,12 @@ def _machine(settings: Settings, accelerator: Accelerator) -> MachineConfig:
     )
 
 
+def _lines(release: str, wanted: KernelFilter, vmlinux: Path | None) -> Lines | None:
+    """The kernel's debug information, if a filter needs it and it is there."""
+    found = find_vmlinux(release, vmlinux) if wanted.needs_lines else None
+    return Lines(found, modules=find_modules(release, found)) if found is not None else None
+
+
 class ProjectImage:
     """An image that ``kcov-bridge image build`` made."""
 
@@ -124,12 +130,11 @@ class ProjectImage:
 
     def kernel_code(self, wanted: KernelFilter, vmlinux: Path | None) -> KernelCode:
         """As the protocol says."""
-        debug = find_vmlinux(self._image.kernel_release, vmlinux) if wanted.needs_lines else None
         return KernelCode.from_system_map(
             self._image.system_map,
             self._image.modules_list,
             wanted,
-            Lines(debug) if debug is not None else None,
+            _lines(self._image.kernel_release, wanted, vmlinux),
         )
 
     def bring_up(self, machine: Machine, stack: ExitStack) -> tuple[Guest, Ready]:

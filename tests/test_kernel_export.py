@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import struct
@@ -13,10 +14,11 @@ import pytest
 from bridge.cli import main
 from bridge.errors import SourceError, UsageError
 from bridge.sources.guest_kernel.export import Block, drcov, lcov, rawcover, read_blocks
-from bridge.sources.guest_kernel.lines import Lines
+from bridge.sources.guest_kernel.lines import Lines, find_modules, find_vmlinux
 from bridge.sources.guest_kernel.placement import MODULES_BASE
 from bridge.sources.guest_kernel.symbols import KernelSymbols, ModuleText
-from tests.test_kernel_lines import addresses, link
+from bridge.sources.symbolize import load_kernel
+from tests.test_kernel_lines import RELEASE, addresses, link, link_module, loaded
 
 TEXT = 0xFFFF_FFFF_8100_0000
 KALLSYMS = f"""\
@@ -175,6 +177,20 @@ def test_lcov_has_lines_and_functions_of_units_that_were_covered(
         lcov(symbols_of(vmlinux), [stray], Lines(vmlinux))
 
 
+def test_lcov_has_modules_with_debug_information(tmp_path: Path) -> None:
+    vmlinux = link(tmp_path)
+    symbols = loaded(vmlinux, link_module(vmlinux))
+    lines = Lines(vmlinux, symbols, find_modules(RELEASE, vmlinux))
+    where = {symbol.name: symbol.start for symbol in symbols if symbol.module}
+    data = lcov(symbols, [Block(where["leave"], 1)], lines)
+    assert records(data) == {
+        "SF:drivers/one.c": [
+            *("FN:7,leave", "FNDA:1,leave", "FNF:1", "FNH:1"),
+            *("DA:7,1", "DA:8,0", "DA:9,0", "LF:3", "LH:1"),
+        ]
+    }
+
+
 def test_the_command_writes_each_format(run: Path, vmlinux: Path) -> None:
     out = run / "out"
     for kind in ("rawcover", "drcov"):
@@ -225,6 +241,24 @@ def test_lcov_without_debug_information(run: Path, capsys: pytest.CaptureFixture
     assert "--vmlinux" in text
     assert main([*arguments, "--vmlinux", str(run / "none")]) == 2
     assert "there is no file" in capsys.readouterr().err
+
+
+def test_debug_information_that_was_not_asked_for_may_be_useless(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    summary = {"format": "kcov-bridge-summary", "version": 1, "kernel": "6.1.0-x"}
+    (run / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "vmlinux-6.1.0-x").write_bytes(b"")
+    find = functools.partial(find_vmlinux, root=tmp_path)
+    monkeypatch.setattr("bridge.sources.guest_kernel.export.find_vmlinux", find)
+    places = load_kernel(run)
+    assert places is not None
+    assert places.text(TEXT) == "vfs_read+0x0"
+    assert "the kernel's lines are not known" in caplog.text
+    places = load_kernel(run, tmp_path / "vmlinux-6.1.0-x")
+    assert places is not None
+    with pytest.raises(SourceError, match="can't be read"):
+        places.text(TEXT)
 
 
 def test_what_cannot_be_written_leaves_nothing(run: Path) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from bridge.errors import SourceError, UsageError
-from bridge.sources.guest_kernel.lines import Lines, find_vmlinux
-from bridge.sources.guest_kernel.symbols import KernelSymbols
+from bridge.errors import MissingDependencyError, SourceError, UsageError
+from bridge.sources.guest_kernel import libdw
+from bridge.sources.guest_kernel.lines import Lines, find_modules, find_vmlinux
+from bridge.sources.guest_kernel.placement import MODULES_BASE, core_text_size
+from bridge.sources.guest_kernel.symbols import KernelSymbols, ModuleText
 
 MAIN = """\
 #include "mill.h"
@@ -40,7 +42,37 @@ int grain(int n)
 }
 """
 
+MODULE_A = """\
+int helper(int);
+__attribute__((section(".init.text"))) int start(int n)
+{
+        return helper(n);
+}
+__attribute__((section(".exit.text"))) int leave(int n)
+{
+        return helper(n) ^ 1;
+}
+"""
+MODULE_B = """\
+#include "../init/mill.h"
+int grain(int n)
+{
+        return n * 3;
+}
+__attribute__((section(".text.unlikely"))) int rare(int n)
+{
+        return n - 7;
+}
+int helper(int n)
+{
+        return grind(n) + rare(n);
+}
+"""
+
 TEXT = 0xFFFF_FFFF_8100_0000
+CANONICAL = MODULES_BASE + 0x5000
+LOADED = 0xFFFF_FFFF_C001_2000
+RELEASE = "6.1.0-x"
 
 
 def link(directory: Path, *flags: str, sources: tuple[str, str] = ("init", "fs")) -> Path:
@@ -54,18 +86,76 @@ def link(directory: Path, *flags: str, sources: tuple[str, str] = ("init", "fs")
     (second / "grain.c").write_text(GRAIN)
     out = directory / "out"
     for source in (first / "main.c", second / "grain.c"):
-        command = ["gcc", "-g", "-O1", "-mcmodel=kernel", "-fno-pic", "-ffreestanding", *flags]
-        command += ["-fcf-protection=none", "-c", str(source), "-o", f"{source.stem}.o"]
-        subprocess.run(command, check=True, cwd=out)
+        compile_to(out, source, *flags)
     command = ["ld", "-static", f"-Ttext={TEXT:#x}", "-e", "turn", "-o", "vmlinux"]
     command += ["--section-start=.init.text=0xffffffff82000000", "main.o", "grain.o"]
     subprocess.run(command, check=True, cwd=out)
     return out / "vmlinux"
 
 
+def compile_to(out: Path, source: Path, *flags: str) -> None:
+    command = ["gcc", "-g", "-O1", "-mcmodel=kernel", "-fno-pic", "-ffreestanding", *flags]
+    command += ["-fcf-protection=none", "-c", str(source), "-o", f"{source.stem}.o"]
+    subprocess.run(command, check=True, cwd=out)
+
+
+def link_module(vmlinux: Path, *flags: str) -> Path:
+    """A relocatable file of two units beside a linked kernel, where a package has modules."""
+    out, tree = vmlinux.parent, vmlinux.parent.parent / "tree"
+    place = out / "lib/modules" / RELEASE / "kernel/drivers"
+    for directory in (tree / "drivers", place):
+        directory.mkdir(parents=True, exist_ok=True)
+    (tree / "drivers" / "one.c").write_text(MODULE_A)
+    (tree / "drivers" / "two.c").write_text(MODULE_B)
+    for name in ("one", "two"):
+        compile_to(out, tree / "drivers" / f"{name}.c", *flags)
+    module = place / "my-mill.ko"
+    subprocess.run(["ld", "-r", "-o", str(module), "one.o", "two.o"], check=True, cwd=out)
+    return module
+
+
 @pytest.fixture(scope="module", params=["-gdwarf-4", "-gdwarf-5"])
 def vmlinux(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return link(tmp_path_factory.mktemp("linked"), request.param)
+    made = link(tmp_path_factory.mktemp("linked"), request.param)
+    link_module(made, request.param)
+    return made
+
+
+@pytest.fixture
+def module(vmlinux: Path) -> Path:
+    return vmlinux.parent / "lib/modules" / RELEASE / "kernel/drivers/my-mill.ko"
+
+
+def sections(module: Path) -> list[tuple[str, int, int]]:
+    """The module's sections that stay, as readelf has them: name, offset in the text, size."""
+    text = subprocess.run(
+        ["readelf", "-SW", str(module)], capture_output=True, text=True, check=True
+    ).stdout
+    found, at = [], 0
+    for line in text.splitlines():
+        words = line.partition("]")[2].split()
+        if len(words) == 10 and "X" in words[6] and not words[0].startswith(".init"):
+            size, align = int(words[4], 16), int(words[9])
+            at = -(-at // align) * align
+            found.append((words[0], at, size))
+            at += size
+    return found
+
+
+def loaded(vmlinux: Path, module: Path) -> KernelSymbols:
+    """The symbols of a guest with the kernel and the module in it."""
+    text = subprocess.run(["nm", str(vmlinux)], capture_output=True, text=True, check=True).stdout
+    places = {name: at for name, at, _ in sections(module)}
+    table = subprocess.run(
+        ["objdump", "-t", str(module)], capture_output=True, text=True, check=True
+    ).stdout
+    for line in table.splitlines():
+        head, _, tail = line.partition("\t")
+        if " F " in head and (section := head.split()[-1]) in places:
+            address = LOADED + places[section] + int(head.split()[0], 16)
+            text += f"{address:x} t {tail.split()[-1]}\t[my_mill]\n"
+    size = -(-core_text_size(module) // 4096) * 4096
+    return KernelSymbols.from_kallsyms(text, 0, {"my_mill": ModuleText(LOADED, CANONICAL, size)})
 
 
 def addresses(vmlinux: Path) -> dict[str, int]:
@@ -183,6 +273,114 @@ def test_damaged_debug_information(vmlinux: Path, tmp_path: Path) -> None:
         )
         with pytest.raises(SourceError, match="can't be read"):
             Lines(bad)
+
+
+def test_all_lines_of_a_module_are_those_of_addr2line(vmlinux: Path, module: Path) -> None:
+    lines = Lines(vmlinux, loaded(vmlinux, module), find_modules(RELEASE, vmlinux))
+    seen = set()
+    for section, at, size in sections(module):
+        told = subprocess.run(
+            ["addr2line", "-e", str(module), "-j", section, *map(hex, range(size))],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+        for offset, text in zip(range(size), told, strict=True):
+            file, _, line = text.split(" (")[0].rpartition(":")
+            found = lines.lookup(CANONICAL + at + offset)
+            if found is None:
+                assert line in "?0", f"{section}+{offset:#x}"
+            else:
+                assert (Path(file).name, int(line)) == (Path(found[0]).name, found[1]), section
+                seen.add(found)
+    assert {
+        *(("drivers/one.c", 8), ("drivers/two.c", 4), ("drivers/two.c", 8), ("init/mill.h", 4)),
+    } <= seen
+    assert ("drivers/one.c", 4) not in seen, "the kernel throws .init.text away"
+    assert lines.lookup(CANONICAL - 1) is None
+    assert lines.lookup(CANONICAL + core_text_size(module)) is None
+
+
+def test_functions_units_and_files_of_a_module(vmlinux: Path, module: Path) -> None:
+    symbols = loaded(vmlinux, module)
+    lines = Lines(vmlinux, symbols, find_modules(RELEASE, vmlinux))
+    where = {symbol.name: symbol.start for symbol in symbols if symbol.module}
+    assert lines.function_line(where["helper"]) == ("drivers/two.c", 11)
+    assert lines.function_line(where["rare"]) == ("drivers/two.c", 7)
+    assert lines.function_line(where["leave"]) == ("drivers/one.c", 7)
+    one = lines.unit_at(where["leave"])
+    assert one is not None
+    assert lines.unit_lines(one) == {("drivers/one.c", line) for line in (7, 8, 9)}
+    assert lines.unit_at(where["rare"]) is lines.unit_at(where["helper"]) is not one
+    assert lines.files() == {"init/main.c", "fs/grain.c", "drivers/one.c", "drivers/two.c"}
+    ranges = lines.file_ranges("drivers/two.c")
+    inside = {name for name, pc in where.items() for a, b in ranges if a <= pc < b}
+    assert inside == {"grain", "helper", "rare"}
+    # Of a module that is gone PCs are still looked up, but there is nothing left to record.
+    symbols.remove_module("my-mill")
+    assert lines.lookup(where["rare"]) == ("drivers/two.c", 8)
+    assert lines.file_ranges("drivers/two.c") == []
+
+
+def test_modules_without_lines(
+    vmlinux: Path, module: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    symbols = loaded(vmlinux, module)
+    (tmp_path / "empty").mkdir()
+    for directory in (None, tmp_path / "empty"):
+        assert Lines(vmlinux, symbols, directory).lookup(CANONICAL) is None
+    assert Lines(vmlinux).lookup(CANONICAL) is None
+    assert caplog.text == "", "that is nothing special"
+    copy = tmp_path / module.name
+    subprocess.run(["strip", "-g", "-o", str(copy), str(module)], check=True)
+    assert Lines(vmlinux, symbols, tmp_path).lookup(CANONICAL) is None
+    assert "the lines of the module my_mill are not known" in caplog.text
+    copy.write_bytes(b"\x7fELF")
+    assert Lines(vmlinux, symbols, tmp_path).lookup(CANONICAL) is None
+    assert "my-mill.ko is no kernel module" in caplog.text
+
+
+def test_a_module_of_another_build(
+    vmlinux: Path, module: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    symbols = loaded(vmlinux, module)
+    source = tmp_path / "other.s"
+    source.write_text(f'.text\n.skip 3\n.incbin "{vmlinux}", 0, 40\n')
+    out = vmlinux.parent
+    subprocess.run(["gcc", "-c", str(source), "-o", str(tmp_path / "o.o")], check=True)
+    command = ["ld", "-r", "-o", str(tmp_path / module.name), str(tmp_path / "o.o")]
+    subprocess.run([*command, "one.o", "two.o"], check=True, cwd=out)
+    assert Lines(vmlinux, symbols, tmp_path).lookup(CANONICAL + 48) is None
+    assert "my-mill.ko is of another build than the module in the guest" in caplog.text
+
+
+def test_a_kernel_of_another_build(vmlinux: Path, module: Path) -> None:
+    text = f"{TEXT:x} T _stext\n{TEXT + 3:x} T a\n{TEXT + 0x800:x} T _etext\n"
+    with pytest.raises(UsageError, match="is of another kernel than the guest's"):
+        Lines(vmlinux, KernelSymbols.from_kallsyms(text))
+
+
+def test_without_the_library(vmlinux: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libdw, "_LIBRARY", "libnone.so.1")
+    libdw._library.cache_clear()
+    with pytest.raises(MissingDependencyError, match=r"libnone\.so\.1") as caught:
+        Lines(vmlinux)
+    assert "libdw1" in caught.value.hint
+
+
+def test_where_modules_are(tmp_path: Path) -> None:
+    vmlinux = tmp_path / "boot/vmlinux-6.1.0-x"
+    vmlinux.parent.mkdir()
+    assert find_modules(RELEASE, vmlinux, root=tmp_path / "none") is None
+    elsewhere = tmp_path / "root/usr/lib/modules" / RELEASE
+    elsewhere.mkdir(parents=True)
+    assert find_modules(RELEASE, vmlinux, root=tmp_path / "root") == elsewhere
+    assert find_modules("", vmlinux, root=tmp_path / "root") is None
+    beside = tmp_path / "lib/modules" / RELEASE
+    beside.mkdir(parents=True)
+    assert find_modules(RELEASE, vmlinux, root=tmp_path / "root") == beside
+    (vmlinux.parent / "modules.order").touch()
+    assert find_modules("", vmlinux) == vmlinux.parent, "a tree in which kernels are built"
 
 
 def test_where_debian_puts_it(tmp_path: Path) -> None:

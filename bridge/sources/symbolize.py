@@ -92,7 +92,7 @@ class KernelPlaces:
             return None
         text = f"{symbol.name}+{at - symbol.start:#x}"
         if symbol.module:
-            return f"{text} [{symbol.module}]"
+            text = f"{text} [{symbol.module}]"
         if self._open_lines is not None:
             self._lines, self._open_lines = self._open_lines(), None
         place = self._lines.lookup(at) if self._lines is not None else None
@@ -197,10 +197,11 @@ def load_kernel(run: Path, vmlinux: Path | None = None) -> KernelPlaces | None:
     blocks: list[PC] = []
     if (run / export.BLOCKS_FILE).is_file():
         blocks = [block.start for block in export.read_blocks(run / export.BLOCKS_FILE)]
+    symbols = KernelSymbols.load(run / SYMBOLS_FILE)
     return KernelPlaces(
-        KernelSymbols.load(run / SYMBOLS_FILE),
+        symbols,
         blocks,
-        lines=lambda: export.lines_of(run, vmlinux),
+        lines=lambda: export.lines_of(run, vmlinux, symbols),
     )
 
 

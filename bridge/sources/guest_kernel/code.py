@@ -58,6 +58,8 @@ class KernelCode:
         self._lines = lines
         self._modules: dict[str, ModuleText] = {}
         self._module_pieces: dict[str, list[Piece]] = {}
+        if lines is not None:
+            lines.belong_to(symbols)
         self.syscall_entry = self._needed("entry_SYSCALL_64")
         kernel = union((start, end) for start, end, module in symbols.texts() if not module)
         noinstr = union(

@@ -15,7 +15,7 @@ from typing import Final
 from bridge.errors import BridgeError, SourceError, UsageError
 from bridge.sources import PC
 from bridge.sources.guest_kernel.filters import KERNEL
-from bridge.sources.guest_kernel.lines import Lines, find_vmlinux
+from bridge.sources.guest_kernel.lines import Lines, SourceUnit, find_modules, find_vmlinux
 from bridge.sources.guest_kernel.placement import MODULES_END, write_atomically
 from bridge.sources.guest_kernel.symbols import SYMBOLS_FILE, KernelSymbols
 
@@ -144,11 +144,10 @@ def drcov(symbols: KernelSymbols, blocks: list[Block]) -> bytes:
 def lcov(symbols: KernelSymbols, blocks: list[Block], lines: Lines) -> bytes:
     """The lines and functions in LCOV's format, of the compile units that were covered at all.
 
-    Counts are 1 and 0: how often is not known. Modules have no lines in a ``vmlinux``: their blocks
-    are left out, with a warning.
+    Counts are 1 and 0: how often is not known. Blocks without lines are left out, with a warning.
     """
     hit: set[tuple[str, int]] = set()
-    units: set[int] = set()
+    units: set[SourceUnit] = set()
     starts: set[PC] = set()
     lost = 0
     for block in blocks:
@@ -162,7 +161,9 @@ def lcov(symbols: KernelSymbols, blocks: list[Block], lines: Lines) -> bytes:
         if symbol is not None:
             starts.add(symbol.start)
     if lost:
-        _log.warning("%d blocks have no lines (modules, assembler) and were left out", lost)
+        _log.warning(
+            "%d blocks have no lines (modules without debug information) and were left out", lost
+        )
     if not hit:
         raise UsageError(
             f"no block of the run has lines in {lines.path}",
@@ -176,7 +177,7 @@ def lcov(symbols: KernelSymbols, blocks: list[Block], lines: Lines) -> bytes:
     seen = -1
     for symbol in symbols:
         # The first of the names of an address is the function's.
-        if symbol.module or symbol.start == seen or not symbol.size:
+        if symbol.start == seen or not symbol.size:
             continue
         seen = symbol.start
         if lines.unit_at(symbol.start) in units and (place := lines.function_line(symbol.start)):
@@ -241,7 +242,7 @@ def _make_drcov(run: Path, vmlinux: Path | None) -> bytes:
 
 def _make_lcov(run: Path, vmlinux: Path | None) -> bytes:
     blocks, symbols = _blocks(run), _symbols(run)
-    lines = lines_of(run, vmlinux)
+    lines = lines_of(run, vmlinux, symbols)
     if lines is None:
         raise UsageError(
             f"there is no debug information of the kernel {_release(run) or '(unknown release)'}",
@@ -251,12 +252,23 @@ def _make_lcov(run: Path, vmlinux: Path | None) -> bytes:
     return lcov(symbols, blocks, lines)
 
 
-def lines_of(run: Path, vmlinux: Path | None) -> Lines | None:
+def lines_of(run: Path, vmlinux: Path | None, symbols: KernelSymbols) -> Lines | None:
     """The debug information of the kernel of a run, from a file that is named or from Debian's
-    package; None where there is none. Raises as :func:`find_vmlinux` and :class:`Lines` do."""
+    package; None where there is none, or none that can be used, which is then said.
+
+    Raises as :func:`find_vmlinux` and :class:`Lines` do, for a file that is named.
+    """
     release = _release(run)
     found = find_vmlinux(release, vmlinux) if vmlinux or release else None
-    return Lines(found) if found is not None else None
+    if found is None:
+        return None
+    try:
+        return Lines(found, symbols, find_modules(release, found))
+    except BridgeError as error:
+        if vmlinux is not None:
+            raise
+        _log.warning("the kernel's lines are not known: %s", error.report())
+        return None
 
 
 def _release(run: Path) -> str:

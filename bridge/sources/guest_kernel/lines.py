@@ -1,59 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Source lines of the kernel's code, from the debug information (DWARF 4 or 5) in a ``vmlinux``.
+"""Source lines of the kernel's code and of its modules', from their debug information.
 
-A kernel has thousands of compile units, so of each only its first entry is read at once, and the
-table of its lines when an address of it is asked for. Modules are not in a ``vmlinux``.
+That is in a ``vmlinux`` and, for each module, in a ``.ko`` of its own, which is relocatable: its
+sections are placed as the kernel's loader does, at the module's canonical base. A file is read when
+an address of it is asked for, and of a file the lines of those compile units alone.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
 import posixpath
 import re
-import struct
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from fnmatch import translate
 from pathlib import Path
-from typing import Any, Final
-
-from elftools.common.exceptions import DWARFError, ELFError
-from elftools.elf.elffile import ELFFile
+from typing import Final
 
 from bridge.errors import SourceError, UsageError
 from bridge.sources import PC
+from bridge.sources.guest_kernel.libdw import DebugFile, Unit
+from bridge.sources.guest_kernel.placement import MODULES_BASE, core_text_sections, module_name
+from bridge.sources.guest_kernel.symbols import KernelSymbols
 
-__all__ = ["Lines", "find_vmlinux"]
+__all__ = ["Lines", "SourceUnit", "find_modules", "find_vmlinux"]
+
+logger = logging.getLogger(__name__)
 
 _DEBUG_ROOT: Final = Path("/usr/lib/debug")
 
-_AT_NAME: Final = 0x03
-_AT_LOW_PC: Final = 0x11
-_AT_COMP_DIR: Final = 0x1B
-_AT_RANGES: Final = 0x55
+_ANCHORS: Final = ("init/main.c", "arch/x86/entry/entry_64.S")
+"""Files of every kernel, one of C and one of assembler (whose paths the build may write in another
+way): where they are, the tree is."""
 
-# DWARF 5, 7.5.6: the bytes of a value by its form, in 32-bit DWARF of a 64-bit machine.
-_FORM_SIZE: Final = {
-    form: size
-    for size, forms in {
-        0: (0x19, 0x21),
-        1: (0x0B, 0x0C, 0x11, 0x25, 0x29),
-        2: (0x05, 0x12, 0x26, 0x2A),
-        3: (0x27, 0x2B),
-        4: (0x06, 0x0E, 0x10, 0x13, 0x17, 0x1D, 0x1F, 0x28, 0x2C),
-        8: (0x01, 0x07, 0x14, 0x20),
-        16: (0x1E,),
-    }.items()
-    for form in forms
-}
-_FORM_LEB: Final = frozenset((0x0D, 0x0F, 0x15, 0x1A, 0x1B, 0x22, 0x23))
-_FORM_BLOCK: Final = {0x03: "<H", 0x04: "<I", 0x0A: "<B"}
-_FORM_STRING: Final = 0x08
-_FORM_STRP: Final = 0x0E
-_FORM_LINE_STRP: Final = 0x1F
-_FORM_IMPLICIT: Final = 0x21
-_FORMS_LEB_BLOCK: Final = (0x09, 0x18)
+_PADDING: Final = 16
+"""What x86's kernels have at most before a function: CONFIG_FUNCTION_PADDING_BYTES."""
 
 _NOTHING: Final = 0xFFFF_FFFF
 """The number of a file, where a row of lines ends a sequence."""
@@ -85,14 +69,20 @@ def find_vmlinux(
     return next((place for place in places if place.is_file()), None)
 
 
-@dataclass(frozen=True, slots=True)
-class _Unit:
-    """A compile unit: where it is in .debug_info, and its file by its path in the tree."""
-
-    offset: int
-    name: str
-    directory: str
-    has_code: bool
+def find_modules(release: str, vmlinux: Path, *, root: Path = _DEBUG_ROOT) -> Path | None:
+    """The directory below which modules with debug information are: that of the tree in which a
+    ``vmlinux`` was built, or where a package has put it; None if there is none."""
+    if (vmlinux.parent / "modules.order").is_file():
+        return vmlinux.parent
+    if not release:
+        return None
+    # Beside the vmlinux, where a package was unpacked elsewhere than in /.
+    places = (
+        top / sub / release
+        for top in (vmlinux.parent.parent, vmlinux.parent, root)
+        for sub in ("lib/modules", "usr/lib/modules")
+    )
+    return next((place for place in places if place.is_dir()), None)
 
 
 class _Rows:
@@ -100,24 +90,18 @@ class _Rows:
 
     __slots__ = ("addresses", "files", "lines", "names")
 
-    def __init__(self, rows: list[tuple[int, int, int]], names: list[str]) -> None:
-        """``rows`` are address, number of the file and line, in the order of the program."""
-        # Where one sequence ends another may begin: the end comes first.
-        rows.sort(key=lambda row: (row[0], row[1] != _NOTHING))
+    def __init__(self, rows: Sequence[tuple[int, int, int]], names: list[str]) -> None:
+        """``rows`` are address, number of the file and line, sorted by address."""
         self.addresses = array("Q", (row[0] for row in rows))
         self.files = array("I", (row[1] for row in rows))
         self.lines = array("I", (row[2] for row in rows))
         self.names = names
 
-    def lookup(self, pc: PC) -> tuple[str, int] | None:
-        index = bisect_right(self.addresses, pc) - 1
-        return self._row(index) if index >= 0 else None
-
     def first(self, pc: PC) -> tuple[str, int] | None:
         for index in range(bisect_left(self.addresses, pc), bisect_right(self.addresses, pc)):
             if (row := self._row(index)) is not None:
                 return row
-        return self.lookup(pc)
+        return None
 
     def between(self, start: PC, end: PC) -> set[tuple[str, int]]:
         # All that is at the start, else what goes on there.
@@ -130,46 +114,169 @@ class _Rows:
     def _row(self, index: int) -> tuple[str, int] | None:
         # Line 0: the compiler says that there is none.
         file, line = self.files[index], self.lines[index]
-        if file == _NOTHING or line == 0 or file >= len(self.names):
-            return None
-        return self.names[file], line
+        return None if file == _NOTHING or line == 0 else (self.names[file], line)
+
+
+class SourceUnit:
+    """A compile unit and its lines."""
+
+    def __init__(
+        self, file: DebugFile, unit: Unit, text: tuple[PC, PC], tops: Sequence[str]
+    ) -> None:
+        self._file = file
+        self._unit = unit
+        self._text = text
+        self._tops = tops
+        self._relative = functools.cache(self._make_relative)
+        self.name = self._relative(unit.name)
+        """Its source file, relative to the tree."""
+
+    def line(self, pc: PC) -> tuple[str, int] | None:
+        """The file and line of one of its addresses."""
+        found = self._file.line(self._unit, pc)
+        return (self._relative(found[0]), found[1]) if found is not None else None
+
+    @functools.cached_property
+    def rows(self) -> _Rows:
+        """All its lines, but those of code that is thrown away (a module's ``.init.text``)."""
+        numbers: dict[str, int] = {}
+        rows = []
+        start, end = self._text
+        for address, file, line in self._file.rows(self._unit):
+            if not start <= address <= end:
+                continue
+            number = _NOTHING
+            if file is not None:
+                number = numbers.setdefault(self._relative(file), len(numbers))
+            rows.append((address, number, line))
+        return _Rows(rows, list(numbers))
+
+    def _make_relative(self, name: str) -> str:
+        """The path of a file in the tree; else below the compiler's directory; else whole."""
+        directory = self._unit.directory
+        tops = [*self._tops, *([posixpath.normpath(directory)] if directory else [])]
+        for path in (name, posixpath.join(directory, name)):
+            path = posixpath.normpath(path)
+            for top in tops:
+                if path.startswith(f"{top}/"):
+                    return path[len(top) + 1 :]
+        return path
+
+
+class _Code:
+    """What one file says: the kernel's or a module's."""
+
+    def __init__(
+        self, file: DebugFile, text: tuple[PC, PC], tops: Sequence[str] | None = None
+    ) -> None:
+        """``text`` are start and end of what counts; ``tops`` where the kernel's tree was when it
+        was built, None to find that here."""
+        units = list(file.units())
+        self.tops = _tops(units) if tops is None else tops
+        found: list[tuple[PC, PC, SourceUnit]] = []
+        for each in units:
+            unit = SourceUnit(file, each, text, self.tops)
+            found += [(a, b, unit) for a, b in each.ranges if text[0] <= a and b <= text[1]]
+        found.sort(key=lambda row: row[:2])
+        self.starts = array("Q", (row[0] for row in found))
+        self.ends = array("Q", (row[1] for row in found))
+        self.owners = [row[2] for row in found]
+        self._by_pattern: dict[str, list[tuple[PC, PC]]] = {}
+
+    def unit_at(self, pc: PC) -> SourceUnit | None:
+        index = bisect_right(self.starts, pc) - 1
+        return self.owners[index] if index >= 0 and pc < self.ends[index] else None
+
+    def file_ranges(self, pattern: str) -> list[tuple[PC, PC]]:
+        # Asked for again with each module that comes, for the same few patterns.
+        if pattern not in self._by_pattern:
+            self._by_pattern[pattern] = self._match(pattern)
+        return self._by_pattern[pattern]
+
+    def _match(self, pattern: str) -> list[tuple[PC, PC]]:
+        match = re.compile(translate(pattern)).match
+        found: list[tuple[PC, PC]] = []
+        for start, end, owner in zip(self.starts, self.ends, self.owners, strict=True):
+            if not match(owner.name):
+                continue
+            if found and found[-1][1] >= start:
+                found[-1] = found[-1][0], max(found[-1][1], end)
+            else:
+                found.append((start, end))
+        return found
+
+    def fits(self, symbols: KernelSymbols) -> bool:
+        """Whether these are the lines of this code: nearly all units begin with a function there,
+        and by chance one in ten would. Without any symbols it is not known."""
+        begins = fit = 0
+        for start in self.starts:
+            if symbols.text_at(start) is None:
+                continue
+            begins += 1
+            for at in (start, start + _PADDING):
+                symbol = symbols.lookup(at)
+                if symbol is not None and symbol.start == at:
+                    fit += 1
+                    break
+        return 2 * fit >= begins
+
+
+def _tops(units: Sequence[Unit]) -> list[str]:
+    """Where the tree was for the compiler; other programs have none."""
+    tops = []
+    for anchor in _ANCHORS:
+        for unit in units:
+            path = posixpath.normpath(posixpath.join(unit.directory, unit.name))
+            if path.endswith(f"/{anchor}"):
+                tops.append(path.removesuffix(f"/{anchor}"))
+                break
+    return tops
 
 
 class Lines:
-    """File and line by address. Paths are relative to the top of the kernel's source tree."""
+    """File and line by canonical address. Paths are relative to the kernel's source tree.
 
-    def __init__(self, vmlinux: Path) -> None:
-        """Raises :class:`bridge.errors.UsageError` for a file without debug information and
-        :class:`bridge.errors.SourceError` for one that can't be read."""
+    Not for several threads at once. Where a file turns out to be damaged, methods raise
+    :class:`bridge.errors.SourceError`.
+    """
+
+    def __init__(
+        self, vmlinux: Path, symbols: KernelSymbols | None = None, modules: Path | None = None
+    ) -> None:
+        """``symbols`` are those of the kernel whose lines these should be, and may come later, see
+        :meth:`belong_to`; below the directory ``modules`` are its modules with debug information.
+
+        Raises :class:`bridge.errors.UsageError` for a file without debug information or of another
+        kernel than the symbols, :class:`bridge.errors.SourceError` for one that can't be read, and
+        :class:`bridge.errors.MissingDependencyError` without the library that reads it.
+        """
         self.path = vmlinux
-        try:
-            # Both outlive this: sections are in memory after this.
-            with vmlinux.open("rb") as file:
-                elf: Any = ELFFile(file)
-                # Not has_dwarf_info(): for that, unwind tables are enough.
-                if elf.get_section_by_name(".debug_info") is None and (
-                    elf.get_section_by_name(".zdebug_info") is None
-                ):
-                    raise UsageError(f"{vmlinux} has no debug information", hint=_HINT)
-                # Linked code: relocations, if any were kept, have been applied.
-                self._dwarf: Any = elf.get_dwarf_info(
-                    relocate_dwarf_sections=elf["e_type"] == "ET_REL"
-                )
-            self._units = self._read_units()
-            self._starts, self._ends, self._owners = self._read_ranges()
-        except OSError as error:
-            raise SourceError(f"cannot read {vmlinux}: {error.strerror}") from error
-        except (ELFError, DWARFError, struct.error, ValueError, IndexError, KeyError) as error:
-            raise self._damaged(error) from error
-        self._rows: dict[int, _Rows] = {}
+        self._kernel = _Code(_open(vmlinux), (0, MODULES_BASE))
+        if not self._kernel.owners:
+            raise UsageError(f"{vmlinux} has no debug information", hint=_HINT)
+        self._directory = modules
+        self._modules: dict[tuple[PC, str], _Code | None] = {}
+        self._symbols: KernelSymbols | None = None
+        if symbols is not None:
+            self.belong_to(symbols)
+
+    def belong_to(self, symbols: KernelSymbols) -> None:
+        """The kernel whose lines these should be; its symbols also say where modules are.
+
+        Raises :class:`bridge.errors.UsageError` where it is another one.
+        """
+        if not self._kernel.fits(symbols):
+            raise UsageError(
+                f"{self.path} is of another kernel than the guest's",
+                hint="where its files begin, the guest's kernel has no functions; take the "
+                "vmlinux of the very build",
+            )
+        self._symbols = symbols
 
     def lookup(self, pc: PC) -> tuple[str, int] | None:
-        """The file and line of an address of the kernel; None where nothing is known.
-
-        Raises :class:`bridge.errors.SourceError` where the lines are damaged.
-        """
+        """The file and line of an address; None where nothing is known."""
         unit = self.unit_at(pc)
-        return self._table(unit).lookup(pc) if unit is not None else None
+        return unit.line(pc) if unit is not None else None
 
     def function_line(self, start: PC) -> tuple[str, int] | None:
         """The file and line where the function is that begins at an address.
@@ -178,262 +285,88 @@ class Lines:
         address has.
         """
         unit = self.unit_at(start)
-        return self._table(unit).first(start) if unit is not None else None
+        if unit is None:
+            return None
+        return unit.rows.first(start) or unit.line(start)
 
-    def unit_at(self, pc: PC) -> int | None:
-        """The compile unit of an address, as a number for :meth:`unit_lines`."""
-        index = bisect_right(self._starts, pc) - 1
-        return self._owners[index] if index >= 0 and pc < self._ends[index] else None
+    def unit_at(self, pc: PC) -> SourceUnit | None:
+        """The compile unit of an address."""
+        code = self._code_at(pc)
+        return code.unit_at(pc) if code is not None else None
 
-    def unit_lines(self, unit: int) -> set[tuple[str, int]]:
-        """All files and lines that a compile unit has code of; errors as :meth:`lookup`."""
-        return self._table(unit).between(0, 1 << 64)
+    def unit_lines(self, unit: SourceUnit) -> set[tuple[str, int]]:
+        """All files and lines that a compile unit has code of."""
+        return unit.rows.between(0, 1 << 64)
 
     def lines_in(self, start: PC, end: PC) -> set[tuple[str, int]]:
-        """The files and lines of the code from one address up to another; errors as
-        :meth:`lookup`."""
+        """The files and lines of the code from one address up to another."""
         unit = self.unit_at(start)
-        return self._table(unit).between(start, end) if unit is not None else set()
+        return unit.rows.between(start, end) if unit is not None else set()
 
-    def files(self) -> Collection[str]:
+    def files(self) -> set[str]:
         """The source files that have code of their own: those that were compiled, no headers."""
-        return {self._units[owner].name for owner in self._owners}
+        return {unit.name for code in self._codes() for unit in code.owners}
 
     def file_ranges(self, pattern: str) -> list[tuple[PC, PC]]:
         """The code that was compiled from the files that match a pattern of :mod:`fnmatch`, with
         what they have included; sorted and disjoint, merged where they touch."""
-        match = re.compile(translate(pattern)).match
-        wanted = {offset for offset, unit in self._units.items() if match(unit.name)}
-        found: list[tuple[PC, PC]] = []
-        for start, end, owner in zip(self._starts, self._ends, self._owners, strict=True):
-            if owner not in wanted:
-                continue
-            if found and found[-1][1] >= start:
-                found[-1] = found[-1][0], max(found[-1][1], end)
-            else:
-                found.append((start, end))
+        return [pair for code in self._codes() for pair in code.file_ranges(pattern)]
+
+    # -- modules -----------------------------------------------------------------------------
+
+    def _codes(self) -> Iterator[_Code]:
+        """The kernel's, and those of the modules that are loaded, by address."""
+        yield self._kernel
+        if self._symbols is not None:
+            for start, _, module in sorted(self._symbols.texts()):
+                if module and (code := self._code_at(start)) is not None:
+                    yield code
+
+    def _code_at(self, pc: PC) -> _Code | None:
+        if pc < MODULES_BASE:
+            return self._kernel
+        text = self._symbols.text_at(pc) if self._symbols is not None else None
+        if text is None:
+            return None
+        start, end, module = text
+        key = start, module
+        if key not in self._modules:
+            self._modules[key] = self._open_module(module, start, end)
+        return self._modules[key]
+
+    def _open_module(self, module: str, start: PC, end: PC) -> _Code | None:
+        assert self._symbols is not None
+        path = self._module_files.get(module)
+        if path is None:
+            return None
+        try:
+            places = {name: start + at for name, at in core_text_sections(path).items()}
+            file = DebugFile(path, places, size=end - start)
+            code = _Code(file, (start, end), self._kernel.tops)
+        except (UsageError, SourceError) as error:
+            logger.warning("the lines of the module %s are not known: %s", module, error.message)
+            return None
+        if not code.fits(self._symbols):
+            logger.warning("%s is of another build than the module in the guest", path)
+            return None
+        return code
+
+    @functools.cached_property
+    def _module_files(self) -> dict[str, Path]:
+        """The modules' files by name."""
+        found: dict[str, Path] = {}
+        if self._directory is not None:
+            for directory, _, names in os.walk(self._directory):
+                for name in names:
+                    stem, dot, rest = name.partition(".ko")
+                    if dot and rest in ("", ".debug"):
+                        found.setdefault(module_name(stem), Path(directory, name))
         return found
 
-    def _table(self, unit: int) -> _Rows:
-        rows = self._rows.get(unit)
-        if rows is None:
-            try:
-                rows = self._rows[unit] = self._read_rows(self._units[unit])
-            except (ELFError, DWARFError, struct.error, ValueError, LookupError) as error:
-                raise self._damaged(error) from error
-        return rows
 
-    def _damaged(self, error: Exception) -> SourceError:
-        return SourceError(
-            f"the debug information in {self.path} can't be read",
-            evidence=f"{type(error).__name__}: {error}",
-        )
-
-    # -- compile units -----------------------------------------------------------------------
-
-    def _read_units(self) -> dict[int, _Unit]:
-        """All compile units by their offset; names relative to the tree."""
-        raw = list(self._raw_units())
-        # The tree is where init/main.c is; other programs have the directory of their compiler.
-        root = next(
-            (
-                path.removesuffix("init/main.c")
-                for _, name, directory, _ in raw
-                if (path := posixpath.join(directory, name)).endswith("/init/main.c")
-            ),
-            "",
-        )
-        self._root = posixpath.normpath(root) if root else ""
-        return {
-            offset: _Unit(offset, self._relative(directory, name), directory, has_code)
-            for offset, name, directory, has_code in raw
-        }
-
-    def _relative(self, directory: str, name: str) -> str:
-        """The path of a file in the tree; else below the compiler's directory; else whole."""
-        path = posixpath.normpath(posixpath.join(directory, name))
-        for top in (self._root, posixpath.normpath(directory) if directory else ""):
-            if top and path.startswith(f"{top}/"):
-                return path[len(top) + 1 :]
-        return path
-
-    def _raw_units(self) -> Iterator[tuple[int, str, str, bool]]:
-        """Offset, name, directory and whether there is code, of all compile units.
-
-        Only the first entry of each is read, and of its abbreviations only those up to the one in
-        use: pyelftools reads them all, which takes forty times as long.
-        """
-        info = self._dwarf.debug_info_sec.stream.getbuffer()
-        abbreviations = self._dwarf.debug_abbrev_sec.stream.getbuffer()
-        offset = 0
-        while offset < len(info):
-            (length,) = struct.unpack_from("<I", info, offset)
-            if length >= 0xFFFF_FFF0:
-                raise ValueError("DWARF of 64 bits")
-            (version,) = struct.unpack_from("<H", info, offset + 4)
-            if version >= 5:
-                kind, _, table = struct.unpack_from("<BBI", info, offset + 6)
-                # DW_UT_compile; partial units and types have no code of their own.
-                at = offset + 12 if kind == 1 else 0
-            else:
-                (table,) = struct.unpack_from("<I", info, offset + 6)
-                at = offset + 11
-            if at:
-                yield offset, *self._first_entry(info, at, abbreviations, table)
-            offset += 4 + length
-
-    def _first_entry(
-        self, info: memoryview, at: int, abbreviations: memoryview, table: int
-    ) -> tuple[str, str, bool]:
-        wanted, at = _leb(info, at)
-        strings = {_AT_NAME: "", _AT_COMP_DIR: ""}
-        has_code = False
-        for attribute, form in _abbreviation(abbreviations, table, wanted):
-            has_code |= attribute in (_AT_LOW_PC, _AT_RANGES)
-            if attribute in strings:
-                strings[attribute] = self._string(info, at, form)
-            at = _skip(info, at, form)
-        return strings[_AT_NAME], strings[_AT_COMP_DIR], has_code
-
-    def _string(self, info: memoryview, at: int, form: int) -> str:
-        if form == _FORM_STRING:
-            return bytes(info[at : _skip(info, at, form) - 1]).decode("utf-8", "replace")
-        sections = {
-            _FORM_STRP: self._dwarf.debug_str_sec,
-            _FORM_LINE_STRP: self._dwarf.debug_line_str_sec,
-        }
-        if form not in sections:
-            raise ValueError(f"a name of form {form:#x}")
-        stream = sections[form].stream
-        (position,) = struct.unpack_from("<I", info, at)
-        stream.seek(position)
-        text: bytes = stream.read(4096)
-        return text.partition(b"\0")[0].decode("utf-8", "replace")
-
-    # -- addresses ---------------------------------------------------------------------------
-
-    def _read_ranges(self) -> tuple[array[int], array[int], array[int]]:
-        """Start, end and unit of all code, sorted."""
-        found: list[tuple[int, int, int]] = []
-        listed = set()
-        aranges = self._dwarf.get_aranges()
-        for entry in aranges.entries if aranges is not None else ():
-            listed.add(entry.info_offset)
-            if entry.length and entry.begin_addr and entry.info_offset in self._units:
-                found.append((entry.begin_addr, entry.length, entry.info_offset))
-        ranges = [(start, start + length, owner) for start, length, owner in found]
-        for offset, unit in self._units.items():
-            # Some compilers don't write .debug_aranges.
-            if unit.has_code and offset not in listed:
-                ranges += [(start, end, offset) for start, end in self._unit_ranges(offset)]
-        ranges.sort()
-        return (
-            array("Q", (row[0] for row in ranges)),
-            array("Q", (row[1] for row in ranges)),
-            array("Q", (row[2] for row in ranges)),
-        )
-
-    def _unit_ranges(self, offset: int) -> Iterator[tuple[PC, PC]]:
-        """Where the code of a unit is, as its first entry says."""
-        unit = self._dwarf.get_CU_at(offset)
-        entry = unit.get_top_DIE()
-        attributes = entry.attributes
-        low = attributes["DW_AT_low_pc"].value if "DW_AT_low_pc" in attributes else 0
-        if "DW_AT_ranges" in attributes:
-            lists = self._dwarf.range_lists()
-            value = attributes["DW_AT_ranges"].value
-            if attributes["DW_AT_ranges"].form == "DW_FORM_rnglistx":
-                raw = lists.get_range_list_at_offset_ex(value)
-            else:
-                raw = lists.get_range_list_at_offset(value, cu=unit)
-            base = low
-            for item in raw:
-                if hasattr(item, "base_address"):
-                    base = item.base_address
-                elif item.end_offset > item.begin_offset:
-                    shift = 0 if getattr(item, "is_absolute", False) else base
-                    yield item.begin_offset + shift, item.end_offset + shift
-        elif "DW_AT_high_pc" in attributes:
-            high = attributes["DW_AT_high_pc"]
-            end = high.value if high.form == "DW_FORM_addr" else low + high.value
-            if low and end > low:
-                yield low, end
-
-    # -- lines -------------------------------------------------------------------------------
-
-    def _read_rows(self, unit: _Unit) -> _Rows:
-        program = self._dwarf.line_program_for_CU(self._dwarf.get_CU_at(unit.offset))
-        if program is None:
-            return _Rows([], [])
-        since_5 = program["version"] >= 5
-        directories = [entry.decode("utf-8", "replace") for entry in program["include_directory"]]
-        names = []
-        if not since_5:
-            # Directory 0 is the compiler's, and files are counted from 1.
-            directories.insert(0, unit.directory)
-            names.append("")
-        for file in program["file_entry"]:
-            index = file["dir_index"]
-            directory = directories[index] if index < len(directories) else ""
-            path = posixpath.join(directory, file["name"].decode("utf-8", "replace"))
-            names.append(self._relative(unit.directory, path))
-        rows = []
-        for entry in program.get_entries():
-            state = entry.state
-            if state is not None:
-                file = _NOTHING if state.end_sequence else state.file
-                rows.append((state.address, file, state.line))
-        return _Rows(rows, names)
-
-
-def _leb(data: memoryview, at: int) -> tuple[int, int]:
-    """An unsigned LEB128 number, and where it ends. A signed one ends at the same place."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-
-
-def _skip(info: memoryview, at: int, form: int) -> int:
-    """Where a value of a form ends. Raises ValueError for an unknown form."""
-    size = _FORM_SIZE.get(form)
-    if size is not None:
-        return at + size
-    if form in _FORM_LEB:
-        return _leb(info, at)[1]
-    if form in _FORM_BLOCK:
-        (length,) = struct.unpack_from(_FORM_BLOCK[form], info, at)
-        return int(at + struct.calcsize(_FORM_BLOCK[form]) + length)
-    if form in _FORMS_LEB_BLOCK:
-        length, at = _leb(info, at)
-        return at + length
-    if form == _FORM_STRING:
-        while info[at]:
-            at += 1
-        return at + 1
-    raise ValueError(f"a value of the unknown form {form:#x}")
-
-
-def _abbreviation(table: memoryview, at: int, wanted: int) -> list[tuple[int, int]]:
-    """The attributes and forms of an abbreviation. Raises ValueError if it is not in the table."""
-    while True:
-        code, at = _leb(table, at)
-        if code == 0:
-            raise ValueError(f"no abbreviation {wanted}")
-        _, at = _leb(table, at)
-        at += 1  # whether there are children
-        found = []
-        while True:
-            attribute, at = _leb(table, at)
-            form, at = _leb(table, at)
-            if form == _FORM_IMPLICIT:
-                _, at = _leb(table, at)
-            if attribute == 0 and form == 0:
-                break
-            found.append((attribute, form))
-        if code == wanted:
-            return found
+def _open(path: Path) -> DebugFile:
+    try:
+        return DebugFile(path)
+    except UsageError as error:
+        error.hint = _HINT
+        raise

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import mmap
 import os
 import struct
 import tempfile
@@ -23,6 +24,7 @@ __all__ = [
     "MODULES_BASE",
     "MODULES_END",
     "ModulePlacement",
+    "core_text_sections",
     "core_text_size",
     "module_name",
     "write_atomically",
@@ -122,27 +124,39 @@ def module_name(name: str) -> str:
 
 
 def core_text_size(path: Path) -> int:
-    """The bytes of text that a module keeps while it is loaded, from its file.
+    """The bytes of text that a module keeps while it is loaded, from its file; see
+    :func:`core_text_sections`."""
+    return _core_text(path)[1]
+
+
+def core_text_sections(path: Path) -> dict[str, int]:
+    """Where in that text each section begins.
 
     As the kernel's loader lays them out: the executable sections that are no ``.init``, one after
     the other, each aligned. The file may be packed with xz (``.ko.xz``). Raises
     :class:`bridge.errors.SourceError` for what is no module.
     """
+    return _core_text(path)[0]
+
+
+def _core_text(path: Path) -> tuple[dict[str, int], int]:
     try:
-        data = path.read_bytes()
         if path.suffix == ".xz":
-            data = lzma.decompress(data)
+            return _layout(lzma.decompress(path.read_bytes()))
+        if path.suffix == ".zst":
+            raise SourceError(
+                f"the module {path.name} is packed with zstd, which can't be read here"
+            )
+        # With debug information it can be very large.
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _layout(data)
     except (OSError, lzma.LZMAError) as error:
         raise SourceError(f"cannot read the module {path.name}: {error}") from error
-    if path.suffix == ".zst":
-        raise SourceError(f"the module {path.name} is packed with zstd, which can't be read here")
-    try:
-        return _core_text_size(data)
     except (struct.error, ValueError) as error:
         raise SourceError(f"{path.name} is no kernel module", evidence=str(error)) from error
 
 
-def _core_text_size(elf: bytes) -> int:
+def _layout(elf: bytes | mmap.mmap) -> tuple[dict[str, int], int]:
     """Raises ValueError or struct.error for what is no ELF file of 64 bits, little-endian."""
     if elf[:6] != b"\x7fELF\x02\x01":
         raise ValueError("no ELF file of 64 bits, little-endian")
@@ -154,16 +168,22 @@ def _core_text_size(elf: bytes) -> int:
     if names_index >= count:
         raise ValueError("no names of sections")
     names = headers[names_index][4]
+    sections: dict[str, int] = {}
     total = 0
     for header in headers:
-        name = elf[names + header[0] : elf.index(b"\0", names + header[0])]
+        end = elf.find(b"\0", names + header[0])
+        if end < 0:
+            raise ValueError("a name of a section without an end")
+        name = elf[names + header[0] : end].decode(errors="replace")
         if header[2] & (_SHF_ALLOC | _SHF_EXECINSTR) != _SHF_ALLOC | _SHF_EXECINSTR:
             continue
-        if name.startswith(b".init"):
+        if name.startswith(".init"):
             continue
         alignment = max(header[8], 1)
-        total = -(-total // alignment) * alignment + header[5]
-    return total
+        start = -(-total // alignment) * alignment
+        sections.setdefault(name, start)
+        total = start + header[5]
+    return sections, total
 
 
 def _pages(size: int) -> int:

@@ -249,6 +249,13 @@ class KernelSymbols:
             if all_modules or module not in self._gone
         ]
 
+    def text_at(self, pc: PC) -> tuple[PC, PC, str] | None:
+        """The text that an address lies in, as :meth:`texts` has it, also of a module that is
+        gone."""
+        module = self._module_at(pc)
+        texts = (self._modules[module] if module else self._kernel).texts
+        return next(((start, end, module) for start, end in texts if start <= pc < end), None)
+
     def save(self, path: Path) -> None:
         """Write the symbols as UTF-8 text, whole or not at all.
 

@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Debug information by elfutils' libdw: compile units, their code, their lines.
+
+The few functions that are needed are declared here as in ``elfutils/libdw.h`` and ``libdwfl.h``;
+the library (Debian's ``libdw1``) is loaded when the first file is opened.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from ctypes import (
+    CFUNCTYPE,
+    POINTER,
+    Structure,
+    byref,
+    c_bool,
+    c_char_p,
+    c_int,
+    c_size_t,
+    c_ubyte,
+    c_uint,
+    c_uint16,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+from bridge.errors import MissingDependencyError, SourceError, UsageError
+
+__all__ = ["DebugFile", "Row", "Unit"]
+
+_LIBRARY: Final = "libdw.so.1"
+
+_DWARF_C_READ: Final = 0
+_DW_UT_COMPILE: Final = 0x01
+_DW_AT_COMP_DIR: Final = 0x1B
+_OMITTED: Final = (1 << 64) - 1
+"""What libdwfl calls the address of a section that is not in memory."""
+
+Row = tuple[int, str | None, int]
+"""A row of a line table: address, file as the compiler has written it, line; without a file it ends
+a sequence of rows, and there is no code at its address."""
+
+
+class _Die(Structure):
+    """``Dwarf_Die``."""
+
+    _fields_ = (
+        ("addr", c_void_p),
+        ("cu", c_void_p),
+        ("abbrev", c_void_p),
+        ("padding", ctypes.c_long),
+    )
+
+
+class _Attribute(Structure):
+    """``Dwarf_Attribute``."""
+
+    _fields_ = (("code", c_uint), ("form", c_uint), ("value", c_void_p), ("cu", c_void_p))
+
+
+_FIND = CFUNCTYPE(
+    c_int, c_void_p, c_void_p, c_char_p, c_uint64, POINTER(c_void_p), POINTER(c_void_p)
+)
+_FIND_DEBUG = CFUNCTYPE(
+    *(c_int, c_void_p, c_void_p, c_char_p, c_uint64),
+    *(c_char_p, c_char_p, c_uint32, POINTER(c_void_p)),
+)
+_SECTION = CFUNCTYPE(
+    *(c_int, c_void_p, c_void_p, c_char_p, c_uint64),
+    *(c_char_p, c_uint32, c_void_p, POINTER(c_uint64)),
+)
+
+
+class _Callbacks(Structure):
+    """``Dwfl_Callbacks``."""
+
+    _fields_ = (
+        ("find_elf", _FIND),
+        ("find_debuginfo", _FIND_DEBUG),
+        ("section_address", _SECTION),
+        ("debuginfo_path", c_void_p),
+    )
+
+
+_PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
+    "dwarf_begin": (c_void_p, (c_int, c_int)),
+    "dwarf_end": (c_int, (c_void_p,)),
+    "dwarf_errmsg": (c_char_p, (c_int,)),
+    "dwarf_get_units": (
+        c_int,
+        (
+            *(c_void_p, c_void_p, POINTER(c_void_p), POINTER(c_uint16), POINTER(c_ubyte)),
+            *(POINTER(_Die), POINTER(_Die)),
+        ),
+    ),
+    "dwarf_diename": (c_char_p, (POINTER(_Die),)),
+    "dwarf_attr": (c_void_p, (POINTER(_Die), c_uint, POINTER(_Attribute))),
+    "dwarf_formstring": (c_char_p, (POINTER(_Attribute),)),
+    "dwarf_ranges": (
+        ctypes.c_ssize_t,
+        (
+            *(POINTER(_Die), ctypes.c_ssize_t),
+            *(POINTER(c_uint64), POINTER(c_uint64), POINTER(c_uint64)),
+        ),
+    ),
+    "dwarf_getsrclines": (c_int, (POINTER(_Die), POINTER(c_void_p), POINTER(c_size_t))),
+    "dwarf_getsrc_die": (c_void_p, (POINTER(_Die), c_uint64)),
+    "dwarf_onesrcline": (c_void_p, (c_void_p, c_size_t)),
+    "dwarf_lineaddr": (c_int, (c_void_p, POINTER(c_uint64))),
+    "dwarf_lineno": (c_int, (c_void_p, POINTER(c_int))),
+    "dwarf_lineendsequence": (c_int, (c_void_p, POINTER(c_bool))),
+    "dwarf_linesrc": (c_char_p, (c_void_p, c_void_p, c_void_p)),
+    "dwfl_begin": (c_void_p, (POINTER(_Callbacks),)),
+    "dwfl_end": (None, (c_void_p,)),
+    "dwfl_errmsg": (c_char_p, (c_int,)),
+    "dwfl_report_module": (c_void_p, (c_void_p, c_char_p, c_uint64, c_uint64)),
+    "dwfl_report_end": (c_int, (c_void_p, c_void_p, c_void_p)),
+    "dwfl_module_getdwarf": (c_void_p, (c_void_p, POINTER(c_uint64))),
+}
+
+
+@functools.cache
+def _library() -> Any:
+    try:
+        library = ctypes.CDLL(_LIBRARY)
+        for name, (result, arguments) in _PROTOTYPES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise MissingDependencyError(
+            f"source lines of the kernel need elfutils' {_LIBRARY}",
+            evidence=str(error),
+            hint="apt-get install libdw1",
+        ) from error
+    return library
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unit:
+    """A compile unit; valid as long as its file is open."""
+
+    name: str
+    """Its source file, as it was given to the compiler."""
+    directory: str
+    """Where the compiler ran."""
+    ranges: tuple[tuple[int, int], ...]
+    """Where its code is: start and end."""
+    die: _Die
+
+
+class DebugFile:
+    """An ELF file with debug information. Not for several threads at once."""
+
+    def __init__(
+        self, path: Path, sections: Mapping[str, int] | None = None, *, size: int = 0
+    ) -> None:
+        """``sections`` says of a relocatable file (a kernel module) at which address each section
+        is, the first one's first, and ``size`` how many bytes there are in all. Of what is not
+        named, nothing is known.
+
+        Raises :class:`bridge.errors.UsageError` for a file without debug information,
+        :class:`bridge.errors.SourceError` for one that cannot be read and
+        :class:`bridge.errors.MissingDependencyError` where the library is not there.
+        """
+        self.path = path
+        self._descriptor = -1
+        self._dwfl: int | None = None
+        self._dwarf: int | None = None
+        self._dw = _library()
+        try:
+            with path.open("rb") as file:
+                if file.read(4) != b"\x7fELF":
+                    raise self.damaged("no ELF file")
+                descriptor = os.dup(file.fileno())
+        except OSError as error:
+            raise SourceError(f"cannot read {path}: {error.strerror}") from error
+        try:
+            if sections is None:
+                self._descriptor = descriptor
+                self._dwarf = self._dw.dwarf_begin(descriptor, _DWARF_C_READ)
+                said = b"" if self._dwarf else self._dw.dwarf_errmsg(-1)
+            else:
+                self._dwarf = self._relocated(descriptor, sections, size)
+                said = b"" if self._dwarf else self._dw.dwfl_errmsg(-1)
+            if not self._dwarf:
+                raise UsageError(
+                    f"{path} has no debug information",
+                    evidence=(said or b"").decode(errors="replace"),
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def _relocated(self, descriptor: int, sections: Mapping[str, int], size: int) -> int | None:
+        """A relocatable file's debug information, with the addresses that its sections have.
+
+        The descriptor is libdwfl's from here on.
+        """
+
+        def find(*_: object) -> int:
+            return descriptor
+
+        def find_debug(*_: object) -> int:
+            return -1
+
+        def address(*arguments: Any) -> int:
+            arguments[-1][0] = sections.get(arguments[4].decode(errors="replace"), _OMITTED)
+            return 0
+
+        # As long as there is a Dwfl, they may be called.
+        self._callbacks = _Callbacks(_FIND(find), _FIND_DEBUG(find_debug), _SECTION(address), None)
+        self._dwfl = self._dw.dwfl_begin(byref(self._callbacks))
+        start = min(sections.values(), default=0)
+        module = self._dw.dwfl_report_module(self._dwfl, b"module", start, start + size)
+        if not module:
+            os.close(descriptor)
+            return None
+        self._dw.dwfl_report_end(self._dwfl, None, None)
+        bias = c_uint64()
+        dwarf: int | None = self._dw.dwfl_module_getdwarf(module, byref(bias))
+        if bias.value:
+            raise self.damaged(f"moved by {bias.value:#x}")
+        return dwarf
+
+    def close(self) -> None:
+        """Give the file back; its units are not valid any more. Safe to call twice."""
+        if self._dwfl is not None:
+            self._dw.dwfl_end(self._dwfl)
+        elif self._dwarf:
+            self._dw.dwarf_end(self._dwarf)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._dwfl, self._dwarf, self._descriptor = None, None, -1
+
+    def __enter__(self) -> DebugFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def damaged(self, evidence: str = "") -> SourceError:
+        """That the file can't be read; without evidence, libdw's last error is it."""
+        if not evidence:
+            evidence = (self._dw.dwarf_errmsg(-1) or b"").decode(errors="replace")
+        return SourceError(f"the debug information in {self.path} can't be read", evidence=evidence)
+
+    def units(self) -> Iterator[Unit]:
+        """All compile units that have code. Raises :class:`bridge.errors.SourceError`."""
+        cu, version, kind = c_void_p(), c_uint16(), c_ubyte()
+        while True:
+            die = _Die()
+            more = self._dw.dwarf_get_units(
+                self._dwarf, cu, byref(cu), byref(version), byref(kind), byref(die), None
+            )
+            if more > 0:
+                return
+            if more < 0:
+                raise self.damaged()
+            if kind.value == _DW_UT_COMPILE and (ranges := tuple(self._ranges(die))):
+                yield Unit(
+                    (self._dw.dwarf_diename(die) or b"").decode(errors="replace"),
+                    self._directory(die),
+                    ranges,
+                    die,
+                )
+
+    def _directory(self, die: _Die) -> str:
+        attribute = _Attribute()
+        if not self._dw.dwarf_attr(die, _DW_AT_COMP_DIR, attribute):
+            return ""
+        return (self._dw.dwarf_formstring(attribute) or b"").decode(errors="replace")
+
+    def _ranges(self, die: _Die) -> Iterator[tuple[int, int]]:
+        base, start, end = c_uint64(), c_uint64(), c_uint64()
+        offset = 0
+        while True:
+            offset = self._dw.dwarf_ranges(die, offset, byref(base), byref(start), byref(end))
+            if offset < 0:
+                raise self.damaged()
+            if offset == 0:
+                return
+            if start.value < end.value:
+                yield start.value, end.value
+
+    def line(self, unit: Unit, address: int) -> tuple[str, int] | None:
+        """File and line of an address of a unit; None where the table has none.
+
+        Raises :class:`bridge.errors.SourceError` where the table is damaged.
+        """
+        found = self._dw.dwarf_getsrc_die(unit.die, address)
+        if not found:
+            return None
+        _, file, line = self._row(found)
+        # Line 0: the compiler says that there is none.
+        return (file, line) if file is not None and line else None
+
+    def rows(self, unit: Unit) -> Iterator[Row]:
+        """The line table of a unit, sorted by address; errors as :meth:`line`."""
+        lines, count = c_void_p(), c_size_t()
+        if self._dw.dwarf_getsrclines(unit.die, byref(lines), byref(count)) != 0:
+            raise self.damaged()
+        for index in range(count.value):
+            yield self._row(self._dw.dwarf_onesrcline(lines, index))
+
+    def _row(self, row: int) -> Row:
+        dw = self._dw
+        address, line, ends = c_uint64(), c_int(), c_bool()
+        if (
+            dw.dwarf_lineaddr(row, byref(address)) != 0
+            or dw.dwarf_lineno(row, byref(line)) != 0
+            or dw.dwarf_lineendsequence(row, byref(ends)) != 0
+        ):
+            raise self.damaged()
+        file: bytes | None = None if ends.value else dw.dwarf_linesrc(row, None, None)
+        return address.value, None if file is None else file.decode(errors="replace"), line.value
