@@ -23,6 +23,7 @@ __all__ = [
     "GuestSetupError",
     "ImageError",
     "InfrastructureError",
+    "KernelUnknownError",
     "MissingDependencyError",
     "QemuError",
     "RegionError",
@@ -82,6 +83,10 @@ class DoorbellError(InfrastructureError):
 
 class SourceError(InfrastructureError):
     """A coverage source could not start or be read."""
+
+
+class KernelUnknownError(SourceError):
+    """The guest's kernel can't be watched, as it is not known where its code is."""
 
 
 class TargetError(InfrastructureError):

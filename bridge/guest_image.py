@@ -12,6 +12,7 @@ import hashlib
 import logging
 import shlex
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,14 @@ from bridge.vm.machine import Machine
 from bridge.vm.report import Ready
 from bridge.vm.ssh import Guest
 
-__all__ = ["GuestImage", "OwnImage", "ProjectImage", "find_guest_image"]
+__all__ = [
+    "BeforeModule",
+    "GuestImage",
+    "OwnImage",
+    "ProjectImage",
+    "find_guest_image",
+    "lines_for",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +53,10 @@ _BUILD_TREE = "/lib/modules/{kernel}/build"
 _EVIDENCE_LINES = 25
 
 
+BeforeModule = Callable[[Guest, str], None]
+"""Is given a guest that takes commands but has no kcov device yet, and its kernel's release."""
+
+
 class GuestImage(Protocol):
     """Something that a machine can boot from and become ready with."""
 
@@ -53,18 +65,22 @@ class GuestImage(Protocol):
     def machine_config(self, settings: Settings, accelerator: Accelerator) -> MachineConfig:
         """The machine to boot it in, without endpoints."""
 
-    def kernel_code(self, wanted: KernelFilter, vmlinux: Path | None) -> KernelCode:
-        """What is known of the kernel's code before it runs; ``vmlinux`` has debug information.
+    def kernel_code(self, wanted: KernelFilter, vmlinux: Path | None) -> KernelCode | None:
+        """What is known of the kernel's code before it runs, None where nothing is;
+        ``vmlinux`` has debug information.
 
-        Raises :class:`bridge.errors.UsageError` for a filter that makes no sense, or an image
-        whose kernel nothing is known of.
+        Raises :class:`bridge.errors.UsageError` for a filter that makes no sense.
         """
 
-    def bring_up(self, machine: Machine, stack: ExitStack) -> tuple[Guest, Ready]:
+    def bring_up(
+        self, machine: Machine, stack: ExitStack, before_module: BeforeModule
+    ) -> tuple[Guest, Ready]:
         """Wait for the started machine until its kcov device is there and commands can run.
 
-        What must be closed goes on the stack. Raises the errors of
-        :meth:`bridge.vm.machine.Machine.wait_ready` and :meth:`bridge.vm.ssh.Guest.connect`.
+        Where :meth:`kernel_code` was None, ``before_module`` is called before the device is there,
+        so that the kernel can be asked itself, and may raise. What must be closed goes on the
+        stack. Raises the errors of :meth:`bridge.vm.machine.Machine.wait_ready` and
+        :meth:`bridge.vm.ssh.Guest.connect`.
         """
 
 
@@ -104,8 +120,8 @@ def _machine(settings: Settings, accelerator: Accelerator) -> MachineConfig:
     )
 
 
-def _lines(release: str, wanted: KernelFilter, vmlinux: Path | None) -> Lines | None:
-    """The kernel's debug information, if a filter needs it and it is there."""
+def lines_for(wanted: KernelFilter, release: str, vmlinux: Path | None) -> Lines | None:
+    """The kernel's debug information, if the filter needs it and it is there."""
     found = find_vmlinux(release, vmlinux) if wanted.needs_lines else None
     return Lines(found, modules=find_modules(release, found)) if found is not None else None
 
@@ -134,10 +150,12 @@ class ProjectImage:
             self._image.system_map,
             self._image.modules_list,
             wanted,
-            _lines(self._image.kernel_release, wanted, vmlinux),
+            lines_for(wanted, self._image.kernel_release, vmlinux),
         )
 
-    def bring_up(self, machine: Machine, stack: ExitStack) -> tuple[Guest, Ready]:
+    def bring_up(
+        self, machine: Machine, stack: ExitStack, before_module: BeforeModule
+    ) -> tuple[Guest, Ready]:
         """As the protocol says."""
         ready = machine.wait_ready()
         host_key = self._image.host_key.read_text(encoding="utf-8")
@@ -162,13 +180,8 @@ class OwnImage:
         self._path = path
         self._key = key
 
-    def kernel_code(self, wanted: KernelFilter, vmlinux: Path | None) -> KernelCode:
+    def kernel_code(self, wanted: KernelFilter, vmlinux: Path | None) -> None:
         """As the protocol says: the kernel is inside the image, where it cannot be read."""
-        raise UsageError(
-            "the kernel in a disk image of your own cannot be watched",
-            hint="its symbols are not known; ask for --source python, or take an image of "
-            "kcov-bridge image build",
-        )
 
     def machine_config(self, settings: Settings, accelerator: Accelerator) -> MachineConfig:
         """As the protocol says."""
@@ -180,7 +193,9 @@ class OwnImage:
             image=self._path,
         )
 
-    def bring_up(self, machine: Machine, stack: ExitStack) -> tuple[Guest, Ready]:
+    def bring_up(
+        self, machine: Machine, stack: ExitStack, before_module: BeforeModule
+    ) -> tuple[Guest, Ready]:
         """As the protocol says; the first time with a kernel the module is built, which takes."""
         started = time.monotonic()
         guest = Guest(machine.ssh_port, self._key, None, watched=machine)
@@ -197,6 +212,8 @@ class OwnImage:
             ) from error
         kernel = guest.run(["uname", "-r"], check=True).text.strip()
         self._install(guest, kernel)
+        before_module(guest, kernel)
+        self._load(guest, kernel)
         device = self._device(guest)
         uptime, memory = self._figures(guest)
         ready = Ready(kernel, device, uptime, memory, time.monotonic() - started)
@@ -225,6 +242,9 @@ class OwnImage:
         ):
             base = Path(name).name
             guest.upload(cached / base, f"{home}/{base}", mode)
+
+    @staticmethod
+    def _load(guest: Guest, kernel: str) -> None:
         loaded = guest.run(["insmod", f"/tmp/{Path(_MODULE).name}"])
         if loaded.exit_status:
             said = guest.run("dmesg | tail -n 8").stdout

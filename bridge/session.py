@@ -33,14 +33,16 @@ from bridge.errors import (
     DoorbellError,
     GuestSetupError,
     InfrastructureError,
+    KernelUnknownError,
     TargetError,
 )
-from bridge.guest_image import GuestImage, find_guest_image
+from bridge.guest_image import GuestImage, find_guest_image, lines_for
 from bridge.isolated import IsolatedTarget
 from bridge.kcov import Device, Personality
 from bridge.region import Region
 from bridge.sources.guest_kernel.filters import KernelFilter
 from bridge.sources.guest_kernel.plugin import build_plugin
+from bridge.sources.guest_kernel.running import read_kernel
 from bridge.sources.guest_kernel.source import GuestKernel
 from bridge.sources.ledger import Cursor, Ledger
 from bridge.sources.pcs import BlockTable, Location, syscall_pc
@@ -138,12 +140,7 @@ class Session:
         sources = settings.sources(self.accelerator.name)
         if "kernel" in sources:
             self._plugin = build_plugin()
-            wanted = KernelFilter(
-                settings.kernel_include.split(),
-                settings.kernel_exclude.split(),
-                kcov_rules=not settings.kernel_all,
-            )
-            code = self.image.kernel_code(wanted, settings.vmlinux)
+            code = self.image.kernel_code(self._kernel_filter, settings.vmlinux)
             self.kernel = GuestKernel(code, settings.memory << 20)
             stack.callback(self.kernel.close)
             if out is not None:
@@ -206,11 +203,42 @@ class Session:
             attempt.callback(self.machine.close)
             self.machine.start()
             doorbell.close()
-            self.guest, self.ready = self.image.bring_up(self.machine, attempt)
+            self.guest, self.ready = self.image.bring_up(self.machine, attempt, self._read_kernel)
             stack.push(attempt.pop_all())
         logger.info(
             "guest ready after %.1f s: Linux %s", self.ready.boot_seconds, self.ready.kernel
         )
+
+    @functools.cached_property
+    def _kernel_filter(self) -> KernelFilter:
+        settings = self.settings
+        return KernelFilter(
+            settings.kernel_include.split(),
+            settings.kernel_exclude.split(),
+            kcov_rules=not settings.kernel_all,
+        )
+
+    def _read_kernel(self, guest: Guest, release: str) -> None:
+        """Before the guest's module is loaded: ask the kernel where its code is, if the image could
+        not say that. Where it is not known and nobody asked for it by name, it is no source."""
+        kernel, doorbell = self.kernel, self.doorbell
+        if kernel is None or doorbell is None or kernel.known:
+            return
+
+        def shell(script: str, output: Output) -> None:
+            guest.run(script, stdout=output, capture=_EVIDENCE)
+
+        try:
+            wanted = self._kernel_filter
+            lines = lines_for(wanted, release, self.settings.vmlinux)
+            code = read_kernel(shell, wanted, lines)
+        except KernelUnknownError as error:
+            if "auto" not in self.settings.source.split(","):
+                raise
+            logger.warning("the guest's kernel is no source: %s", error.message)
+            self.kernel = None
+            return
+        doorbell.call(functools.partial(kernel.know, code))
 
     @staticmethod
     def _save_kernel(kernel: GuestKernel, out: Path) -> None:

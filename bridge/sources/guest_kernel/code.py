@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bridge.errors import SourceError
+from bridge.errors import KernelUnknownError
 from bridge.sources import PC
 from bridge.sources.guest_kernel.filters import KernelFilter, Ranges, union
 from bridge.sources.guest_kernel.lines import Lines
@@ -42,7 +42,7 @@ class KernelCode:
 
     ``lines`` is needed where the filter names files. Raises
     :class:`bridge.errors.UsageError` for a filter that makes no sense and
-    :class:`bridge.errors.SourceError` for a kernel that lacks what has to be known of it.
+    :class:`bridge.errors.KernelUnknownError` for a kernel that lacks what has to be known of it.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class KernelCode:
     def _needed(self, name: str) -> PC:
         address = self.symbols.address(name)
         if address is None:
-            raise SourceError(
+            raise KernelUnknownError(
                 f"the guest kernel's symbols lack {name}: its code cannot be watched",
                 hint="is the System.map that of this kernel? Or ask for --source python",
             )
@@ -109,7 +109,8 @@ class KernelCode:
         return self._modules
 
     def text_size(self, name: str) -> int:
-        """The bytes of text of a module of the kernel's package, 0 for one it does not have."""
+        """The bytes of text of a module of the kernel's package, or at most so many; 0 for one it
+        does not have."""
         return self._placement.sizes.get(module_name(name), 0)
 
     def module_comes(self, name: str, base: int, size: int) -> None:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
 from bridge.abi import KERNEL_CPUS, KernelWord
+from bridge.errors import KernelUnknownError
 from bridge.region import Area
 from bridge.sources.guest_kernel.code import KernelCode
 from bridge.sources.guest_kernel.export import BLOCKS_FILE
@@ -28,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 _PAGE = 4096
 _FOUR_GIB = 1 << 32
+# Of a hostile guest, too: digits that are no more than an address has.
+_MODULE = re.compile(r"^(\S+) (\d{1,9}) .* 0x([0-9a-f]{1,16})(?: \(\w+\))?$", re.MULTILINE)
+_SYMBOL = re.compile(r"^([0-9a-f]{1,16}) ([A-Za-z]) \S+\t\[(\S+)\]$", re.MULTILINE)
 _QUIET_SECONDS = 2.0
 """How long the code stays watched after the last owner is gone: the next may come at once."""
 
@@ -45,18 +51,47 @@ def ram_offset(physical: int, memory: int) -> int | None:
     return None
 
 
+class _TextBounds:
+    """How long the texts of modules are at most, from ``/proc/modules``, where sizes have the data
+    in them, and the symbols of modules."""
+
+    def __init__(self, proc_modules: str, kallsyms: str) -> None:
+        self.modules = {
+            name: (int(base, 16), int(size)) for name, size, base in _MODULE.findall(proc_modules)
+        }
+        self._last: dict[str, int] = {}
+        others = {base for base, _ in self.modules.values()}
+        for address, kind, name in _SYMBOL.findall(kallsyms):
+            base, size = self.modules.get(name, (0, 0))
+            if kind not in "tTwW":
+                others.add(int(address, 16))
+            elif base <= int(address, 16) < base + size:
+                self._last[name] = max(self._last.get(name, 0), int(address, 16))
+        self._others = sorted(others)
+
+    def text_size(self, name: str) -> int:
+        """The bytes up to what follows on the module's last function; of a module without
+        functions all that it has."""
+        base, size = self.modules[name]
+        after = bisect_right(self._others, self._last.get(name, base + size))
+        if after < len(self._others):
+            size = min(size, self._others[after] - base)
+        return size
+
+
 class GuestKernel:
     """The plan's writer, on the doorbell's thread. Made before QEMU, which inherits the plan.
 
-    ``code`` is what is known of the kernel; ``memory`` in bytes. Raises
+    ``code`` is what is known of the kernel, None where that comes later: :meth:`know`; ``memory``
+    in bytes. Raises
     :class:`bridge.errors.SourceError` where there is no memory.
     """
 
-    def __init__(self, code: KernelCode, memory: int) -> None:
+    def __init__(self, code: KernelCode | None, memory: int) -> None:
         self.plan = Plan(memory)
         self.offset: int | None = None
         """By how much the kernel was moved (KASLR), bytes; None until it has said so."""
-        self.code = code
+        self._code = code
         self.unnamed = True
         """Whether there are modules whose symbols are not known; see :meth:`learn`."""
         self._memory = memory
@@ -72,15 +107,33 @@ class GuestKernel:
         self._blocks_covered = self.blocks_covered
         self.plan.close()
 
+    @property
+    def known(self) -> bool:
+        """Whether the kernel's code is known."""
+        return self._code is not None
+
+    def know(self, code: KernelCode) -> None:
+        """The kernel's code, before the guest's module says where it is."""
+        self._code = code
+
+    @property
+    def code(self) -> KernelCode:
+        """What is known of the kernel's code. Raises KernelUnknownError as long as nothing is."""
+        if self._code is None:
+            raise KernelUnknownError("nothing is known of the guest's kernel")
+        return self._code
+
     # What the guest's module says; none of it is trusted further than an address is bounded
 
     def describe(self, payload: Sequence[int]) -> int:
         """KERNEL: errno. A kernel that is not the expected one is not watched."""
+        if self._code is None:
+            return errno.ENOEXEC
         entry = payload[KernelWord.SYSCALL_ENTRY]
         offset = entry - self.code.syscall_entry
         if offset % _PAGE or not 0 <= offset < 1 << 30:
             logger.warning(
-                "the guest kernel is another than the image's System.map is for "
+                "the guest kernel is another than its symbols are for "
                 "(entry_SYSCALL_64 at %#x): its code is not watched",
                 entry,
             )
@@ -129,16 +182,15 @@ class GuestKernel:
             return
         self.unnamed = False
         code = self.code
-        for line in proc_modules.splitlines():
-            words = line.split()
-            if len(words) >= 6 and words[0] not in code.modules:
-                base = int(words[5], 16)
-                size = min(code.text_size(words[0]) or int(words[1]), int(words[1]))
-                if base:
-                    code.module_comes(words[0], base, size)
         by_module: dict[str, list[str]] = {}
         for line in kallsyms.splitlines():
             by_module.setdefault(line.rpartition("[")[2].rstrip("]"), []).append(line)
+        bounds = _TextBounds(proc_modules, kallsyms)
+        for name, (base, size) in bounds.modules.items():
+            if base and name not in code.modules:
+                size = min(bounds.text_size(name), code.text_size(name) or size)
+                if size:
+                    code.module_comes(name, base, size)
         for name, lines in by_module.items():
             if name in code.modules:
                 code.name_module(name, "\n".join(lines))
@@ -194,7 +246,9 @@ class GuestKernel:
 
         Raises :class:`bridge.errors.SourceError`.
         """
-        self.code.symbols.save(directory / SYMBOLS_FILE)
+        if self._code is None:
+            return
+        self._code.symbols.save(directory / SYMBOLS_FILE)
         rows = [f"{start:#x}\t{size}\n" for start, size in self.plan.blocks()]
         write_atomically(directory / BLOCKS_FILE, "".join(rows).encode())
 

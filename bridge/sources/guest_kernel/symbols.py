@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-from bridge.errors import SourceError
+from bridge.errors import KernelUnknownError, SourceError
 from bridge.sources import PC
 from bridge.sources.guest_kernel.placement import MODULES_BASE, module_name, write_atomically
 
@@ -39,7 +39,11 @@ SYMBOLS_FILE: Final = "kernel-symbols.tsv"
 _IMAGE_BASE: Final = 0xFFFF_FFFF_8000_0000
 """__START_KERNEL_map of x86-64: no text of a kernel lies below."""
 _LINKED_TEXT: Final = 0xFFFF_FFFF_8100_0000
-"""Where x86-64 kernels are linked to begin: LOAD_PHYSICAL_ADDR is 16 MiB in all of Debian's."""
+"""Where x86-64 kernels are linked to begin, unless configured otherwise; see kaslr_offset()."""
+_IMAGE_SIZE: Final = 1 << 30
+"""KERNEL_IMAGE_SIZE of x86-64 with CONFIG_RANDOMIZE_BASE: none moves further."""
+_ALIGNMENT: Final = 1 << 21
+"""MIN_KERNEL_ALIGN of x86-64: the offset is a multiple."""
 
 _MAGIC: Final = "kcov-bridge-kernel-symbols"
 _VERSION: Final = 1
@@ -147,7 +151,7 @@ class KernelSymbols:
 
         ``offset`` is what the kernel has added to its addresses, see :func:`kaslr_offset`;
         ``modules`` says where the loaded modules are: symbols of others are left out. Raises
-        :class:`bridge.errors.SourceError` where the text has no addresses.
+        :class:`bridge.errors.KernelUnknownError` where the text has no addresses.
         """
         symbols = cls()
         found: list[tuple[int, str, str]] = []
@@ -332,23 +336,36 @@ class KernelSymbols:
         self._bases = sorted((t.texts[0][0], n) for n, t in self._modules.items() if t.texts)
 
 
-def kaslr_offset(text: str, linked: PC = _LINKED_TEXT) -> int:
-    """By how much a kernel has moved itself: where its ``/proc/kallsyms`` has ``_stext``, less
-    where that was linked to.
+def kaslr_offset(text: str, said: int | None = None) -> int:
+    """By how much a kernel has moved itself: where its ``/proc/kallsyms`` has ``_text``, less where
+    that was linked to.
 
-    Raises :class:`bridge.errors.SourceError` where the text does not say it.
+    ``said`` is what the kernel itself says (KERNELOFFSET in its VMCOREINFO note). Without that the
+    place is the usual one: ``_text`` is linked to __START_KERNEL, which is __START_KERNEL_map and
+    CONFIG_PHYSICAL_START (``arch/x86/include/asm/page_types.h``), 16 MiB unless it was changed.
+
+    Raises :class:`bridge.errors.KernelUnknownError` where the text does not say it, or what cannot
+    be.
     """
-    match = re.search(r"^([0-9a-fA-F]+) [tT] _stext$", text, re.MULTILINE)
+    match = re.search(r"^([0-9a-fA-F]+) [tT] _text$", text, re.MULTILINE)
     address = int(match[1], 16) if match else 0
     if address == 0:
         raise _hidden()
-    return address - linked
+    offset = address - _LINKED_TEXT if said is None else said
+    if offset % _ALIGNMENT or not 0 <= offset < _IMAGE_SIZE or address - offset < _IMAGE_BASE:
+        raise KernelUnknownError(
+            f"where the guest's kernel was linked to is not known: its _text is at {address:#x}, "
+            f"moved by {offset:#x}",
+            hint="boot it with nokaslr, or ask for --source python",
+        )
+    return offset
 
 
-def _hidden() -> SourceError:
-    return SourceError(
-        "the kernel shows no addresses of its symbols",
-        hint="/proc/kallsyms has to be read as root, with kernel.kptr_restrict 0 or 1",
+def _hidden() -> KernelUnknownError:
+    return KernelUnknownError(
+        "the guest's kernel shows no addresses of its symbols",
+        hint="/proc/kallsyms (CONFIG_KALLSYMS) has to be read as root, with kernel.kptr_restrict "
+        "0 or 1; or ask for --source python",
     )
 
 
