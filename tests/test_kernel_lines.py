@@ -10,8 +10,11 @@ import pytest
 
 from bridge.errors import MissingDependencyError, SourceError, UsageError
 from bridge.sources.guest_kernel import libdw
+from bridge.sources.guest_kernel.code import KernelCode
+from bridge.sources.guest_kernel.filters import KernelFilter
 from bridge.sources.guest_kernel.lines import Lines, find_modules, find_vmlinux
-from bridge.sources.guest_kernel.placement import MODULES_BASE, core_text_size
+from bridge.sources.guest_kernel.placement import MODULES_BASE, ModulePlacement, core_text_size
+from bridge.sources.guest_kernel.plan import RangeFlag
 from bridge.sources.guest_kernel.symbols import KernelSymbols, ModuleText
 
 MAIN = """\
@@ -322,6 +325,33 @@ def test_functions_units_and_files_of_a_module(vmlinux: Path, module: Path) -> N
     assert lines.file_ranges("drivers/two.c") == []
 
 
+def test_a_filter_for_the_files_of_a_module(vmlinux: Path, module: Path) -> None:
+    text = subprocess.run(["nm", str(vmlinux)], capture_output=True, text=True, check=True).stdout
+    end = TEXT + 0x1000
+    marks = [f"__{name}_text_{edge}" for name in ("entry", "noinstr") for edge in ("start", "end")]
+    text += "".join(f"{end:x} T {name}\n" for name in ["entry_SYSCALL_64", *marks])
+    there = loaded(vmlinux, module)
+    symbols = KernelSymbols.from_kallsyms(text)
+    wanted = KernelFilter(["file:fs/grain.c", "file:drivers/two.c"], kcov_rules=False)
+    lines = Lines(vmlinux, modules=find_modules(RELEASE, vmlinux))
+    code = KernelCode(symbols, ModulePlacement({}), wanted, lines)
+    (start, stop, _) = next(row for row in there.texts() if row[2])
+    code.module_comes("my_mill", LOADED, stop - start)
+    recorded = [
+        (canonical, canonical + end - start)
+        for start, end, canonical, flags in code.running(0)
+        if flags & RangeFlag.RECORD
+    ]
+    moved = MODULES_BASE - CANONICAL
+    inside = {
+        symbol.name
+        for symbol in there
+        for a, b in recorded
+        if a <= symbol.start + (moved if symbol.module else 0) < b
+    }
+    assert inside == {"grain", "early", "helper", "rare"}
+
+
 def test_modules_without_lines(
     vmlinux: Path, module: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -351,7 +381,7 @@ def test_a_module_of_another_build(
     command = ["ld", "-r", "-o", str(tmp_path / module.name), str(tmp_path / "o.o")]
     subprocess.run([*command, "one.o", "two.o"], check=True, cwd=out)
     assert Lines(vmlinux, symbols, tmp_path).lookup(CANONICAL + 48) is None
-    assert "my-mill.ko is of another build than the module in the guest" in caplog.text
+    assert "the lines of the module my_mill are of another build" in caplog.text
 
 
 def test_a_kernel_of_another_build(vmlinux: Path, module: Path) -> None:

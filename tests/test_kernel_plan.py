@@ -251,6 +251,28 @@ def test_what_the_guest_says_itself(kernel: GuestKernel) -> None:
     assert kernel.unnamed
 
 
+def test_texts_end_where_something_else_begins(kernel: GuestKernel) -> None:
+    kernel.describe(payload(0))
+    at = 0xFFFF_FFFF_C010_0000
+    modules = (
+        f"one 20480 0 - Live {at:#x}\ntwo 8192 0 - Live {at + 0x8000:#x} (OE)\n"
+        f"bare 4096 0 - Live {at + 0x10000:#x}\nthree 12288 1 one, Live {at + 0x20000:#x}\n"
+        "nonsense\nhuge 99999999999999 0 - Live 0xffffffffc0f00000\n"
+    )
+    symbols = "".join(
+        f"{at + offset:016x} {kind} name\t[{module}]\n"
+        for module, kind, offset in [
+            *(("one", "t", 0x10), ("one", "T", 0x1800), ("one", "r", 0x2040), ("one", "d", 0x3000)),
+            # Its data lie elsewhere, and before it.
+            *(("two", "t", 0x8000), ("two", "d", 0x5000)),
+            *(("three", "t", 0x20000), ("three", "t", 0x90000000)),
+        ]
+    )
+    kernel.learn(modules, symbols)
+    sizes = {name: place.size for name, place in kernel.code.modules.items()}
+    assert sizes == {"one": 0x2040, "two": 8192, "bare": 4096, "three": 12288}
+
+
 def test_a_module_before_the_kernel(kernel: GuestKernel) -> None:
     assert kernel.module("net_9p", True, KERNEL, 0x1000) == errno.EINVAL
     assert ranges(kernel.plan) == []

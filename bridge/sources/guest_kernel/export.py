@@ -162,7 +162,9 @@ def lcov(symbols: KernelSymbols, blocks: list[Block], lines: Lines) -> bytes:
             starts.add(symbol.start)
     if lost:
         _log.warning(
-            "%d blocks have no lines (modules without debug information) and were left out", lost
+            "%d blocks have no lines (assembler, modules without debug information) and were left "
+            "out",
+            lost,
         )
     if not hit:
         raise UsageError(

@@ -207,7 +207,7 @@ class _Code:
 
     def fits(self, symbols: KernelSymbols) -> bool:
         """Whether these are the lines of this code: nearly all units begin with a function there,
-        and by chance one in ten would. Without any symbols it is not known."""
+        and by chance one in ten would."""
         begins = fit = 0
         for start in self.starts:
             if symbols.text_at(start) is None:
@@ -256,6 +256,7 @@ class Lines:
             raise UsageError(f"{vmlinux} has no debug information", hint=_HINT)
         self._directory = modules
         self._modules: dict[tuple[PC, str], _Code | None] = {}
+        self._fitting: set[tuple[PC, str]] = set()
         self._symbols: KernelSymbols | None = None
         if symbols is not None:
             self.belong_to(symbols)
@@ -326,30 +327,33 @@ class Lines:
         if pc < MODULES_BASE:
             return self._kernel
         text = self._symbols.text_at(pc) if self._symbols is not None else None
-        if text is None:
+        if text is None or self._symbols is None:
             return None
         start, end, module = text
         key = start, module
         if key not in self._modules:
             self._modules[key] = self._open_module(module, start, end)
-        return self._modules[key]
+        code = self._modules[key]
+        # Its symbols may come later than the module itself.
+        if code is not None and key not in self._fitting and self._symbols.has_functions(module):
+            if code.fits(self._symbols):
+                self._fitting.add(key)
+            else:
+                logger.warning("the lines of the module %s are of another build", module)
+                code = self._modules[key] = None
+        return code
 
     def _open_module(self, module: str, start: PC, end: PC) -> _Code | None:
-        assert self._symbols is not None
         path = self._module_files.get(module)
         if path is None:
             return None
         try:
             places = {name: start + at for name, at in core_text_sections(path).items()}
             file = DebugFile(path, places, size=end - start)
-            code = _Code(file, (start, end), self._kernel.tops)
+            return _Code(file, (start, end), self._kernel.tops)
         except (UsageError, SourceError) as error:
             logger.warning("the lines of the module %s are not known: %s", module, error.message)
             return None
-        if not code.fits(self._symbols):
-            logger.warning("%s is of another build than the module in the guest", path)
-            return None
-        return code
 
     @functools.cached_property
     def _module_files(self) -> dict[str, Path]:

@@ -253,6 +253,10 @@ class KernelSymbols:
             if all_modules or module not in self._gone
         ]
 
+    def has_functions(self, module: str) -> bool:
+        """Whether any function is known of a module, which may be gone."""
+        return module in self._modules and len(self._modules[module]) > 0
+
     def text_at(self, pc: PC) -> tuple[PC, PC, str] | None:
         """The text that an address lies in, as :meth:`texts` has it, also of a module that is
         gone."""
