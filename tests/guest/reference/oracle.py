@@ -32,8 +32,8 @@ from tests.guest import reference
 SOURCE = Path(__file__).parents[1] / "oracle.c"
 _TRACER = "__sanitizer_cov_trace_pc"
 _LEAK = "__kthread_should_park"
-"""What ``__irq_exit_rcu`` calls (by ``ksoftirqd_running``) when ``in_task()`` is true again, so that
-kcov shows it as the task's, which it is not; the source leaves it out."""
+"""What ``__irq_exit_rcu`` calls (in ``ksoftirqd_running``) once ``in_task()`` is true again, so
+that kcov shows it as the task's, which it is not; the source leaves it out."""
 _EXECUTABLE = 4
 """SHF_EXECINSTR"""
 _AIM = 0.999
