@@ -125,7 +125,8 @@ class Settings:
         metadata=_about(
             Kind.TEXT,
             "where coverage comes from: python (the target on the host), kernel (the guest's "
-            "kernel, under TCG), or both; auto is python",
+            "kernel, under TCG), or both; auto is what can be had: both under TCG, python under "
+            "KVM and with the personality gvisor",
             choices=("auto", "python", "kernel", "python,kernel", "kernel,python"),
         ),
     )
@@ -290,7 +291,11 @@ class Settings:
         """
         named = frozenset(self.source.split(","))
         if "auto" in named:
-            return frozenset({"python"})
+            # gVisor's kcov shows what serves the guest's calls, each block once a call. Here that
+            # is the target; and no KCOV_UNIQUE_ENABLE makes room for a kernel's millions.
+            if accelerator != "tcg" or self.personality == "gvisor":
+                return frozenset({"python"})
+            return frozenset({"kernel", "python"})
         if "kernel" in named and accelerator != "tcg":
             raise UsageError(
                 "the guest kernel cannot be watched under KVM: only TCG lets QEMU see its code",

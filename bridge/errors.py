@@ -30,6 +30,7 @@ __all__ = [
     "RunTimeoutError",
     "SourceError",
     "TargetError",
+    "UnwatchableError",
     "UsageError",
 ]
 
@@ -71,6 +72,10 @@ class InfrastructureError(BridgeError):
 
 class MissingDependencyError(InfrastructureError):
     """A program or package that this machine lacks; the hint says how to get it."""
+
+
+class UnwatchableError(MissingDependencyError):
+    """The guest's kernel cannot be watched here; other sources can."""
 
 
 class RegionError(InfrastructureError):

@@ -193,6 +193,8 @@ class _Record:
         kernel_blocks = session.kernel.blocks_covered if session.kernel is not None else 0
         if session.kernel is not None:
             more |= {"kernel_blocks_covered": kernel_blocks}
+        used = (("kernel", session.kernel), ("python", source))
+        more |= {"sources": [name for name, there in used if there is not None]}
         if ready is not None:
             more |= {"guest_memory_available_kib": ready.mem_available_kib}
         return summaries.Summary(

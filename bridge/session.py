@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import logging
 import os
+import shutil
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from bridge import remote
+from bridge.abi import WORD
 from bridge.config import Settings
 from bridge.doorbell import Doorbell, IvshmemServer
 from bridge.errors import (
@@ -35,25 +37,26 @@ from bridge.errors import (
     InfrastructureError,
     KernelUnknownError,
     TargetError,
+    UnwatchableError,
 )
 from bridge.guest_image import GuestImage, find_guest_image, lines_for
 from bridge.isolated import IsolatedTarget
 from bridge.kcov import Device, Personality
 from bridge.region import Region
 from bridge.sources.guest_kernel.filters import KernelFilter
-from bridge.sources.guest_kernel.plugin import build_plugin
+from bridge.sources.guest_kernel.plugin import build_plugin, why_not_loaded
 from bridge.sources.guest_kernel.running import read_kernel
 from bridge.sources.guest_kernel.source import GuestKernel
 from bridge.sources.ledger import Cursor, Ledger
 from bridge.sources.pcs import BlockTable, Location, syscall_pc
 from bridge.sources.python import PythonSource
-from bridge.sources.symbolize import BLOCKS_FILE, Symbolizer
+from bridge.sources.symbolize import BLOCKS_FILE, KernelPlaces, Symbolizer
 from bridge.status import StatusServer
 from bridge.targets import Target
 from bridge.targets.registry import create as create_target
 from bridge.vm.accel import Accelerator, choose_accelerator
 from bridge.vm.config import WatchFds
-from bridge.vm.machine import Machine
+from bridge.vm.machine import PLUGIN_REMEDY, Machine
 from bridge.vm.report import Ready
 from bridge.vm.ssh import CommandResult, Guest, Output
 
@@ -110,9 +113,16 @@ class Session:
         self._stack = ExitStack()
 
     def __enter__(self) -> Session:
-        with ExitStack() as stack:
-            self._start(stack)
-            self._stack = stack.pop_all()
+        accelerator = choose_accelerator(self.settings.accel)
+        try:
+            self._start(accelerator)
+        except BootTimeoutError as error:
+            if accelerator.name != "kvm" or self.settings.accel != "auto":
+                raise
+            # A KVM that opens and boots nothing; the processor's flags did not tell.
+            accelerator = Accelerator("tcg", "nothing booted under KVM")
+            logger.warning("%s; once more with %s", error.message, accelerator)
+            self._start(accelerator)
         return self
 
     def __exit__(
@@ -125,10 +135,27 @@ class Session:
 
     # From nothing to a guest that is ready
 
-    def _start(self, stack: ExitStack) -> None:
+    def _start(self, accelerator: Accelerator) -> None:
+        """With the sources that the settings ask for; where that is left to us, those that work."""
+        self.accelerator = accelerator
+        logger.info("accelerator: %s", accelerator)
+        sources = self.settings.sources(accelerator.name)
+        try:
+            self._start_with(sources)
+        except UnwatchableError as error:
+            if self.settings.source != "auto":
+                raise
+            logger.warning("the guest kernel is not recorded: %s (%s)", error.message, error.hint)
+            self._start_with(sources - {"kernel"})
+
+    def _start_with(self, sources: frozenset[str]) -> None:
+        self.source = self.kernel = None
+        with ExitStack() as stack:
+            self._assemble(stack, sources)
+            self._stack = stack.pop_all()
+
+    def _assemble(self, stack: ExitStack, sources: frozenset[str]) -> None:
         settings = self.settings
-        self.accelerator = choose_accelerator(settings.accel)
-        logger.info("accelerator: %s", self.accelerator)
         self.target = create_target(settings.target, settings.target_dir)
         self.image = find_guest_image(settings)
         out = self._output_directory()
@@ -137,14 +164,12 @@ class Session:
         stack.callback(region.close)
         server = IvshmemServer(region)
         stack.callback(server.close)
-        sources = settings.sources(self.accelerator.name)
         if "kernel" in sources:
             self._plugin = build_plugin()
+            self._probe(self._plugin)
             code = self.image.kernel_code(self._kernel_filter, settings.vmlinux)
             self.kernel = GuestKernel(code, settings.memory << 20)
             stack.callback(self.kernel.close)
-            if out is not None:
-                stack.callback(self._save_kernel, self.kernel, out)
         python = "python" in sources
         if python and settings.isolate:
             isolated = IsolatedTarget(settings.target, settings.target_dir, out, self._deliver)
@@ -173,18 +198,23 @@ class Session:
         stack.enter_context(StatusServer(self.status))
         self._start_target(stack, out)
 
-        try:
-            self._boot(stack, server, out)
-        except BootTimeoutError as error:
-            if self.accelerator.name != "kvm" or settings.accel != "auto":
-                raise
-            # A KVM that opens and boots nothing; the processor's flags did not tell.
-            self.accelerator = Accelerator("tcg", "nothing booted under KVM")
-            logger.warning("%s; once more with %s", error.message, self.accelerator)
-            self._boot(stack, server, out)
+        self._boot(stack, server, out)
+        if self.kernel is not None and out is not None:
+            stack.callback(self._save_kernel, self.kernel, out)
         stack.push(self._power_down)
         self._set_up(stack)
         self._learn_modules()
+
+    def _probe(self, plugin: Path) -> None:
+        """Where the kernel can be left out: before the target starts, for it starts once."""
+        qemu = self.settings.qemu
+        if self.settings.source == "auto" and shutil.which(qemu) is not None:
+            why = why_not_loaded(qemu, plugin)
+            if why is not None:
+                raise UnwatchableError(
+                    f"this QEMU cannot load the plugin that watches the guest kernel: {why}",
+                    hint=PLUGIN_REMEDY,
+                )
 
     def _boot(self, stack: ExitStack, server: IvshmemServer, out: Path | None) -> None:
         """From the settings to a guest that takes commands."""
@@ -413,7 +443,7 @@ class Session:
         if unique is None:
             unique = self.kernel is not None and self.settings.personality == "linux"
         options = [*(["-f"] if follow else []), *(["-u"] if unique else [])]
-        words = ["kcov-exec", *options, "-o", file, "--", *command]
+        words = ["kcov-exec", *options, "-b", "-o", file, "--", *command]
         kept = False
 
         def keep() -> None:
@@ -449,7 +479,7 @@ class Session:
                 evidence=result.stderr.decode(errors="replace"),
             )
         self.guest.run(["rm", "-f", file])
-        return [int(word, 16) for word in received.split()]
+        return memoryview(received[: len(received) // WORD * WORD]).cast("Q").tolist()
 
     def run(
         self,
@@ -464,8 +494,14 @@ class Session:
 
     @functools.cached_property
     def _symbolizer(self) -> Symbolizer:
-        return Symbolizer(self.source.table if self.source else BlockTable())
+        return Symbolizer(
+            self.source.table if self.source else BlockTable(),
+            kernel=KernelPlaces(self.kernel.code.symbols) if self.kernel else None,
+        )
 
-    def symbolize(self, pc: int) -> Location | None:
-        """What a PC stands for; None for an address that is no block's."""
-        return self._symbolizer.lookup(pc)
+    def symbolize(self, pc: int) -> Location | str | None:
+        """What a PC stands for: a location in the target's code; None for one of no block.
+
+        For a PC of the guest's kernel a text, ``function+0xoffset [module]``.
+        """
+        return self._symbolizer.lookup(pc) or self._symbolizer.text(pc)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,22 @@ MARK = "KCOV_BRIDGE_TEST_RUN"
 
 _SECONDS = 30.0
 """How long the system may take to end and close what died; a loaded machine is slow."""
+
+
+def without_plugins(directory: Path) -> Path:
+    """A QEMU that was built without plugins: the real one, but for its answer to -plugin.
+
+    ``qemu_plugin_opt_parse`` in QEMU's ``include/qemu/plugin.h`` has the words.
+    """
+    real = shutil.which("qemu-system-x86_64")
+    program = directory / "qemu-without-plugins"
+    program.write_text(
+        '#!/bin/sh\nfor each; do [ "$each" != -plugin ] || {\n'
+        '  echo "qemu-system-x86_64: plugin interface not enabled in this build" >&2; exit 1; }\n'
+        f'done\nexec {real} "$@"\n'
+    )
+    program.chmod(0o755)
+    return program
 
 
 def start(
@@ -46,7 +63,7 @@ def run(out: Path, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedPro
     """A whole run; asserts that it leaves nothing."""
     with nothing_left(out), start(out, *arguments, cwd=cwd) as process:
         try:
-            stdout, stderr = process.communicate(timeout=240)
+            stdout, stderr = process.communicate(timeout=600)
         finally:
             process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)

@@ -187,3 +187,12 @@ def test_any_text_is_taken_or_refused_with_a_usage_error(name: str, text: str) -
         assert error.hint  # noqa: PT017
     else:
         assert isinstance(settings, Settings)
+
+
+def test_what_auto_records() -> None:
+    assert Settings().sources("tcg") == {"kernel", "python"}
+    assert Settings().sources("kvm") == {"python"}
+    # gVisor's kcov knows no KCOV_UNIQUE_ENABLE, and shows what serves the guest.
+    assert Settings(personality="gvisor").sources("tcg") == {"python"}
+    assert Settings(personality="gvisor", source="kernel").sources("tcg") == {"kernel"}
+    assert Settings(source="python").sources("tcg") == {"python"}

@@ -83,7 +83,9 @@ def patience(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def session(patience: Path) -> Iterator[Session]:
-    with bridge.boot(target="tests.test_host_faults:Moody", syscall_pcs=True) as session:
+    with bridge.boot(
+        target="tests.test_host_faults:Moody", source="python", syscall_pcs=True
+    ) as session:
         session.guest.upload(patience, "/tmp/patience", 0o755)
         yield session
         assert complaints(session) == ""
@@ -185,7 +187,7 @@ import sys
 from pathlib import Path
 import bridge
 from tests.guest.conformance import complaints
-with bridge.boot(target="none", syscall_pcs=True) as session:
+with bridge.boot(target="none", source="python", syscall_pcs=True) as session:
     session.guest.upload(Path(sys.argv[1]), "/tmp/patience", 0o755)
     session.run(["/tmp/patience", "6000"], timeout=60, stdout=lambda data: os.write(1, data))
     print(session.run(["/tmp/patience", "200"], timeout=60).text.replace("\\n", " "), flush=True)

@@ -216,6 +216,8 @@ def test_in_a_guest(tmp_path: Path) -> None:
         assert result.exit_status == 0
         names = {str(guest.symbolize(pc)) for pc in result.pcs}
         assert any(name.startswith("pyroute2/plan9/server.py:") for name in names)
+        if guest.kernel is not None:
+            assert any(name.startswith("p9_client_") for name in names)
         # The target dies under the guest's hands; the device does not.
         source = guest.source
         assert isinstance(source, IsolatedTarget)

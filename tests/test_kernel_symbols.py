@@ -213,7 +213,7 @@ def test_a_large_kernel_is_read_in_a_second() -> None:
 
 @pytest.mark.vm
 def test_the_symbols_of_a_guest() -> None:
-    with bridge.boot(target="plan9") as session:
+    with bridge.boot(target="plan9", source="python") as session:
         # Longer than what is kept of an output.
         chunks: list[bytes] = []
         session.run("cat /proc/kallsyms", stdout=chunks.append)

@@ -32,7 +32,10 @@ LONG = "while :; do cat /mnt/target/*/* >/dev/null 2>&1; done"
 SHORT = "cat /mnt/target/many/* >/dev/null"
 """Its run comes to its end, and to writing its results, before some of the kills."""
 
-RESULTS = {"console.log", ".coverage", "blocks.tsv", "pcs.txt", "summary.json", "lcov.info", "html"}
+RESULTS = {
+    *("console.log", ".coverage", "blocks.tsv", "pcs.txt", "summary.json", "lcov.info", "html"),
+    *("kernel-symbols.tsv", "kernel-blocks.tsv"),
+}
 
 
 def kill_one(directory: Path, moment: float, when_ready: bool, *arguments: str) -> str:
@@ -86,6 +89,7 @@ def test_nothing_is_left_of_a_run_that_is_killed(tmp_path: Path) -> None:
         (
             *(tmp_path / str(number), moments.random(), number % 2 == 1),
             *(["--isolate"] if number % 3 == 2 else []),
+            *(["--source", "python"] if number % 4 in (0, 3) else []),
             *("--", "sh", "-c", SHORT if number & 2 else LONG),
         )
         for number in range(KILLS)

@@ -109,6 +109,7 @@ def _settings(debian: Path) -> dict[str, Any]:
         "memory": 1024,
         "boot_timeout": BOOT_SECONDS,
         "target": "none",
+        "source": "python",
         "syscall_pcs": True,
     }
 

@@ -17,6 +17,7 @@ import pytest
 import bridge
 from bridge import remote
 from bridge.image import build, compile_for_guest
+from bridge.sources.pcs import Location
 from bridge.sources.python import PythonSource
 from bridge.vm.network import TARGET_ADDRESS
 
@@ -261,7 +262,7 @@ def test_a_guest_gets_what_is_done_on_its_behalf(
     program = compile_for_guest(
         build(), Path(__file__).parent / "guest" / "remote.c", tmp_path / "remote"
     )
-    with bridge.boot(target="handle_target:Target") as guest:
+    with bridge.boot(target="handle_target:Target", source="python") as guest:
         guest.guest.upload(program, "/tmp/remote", 0o755)
         result = guest.run(f"/tmp/remote {TARGET_ADDRESS} 80 mumcu", timeout=60)
         assert result.exit_status == 0, result.stderr
@@ -275,7 +276,7 @@ def test_a_guest_gets_what_is_done_on_its_behalf(
         for kind, value in rows:
             if kind in found:
                 location = guest.symbolize(int(value, 16))
-                assert location is not None
+                assert isinstance(location, Location)
                 found[kind].update(location.block.lines)
 
         def number(text: str) -> int:

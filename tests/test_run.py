@@ -21,7 +21,9 @@ from bridge.config import Settings, load
 from bridge.errors import BootTimeoutError, GuestSetupError
 from bridge.guest_image import ProjectImage
 from bridge.image import Image, build
-from bridge.sources.pcs import BlockTable
+from bridge.sources.guest_kernel.export import BLOCKS_FILE as KERNEL_BLOCKS_FILE
+from bridge.sources.guest_kernel.export import read_blocks
+from bridge.sources.pcs import PC_BASE, BlockTable
 from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.vm.accel import Accelerator
 from bridge.vm.config import MachineConfig
@@ -29,7 +31,9 @@ from tests.support import COMMAND, ROOT, nothing_left, qemu_of, run, start, wait
 
 pytestmark = pytest.mark.vm
 
-QUICK = ["--target", "none", "--syscall-pcs"]
+PYTHON = ["--source", "python"]
+QUICK = ["--target", "none", "--syscall-pcs", *PYTHON]
+"""Where the guest's kernel is not the point: one that is not watched is up sooner."""
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,9 @@ class TestTheDefaultRun:
         assert values["accel"] in ("kvm", "tcg")
         assert values["target"] == "plan9"
         assert values["lost_pcs"] == values["guest_timeouts"] == values["source_failures"] == 0
+        assert values["sources"] == (
+            ["kernel", "python"] if values["accel"] == "tcg" else ["python"]
+        )
         assert isinstance(values["boot_seconds"], float)
         assert values["kernel"] == build().kernel_release
         assert "console" not in result.stderr
@@ -77,11 +84,19 @@ class TestTheDefaultRun:
         values, found = summary(out), pcs(out)
         table = BlockTable.load(out / BLOCKS_FILE)
         assert len(table) == values["blocks_total"]
-        assert len(set(found)) == values["pcs_unique"]
-        # kcov-doc sets word 0 to 0 after ENABLE, so a few that were appended are not listed.
-        appended = values["pcs"]
-        assert isinstance(appended, int)
-        assert 0 <= appended - len(found) < 200
+        # kcov-doc sets word 0 to 0 after ENABLE and prints while it still traces, so some that
+        # were appended are not listed.
+        for key, listed, most in (("pcs", found, 0.05), ("pcs_unique", set(found), 0.01)):
+            appended = values[key]
+            assert isinstance(appended, int)
+            assert 0 <= appended - len(listed) <= most * appended
+        of_kernel = {pc for pc in found if pc < PC_BASE}
+        found = [pc for pc in found if pc >= PC_BASE]
+        if values["accel"] == "tcg":
+            blocks = {block.start for block in read_blocks(out / KERNEL_BLOCKS_FILE)}
+            assert len(blocks) == values["kernel_blocks_covered"]
+            assert of_kernel <= blocks
+            assert len(of_kernel) > 5000
         data = coverage.CoverageData(str(out / ".coverage"))
         data.read()
         lines: dict[str, set[int]] = {}
@@ -119,8 +134,13 @@ class TestTheDefaultRun:
             cwd="/",
         ).stdout.splitlines()
         assert symbolized[::2] == [f"{pc:#x}" for pc in pcs(out)]
-        pattern = re.compile(r"pyroute2/plan9/\w+\.py:\d+\.\d+,\d+\.\d+")
-        assert all(pattern.fullmatch(line) for line in symbolized[1::2])
+        patterns = (
+            re.compile(r"pyroute2/plan9/\w+\.py:\d+\.\d+,\d+\.\d+"),
+            re.compile(r"(\S+:\d+ )?[\w.]+\+0x[0-9a-f]+( \[\w+\])?"),
+        )
+        for number, place in set(zip(symbolized[::2], symbolized[1::2], strict=True)):
+            pc = int(number, 16)
+            assert patterns[pc < PC_BASE].fullmatch(place), (hex(pc), place)
 
 
 class TestCommands:
@@ -141,7 +161,7 @@ class TestCommands:
 
     def test_out_of_time(self, image: Image, tmp_path: Path) -> None:
         script = "cat /mnt/target/*; sleep 100"
-        result = run(tmp_path, "--timeout", "4", "--", "sh", "-c", script)
+        result = run(tmp_path, *PYTHON, "--timeout", "4", "--", "sh", "-c", script)
         assert result.returncode == 124
         assert "did not end within 4 s" in result.stderr
         assert summary(tmp_path)["exit_status"] == 124
@@ -150,10 +170,25 @@ class TestCommands:
         assert (tmp_path / "lcov.info").is_file()
 
     def test_gvisor_personality(self, image: Image, tmp_path: Path) -> None:
-        result = run(tmp_path, *QUICK, "--personality", "gvisor", "--", "true")
+        options = ["--target", "none", "--syscall-pcs", "--personality", "gvisor"]
+        result = run(tmp_path, *options, "--", "true")
         assert result.returncode == 0, result.stderr
+        assert summary(tmp_path)["sources"] == [], "by default not the kernel"
         assert pcs(tmp_path)
         assert summary(tmp_path)["personality"] == "gvisor"
+
+    def test_the_kernel_alone_by_default_where_there_is_no_target(
+        self, image: Image, tmp_path: Path
+    ) -> None:
+        result = run(tmp_path, "--accel", "tcg", "--target", "none", "--", "true")
+        assert result.returncode == 0, result.stderr
+        values = summary(tmp_path)
+        assert values["sources"] == ["kernel"]
+        assert values["lost_pcs"] == 0
+        found = pcs(tmp_path)
+        assert len(set(found)) == values["kernel_blocks_covered"]
+        assert all(pc < PC_BASE for pc in found)
+        assert "of the guest kernel" in result.stderr
 
 
 class TestTheGuestGoesAway:
@@ -188,14 +223,19 @@ class TestTheGuestGoesAway:
 
 
 class TestInterrupted:
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize(("number", "options"), [(signal.SIGINT, []), (signal.SIGTERM, PYTHON)])
     @pytest.mark.parametrize("phase", ["accelerator", "booting", "guest ready", "go"])
     def test_at_each_phase(
-        self, image: Image, tmp_path: Path, phase: str, number: signal.Signals
+        self,
+        image: Image,
+        tmp_path: Path,
+        phase: str,
+        number: signal.Signals,
+        options: list[str],
     ) -> None:
         with (
             nothing_left(tmp_path),
-            start(tmp_path, "--", "sh", "-c", "echo go >&2; sleep 100") as process,
+            start(tmp_path, *options, "--", "sh", "-c", "echo go >&2; sleep 100") as process,
         ):
             assert process.stderr is not None
             for line in process.stderr:
@@ -238,9 +278,10 @@ class TestWhatIsMissing:
         assert "7.2 or newer" in result.stderr
 
     def test_no_memory(self, image: Image, tmp_path: Path) -> None:
-        result = run(tmp_path, "--memory", str(1 << 20), *QUICK, "--", "true")
-        assert result.returncode == 125
-        assert "memory" in result.stderr
+        for options in (QUICK, ["--target", "none", "--source", "kernel"]):
+            result = run(tmp_path, "--memory", str(1 << 20), *options, "--", "true")
+            assert result.returncode == 125
+            assert "has no 1048576 MiB to give to a guest" in result.stderr
 
     def test_a_broken_image(
         self, image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -274,7 +315,7 @@ class TestWhatIsMissing:
                 words = f"{config.cmdline} module_blacklist=kcov_bridge"
                 return MachineConfig(**{**config.__dict__, "cmdline": words})
 
-        session = bridge.boot(target="none")
+        session = bridge.boot(target="none", source="python")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("bridge.session.find_guest_image", lambda _: WithoutModule(image))
             with pytest.raises(GuestSetupError, match="module"), session:
@@ -287,7 +328,7 @@ class TestWhatIsMissing:
         small.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], check=True)
         try:
-            result = run(small / "run", "--", "ls", "-lR", "/mnt/target")
+            result = run(small / "run", *PYTHON, "--", "ls", "-lR", "/mnt/target")
         finally:
             subprocess.run(["umount", small], check=True)
         assert result.returncode == 125
@@ -340,7 +381,8 @@ def test_the_readme_is_true(image: Image, tmp_path: Path) -> None:
     assert status == 0
     assert count > 50
     assert len(blocks) == 5
-    assert all(re.match(r"0xfffffffff\w+ pyroute2/plan9/\w+\.py:", line) for line in blocks)
+    place = r"0xf\w+ (\S+\+0x\w+( \[\w+\])?|pyroute2/plan9/\w+\.py:\S+)"
+    assert all(re.fullmatch(place, line) for line in blocks), blocks
 
 
 def test_a_target_of_ones_own(image: Image, tmp_path: Path) -> None:
@@ -352,7 +394,7 @@ def test_a_target_of_ones_own(image: Image, tmp_path: Path) -> None:
     fetch = f"exec 3<>/dev/tcp/target/80; {request}; cat <&3"
     result = run(
         tmp_path / "run",
-        *("--target", f"mytarget:{name}", "--", "bash", "-c", fetch),
+        *("--target", f"mytarget:{name}", *PYTHON, "--", "bash", "-c", fetch),
         cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr
@@ -389,6 +431,8 @@ def test_a_kvm_that_boots_nothing(
     monkeypatch.setattr("bridge.session.choose_accelerator", lambda _: Accelerator("kvm", "test"))
     with bridge.boot(target="none", accel="auto") as guest:
         assert guest.run("true").exit_status == 0
+        assert guest.kernel is not None, "what the accelerator allows, again"
+        assert guest.kernel.offset is not None
         assert guest.accelerator == Accelerator("tcg", "nothing booted under KVM")
     assert "once more with tcg" in caplog.text
     with pytest.raises(BootTimeoutError), bridge.boot(target="none", accel="kvm"):

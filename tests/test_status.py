@@ -68,7 +68,7 @@ def test_a_running_bridge_from_outside() -> None:
         command = [sys.executable, "-m", "bridge", "status", *options]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    with bridge.boot(target="none", syscall_pcs=True) as guest:
+    with bridge.boot(target="none", source="python", syscall_pcs=True) as guest:
         seen: list[dict[str, Any]] = []
 
         def look(_: bytes) -> None:

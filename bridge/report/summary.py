@@ -129,11 +129,6 @@ def read(path: Path) -> dict[str, Any]:
 
 def render(summary: Summary) -> str:
     """The summary as a person reads it in a terminal; no trailing newline."""
-    share = (
-        f" ({100 * summary.blocks_covered / summary.blocks_total:.1f} %)"
-        if summary.blocks_total
-        else ""
-    )
     per_call = f", {summary.pcs / summary.syscalls:.1f} a call" if summary.syscalls else ""
     reason = f" ({summary.accel_reason})" if summary.accel_reason else ""
     rows = [
@@ -148,11 +143,24 @@ def render(summary: Summary) -> str:
         ("system calls", f"{summary.syscalls:,} signalled"),
         ("PCs", f"{summary.pcs:,} appended, {summary.pcs_unique:,} different{per_call}"),
         ("lost PCs", f"{summary.lost_pcs:,}" + (", the area was full" if summary.lost_pcs else "")),
-        ("blocks", f"{summary.blocks_covered:,} of {summary.blocks_total:,} covered{share}"),
+        ("blocks", _blocks(summary)),
         ("exit status", str(summary.exit_status)),
         ("ended by", summary.error),
     ]
     return "\n".join(f"{name:>12}  {text}" for name, text in rows if text)
+
+
+def _blocks(summary: Summary) -> str:
+    """What was covered of each source that there was."""
+    text = []
+    kernel = summary.more.get("kernel_blocks_covered")
+    if kernel is not None:
+        text.append(f"{kernel:,} of the guest kernel")
+    total = summary.blocks_total
+    if total or kernel is None:
+        share = f" ({100 * summary.blocks_covered / total:.1f} %)" if total else ""
+        text.append(f"{summary.blocks_covered:,} of {total:,} covered{share}")
+    return "; ".join(text)
 
 
 def _seconds(value: float | None) -> str:

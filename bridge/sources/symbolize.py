@@ -118,13 +118,16 @@ class Symbolizer:
         """What a PC, or any other address of its slot, stands for."""
         return self._table.lookup(pc)
 
-    def write(self, pc: PC, out: TextIO) -> bool:
-        """Print one PC and its place; prints nothing and returns False for an unknown one."""
+    def text(self, pc: PC) -> str | None:
+        """The place of a PC as it is printed; None for an unknown one."""
         location = self.lookup(pc)
         if location is not None:
-            self._write(pc, location, out)
-            return True
-        text = self._kernel.text(pc, self._prefix) if self._kernel is not None else None
+            return f"{self._prefix}{location}"
+        return self._kernel.text(pc, self._prefix) if self._kernel is not None else None
+
+    def write(self, pc: PC, out: TextIO) -> bool:
+        """Print one PC and its place; prints nothing and returns False for an unknown one."""
+        text = self.text(pc)
         if text is None:
             return False
         out.write(f"{pc:#x}\n{text}\n")
@@ -145,6 +148,8 @@ class Symbolizer:
         all the same. Returns the number of lines that were not printed.
         """
         failed = 0
+        # A run of many processes repeats each PC hundreds of times.
+        places: dict[PC, str | None] = {}
         for line in lines:
             text = line.strip()
             if not text:
@@ -154,7 +159,11 @@ class Symbolizer:
                 failed += 1
                 continue
             pc = int(text, 16)
-            if not self.write(pc, out):
+            if pc not in places:
+                places[pc] = self.text(pc)
+            if (place := places[pc]) is not None:
+                out.write(f"{pc:#x}\n{place}\n")
+            else:
                 print(f"symbolize: {pc:#x} is no PC of this run's blocks", file=err)
                 failed += 1
         return failed

@@ -38,6 +38,7 @@ from bridge.errors import (
     GuestSetupError,
     MissingDependencyError,
     QemuError,
+    UnwatchableError,
     UsageError,
 )
 from bridge.vm.config import BackendFds, MachineConfig, WatchFds, paste_command, qemu_command
@@ -47,11 +48,14 @@ from bridge.vm.process import Process, spawn
 from bridge.vm.qmp import EventLoopThread, Qmp
 from bridge.vm.report import Ready, ReportReader, Unhealthy
 
-__all__ = ["Ending", "LossListener", "Machine", "State"]
+__all__ = ["PLUGIN_REMEDY", "Ending", "LossListener", "Machine", "State"]
 
 logger = logging.getLogger(__name__)
 
 LossListener = Callable[[BridgeError], None]
+
+PLUGIN_REMEDY = "install a QEMU with TCG plugins, 7.2 or newer, or ask for --source python"
+"""What helps where QEMU does not load the plugin that watches the guest kernel."""
 
 _GREETING_SECONDS = 30.0
 _QUIT_SECONDS = 5.0
@@ -188,7 +192,8 @@ class Machine:
         """Start QEMU; the guest boots when this returns.
 
         Raises :class:`bridge.errors.MissingDependencyError` when QEMU is not there or lacks a
-        device, :class:`bridge.errors.UsageError` for an SSH port that is taken, and
+        device, :class:`bridge.errors.UnwatchableError` when it cannot load the plugin,
+        :class:`bridge.errors.UsageError` for an SSH port that is taken, and
         :class:`bridge.errors.QemuError` when QEMU ends by itself; nothing is left running then.
         """
         if self.state is not State.CREATED:
@@ -545,10 +550,10 @@ class Machine:
                 hint="install a complete QEMU, 7.2 or newer",
             )
         if self.config.plugin is not None and "plugin" in said:
-            return MissingDependencyError(
+            return UnwatchableError(
                 "this QEMU cannot load the plugin that watches the guest kernel",
                 evidence=said,
-                hint="install a QEMU with TCG plugins, 7.2 or newer, or ask for --source python",
+                hint=PLUGIN_REMEDY,
             )
         hint = "the last line starts the same machine by hand"
         if "cannot set up guest memory" in said:

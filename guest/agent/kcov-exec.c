@@ -73,18 +73,19 @@ struct failure {
 static unsigned long entries = DEFAULT_ENTRIES;
 /* Words before the count. */
 static unsigned long bitmap;
-static bool verbose, follow;
+static bool verbose, follow, binary;
 static const char *device_path;
 static FILE *output;
 static struct trace *traces;
 
 static const char help[] =
-	"usage: kcov-exec [-o FILE] [-n ENTRIES] [-f] [-u] [-v] -- CMD [ARGUMENT]...\n"
+	"usage: kcov-exec [-o FILE] [-b] [-n ENTRIES] [-f] [-u] [-v] -- CMD [ARGUMENT]...\n"
 	"\n"
 	"Runs CMD with kcov enabled and ends with its exit status.\n"
 	"\n"
 	"  -o FILE     write the PCs to FILE (- is standard output), one 0x%016lx a line;\n"
 	"              without it they are only counted\n"
+	"  -b          write them as they are in memory: 8 bytes each\n"
 	"  -n ENTRIES  size of each area in 64-bit words, a multiple of 512 (default 524288);\n"
 	"              one word is the count, so ENTRIES-1 PCs fit\n"
 	"  -f          follow: trace child processes and threads too, each with an area of its own\n"
@@ -247,6 +248,10 @@ static void write_pcs(const uint64_t *pcs, uint64_t count)
 	static const char digits[] = "0123456789abcdef";
 	char line[] = "0x0000000000000000\n";
 
+	if (binary) {
+		fwrite(pcs, sizeof(*pcs), count, output);
+		return;
+	}
 	for (uint64_t i = 0; i < count; i++) {
 		uint64_t pc = pcs[i];
 
@@ -692,7 +697,7 @@ int main(int argc, char **argv)
 	const char *path = NULL;
 	int option, status;
 
-	while ((option = getopt_long(argc, argv, "+o:n:fuvh", options, NULL)) >= 0) {
+	while ((option = getopt_long(argc, argv, "+o:bn:fuvh", options, NULL)) >= 0) {
 		switch (option) {
 		case 'o':
 			path = optarg;
@@ -700,6 +705,9 @@ int main(int argc, char **argv)
 		case 'n':
 			if (!parse_entries(optarg))
 				return EXIT_FAILED;
+			break;
+		case 'b':
+			binary = true;
 			break;
 		case 'f':
 			follow = true;

@@ -260,8 +260,15 @@ def side_by_side(kernel: Result, device: Result) -> str:
 def _boot(kernel: str | None, personality: str, cpus: int) -> Session:
     """``kernel``: a reference kernel's variant, None for the project's own image."""
     if kernel is None:
-        return bridge.boot(target="none", syscall_pcs=True, personality=personality, cpus=cpus)
+        return bridge.boot(
+            target="none",
+            source="python",
+            syscall_pcs=True,
+            personality=personality,
+            cpus=cpus,
+        )
     return bridge.boot(
+        source="python",
         image=reference.build(kernel).name,
         memory=_MEMORY[kernel],
         boot_timeout=_REFERENCE_BOOT,

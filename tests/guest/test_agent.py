@@ -39,7 +39,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     out = tmp_path_factory.mktemp("agent")
     program = compile_for_guest(build(), Path(__file__).with_name("follow.c"), out / "follow")
     # A region of 64 MiB holds sixteen areas of the size that kcov-exec makes by default.
-    settings = Settings(target="none", syscall_pcs=True, region=64)
+    settings = Settings(target="none", source="python", syscall_pcs=True, region=64)
     with Session(settings, out) as session:
         session.guest.upload(program, "/usr/local/bin/follow", 0o755)
         yield session

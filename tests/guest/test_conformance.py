@@ -46,7 +46,11 @@ def binaries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @contextmanager
 def booted(personality: str, binaries: dict[str, Path]) -> Iterator[Subject]:
     with bridge.boot(
-        target="none", syscall_pcs=True, personality=personality, cpus=CPUS[personality]
+        target="none",
+        source="python",
+        syscall_pcs=True,
+        personality=personality,
+        cpus=CPUS[personality],
     ) as session:
         conformance.upload(session, binaries)
         yield Subject(session, personality, {})

@@ -23,7 +23,7 @@ def binaries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_the_module_goes_and_comes_back(binaries: dict[str, Path]) -> None:
-    with bridge.boot(target="none", syscall_pcs=True) as session:
+    with bridge.boot(target="none", source="python", syscall_pcs=True) as session:
         upload(session, binaries)
         held = session.run("exec 3</dev/kcov; rmmod kcov_bridge")
         assert held.exit_status != 0, "an open descriptor holds the module"
@@ -40,7 +40,7 @@ def test_the_module_goes_and_comes_back(binaries: dict[str, Path]) -> None:
 
 
 def test_the_documentations_example() -> None:
-    with bridge.boot(target="none", syscall_pcs=True) as session:
+    with bridge.boot(target="none", source="python", syscall_pcs=True) as session:
         result = session.run("kcov-doc")
         assert result.exit_status == 0
         found = [int(word, 16) for word in result.text.split()]
@@ -49,7 +49,7 @@ def test_the_documentations_example() -> None:
 
 
 def test_the_guest_reads_what_was_lost() -> None:
-    with bridge.boot(target="none", syscall_pcs=True) as session:
+    with bridge.boot(target="none", source="python", syscall_pcs=True) as session:
         stats = "/sys/kernel/debug/kcov_bridge_stats"
         # What traces has a row of its own; an area of 512 words has room for 511 PCs.
         script = f"for i in $(seq 300); do : </etc/passwd; done; echo $$; cat {stats}; :"
@@ -67,7 +67,7 @@ def test_the_guest_reads_what_was_lost() -> None:
 
 def test_the_region_is_mapped_cached() -> None:
     """Also where the guest's memory types count: KVM on AMD honours them."""
-    with bridge.boot(target="none") as session:
+    with bridge.boot(target="none", source="python") as session:
         # kcov-exec has its area mapped while the command runs.
         types = session.run("kcov-exec -- cat /sys/kernel/debug/x86/pat_memtype_list").text
         device = session.run(

@@ -18,7 +18,7 @@ import pytest
 import bridge
 from bridge.image import build, compile_for_guest
 from bridge.session import Session
-from bridge.sources.pcs import SYSCALL_SLOTS, syscall_pc
+from bridge.sources.pcs import SYSCALL_SLOTS, Location, syscall_pc
 
 pytestmark = pytest.mark.vm
 
@@ -40,7 +40,9 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module", params=[1, 4], ids=["1cpu", "4cpus"])
 def session(request: pytest.FixtureRequest, programs: dict[str, Path]) -> Iterator[Session]:
-    with bridge.boot(target="plan9", syscall_pcs=True, cpus=request.param) as session:
+    with bridge.boot(
+        target="plan9", source="python", syscall_pcs=True, cpus=request.param
+    ) as session:
         for name, program in programs.items():
             session.guest.upload(program, f"/tmp/{name}", 0o755)
         yield session
@@ -95,6 +97,6 @@ def test_eight_instances_are_all_given_everything(session: Session) -> None:
     assert len(pcs) > 50
     for pc in pcs:
         location = session.symbolize(pc)
-        assert location is not None
+        assert isinstance(location, Location)
         assert location.file.startswith("pyroute2/")
     assert_nothing_is_left(session)

@@ -65,7 +65,14 @@ def test_a_storm(
 ) -> None:
     linux = personality == "linux"
     # A small region, so that what the guest touches is not the host's memory.
-    guest = bridge.boot(target="none", syscall_pcs=True, region=64, cpus=2, personality=personality)
+    guest = bridge.boot(
+        target="none",
+        source="python",
+        syscall_pcs=True,
+        region=64,
+        cpus=2,
+        personality=personality,
+    )
     with caplog.at_level(logging.INFO), guest as session:
         doorbell, device = session.doorbell, session.device
         assert doorbell is not None
