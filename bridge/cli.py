@@ -197,7 +197,7 @@ def _fill_ssh(parser: argparse.ArgumentParser) -> None:
 
 def _fill_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    _add_config(parser, ("qemu", "accel", "image", "memory", "region"))
+    _add_config(parser, ("qemu", "accel", "source", "image", "memory", "region"))
     parser.set_defaults(function=_doctor)
 
 

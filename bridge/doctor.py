@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from bridge import image as images
 from bridge.config import Settings
 from bridge.errors import BridgeError
 from bridge.image.store import resolve
+from bridge.sources.guest_kernel.plugin import build_plugin, why_not_loaded
 from bridge.vm.accel import choose_accelerator, why_not_kvm
 
 __all__ = ["Check", "Package", "debian_packages", "diagnose", "doctor_command", "render"]
@@ -43,6 +45,8 @@ _BUILD_MIB = 2048
 _PROBE_SECONDS = 30.0
 
 _QEMU_DEVICE = "ivshmem-doorbell"
+
+_COMPILER = frozenset({"gcc", "libc6-dev"})
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,33 @@ def _qemu(settings: Settings) -> Iterator[Check]:
     )
 
 
+def _kernel(settings: Settings) -> Iterator[Check]:
+    """Whether the guest's kernel can be watched: compiler, a QEMU that loads the plugin, TCG."""
+    name = "guest kernel's coverage"
+    required = settings.source in ("kernel", "kernel,python", "python,kernel")
+    qemu = shutil.which(settings.qemu)
+    try:
+        accelerator = choose_accelerator(settings.accel).name
+        with tempfile.TemporaryDirectory(prefix="kcov-bridge-") as directory:
+            plugin = build_plugin(spare=Path(directory))
+            why = why_not_loaded(qemu, plugin) if qemu else f"{settings.qemu} is not there"
+    except BridgeError as error:
+        yield Check(name, required, False, error.message, error.hint)
+        return
+    if why is not None:
+        detail = f"this QEMU does not load the plugin: {why}"
+        remedy = "use a QEMU with TCG plugins, as Debian's is: --qemu PROGRAM"
+        yield Check(name, required, False, detail, remedy)
+    elif settings.ssh_key is not None:
+        detail = "the symbols of the kernel in a disk image of your own are not known"
+        remedy = "take an image of kcov-bridge image build"
+        yield Check(name, required, False, detail, remedy)
+    elif accelerator != "tcg":
+        yield Check(name, required, False, "KVM hides the guest's code", "ask for --accel tcg")
+    else:
+        yield Check(name, required, True, "works under TCG")
+
+
 def _accelerator(settings: Settings) -> Iterator[Check]:
     try:
         chosen = choose_accelerator(settings.accel)
@@ -203,16 +234,26 @@ def _guest_image(settings: Settings) -> tuple[Check, bool]:
     return Check(name, True, True, str(path)), False
 
 
+def _found(probe: str) -> str | None:
+    """Where a package's probe is: a program on PATH, or a file."""
+    if probe.startswith("/"):
+        return probe if Path(probe).exists() else None
+    return shutil.which(probe)
+
+
 def _image(settings: Settings) -> Iterator[Check]:
     check, to_build = _guest_image(settings)
     yield check
     for package in debian_packages("run") + debian_packages("user"):
         if package.name.startswith("qemu-"):
             continue
-        there = shutil.which(package.probe)
+        there = _found(package.probe)
         yield Check(
             package.name,
-            to_build and not (package.purpose == "user" and os.geteuid() == 0),
+            # What watches the kernel has a check of its own, and a run does without.
+            to_build
+            and package.name not in _COMPILER
+            and not (package.purpose == "user" and os.geteuid() == 0),
             there is not None,
             there or f"is not there; it {package.what_for}",
             "" if there else _apt(package.name),
@@ -262,6 +303,7 @@ def diagnose(settings: Settings) -> tuple[Check, ...]:
         _python,
         lambda: _qemu(settings),
         lambda: _accelerator(settings),
+        lambda: _kernel(settings),
         lambda: _memory(settings),
         lambda: _image(settings),
     )

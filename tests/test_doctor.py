@@ -14,6 +14,7 @@ import pytest
 from bridge import doctor
 from bridge.config import Settings
 from bridge.doctor import Check, diagnose, doctor_command, render
+from tests.support import without_plugins
 
 
 def by_name(settings: Settings | None = None) -> dict[str, Check]:
@@ -90,6 +91,41 @@ def test_a_qemu_that_does_not_do(tmp_path: Path, script: str, name: str, detail:
     assert check.required
     assert detail in check.detail
     assert check.remedy
+
+
+KERNEL = "guest kernel's coverage"
+
+
+def test_the_guests_kernel_can_be_watched_here() -> None:
+    check = by_name(Settings(accel="tcg"))[KERNEL]
+    assert check.found, check
+    assert not check.required
+    assert by_name(Settings(accel="tcg", source="kernel"))[KERNEL].required
+
+
+def test_a_qemu_without_plugins(tmp_path: Path) -> None:
+    check = by_name(Settings(qemu=str(without_plugins(tmp_path)), source="kernel,python"))[KERNEL]
+    assert not check.found
+    assert check.required
+    assert "plugin interface not enabled" in check.detail
+    assert "--qemu" in check.remedy
+
+
+def test_no_compiler_for_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    qemu = shutil.which("qemu-system-x86_64")
+    assert qemu is not None
+    (programs / "qemu-system-x86_64").symlink_to(qemu)
+    monkeypatch.setenv("PATH", str(programs))
+    checks = by_name()
+    assert checks["QEMU"].found
+    assert not checks[KERNEL].found
+    assert not checks[KERNEL].required, "a run does without"
+    assert "gcc and libc6-dev" in checks[KERNEL].remedy
+    assert not checks["gcc"].found
+    assert checks["gcc"].remedy.endswith(" gcc")
+    assert not checks["gcc"].required
 
 
 def test_kvm_that_was_asked_for_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
