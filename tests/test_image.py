@@ -116,6 +116,15 @@ def test_what_is_no_package_name_is_refused(name: str) -> None:
         Recipe.load("bookworm", ROOT / "images").with_packages([name])
 
 
+def test_a_base_of_an_earlier_format_is_not_used(
+    sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe.load("bookworm", sources.recipes)
+    now = sources.base_fingerprint(recipe)
+    monkeypatch.setattr("bridge.image.recipe.BASE_FORMAT", 1)
+    assert sources.base_fingerprint(recipe) != now
+
+
 def test_fingerprints_have_two_levels(sources: Sources) -> None:
     recipe = Recipe.load("bookworm", sources.recipes)
     base, agent = sources.base_fingerprint(recipe), sources.agent_fingerprint()

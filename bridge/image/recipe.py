@@ -19,8 +19,9 @@ from bridge.errors import ImageError, UsageError
 
 __all__ = ["BASE_FORMAT", "IMAGE_FORMAT", "Recipe", "Sources", "recipes"]
 
-BASE_FORMAT = 1
-"""Version of what the builder makes of a recipe; a new one makes every base be built anew."""
+BASE_FORMAT = 2
+"""Version of what the builder makes of a recipe; a new one makes every base be built anew. 2: bases
+have ``modules.json``."""
 
 IMAGE_FORMAT = 1
 """Version of an image's files and manifest; a new one makes every image be built anew."""
