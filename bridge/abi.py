@@ -162,7 +162,8 @@ class Op(IntEnum):
     """The last descriptor is closed while TASK owns the instance; the answer 0 ends that."""
     KERNEL = 12
     """In the module's own slot, which is no instance: the payload describes the kernel, see
-    :class:`KernelWord`; the answer 0 says that the host watches it."""
+    :class:`KernelWord`; the answer 0 says that the host watches it. Without CPUS the kernel ends:
+    by a reboot, or for another that runs from now on."""
     MODULE = 13
     """Likewise: a module's code comes (ARG0 = 1) or goes (0); ARG1 = its address, ARG2 = bytes;
     the payload: its name."""

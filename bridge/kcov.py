@@ -427,12 +427,12 @@ class Device(Generic[C]):
 
         No more of each than it was given: a count that the guest made up costs no memory.
         """
-        return [
-            pc
-            for kcov in self._open
-            if kcov.area is not None
-            for pc in kcov.area.read(kcov.appended)
-        ]
+        pcs: list[int] = []
+        for kcov in self._open:
+            self.count_watched(kcov)
+            if kcov.area is not None:
+                pcs += kcov.area.read(kcov.appended)
+        return pcs
 
     def syscall_return(self, kcov: Kcov[C], task: Task, number: int) -> Errno:
         """A system call of the owner returns: everything covered since goes into its area.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bridge import abi
-from bridge.errors import MissingDependencyError, SourceError
+from bridge.errors import SourceError, UnwatchableError
 from bridge.region import Region
 from bridge.sources.guest_kernel import plan as layout
 from bridge.sources.guest_kernel import plugin
@@ -97,8 +98,23 @@ def test_the_plugin_compiles_without_a_warning() -> None:
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(MissingDependencyError, match="C compiler"):
+    with pytest.raises(UnwatchableError, match="C compiler") as caught:
         plugin.build_plugin()
+    assert "gcc and libc6-dev" in caught.value.hint
+
+
+def test_a_compiler_that_compiles_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As one without the C library's headers."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(tmp_path / "cache"))
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho 'kcov_tcg.c:1: stdio.h: No such file' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    with pytest.raises(UnwatchableError, match="does not compile") as caught:
+        plugin.build_plugin()
+    assert "stdio.h" in caught.value.evidence
+    assert "gcc and libc6-dev" in caught.value.hint
+    assert not list((tmp_path / "cache" / "plugins").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -156,6 +172,7 @@ def kernel() -> Iterator[GuestKernel]:
 
 def payload(offset: int = 0x1400000, **cpus: int) -> list[int]:
     words = [0] * (abi.PAGE_SIZE // abi.WORD)
+    words[abi.KernelWord.CPUS] = 1
     words[abi.KernelWord.SYSCALL_ENTRY] = ENTRY + offset
     words[abi.KernelWord.CPU] = cpus.get("current", 0x1000)
     words[abi.KernelWord.CPU + 1] = cpus.get("preempt", 0x1010)
@@ -336,6 +353,37 @@ def test_owners(kernel: GuestKernel) -> None:
         assert kernel.detach(7) == (5, 3)
         assert words[at + SlotWord.TASK] == 0
         assert words[PlanWord.EPOCH] != epoch
+        assert kernel.detach(7) == (0, 0)
+    finally:
+        region.close()
+
+
+def test_a_kernel_that_goes(kernel: GuestKernel) -> None:
+    """By a reboot or kexec: its tasks are nobody's, but what they were given counts."""
+    region = Region(MIB)
+    try:
+        area = region.allocate(512)
+        assert area is not None
+        words = kernel.plan.words
+        at = layout.SLOTS_OFFSET // abi.WORD + 7 * layout.PLAN_SLOT_WORDS
+        assert kernel.describe(payload()) == 0
+        kernel.attach(7, area, 0xFFFF_8880_0000_1000)
+        words[at + SlotWord.APPENDED], words[at + SlotWord.DROPPED] = 5, 3
+        gone = payload()
+        gone[abi.KernelWord.CPUS] = 0
+        assert kernel.describe(gone) == 0
+        assert kernel.offset is None
+        assert words[at + SlotWord.TASK] == 0
+        assert words[PlanWord.WANT] == 0
+        assert cpu(kernel.plan, 0) == [layout.NOWHERE, layout.NOWHERE]
+        assert kernel.counts(7) == (5, 3)
+        kernel.attach(7, area, 0xFFFF_8880_0000_1000)
+        assert words[at + SlotWord.TASK] == 0, "it has no owners"
+        # The next one, before the host has learned that the old owners are no more.
+        assert kernel.describe(payload(0x2400000)) == 0
+        assert kernel.offset == 0x2400000
+        assert words[at + SlotWord.TASK] == 0
+        assert kernel.detach(7) == (5, 3)
         assert kernel.detach(7) == (0, 0)
     finally:
         region.close()

@@ -44,6 +44,7 @@
 #include <linux/mutex.h>
 #include <linux/pci.h>
 #include <linux/random.h>
+#include <linux/reboot.h>
 #include <linux/sched.h>
 #include <linux/sched/task.h>
 #include <linux/seq_file.h>
@@ -1058,20 +1059,40 @@ static void kb_describe_kernel(struct kb_kernel *kernel)
 			kernel->vectors[vector] = gate_offset(&gates[vector]);
 }
 
-/* Answers whether the host watches this kernel. */
-static bool kb_tell_kernel(void)
+/* This kernel is @here, or will not be from now on. Answers whether the host cares. */
+static bool kb_tell_kernel(bool here)
 {
+	struct kb_kernel *kernel = (struct kb_kernel *)kb->payload;
 	int err = -EIO;
 
 	mutex_lock(&kb_self.lock);
 	mutex_lock(&kb->payload_lock);
-	kb_describe_kernel((struct kb_kernel *)kb->payload);
+	if (here)
+		kb_describe_kernel(kernel);
+	else
+		memset(kernel, 0, sizeof(*kernel));
 	if (kb_settle(&kb_self))
 		err = kb_call(&kb_self, KB_OP_KERNEL, 0, 0, 0, 0);
 	mutex_unlock(&kb->payload_lock);
 	mutex_unlock(&kb_self.lock);
+	/* A halt, at which the plugin in QEMU throws away what it knows of the code of before. */
+	if (!err)
+		asm volatile("hlt" : : : "memory");
 	return !err;
 }
+
+/* Reboot, power-off, or kexec: another kernel may run in this memory before the host sees it. */
+static int kb_reboot_event(struct notifier_block *block, unsigned long event, void *data)
+{
+	kb_hide_current();
+	kb_tell_kernel(false);
+	kb_show_current();
+	return NOTIFY_DONE;
+}
+
+static struct notifier_block kb_reboot_notifier = {
+	.notifier_call	= kb_reboot_event,
+};
 
 /* A module's code is there, and has not run yet; or it has run for the last time. */
 static int kb_module_event(struct notifier_block *block, unsigned long event, void *data)
@@ -1107,7 +1128,7 @@ static struct notifier_block kb_module_notifier = {
 
 static int kb_begin_to_tell(void)
 {
-	int slot;
+	int slot, err;
 
 	mutex_init(&kb_self.lock);
 	slot = kb_slot_take(NULL);
@@ -1115,16 +1136,24 @@ static int kb_begin_to_tell(void)
 		return slot;
 	kb_self.slot = slot;
 	kb_self.generation = atomic64_inc_return(&kb_next);
-	kb_watched = kb_tell_kernel();
+	kb_watched = kb_tell_kernel(true);
 	if (!kb_watched)
 		return 0;
-	return register_module_notifier(&kb_module_notifier);
+	err = register_module_notifier(&kb_module_notifier);
+	if (err)
+		return err;
+	err = register_reboot_notifier(&kb_reboot_notifier);
+	if (err)
+		unregister_module_notifier(&kb_module_notifier);
+	return err;
 }
 
 static void kb_end_to_tell(void)
 {
-	if (kb_watched)
+	if (kb_watched) {
+		unregister_reboot_notifier(&kb_reboot_notifier);
 		unregister_module_notifier(&kb_module_notifier);
+	}
 	kb_watched = false;
 	mutex_destroy(&kb_self.lock);
 }

@@ -49,7 +49,7 @@ enum kb_op {
 	KB_OP_REMOTE	= 10,	/* arg0: mode, size << 32; arg1: handles or ~0; arg2: common */
 	KB_OP_CLOSE	= 11,	/* error 0: the owner is none any more; else it traces on */
 	/* Both in the module's own slot, which is no instance. */
-	KB_OP_KERNEL	= 12,	/* payload: struct kb_kernel; error 0: watch it */
+	KB_OP_KERNEL	= 12,	/* payload: struct kb_kernel, no cpus: it ends; error 0: watched */
 	KB_OP_MODULE	= 13,	/* arg0: 1 comes, 0 goes; arg1: text, arg2: bytes; payload: name */
 };
 

@@ -6,19 +6,31 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import bridge
 from bridge.cli import main
 from bridge.config import Settings
-from bridge.errors import MissingDependencyError, UsageError
+from bridge.errors import (
+    GuestLostError,
+    GuestPoweredOffError,
+    MissingDependencyError,
+    UnwatchableError,
+    UsageError,
+)
+from bridge.image import build, compile_for_guest
 from bridge.session import Session
+from bridge.sources.guest_kernel.plan import PlanWord
 from bridge.sources.pcs import PC_BASE
+from bridge.vm.ssh import Guest
 from tests.guest.conformance import complaints
+from tests.support import run, without_plugins
 
 pytestmark = pytest.mark.vm
 
@@ -88,8 +100,8 @@ def test_owners_on_two_processors_have_their_own(session: Session) -> None:
 def test_the_same_program_again(session: Session) -> None:
     """More of this, with figures: tests/bench/bench_kernel.py."""
     runs = [set(session.kcov(["stat", "/etc/passwd"], follow=False).pcs) for _ in range(5)]
-    for run in runs[2:]:
-        assert len(run & runs[1]) / len(run | runs[1]) > 0.9
+    for one in runs[2:]:
+        assert len(one & runs[1]) / len(one | runs[1]) > 0.9
 
 
 def test_an_area_too_small_for_one_call(session: Session) -> None:
@@ -100,6 +112,7 @@ def test_an_area_too_small_for_one_call(session: Session) -> None:
     assert b"the area is full" in result.stderr
     assert len(session.run("cat /tmp/small").text.split()) == 511
     assert device.totals.dropped > dropped + 1000
+    assert session.status()["lost_pcs"] == device.totals.dropped
 
 
 def test_modules_come_and_go_while_tasks_are_traced(session: Session) -> None:
@@ -130,6 +143,59 @@ def test_nothing_is_watched_once_nobody_traces(session: Session) -> None:
     assert plan.plan.words[8] == 0, "the bridge does not want it any more"
     assert plan.plan.words[16] == 0, "and the plugin has stopped"
     assert session.kcov(["true"]).pcs, "until somebody does again"
+
+
+def test_another_kernel_in_the_place_of_this_one(tmp_path: Path) -> None:
+    """kexec out of a task that traces, then a reboot out of one."""
+    image = build()
+    program = compile_for_guest(image, Path(__file__).with_name("kexec.c"), tmp_path / "kexec")
+    command = ["stat", "/etc/passwd"]
+    with bridge.boot(target="none", source="kernel", memory=512) as session:
+        kernel, device, doorbell = session.kernel, session.device, session.doorbell
+        assert kernel is not None
+        assert device is not None
+        assert doorbell is not None
+        before = session.kcov(command, follow=False)
+        assert "vfs_statx" in functions(session, before.pcs)
+        for local, name in (
+            (program, "kexec"),
+            (image.vmlinuz, "kernel"),
+            (image.initrd, "initrd"),
+        ):
+            session.guest.upload(local, f"/tmp/{name}", 0o755)
+        # It never ends: there is nobody left to say so.
+        session.run("setsid /tmp/kexec /tmp/kernel /tmp/initrd </dev/null >/dev/ttyS0 2>&1 &")
+        offsets: list[int | None] = [kernel.offset]
+        end = time.monotonic() + 300
+        while len(offsets) < 3 and time.monotonic() < end:
+            offset = doorbell.call(lambda: kernel.offset)
+            if (offset is None) != (offsets[-1] is None):
+                offsets.append(offset)
+                assert kernel.plan.words[PlanWord.WANT] == 0
+            time.sleep(0.02)
+        assert [offset is None for offset in offsets] == [False, True, False], offsets
+        (left,) = [kcov for _, kcov in doorbell.call(doorbell.instances)]
+        doorbell.call(lambda: device.count_watched(left))
+        assert left.appended > 1000
+
+        guest = Guest(session.machine.ssh_port, image.ssh_key, image.host_key.read_text())
+        with guest:
+            guest.connect(timeout=120)
+            session.guest = guest
+            session.run("mkdir -p /run/kcov-bridge")
+            appended = device.totals.appended
+            after = session.kcov(command, follow=False)
+            assert after.exit_status == 0, after.stderr.decode()
+            assert device.totals.appended - appended >= len(after.pcs)
+            assert device.enabled == 0, "of the old kernel nothing is left"
+            functions(session, after.pcs)
+            both = set(before.pcs) & set(after.pcs)
+            assert len(both) > 0.85 * len({*before.pcs, *after.pcs})
+            with pytest.raises(GuestLostError):
+                session.kcov(["reboot", "-f"])
+        assert isinstance(session.machine.loss, GuestPoweredOffError)
+        assert "was reset" in session.machine.loss.message
+        assert "__do_sys_reboot" in functions(session, session.partial_pcs)
 
 
 def test_a_filter() -> None:
@@ -165,12 +231,79 @@ def test_a_plugin_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.Monk
     broken.write_text("no object file")
     monkeypatch.setattr("bridge.session.build_plugin", lambda: broken)
     with (
-        pytest.raises(MissingDependencyError, match="cannot load the plugin") as caught,
+        pytest.raises(UnwatchableError, match="cannot load the plugin") as caught,
         bridge.boot(target="none", source="kernel"),
     ):
         pass
     assert "--source python" in caught.value.report()
     assert "broken.so" in caught.value.report()
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the session has warned of."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if (record.name, record.levelname) == ("bridge.session", "WARNING")
+    ]
+
+
+def test_a_qemu_without_plugins(tmp_path: Path) -> None:
+    """Asked for it is an error; by default the run goes on without the kernel, and says so."""
+    qemu = str(without_plugins(tmp_path))
+    with (
+        pytest.raises(UnwatchableError, match="cannot load the plugin") as caught,
+        bridge.boot(target="none", source="kernel", qemu=qemu),
+    ):
+        pass
+    assert "plugin interface not enabled" in caught.value.evidence
+    out = tmp_path / "out"
+    result = run(out, "--accel", "tcg", "--qemu", qemu, "--", "cat", "/mnt/target/README")
+    assert result.returncode == 0, result.stderr
+    (said,) = [line for line in result.stderr.splitlines() if "is not recorded" in line]
+    assert "the guest kernel is not recorded: this QEMU cannot load the plugin" in said
+    assert "plugin interface not enabled" in said
+    assert "install a QEMU with TCG plugins" in said
+    assert "imported before" not in result.stderr, "the target is started once"
+    assert json.loads((out / "summary.json").read_text())["sources"] == ["python"]
+    pcs = [int(line, 16) for line in (out / "pcs.txt").read_text().split()]
+    assert pcs
+    assert min(pcs) >= PC_BASE
+    assert not list(out.glob("kernel-*"))
+
+
+def test_by_default_it_goes_without_the_kernel_where_it_must(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As far as to QEMU, which is not there."""
+    disk, key = tmp_path / "disk.img", tmp_path / "key"
+    for file in (disk, key):
+        file.write_text("none")
+    build()
+    own = {"image": str(disk), "ssh_key": key}
+    cases: list[tuple[str, str, dict[str, Any]]] = [
+        ("needs a C compiler", "install gcc and libc6-dev", {}),
+        ("its symbols are not known", "an image of kcov-bridge image build", own),
+    ]
+    for why, remedy, settings in cases:
+        with monkeypatch.context() as patch:
+            if not settings:
+                patch.setenv("PATH", str(tmp_path))
+            everything = {"target": "none", "accel": "tcg", "qemu": "/nowhere/qemu", **settings}
+            with (
+                pytest.raises(UnwatchableError, match=why),
+                bridge.boot(source="kernel", **everything),
+            ):
+                pass
+            caplog.clear()
+            with (
+                pytest.raises(MissingDependencyError, match="/nowhere/qemu"),
+                bridge.boot(**everything),
+            ):
+                pass
+        (said,) = warnings(caplog)
+        assert why in said
+        assert remedy in said
 
 
 def test_not_under_kvm() -> None:

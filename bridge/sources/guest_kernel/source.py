@@ -98,6 +98,8 @@ class GuestKernel:
         self._vectors: list[int] = []
         self._entry = 0
         self._attached: set[int] = set()
+        # Those that were attached when their kernel went: nothing more comes, but they count.
+        self._cut_off: set[int] = set()
         self._blocks_covered = 0
         self._quiet_since: float | None = None
         self._blind = False
@@ -126,7 +128,10 @@ class GuestKernel:
     # What the guest's module says; none of it is trusted further than an address is bounded
 
     def describe(self, payload: Sequence[int]) -> int:
-        """KERNEL: errno. A kernel that is not the expected one is not watched."""
+        """KERNEL: errno. What is not the expected kernel is not watched, nor one that ends."""
+        self._forget()
+        if not payload[KernelWord.CPUS]:
+            return 0
         if self._code is None:
             return errno.ENOEXEC
         entry = payload[KernelWord.SYSCALL_ENTRY]
@@ -143,8 +148,6 @@ class GuestKernel:
             at = KernelWord.CPU + 2 * cpu
             current, preempt = payload[at : at + 2]
             cpus.append((self._where(current, 8), self._where(preempt, 4)))
-        for slot in tuple(self._attached):
-            self.detach(slot)
         marker = payload[KernelWord.MARKER]
         self.plan.set_marker(marker, self._where(payload[KernelWord.MARKER_PHYSICAL], 64))
         for cpu, (current, preempt) in enumerate(cpus):
@@ -154,8 +157,25 @@ class GuestKernel:
         self._vectors = list(payload[KernelWord.VECTORS : KernelWord.VECTORS + VECTORS])
         for name in tuple(self.code.modules):
             self.code.module_goes(name)
+        self.unnamed = True
         self.tell_code()
         return 0
+
+    def _forget(self) -> None:
+        """The kernel of before runs no more, and what is where it was says nothing.
+
+        WANT is 0: at the next halt of a vCPU, which the module executes, all translated code is
+        thrown away. It knows another kernel's addresses.
+        """
+        self.offset = None
+        for cpu in range(KERNEL_CPUS):
+            self.plan.set_cpu(cpu, NOWHERE, NOWHERE)
+        while self._attached:
+            slot = self._attached.pop()
+            self._cut_off.add(slot)
+            self.plan.detach(slot)
+        self._quiet_since = None
+        self.plan.words[PlanWord.WANT] = 0
 
     def _where(self, physical: int, alignment: int) -> int:
         where = ram_offset(physical, self._memory) if physical else None
@@ -208,16 +228,21 @@ class GuestKernel:
         if self.offset is None or not task:
             return
         self._attached.add(slot)
+        self._cut_off.discard(slot)
         self._quiet_since = None
         self.plan.words[PlanWord.WANT] = 1
         self.plan.attach(slot, task, area.offset, area.size, area.bitmap_words)
 
     def counts(self, slot: int) -> tuple[int, int]:
         """PCs appended and dropped for the slot's owner since it was attached."""
-        return self.plan.counts(slot) if slot in self._attached else (0, 0)
+        known = slot in self._attached or slot in self._cut_off
+        return self.plan.counts(slot) if known else (0, 0)
 
     def detach(self, slot: int) -> tuple[int, int]:
         """The slot has no owner any more; as :meth:`counts`. Nobody writes to its area then."""
+        if slot in self._cut_off:
+            self._cut_off.discard(slot)
+            return self.plan.counts(slot)
         if slot not in self._attached:
             return 0, 0
         self._attached.discard(slot)
