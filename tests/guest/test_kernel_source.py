@@ -276,34 +276,20 @@ def test_by_default_it_goes_without_the_kernel_where_it_must(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As far as to QEMU, which is not there."""
-    disk, key = tmp_path / "disk.img", tmp_path / "key"
-    for file in (disk, key):
-        file.write_text("none")
     build()
-    own = {"image": str(disk), "ssh_key": key}
-    cases: list[tuple[str, str, dict[str, Any]]] = [
-        ("needs a C compiler", "install gcc and libc6-dev", {}),
-        ("its symbols are not known", "an image of kcov-bridge image build", own),
-    ]
-    for why, remedy, settings in cases:
-        with monkeypatch.context() as patch:
-            if not settings:
-                patch.setenv("PATH", str(tmp_path))
-            everything = {"target": "none", "accel": "tcg", "qemu": "/nowhere/qemu", **settings}
-            with (
-                pytest.raises(UnwatchableError, match=why),
-                bridge.boot(source="kernel", **everything),
-            ):
-                pass
-            caplog.clear()
-            with (
-                pytest.raises(MissingDependencyError, match="/nowhere/qemu"),
-                bridge.boot(**everything),
-            ):
-                pass
-        (said,) = warnings(caplog)
-        assert why in said
-        assert remedy in said
+    everything: dict[str, Any] = {"target": "none", "accel": "tcg", "qemu": "/nowhere/qemu"}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with (
+        pytest.raises(UnwatchableError, match="needs a C compiler"),
+        bridge.boot(source="kernel", **everything),
+    ):
+        pass
+    caplog.clear()
+    with pytest.raises(MissingDependencyError, match="/nowhere/qemu"), bridge.boot(**everything):
+        pass
+    (said,) = warnings(caplog)
+    assert "needs a C compiler" in said
+    assert "install gcc and libc6-dev" in said
 
 
 def test_not_under_kvm() -> None:
