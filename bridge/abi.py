@@ -30,6 +30,8 @@ __all__ = [
     "ENOTSUPP",
     "GVISOR_MAX_WORDS",
     "HOST_PEER",
+    "KCOV_CMP_CONST",
+    "KCOV_CMP_SIZE",
     "KCOV_DISABLE",
     "KCOV_ENABLE",
     "KCOV_INIT_TRACE",
@@ -39,6 +41,7 @@ __all__ = [
     "KCOV_TRACE_CMP",
     "KCOV_TRACE_PC",
     "KCOV_UNIQUE_ENABLE",
+    "KCOV_WORDS_PER_CMP",
     "KICK_SLOT_BITS",
     "LINUX_MAX_WORDS",
     "MAGIC",
@@ -69,10 +72,20 @@ KCOV_REMOTE_ENABLE = 0x40186366
 KCOV_TRACE_PC = 0
 KCOV_TRACE_CMP = 1
 KCOV_REMOTE_MAX_HANDLES = 0x100
+KCOV_CMP_CONST = 1
+"""In the type of a comparison: the first operand is a constant."""
+KCOV_WORDS_PER_CMP = 4
+"""``KCOV_WORDS_PER_CMP`` in ``kernel/kcov.c``: type, two operands, PC."""
 # As proposed for Linux ("kcov: add ioctl(KCOV_UNIQUE_ENABLE)", "kcov: add ioctl(KCOV_RESET_TRACE)",
 # linux-kernel, July 2025); not in its uapi header yet.
 KCOV_UNIQUE_ENABLE = 0x40086367
 KCOV_RESET_TRACE = 0x6368
+
+
+def KCOV_CMP_SIZE(log: int) -> int:
+    """In the type of a comparison: operands of ``1 << log`` bytes, ``log`` 0 to 3."""
+    return log << 1
+
 
 LINUX_MAX_WORDS = 0x7FFFFFFF // 8
 """Largest area in words: ``kcov_ioctl`` in Linux refuses more than INT_MAX / 8."""

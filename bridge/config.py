@@ -130,6 +130,13 @@ class Settings:
             choices=("auto", "python", "kernel", "python,kernel", "kernel,python"),
         ),
     )
+    comparisons: bool = field(
+        default=False,
+        metadata=_about(
+            Kind.FLAG,
+            "record what the target's Python code compares, for KCOV_TRACE_CMP; slows the target",
+        ),
+    )
     kernel_include: str = field(
         default="",
         metadata=_about(

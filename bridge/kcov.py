@@ -10,7 +10,7 @@ ioctl, the mmap or the exit in the guest is to end. Two personalities:
 The life of an instance::
 
                 INIT_TRACE            ENABLE
-    DISABLED ───────────────▶ INIT ───────────▶ TRACE_PC, UNIQUE_PC
+    DISABLED ───────────────▶ INIT ───────────▶ TRACE_PC, UNIQUE_PC, TRACE_CMP
                                ▲                   │
                                └── DISABLE, exit ──┘       release ends it from any mode
 
@@ -36,8 +36,19 @@ from bridge.abi import (
     WORD,
 )
 from bridge.region import Area
+from bridge.sources.comparisons import Comparison, ComparisonCursor
 
-__all__ = ["Areas", "Coverage", "Device", "Kcov", "Mode", "Personality", "Totals", "Watcher"]
+__all__ = [
+    "Areas",
+    "Comparisons",
+    "Coverage",
+    "Device",
+    "Kcov",
+    "Mode",
+    "Personality",
+    "Totals",
+    "Watcher",
+]
 
 Errno = int
 Task = int
@@ -66,6 +77,7 @@ class Mode(Enum):
     INIT = "init"
     TRACE_PC = "trace-pc"
     UNIQUE_PC = "unique-pc"
+    TRACE_CMP = "trace-cmp"
 
 
 class Areas(Protocol):
@@ -94,6 +106,19 @@ class Coverage(Protocol[C]):
         """The cursor is not used any more."""
 
 
+class Comparisons(Protocol):
+    """Where records come from: :class:`bridge.sources.comparisons.ComparisonLedger`."""
+
+    def open_cursor(self) -> ComparisonCursor:
+        """As :class:`Coverage`."""
+
+    def collect(self, cursor: ComparisonCursor) -> tuple[Sequence[Comparison], int]:
+        """The comparisons since the cursor's last collect, and how many more were dropped."""
+
+    def close_cursor(self, cursor: ComparisonCursor) -> None:
+        """As :class:`Coverage`."""
+
+
 class Watcher(Protocol):
     """Who writes PCs into areas by itself: :class:`bridge.sources.guest_kernel.source.GuestKernel`.
 
@@ -115,12 +140,14 @@ class Totals:
     """Sums over all instances, also those released.
 
     ``returns``: system call returns of owners; ``appended``: PCs written into areas; ``dropped``:
-    PCs that did not fit.
+    PCs that did not fit; ``comparisons`` and ``comparisons_dropped``: the same of comparisons.
     """
 
     returns: int = 0
     appended: int = 0
     dropped: int = 0
+    comparisons: int = 0
+    comparisons_dropped: int = 0
 
 
 class Kcov(Generic[C]):
@@ -129,12 +156,16 @@ class Kcov(Generic[C]):
     ``area`` is None before INIT_TRACE (linux) or the first mmap (gvisor). ``retired`` are areas
     of the gvisor personality that DISABLE dropped while mappings of them may be left. ``handles``
     are those of KCOV_REMOTE_ENABLE; an instance that has some gets what is done on their behalf,
-    and nothing of its owner's own calls: it has no cursor.
+    and nothing of its owner's own calls: it has no cursor. Nor has one of mode TRACE_CMP: its
+    ``comparing`` is a cursor of another kind, and ``appended`` and ``dropped`` count comparisons.
+    ``compares`` says that the last ENABLE was for these.
     """
 
     __slots__ = (
         "appended",
         "area",
+        "compares",
+        "comparing",
         "cursor",
         "dropped",
         "generation",
@@ -158,6 +189,8 @@ class Kcov(Generic[C]):
         self.area: Area | None = None
         self.retired: list[Area] = []
         self.cursor: C | None = None
+        self.comparing: ComparisonCursor | None = None
+        self.compares = False
         self.handles: tuple[int, ...] = ()
         self.appended = 0
         self.dropped = 0
@@ -168,7 +201,7 @@ class Device(Generic[C]):
 
     ``syscall_pc`` maps a system call's number to the PC that stands for it, or to None; where it
     is given, each return appends that PC first. ``unique`` is every PC that any area was given, but
-    for those that ``watcher`` wrote.
+    for those that ``watcher`` wrote. Without ``comparisons`` TRACE_CMP is refused.
     """
 
     def __init__(
@@ -178,8 +211,10 @@ class Device(Generic[C]):
         personality: Personality = Personality.LINUX,
         syscall_pc: Callable[[int], int | None] | None = None,
         watcher: Watcher | None = None,
+        comparisons: Comparisons | None = None,
     ) -> None:
         self.personality = personality
+        self._comparisons = comparisons
         self._watcher = watcher
         self.totals = Totals()
         self.unique: set[int] = set()
@@ -264,6 +299,10 @@ class Device(Generic[C]):
             # gVisor's kcovFD.Ioctl looks at the low byte alone.
             error = _mode_error(mode & 0xFF, errno.EOPNOTSUPP) or (errno.EBUSY if busy else 0)
         else:
+            if mode == KCOV_TRACE_CMP and self._comparisons is not None and not busy:
+                kcov.comparing = self._comparisons.open_cursor()
+                self._own(kcov, task, Mode.TRACE_CMP)
+                return 0
             error = errno.EBUSY if busy else _mode_error(mode, ENOTSUPP)
         if error:
             return error
@@ -317,9 +356,7 @@ class Device(Generic[C]):
         if error:
             self._leave_handles(kcov)
             return error
-        kcov.owner = task
-        kcov.mode = Mode.TRACE_PC
-        self._owners[task] = kcov
+        self._own(kcov, task, Mode.TRACE_PC)
         return 0
 
     def _take_handles(self, kcov: Kcov[C], handles: Sequence[int], common_handle: int) -> Errno:
@@ -358,11 +395,15 @@ class Device(Generic[C]):
 
     def _begin(self, kcov: Kcov[C], task: Task, mode: Mode, address: int) -> None:
         kcov.cursor = self._coverage.open_cursor()
-        kcov.owner = task
-        kcov.mode = mode
-        self._owners[task] = kcov
+        self._own(kcov, task, mode)
         if self._watcher is not None and kcov.area is not None:
             self._watcher.attach(kcov.slot, kcov.area, address)
+
+    def _own(self, kcov: Kcov[C], task: Task, mode: Mode) -> None:
+        kcov.owner = task
+        kcov.mode = mode
+        kcov.compares = mode is Mode.TRACE_CMP
+        self._owners[task] = kcov
 
     def count_watched(self, kcov: Kcov[C]) -> None:
         """Bring ``appended`` and ``dropped`` up to date with what the watcher wrote."""
@@ -430,7 +471,7 @@ class Device(Generic[C]):
         pcs: list[int] = []
         for kcov in self._open:
             self.count_watched(kcov)
-            if kcov.area is not None:
+            if kcov.area is not None and not kcov.compares:
                 pcs += kcov.area.read(kcov.appended)
         return pcs
 
@@ -443,7 +484,7 @@ class Device(Generic[C]):
         area = kcov.area
         cursor = kcov.cursor
         if kcov.owner != task or area is None or cursor is None:
-            return errno.EINVAL
+            return self._return_without_cursor(kcov, task)
         totals = self.totals
         totals.returns += 1
         pcs = self._coverage.collect(cursor)
@@ -457,6 +498,22 @@ class Device(Generic[C]):
             self._append(kcov, area, pcs)
         if self._watcher is not None:
             self.count_watched(kcov)
+        return 0
+
+    def _return_without_cursor(self, kcov: Kcov[C], task: Task) -> Errno:
+        """:meth:`syscall_return` where there are no PCs to have: of mode TRACE_CMP, or refused."""
+        if kcov.owner != task or kcov.area is None or kcov.comparing is None:
+            return errno.EINVAL
+        assert self._comparisons is not None
+        totals = self.totals
+        totals.returns += 1
+        records, dropped = self._comparisons.collect(kcov.comparing)
+        fitted = kcov.area.append_comparisons(records)
+        dropped += len(records) - fitted
+        kcov.appended += fitted
+        kcov.dropped += dropped
+        totals.comparisons += fitted
+        totals.comparisons_dropped += dropped
         return 0
 
     def _append(self, kcov: Kcov[C], area: Area, pcs: Sequence[int]) -> None:
@@ -480,8 +537,11 @@ class Device(Generic[C]):
                 self._add_watched(kcov, self._watcher.detach(kcov.slot))
                 kcov.watched = (0, 0)
             self._coverage.close_cursor(kcov.cursor)
+        if kcov.comparing is not None and self._comparisons is not None:
+            self._comparisons.close_cursor(kcov.comparing)
         kcov.owner = None
         kcov.cursor = None
+        kcov.comparing = None
         kcov.mode = Mode.INIT
         self._leave_handles(kcov)
         if kcov.area is not None:

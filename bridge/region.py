@@ -14,10 +14,12 @@ import os
 from array import array
 from bisect import insort
 from collections.abc import Sequence
+from itertools import chain
 
 from bridge.abi import (
     AREAS_OFFSET,
     HOST_PEER,
+    KCOV_WORDS_PER_CMP,
     MAGIC,
     PAGE_SIZE,
     REQUESTS_OFFSET,
@@ -28,6 +30,7 @@ from bridge.abi import (
     HeaderWord,
 )
 from bridge.errors import RegionError, UsageError
+from bridge.sources.comparisons import Comparison
 
 __all__ = ["Area", "Region"]
 
@@ -36,7 +39,7 @@ _MAX_BYTES = 1 << 40
 
 
 class Area:
-    """One kcov area: word 0 is the number of PCs, the PCs follow.
+    """One kcov area: word 0 is the number of PCs, the PCs follow. Or comparisons, of four words.
 
     ``offset`` and ``bytes`` are where it lies in the region (bytes, whole pages); ``size`` is its
     number of words, which may be smaller than its pages. ``bitmap_words`` words at its start are a
@@ -83,6 +86,23 @@ class Area:
         else:
             words[start : start + fitting] = memoryview(array("Q", pcs))
         words[head] = count + fitting
+        return fitting
+
+    def append_comparisons(self, comparisons: Sequence[Comparison]) -> int:
+        """Append records after those that word 0 counts; returns how many fitted.
+
+        As ``write_comp_data`` in Linux' ``kernel/kcov.c``: a record fits where its last word does;
+        where word 0 points outside the area nothing is written.
+        """
+        words = self._words
+        count = words[0]
+        fitting = min((self.size - 1) // KCOV_WORDS_PER_CMP - count, len(comparisons))
+        if fitting <= 0:
+            return 0
+        start = 1 + count * KCOV_WORDS_PER_CMP
+        flat = array("Q", chain.from_iterable(comparisons[:fitting]))
+        words[start : start + len(flat)] = memoryview(flat)
+        words[0] = count + fitting
         return fitting
 
     def unseen(self, pcs: Sequence[int], numbers: dict[int, int]) -> list[int]:

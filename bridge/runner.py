@@ -190,6 +190,11 @@ class _Record:
                 "guest_skipped": doorbell.guest_skipped,
                 "source_failures": doorbell.counters.source_failures,
             }
+        if session.settings.comparisons and device is not None:
+            more |= {
+                "comparisons": device.totals.comparisons,
+                "lost_comparisons": device.totals.comparisons_dropped,
+            }
         kernel_blocks = session.kernel.blocks_covered if session.kernel is not None else 0
         if session.kernel is not None:
             more |= {"kernel_blocks_covered": kernel_blocks}

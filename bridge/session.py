@@ -38,11 +38,13 @@ from bridge.errors import (
     KernelUnknownError,
     TargetError,
     UnwatchableError,
+    UsageError,
 )
 from bridge.guest_image import GuestImage, find_guest_image, lines_for
 from bridge.isolated import IsolatedTarget
 from bridge.kcov import Device, Personality
 from bridge.region import Region
+from bridge.sources.comparisons import ComparisonLedger
 from bridge.sources.guest_kernel.filters import KernelFilter
 from bridge.sources.guest_kernel.plugin import build_plugin, why_not_loaded
 from bridge.sources.guest_kernel.running import read_kernel
@@ -170,19 +172,30 @@ class Session:
             code = self.image.kernel_code(self._kernel_filter, settings.vmlinux)
             self.kernel = GuestKernel(code, settings.memory << 20)
             stack.callback(self.kernel.close)
+        comparisons = None
         python = "python" in sources
         if python and settings.isolate:
+            if settings.comparisons:
+                raise UsageError(
+                    "what a target in a process of its own compares is not recorded",
+                    hint="leave --comparisons or --isolate away",
+                )
             isolated = IsolatedTarget(settings.target, settings.target_dir, out, self._deliver)
             self.target = self.source = isolated
         elif python and self.target.packages:
             data_file = out / ".coverage" if out is not None else None
-            self.source = PythonSource(self.target.packages, data_file=data_file)
+            self.source = PythonSource(
+                self.target.packages, data_file=data_file, comparisons=settings.comparisons
+            )
+            if settings.comparisons:
+                comparisons = ComparisonLedger(self.source, self._source_failed)
         self.device = Device(
             region,
             Ledger([self.source] if self.source else [], self._source_failed),
             Personality(settings.personality),
             syscall_pc if settings.syscall_pcs else None,
             self.kernel,
+            comparisons,
         )
         self.doorbell = Doorbell(
             region,
@@ -393,6 +406,8 @@ class Session:
                 "pcs": device.totals.appended,
                 "pcs_unique": len(device.unique),
                 "lost_pcs": device.totals.dropped,
+                "comparisons": device.totals.comparisons,
+                "lost_comparisons": device.totals.comparisons_dropped,
                 "guest_timeouts": doorbell.guest_timeouts,
                 "guest_skipped": doorbell.guest_skipped,
                 "source_failures": doorbell.counters.source_failures,

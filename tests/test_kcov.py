@@ -16,7 +16,8 @@ from bridge.abi import (
     LINUX_MAX_WORDS,
 )
 from bridge.kcov import Device, Kcov, Mode, Personality
-from bridge.region import Region
+from bridge.region import Area, Region
+from bridge.sources.comparisons import Comparison, ComparisonCursor
 
 WORDS = 512
 """One page: right for both personalities."""
@@ -499,3 +500,163 @@ class TestEnds:
             both.device.release(both.ready())
         assert both.region.bytes_free == free
         assert both.device.instances == 0
+
+
+class ListComparisons:
+    """Comparisons that the test makes; a cursor is a place in the list of all."""
+
+    def __init__(self) -> None:
+        self.made: list[Comparison] = []
+        self.dropped = 0
+        self.open: dict[ComparisonCursor, int] = {}
+
+    def make(self, *operands: int) -> None:
+        self.made += [(6, operand, operand + 1, 0xFF) for operand in operands]
+
+    def open_cursor(self) -> ComparisonCursor:
+        cursor = ComparisonCursor(0, 0)
+        self.open[cursor] = len(self.made)
+        return cursor
+
+    def collect(self, cursor: ComparisonCursor) -> tuple[Sequence[Comparison], int]:
+        news = self.made[self.open[cursor] :]
+        self.open[cursor] = len(self.made)
+        return news, self.dropped
+
+    def close_cursor(self, cursor: ComparisonCursor) -> None:
+        del self.open[cursor]
+
+
+class ListWatcher:
+    """Who would write the guest kernel's PCs."""
+
+    def __init__(self) -> None:
+        self.attached: list[int] = []
+
+    def attach(self, slot: int, area: Area, task: int) -> None:
+        self.attached.append(slot)
+
+    def counts(self, slot: int) -> tuple[int, int]:
+        assert slot in self.attached
+        return 0, 0
+
+    def detach(self, slot: int) -> tuple[int, int]:
+        self.attached.remove(slot)
+        return 0, 0
+
+
+class TestComparisons:
+    """KCOV_TRACE_CMP: as write_comp_data in Linux' kernel/kcov.c."""
+
+    @pytest.fixture
+    def fixture(self) -> Iterator[Fixture]:
+        fixture = Fixture(Personality.LINUX, syscall_pcs=True)
+        self.comparisons = ListComparisons()
+        self.watcher = ListWatcher()
+        fixture.device._comparisons = self.comparisons
+        fixture.device._watcher = self.watcher
+        yield fixture
+        fixture.region.close()
+
+    def comparing(self, fixture: Fixture, task: int = ALICE, words: int = WORDS) -> Kcov[list[int]]:
+        kcov = fixture.ready(words)
+        assert fixture.device.enable(kcov, task, KCOV_TRACE_CMP) == 0
+        assert kcov.mode is Mode.TRACE_CMP
+        return kcov
+
+    def words(self, kcov: Kcov[list[int]]) -> list[int]:
+        assert kcov.area is not None
+        return kcov.area._words.tolist()
+
+    def test_records_and_nothing_else(self, fixture: Fixture) -> None:
+        self.comparisons.make(1)
+        kcov = self.comparing(fixture)
+        plain = fixture.traced(BOB)
+        assert self.watcher.attached == [plain.slot]
+        self.comparisons.make(5, 5)
+        fixture.coverage.covered.append(10)
+        assert fixture.device.syscall_return(kcov, ALICE, 1) == 0
+        assert fixture.device.syscall_return(plain, BOB, 1) == 0
+        self.comparisons.make(7)
+        assert fixture.device.syscall_return(kcov, ALICE, 1) == 0
+        record = [6, 5, 6, 0xFF]
+        assert self.words(kcov)[:14] == [3, *record, *record, 6, 7, 8, 0xFF, 0]
+        assert fixture.read(plain) == [0xF001, 10]
+        assert (kcov.appended, kcov.dropped) == (3, 0)
+        totals = fixture.device.totals
+        assert (totals.returns, totals.appended, totals.comparisons) == (3, 2, 3)
+        assert fixture.device.unique == {0xF001, 10}
+        assert fixture.device.read_areas() == [0xF001, 10]
+
+    def test_who_may(self, fixture: Fixture) -> None:
+        kcov = self.comparing(fixture)
+        device = fixture.device
+        assert device.enable(kcov, BOB, KCOV_TRACE_CMP) == errno.EINVAL
+        assert device.enable(fixture.ready(), ALICE, KCOV_TRACE_CMP) == errno.EBUSY
+        assert device.enable(fixture.ready(), ALICE, KCOV_TRACE_PC) == errno.EBUSY
+        assert device.enable(device.open(), BOB, KCOV_TRACE_CMP) == errno.EINVAL
+        assert device.enable(fixture.ready(), BOB, KCOV_TRACE_CMP | 1 << 32) == errno.EINVAL
+        assert device.syscall_return(kcov, BOB, 1) == errno.EINVAL
+        assert device.remote_enable(fixture.ready(), BOB, KCOV_TRACE_CMP, []) == ENOTSUPP
+
+    def test_both_modes_in_turn(self, fixture: Fixture) -> None:
+        kcov = self.comparing(fixture)
+        device = fixture.device
+        self.comparisons.make(1)
+        assert device.syscall_return(kcov, ALICE, 1) == 0
+        assert device.disable(kcov, ALICE, 0) == 0
+        assert self.comparisons.open == {}
+        assert self.words(kcov)[:5] == [1, 6, 1, 2, 0xFF], "the area stays"
+        assert device.read_areas() == [], "which holds no PCs"
+        assert device.syscall_return(kcov, ALICE, 1) == errno.EINVAL
+        fixture.write_count(kcov, 0)
+        assert device.enable(kcov, BOB, KCOV_TRACE_PC) == 0
+        fixture.coverage.covered.append(10)
+        assert device.syscall_return(kcov, BOB, 99) == 0
+        assert fixture.read(kcov) == [10]
+        assert device.task_exit(kcov, BOB) == 0
+        assert device.enable(kcov, ALICE, KCOV_TRACE_CMP) == 0
+        assert device.release(kcov) == 0
+        assert self.comparisons.open == {}
+        assert fixture.region.areas_in_use == 0
+
+    def test_reset(self, fixture: Fixture) -> None:
+        kcov = self.comparing(fixture)
+        self.comparisons.make(1, 2)
+        assert fixture.device.syscall_return(kcov, ALICE, 1) == 0
+        assert fixture.device.reset_trace(kcov, ALICE, 0) == 0
+        self.comparisons.make(3)
+        assert fixture.device.syscall_return(kcov, ALICE, 1) == 0
+        assert self.words(kcov)[:5] == [1, 6, 3, 4, 0xFF]
+
+    def test_what_the_source_dropped_is_counted(self, fixture: Fixture) -> None:
+        kcov = self.comparing(fixture)
+        self.comparisons.make(1)
+        self.comparisons.dropped = 5
+        assert fixture.device.syscall_return(kcov, ALICE, 1) == 0
+        assert (kcov.appended, kcov.dropped) == (1, 5)
+        assert fixture.device.totals.comparisons_dropped == 5
+        assert fixture.device.totals.dropped == 0
+
+    @pytest.mark.parametrize("words", [2, 4, 5, 6, 8, 9, 12, 13, 512])
+    @pytest.mark.parametrize("made", [1, 2, 3, 200])
+    @pytest.mark.parametrize(
+        "count", [0, 1, 2, 126, 127, 128, 510, 2**31, 2**62, 2**62 - 1, 2**63, 2**64 - 1]
+    )
+    def test_bounds(self, fixture: Fixture, words: int, made: int, count: int) -> None:
+        kcov = fixture.device.open()
+        assert fixture.device.init_trace(kcov, words) == 0
+        assert fixture.device.enable(kcov, ALICE, KCOV_TRACE_CMP) == 0
+        fixture.write_count(kcov, count)
+        self.comparisons.make(*range(made))
+        assert fixture.device.syscall_return(kcov, ALICE, 1) == 0
+        # One record after the other, as Linux has it: only where its end lies inside.
+        expected = [count, *([0] * (words - 1))]
+        for record in self.comparisons.made:
+            start = 1 + expected[0] * 4
+            if (start + 4) * 8 <= words * 8:
+                expected[0] += 1
+                expected[start : start + 4] = record
+        assert self.words(kcov) == expected
+        assert kcov.appended == expected[0] - count
+        assert kcov.appended + kcov.dropped == made

@@ -42,6 +42,8 @@ from coverage.exceptions import CoverageException
 
 from bridge.errors import SourceError
 from bridge.sources import PC
+from bridge.sources.comparisons import Comparison, Recorder, comparison, site
+from bridge.sources.instrument import instrumenting
 from bridge.sources.pcs import BlockTable
 
 __all__ = ["PythonSource", "block_table"]
@@ -84,12 +86,18 @@ class PythonSource:
     _running_lock: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(
-        self, packages: Sequence[str], *, data_file: Path | None, name: str = "python"
+        self,
+        packages: Sequence[str],
+        *,
+        data_file: Path | None,
+        name: str = "python",
+        comparisons: bool = False,
     ) -> None:
         """Cover ``packages`` (dotted names of packages or modules) and what is below them.
 
         ``data_file`` is where :meth:`stop` writes coverage.py's data, replacing what is there;
-        None for nowhere.
+        None for nowhere. With ``comparisons`` modules that are imported from :meth:`start` to
+        :meth:`stop` show what they compare; it slows them.
         """
         self.name = name
         self.packages = tuple(packages)
@@ -104,8 +112,11 @@ class PythonSource:
         self._lock = threading.Lock()
         self._tap: _LineTap | None = None
         self._line_pcs: dict[str, list[PC] | None] = {}
+        self._site_pcs: dict[int, PC] = {}
         self._covered: set[PC] = set()
         self._rest: list[PC] = []
+        self._recorder = Recorder() if comparisons else None
+        self._instrumenting = ExitStack()
 
     @property
     def table(self) -> BlockTable:
@@ -160,6 +171,8 @@ class PythonSource:
             undo.callback(measurement.stop)
             self._tap = _LineTap(_line_sets(measurement))
             self._coverage = measurement
+            if self._recorder is not None:
+                self._instrumenting.enter_context(instrumenting(self.packages))
             undo.pop_all()
 
     def consume(self) -> list[PC]:
@@ -178,14 +191,51 @@ class PythonSource:
                 return []
             return self._blocks_of(self._tap.drain())
 
+    def record_comparisons(self, on: bool) -> None:
+        """Somebody wants comparisons from now on, or nobody does any more.
+
+        Needs a source that was made with ``comparisons``.
+        """
+        assert self._recorder is not None
+        self._recorder.record(on)
+
+    def consume_comparisons(self) -> tuple[list[Comparison], int]:
+        """The comparisons since the last call, in order, and how many more were dropped.
+
+        A comparison's PC is that of the block in which it begins.
+        """
+        assert self._recorder is not None
+        noted, dropped = self._recorder.take()
+        with self._lock:
+            records = [
+                record
+                for note in noted
+                if (record := comparison(note, self._site_pc(note[0]))) is not None
+            ]
+        return records, dropped
+
+    def _site_pc(self, number: int) -> PC:
+        pc = self._site_pcs.get(number)
+        if pc is None:
+            path, line = site(number)
+            try:
+                line_pcs = self._line_pcs[path]
+            except KeyError:
+                line_pcs = self._line_pcs[path] = self._find_line_pcs(path)
+            # 0 where the file has changed since it was read.
+            pc = line_pcs[line] if line_pcs is not None and line < len(line_pcs) else 0
+            self._site_pcs[number] = pc
+        return pc
+
     @contextlib.contextmanager
     def divert(self) -> Iterator[list[PC]]:
         """Keep apart what functions that this thread calls inside the block cover.
 
         The list that is given holds their PCs, each once, when the block ends; :meth:`consume`
-        does not give them. Code of the function that the block itself stands in is not kept
-        apart, and in a coroutine the block must not be left by ``await``. Blocks nest. On a
-        thread that is not measured nothing is covered and nothing kept apart.
+        does not give them, and what they compare is not recorded. Code of the function that the
+        block itself stands in is not kept apart, and in a coroutine the block must not be left by
+        ``await``. Blocks nest. On a thread that is not measured nothing is covered and nothing
+        kept apart.
         """
         tracer: Any = sys.gettrace()
         pcs: list[PC] = []
@@ -197,7 +247,8 @@ class PythonSource:
         # Frames look their set up when they are entered, in what is here then.
         tracer.data = inner
         try:
-            yield pcs
+            with self._recorder.apart() if self._recorder else contextlib.nullcontext():
+                yield pcs
         finally:
             tracer.data = outer
             with self._lock:
@@ -220,6 +271,7 @@ class PythonSource:
                     return
                 self._coverage = self._tap = None
                 cleanup.callback(self._release)
+                cleanup.callback(self._instrumenting.close)
                 cleanup.callback(_discard, measurement)
                 in_order = _stop(measurement)
                 self._rest = self._blocks_of(tap.drain())
@@ -323,7 +375,10 @@ class PythonSource:
         )
         if imported:
             _log.warning(
-                "imported before the measurement, so that their import is not covered: %s%s",
+                "imported before the measurement, so that %s is not covered: %s%s",
+                "their import"
+                if self._recorder is None
+                else "their import, and what they compare,",
                 ", ".join(imported[:5]),
                 f" and {len(imported) - 5} more" if len(imported) > 5 else "",
             )
