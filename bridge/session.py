@@ -44,7 +44,7 @@ from bridge.guest_image import GuestImage, find_guest_image, lines_for
 from bridge.isolated import IsolatedTarget
 from bridge.kcov import Device, Personality
 from bridge.region import Region
-from bridge.sources.comparisons import ComparisonLedger
+from bridge.sources.comparisons import Comparison, ComparisonLedger
 from bridge.sources.guest_kernel.filters import KernelFilter
 from bridge.sources.guest_kernel.plugin import build_plugin, why_not_loaded
 from bridge.sources.guest_kernel.running import read_kernel
@@ -477,6 +477,23 @@ class Session:
             keep()
             raise
         return KcovResult(result.exit_status, pcs, result.stdout, result.stderr)
+
+    def compare(
+        self, command: Sequence[str], *, follow: bool = True, timeout: float | None = None
+    ) -> list[Comparison]:
+        """What the target compares while ``command`` runs in the guest: type, operands, PC.
+
+        The command's exit status and its output are of no account. Raises what :meth:`kcov` does,
+        and :class:`bridge.errors.UsageError` without the setting ``comparisons``.
+        """
+        if not self.settings.comparisons:
+            raise UsageError("comparisons are not recorded", hint="set comparisons, --comparisons")
+        made = self.guest.run(["mktemp", f"{_GUEST_DIRECTORY}/cmp.XXXXXX"], check=True)
+        file = made.text.strip()
+        options = ["-c", *(["-f"] if follow else [])]
+        self.guest.run(["kcov-exec", *options, "-o", file, "--", *command], timeout=timeout)
+        words = self._fetch(file)
+        return list(zip(words[::4], words[1::4], words[2::4], words[3::4], strict=True))
 
     def _keep_areas(self) -> None:
         """The guest can't say any more what it found: read it where the host wrote it."""

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * kcov-exec: runs any unmodified command under kcov and writes down the PCs.
+ * kcov-exec: runs any unmodified command under kcov and writes down the PCs, or the comparisons.
  *
  * It uses the kcov device alone, as any program would: open, KCOV_INIT_TRACE, mmap, then
  * KCOV_ENABLE in the child just before exec (which keeps kcov), and reads the area when the child
@@ -43,6 +43,8 @@
 /* 4 MiB of area, what kcov's best known user takes for one program. */
 #define DEFAULT_ENTRIES (512UL * 1024)
 
+#define ENOTSUPP 524 /* the kernel's own, in no header of user space */
+
 enum { EXIT_FAILED = 125, EXIT_NOT_EXECUTABLE = 126, EXIT_NOT_FOUND = 127 };
 
 enum state { ASKING, OFFERED, TRACING };
@@ -73,13 +75,13 @@ struct failure {
 static unsigned long entries = DEFAULT_ENTRIES;
 /* Words before the count. */
 static unsigned long bitmap;
-static bool verbose, follow, binary;
+static bool verbose, follow, binary, comparisons;
 static const char *device_path;
 static FILE *output;
 static struct trace *traces;
 
 static const char help[] =
-	"usage: kcov-exec [-o FILE] [-b] [-n ENTRIES] [-f] [-u] [-v] -- CMD [ARGUMENT]...\n"
+	"usage: kcov-exec [-o FILE] [-b] [-n ENTRIES] [-f] [-u | -c] [-v] -- CMD [ARGUMENT]...\n"
 	"\n"
 	"Runs CMD with kcov enabled and ends with its exit status.\n"
 	"\n"
@@ -91,6 +93,8 @@ static const char help[] =
 	"  -f          follow: trace child processes and threads too, each with an area of its own\n"
 	"  -u          unique: each PC once in each area, in the order in which they came first;\n"
 	"              -n is for these and a bitmap of 65536 bytes (KCOV_UNIQUE_ENABLE)\n"
+	"  -c          comparisons instead of PCs (KCOV_TRACE_CMP): a line has the type, two operands\n"
+	"              and the PC; each takes four words of ENTRIES\n"
 	"  -v          say on standard error what each process gave\n"
 	"\n"
 	"PCs are written process by process, in the order in which the processes ended; those that\n"
@@ -243,21 +247,22 @@ static void drop_trace(struct trace *trace)
 }
 
 /* printf is too slow here: an area may hold half a million PCs, and the guest may be emulated. */
-static void write_pcs(const uint64_t *pcs, uint64_t count)
+static void write_words(const uint64_t *words, uint64_t count, unsigned int a_line)
 {
 	static const char digits[] = "0123456789abcdef";
-	char line[] = "0x0000000000000000\n";
+	char text[] = "0x0000000000000000\n";
 
 	if (binary) {
-		fwrite(pcs, sizeof(*pcs), count, output);
+		fwrite(words, sizeof(*words), count, output);
 		return;
 	}
 	for (uint64_t i = 0; i < count; i++) {
-		uint64_t pc = pcs[i];
+		uint64_t word = words[i];
 
-		for (int at = 17; at > 1; at--, pc >>= 4)
-			line[at] = digits[pc & 15];
-		fwrite(line, 1, sizeof(line) - 1, output);
+		for (int at = 17; at > 1; at--, word >>= 4)
+			text[at] = digits[word & 15];
+		text[18] = (i + 1) % a_line ? ' ' : '\n';
+		fwrite(text, 1, sizeof(text) - 1, output);
 	}
 }
 
@@ -266,19 +271,21 @@ static void collect(struct trace *trace)
 {
 	uint64_t count =
 		trace->area ? __atomic_load_n(&trace->area[bitmap], __ATOMIC_ACQUIRE) : 0;
-	uint64_t room = entries - bitmap - 1;
+	unsigned int each = comparisons ? KCOV_WORDS_PER_CMP : 1;
+	uint64_t room = (entries - bitmap - 1) / each;
+	const char *what = comparisons ? "comparisons" : "PCs";
 	bool full = count >= room;
 
 	if (count > room)
 		count = room;
 	if (output && count)
-		write_pcs(trace->area + bitmap + 1, count);
+		write_words(trace->area + bitmap + 1, count * each, each);
 	if (verbose && (count || trace->state == TRACING))
-		say("%d%s %s: %lu PCs", (int)trace->tid, trace->tid == trace->pid ? "" : " (thread)",
-		    trace->name, (unsigned long)count);
+		say("%d%s %s: %lu %s", (int)trace->tid, trace->tid == trace->pid ? "" : " (thread)",
+		    trace->name, (unsigned long)count, what);
 	if (full)
-		say("%d %s: the area is full, PCs were lost; a larger -n than %lu holds more",
-		    (int)trace->tid, trace->name, entries);
+		say("%d %s: the area is full, %s were lost; a larger -n than %lu holds more",
+		    (int)trace->tid, trace->name, what, entries);
 	drop_trace(trace);
 }
 
@@ -454,7 +461,8 @@ static void offer(struct trace *trace, const struct follow_message *hello)
 		    advice(error));
 		send_message(trace, FOLLOW_DECLINE, error, -1);
 		drop_trace(trace);
-	} else if (send_message(trace, FOLLOW_OFFER, (int)bitmap, trace->kcov)) {
+	} else if (send_message(trace, FOLLOW_OFFER, comparisons ? FOLLOW_COMPARISONS : (int)bitmap,
+				trace->kcov)) {
 		trace->state = OFFERED;
 	} else {
 		drop_trace(trace);
@@ -515,7 +523,8 @@ __attribute__((noreturn)) static void run_child(struct trace *trace, int pipe_fd
 
 	sigprocmask(SIG_SETMASK, mask, NULL);
 	if (!(bitmap ? ioctl(trace->kcov, KCOV_UNIQUE_ENABLE, bitmap) :
-		       ioctl(trace->kcov, KCOV_ENABLE, KCOV_TRACE_PC))) {
+		       ioctl(trace->kcov, KCOV_ENABLE,
+			     comparisons ? KCOV_TRACE_CMP : KCOV_TRACE_PC))) {
 		failure.step = STEP_EXEC;
 		execvp(command[0], command);
 	}
@@ -529,7 +538,11 @@ __attribute__((noreturn)) static void run_child(struct trace *trace, int pipe_fd
 static int explain(const struct failure *failure, const char *command)
 {
 	if (failure->step == STEP_ENABLE) {
-		say("%s: KCOV_ENABLE: %s", device_path, strerror(failure->error));
+		if (comparisons && failure->error == ENOTSUPP)
+			say("%s: there are no comparisons here; start the bridge with --comparisons",
+			    device_path);
+		else
+			say("%s: KCOV_ENABLE: %s", device_path, strerror(failure->error));
 		return EXIT_FAILED;
 	}
 	say("can't execute %s: %s", command, strerror(failure->error));
@@ -697,7 +710,7 @@ int main(int argc, char **argv)
 	const char *path = NULL;
 	int option, status;
 
-	while ((option = getopt_long(argc, argv, "+o:bn:fuvh", options, NULL)) >= 0) {
+	while ((option = getopt_long(argc, argv, "+o:bn:fucvh", options, NULL)) >= 0) {
 		switch (option) {
 		case 'o':
 			path = optarg;
@@ -715,6 +728,9 @@ int main(int argc, char **argv)
 		case 'u':
 			bitmap = BITMAP_WORDS;
 			break;
+		case 'c':
+			comparisons = true;
+			break;
 		case 'v':
 			verbose = true;
 			break;
@@ -725,6 +741,10 @@ int main(int argc, char **argv)
 			say("try --help");
 			return EXIT_FAILED;
 		}
+	}
+	if (comparisons && bitmap) {
+		say("-u and -c do not go together");
+		return EXIT_FAILED;
 	}
 	if (bitmap + 2 > entries) {
 		say("-n %lu: with -u the bitmap alone takes %lu entries", entries, bitmap);

@@ -14,6 +14,8 @@
 #define KCOV_DISABLE _IO('c', 101)                  /* 0x6365 */
 #define KCOV_UNIQUE_ENABLE _IOW('c', 103, unsigned long) /* 0x40086367, proposed for Linux */
 #define KCOV_TRACE_PC 0
+#define KCOV_TRACE_CMP 1
+#define KCOV_WORDS_PER_CMP 4 /* type, two operands, PC */
 
 /*
  * Following (kcov-exec -f). The library connects to the abstract Unix socket (SOCK_SEQPACKET) that
@@ -22,13 +24,17 @@
  *   library                                    kcov-exec
  *   HELLO   value = thread id, pid     ──▶
  *                                      ◀──     OFFER   with an initialised descriptor (SCM_RIGHTS),
- *                                                      value = words of the bitmap or 0
+ *                                                      value = words of the bitmap, or 0,
+ *                                                      or FOLLOW_COMPARISONS
  *                                              or DECLINE: already traced, or value = errno
  *   ENABLED value = 0 or errno         ──▶     (the thread traces from here on)
  */
 #define FOLLOW_VARIABLE "KCOV_EXEC_SOCKET"
 
 enum follow_kind { FOLLOW_HELLO = 1, FOLLOW_OFFER, FOLLOW_DECLINE, FOLLOW_ENABLED };
+
+/* In place of a number of words: KCOV_TRACE_CMP. */
+#define FOLLOW_COMPARISONS (-1)
 
 struct follow_message {
 	int32_t kind;

@@ -32,8 +32,8 @@ struct start {
 static struct sockaddr_un server;
 static socklen_t server_length;
 
-/* Receives OFFER with its descriptor. Returns the descriptor, or -1. */
-static int receive_offer(int connection, unsigned long *bitmap)
+/* Receives OFFER with its descriptor and its value. Returns the descriptor, or -1. */
+static int receive_offer(int connection, int32_t *value)
 {
 	union {
 		struct cmsghdr align;
@@ -59,14 +59,16 @@ static int receive_offer(int connection, unsigned long *bitmap)
 	attached = CMSG_FIRSTHDR(&header);
 	if (attached && attached->cmsg_level == SOL_SOCKET && attached->cmsg_type == SCM_RIGHTS)
 		memcpy(&fd, CMSG_DATA(attached), sizeof(fd));
-	*bitmap = (uint32_t)message.value;
+	*value = message.value;
 	return fd;
 }
 
-static int enable(int kcov, unsigned long bitmap)
+static int enable(int kcov, int32_t value)
 {
-	return bitmap ? ioctl(kcov, KCOV_UNIQUE_ENABLE, bitmap) :
-			ioctl(kcov, KCOV_ENABLE, KCOV_TRACE_PC);
+	if (value == FOLLOW_COMPARISONS)
+		return ioctl(kcov, KCOV_ENABLE, KCOV_TRACE_CMP);
+	return value ? ioctl(kcov, KCOV_UNIQUE_ENABLE, (unsigned long)(uint32_t)value) :
+		       ioctl(kcov, KCOV_ENABLE, KCOV_TRACE_PC);
 }
 
 /* Makes the calling thread traced. Only system calls: it also runs in a child that was forked from
@@ -75,7 +77,7 @@ static void trace_this_thread(void)
 {
 	struct follow_message message = { .kind = FOLLOW_HELLO };
 	int saved = errno, connection, kcov;
-	unsigned long bitmap = 0;
+	int32_t value = 0;
 
 	if (!server_length)
 		return;
@@ -85,10 +87,10 @@ static void trace_this_thread(void)
 	if (connection >= 0) {
 		if (!connect(connection, (struct sockaddr *)&server, server_length) &&
 		    send(connection, &message, sizeof(message), MSG_NOSIGNAL) > 0) {
-			kcov = receive_offer(connection, &bitmap);
+			kcov = receive_offer(connection, &value);
 			if (kcov >= 0) {
 				message.kind = FOLLOW_ENABLED;
-				message.value = enable(kcov, bitmap) ? errno : 0;
+				message.value = enable(kcov, value) ? errno : 0;
 				close(kcov);
 				send(connection, &message, sizeof(message), MSG_NOSIGNAL);
 			}

@@ -13,6 +13,7 @@ import pytest
 
 import bridge
 from bridge.abi import ENOTSUPP, KCOV_CMP_CONST, KCOV_CMP_SIZE
+from bridge.errors import UsageError
 from bridge.image import build, compile_for_guest
 from bridge.session import Session
 
@@ -23,7 +24,7 @@ FILE = "/mnt/target/README"
 WORDS = 64 << 10
 
 # The types of 9P messages: fcall.h of Plan 9, enum p9_msg_t in include/net/9p/9p.h of Linux.
-RERROR, TWALK, TSTAT, TCLUNK = 107, 110, 124, 120
+RERROR, TWALK, TOPEN, TREAD, TCLUNK, TSTAT = 107, 110, 112, 116, 120, 124
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,10 @@ def test_it_is_refused(program: Path, comparisons: bool, personality: str, error
         session.guest.upload(program, "/tmp/compare", 0o755)
         result = session.run(f"/tmp/compare {WORDS} {FILE}", timeout=60)
         assert result.text == f"errno {error}\n", result.stderr.decode()
+        assert session.run("kcov-exec -c -- true").exit_status == 125
+        if not comparisons:
+            with pytest.raises(UsageError, match="not recorded"):
+                session.compare(["true"])
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +120,15 @@ def test_nobody_compares_when_nobody_asks(session: Session) -> None:
     assert result.pcs
     assert device.totals.comparisons == before
     assert device.instances == 0
+
+
+def test_from_the_command_line(session: Session) -> None:
+    records = session.compare(["sh", "-c", f"cat {FILE} >/dev/null; true"])
+    messages = {first for kind, first, second, _ in records if (kind, second) == (0, RERROR)}
+    # The shell's child is followed: it opened, read and closed the file.
+    assert {TWALK, TOPEN, TREAD, TCLUNK} <= messages
+    assert all(session.symbolize(record[3]) for record in records)
+    files = " ".join([FILE] * 20)
+    few = session.run(f"kcov-exec -c -n 512 -o - -- stat {files} | grep -c ^0x")
+    assert few.text == f"{(512 - 1) // 4}\n"
+    assert session.run("kcov-exec -c -u -- true").exit_status == 125
