@@ -92,11 +92,17 @@ class Session:
     ``out`` is the directory for what the session leaves: ``console.log`` while it runs,
     ``.coverage`` and ``blocks.tsv`` at its end; None: nothing, and no file is made anywhere.
     Entering raises the :class:`bridge.errors.BridgeError` that says what failed, with nothing
-    left running. ``partial_pcs`` is what stood in the areas when a command under kcov was cut
+    left running. Making one raises :class:`bridge.errors.UsageError` for settings that do not go
+    together. ``partial_pcs`` is what stood in the areas when a command under kcov was cut
     off.
     """
 
     def __init__(self, settings: Settings, out: Path | None) -> None:
+        if settings.comparisons and settings.isolate:
+            raise UsageError(
+                "what a target in a process of its own compares is not recorded",
+                hint="leave --comparisons or --isolate away",
+            )
         self.settings = settings
         self.partial_pcs: list[int] = []
         self.accelerator: Accelerator | None = None
@@ -175,11 +181,6 @@ class Session:
         comparisons = None
         python = "python" in sources
         if python and settings.isolate:
-            if settings.comparisons:
-                raise UsageError(
-                    "what a target in a process of its own compares is not recorded",
-                    hint="leave --comparisons or --isolate away",
-                )
             isolated = IsolatedTarget(settings.target, settings.target_dir, out, self._deliver)
             self.target = self.source = isolated
         elif python and self.target.packages:

@@ -25,6 +25,9 @@ import pyroute2
 import pytest
 
 from bridge.abi import KCOV_CMP_CONST, KCOV_CMP_SIZE
+from bridge.config import Settings
+from bridge.errors import UsageError
+from bridge.session import Session
 from bridge.sources.comparisons import (
     HELPERS,
     LIMIT,
@@ -807,3 +810,9 @@ def test_helpers_have_names_that_no_class_changes() -> None:
     assert all(name.startswith("__") and name.endswith("__") for name in HELPERS)
     with instrumenting(()):
         assert all(getattr(builtins, name) is helper for name, helper in HELPERS.items())
+
+
+def test_a_target_in_a_process_of_its_own_is_refused() -> None:
+    settings = Settings(comparisons=True, isolate=True)
+    with pytest.raises(UsageError, match="process of its own"):
+        Session(settings, None)

@@ -73,7 +73,8 @@ _LONG_NAME: Final = "__kcov_bridge_{}__"
 def instrumenting(packages: Sequence[str]) -> Iterator[None]:
     """While inside, modules of the packages and below are instrumented when they are imported.
 
-    Modules that are imported already are left as they are; those that were instrumented stay so.
+    Modules that are imported already are left as they are; those that were instrumented stay so,
+    and the helpers stay in ``builtins`` for them.
     Compiled code in the cache (``__pycache__``) is neither used nor written for them.
     """
     for name, helper in HELPERS.items():

@@ -57,8 +57,9 @@ static void *tracer(void *argument)
 		err(1, "mmap");
 	if (ioctl(fd, KCOV_ENABLE, trace->mode))
 		trace->error = errno;
-	pthread_barrier_wait(&both_enabled);
 	__atomic_store_n(&trace->area[0], 0, __ATOMIC_RELAXED);
+	/* From here on nothing is thrown away: the other's look-up may serve this one as well. */
+	pthread_barrier_wait(&both_enabled);
 	if (!trace->error)
 		work();
 	pthread_barrier_wait(&both_done);
