@@ -295,6 +295,38 @@ def test_a_module_before_the_kernel(kernel: GuestKernel) -> None:
     assert ranges(kernel.plan) == []
 
 
+def test_a_kernels_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(tmp_path / "cache"))
+    system_map = tmp_path / "System.map"
+    system_map.write_text(SYSTEM_MAP)
+    everything, third = KernelFilter(kcov_rules=False), KernelFilter(["third"])
+
+    def made(wanted: KernelFilter) -> list[tuple[int, int, RangeFlag]]:
+        return KernelCode.from_system_map(system_map, None, wanted).pieces
+
+    first = made(everything)
+    (kept,) = (tmp_path / "cache" / "kernels").iterdir()
+    written = kept.stat().st_mtime_ns
+    assert made(everything) == first
+    assert kept.stat().st_mtime_ns == written
+    assert made(third) != first
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert made(everything) == first
+    assert kept.stat().st_size > 100
+    # Another kernel in the same place.
+    system_map.write_text(SYSTEM_MAP.replace("ffffffff81004200", "ffffffff81004300"))
+    assert made(everything) != first
+
+
+def test_where_a_task_leaves_for_another(kernel: GuestKernel) -> None:
+    text = SYSTEM_MAP.replace("T third", "T switch_mm_irqs_off")
+    symbols = KernelSymbols.from_kallsyms(text)
+    code = KernelCode(symbols, ModulePlacement({}), KernelFilter(kcov_rules=False))
+    (leaving,) = [piece for piece in code.pieces if RangeFlag.LEAVES in piece[2]]
+    assert leaving[0] == KERNEL + 0x4200
+    assert RangeFlag.SWITCHED not in leaving[2]
+
+
 class TestWhatIsRecorded:
     def recorded(self, code: KernelCode) -> list[tuple[int, int]]:
         return [(a - KERNEL, b - KERNEL) for a, b, flags in code.pieces if R in flags]

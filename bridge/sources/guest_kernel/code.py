@@ -7,15 +7,20 @@ that :mod:`bridge.sources.guest_kernel.placement` gives.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
+import pickle
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bridge.errors import KernelUnknownError
+from bridge.errors import KernelUnknownError, SourceError
+from bridge.image.store import cache_directory
 from bridge.sources import PC
 from bridge.sources.guest_kernel.filters import KernelFilter, Ranges, union
 from bridge.sources.guest_kernel.lines import Lines
-from bridge.sources.guest_kernel.placement import ModulePlacement, module_name
+from bridge.sources.guest_kernel.placement import ModulePlacement, module_name, write_atomically
 from bridge.sources.guest_kernel.plan import RangeFlag
 from bridge.sources.guest_kernel.symbols import KernelSymbols, ModuleText
 
@@ -87,9 +92,25 @@ class KernelCode:
         wanted: KernelFilter,
         lines: Lines | None = None,
     ) -> KernelCode:
-        """From a System.map, and the list of modules of the kernel's package if there is one."""
+        """From a System.map, and the list of modules of the kernel's package if there is one.
+
+        It takes seconds to make of a distribution's kernel, so it is kept in the cache, for the
+        same files, filter and program.
+        """
+        if lines is None:
+            kept = _kept(system_map, modules, wanted)
+            # What is damaged can raise anything, and is made anew.
+            with contextlib.suppress(Exception):
+                code = pickle.loads(kept.read_bytes())
+                if isinstance(code, cls):
+                    return code
         placement = ModulePlacement.load(modules) if modules is not None else ModulePlacement({})
-        return cls(KernelSymbols.from_system_map(system_map), placement, wanted, lines)
+        code = cls(KernelSymbols.from_system_map(system_map), placement, wanted, lines)
+        if lines is None:
+            with contextlib.suppress(OSError, SourceError):
+                kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                write_atomically(kept, pickle.dumps(code, protocol=5))
+        return code
 
     def _needed(self, name: str) -> PC:
         address = self.symbols.address(name)
@@ -156,6 +177,21 @@ class KernelCode:
             if not disjoint or piece[0] >= disjoint[-1][1]:
                 disjoint.append(piece)
         return disjoint
+
+
+def _kept(system_map: Path, modules: Path | None, wanted: KernelFilter) -> Path:
+    """Where what was made of these is kept."""
+    digest = hashlib.sha256(sys.version.encode())
+    for path in (system_map, modules):
+        if path is not None:
+            status = path.stat() if path.is_file() else None
+            found = (status.st_size, status.st_mtime_ns) if status is not None else ()
+            digest.update(repr((str(path), found)).encode())
+    digest.update(repr(wanted.terms).encode())
+    for pattern in ("*.py", "*.txt"):
+        for path in sorted(Path(__file__).parent.glob(pattern)):
+            digest.update(path.read_bytes())
+    return cache_directory() / "kernels" / f"{digest.hexdigest()[:24]}.pickle"
 
 
 def cut(

@@ -175,6 +175,8 @@ class KernelFilter:
         self._include = [_Term.parse(text) for text in include]
         self._exclude = [_Term.parse(text) for text in exclude]
         self._kcov_rules = kcov_rules
+        self.terms = (tuple(include), tuple(exclude), kcov_rules)
+        """What it was made of."""
 
     @property
     def needs_lines(self) -> bool:
