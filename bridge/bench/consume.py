@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a look at the coverage costs, and what being looked at costs the target.
+
+``consume`` asks which blocks were covered since the last time, by how many those are and by how
+many files the target has, of :meth:`bridge.sources.python.PythonSource.consume` and of coverage.py's
+public ``get_data()`` and ``lines()``, on the same measurement. ``target`` times Python code that
+answers requests, under the source with a look after each request, and under plain coverage.py
+without any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import logging
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from itertools import cycle, islice
+from pathlib import Path
+
+import coverage
+
+from bridge.bench.measurement import Bench, Measurement, best_of, series, take_turns
+from bridge.bench.stats import Aim, Comparison, Of
+from bridge.sources.python import PythonSource
+
+__all__ = ["BASELINE", "CONSUME", "OURS", "TARGET", "case_of"]
+
+_FILES = (10, 1_000, 10_000)
+_BLOCKS = (1, 10, 1_000)
+_NEEDED = 7
+OURS = "consume()"
+BASELINE = "get_data(), lines()"
+_AIM = Aim(20, at_most=False, of=Of.FASTER)
+_TARGET_AIM = Aim(1.2)
+_REQUESTS = 40
+_DOCUMENT = "".join(
+    f'[table-{number}]\nname = "a text"\nvalues = [1, 2.5, true, "four"]\n'
+    f"when = 2024-01-0{1 + number % 9}\nnested = {{ a = {number}, b = 'c' }}\n"
+    for number in range(10)
+)
+
+
+def case_of(files: int, blocks: int) -> str:
+    """How the table names a case of ``consume``."""
+    return f"{files:,} files, {blocks:,} block{'s' if blocks > 1 else ''}"
+
+
+def _measure_consume(bench: Bench) -> None:
+    with tempfile.TemporaryDirectory(prefix="kcov-bridge-bench-") as directory:
+        for files in _FILES[:-1] if bench.quick else _FILES:
+            bench.progress(f"a target of {files:,} files")
+            _measure_size(bench, files, Path(directory))
+
+
+def _measure_size(bench: Bench, files: int, directory: Path) -> None:
+    """All figures for a target of one size."""
+    name = f"benched{files}"
+    _write_package(directory, name, files)
+    with contextlib.ExitStack() as stack:
+        sys.path.insert(0, str(directory))
+        stack.callback(sys.path.remove, str(directory))
+        stack.callback(_forget, name)
+        source = PythonSource([name], data_file=directory / f"coverage{files}")
+        source.start()
+        stack.callback(source.stop)
+        modules = [importlib.import_module(f"{name}.m{number}") for number in range(files)]
+        per_module = [
+            [value for key, value in vars(module).items() if key[0] == "f"] for module in modules
+        ]
+        # Neighbours are in different files, as far as there are so many.
+        functions = [function for group in zip(*per_module, strict=True) for function in group]
+        paths = [str(Path(str(module.__file__)).resolve()) for module in modules]
+        measurement = source._coverage
+        assert measurement is not None
+        turns = cycle(functions)
+        source.consume()
+        gc.collect()
+        for blocks in _BLOCKS:
+            touched = paths[: min(blocks, files)]
+
+            def cover(blocks: int = blocks) -> None:
+                for function in islice(turns, blocks):
+                    function()
+
+            def ours(blocks: int = blocks, cover: Callable[[], None] = cover) -> float:
+                cover()
+                begun = time.perf_counter()
+                pcs = source.consume()
+                seconds = time.perf_counter() - begun
+                assert len(pcs) == blocks
+                return seconds
+
+            def theirs(touched: list[str] = touched, cover: Callable[[], None] = cover) -> float:
+                cover()
+                begun = time.perf_counter()
+                data = measurement.get_data()
+                for path in touched:
+                    # To the benefit of the baseline it knows which files to ask for.
+                    data.lines(path)
+                seconds = time.perf_counter() - begun
+                source.consume()
+                return seconds
+
+            # It looks through all the package each time for files that never ran: a good part of
+            # a second where there are 10,000.
+            baseline = theirs if files > _FILES[0] else best_of(theirs)
+            taken = take_turns(
+                {OURS: best_of(ours), BASELINE: baseline},
+                _NEEDED if bench.quick or files > _FILES[1] else 15,
+            )
+            pair = (series(taken, OURS, 1e6), series(taken, BASELINE, 1e6))
+            bench.add(Comparison(case_of(files, blocks), "us", *pair, _NEEDED, Of.FASTER, (_AIM,)))
+
+
+def _write_package(root: Path, name: str, files: int) -> None:
+    """A package in which a thousand functions or more can be covered one by one."""
+    functions = max(4, 1_000 // files)
+    text = "".join(f"def f{number}():\n    return {number}\n" for number in range(functions))
+    package = root / name
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    for number in range(files):
+        (package / f"m{number}.py").write_text(text)
+
+
+def _forget(name: str) -> None:
+    for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+        del sys.modules[module]
+
+
+def _measure_target(bench: Bench) -> None:
+    bench.progress("a parser under coverage")
+    taken = take_turns(
+        {
+            "a look a request": best_of(_under_source),
+            "plain coverage.py": best_of(_under_coverage),
+            "no coverage": best_of(_requests),
+        },
+        _NEEDED if bench.quick else 15,
+    )
+    for baseline, aims in (("plain coverage.py", (_TARGET_AIM,)), ("no coverage", ())):
+        pair = (series(taken, "a look a request", 1e6), series(taken, baseline, 1e6))
+        bench.add(Comparison("parsing 1.1 kB of TOML", "us", *pair, _NEEDED, aims=aims))
+    bench.note(f"plain coverage.py is {coverage.__version__}, with its own choice of core")
+
+
+def _requests(after_each: Callable[[], object] = lambda: None) -> float:
+    """Seconds for a request."""
+    begun = time.perf_counter()
+    for _ in range(_REQUESTS):
+        tomllib.loads(_DOCUMENT)
+        after_each()
+    return (time.perf_counter() - begun) / _REQUESTS
+
+
+def _under_source() -> float:
+    source = PythonSource(["tomllib"], data_file=None)
+    with _silent("bridge.sources.python"):
+        source.start()
+    try:
+        return _requests(source.consume)
+    finally:
+        source.stop()
+
+
+def _under_coverage() -> float:
+    measurement = coverage.Coverage(data_file=None, config_file=False, source_pkgs=["tomllib"])
+    measurement.set_option("run:disable_warnings", ["module-not-measured", "already-imported"])
+    measurement.start()
+    try:
+        return _requests()
+    finally:
+        measurement.stop()
+
+
+@contextlib.contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """The package is imported already each time but the first, and that is no news here."""
+    log = logging.getLogger(name)
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+CONSUME = Measurement("consume", "which blocks were covered since the last look", _measure_consume)
+TARGET = Measurement("target", "the code under test, being looked at", _measure_target)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kcov device adds to system calls, seen from the guest (``kcov-bench`` in it).
+
+``signal``: each call's return finds new coverage, one block of Python code and the PC of the
+call's number; against the floor (:mod:`bridge.bench.floor`) in the same guest, where the host is
+awake and where it always sleeps. ``idle``: its return finds none; against the same call with kcov
+off. ``others``: calls of a task that owns nothing, while another one does; against a guest whose
+kernel has no module loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from bridge.bench.floor import build_floor, floor
+from bridge.bench.measurement import Bench, Measurement, take_turns
+from bridge.bench.stats import Aim, Comparison, Of, Series
+from bridge.bench.targets import COVERED_TARGET, cover_before_each_look
+from bridge.errors import InfrastructureError
+from bridge.session import Session
+from bridge.sources.python import PythonSource
+
+__all__ = ["IDLE", "OTHERS", "SIGNAL", "stay_awake"]
+
+_NEEDED = 5
+_SIGNAL_AIM = Aim(2.0)
+_IDLE_AIM = Aim(0.5, of=Of.MORE)
+_OTHERS_AIM = Aim(1.02)
+_QUANTILES = ("p50", "p99", "p99.9")
+_MODULE = "/usr/lib/modules/$(uname -r)/extra/kcov_bridge.ko"
+
+_Figures = dict[str, Any]
+"""What kcov-bench prints."""
+
+
+def stay_awake(session: Session, nanoseconds: int) -> None:
+    """Have the doorbell stay awake for so long after a request from now on; 0: not at all."""
+    doorbell = session.doorbell
+    assert doorbell is not None
+    doorbell.call(functools.partial(setattr, doorbell, "_busy_ns", nanoseconds))
+
+
+def _run(session: Session, *words: str) -> _Figures:
+    figures: _Figures = json.loads(session.guest.run(["kcov-bench", *words], check=True).text)
+    return figures
+
+
+def _check(session: Session) -> None:
+    """A signal that was given up is no measurement of a signal."""
+    doorbell = session.doorbell
+    assert doorbell is not None
+    doorbell.call(doorbell.look_at_guest)
+    if doorbell.guest_timeouts or doorbell.failure:
+        raise InfrastructureError(
+            f"the guest gave up {doorbell.guest_timeouts} signals"
+            + (f"; the source raised {doorbell.failure!r}" if doorbell.failure else ""),
+            hint="the machine is too busy to measure on",
+        )
+
+
+def _measure_signal(bench: Bench) -> None:
+    build_floor()
+    settings = bench.settings.replace(target=COVERED_TARGET, source="python", syscall_pcs=True)
+    count = 3_000 if bench.quick else 10_000
+    bench.progress("booting a guest")
+    with Session(settings, None) as session:
+        assert isinstance(session.source, PythonSource)
+        assert session.doorbell is not None
+        cover_before_each_look(session.source)
+        awake_ns = session.doorbell._busy_ns
+
+        def ours(nanoseconds: int) -> _Figures:
+            stay_awake(session, nanoseconds)
+            figures = _run(session, "calls", str(count))
+            # Reading the clock is a call too, where the kernel cannot do that without.
+            if not 2 * count <= figures["pcs"] <= 2 * (count + 4):
+                raise InfrastructureError(f"{count} calls left {figures['pcs']} PCs, not two each")
+            return figures
+
+        def least(asleep: bool) -> _Figures:
+            with floor(session, asleep=asleep):
+                return _run(session, "calls", str(count))
+
+        bench.progress("calls in turn: the bridge and the floor, awake and asleep")
+        taken = take_turns(
+            {
+                "awake": functools.partial(ours, awake_ns),
+                "floor, busy": functools.partial(least, False),
+                "asleep": functools.partial(ours, 0),
+                "floor, asleep": functools.partial(least, True),
+            },
+            _NEEDED if bench.quick else 15,
+        )
+        _check(session)
+    for way, baseline in (("awake", "floor, busy"), ("asleep", "floor, asleep")):
+        for part in _QUANTILES:
+            aims = (_SIGNAL_AIM,) if (way, part) == ("awake", "p50") else ()
+            pair = (_series(taken, way, "on", part), _series(taken, baseline, "on", part))
+            bench.add(Comparison(f"host {way}, {part}", "us", *pair, _NEEDED, aims=aims))
+    off = Series("kcov off", _series(taken, "awake", "off", "p50").values)
+    on = _series(taken, "awake", "on", "p50")
+    bench.add(Comparison("host awake, p50", "us", on, off, _NEEDED))
+
+
+def _series(taken: Mapping[str, list[_Figures]], way: str, state: str, part: str) -> Series:
+    """Microseconds."""
+    return Series(way, tuple(figures[state][part] / 1e3 for figures in taken[way]))
+
+
+def _measure_idle(bench: Bench) -> None:
+    settings = bench.settings.replace(target=COVERED_TARGET, source="python", syscall_pcs=False)
+    count = 3_000 if bench.quick else 10_000
+    bench.progress("booting a guest")
+    with Session(settings, None) as session:
+        bench.progress("calls with kcov off and on")
+        taken = take_turns(
+            {"kcov on": functools.partial(_run, session, "calls", str(count))},
+            _NEEDED if bench.quick else 25,
+        )
+        _check(session)
+    for part in ("p50", "mean"):
+        on = _series(taken, "kcov on", "on", part)
+        off = Series("kcov off", _series(taken, "kcov on", "off", part).values)
+        aims = (_IDLE_AIM,) if part == "p50" else ()
+        bench.add(Comparison(part, "us", on, off, _NEEDED, Of.MORE, aims))
+
+
+def _measure_others(bench: Bench) -> None:
+    settings = bench.settings.replace(target="none", source="python")
+    count = 20_000 if bench.quick else 100_000
+    words = f"kcov-bench others {count}"
+    bench.progress("booting a guest")
+    with Session(settings, None) as session:
+
+        def without_module() -> _Figures:
+            script = f"rmmod kcov_bridge && {words}; status=$?; insmod {_MODULE} && exit $status"
+            figures: _Figures = json.loads(session.guest.run(script, check=True).text)
+            return figures
+
+        bench.progress("calls with an owner elsewhere, and without the module")
+        taken = take_turns(
+            {
+                "an owner sleeps": lambda: _run(session, "others", str(count), "owner"),
+                "no module": without_module,
+            },
+            _NEEDED if bench.quick else 25,
+        )
+    for call in ("getppid", "open, close"):
+        ours, baseline = (
+            Series(way, tuple(figures[call] / 1e3 for figures in taken[way]))
+            for way in ("an owner sleeps", "no module")
+        )
+        bench.add(Comparison(call, "us", ours, baseline, _NEEDED, aims=(_OTHERS_AIM,)))
+
+
+SIGNAL = Measurement("signal", "a system call whose return finds new coverage", _measure_signal)
+IDLE = Measurement("idle", "a system call of an owner whose return finds nothing", _measure_idle)
+OTHERS = Measurement("others", "system calls of tasks that own nothing", _measure_others)

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arithmetic of a benchmark: medians, quartiles, and when a comparison says nothing.
+
+Two series that were taken in turn are compared turn by turn, so that what the machine did
+meanwhile hits both: a ratio is the median of the turns' ratios, its spread the distance of their
+quartiles. A comparison from too few turns, or with quartiles that are too far apart, is refused
+with the reason. An aim counts as met or missed only where both quartiles agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+__all__ = [
+    "MOST_SPREAD",
+    "Aim",
+    "Comparison",
+    "Of",
+    "Outcome",
+    "Series",
+    "Summary",
+    "Verdict",
+    "quantile",
+]
+
+MOST_SPREAD = 0.5
+"""Largest distance of a ratio's quartiles, as a part of its median, at which it is still shown."""
+
+
+def quantile(values: Sequence[float], part: float) -> float:
+    """The value below which this part (0 to 1) of the values lies, interpolated between two.
+
+    Raises ValueError for no values.
+    """
+    if not values:
+        raise ValueError("no values")
+    ordered = sorted(values)
+    place = part * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What remains of a series of ``runs`` values: median, quartiles, extremes."""
+
+    runs: int
+    median: float
+    q1: float
+    q3: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Summary:
+        """Of at least one value. Raises ValueError for none."""
+        middle, first, third = (quantile(values, part) for part in (0.5, 0.25, 0.75))
+        return cls(len(values), middle, first, third, min(values), max(values))
+
+    @property
+    def spread(self) -> float:
+        """The distance of the quartiles as a part of the median; infinite for a median of 0."""
+        if self.q1 == self.q3:
+            return 0.0
+        return abs((self.q3 - self.q1) / self.median) if self.median else math.inf
+
+
+@dataclass(frozen=True)
+class Series:
+    """One way of doing something, and what each turn of it took; ``name`` says which way."""
+
+    name: str
+    values: tuple[float, ...]
+
+    @property
+    def summary(self) -> Summary:
+        """Raises ValueError for a series without values."""
+        return Summary.of(self.values)
+
+
+class Of(Enum):
+    """What of two series is compared; the texts are for the table.
+
+    ``TIMES``: ours divided by the baseline. ``FASTER``: the baseline divided by ours.
+    ``MORE``: ours less the baseline, in their unit. ``VALUE``: ours alone.
+    """
+
+    TIMES = "x"
+    FASTER = "x faster"
+    MORE = "more"
+    VALUE = ""
+
+
+class Verdict(Enum):
+    """How a figure stands to its aim."""
+
+    MET = "met"
+    MISSED = "MISSED"
+    UNCLEAR = "unclear"
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A limit, ``at_most`` or (``False``) at least, for what a comparison comes to, or for a
+    ``VALUE``."""
+
+    limit: float
+    at_most: bool = True
+    of: Of = Of.TIMES
+
+    def judge(self, figure: Summary) -> Verdict:
+        """Met or missed where both quartiles say the same."""
+        good = [self._holds(each) for each in (figure.q1, figure.q3)]
+        if all(good):
+            return Verdict.MET
+        return Verdict.UNCLEAR if any(good) else Verdict.MISSED
+
+    def _holds(self, value: float) -> bool:
+        return value <= self.limit if self.at_most else value >= self.limit
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a comparison comes to: a figure, or why there is none; then ``refused`` is not empty."""
+
+    figure: Summary | None
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A figure beside its baseline.
+
+    ``needed`` is how many turns of each it takes to say anything. ``of`` says what is compared.
+    ``unit`` is that of the values. Where the two series are of one length they were taken in turn.
+    ``aims`` may be of what is compared and of the value itself.
+    """
+
+    case: str
+    unit: str
+    ours: Series
+    baseline: Series
+    needed: int
+    of: Of = Of.TIMES
+    aims: tuple[Aim, ...] = field(default=())
+
+    def outcome(self) -> Outcome:
+        """The figure of the two series together, unless it would mean nothing."""
+        return self._outcome(self.of)
+
+    def verdict(self, aim: Aim) -> Verdict | None:
+        """How this stands to one of its aims; None where the figure is refused."""
+        figure = self._outcome(aim.of).figure
+        return aim.judge(figure) if figure is not None else None
+
+    def _outcome(self, of: Of) -> Outcome:
+        series = [self.ours] if of is Of.VALUE else [self.ours, self.baseline]
+        for each in series:
+            if len(each.values) < self.needed:
+                return Outcome(None, f"{len(each.values)} of {self.needed} runs: {each.name}")
+        if of is Of.VALUE:
+            figure = self.ours.summary
+        elif len(self.ours.values) != len(self.baseline.values):
+            return Outcome(None, "not taken in turn: the two differ in their number of runs")
+        else:
+            try:
+                pairs = zip(self.ours.values, self.baseline.values, strict=True)
+                figure = Summary.of([_compare(of, ours, base) for ours, base in pairs])
+            except ZeroDivisionError:
+                return Outcome(None, "a value of 0 cannot be divided by")
+        return self._bounded(of, figure)
+
+    def _bounded(self, of: Of, figure: Summary) -> Outcome:
+        if of is Of.MORE:
+            # What is more may well be about nothing: the values themselves are the measure then.
+            width = (figure.q3 - figure.q1) / max(abs(self.baseline.summary.median), 1e-300)
+        else:
+            width = figure.spread
+        if width > MOST_SPREAD:
+            return Outcome(None, f"quartiles {width:.0%} apart, {MOST_SPREAD:.0%} at most")
+        return Outcome(figure)
+
+
+def _compare(of: Of, ours: float, baseline: float) -> float:
+    if of is Of.MORE:
+        return ours - baseline
+    return ours / baseline if of is Of.TIMES else baseline / ours

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A target for measurements: code to cover that does nothing until it is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bridge.sources.python import PythonSource
+from bridge.targets.none import NoTarget
+
+__all__ = ["COVERED_TARGET", "CoveredTarget", "cover_before_each_look"]
+
+COVERED_TARGET = "bridge.bench.targets:CoveredTarget"
+"""Its name for the setting ``target``."""
+
+_COVERED = Path(__file__).with_name("covered.py")
+
+
+class CoveredTarget(NoTarget):
+    """One small module is measured, and nothing in it runs."""
+
+    name = "covered"
+    packages = ("bridge.bench.covered",)
+
+
+def cover_before_each_look(source: PythonSource) -> None:
+    """From now on a line of the target is new at each ``consume()``.
+
+    The line is put where coverage.py's C tracer puts it, at its cost or less: with code of the
+    target that really runs, each call would also wait for that.
+    """
+    text = _COVERED.read_text(encoding="utf-8").splitlines()
+    line = 1 + text.index("    return 42")
+    path = str(_COVERED.resolve())
+    tap = source._tap
+    assert tap is not None
+    consume = source.consume
+
+    def cover_and_consume() -> list[int]:
+        tap._data[path] = {line}
+        return consume()
+
+    source.consume = cover_and_consume  # type: ignore[method-assign]
