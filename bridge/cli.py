@@ -112,6 +112,18 @@ examples:
 The exit status is 1 when no bridge is running.
 """
 
+_BENCH_EPILOG = """\
+examples:
+  kcov-bridge bench --list
+  kcov-bridge bench --quick
+  kcov-bridge bench --only signal,idle -o signal.json
+  kcov-bridge bench --only consume,vms --plot bench.svg
+
+Each figure stands beside its baseline, taken in turn in the same run; a comparison of too few
+runs, or of runs that differ too much, is refused with the reason. docs/performance.md says what
+is measured and how. Nothing else should run on the machine meanwhile.
+"""
+
 _IMAGE_EPILOG = """\
 examples:
   kcov-bridge image build
@@ -222,6 +234,14 @@ def _fill_status(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(function=status_command)
 
 
+def _fill_bench(parser: argparse.ArgumentParser) -> None:
+    from bridge.bench.command import add_bench_arguments
+
+    add_bench_arguments(parser)
+    _add_config(parser, ("accel", "qemu", "image", "memory"))
+    parser.set_defaults(function=_bench)
+
+
 def _fill_image(parser: argparse.ArgumentParser) -> None:
     from bridge.image_cli import add_image_arguments, image_command
 
@@ -259,6 +279,13 @@ _SUBCOMMANDS: tuple[tuple[str, str, str, str, Callable[[argparse.ArgumentParser]
         "What each running bridge of yours has signalled, appended and lost, by instance.",
         _STATUS_EPILOG,
         _fill_status,
+    ),
+    (
+        "bench",
+        "measure what the bridge costs, beside baselines",
+        "",
+        _BENCH_EPILOG,
+        _fill_bench,
     ),
     ("image", "build, list and remove guest images", "", _IMAGE_EPILOG, _fill_image),
 )
@@ -316,6 +343,12 @@ def _doctor(args: argparse.Namespace) -> int:
     from bridge.doctor import doctor_command
 
     return doctor_command(_settings(args), as_json=args.json)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from bridge.bench.command import bench_command
+
+    return bench_command(_settings(args), args)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:

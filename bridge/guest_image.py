@@ -133,6 +133,11 @@ class ProjectImage:
         self.name = image.name
         self._image = image
 
+    @property
+    def image(self) -> Image:
+        """The image itself."""
+        return self._image
+
     def machine_config(self, settings: Settings, accelerator: Accelerator) -> MachineConfig:
         """As the protocol says; ``settings.kernel`` boots instead of the image's."""
         image = self._image

@@ -2,8 +2,8 @@
 """What a look at the coverage costs, and what being looked at costs the target.
 
 ``consume`` asks which blocks were covered since the last time, by how many those are and by how
-many files the target has, of :meth:`bridge.sources.python.PythonSource.consume` and of coverage.py's
-public ``get_data()`` and ``lines()``, on the same measurement. ``target`` times Python code that
+many files the target has: by the source's ``consume()``, and by coverage.py's public ``get_data()``
+and ``lines()``, on the same measurement. ``target`` times Python code that
 answers requests, under the source with a look after each request, and under plain coverage.py
 without any.
 """
@@ -28,13 +28,13 @@ from bridge.bench.measurement import Bench, Measurement, best_of, series, take_t
 from bridge.bench.stats import Aim, Comparison, Of
 from bridge.sources.python import PythonSource
 
-__all__ = ["BASELINE", "CONSUME", "OURS", "TARGET", "case_of"]
+__all__ = ["CONSUME", "TARGET"]
 
 _FILES = (10, 1_000, 10_000)
 _BLOCKS = (1, 10, 1_000)
 _NEEDED = 7
-OURS = "consume()"
-BASELINE = "get_data(), lines()"
+_OURS = "consume()"
+_BASELINE = "get_data(), lines()"
 _AIM = Aim(20, at_most=False, of=Of.FASTER)
 _TARGET_AIM = Aim(1.2)
 _REQUESTS = 40
@@ -43,11 +43,6 @@ _DOCUMENT = "".join(
     f"when = 2024-01-0{1 + number % 9}\nnested = {{ a = {number}, b = 'c' }}\n"
     for number in range(10)
 )
-
-
-def case_of(files: int, blocks: int) -> str:
-    """How the table names a case of ``consume``."""
-    return f"{files:,} files, {blocks:,} block{'s' if blocks > 1 else ''}"
 
 
 def _measure_consume(bench: Bench) -> None:
@@ -110,11 +105,13 @@ def _measure_size(bench: Bench, files: int, directory: Path) -> None:
             # a second where there are 10,000.
             baseline = theirs if files > _FILES[0] else best_of(theirs)
             taken = take_turns(
-                {OURS: best_of(ours), BASELINE: baseline},
+                {_OURS: best_of(ours), _BASELINE: baseline},
                 _NEEDED if bench.quick or files > _FILES[1] else 15,
             )
-            pair = (series(taken, OURS, 1e6), series(taken, BASELINE, 1e6))
-            bench.add(Comparison(case_of(files, blocks), "us", *pair, _NEEDED, Of.FASTER, (_AIM,)))
+            pair = (series(taken, _OURS, 1e6), series(taken, _BASELINE, 1e6))
+            case = f"{files:,} files, {blocks:,} block{'s' if blocks > 1 else ''}"
+            parameters = {"files": files, "blocks": blocks}
+            bench.add(Comparison(case, "us", *pair, _NEEDED, Of.FASTER, (_AIM,), parameters))
 
 
 def _write_package(root: Path, name: str, files: int) -> None:

@@ -10,7 +10,7 @@ with the reason. An aim counts as met or missed only where both quartiles agree.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -136,17 +136,19 @@ class Comparison:
     """A figure beside its baseline.
 
     ``needed`` is how many turns of each it takes to say anything. ``of`` says what is compared.
-    ``unit`` is that of the values. Where the two series are of one length they were taken in turn.
-    ``aims`` may be of what is compared and of the value itself.
+    ``unit`` is that of the values. The two series were taken in turn. Without a baseline there is
+    a ``VALUE`` alone. ``aims`` may be of what is compared and of the value itself. ``parameters``
+    are the numbers in the case, for programs.
     """
 
     case: str
     unit: str
     ours: Series
-    baseline: Series
+    baseline: Series | None
     needed: int
     of: Of = Of.TIMES
-    aims: tuple[Aim, ...] = field(default=())
+    aims: tuple[Aim, ...] = ()
+    parameters: Mapping[str, int] = field(default_factory=dict)
 
     def outcome(self) -> Outcome:
         """The figure of the two series together, unless it would mean nothing."""
@@ -158,31 +160,30 @@ class Comparison:
         return aim.judge(figure) if figure is not None else None
 
     def _outcome(self, of: Of) -> Outcome:
-        series = [self.ours] if of is Of.VALUE else [self.ours, self.baseline]
-        for each in series:
-            if len(each.values) < self.needed:
+        ours, baseline = self.ours, self.baseline
+        if of is not Of.VALUE and baseline is None:
+            return Outcome(None, "there is no baseline")
+        for each in (ours, baseline):
+            if each is not None and len(each.values) < self.needed:
                 return Outcome(None, f"{len(each.values)} of {self.needed} runs: {each.name}")
-        if of is Of.VALUE:
-            figure = self.ours.summary
-        elif len(self.ours.values) != len(self.baseline.values):
+        if of is Of.VALUE or baseline is None:
+            return _unless_wide(ours.summary, ours.summary.median)
+        if len(ours.values) != len(baseline.values):
             return Outcome(None, "not taken in turn: the two differ in their number of runs")
-        else:
-            try:
-                pairs = zip(self.ours.values, self.baseline.values, strict=True)
-                figure = Summary.of([_compare(of, ours, base) for ours, base in pairs])
-            except ZeroDivisionError:
-                return Outcome(None, "a value of 0 cannot be divided by")
-        return self._bounded(of, figure)
+        try:
+            pairs = zip(ours.values, baseline.values, strict=True)
+            figure = Summary.of([_compare(of, *pair) for pair in pairs])
+        except ZeroDivisionError:
+            return Outcome(None, "a value of 0 cannot be divided by")
+        # What is more may well be about nothing: the values themselves are the measure then.
+        return _unless_wide(figure, baseline.summary.median if of is Of.MORE else figure.median)
 
-    def _bounded(self, of: Of, figure: Summary) -> Outcome:
-        if of is Of.MORE:
-            # What is more may well be about nothing: the values themselves are the measure then.
-            width = (figure.q3 - figure.q1) / max(abs(self.baseline.summary.median), 1e-300)
-        else:
-            width = figure.spread
-        if width > MOST_SPREAD:
-            return Outcome(None, f"quartiles {width:.0%} apart, {MOST_SPREAD:.0%} at most")
-        return Outcome(figure)
+
+def _unless_wide(figure: Summary, measure: float) -> Outcome:
+    width = abs((figure.q3 - figure.q1) / measure) if measure else math.inf
+    if figure.q1 != figure.q3 and width > MOST_SPREAD:
+        return Outcome(None, f"quartiles {width:.0%} apart, {MOST_SPREAD:.0%} at most")
+    return Outcome(figure)
 
 
 def _compare(of: Of, ours: float, baseline: float) -> float:

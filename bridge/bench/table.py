@@ -49,17 +49,18 @@ def _one(result: Result) -> str:
 
 
 def _rows(comparison: Comparison) -> list[Sequence[str]]:
-    ours, baseline = comparison.ours.summary, comparison.baseline.summary
+    ours, baseline = comparison.ours.summary, comparison.baseline
     outcome = comparison.outcome()
     comes_to = (
         f"refused: {outcome.refused}"
         if outcome.figure is None
         else _figure(comparison.of, outcome.figure.median, comparison.unit)
     )
-    row = [
-        *(comparison.case, *_series(ours, comparison.unit), str(ours.runs)),
-        *(comparison.baseline.name, *_series(baseline, comparison.unit), comes_to),
-    ]
+    row = [comparison.case, *_series(ours, comparison.unit), str(ours.runs)]
+    if baseline is None:
+        row += ["none", "", "", comes_to if outcome.figure is None else ""]
+    else:
+        row += [baseline.name, *_series(baseline.summary, comparison.unit), comes_to]
     aims = [(say_aim(aim, comparison.unit), _verdict(comparison, aim)) for aim in comparison.aims]
     first, *rest = aims or [("", "")]
     return [[*row, *first], *(["", *[""] * 7, *each] for each in rest)]

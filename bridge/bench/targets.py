@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bridge.sources.python import PythonSource
+from bridge.targets import Endpoint
 from bridge.targets.none import NoTarget
 
 __all__ = ["COVERED_TARGET", "CoveredTarget", "cover_before_each_look"]
@@ -17,10 +18,14 @@ _COVERED = Path(__file__).with_name("covered.py")
 
 
 class CoveredTarget(NoTarget):
-    """One small module is measured, and nothing in it runs."""
+    """One small module is measured, and nothing in it runs.
+
+    It has an endpoint, as the services do that a guest reaches over its network; nothing is there.
+    """
 
     name = "covered"
     packages = ("bridge.bench.covered",)
+    endpoints = (Endpoint("covered", host_port=9, guest_port=9),)
 
 
 def cover_before_each_look(source: PythonSource) -> None:

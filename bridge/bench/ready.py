@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a guest takes: from nothing to a command that is answered, and back to where it was.
+
+``ready`` is ``kcov-bridge run -- echo`` as a process, from its start to the guest's answer: booted
+from nothing (cold), and as the bridge does it by itself where it keeps a snapshot (warm). Baseline
+is virtme-ng, likewise, with the same kernel under the same accelerator. ``reset`` is
+:meth:`bridge.session.Session.reset` where this version has it, against ending the guest and
+booting another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from bridge.bench.commands import seconds_to_answer
+from bridge.bench.measurement import Bench, Measurement, series, take_turns
+from bridge.bench.stats import Aim, Comparison, Of
+from bridge.bench.virtme import Virtme
+from bridge.config import ENVIRONMENT_PREFIX, Settings
+from bridge.errors import BridgeError, InfrastructureError
+from bridge.guest_image import ProjectImage
+from bridge.session import Session
+
+__all__ = ["READY", "RESET"]
+
+_NEEDED = 3
+_COLD_AIM = Aim(5.0, of=Of.VALUE)
+_WARM_AIM = Aim(1.0, of=Of.VALUE)
+_FASTER_AIM = Aim(15, at_most=False, of=Of.FASTER)
+_RESET_AIM = Aim(150.0, of=Of.VALUE)
+_ANSWER = "answered-by-bridge"
+_SECONDS = 300.0
+_BASELINE = "virtme-ng"
+
+
+def _measure_ready(bench: Bench) -> None:
+    settings = bench.settings.replace(target="none", source="python")
+    with ExitStack() as stack:
+        out = Path(stack.enter_context(TemporaryDirectory(prefix="kcov-bridge-bench-")))
+        ways: dict[str, Callable[[], float]] = {}
+        for way, changed in _ways(settings).items():
+            ways[way] = functools.partial(_run, changed, out)
+        if (boot := _virtme(bench, settings, stack)) is not None:
+            ways[_BASELINE] = boot
+        bench.progress(f"in turn: {', '.join(ways)}")
+        # The first run of each may build or save what the next ones use.
+        taken = take_turns(ways, _NEEDED if bench.quick or _BASELINE in ways else 2 * _NEEDED)
+    baseline = series(taken, _BASELINE) if _BASELINE in taken else None
+    of = Of.FASTER if baseline is not None else Of.VALUE
+    for way in ways:
+        if way == _BASELINE:
+            continue
+        aims = [_WARM_AIM if way == "warm" else _COLD_AIM]
+        if baseline is not None and way == list(ways)[-2]:
+            aims.append(_FASTER_AIM)
+        bench.add(Comparison(way, "s", series(taken, way), baseline, _NEEDED, of, tuple(aims)))
+    if "warm" not in ways:
+        bench.note("this version keeps no snapshot to start from: all starts are cold")
+
+
+def _ways(settings: Settings) -> dict[str, Settings]:
+    """The settings to boot by, each way that this version has."""
+    known = {each.name for each in dataclasses.fields(Settings)}
+    if "snapshot" not in known:
+        return {"cold": settings}
+    return {"cold": settings.replace(snapshot=False), "warm": settings.replace(snapshot=True)}
+
+
+def _run(settings: Settings, out: Path) -> float:
+    """Seconds to the answer of a run of its own."""
+    command = [sys.executable, "-m", "bridge", "-q", "run", "--out", str(out)]
+    return seconds_to_answer(
+        [*command, "--", "echo", _ANSWER],
+        _ANSWER.encode(),
+        timeout=_SECONDS,
+        env={**os.environ, **_environment(settings)},
+    )
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """Variables that give a process these settings, but for where it leaves its results."""
+    values = {each.name: getattr(settings, each.name) for each in dataclasses.fields(Settings)}
+    del values["out"]
+    return {
+        ENVIRONMENT_PREFIX + name.upper(): str(value)
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def _virtme(bench: Bench, settings: Settings, stack: ExitStack) -> Callable[[], float] | None:
+    """How to boot the baseline; None where it cannot be had, which is noted."""
+    if bench.quick:
+        bench.note("virtme-ng as the baseline takes a minute or more: left out of --quick")
+        return None
+    bench.progress("booting a guest, for the kernel's modules")
+    try:
+        with Session(settings, None) as session:
+            if not isinstance(session.image, ProjectImage):
+                bench.note("no baseline: virtme-ng is given the kernel of an image of the project")
+                return None
+            virtme = stack.enter_context(Virtme(session, session.image.image))
+        bench.progress("booting virtme-ng for a try")
+        virtme.boot()
+    except BridgeError as error:
+        bench.note(f"no baseline: {' '.join(error.report().split())}")
+        return None
+    return virtme.boot
+
+
+def _measure_reset(bench: Bench) -> None:
+    reset = getattr(Session, "reset", None)
+    if reset is None:
+        bench.note("this version has no Session.reset(): a guest is made new by a restart alone")
+        return
+    settings = bench.settings.replace(target="none", source="python")
+    with ExitStack() as stack:
+        current = _Restarted(settings)
+        stack.callback(current.close)
+        bench.progress("resets and restarts in turn")
+        taken = take_turns(
+            {"reset": lambda: current.reset(reset), "restart": current.restart},
+            _NEEDED if bench.quick else 9,
+        )
+    pair = (series(taken, "reset", 1e3), series(taken, "restart", 1e3))
+    bench.add(Comparison("reset", "ms", *pair, _NEEDED, Of.FASTER, (_RESET_AIM,)))
+
+
+class _Restarted:
+    """A guest that is reset, or ended and booted again."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._stack = ExitStack()
+        self._session: Session
+        self._boot()
+
+    def _boot(self) -> None:
+        self._session = self._stack.enter_context(Session(self._settings, None))
+
+    def _answers(self) -> None:
+        self._session.guest.run(["true"], check=True)
+
+    def restart(self) -> float:
+        """Seconds from the end's beginning to the answer of the next guest."""
+        begun = time.perf_counter()
+        self.close()
+        self._boot()
+        self._answers()
+        return time.perf_counter() - begun
+
+    def reset(self, reset: Callable[[Session], object]) -> float:
+        """Seconds of a reset that takes back what was done since the last."""
+        guest = self._session.guest
+        guest.run("touch /tmp/changed", check=True)
+        begun = time.perf_counter()
+        reset(self._session)
+        seconds = time.perf_counter() - begun
+        if self._session.guest.run(["test", "-e", "/tmp/changed"]).exit_status == 0:
+            raise InfrastructureError("a reset left what was done before it")
+        return seconds
+
+    def close(self) -> None:
+        """End the guest."""
+        self._stack.close()
+
+
+READY = Measurement("ready", "from a command's start to the guest's answer", _measure_ready)
+RESET = Measurement("reset", "a guest as it was when it was ready", _measure_reset)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The baseline of "ready": virtme-ng, which boots a kernel on a copy of the host's own system.
+
+It boots the image's own kernel, with the modules that the image has of it, under the same
+accelerator and with as much memory. It is an extra (``pip install 'kcov-bridge[bench]'``) and
+needs a static busybox of the host.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tarfile
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
+
+from bridge.bench.commands import seconds_to_answer
+from bridge.errors import InfrastructureError, MissingDependencyError
+from bridge.image import Image
+from bridge.session import Session
+
+__all__ = ["Virtme"]
+
+_ANSWER = "answered-by-virtme"
+_SECONDS = 240.0
+_MODULES = "/usr/lib/modules"
+
+
+class Virtme:
+    """virtme-ng, ready to boot a session's kernel, time after time; a context manager.
+
+    The modules are read from the session's guest when this is entered. Raises
+    :class:`bridge.errors.MissingDependencyError` without virtme-ng or busybox.
+    """
+
+    def __init__(self, session: Session, image: Image) -> None:
+        beside = Path(sys.executable).with_name("vng")
+        program = str(beside) if beside.is_file() else shutil.which("vng")
+        if program is None:
+            raise MissingDependencyError(
+                "virtme-ng is not installed", hint="pip install 'kcov-bridge[bench]'"
+            )
+        if shutil.which("busybox") is None:
+            raise MissingDependencyError(
+                "virtme-ng needs a static busybox", hint="apt-get install busybox-static"
+            )
+        self._program = program
+        self._session = session
+        self._image = image
+        self._stack = ExitStack()
+        self._kernel: Path
+
+    def __enter__(self) -> Virtme:
+        with ExitStack() as stack:
+            tree = Path(stack.enter_context(TemporaryDirectory(prefix="kcov-bridge-bench-")))
+            (tree / "boot").mkdir()
+            # It looks for the modules beside the kernel, and learns the release from the name.
+            self._kernel = tree / "boot" / f"vmlinuz-{self._image.kernel_release}"
+            shutil.copyfile(self._image.vmlinuz, self._kernel)
+            with TemporaryFile() as archive:
+                self._session.guest.run(
+                    ["tar", "-C", _MODULES, "-cf", "-", self._image.kernel_release],
+                    stdout=archive.write,
+                    capture=0,
+                    check=True,
+                )
+                archive.seek(0)
+                with tarfile.open(fileobj=archive) as tar:
+                    tar.extractall(tree / "lib" / "modules", filter="data")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def boot(self) -> float:
+        """Seconds from the start of virtme-ng to the answer of a shell command in the guest.
+
+        Raises :class:`bridge.errors.InfrastructureError` where none comes.
+        """
+        accelerator, settings = self._session.accelerator, self._session.settings
+        assert accelerator is not None
+        command = [
+            *(self._program, "--run", str(self._kernel), "--user", "root"),
+            *("--cpus", str(settings.cpus), "--memory", f"{settings.memory}M"),
+            *([] if accelerator.name == "kvm" else ["--disable-kvm"]),
+            *("--exec", f"echo {_ANSWER}"),
+        ]
+        path = os.pathsep.join([str(Path(self._program).parent), os.environ.get("PATH", "")])
+        try:
+            return seconds_to_answer(
+                command, _ANSWER.encode(), timeout=_SECONDS, env={**os.environ, "PATH": path}
+            )
+        except InfrastructureError as error:
+            raise InfrastructureError(
+                "virtme-ng did not boot the kernel", evidence=error.report()
+            ) from error

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several guests at once on one machine, each with a bridge in a process of its own.
+
+How long until all have answered a command, what each takes of memory, and how many signals a
+second all get together: with doorbells that stay awake for a moment after a signal, and with
+doorbells that always sleep.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import cast
+
+from bridge.bench.measurement import Bench, Measurement, take_turns
+from bridge.bench.stats import Comparison, Of, Series
+from bridge.bench.worker import Worker, wait_for_all
+from bridge.config import Settings
+
+__all__ = ["ADAPTIVE", "MEASUREMENT", "MEMORY", "READY"]
+
+READY = "until all are ready"
+MEMORY = "memory of each"
+ADAPTIVE = "adaptive"
+
+_COUNTS = (1, 2, 4, 8)
+_WARM_UP_SECONDS = 0.3
+_NEEDED = 3
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """Of one turn with some guests: seconds, MiB for each, signals a second in all."""
+
+    ready: float
+    memory: float
+    adaptive: float
+    asleep: float
+
+
+def _case(count: int, what: str) -> str:
+    """How the table names a case."""
+    return f"{count} VM{'s' if count > 1 else ''}, {what}"
+
+
+def _measure(bench: Bench) -> None:
+    settings = bench.settings.replace(target="none", source="python", syscall_pcs=True)
+    counts = _COUNTS[:2] if bench.quick else _COUNTS
+    seconds = 1.0 if bench.quick else 2.0
+    taken = take_turns(
+        {
+            str(count): functools.partial(_together, bench, settings, count, seconds)
+            for count in counts
+        },
+        _NEEDED,
+        warm_up=0,
+    )
+
+    def series(name: str, count: int, figure: str) -> Series:
+        return Series(name, tuple(getattr(each, figure) for each in taken[str(count)]))
+
+    for what, figure, unit in ((READY, "ready", "s"), (MEMORY, "memory", "MiB")):
+        for count in counts:
+            alone = series("1 VM", 1, figure) if count > 1 else None
+            of = Of.TIMES if alone is not None else Of.VALUE
+            ours = series(what, count, figure)
+            case, parameters = _case(count, what), {"vms": count}
+            bench.add(Comparison(case, unit, ours, alone, _NEEDED, of, parameters=parameters))
+    for count in counts:
+        pair = series(ADAPTIVE, count, "adaptive"), series("always asleep", count, "asleep")
+        case, parameters = _case(count, "signals in all"), {"vms": count}
+        bench.add(Comparison(case, "/s", *pair, _NEEDED, parameters=parameters))
+
+
+def _together(bench: Bench, settings: Settings, count: int, seconds: float) -> _Figures:
+    bench.progress(f"{count} at once")
+    with ExitStack() as stack:
+        workers = [stack.enter_context(Worker(settings)) for _ in range(count)]
+        ready = max(wait_for_all(workers))
+
+        def rate(seconds: float, adaptive: bool) -> float:
+            for worker in workers:
+                worker.ask("stream", seconds, adaptive)
+            return sum(cast(float, worker.answer()) for worker in workers)
+
+        # The first calls of all are those that QEMU has to translate.
+        rate(_WARM_UP_SECONDS, True)
+        adaptive, asleep = rate(seconds, True), rate(seconds, False)
+        for worker in workers:
+            worker.ask("memory")
+        memory = sum(sum(cast(tuple[float, float], worker.answer())) for worker in workers)
+        return _Figures(ready, memory / count, adaptive, asleep)
+
+
+MEASUREMENT = Measurement("vms", "several guests at once", _measure)
