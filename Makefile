@@ -20,7 +20,7 @@ KINDS := run $(if $(filter 0,$(shell id -u)),,user)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help run image test test-unit test-all storm executor kills conformance reference lint format venv packages packages-test clean distclean
+.PHONY: help run image bench test test-unit test-all storm executor kills conformance reference lint format venv packages packages-test clean distclean
 
 help: ## this help
 	@awk -F ' ## ' '/^[a-z-]+:.* ## / { split($$1, name, ":"); printf "make %-11s %s\n", name[1], $$2 }' \
@@ -37,6 +37,11 @@ run: packages $(VENV)/installed ## install what is missing, boot a guest, run th
 
 image: packages $(VENV)/installed ## build the default guest image
 	$(VENV)/bin/kcov-bridge image build $(ARGS)
+
+bench: packages-test $(VENV)/installed-bench ## measure what the bridge costs, on a quiet machine (minutes): build/bench.json
+	@mkdir -p build
+	-@command -v busybox >/dev/null || .ci/install-packages --package busybox-static
+	$(VENV)/bin/kcov-bridge bench -o build/bench.json --plot build/bench.svg $(ARGS)
 
 test: packages-test $(VENV)/installed-dev ## run all tests, those in virtual machines too
 	@mkdir -p build
@@ -97,6 +102,10 @@ $(VENV)/installed: pyproject.toml .ci/make-venv
 
 $(VENV)/installed-dev: pyproject.toml .ci/make-venv
 	.ci/make-venv $(VENV) dev
+	@touch $(VENV)/installed $@
+
+$(VENV)/installed-bench: pyproject.toml .ci/make-venv
+	.ci/make-venv $(VENV) bench
 	@touch $(VENV)/installed $@
 
 clean: ## remove what was built here (images in the cache stay: kcov-bridge image rm)

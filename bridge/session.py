@@ -68,7 +68,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _BUSY_SECONDS = 200e-6
-"""How long the host stays awake after a request; tests/bench/bench_signal.py shows what it wins."""
+"""How long the host stays awake after a request; `kcov-bridge bench --only signal,vms` shows what
+it wins."""
 
 _GUEST_DIRECTORY = "/run/kcov-bridge"
 _SET_UP_SECONDS = 60.0

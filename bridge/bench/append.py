@@ -54,11 +54,12 @@ def _measure(bench: Bench) -> None:
             for way in ("a list", "an array"):
                 case = f"{batch:,} PCs a batch, {way}"
                 ours, baseline = (_rates(series(taken, name)) for name in (way, "memcpy"))
-                bench.add(Comparison(case, "PCs/s", ours, baseline, _NEEDED, aims=aims))
+                bench.add(Comparison(case, "M PCs/s", ours, baseline, _NEEDED, aims=aims))
 
 
 def _rates(seconds: Series) -> Series:
-    return Series(seconds.name, tuple(1 / each for each in seconds.values))
+    """Millions of PCs a second."""
+    return Series(seconds.name, tuple(1e-6 / each for each in seconds.values))
 
 
 def _append(area: Area, pcs: Sequence[int], calls: int) -> float:

@@ -41,6 +41,9 @@ _MEASUREMENTS = (
 
 DEFAULT_OUT = Path("bench.json")
 
+_QUIET_LOAD = 0.5
+"""Processes that may be running beside (the load of one minute, proc(5))."""
+
 
 def measurements() -> dict[str, Measurement]:
     """All measurements by name, in order."""
@@ -97,6 +100,11 @@ def bench_command(settings: Settings, args: argparse.Namespace) -> int:
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"there is no directory {path.parent} to write {path.name} into")
     head = surroundings(settings, quick=args.quick)
+    if head["machine"]["load"][0] > _QUIET_LOAD:
+        _log.warning(
+            "this machine is not quiet (load %s): figures will be too large, or be refused",
+            head["machine"]["load"][0],
+        )
     results = []
     with _progress_alone():
         for number, measurement in enumerate(chosen, 1):

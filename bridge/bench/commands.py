@@ -9,14 +9,16 @@ import select
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from bridge.errors import InfrastructureError
-from bridge.vm.process import spawn
+from bridge.vm.process import Process, spawn
 
 __all__ = ["seconds_to_answer"]
 
 _REDIRECT = 'fd=$1; shift; exec "$@" >"/proc/self/fd/$fd"'
 _END_SECONDS = 30.0
+_EVIDENCE = 2048
 
 
 def seconds_to_answer(
@@ -28,48 +30,46 @@ def seconds_to_answer(
 ) -> float:
     """Seconds from the start of ``command`` until it prints ``answer``; then it may end.
 
-    The command's whole session is killed where it does not end by itself. Raises
+    It has some seconds to end by itself, and is killed otherwise, at once in trouble. Raises
     :class:`bridge.errors.InfrastructureError` where the answer does not come in ``timeout``
     seconds, with the end of what was printed.
     """
     reading, writing = os.pipe()
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, reading)
+        begun = time.perf_counter()
         try:
-            begun = time.perf_counter()
             process = spawn(
                 ["sh", "-c", _REDIRECT, "sh", str(writing), *command],
-                name=command[0],
+                name=Path(command[0]).name,
                 pass_fds=(writing,),
                 env=env,
             )
         finally:
             os.close(writing)
-        stack.callback(_end, process.pid)
-        stack.callback(process.kill)
-        stack.callback(process.wait, _END_SECONDS)
+        stack.callback(_end, process)
         printed = b""
         while answer not in printed:
             left = begun + timeout - time.perf_counter()
             if left <= 0 or not select.select([reading], [], [], left)[0]:
-                # Not worth waiting for its end.
-                process.kill()
-                raise InfrastructureError(
-                    f"{command[0]} has not answered after {timeout:g} s",
-                    evidence=(printed[-2048:].decode(errors="replace") + process.stderr_text),
-                )
+                raise _silent(process, printed, f"has not answered after {timeout:g} s")
             chunk = os.read(reading, 65536)
             if not chunk:
                 process.wait(_END_SECONDS)
-                raise InfrastructureError(
-                    f"{command[0]} {process.how_it_ended} without an answer",
-                    evidence=(printed[-2048:].decode(errors="replace") + process.stderr_text),
-                )
+                raise _silent(process, printed, f"{process.how_it_ended} without an answer")
             printed += chunk
-        return time.perf_counter() - begun
+        seconds = time.perf_counter() - begun
+        process.wait(_END_SECONDS)
+        return seconds
 
 
-def _end(session: int) -> None:
-    """Kill what a command that was killed has left: it was the leader of its process group."""
+def _silent(process: Process, printed: bytes, what: str) -> InfrastructureError:
+    evidence = printed[-_EVIDENCE:].decode(errors="replace") + process.stderr_text[-_EVIDENCE:]
+    return InfrastructureError(f"{process.name} {what}", evidence=evidence)
+
+
+def _end(process: Process) -> None:
+    """Kill what has not ended by itself, and what it started: it leads its process group."""
+    process.kill()
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(session, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The measurements ``consume`` and ``vms`` as a picture: one SVG, from the JSON document.
 
-Points are medians, with a line from quartile to quartile.
+Points are medians, with a bar from quartile to quartile, and hollow where the comparison with the
+baseline is refused.
 """
 
 from __future__ import annotations
@@ -30,16 +31,19 @@ text { font-family: "DejaVu Sans", Helvetica, Arial, sans-serif; font-size: 12px
 
 @dataclass(frozen=True)
 class _Point:
-    """``at`` is on the horizontal axis; the rest is the series' median and quartiles."""
+    """``at`` is on the horizontal axis, then come the series' median and quartiles; ``sure`` is
+    false where its comparison was refused."""
 
     at: float
     median: float
     q1: float
     q3: float
+    sure: bool
 
     @classmethod
-    def of(cls, at: float, series: dict[str, Any], scale: float = 1.0) -> _Point:
-        return cls(at, *(series[key] * scale for key in ("median", "q1", "q3")))
+    def of(cls, at: float, comparison: dict[str, Any], side: str, scale: float = 1.0) -> _Point:
+        middle, first, third = (comparison[side][key] * scale for key in ("median", "q1", "q3"))
+        return cls(at, middle, first, third, not comparison["refused"])
 
 
 @dataclass
@@ -86,7 +90,8 @@ def plot(document: dict[str, Any]) -> str:
     machine = document["machine"]
     where = (
         f"{machine['processor']}, {machine['cpus']} CPUs, {document['accelerator']['name']}; "
-        f"{document['date'][:10]}; medians, and quartiles as bars"
+        f"{document['date'][:10]}; medians and quartiles; "
+        "hollow: too different from run to run to be compared"
     )
     parts.append(_text(width / 2, height - 10, where, "middle", colour="#666"))
     return "\n".join([*parts, "</svg>", ""])
@@ -103,8 +108,8 @@ def _consume(comparisons: Sequence[dict[str, Any]]) -> list[_Panel]:
             theirs[files] = _Line(
                 f"{each['baseline']['name']}, {files:,} files", colour, dashed=True
             )
-        ours[files].points.append(_Point.of(blocks, each["ours"], 1e-6))
-        theirs[files].points.append(_Point.of(blocks, each["baseline"], 1e-6))
+        ours[files].points.append(_Point.of(blocks, each, "ours", 1e-6))
+        theirs[files].points.append(_Point.of(blocks, each, "baseline", 1e-6))
     if not ours:
         return []
     blocks = sorted({point.at for line in ours.values() for point in line.points})
@@ -128,7 +133,7 @@ def _vms(comparisons: Sequence[dict[str, Any]]) -> list[_Panel]:
             line = _Line(label, _COLOURS[number], dashed=side == "baseline")
             for each in comparisons:
                 if each["ours"]["name"] == name:
-                    line.points.append(_Point.of(each["parameters"]["vms"], each[side]))
+                    line.points.append(_Point.of(each["parameters"]["vms"], each, side))
             if line.points:
                 lines.append(line)
         if not lines:
@@ -138,8 +143,8 @@ def _vms(comparisons: Sequence[dict[str, Any]]) -> list[_Panel]:
         return _Panel(title, "VMs at once", up, lines, ticks)
 
     panels = (
-        panel("Ready", "s", [(READY, "ours", "from the start until all answer")]),
-        panel("Memory of each VM", "MiB", [(MEMORY, "ours", "QEMU and bridge, PSS")]),
+        panel("Ready", "seconds", [(READY, "ours", "from the start until all answer")]),
+        panel("Memory of each VM", "MiB a VM", [(MEMORY, "ours", "QEMU and bridge, PSS")]),
         panel(
             "Signals of all VMs together",
             "signals a second",
@@ -210,7 +215,8 @@ def _draw_line(line: _Line, across: Callable[[float], float], up: Callable[[floa
         parts.append(
             f'<line x1="{x:.1f}" y1="{up(point.q1):.1f}" x2="{x:.1f}" y2="{up(point.q3):.1f}" '
             f'stroke="{line.colour}" stroke-width="5" stroke-opacity="0.35"/>'
-            f'<circle cx="{x:.1f}" cy="{up(point.median):.1f}" r="3.5" fill="{line.colour}"/>'
+            f'<circle cx="{x:.1f}" cy="{up(point.median):.1f}" r="3.5" stroke="{line.colour}" '
+            f'stroke-width="1.5" fill="{line.colour if point.sure else "white"}"/>'
         )
     return "".join(parts)
 

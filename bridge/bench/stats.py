@@ -26,7 +26,7 @@ __all__ = [
     "quantile",
 ]
 
-MOST_SPREAD = 0.5
+MOST_SPREAD = 0.3
 """Largest distance of a ratio's quartiles, as a part of its median, at which it is still shown."""
 
 

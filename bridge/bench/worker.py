@@ -2,7 +2,8 @@
 """A bridge in a process of its own, as each of many has one, that does what it is asked.
 
 :class:`Worker` is the asking side; ``python -m bridge.bench.worker FD`` boots a guest with the
-settings that come first over the socket, and answers one request after the other until it ends.
+settings that come first over the socket, and answers one request after the other until it ends. An
+answer is whether it went well, and a value or what went wrong.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -30,13 +30,6 @@ __all__ = ["Worker", "proportional_mib", "wait_for_all"]
 _BOOT_SECONDS = 600.0
 _ANSWER_SECONDS = 120.0
 _END_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """What a worker says instead of an answer."""
-
-    report: str
 
 
 class Worker:
@@ -64,6 +57,9 @@ class Worker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is not None:
+            # Nobody waits for an orderly end now; the guest dies with its bridge.
+            self._process.kill()
         self.close()
 
     def ask(self, what: str, *arguments: object) -> None:
@@ -78,15 +74,15 @@ class Worker:
         try:
             if not self._connection.poll(seconds):
                 raise InfrastructureError(f"a worker does not answer within {seconds:g} s")
-            answer: object = self._connection.recv()
+            good, answer = self._connection.recv()
         except EOFError as error:
             self._process.wait(_END_SECONDS)
             raise InfrastructureError(
                 f"a worker {self._process.how_it_ended}", evidence=self._process.stderr_text
             ) from error
-        if isinstance(answer, _Failure):
-            raise InfrastructureError("a worker failed", evidence=answer.report)
-        return answer
+        if not good:
+            raise InfrastructureError("a worker failed", evidence=answer)
+        return cast(object, answer)
 
     def fileno(self) -> int:
         """Readable when there is an answer."""
@@ -152,14 +148,14 @@ def _serve(connection: Connection) -> None:
     settings = connection.recv()
     with Session(settings, None) as session:
         session.guest.run(["true"], check=True)
-        connection.send(None)
+        connection.send((True, None))
         served = _Served(session)
         while True:
             try:
                 what, arguments = connection.recv()
             except (EOFError, ConnectionError):
                 return
-            connection.send(getattr(served, what)(*arguments))
+            connection.send((True, getattr(served, what)(*arguments)))
 
 
 def main() -> int:
@@ -168,7 +164,7 @@ def main() -> int:
         try:
             _serve(connection)
         except BridgeError as error:
-            connection.send(_Failure(error.report()))
+            connection.send((False, error.report()))
             return error.exit_status
     return 0
 
