@@ -24,6 +24,7 @@ from bridge.bench.commands import seconds_to_answer
 from bridge.bench.measurement import Bench, Measurement, series, take_turns
 from bridge.bench.stats import Aim, Comparison, Of
 from bridge.bench.virtme import Virtme
+from bridge.bench.worker import started_from_snapshot
 from bridge.config import ENVIRONMENT_PREFIX, Settings
 from bridge.errors import BridgeError, InfrastructureError
 from bridge.guest_image import ProjectImage
@@ -38,7 +39,7 @@ _FASTER_AIM = Aim(15, at_most=False, of=Of.FASTER)
 _RESET_AIM = Aim(150.0, of=Of.VALUE)
 _ANSWER = "answered-by-bridge"
 _SECONDS = 300.0
-_BASELINE = "virtme-ng"
+_COLD, _WARM, _BASELINE = "cold", "warm", "virtme-ng"
 
 
 def _measure_ready(bench: Bench) -> None:
@@ -46,32 +47,35 @@ def _measure_ready(bench: Bench) -> None:
     with ExitStack() as stack:
         out = Path(stack.enter_context(TemporaryDirectory(prefix="kcov-bridge-bench-")))
         ways: dict[str, Callable[[], float]] = {}
-        for way, changed in _ways(settings).items():
+        for way, changed in _ways(bench, settings).items():
             ways[way] = functools.partial(_run, changed, out)
         if (boot := _virtme(bench, settings, stack)) is not None:
             ways[_BASELINE] = boot
         bench.progress(f"in turn: {', '.join(ways)}")
-        # The first run of each may build or save what the next ones use.
         taken = take_turns(ways, _NEEDED if bench.quick or _BASELINE in ways else 2 * _NEEDED)
     baseline = series(taken, _BASELINE) if _BASELINE in taken else None
     of = Of.FASTER if baseline is not None else Of.VALUE
-    for way in ways:
-        if way == _BASELINE:
-            continue
-        aims = [_WARM_AIM if way == "warm" else _COLD_AIM]
-        if baseline is not None and way == list(ways)[-2]:
-            aims.append(_FASTER_AIM)
-        bench.add(Comparison(way, "s", series(taken, way), baseline, _NEEDED, of, tuple(aims)))
-    if "warm" not in ways:
+    for way, aim in ((_COLD, _COLD_AIM), (_WARM, _WARM_AIM)):
+        if way in taken:
+            usual = way == _WARM or _WARM not in taken
+            aims = (aim, _FASTER_AIM) if usual and baseline is not None else (aim,)
+            bench.add(Comparison(way, "s", series(taken, way), baseline, _NEEDED, of, aims))
+
+
+def _ways(bench: Bench, settings: Settings) -> dict[str, Settings]:
+    """The settings to boot by, for each way that there is here; the snapshot is made by this."""
+    if not hasattr(Session, "reset"):
         bench.note("this version keeps no snapshot to start from: all starts are cold")
-
-
-def _ways(settings: Settings) -> dict[str, Settings]:
-    """The settings to boot by, each way that this version has."""
-    known = {each.name for each in dataclasses.fields(Settings)}
-    if "snapshot" not in known:
-        return {"cold": settings}
-    return {"cold": settings.replace(snapshot=False), "warm": settings.replace(snapshot=True)}
+        return {_COLD: settings}
+    ways = {_COLD: settings.replace(snapshot=False)}
+    bench.progress("starting a guest, for the snapshot to be there")
+    warm = settings.replace(snapshot=True)
+    with Session(warm, None) as session:
+        if started_from_snapshot(session):
+            ways[_WARM] = warm
+        else:
+            bench.note("this image cannot be started from a snapshot: all starts are cold")
+    return ways
 
 
 def _run(settings: Settings, out: Path) -> float:
@@ -125,6 +129,9 @@ def _measure_reset(bench: Bench) -> None:
     with ExitStack() as stack:
         current = _Restarted(settings)
         stack.callback(current.close)
+        if not current.can_be_reset:
+            bench.note("this image cannot be started from a snapshot, nor reset to one")
+            return
         bench.progress("resets and restarts in turn")
         taken = take_turns(
             {"reset": lambda: current.reset(reset), "restart": current.restart},
@@ -145,6 +152,11 @@ class _Restarted:
 
     def _boot(self) -> None:
         self._session = self._stack.enter_context(Session(self._settings, None))
+
+    @property
+    def can_be_reset(self) -> bool:
+        """Whether there is a state to go back to."""
+        return started_from_snapshot(self._session)
 
     def _answers(self) -> None:
         self._session.guest.run(["true"], check=True)

@@ -37,6 +37,7 @@ class _Figures:
     memory: float
     adaptive: float
     asleep: float
+    from_snapshot: bool
 
 
 def _case(count: int, what: str) -> str:
@@ -60,6 +61,9 @@ def _measure(bench: Bench) -> None:
     def series(name: str, count: int, figure: str) -> Series:
         return Series(name, tuple(getattr(each, figure) for each in taken[str(count)]))
 
+    # The very first one may have made the snapshot, and be booted.
+    snapshots = all(each.from_snapshot for each in taken[str(counts[-1])])
+    bench.note(f"the guests were {'started from a snapshot' if snapshots else 'booted'}")
     for what, figure, unit in ((READY, "ready", "s"), (MEMORY, "memory", "MiB")):
         for count in counts:
             alone = series("1 VM", 1, figure) if count > 1 else None
@@ -90,7 +94,8 @@ def _together(bench: Bench, settings: Settings, count: int, seconds: float) -> _
         for worker in workers:
             worker.ask("memory")
         memory = sum(sum(cast(tuple[float, float], worker.answer())) for worker in workers)
-        return _Figures(ready, memory / count, adaptive, asleep)
+        from_snapshot = all(worker.from_snapshot for worker in workers)
+        return _Figures(ready, memory / count, adaptive, asleep, from_snapshot)
 
 
 MEASUREMENT = Measurement("vms", "several guests at once", _measure)

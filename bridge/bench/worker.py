@@ -25,7 +25,7 @@ from bridge.errors import BridgeError, InfrastructureError
 from bridge.session import Session
 from bridge.vm.process import spawn
 
-__all__ = ["Worker", "proportional_mib", "wait_for_all"]
+__all__ = ["Worker", "proportional_mib", "started_from_snapshot", "wait_for_all"]
 
 _BOOT_SECONDS = 600.0
 _ANSWER_SECONDS = 120.0
@@ -33,10 +33,14 @@ _END_SECONDS = 30.0
 
 
 class Worker:
-    """A bridge that is booting, or booted, in a process of its own."""
+    """A bridge that is booting, or booted, in a process of its own.
+
+    ``from_snapshot``: once it is ready, whether its guest was started from a snapshot.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.begun = perf_counter()
+        self.from_snapshot = False
         ours, theirs = socket.socketpair()
         with theirs:
             self._connection: Connection = Connection(ours.detach())
@@ -67,7 +71,7 @@ class Worker:
         self._connection.send((what, arguments))
 
     def answer(self, seconds: float = _ANSWER_SECONDS) -> object:
-        """The answer to the oldest request, or to the start: that a command was answered.
+        """The answer to the oldest request, or to the start: whether it was from a snapshot.
 
         Raises :class:`bridge.errors.InfrastructureError` with what the process says.
         """
@@ -107,9 +111,14 @@ def wait_for_all(workers: Sequence[Worker]) -> list[float]:
         now = perf_counter()
         for fd in come:
             worker = waiting.pop(cast(int, fd))
-            worker.answer()
+            worker.from_snapshot = bool(worker.answer())
             seconds[worker] = now - worker.begun
     return [seconds[worker] for worker in workers]
+
+
+def started_from_snapshot(session: Session) -> bool:
+    """Whether the session's guest was started from a snapshot, not booted."""
+    return getattr(session, "snapshot", None) is not None
 
 
 def proportional_mib(pid: int) -> float:
@@ -148,7 +157,7 @@ def _serve(connection: Connection) -> None:
     settings = connection.recv()
     with Session(settings, None) as session:
         session.guest.run(["true"], check=True)
-        connection.send((True, None))
+        connection.send((True, started_from_snapshot(session)))
         served = _Served(session)
         while True:
             try:
