@@ -57,7 +57,7 @@ def test_without_arguments_it_teaches(capsys: pytest.CaptureFixture[str]) -> Non
         assert word in out
 
 
-@pytest.mark.parametrize("subcommand", ["doctor", "run", "ssh", "symbolize", "image"])
+@pytest.mark.parametrize("subcommand", ["doctor", "run", "ssh", "symbolize", "bench", "image"])
 def test_each_subcommand_has_help_with_examples(
     subcommand: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
