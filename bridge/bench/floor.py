@@ -22,7 +22,7 @@ from bridge.image.store import cache_directory
 from bridge.session import Session
 from bridge.vm.process import spawn
 
-__all__ = ["build_floor", "floor"]
+__all__ = ["LAYOUT_FLAGS", "build_floor", "floor"]
 
 _SOURCE = Path(__file__).with_name("floor.c")
 _FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror")
@@ -30,7 +30,7 @@ _AREA_WORDS = 512 << 10
 """As much as kcov-bench asks for."""
 _HANDED_OVER_SECONDS = 600.0
 
-_LAYOUT = {
+_LAYOUT: dict[str, int] = {
     "SLOTS": abi.SLOTS,
     "SLOT_WORDS": abi.SLOT_WORDS,
     "REQUESTS": abi.REQUESTS_OFFSET // abi.WORD,
@@ -48,6 +48,8 @@ _LAYOUT = {
     "RESPONSE_FLAGS": abi.ResponseWord.FLAGS.value,
     "RESPONSE_AREA_OFFSET": abi.ResponseWord.AREA_OFFSET.value,
 }
+LAYOUT_FLAGS = tuple(f"-D{name}={value}" for name, value in _LAYOUT.items())
+"""What a compiler has to be told about the region."""
 
 
 def build_floor() -> Path:
@@ -62,7 +64,7 @@ def build_floor() -> Path:
             "the floor of a signal is a C program, and there is no compiler for it",
             hint="install gcc and libc6-dev",
         )
-    flags = [*_FLAGS, *(f"-D{name}={value}" for name, value in _LAYOUT.items())]
+    flags = [*_FLAGS, *LAYOUT_FLAGS]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     digest = hashlib.sha256(version + " ".join(flags).encode() + _SOURCE.read_bytes())
     program = cache_directory() / "bench" / f"floor-{digest.hexdigest()[:12]}"

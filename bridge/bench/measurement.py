@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from bridge.bench.stats import Comparison, Series
 from bridge.config import Settings
@@ -44,15 +44,20 @@ class Result:
 
 
 class Bench:
-    """What a measurement is given: the settings to boot with, and where to put what it finds.
+    """What a measurement is given: settings to boot with, and where to put what it finds.
 
     ``quick`` asks for as little as can be said to have been measured.
     """
 
     def __init__(self, settings: Settings, result: Result, *, quick: bool = False) -> None:
-        self.settings = settings
         self.quick = quick
+        self._settings = settings
         self._result = result
+
+    def settings(self, **changes: Any) -> Settings:
+        """The user's settings for the machine; what a run is about is the measurement's to say."""
+        fixed = {"source": "python", "isolate": False, "personality": "linux", "timeout": None}
+        return self._settings.replace(**{**fixed, **changes})
 
     def progress(self, what: str) -> None:
         """Tell whoever waits what is being done."""

@@ -43,7 +43,7 @@ _COLD, _WARM, _BASELINE = "cold", "warm", "virtme-ng"
 
 
 def _measure_ready(bench: Bench) -> None:
-    settings = bench.settings.replace(target="none", source="python")
+    settings = bench.settings(target="none")
     with ExitStack() as stack:
         out = Path(stack.enter_context(TemporaryDirectory(prefix="kcov-bridge-bench-")))
         ways: dict[str, Callable[[], float]] = {}
@@ -52,7 +52,10 @@ def _measure_ready(bench: Bench) -> None:
         if (boot := _virtme(bench, settings, stack)) is not None:
             ways[_BASELINE] = boot
         bench.progress(f"in turn: {', '.join(ways)}")
-        taken = take_turns(ways, _NEEDED if bench.quick or _BASELINE in ways else 2 * _NEEDED)
+        # The baseline was tried before, and takes its time.
+        slow = _BASELINE in ways
+        rounds = _NEEDED if bench.quick or slow else 2 * _NEEDED
+        taken = take_turns(ways, rounds, warm_up=0 if slow else 1)
     baseline = series(taken, _BASELINE) if _BASELINE in taken else None
     of = Of.FASTER if baseline is not None else Of.VALUE
     for way, aim in ((_COLD, _COLD_AIM), (_WARM, _WARM_AIM)):
@@ -125,7 +128,7 @@ def _measure_reset(bench: Bench) -> None:
     if reset is None:
         bench.note("this version has no Session.reset(): a guest is made new by a restart alone")
         return
-    settings = bench.settings.replace(target="none", source="python")
+    settings = bench.settings(target="none")
     with ExitStack() as stack:
         current = _Restarted(settings)
         stack.callback(current.close)

@@ -63,7 +63,7 @@ def _check(session: Session) -> None:
 
 def _measure_signal(bench: Bench) -> None:
     build_floor()
-    settings = bench.settings.replace(target=COVERED_TARGET, source="python", syscall_pcs=True)
+    settings = bench.settings(target=COVERED_TARGET, syscall_pcs=True)
     count = 3_000 if bench.quick else 10_000
     bench.progress("booting a guest")
     with Session(settings, None) as session:
@@ -111,7 +111,7 @@ def _series(taken: Mapping[str, list[_Figures]], way: str, state: str, part: str
 
 
 def _measure_idle(bench: Bench) -> None:
-    settings = bench.settings.replace(target=COVERED_TARGET, source="python", syscall_pcs=False)
+    settings = bench.settings(target=COVERED_TARGET, syscall_pcs=False)
     count = 3_000 if bench.quick else 10_000
     bench.progress("booting a guest")
     with Session(settings, None) as session:
@@ -136,7 +136,7 @@ def _measure_idle(bench: Bench) -> None:
 
 
 def _measure_others(bench: Bench) -> None:
-    settings = bench.settings.replace(target="none", source="python")
+    settings = bench.settings(target="none")
     count = 20_000 if bench.quick else 100_000
     words = f"kcov-bench others {count}"
     bench.progress("booting a guest")

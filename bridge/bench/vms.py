@@ -46,7 +46,7 @@ def _case(count: int, what: str) -> str:
 
 
 def _measure(bench: Bench) -> None:
-    settings = bench.settings.replace(target="none", source="python", syscall_pcs=True)
+    settings = bench.settings(target="none", syscall_pcs=True)
     counts = _COUNTS[:2] if bench.quick else _COUNTS
     seconds = 1.0 if bench.quick else 2.0
     taken = take_turns(
