@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import xml.etree.ElementTree
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ import pytest
 
 import bridge
 from bridge import config
-from bridge.bench import ready
+from bridge.bench import ready, virtme
 from bridge.bench.command import measurements
 from bridge.bench.commands import seconds_to_answer
 from bridge.bench.document import describe
@@ -27,7 +29,6 @@ from bridge.bench.measurement import Bench, Measurement, Result, best_of, perfor
 from bridge.bench.plot import plot
 from bridge.bench.stats import Aim, Comparison, Of, Series, Summary, Verdict, quantile
 from bridge.bench.table import amount, render, say_aim
-from bridge.bench.virtme import Virtme
 from bridge.bench.worker import Worker, proportional_mib, wait_for_all
 from bridge.cli import main
 from bridge.config import Settings
@@ -209,10 +210,32 @@ def test_no_virtme_is_a_reason_that_is_told(
     monkeypatch.setenv("PATH", str(tmp_path))
     session, image = Session(Settings(), None), cast(Image, None)
     with pytest.raises(MissingDependencyError, match="virtme-ng is not installed"):
-        Virtme(session, image)
+        virtme.Virtme(session, image)
     (tmp_path / "vng").touch()
     with pytest.raises(MissingDependencyError, match="static busybox"):
-        Virtme(session, image)
+        virtme.Virtme(session, image)
+
+
+@pytest.mark.parametrize("name", ["6.1/../../out", "/out"])
+def test_a_guest_does_not_say_where_its_files_go(tmp_path: Path, name: str) -> None:
+    """The modules for the baseline are sent by a guest."""
+
+    def sent(*names: str) -> io.BytesIO:
+        made = io.BytesIO()
+        with tarfile.open(fileobj=made, mode="w") as tar:
+            for each in names:
+                member = tarfile.TarInfo(each)
+                member.size = 4
+                tar.addfile(member, io.BytesIO(b"text"))
+        made.seek(0)
+        return made
+
+    to = tmp_path / "modules"
+    virtme._unpack(sent("6.1/a.ko"), to)
+    assert (to / "6.1" / "a.ko").read_bytes() == b"text"
+    with pytest.raises(InfrastructureError, match="the guest sent"):
+        virtme._unpack(sent(name), to)
+    assert not (tmp_path / "out").exists()
 
 
 # What people and programs get to see

@@ -15,6 +15,7 @@ import tarfile
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
+from typing import IO
 
 from bridge.bench.commands import seconds_to_answer
 from bridge.errors import InfrastructureError, MissingDependencyError
@@ -67,8 +68,7 @@ class Virtme:
                     check=True,
                 )
                 archive.seek(0)
-                with tarfile.open(fileobj=archive) as tar:
-                    tar.extractall(tree / "lib" / "modules", filter="data")
+                _unpack(archive, tree / "lib" / "modules")
             self._stack = stack.pop_all()
         return self
 
@@ -97,3 +97,18 @@ class Virtme:
             raise InfrastructureError(
                 "virtme-ng did not boot the kernel", evidence=error.report()
             ) from error
+
+
+def _unpack(archive: IO[bytes], to: Path) -> None:
+    """The plain files of an archive that a guest made: they stay below ``to``."""
+    with tarfile.open(fileobj=archive) as tar:
+        for member in tar:
+            path = Path(os.path.normpath(to / member.name))
+            data = tar.extractfile(member) if member.isfile() else None
+            if data is None:
+                continue
+            if not path.is_relative_to(to):
+                raise InfrastructureError(f"the guest sent a file with the name {member.name!r}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                shutil.copyfileobj(data, file)
