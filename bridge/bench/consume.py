@@ -37,7 +37,7 @@ _OURS = "consume()"
 _BASELINE = "get_data(), lines()"
 _AIM = Aim(20, at_most=False, of=Of.FASTER)
 _TARGET_AIM = Aim(1.2)
-_REQUESTS = 40
+_REQUESTS = 20
 _DOCUMENT = "".join(
     f'[table-{number}]\nname = "a text"\nvalues = [1, 2.5, true, "four"]\n'
     f"when = 2024-01-0{1 + number % 9}\nnested = {{ a = {number}, b = 'c' }}\n"
