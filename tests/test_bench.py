@@ -186,9 +186,11 @@ def test_ctrl_c_is_no_failure_of_a_measurement() -> None:
 
 
 def test_what_is_measured_does_not_depend_on_the_users_settings() -> None:
-    mine = Settings(source="kernel", isolate=True, personality="gvisor", timeout=3.0, memory=512)
+    mine = Settings(
+        source="kernel", comparisons=True, personality="gvisor", timeout=3.0, memory=512
+    )
     given = Bench(mine, Result("x", "")).settings(target="none")
-    assert (given.source, given.isolate, given.personality) == ("python", False, "linux")
+    assert (given.source, given.comparisons, given.personality) == ("python", False, "linux")
     assert (given.timeout, given.target, given.memory) == (None, "none", 512)
 
 

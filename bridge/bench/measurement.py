@@ -56,7 +56,13 @@ class Bench:
 
     def settings(self, **changes: Any) -> Settings:
         """The user's settings for the machine; what a run is about is the measurement's to say."""
-        fixed = {"source": "python", "isolate": False, "personality": "linux", "timeout": None}
+        fixed = {
+            "source": "python",
+            "isolate": False,
+            "comparisons": False,
+            "personality": "linux",
+            "timeout": None,
+        }
         return self._settings.replace(**{**fixed, **changes})
 
     def progress(self, what: str) -> None:
