@@ -16,6 +16,7 @@ from bridge.abi import ENOTSUPP, KCOV_CMP_CONST, KCOV_CMP_SIZE
 from bridge.errors import UsageError
 from bridge.image import build, compile_for_guest
 from bridge.session import Session
+from bridge.sources.pcs import Location
 
 pytestmark = pytest.mark.vm
 
@@ -82,7 +83,7 @@ def test_operands_of_the_server(session: Session) -> None:
     by_place: dict[str, list[tuple[int, ...]]] = {}
     for kind, first, second, pc in records:
         location = session.symbolize(pc)
-        assert location is not None
+        assert isinstance(location, Location)
         assert location.file.startswith("pyroute2/plan9/")
         if location.file == "pyroute2/plan9/__init__.py":
             lines = location.block.lines
