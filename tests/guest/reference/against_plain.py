@@ -5,14 +5,16 @@
 
 boots the reference kernels ``kcov`` and ``plain``, which differ in CONFIG_KCOV alone, and makes the
 same system calls of 36 kinds in both, traced by the kernel's own kcov in the one and by the bridge
-in the other. Addresses differ, so blocks are compared by the function that they were written in:
-the innermost at the block's address by DWARF (``addr2line -i``), whatever was inlined where.
+in the other. Addresses differ, so blocks are compared by function. What is inlined where differs as
+well, so DWARF is asked (``addr2line -i``): the function that a block is in is the outermost, and
+the other side has it if any of its own, in any of its calls of this kind, is in that function or in
+code that was inlined from it.
 
-For each kind, a block is also the other side's if any of the other side's calls of this kind has a
-block of that function. Printed are the share of kcov's blocks that the source has too, the share of
-the source's that kcov does not have, and the agreement of order: of the sequences of functions of
-two calls (repeats in a row as one) the longest common subsequence, to the mean of their lengths;
-the best of the calls of this kind for each of kcov's, the median of these.
+Printed for each kind are the share of kcov's blocks that the source has too, the share of the
+source's that kcov does not have, and the agreement of order: of the sequences of functions of two
+calls (repeats in a row as one, functions that one side alone has left out) the longest common
+subsequence, to the mean of their lengths; the best of the calls of this kind for each of kcov's,
+the median of these.
 """
 
 from __future__ import annotations
@@ -40,8 +42,12 @@ _LONGEST = 3000
 """Sequences are compared up to this length, for the same reason."""
 
 
-def functions(vmlinux: Path, addresses: Iterable[int]) -> dict[int, str]:
-    """The function that the code at each address was written in, without what inlined it."""
+Chain = tuple[str, ...]
+"""The function that a block is in, after those that were inlined there, innermost first."""
+
+
+def chains(vmlinux: Path, addresses: Iterable[int]) -> dict[int, Chain]:
+    """What function the code at each address is of; parts and clones of one go by its name."""
     wanted = sorted(set(addresses))
     lines = subprocess.run(
         ["addr2line", "-a", "-f", "-i", "-e", str(vmlinux)],
@@ -50,12 +56,18 @@ def functions(vmlinux: Path, addresses: Iterable[int]) -> dict[int, str]:
         text=True,
         check=True,
     ).stdout.splitlines()
-    # An address, then two lines for each function, the innermost first.
-    return {
-        int(line, 16): lines[at + 1].partition(".")[0]
-        for at, line in enumerate(lines)
-        if line.startswith("0x")
-    }
+    # An address, then two lines for each function: name and place.
+    found: dict[int, list[str]] = {}
+    for line in lines:
+        if line.startswith("0x"):
+            names = found[int(line, 16)] = []
+            place = False
+        elif not place:
+            names.append(line.partition(".")[0])
+            place = True
+        else:
+            place = False
+    return {address: tuple(names) for address, names in found.items()}
 
 
 def _traces(variant: str, rounds: int) -> tuple[Image, list[Trace]]:
@@ -71,14 +83,14 @@ def _traces(variant: str, rounds: int) -> tuple[Image, list[Trace]]:
         return image, record(session, "/sys/kernel/debug/kcov", rounds)
 
 
-def named(variant: str, rounds: int) -> dict[str, list[list[str]]]:
+def named(variant: str, rounds: int) -> dict[str, list[list[Chain]]]:
     """By kind of call, the functions of each call's blocks in order."""
     image, traces = _traces(variant, rounds)
     back = _CALL if variant == "kcov" else 0
-    names = functions(
+    names = chains(
         image.directory / "vmlinux.debug", {pc - back for trace in traces for pc in trace.pcs}
     )
-    found: dict[str, list[list[str]]] = defaultdict(list)
+    found: dict[str, list[list[Chain]]] = defaultdict(list)
     for trace in traces:
         found[trace.kind].append([names[pc - back] for pc in trace.pcs])
     return found
@@ -101,15 +113,33 @@ def longest_common(one: Sequence[str], other: Sequence[str]) -> int:
     return len(one) - row.bit_count()
 
 
-def _order(ours: list[list[str]], theirs: list[list[str]]) -> float:
-    def runs(calls: list[list[str]]) -> list[list[str]]:
-        return [[name for name, _ in groupby(call)][:_LONGEST] for call in calls[-_ORDER_CALLS:]]
+def _order(ours: list[list[Chain]], theirs: list[list[Chain]]) -> float:
+    both = {chain[-1] for call in ours for chain in call}
+    both &= {chain[-1] for call in theirs for chain in call}
+
+    def runs(calls: list[list[Chain]]) -> list[list[str]]:
+        return [
+            [name for name, _ in groupby(chain[-1] for chain in call if chain[-1] in both)][
+                :_LONGEST
+            ]
+            for call in calls[-_ORDER_CALLS:]
+        ]
 
     def agreement(one: list[str], other: list[str]) -> float:
-        return 2 * longest_common(one, other) / max(len(one) + len(other), 1)
+        longest = max(len(one), len(other))
+        return 2 * longest_common(one, other) / (len(one) + len(other)) if longest else 1.0
 
     mine = runs(ours)
     return statistics.median(max(agreement(one, other) for other in mine) for one in runs(theirs))
+
+
+def _alone(calls: list[list[Chain]], others: list[list[Chain]]) -> tuple[int, Counter[str]]:
+    """How many blocks the calls have, and by function those that the others do not have."""
+    known = {name for call in others for chain in call for name in chain}
+    blocks = Counter(chain[-1] for call in calls for chain in call)
+    return blocks.total(), Counter(
+        {name: count for name, count in blocks.items() if name not in known}
+    )
 
 
 def main() -> int:
@@ -125,28 +155,23 @@ def main() -> int:
     orders = []
     print(f"{'kind':<12}{'kcov':>9}{'source':>9}{'had':>9}{'extra':>9}{'order':>8}")
     for kind, calls in theirs.items():
-        their = Counter(name for call in calls for name in call)
-        our = Counter(name for call in ours[kind] for name in call)
-        lacks = {name: count for name, count in their.items() if name not in our}
-        adds = {name: count for name, count in our.items() if name not in their}
+        their, lacks = _alone(calls, ours[kind])
+        our, adds = _alone(ours[kind], calls)
         lacking.update(lacks)
         extra.update(adds)
-        totals.update(
-            kcov=their.total(), source=our.total(), lacks=sum(lacks.values()),
-            adds=sum(adds.values()),
-        )  # fmt: skip
+        totals.update(kcov=their, source=our, lacks=lacks.total(), adds=adds.total())
         orders.append(_order(ours[kind], calls))
         print(
-            f"{kind:<12}{their.total() / len(calls):>9.0f}{our.total() / len(calls):>9.0f}"
-            f"{1 - sum(lacks.values()) / their.total():>9.2%}"
-            f"{sum(adds.values()) / our.total():>9.2%}{orders[-1]:>8.3f}"
+            f"{kind:<12}{their / len(calls):>9.0f}{our / len(calls):>9.0f}"
+            f"{1 - lacks.total() / max(their, 1):>9.2%}{adds.total() / max(our, 1):>9.2%}"
+            f"{orders[-1]:>8.3f}"
         )
     had = 1 - totals["lacks"] / totals["kcov"]
     added = totals["adds"] / totals["source"]
     print(f"of kcov's blocks the source has {had:.2%}; kcov lacks {added:.2%} of the source's")
     print(f"order: median of the kinds {statistics.median(orders):.3f}, least {min(orders):.3f}")
     for what, counts in (("lacks", lacking), ("has alone", extra)):
-        print(f"the source {what}: " + ", ".join(f"{n} {c}" for n, c in counts.most_common(25)))
+        print(f"the source {what}: " + ", ".join(f"{n} {c}" for n, c in counts.most_common(30)))
     return 0 if had >= _HAVE_AIM and added <= _EXTRA_AIM else 1
 
 
