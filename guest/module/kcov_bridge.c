@@ -361,10 +361,13 @@ static int kb_call(struct kb_instance *inst, enum kb_op op, u64 task, u64 arg0, 
 {
 	int err;
 
-	inst->request = (struct kb_request) {
-		.op = op, .generation = inst->generation, .task = task,
-		.arg0 = arg0, .arg1 = arg1, .arg2 = arg2,
-	};
+	/* Field by field: a whole struct is cleared and copied by string instructions first. */
+	inst->request.op = op;
+	inst->request.generation = inst->generation;
+	inst->request.task = task;
+	inst->request.arg0 = arg0;
+	inst->request.arg1 = arg1;
+	inst->request.arg2 = arg2;
 	err = kb_ask(inst);
 	/* Perhaps in the way is what is nobody's. */
 	if ((err == -ENOMEM || err == -EBUSY || err == -EEXIST) && kb_restore_generations())
@@ -418,12 +421,16 @@ static bool kb_settle(struct kb_instance *inst)
  */
 static void kb_hide(const struct kb_owner *owner)
 {
+	if (!kb_watched)
+		return;
 	WRITE_ONCE(kb->requests[owner->inst->slot].hidden, KB_HIDDEN_YES);
 	barrier();
 }
 
 static void kb_show(const struct kb_owner *owner)
 {
+	if (!kb_watched)
+		return;
 	barrier();
 	WRITE_ONCE(kb->requests[owner->inst->slot].hidden, KB_HIDDEN_NO);
 }
@@ -492,7 +499,7 @@ static struct kb_owner *kb_owner_of(struct task_struct *task)
 /* As kb_hide() and kb_show(), for whoever it is that uses the device. */
 static void kb_hide_current(void)
 {
-	struct kb_owner *owner = kb_owner_of(current);
+	struct kb_owner *owner = kb_watched ? kb_owner_of(current) : NULL;
 
 	if (owner)
 		kb_hide(owner);
@@ -500,7 +507,7 @@ static void kb_hide_current(void)
 
 static void kb_show_current(void)
 {
-	struct kb_owner *owner = kb_owner_of(current);
+	struct kb_owner *owner = kb_watched ? kb_owner_of(current) : NULL;
 
 	if (owner)
 		kb_show(owner);
