@@ -11,8 +11,9 @@ export PYTHON
 # The Pythons that `make test-all` looks for, on PATH and among pyenv's.
 PYTHONS ?= 3.11 3.12 3.13
 
-# Mutations of `make storm`.
+# Mutations of `make storm`, calls of `make answers`.
 STORM ?= 10000000
+ANSWERS ?= 10000000
 
 # What packages are for: building images takes one more where this is not root.
 KINDS := run $(if $(filter 0,$(shell id -u)),,user)
@@ -20,7 +21,7 @@ KINDS := run $(if $(filter 0,$(shell id -u)),,user)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help run image bench test test-unit test-all storm executor kills conformance reference lint format venv packages packages-test clean distclean
+.PHONY: help run image bench test test-unit test-all storm answers executor kills conformance reference lint format venv packages packages-test clean distclean
 
 help: ## this help
 	@awk -F ' ## ' '/^[a-z-]+:.* ## / { split($$1, name, ":"); printf "make %-11s %s\n", name[1], $$2 }' \
@@ -73,6 +74,9 @@ test-all: packages-test ## run the tests that need no virtual machine, on each P
 
 storm: packages-test $(VENV)/installed-dev ## let a hostile guest scribble ten million times (about two minutes)
 	KCOV_BRIDGE_STORM=$(STORM) $(VENV)/bin/python -m pytest -s tests/guest/test_storm.py $(ARGS)
+
+answers: packages-test $(VENV)/installed-dev ## is what answered a call in its area, ten million times (an hour)
+	KCOV_BRIDGE_ANSWERS=$(ANSWERS) $(VENV)/bin/python -m pytest -s tests/guest/test_answers.py $(ARGS)
 
 conformance: packages-test $(VENV)/installed-dev ## run kcov's rules in guests: linux and gvisor, on 1 and 4 vCPUs
 	$(VENV)/bin/python -m tests.guest.conformance $(ARGS)

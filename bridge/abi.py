@@ -19,6 +19,9 @@ A slot belongs to one open kcov descriptor (an *instance*) from open to release.
 the slot's request, sets its ``SEQ`` to a new value, moves the header's ``KICK`` and, unless the
 header says that the host is awake, rings the doorbell. The host carries the operation out, fills
 the response and sets its ``SEQ`` to the request's, which hands both back to the guest.
+
+A return of the owner's is such a request only where ``NEWS`` says that there may be something for
+it; how many were none the next request tells (the argument *untold*).
 """
 
 from __future__ import annotations
@@ -98,7 +101,7 @@ ENOTSUPP = 524
 PAGE_SIZE = 4096
 WORD = 8
 MAGIC = 0x47445242564F434B  # "KCOVBRDG" in memory
-VERSION = 5
+VERSION = 6
 SLOTS = 1024
 SLOT_WORDS = 8
 REQUESTS_OFFSET = PAGE_SIZE
@@ -135,6 +138,10 @@ class HeaderWord(IntEnum):
     """GUEST: signals given up because the host did not answer in time."""
     GUEST_SKIPPED = 25
     """GUEST: system call returns not signalled because the host was known to be gone."""
+    NEWS = 32
+    """A value that was never there before each time that something may have been covered: written
+    by the host and by its relays (``bridge/vm/relay.py``). An owner need not tell of a return that
+    finds it as it was before the last one it told of. 0: all returns are to be told."""
 
 
 KICK_SLOT_BITS = 16
@@ -157,13 +164,14 @@ class Op(IntEnum):
     ENABLE = 3
     """KCOV_ENABLE; ARG0 = mode, ARG1 = the address of the caller's task_struct."""
     DISABLE = 4
-    """KCOV_DISABLE; ARG0 = the ioctl's argument."""
+    """KCOV_DISABLE; ARG0 = the ioctl's argument, ARG1 = untold."""
     EXIT = 5
-    """The task TASK is gone."""
+    """The task TASK is gone; ARG1 = untold."""
     RELEASE = 6
     """The last reference to the instance is gone; no mapping is left."""
     RETURN = 7
-    """A system call of the owner is about to return to user mode; ARG0 = its number."""
+    """A system call of the owner is about to return to user mode; ARG0 = its number, ARG1 =
+    untold: how many returned since the last request of this owner without one of their own."""
     RESET = 8
     """KCOV_RESET_TRACE; ARG0 = the ioctl's argument."""
     UNIQUE = 9
@@ -172,7 +180,8 @@ class Op(IntEnum):
     """KCOV_REMOTE_ENABLE; ARG0 = trace_mode, and area_size above 32 bits; ARG1 = num_handles, or
     2**64-1 where the argument could not be read; ARG2 = common_handle; the payload: handles."""
     CLOSE = 11
-    """The last descriptor is closed while TASK owns the instance; the answer 0 ends that."""
+    """The last descriptor is closed while TASK owns the instance; the answer 0 ends that; ARG1 =
+    untold."""
     KERNEL = 12
     """In the module's own slot, which is no instance: the payload describes the kernel, see
     :class:`KernelWord`; the answer 0 says that the host watches it. Without CPUS the kernel ends:

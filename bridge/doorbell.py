@@ -53,6 +53,7 @@ from bridge.errors import DoorbellError
 from bridge.kcov import Device, Kcov
 from bridge.region import Region
 from bridge.sources.guest_kernel.source import GuestKernel
+from bridge.vm.relay import news_value
 
 __all__ = ["Doorbell", "DoorbellCounters", "IvshmemServer"]
 
@@ -80,6 +81,8 @@ _CLOSE = 5
 """Requests follow each other closely if no more than this many busy phases lie between."""
 _MEND_NS = 250_000_000
 """How often the region is mended: well within the time that the guest waits for an answer."""
+_UNTOLD_MASK = (1 << 32) - 1
+"""How many returns a guest may say that it did not tell of."""
 _MEND_SHOWS = 8
 """How many times the host shows itself to a guest that takes it for gone."""
 
@@ -199,6 +202,7 @@ class Doorbell(Generic[C]):
         self._mend_at = 0
         self._guest_counts = (0, 0)
         self._shows = 0
+        self._relayed = False
         self._stopping = False
         self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -206,8 +210,19 @@ class Doorbell(Generic[C]):
         self._barrier = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="kcov-doorbell", daemon=True)
 
+    def rely_on_relays(self) -> None:
+        """All that the sources cover for the guest is announced by relays, in ``NEWS``.
+
+        From now on the guest tells only of those returns that find ``NEWS`` changed, by a relay
+        or by the doorbell, which changes it a few times a second for what nobody waits for.
+        Without this call the guest tells of every return.
+        """
+        self._relayed = True
+        self._control[HeaderWord.NEWS] = news_value()
+
     def start(self) -> None:
         """Start to answer, and tell the guest so."""
+        self._control[HeaderWord.NEWS] = 0
         self._control[HeaderWord.HOST_STATE] = HostState.ASLEEP
         self._control[HeaderWord.HOST_EPOCH] = self._epoch
         self._thread.start()
@@ -333,6 +348,7 @@ class Doorbell(Generic[C]):
             self._shows -= 1
             self._epoch = self._epoch + 2 & (2**63 - 1)
         control[HeaderWord.HOST_EPOCH] = self._epoch
+        control[HeaderWord.NEWS] = news_value() if self._relayed else 0
         if self._kernel is not None:
             self._kernel.tick()
         self._scan()
@@ -377,7 +393,7 @@ class Doorbell(Generic[C]):
         if op == Op.RETURN and kcov is not None and kcov.generation == generation:
             # The hot path: straight to the device.
             try:
-                error = self._device.syscall_return(kcov, task, arg0)
+                error = self._device.syscall_return(kcov, task, arg0, arg1 & _UNTOLD_MASK)
             except Exception as failure:
                 error = self._source_failed(failure)
         else:
@@ -440,13 +456,13 @@ class Doorbell(Generic[C]):
         except Exception as failure:
             return self._source_failed(failure)
         if op == Op.DISABLE:
-            return device.disable(kcov, task, args[0])
+            return device.disable(kcov, task, args[0], args[1] & _UNTOLD_MASK)
         if op == Op.RESET:
             return device.reset_trace(kcov, task, args[0])
         if op == Op.EXIT:
-            return device.task_exit(kcov, task)
+            return device.task_exit(kcov, task, args[1] & _UNTOLD_MASK)
         if op == Op.CLOSE:
-            return device.last_close(kcov, task)
+            return device.last_close(kcov, task, args[1] & _UNTOLD_MASK)
         self.counters.refused += 1
         return errno.EINVAL
 

@@ -139,8 +139,10 @@ class Watcher(Protocol):
 class Totals:
     """Sums over all instances, also those released.
 
-    ``returns``: system call returns of owners; ``appended``: PCs written into areas; ``dropped``:
-    PCs that did not fit; ``comparisons`` and ``comparisons_dropped``: the same of comparisons.
+    ``returns``: system call returns of owners, also those that the guest had no need to tell of
+    when they came: it counts them and tells with its next request; ``appended``: PCs written into
+    areas; ``dropped``: PCs that did not fit; ``comparisons`` and ``comparisons_dropped``: the same
+    of comparisons.
     """
 
     returns: int = 0
@@ -427,20 +429,23 @@ class Device(Generic[C]):
         kcov.area.reset()
         return 0
 
-    def disable(self, kcov: Kcov[C], task: Task, argument: int) -> Errno:
-        """KCOV_DISABLE by ``task``, with the ioctl's argument."""
+    def disable(self, kcov: Kcov[C], task: Task, argument: int, untold: int = 0) -> Errno:
+        """KCOV_DISABLE by ``task``, with the ioctl's argument.
+
+        ``untold`` here and below: returns since the owner's last request.
+        """
         if argument or kcov.owner is None or kcov.owner != task:
             return errno.EINVAL
-        self._reset(kcov)
+        self._reset(kcov, untold)
         return 0
 
-    def task_exit(self, kcov: Kcov[C], task: Task) -> Errno:
+    def task_exit(self, kcov: Kcov[C], task: Task, untold: int = 0) -> Errno:
         """``task`` is gone: an instance that it owned goes back to INIT."""
         if kcov.owner is not None and kcov.owner == task:
-            self._reset(kcov)
+            self._reset(kcov, untold)
         return 0
 
-    def last_close(self, kcov: Kcov[C], task: Task) -> Errno:
+    def last_close(self, kcov: Kcov[C], task: Task, untold: int = 0) -> Errno:
         """No descriptor is left, while ``task`` owns the instance: 0 if that ends the ownership.
 
         gVisor clears the instance (``kcovFD.Release``). In Linux the task holds a reference to it
@@ -448,7 +453,7 @@ class Device(Generic[C]):
         """
         if self.personality is not Personality.GVISOR:
             return errno.EPERM
-        return self.task_exit(kcov, task)
+        return self.task_exit(kcov, task, untold)
 
     def release(self, kcov: Kcov[C]) -> Errno:
         """The last reference is gone: the instance ends and its areas go back."""
@@ -475,7 +480,7 @@ class Device(Generic[C]):
                 pcs += kcov.area.read(kcov.appended)
         return pcs
 
-    def syscall_return(self, kcov: Kcov[C], task: Task, number: int) -> Errno:
+    def syscall_return(self, kcov: Kcov[C], task: Task, number: int, untold: int = 0) -> Errno:
         """A system call of the owner returns: everything covered since goes into its area.
 
         EINVAL where ``task`` is not the owner. A source that raises is the caller's to handle;
@@ -484,9 +489,9 @@ class Device(Generic[C]):
         area = kcov.area
         cursor = kcov.cursor
         if kcov.owner != task or area is None or cursor is None:
-            return self._return_without_cursor(kcov, task)
+            return self._return_without_cursor(kcov, task, untold)
         totals = self.totals
-        totals.returns += 1
+        totals.returns += 1 + untold
         pcs = self._coverage.collect(cursor)
         if self._syscall_pc is not None:
             pc = self._syscall_pc(number)
@@ -500,13 +505,13 @@ class Device(Generic[C]):
             self.count_watched(kcov)
         return 0
 
-    def _return_without_cursor(self, kcov: Kcov[C], task: Task) -> Errno:
+    def _return_without_cursor(self, kcov: Kcov[C], task: Task, untold: int) -> Errno:
         """:meth:`syscall_return` where there are no PCs to have: of mode TRACE_CMP, or refused."""
         if kcov.owner != task or kcov.area is None or kcov.comparing is None:
             return errno.EINVAL
         assert self._comparisons is not None
         totals = self.totals
-        totals.returns += 1
+        totals.returns += 1 + untold
         records, dropped = self._comparisons.collect(kcov.comparing)
         fitted = kcov.area.append_comparisons(records)
         dropped += len(records) - fitted
@@ -528,10 +533,12 @@ class Device(Generic[C]):
             pcs = pcs[:fitted]
         self.unique.update(pcs)
 
-    def _reset(self, kcov: Kcov[C]) -> None:
+    def _reset(self, kcov: Kcov[C], untold: int = 0) -> None:
         """Back to INIT, without an owner."""
         if kcov.owner is not None:
             del self._owners[kcov.owner]
+        if kcov.cursor is not None or kcov.comparing is not None:
+            self.totals.returns += untold
         if kcov.cursor is not None:
             if self._watcher is not None:
                 self._add_watched(kcov, self._watcher.detach(kcov.slot))

@@ -211,6 +211,11 @@ class Region:
         return different
 
     @property
+    def path(self) -> str:
+        """Where other processes of the same user can open the region's memory."""
+        return f"/proc/{os.getpid()}/fd/{self.fd}"
+
+    @property
     def areas_in_use(self) -> int:
         """How many areas are handed out."""
         return len(self._areas)

@@ -221,6 +221,38 @@ def test_a_wrong_hint_or_count_still_gets_an_answer(bench: Bench) -> None:
     assert guest.wait(5, sequence), "a bell without a kick makes the host look"
 
 
+def test_news_for_what_nobody_waits_for(bench: Bench) -> None:
+    control = bench.guest.control
+    assert control[HeaderWord.NEWS] == 0
+    control[HeaderWord.NEWS] = 7
+    time.sleep(0.6)
+    assert control[HeaderWord.NEWS] == 0, "every return is to be told"
+    bench.doorbell.rely_on_relays()
+    seen: set[int] = set()
+    end = time.monotonic() + 10
+    while len(seen) < 5 and time.monotonic() < end:
+        seen.add(control[HeaderWord.NEWS])
+        time.sleep(0.02)
+    assert len(seen) == 5
+    assert 0 not in seen
+
+
+def test_returns_that_are_told_later_count(bench: Bench) -> None:
+    guest, totals = bench.guest, bench.device.totals
+    guest.trace(2)
+    assert guest.call(2, Op.RETURN, arg1=10) == 0
+    assert totals.returns == 11
+    assert guest.call(2, Op.DISABLE, arg0=1, arg1=5) == errno.EINVAL
+    assert totals.returns == 11
+    assert guest.call(2, Op.DISABLE, arg1=5) == 0
+    assert totals.returns == 16
+    assert guest.call(2, Op.ENABLE) == 0
+    assert guest.call(2, Op.EXIT, task=TASK + 1, arg1=7) == 0
+    assert totals.returns == 16, "the word of somebody who owns nothing"
+    assert guest.call(2, Op.EXIT, arg1=2**64 - 1) == 0
+    assert totals.returns == 16 + 2**32 - 1, "no more than a guest could have made"
+
+
 def test_a_source_that_raises_is_counted_and_the_guest_goes_on(bench: Bench) -> None:
     bench.guest.trace(1)
     bench.coverage.broken = True

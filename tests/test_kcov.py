@@ -257,6 +257,14 @@ class TestReturn:
         assert both.device.totals.appended == kcov.appended == 4
         assert both.device.unique == {10, 20, 30}
 
+    def test_an_owner_that_others_mark_work_for_has_no_returns(self, linux: Fixture) -> None:
+        kcov = linux.traced()
+        assert linux.device.disable(kcov, ALICE, 0, 3) == 0
+        assert linux.device.totals.returns == 3
+        assert linux.device.remote_enable(kcov, ALICE, 0, [], 9) == 0
+        assert linux.device.disable(kcov, ALICE, 0, 3) == 0
+        assert linux.device.totals.returns == 3
+
     def test_the_user_resets_word_0(self, both: Fixture) -> None:
         kcov = both.traced()
         both.coverage.covered += [1, 2, 3]

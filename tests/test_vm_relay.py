@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bridge.targets import Endpoint
-from bridge.vm.network import relay_command
+from bridge.vm.network import NewsWord, relay_command
 
 Serve = Callable[[socket.socket], None]
 
@@ -51,13 +51,15 @@ def target(serve: Serve) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def relayed(port: int) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
+def relayed(
+    port: int, news: NewsWord | None = None
+) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
     """A connection as QEMU gives it to the relay (a TCP pair as stdin, stdout, stderr)."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         guest = socket.create_connection(listener.getsockname())
         stdio, _ = listener.accept()
     guest.settimeout(20)
-    command = relay_command(Endpoint("test", port, 564))
+    command = relay_command(Endpoint("test", port, 564), news)
     fd = stdio.fileno()
     with guest, subprocess.Popen(command, stdin=fd, stdout=fd, stderr=fd) as relay:
         stdio.close()
@@ -130,6 +132,73 @@ def test_much_in_both_directions_at_once() -> None:
         assert read_all(guest) == data
         sender.join()
         assert relay.wait(10) == 0
+
+
+class Word:
+    """A word of a file, in its second page, that relays write to."""
+
+    def __init__(self, directory: Path) -> None:
+        self.file = directory / "words"
+        self.file.write_bytes(bytes(8192))
+        self.news = NewsWord(str(self.file), 4096 + 8 * 32)
+
+    def read(self) -> int:
+        data = self.file.read_bytes()
+        rest = data[: self.news.offset] + data[self.news.offset + 8 :]
+        assert rest == bytes(8184), "nothing else is written"
+        return int.from_bytes(data[self.news.offset : self.news.offset + 8], "little")
+
+
+def test_whatever_the_guest_hears_is_news_before(tmp_path: Path) -> None:
+    word = Word(tmp_path)
+    seen = {0}
+
+    def ends(connection: socket.socket) -> None:
+        while data := connection.recv(100):
+            if data == b"quiet":
+                continue
+            connection.sendall(data)
+
+    with target(ends) as port, relayed(port, word.news) as (guest, relay):
+        for _ in range(100):
+            guest.sendall(b"ping")
+            assert guest.recv(100) == b"ping"
+            assert word.read() not in seen, "a value is never there twice"
+            seen.add(word.read())
+        last = word.read()
+        guest.sendall(b"quiet")
+        time.sleep(0.2)
+        assert word.read() == last, "what the guest says is no news"
+        guest.shutdown(socket.SHUT_WR)
+        assert read_all(guest) == b""
+        assert word.read() not in seen, "the end is news too"
+        assert relay.wait(10) == 0
+
+
+def test_a_reset_is_news(tmp_path: Path) -> None:
+    word = Word(tmp_path)
+
+    def slam(connection: socket.socket) -> None:
+        connection.recv(1)
+        linger = (1).to_bytes(4, sys.byteorder) + bytes(4)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+    with target(slam) as port, relayed(port, word.news) as (guest, _):
+        guest.sendall(b"x")
+        with pytest.raises(ConnectionResetError):
+            guest.recv(1)
+        assert word.read()
+
+
+def test_a_relay_that_cannot_tell_carries_nothing(tmp_path: Path) -> None:
+    with (
+        target(echo) as port,
+        relayed(port, NewsWord(str(tmp_path / "none"), 0)) as (guest, relay),
+    ):
+        guest.sendall(b"x")
+        with pytest.raises(ConnectionResetError):
+            guest.recv(1)
+        assert relay.wait(10) == 1
 
 
 def test_a_slow_reader_costs_no_processor_time() -> None:

@@ -45,7 +45,7 @@ class Summary:
     boot_seconds: float | None
     """From the start of QEMU to the guest's report that it is ready, in seconds."""
     syscalls: int
-    """Returns of system calls that owners signalled."""
+    """System call returns of owners, told or not (:class:`bridge.kcov.Totals`)."""
     pcs: int
     """PCs appended to areas."""
     pcs_unique: int
@@ -140,7 +140,7 @@ def render(summary: Summary) -> str:
             shlex.join(summary.command) if summary.command[1:] else "".join(summary.command),
         ),
         ("ran for", _seconds(summary.run_seconds)),
-        ("system calls", f"{summary.syscalls:,} signalled"),
+        ("system calls", f"{summary.syscalls:,} traced"),
         ("PCs", f"{summary.pcs:,} appended, {summary.pcs_unique:,} different{per_call}"),
         ("lost PCs", f"{summary.lost_pcs:,}" + (", the area was full" if summary.lost_pcs else "")),
         ("blocks", _blocks(summary)),

@@ -26,10 +26,11 @@ class Source(Protocol):
     def consume(self) -> Sequence[PC]:
         """The PCs of the blocks covered since the last call, each once, and forget them.
 
-        Called on the doorbell thread at every system call return of an owner, while the target
-        goes on running on its own threads: what is covered during the call shows up in this
-        answer or in the next one, never in none. Its cost must follow the number of blocks
-        covered, not the size of the target.
+        Called on the doorbell thread at each system call return of an owner that may have news,
+        while the target goes on running on its own threads: what is covered during the call shows
+        up in this answer or in the next one, never in none. What the target did before it sent
+        something to the guest must show in the first call that begins after that. Its cost must
+        follow the number of blocks covered, not the size of the target.
         """
 
     def stop(self) -> None:

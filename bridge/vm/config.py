@@ -15,7 +15,7 @@ from bridge.abi import VECTORS
 from bridge.errors import UsageError
 from bridge.targets import Endpoint
 from bridge.vm.accel import Accelerator
-from bridge.vm.network import netdev_option
+from bridge.vm.network import NewsWord, netdev_option
 
 __all__ = [
     "DEFAULT_QEMU",
@@ -48,10 +48,10 @@ class MachineConfig:
     ``disk`` is a read-only image (virtio, ``/dev/vda``); ``image`` a user's own raw or qcow2 disk
     (virtio as well), of which the guest gets a throw-away copy-on-write view: it is never written.
     ``boot_timeout`` in seconds, None for the accelerator's default; ``cpu`` is QEMU's ``-cpu``,
-    None for the accelerator's default. ``ssh_port`` 0 takes a free port. ``sandbox`` False is for
-    a QEMU built without seccomp. ``plugin`` watches the guest kernel
-    (:mod:`bridge.sources.guest_kernel`). Raises :class:`bridge.errors.UsageError` for what makes
-    no sense.
+    None for the accelerator's default. ``ssh_port`` 0 takes a free port. ``news`` is for the
+    relays to ``endpoints``. ``sandbox`` False is for a QEMU built without seccomp. ``plugin``
+    watches the guest kernel (:mod:`bridge.sources.guest_kernel`). Raises
+    :class:`bridge.errors.UsageError` for what makes no sense.
     """
 
     accelerator: Accelerator
@@ -64,6 +64,7 @@ class MachineConfig:
     cpus: int = 1
     cpu: str | None = None
     endpoints: tuple[Endpoint, ...] = ()
+    news: NewsWord | None = None
     network: bool = True
     ssh_port: int = 0
     boot_timeout: float | None = None
@@ -195,8 +196,9 @@ def _disks(config: MachineConfig) -> list[str]:
 def _network(config: MachineConfig) -> list[str]:
     if not config.network:
         return ["-nic", "none"]
+    netdev = netdev_option("net", config.endpoints, ssh_port=config.ssh_port, news=config.news)
     return [
-        *("-netdev", netdev_option("net", config.endpoints, ssh_port=config.ssh_port)),
+        *("-netdev", netdev),
         # An empty romfile: the firmware has no boot ROM to copy and to run.
         *("-device", "virtio-net-pci,netdev=net,romfile="),
     ]

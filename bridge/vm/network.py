@@ -18,6 +18,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bridge.errors import QemuError, UsageError
@@ -28,6 +29,7 @@ __all__ = [
     "LOCALHOST",
     "SSH_GUEST_PORT",
     "TARGET_ADDRESS",
+    "NewsWord",
     "find_ssh_port",
     "netdev_option",
 ]
@@ -47,17 +49,32 @@ _RELAY = Path(__file__).with_name("relay.py")
 _HOST_FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+(\S+)\s+(\d+)\s+(\S+)\s+(\d+)")
 
 
-def relay_command(endpoint: Endpoint) -> list[str]:
-    """What QEMU runs for a connection to an endpoint."""
-    return [sys.executable, "-I", "-S", str(_RELAY), str(endpoint.host_port)]
+@dataclass(frozen=True)
+class NewsWord:
+    """Where relays find the region's ``NEWS``: a file to open, and the word's offset in bytes."""
+
+    file: str
+    offset: int
+
+
+def relay_command(endpoint: Endpoint, news: NewsWord | None = None) -> list[str]:
+    """What QEMU runs for a connection to an endpoint; ``news`` is what it changes by the way."""
+    words = [sys.executable, "-I", "-S", str(_RELAY), str(endpoint.host_port)]
+    return words if news is None else [*words, news.file, str(news.offset)]
 
 
 def netdev_option(
-    name: str, endpoints: Sequence[Endpoint] = (), *, ssh_port: int = 0, ssh: bool = True
+    name: str,
+    endpoints: Sequence[Endpoint] = (),
+    *,
+    ssh_port: int = 0,
+    ssh: bool = True,
+    news: NewsWord | None = None,
 ) -> str:
     """The value of QEMU's ``-netdev`` for a network called ``name``.
 
     ``ssh_port`` 0 lets the kernel choose a free port, which :func:`find_ssh_port` finds out.
+    ``news`` is for the relays.
     Raises :class:`bridge.errors.UsageError` for an impossible port, and for two endpoints at one
     guest port.
     """
@@ -75,7 +92,7 @@ def netdev_option(
                 f"{endpoint.guest_port}"
             )
         taken[endpoint.guest_port] = endpoint
-        command = shlex.join(relay_command(endpoint)).replace(",", ",,")
+        command = shlex.join(relay_command(endpoint, news)).replace(",", ",,")
         parts.append(f"guestfwd=tcp:{TARGET_ADDRESS}:{endpoint.guest_port}-cmd:{command}")
     return ",".join(parts)
 

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Carry one TCP connection of the guest to a port of 127.0.0.1. Run as a script, by QEMU.
 
-``relay.py HOST_PORT``
+``relay.py HOST_PORT [FILE OFFSET]``
+
+Before anything that the target says, its end included, is passed on to the guest, the word at
+OFFSET in FILE, the shared region's ``NEWS``, gets a value that it never had: what the target
+did before it answered is covered by then, and a task that has the answer finds the word changed.
+A relay that cannot write there carries nothing: it resets the connection.
 
 QEMU's user network starts this for each connection to a target's address (:mod:`bridge.vm.network`)
 with a socket as stdin, stdout and stderr. It ends when both directions have ended or when either
@@ -9,11 +14,14 @@ connection breaks; the end of QEMU breaks it, as QEMU's side of the socket close
 nothing but the standard library, so that ``-I -S`` starts it in a few milliseconds.
 """
 
+import mmap
 import os
 import select
 import socket
 import struct
 import sys
+import time
+from collections.abc import Callable
 
 CHUNK = 256 * 1024
 """Bytes read at once: enough that a big transfer costs few system calls."""
@@ -27,12 +35,44 @@ NO_LINGER = struct.pack("ii", 1, 0)
 """``struct linger``: closing resets the connection, which tells the peer that it broke."""
 
 
-class Direction:
-    """From one socket to the other: what was read and is not written yet, and whether it ended."""
+Tell = Callable[[], object]
 
-    def __init__(self, source: socket.socket, sink: socket.socket) -> None:
+
+def news_value() -> int:
+    """What the region's ``NEWS`` is set to: never 0, and never what it was before.
+
+    A clock above the process id makes it so; it comes round after half an hour, and the bridge
+    sets the word several times a second.
+    """
+    return (time.monotonic_ns() << 23 | os.getpid() << 1 | 1) & (1 << 64) - 1
+
+
+def teller(file: str, offset: int) -> Tell:
+    """What changes the word at ``offset``, in a page that is mapped for it. Raises OSError."""
+    start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+    fd = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        words = memoryview(mmap.mmap(fd, mmap.PAGESIZE, offset=start)).cast("Q")
+    finally:
+        os.close(fd)
+    index = (offset - start) // words.itemsize
+
+    def tell() -> None:
+        words[index] = news_value()
+
+    return tell
+
+
+class Direction:
+    """From one socket to the other: what was read and is not written yet, and whether it ended.
+
+    ``tell`` is called when something was read, or the end, before any of it is written.
+    """
+
+    def __init__(self, source: socket.socket, sink: socket.socket, tell: Tell | None) -> None:
         self.source = source
         self.sink = sink
+        self.tell = tell
         self.buffer = memoryview(bytearray(CHUNK))
         self.pending = self.buffer[:0]
         self.done = False
@@ -44,6 +84,8 @@ class Direction:
         try:
             if not self.pending:
                 size = self.source.recv_into(self.buffer)
+                if self.tell is not None:
+                    self.tell()
                 if size == 0:
                     self.done = True
                     self.sink.shutdown(socket.SHUT_WR)
@@ -84,9 +126,10 @@ class End:
             self.writes.move()
 
 
-def relay(guest: socket.socket, host: socket.socket) -> None:
+def relay(guest: socket.socket, host: socket.socket, tell: Tell | None = None) -> None:
     """Copy between two connected sockets until both directions have ended.
 
+    ``tell`` is called before the guest gets to know anything from the host.
     Raises OSError when one of the connections breaks.
     """
     for sock in (guest, host):
@@ -96,7 +139,7 @@ def relay(guest: socket.socket, host: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for option, value in KEEPALIVE:
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
-    outward, inward = Direction(guest, host), Direction(host, guest)
+    outward, inward = Direction(guest, host, None), Direction(host, guest, tell)
     ends = {
         guest.fileno(): End(guest, reads=outward, writes=inward),
         host.fileno(): End(host, reads=inward, writes=outward),
@@ -124,14 +167,17 @@ def main(argv: list[str]) -> int:
     os.close(nowhere)
     with guest:
         try:
+            tell = teller(argv[2], int(argv[3])) if len(argv) > 2 else None
             host = socket.create_connection((LOCALHOST, int(argv[1])))
         except OSError:
             guest.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             return 1
         with host:
             try:
-                relay(guest, host)
+                relay(guest, host, tell)
             except OSError:
+                if tell is not None:
+                    tell()
                 for sock in (guest, host):
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
                 return 1

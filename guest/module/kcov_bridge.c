@@ -11,7 +11,8 @@
  *   ioctl(KCOV_ENABLE), ioctl(KCOV_UNIQUE_ENABLE), ioctl(KCOV_REMOTE_ENABLE)
  *				forwarded; on success the calling thread becomes the owner
  *   every system call of the owner
- *				at its end, just before user mode: the host appends PCs
+ *				at its end, just before user mode, if the host may have covered
+ *				something since the last one: forwarded; the host appends PCs
  *   ioctl(KCOV_RESET_TRACE)	forwarded; the area is empty
  *   ioctl(KCOV_DISABLE), exit	forwarded; the owner is none any more
  *   close of the last descriptor	forwarded; the host says whether the owner traces on
@@ -22,7 +23,8 @@
  *
  * The end of a system call is seen by the sys_exit tracepoint, where one may not sleep; it queues
  * a task work, which runs in process context before the task goes back to user mode, sends the
- * request and waits for the answer: busy for a moment, then asleep, kb_timeout_ms at most. A host
+ * request and waits for the answer: busy for a moment, then asleep, kb_timeout_ms at most. Where
+ * the header's news is what it was, there is nothing to fetch, and none of that happens. A host
  * that does not answer in time is taken for gone, and nobody waits for it again until it
  * shows itself by an answer or a new epoch.
  */
@@ -107,6 +109,8 @@ struct kb_instance {
 	u64 unanswered;
 	/* An owner that exited while the host was gone, to be told, else 0. Guarded by lock. */
 	u64 exit_owed;
+	/* Its returns that the host was not told of. Guarded by lock. */
+	u64 exit_untold;
 	/* vmas that map the area. */
 	atomic_t mappings;
 	/* Signals given up, and returns not signalled. Written by the owner. */
@@ -130,10 +134,14 @@ struct kb_owner {
 	u64 id;
 	/* Its calls are not signalled: the host has no use for that. */
 	bool silent;
-	/* The four below belong to the task alone. */
+	/* The six below belong to the task alone; who ends it when it is exiting reads untold. */
 	struct callback_head return_work;
 	bool return_queued;
 	int nr;
+	/* The header's news before the last return that was told of. */
+	u64 seen;
+	/* How many returns there were since that the host was not told of. */
+	u64 untold;
 	struct callback_head exit_work;
 };
 
@@ -377,6 +385,13 @@ static int kb_call(struct kb_instance *inst, enum kb_op op, u64 task, u64 arg0, 
 
 static void kb_owner_end(struct kb_instance *inst);
 
+/* The host is to be told that @task owns the instance no more. Must be called with lock held. */
+static void kb_owe_exit(struct kb_instance *inst, u64 task, u64 untold)
+{
+	inst->exit_owed = task;
+	inst->exit_untold = untold;
+}
+
 /*
  * Makes the slot usable for a request: where the last one was given up, its caller was told that
  * it failed; what the host made of it later is undone or followed. Must be called with inst->lock
@@ -401,14 +416,14 @@ static bool kb_settle(struct kb_instance *inst)
 	if (op == KB_OP_INIT && done)
 		WRITE_ONCE(inst->generation, (u64)atomic64_inc_return(&kb_next));
 	else if ((op == KB_OP_ENABLE || op == KB_OP_UNIQUE || op == KB_OP_REMOTE) && done)
-		inst->exit_owed = inst->request.task;
+		kb_owe_exit(inst, inst->request.task, 0);
 	else if ((op == KB_OP_DISABLE || op == KB_OP_CLOSE) && done)
 		kb_owner_end(inst);
 	if (inst->exit_owed) {
 		u64 id = inst->exit_owed;
 
 		inst->exit_owed = 0;
-		kb_call(inst, KB_OP_EXIT, id, 0, 0, 0);
+		kb_call(inst, KB_OP_EXIT, id, 0, inst->exit_untold, 0);
 	}
 	return !inst->unanswered;
 }
@@ -534,7 +549,7 @@ static void kb_owner_end(struct kb_instance *inst)
 static void kb_owner_exits(struct kb_instance *inst)
 {
 	/* Sent now, or by whoever finds the host back. */
-	inst->exit_owed = inst->owner->id;
+	kb_owe_exit(inst, inst->owner->id, READ_ONCE(inst->owner->untold));
 	kb_owner_end(inst);
 	kb_settle(inst);
 }
@@ -551,21 +566,58 @@ static void kb_lock(struct kb_instance *inst)
 		kb_owner_exits(inst);
 }
 
+/*
+ * Whether the host may have something for the owner. What has been covered for an answer that the
+ * task has got shows here: news was written before the answer was passed on. A value is never
+ * written twice, so each owner finds out by itself, whatever the others do.
+ */
+static bool kb_news(const struct kb_owner *owner)
+{
+	u64 news = READ_ONCE(kb->header->news);
+
+	return !news || news != owner->seen;
+}
+
+/* Has the host append what it has for the owner. Must be called with inst->lock held. */
+static void kb_fetch(struct kb_owner *owner)
+{
+	struct kb_instance *inst = owner->inst;
+	/* Before the host looks: what is covered after its look is news again. */
+	u64 news = READ_ONCE(kb->header->news);
+	u64 untold = owner->untold;
+
+	if (!kb_settle(inst)) {
+		atomic64_inc(&inst->skipped);
+		WRITE_ONCE(kb->header->guest_skipped, atomic64_inc_return(&kb->skipped));
+		return;
+	}
+	owner->untold = 0;
+	if (!kb_call(inst, KB_OP_RETURN, owner->id, owner->nr, untold, 0))
+		owner->seen = news;
+}
+
 /* A system call of the owner is about to return to user mode. Process context, may sleep. */
 static void kb_return_work(struct callback_head *head)
 {
 	struct kb_owner *owner = container_of(head, struct kb_owner, return_work);
 	struct kb_instance *inst = owner->inst;
 
+	/*
+	 * Works run in the reverse order of their queueing: what the call left for its end, as
+	 * close() leaves the last reference to a file, would come after us. Let it go first.
+	 */
+	if (head->next && !kb_task_work_add(current, head, TWA_RESUME)) {
+		kb_show(owner);
+		return;
+	}
 	owner->return_queued = false;
 	mutex_lock(&inst->lock);
 	if (inst->owner == owner) {
-		if (kb_settle(inst)) {
-			kb_call(inst, KB_OP_RETURN, owner->id, owner->nr, 0, 0);
-		} else {
-			atomic64_inc(&inst->skipped);
-			WRITE_ONCE(kb->header->guest_skipped, atomic64_inc_return(&kb->skipped));
-		}
+		kb_hide(owner);
+		if (kb_news(owner))
+			kb_fetch(owner);
+		else
+			WRITE_ONCE(owner->untold, owner->untold + 1);
 		kb_show(owner);
 	}
 	mutex_unlock(&inst->lock);
@@ -589,8 +641,13 @@ static void kb_sys_exit(void *unused, struct pt_regs *regs, long ret)
 {
 	struct kb_owner *owner = kb_owner_of(current);
 
-	if (likely(!owner) || owner->return_queued || owner->silent)
+	if (likely(!owner) || owner->return_queued)
 		return;
+	/* A work that is queued already may yet make news. */
+	if (owner->silent || (!kb_news(owner) && !READ_ONCE(current->task_works))) {
+		WRITE_ONCE(owner->untold, owner->untold + 1);
+		return;
+	}
 	kb_hide(owner);
 	owner->nr = syscall_get_nr(current, regs);
 	owner->return_queued = true;
@@ -777,7 +834,7 @@ static void kb_closed(struct kb_instance *inst)
 	if (inst->owner && (current->flags & PF_EXITING) && inst->owner->task == current)
 		kb_owner_exits(inst);
 	else if (inst->owner && kb_settle(inst) &&
-		 !kb_call(inst, KB_OP_CLOSE, inst->owner->id, 0, 0, 0))
+		 !kb_call(inst, KB_OP_CLOSE, inst->owner->id, 0, READ_ONCE(inst->owner->untold), 0))
 		kb_owner_end(inst);
 	mutex_unlock(&inst->lock);
 	kb_show_current();
@@ -908,6 +965,7 @@ static u64 kb_own_id(void)
 static long kb_control(struct kb_instance *inst, unsigned int cmd, unsigned long arg,
 		       const struct kb_remote *remote)
 {
+	const struct kb_owner *mine = kb_owner_of(current);
 	long err;
 
 	switch (cmd) {
@@ -922,7 +980,7 @@ static long kb_control(struct kb_instance *inst, unsigned int cmd, unsigned long
 	case KCOV_RESET_TRACE:
 		return kb_call(inst, KB_OP_RESET, kb_own_id(), arg, 0, 0);
 	case KCOV_DISABLE:
-		err = kb_call(inst, KB_OP_DISABLE, kb_own_id(), arg, 0, 0);
+		err = kb_call(inst, KB_OP_DISABLE, kb_own_id(), arg, mine ? mine->untold : 0, 0);
 		if (!err)
 			kb_owner_end(inst);
 		return err;

@@ -23,7 +23,7 @@
 #define KB_PCI_DEVICE_ID	0x1110
 
 #define KB_MAGIC		0x47445242564f434bULL	/* "KCOVBRDG" */
-#define KB_VERSION		5
+#define KB_VERSION		6
 #define KB_SLOTS		1024
 #define KB_REQUESTS_OFFSET	4096
 #define KB_RESPONSES_OFFSET	(KB_REQUESTS_OFFSET + KB_SLOTS * 64)
@@ -40,14 +40,14 @@ enum kb_op {
 	KB_OP_INIT	= 1,	/* arg0: size in words */
 	KB_OP_MAP	= 2,	/* arg0: length, arg1: page offset, arg2: live mappings */
 	KB_OP_ENABLE	= 3,	/* arg0: mode; arg1: the task's address */
-	KB_OP_DISABLE	= 4,	/* arg0: the ioctl's argument */
-	KB_OP_EXIT	= 5,
+	KB_OP_DISABLE	= 4,	/* arg0: the ioctl's argument; arg1: untold */
+	KB_OP_EXIT	= 5,	/* arg1: untold */
 	KB_OP_RELEASE	= 6,
-	KB_OP_RETURN	= 7,	/* arg0: system call number */
+	KB_OP_RETURN	= 7,	/* arg0: system call number; arg1: untold, returns without one */
 	KB_OP_RESET	= 8,	/* arg0: the ioctl's argument */
 	KB_OP_UNIQUE	= 9,	/* arg0: words of the bitmap; arg1: the task's address */
 	KB_OP_REMOTE	= 10,	/* arg0: mode, size << 32; arg1: handles or ~0; arg2: common */
-	KB_OP_CLOSE	= 11,	/* error 0: the owner is none any more; else it traces on */
+	KB_OP_CLOSE	= 11,	/* arg1: untold; error 0: the owner is none any more */
 	/* Both in the module's own slot, which is no instance. */
 	KB_OP_KERNEL	= 12,	/* payload: struct kb_kernel, no cpus: it ends; error 0: watched */
 	KB_OP_MODULE	= 13,	/* arg0: 1 comes, 0 goes; arg1: text, arg2: bytes; payload: name */
@@ -74,6 +74,9 @@ struct kb_header {
 	__u64 guest_timeouts;
 	__u64 guest_skipped;
 	__u64 pad2[6];
+	/* Written by the host and its relays: see HeaderWord.NEWS in bridge/abi.py. */
+	__u64 news;
+	__u64 pad3[7];
 };
 
 struct kb_request {
