@@ -18,8 +18,8 @@
  *   close of the last descriptor	forwarded; the host says whether the owner traces on
  *   close, munmap, exit	the last reference gone: forwarded; the slot is free again
  *
- * What the module keeps is which task owns which instance, so that the end of a system call of
- * any other task costs one look into a hash table.
+ * What the module keeps is which task owns which instance. Other tasks' system calls cost them
+ * nothing but the first after the tracepoint is hooked: see kb_let_go().
  *
  * The end of a system call is seen by the sys_exit tracepoint, where one may not sleep; it queues
  * a task work, which runs in process context before the task goes back to user mode, sends the
@@ -48,6 +48,7 @@
 #include <linux/random.h>
 #include <linux/reboot.h>
 #include <linux/sched.h>
+#include <linux/sched/signal.h>
 #include <linux/sched/task.h>
 #include <linux/seq_file.h>
 #include <linux/slab.h>
@@ -56,6 +57,7 @@
 #include <linux/tracepoint.h>
 #include <linux/uaccess.h>
 #include <linux/version.h>
+#include <linux/workqueue.h>
 #include <asm/desc.h>
 #include <asm/msr.h>
 #include <asm/smp.h>
@@ -198,8 +200,11 @@ static atomic_t kb_next_owner = ATOMIC_INIT(0);
 /* Guards kb_hooked. */
 static DEFINE_MUTEX(kb_hook_lock);
 static bool kb_hooked;
+static struct tracepoint *kb_tp_sys_enter;
 static struct tracepoint *kb_tp_sys_exit;
 static struct tracepoint *kb_tp_process_exit;
+/* Whether the tracepoints of system calls are ours alone; see kb_let_go(). */
+static bool kb_alone;
 
 static int (*kb_task_work_add)(struct task_struct *task, struct callback_head *work,
 			       enum task_work_notify_mode notify);
@@ -636,12 +641,32 @@ static void kb_exit_work(struct callback_head *head)
 	kb_owner_put(owner);
 }
 
-/* Tracepoint sys_exit, for every system call of every task. */
+/*
+ * A probe on a tracepoint of system calls makes every task take the slow way in and out, by a flag
+ * in each that its children inherit. Where nobody but us has a probe there, a task that owns
+ * nothing loses its flag at its first system call, and an owner has it from kb_enable() on.
+ */
+static void kb_let_go(void)
+{
+	if (!READ_ONCE(kb_alone))
+		return;
+	clear_syscall_work(SYSCALL_TRACEPOINT);
+	/* Pairs with the one in kb_share(): either we see that, or it sets the flag after us. */
+	smp_mb__after_atomic();
+	if (!READ_ONCE(kb_alone))
+		set_syscall_work(SYSCALL_TRACEPOINT);
+}
+
+/* Tracepoint sys_exit, for system calls of owners, and of others at times. */
 static void kb_sys_exit(void *unused, struct pt_regs *regs, long ret)
 {
 	struct kb_owner *owner = kb_owner_of(current);
 
-	if (likely(!owner) || owner->return_queued)
+	if (likely(!owner)) {
+		kb_let_go();
+		return;
+	}
+	if (owner->return_queued)
 		return;
 	/* A work that is queued already may yet make news. */
 	if (owner->silent || (!kb_news(owner) && !READ_ONCE(current->task_works))) {
@@ -675,7 +700,9 @@ static void kb_process_exit(void *unused, struct task_struct *task)
 
 static void kb_match_tracepoint(struct tracepoint *tp, void *unused)
 {
-	if (!strcmp(tp->name, "sys_exit"))
+	if (!strcmp(tp->name, "sys_enter"))
+		kb_tp_sys_enter = tp;
+	else if (!strcmp(tp->name, "sys_exit"))
 		kb_tp_sys_exit = tp;
 	else if (!strcmp(tp->name, "sched_process_exit"))
 		kb_tp_process_exit = tp;
@@ -715,10 +742,99 @@ static int kb_find_hooks(void)
 	return 0;
 }
 
+static void kb_flag_all(void)
+{
+	struct task_struct *process, *task;
+
+	rcu_read_lock();
+	for_each_process_thread(process, task)
+		set_task_syscall_work(task, SYSCALL_TRACEPOINT);
+	rcu_read_unlock();
+}
+
+static void kb_flag_latecomers(struct work_struct *unused)
+{
+	kb_flag_all();
+}
+static DECLARE_DELAYED_WORK(kb_flag_work, kb_flag_latecomers);
+
+/* Somebody else wants to see system calls: all tasks are to have their flag again, for good. */
+static void kb_share(void)
+{
+	WRITE_ONCE(kb_alone, false);
+	/* Pairs with the one in kb_let_go(). */
+	smp_mb();
+	kb_flag_all();
+	/* Once more for tasks that are being forked: they take over what their parent had. */
+	schedule_delayed_work(&kb_flag_work, msecs_to_jiffies(20));
+}
+
+/* Before a probe is added to any tracepoint, so that it misses nothing. */
+static int kb_probe_comes(struct kprobe *unused, struct pt_regs *regs)
+{
+	unsigned long tp = regs_get_kernel_argument(regs, 0);
+	unsigned long probe = regs_get_kernel_argument(regs, 1);
+
+	if ((tp == (unsigned long)kb_tp_sys_enter || tp == (unsigned long)kb_tp_sys_exit) &&
+	    probe != (unsigned long)kb_sys_exit)
+		kb_share();
+	return 0;
+}
+
+/* All ways to add one: kernel/tracepoint.c. */
+static struct kprobe kb_adding[] = {
+	{ .symbol_name = "tracepoint_probe_register", .pre_handler = kb_probe_comes },
+	{ .symbol_name = "tracepoint_probe_register_prio", .pre_handler = kb_probe_comes },
+	{ .symbol_name = "tracepoint_probe_register_prio_may_exist",
+	  .pre_handler = kb_probe_comes },
+};
+static struct kprobe *kb_adding_probes[] = { &kb_adding[0], &kb_adding[1], &kb_adding[2] };
+static bool kb_adding_seen;
+
+static bool kb_has_probes_of_others(struct tracepoint *tp)
+{
+	const struct tracepoint_func *funcs;
+	bool others = false;
+
+	preempt_disable();
+	funcs = rcu_dereference_sched(tp->funcs);
+	for (; funcs && funcs->func; funcs++)
+		others |= funcs->func != kb_sys_exit;
+	preempt_enable();
+	return others;
+}
+
 /*
- * The tracepoints are left alone until the first ENABLE: from then on every system call of every
- * task takes the slow way out.
+ * From here on tasks lose the flag that the tracepoint gave them, unless others need it or it could
+ * not be seen when they do. Must be called with kb_hook_lock held, sys_exit hooked.
  */
+static void kb_begin_to_let_go(void)
+{
+	if (!kb_tp_sys_enter ||
+	    register_kprobes(kb_adding_probes, ARRAY_SIZE(kb_adding_probes))) {
+		pr_info("system calls of all tasks are slower while the device is in use\n");
+		return;
+	}
+	kb_adding_seen = true;
+	WRITE_ONCE(kb_alone, true);
+	/* After that, so that one who comes now is seen in one way or the other. */
+	smp_mb();
+	if (kb_has_probes_of_others(kb_tp_sys_enter) || kb_has_probes_of_others(kb_tp_sys_exit))
+		kb_share();
+}
+
+/* Must be called with kb_hook_lock held, sys_exit not hooked any more. */
+static void kb_end_letting_go(void)
+{
+	if (!kb_adding_seen)
+		return;
+	unregister_kprobes(kb_adding_probes, ARRAY_SIZE(kb_adding_probes));
+	cancel_delayed_work_sync(&kb_flag_work);
+	kb_adding_seen = false;
+	WRITE_ONCE(kb_alone, false);
+}
+
+/* The tracepoints are left alone until the first ENABLE. */
 static int kb_hook(void)
 {
 	int err = 0;
@@ -733,6 +849,8 @@ static int kb_hook(void)
 							    NULL);
 		}
 		kb_hooked = !err;
+		if (kb_hooked)
+			kb_begin_to_let_go();
 	}
 	mutex_unlock(&kb_hook_lock);
 	return err;
@@ -744,6 +862,7 @@ static void kb_unhook(void)
 	if (kb_hooked) {
 		tracepoint_probe_unregister(kb_tp_sys_exit, kb_sys_exit, NULL);
 		tracepoint_probe_unregister(kb_tp_process_exit, kb_process_exit, NULL);
+		kb_end_letting_go();
 		kb_hooked = false;
 	}
 	mutex_unlock(&kb_hook_lock);
@@ -905,6 +1024,7 @@ static int kb_enable(struct kb_instance *inst, enum kb_op op, u64 arg0, u64 arg1
 	spin_lock(&kb_owners_lock);
 	hash_add_rcu(kb_owners, &owner->node, (unsigned long)owner->task);
 	spin_unlock(&kb_owners_lock);
+	set_syscall_work(SYSCALL_TRACEPOINT);
 	return 0;
 }
 
