@@ -71,12 +71,22 @@ _PAYLOAD = PAYLOAD_OFFSET // WORD
 _UNREADABLE = 2**64 - 1
 _NAME_WORDS = 56 // WORD
 """MODULE_NAME_LEN in include/linux/module.h of Linux."""
+# As plain numbers: looking up a member of an enumeration costs as much as reading the region.
+_KICK = int(HeaderWord.KICK)
+_ERROR = int(ResponseWord.ERROR)
+_APPENDED = int(ResponseWord.APPENDED)
+_DROPPED = int(ResponseWord.DROPPED)
+_RETURN = int(Op.RETURN)
+_read_request = struct.Struct(f"{SLOT_WORDS}Q").unpack_from
 _SLOT_MASK = (1 << KICK_SLOT_BITS) - 1
 _MAX_ERRNO = 4095
 _OPENING = frozenset({Op.INIT, Op.MAP, Op.ENABLE, Op.DISABLE, Op.RESET, Op.UNIQUE, Op.REMOTE})
 """What can be the first request of an instance: the host learns of an open by it."""
 _IN_THE_WAY = frozenset({errno.ENOMEM, errno.EBUSY, errno.EEXIST})
 """What an instance is told because of what others hold."""
+_LOOKS = range(12)
+"""How often the loop looks for a request while it is awake, between two times that it lets go of
+the interpreter lock: that takes as long as half of these looks."""
 _CLOSE = 5
 """Requests follow each other closely if no more than this many busy phases lie between."""
 _MEND_NS = 250_000_000
@@ -264,16 +274,18 @@ class Doorbell(Generic[C]):
 
     def _run(self) -> None:
         control = self._control
+        calls = self._calls
+        busy = self._busy_ns
         clock = time.perf_counter_ns
         with select.epoll() as epoll:
             epoll.register(self._bell, select.EPOLLIN)
             epoll.register(self._wake, select.EPOLLIN)
-            last = control[HeaderWord.KICK]
+            last = control[_KICK]
             self._scan()
             awake_until = previous = 0
             while not self._stopping:
-                kick = control[HeaderWord.KICK]
-                if self._calls:
+                kick = control[_KICK]
+                if calls:
                     # First, or a guest that kicks without end would keep them waiting.
                     self._call_next()
                 elif kick != last:
@@ -284,17 +296,20 @@ class Doorbell(Generic[C]):
                     else:
                         self._scan()
                     last = kick
-                    if self._busy_ns:
+                    if busy:
                         # Worth staying awake for only where requests follow each other closely.
                         now = clock()
-                        if now - previous < _CLOSE * self._busy_ns:
-                            awake_until = now + self._busy_ns
+                        if now - previous < _CLOSE * busy:
+                            awake_until = now + busy
                         previous = now
                         if now >= self._mend_at:
                             self._mend(now)
-                elif self._busy_ns and clock() < awake_until:
+                elif busy and clock() < awake_until:
                     # Awake, but the target may have the GIL; time.sleep(0) would cost a timer.
                     epoll.poll(0)
+                    for _ in _LOOKS:
+                        if control[_KICK] != last:
+                            break
                 else:
                     self._doze(epoll, last)
 
@@ -383,14 +398,15 @@ class Doorbell(Generic[C]):
     def _serve(self, slot: int) -> None:
         """Carry out the request in ``slot``, if it is new, and answer it."""
         control = self._control
-        at = _REQUESTS + slot * SLOT_WORDS
-        sequence, op, generation, task, arg0, arg1, arg2, _ = control[at : at + SLOT_WORDS].tolist()
+        sequence, op, generation, task, arg0, arg1, arg2, _ = _read_request(
+            control, REQUESTS_OFFSET + slot * (SLOT_WORDS * WORD)
+        )
         if sequence == self._handled[slot]:
             return
         self._handled[slot] = sequence
         answer = _RESPONSES + slot * SLOT_WORDS
         kcov = self._slots[slot]
-        if op == Op.RETURN and kcov is not None and kcov.generation == generation:
+        if op == _RETURN and kcov is not None and kcov.generation == generation:
             # The hot path: straight to the device.
             try:
                 error = self._device.syscall_return(kcov, task, arg0, arg1 & _UNTOLD_MASK)
@@ -401,11 +417,12 @@ class Doorbell(Generic[C]):
             kcov = self._slots[slot]
             control[answer + ResponseWord.FLAGS] = self._flags if op != Op.REMOTE else Answer.SILENT
         self.counters.requests += 1
-        control[answer + ResponseWord.ERROR] = error if 0 <= error <= _MAX_ERRNO else errno.EIO
+        control[answer + _ERROR] = error if 0 <= error <= _MAX_ERRNO else errno.EIO
         if kcov is not None:
-            control[answer + ResponseWord.APPENDED] = kcov.appended
-            control[answer + ResponseWord.DROPPED] = kcov.dropped
-        control[answer + ResponseWord.SEQ] = sequence
+            control[answer + _APPENDED] = kcov.appended
+            control[answer + _DROPPED] = kcov.dropped
+        # SEQ, the first of its words.
+        control[answer] = sequence
         self._answered[slot] = sequence
 
     def _carry_out(

@@ -80,6 +80,10 @@ class Mode(Enum):
     TRACE_CMP = "trace-cmp"
 
 
+# A plain name: looking up the member of the enumeration costs as much as appending a PC.
+_UNIQUE_PC = Mode.UNIQUE_PC
+
+
 class Areas(Protocol):
     """Where areas come from: :class:`bridge.region.Region`."""
 
@@ -497,7 +501,7 @@ class Device(Generic[C]):
             pc = self._syscall_pc(number)
             if pc is not None:
                 pcs = [pc, *pcs]
-        if kcov.mode is Mode.UNIQUE_PC and pcs:
+        if kcov.mode is _UNIQUE_PC and pcs:
             pcs = area.unseen(pcs, self._bits)
         if pcs:
             self._append(kcov, area, pcs)

@@ -43,6 +43,7 @@ class Ledger:
         """``on_failure`` is told what a source raises, which then has given nothing; without it,
         the exception is the caller's."""
         self._sources = tuple(sources)
+        self._only = self._sources[0] if len(self._sources) == 1 else None
         self._on_failure = on_failure
         # Covered blocks that some open cursor has not been given, last covered last, with the
         # number of that event.
@@ -74,7 +75,7 @@ class Ledger:
         for source in self._sources:
             self._keep(self._consume(source))
 
-    def collect(self, cursor: Cursor) -> list[PC]:
+    def collect(self, cursor: Cursor) -> Sequence[PC]:
         """Consume the sources; what was covered since this cursor last asked, each block once.
 
         Raises what a source's ``consume`` raises (nothing consumed before is lost), and
@@ -97,10 +98,12 @@ class Ledger:
             self._covered.clear()
         return news
 
-    def _collect_alone(self) -> list[PC]:
+    def _collect_alone(self) -> Sequence[PC]:
         """With one reader who is up to date, what is consumed is what is new."""
-        if len(self._sources) == 1:
-            return list(self._consume(self._sources[0]))
+        if self._only is not None:
+            return self._consume(self._only)
+        if not self._sources:
+            return ()
         news: dict[PC, None] = {}
         try:
             for source in self._sources:

@@ -161,6 +161,8 @@ struct kb_bridge {
 	phys_addr_t region_start;
 	u64 region_bytes;
 	u32 host_peer;
+	/* What kick was when it was last moved. */
+	u64 kicked;
 	struct dentry *file;
 	struct dentry *stats;
 
@@ -260,15 +262,18 @@ static void kb_host_lost(unsigned int slot, u64 seq)
 
 static void kb_kick(unsigned int slot)
 {
-	u64 old = READ_ONCE(kb->header->kick);
+	/* A guess: to read it first would fetch the cache line from the host once more. */
+	u64 old = READ_ONCE(kb->kicked);
 	int tries;
 
 	for (tries = 0; tries < KB_KICK_TRIES; tries++) {
 		u64 next = (((old >> KB_KICK_SLOT_BITS) + 1) << KB_KICK_SLOT_BITS) | slot;
 		u64 seen = cmpxchg(&kb->header->kick, old, next);
 
-		if (seen == old)
+		if (seen == old) {
+			WRITE_ONCE(kb->kicked, next);
 			break;
+		}
 		old = seen;
 	}
 	/*
