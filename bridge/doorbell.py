@@ -87,6 +87,11 @@ _IN_THE_WAY = frozenset({errno.ENOMEM, errno.EBUSY, errno.EEXIST})
 _LOOKS = range(12)
 """How often the loop looks for a request while it is awake, between two times that it lets go of
 the interpreter lock: that takes as long as half of these looks."""
+_TAKEN_NS = 100_000
+"""So long between two looks of a loop that is awake, and somebody else had its processor or the
+interpreter lock: Linux gives nobody less than some hundred microseconds."""
+_CROWDED_NS = 50_000_000
+"""How long the loop does not stay awake after that."""
 _CLOSE = 5
 """Requests follow each other closely if no more than this many busy phases lie between."""
 _MEND_NS = 250_000_000
@@ -174,7 +179,8 @@ class Doorbell(Generic[C]):
     their returns, because no source is consumed at them.
     ``busy_seconds`` is how long the loop stays awake after a request that followed closely on the
     one before, until it sleeps on the bell: waking up costs more than answering, but a loop that
-    is awake uses a core, which the target or another guest may need.
+    is awake uses a core, which the target or another guest may need. Where somebody takes it away
+    meanwhile, the loop does not stay awake for a while.
     ``failure`` is the first exception that a source raised; the guest gets no PCs then, and goes
     on. ``epoch`` (not 0) tells the guest that a new host has come; it grows when the guest takes
     this one for gone. ``guest_timeouts`` and
@@ -275,19 +281,19 @@ class Doorbell(Generic[C]):
     def _run(self) -> None:
         control = self._control
         calls = self._calls
-        busy = self._busy_ns
         clock = time.perf_counter_ns
         with select.epoll() as epoll:
             epoll.register(self._bell, select.EPOLLIN)
             epoll.register(self._wake, select.EPOLLIN)
             last = control[_KICK]
             self._scan()
-            awake_until = previous = 0
+            awake_until = previous = looked = crowded_until = 0
             while not self._stopping:
                 kick = control[_KICK]
                 if calls:
                     # First, or a guest that kicks without end would keep them waiting.
                     self._call_next()
+                    looked = clock()
                 elif kick != last:
                     slot = kick & _SLOT_MASK
                     # One request since the last look: its slot is known. Otherwise look at all.
@@ -296,15 +302,22 @@ class Doorbell(Generic[C]):
                     else:
                         self._scan()
                     last = kick
-                    if busy:
+                    if busy := self._busy_ns:
                         # Worth staying awake for only where requests follow each other closely.
                         now = clock()
-                        if now - previous < _CLOSE * busy:
+                        if now - previous < _CLOSE * busy and now > crowded_until:
                             awake_until = now + busy
-                        previous = now
+                        previous = looked = now
                         if now >= self._mend_at:
                             self._mend(now)
-                elif busy and clock() < awake_until:
+                            looked = clock()
+                elif self._busy_ns and (now := clock()) < awake_until:
+                    if now - looked > _TAKEN_NS:
+                        # Others want the processor: to stay awake keeps them and us from it.
+                        awake_until = 0
+                        crowded_until = now + _CROWDED_NS
+                        continue
+                    looked = now
                     # Awake, but the target may have the GIL; time.sleep(0) would cost a timer.
                     epoll.poll(0)
                     for _ in _LOOKS:
