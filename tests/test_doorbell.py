@@ -271,6 +271,25 @@ def test_asleep_it_uses_no_processor(bench: Bench) -> None:
     assert time.process_time() - before < 0.1
 
 
+@pytest.mark.parametrize(("taken", "asleep"), [(-1, True), (10**12, False)])
+def test_a_loop_that_loses_its_processor_sleeps(
+    taken: int, asleep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every look comes too late, or none does: what a crowded machine does cannot be ordered."""
+    monkeypatch.setattr("bridge.doorbell._TAKEN_NS", taken)
+    # A busy phase that no test machine makes too short for the next call.
+    bench = Bench(0.5)
+    try:
+        bench.guest.trace(0)
+        before = bench.doorbell.counters.wakeups
+        for _ in range(100):
+            assert bench.guest.call(0, Op.RETURN) == 0
+        woken = bench.doorbell.counters.wakeups - before
+        assert woken > 50 if asleep else woken < 10
+    finally:
+        bench.close()
+
+
 def test_kicks_at_any_moment_of_falling_asleep(bench: Bench) -> None:
     bench.guest.trace(0)
     pause = random.Random(1)
