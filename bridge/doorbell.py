@@ -269,6 +269,22 @@ class Doorbell(Generic[C]):
         os.eventfd_write(self._wake, 1)
         return cast(T, future.result(timeout))
 
+    def reset(self) -> None:
+        """Forget the guest, which stands still and goes on as another: on the doorbell's thread.
+
+        All instances end, the region is as at the beginning, and the epoch is a new one.
+        """
+        for slot, kcov in self.instances():
+            self._device.release(kcov)
+            self._slots[slot] = None
+        self._region.clear()
+        self._handled = [0] * SLOTS
+        self._answered = [0] * SLOTS
+        self._guest_counts = (0, 0)
+        self._shows = 0
+        self._epoch = self._epoch + 2 & (2**63 - 1)
+        self._control[HeaderWord.HOST_EPOCH] = self._epoch
+
     def instances(self) -> list[tuple[int, Kcov[C]]]:
         """The open instances with their slots; on the doorbell's thread (see :meth:`call`)."""
         return [(slot, kcov) for slot, kcov in enumerate(self._slots) if kcov is not None]

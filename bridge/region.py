@@ -272,6 +272,16 @@ class Region:
                 merged.append((start, length))
         free[first : index + 2] = merged
 
+    def clear(self) -> None:
+        """Make all of it zero but the header, whatever a guest has written; no area is in use.
+
+        Raises ValueError where one is.
+        """
+        if self._areas:
+            raise ValueError("there are areas in use")
+        self._map.madvise(mmap.MADV_REMOVE, 0, self.size)
+        self.restore_header()
+
     def close(self) -> None:
         """Unmap and close. Safe to call twice; areas must not be used afterwards."""
         if self.fd < 0:

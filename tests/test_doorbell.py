@@ -323,3 +323,22 @@ def test_random_words_over_the_control_part_never_end_the_loop(bench: Bench) -> 
     bench.guest.trace(slot, generation=2**40)
     assert bench.guest.call(slot, Op.RETURN, 2**40) == 0
     assert len(bench.area(slot)) == 1
+
+
+def test_a_guest_that_goes_on_as_another(bench: Bench) -> None:
+    first = bench.guest.sequence
+    for slot in range(3):
+        bench.guest.trace(slot, task=TASK + slot)
+        assert bench.guest.call(slot, Op.RETURN, task=TASK + slot) == 0
+    epoch = bench.guest.control[HeaderWord.HOST_EPOCH]
+    bench.doorbell.call(bench.doorbell.reset)
+    assert bench.guest.control[HeaderWord.HOST_EPOCH] not in (0, epoch)
+    assert bench.device.instances == bench.device.enabled == bench.region.areas_in_use == 0
+    assert not any(os.pread(bench.region.fd, 4 << 20, abi.REQUESTS_OFFSET))
+    # It repeats itself, number by number.
+    bench.guest.sequence = first
+    bench.guest.trace(0)
+    assert bench.guest.call(0, Op.RETURN) == 0
+    assert bench.area(0) == [bench.coverage.next]
+    time.sleep(0.6)
+    assert bench.doorbell.counters.mended == 0

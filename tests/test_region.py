@@ -90,6 +90,20 @@ def test_a_freed_area_is_zero_and_its_memory_gone(region: Region) -> None:
     assert os.pread(region.fd, second.bytes, second.offset) == bytes(second.bytes)
 
 
+def test_what_is_cleared_is_as_new(region: Region) -> None:
+    before = bytes(os.pread(region.fd, region.size, 0))
+    area = region.allocate(1000)
+    assert area is not None
+    with pytest.raises(ValueError, match="in use"):
+        region.clear()
+    region.free(area)
+    for offset in range(0, region.size, PAGE_SIZE):
+        os.pwrite(region.fd, b"\xff" * 8, offset)
+    region.clear()
+    assert os.pread(region.fd, region.size, 0) == before
+    assert region.allocate(1000) is not None
+
+
 def test_freeing_twice_is_refused(region: Region) -> None:
     area = region.allocate(10)
     assert area is not None

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bridge.targets import Endpoint
-from bridge.vm.network import NewsWord, relay_command
+from bridge.vm.network import NewsWord, RelayGate, relay_command
 
 Serve = Callable[[socket.socket], None]
 
@@ -52,14 +52,14 @@ def target(serve: Serve) -> Iterator[int]:
 
 @contextlib.contextmanager
 def relayed(
-    port: int, news: NewsWord | None = None
+    port: int, news: NewsWord | None = None, gate: Path | None = None
 ) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
     """A connection as QEMU gives it to the relay (a TCP pair as stdin, stdout, stderr)."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         guest = socket.create_connection(listener.getsockname())
         stdio, _ = listener.accept()
     guest.settimeout(20)
-    command = relay_command(Endpoint("test", port, 564), news)
+    command = relay_command(Endpoint("test", port, 564), news, gate)
     fd = stdio.fileno()
     with guest, subprocess.Popen(command, stdin=fd, stdout=fd, stderr=fd) as relay:
         stdio.close()
@@ -275,3 +275,29 @@ def test_no_setting_of_python_gets_into_the_connection() -> None:
             theirs.close()
             assert read_all(ours) == b"only this"
             ours.shutdown(socket.SHUT_WR)
+
+
+def test_a_gate_ends_all_that_there_are() -> None:
+    def echo(sock: socket.socket) -> None:
+        while data := sock.recv(100):
+            sock.sendall(data)
+
+    gate = RelayGate()
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    with target(echo) as port:
+        for _ in range(2):
+            with relayed(port, gate=gate.path) as first, relayed(port, gate=gate.path) as second:
+                for guest, _ in (first, second):
+                    guest.sendall(b"1")
+                    assert guest.recv(1) == b"1"
+                gate.slam()
+                for guest, process in (first, second):
+                    with pytest.raises(ConnectionResetError):
+                        guest.recv(1)
+                    assert process.wait(20) == 1
+        assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+        with relayed(port, gate=gate.path) as (guest, process):
+            guest.sendall(b"1")
+            assert guest.recv(1) == b"1"
+            gate.close()
+            assert process.wait(20) == 1

@@ -14,6 +14,7 @@ first, would find it taken.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -30,6 +31,7 @@ __all__ = [
     "SSH_GUEST_PORT",
     "TARGET_ADDRESS",
     "NewsWord",
+    "RelayGate",
     "find_ssh_port",
     "netdev_option",
 ]
@@ -57,10 +59,42 @@ class NewsWord:
     offset: int
 
 
-def relay_command(endpoint: Endpoint, news: NewsWord | None = None) -> list[str]:
+class RelayGate:
+    """A way to end all relays at once, with a reset of both of their connections.
+
+    The relays are QEMU's children and nobody knows them. Each opens ``path``, a pipe of this
+    process, and ends when there is something to be read: nobody reads it, so it is there for all.
+    """
+
+    def __init__(self) -> None:
+        self._reading, self._writing = os.pipe()
+        self.path = Path(f"/proc/{os.getpid()}/fd/{self._reading}")
+
+    def slam(self) -> None:
+        """End the relays that there are; later ones are not concerned."""
+        reading, writing = os.pipe()
+        os.write(self._writing, b"!")
+        os.dup2(reading, self._reading, inheritable=False)
+        os.close(reading)
+        os.close(self._writing)
+        self._writing = writing
+
+    def close(self) -> None:
+        """Close the pipe, which ends the relays too; to be called once."""
+        os.close(self._writing)
+        os.close(self._reading)
+
+
+def relay_command(
+    endpoint: Endpoint, news: NewsWord | None = None, gate: Path | None = None
+) -> list[str]:
     """What QEMU runs for a connection to an endpoint; ``news`` is what it changes by the way."""
-    words = [sys.executable, "-I", "-S", str(_RELAY), str(endpoint.host_port)]
-    return words if news is None else [*words, news.file, str(news.offset)]
+    command = [sys.executable, "-I", "-S", str(_RELAY), str(endpoint.host_port)]
+    if gate is not None:
+        command += ["--gate", str(gate)]
+    if news is not None:
+        command += ["--news", news.file, str(news.offset)]
+    return command
 
 
 def netdev_option(
@@ -70,13 +104,13 @@ def netdev_option(
     ssh_port: int = 0,
     ssh: bool = True,
     news: NewsWord | None = None,
+    gate: Path | None = None,
 ) -> str:
     """The value of QEMU's ``-netdev`` for a network called ``name``.
 
     ``ssh_port`` 0 lets the kernel choose a free port, which :func:`find_ssh_port` finds out.
-    ``news`` is for the relays.
-    Raises :class:`bridge.errors.UsageError` for an impossible port, and for two endpoints at one
-    guest port.
+    ``news`` and ``gate`` are for the relays. Raises :class:`bridge.errors.UsageError` for an
+    impossible port, and for two endpoints at one guest port.
     """
     parts = [f"user,id={name},restrict=on,ipv6=off"]
     if ssh:
@@ -92,7 +126,7 @@ def netdev_option(
                 f"{endpoint.guest_port}"
             )
         taken[endpoint.guest_port] = endpoint
-        command = shlex.join(relay_command(endpoint, news)).replace(",", ",,")
+        command = shlex.join(relay_command(endpoint, news, gate)).replace(",", ",,")
         parts.append(f"guestfwd=tcp:{TARGET_ADDRESS}:{endpoint.guest_port}-cmd:{command}")
     return ",".join(parts)
 

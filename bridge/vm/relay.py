@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Carry one TCP connection of the guest to a port of 127.0.0.1. Run as a script, by QEMU.
 
-``relay.py HOST_PORT [FILE OFFSET]``
+``relay.py HOST_PORT [--gate GATE] [--news FILE OFFSET]``
 
 Before anything that the target says, its end included, is passed on to the guest, the word at
 OFFSET in FILE, the shared region's ``NEWS``, gets a value that it never had: what the target
@@ -10,10 +10,12 @@ A relay that cannot write there carries nothing: it resets the connection.
 
 QEMU's user network starts this for each connection to a target's address (:mod:`bridge.vm.network`)
 with a socket as stdin, stdout and stderr. It ends when both directions have ended or when either
-connection breaks; the end of QEMU breaks it, as QEMU's side of the socket closes then. Imports
+connection breaks; the end of QEMU breaks it, as QEMU's side of the socket closes then. It breaks
+both as soon as there is something to be read from the pipe GATE, or nobody to write to it. Imports
 nothing but the standard library, so that ``-I -S`` starts it in a few milliseconds.
 """
 
+import errno
 import mmap
 import os
 import select
@@ -126,11 +128,16 @@ class End:
             self.writes.move()
 
 
-def relay(guest: socket.socket, host: socket.socket, tell: Tell | None = None) -> None:
+def relay(
+    guest: socket.socket,
+    host: socket.socket,
+    tell: Tell | None = None,
+    gate: int | None = None,
+) -> None:
     """Copy between two connected sockets until both directions have ended.
 
-    ``tell`` is called before the guest gets to know anything from the host.
-    Raises OSError when one of the connections breaks.
+    ``tell`` is called before the guest gets to know anything from the host. Raises OSError when
+    one of the connections breaks, or is to break because of the descriptor ``gate``.
     """
     for sock in (guest, host):
         sock.setblocking(False)
@@ -145,6 +152,8 @@ def relay(guest: socket.socket, host: socket.socket, tell: Tell | None = None) -
         host.fileno(): End(host, reads=inward, writes=outward),
     }
     poll = select.poll()
+    if gate is not None:
+        poll.register(gate, select.POLLIN)
     while not (outward.done and inward.done):
         for fd, end in ends.items():
             wanted = end.wanted()
@@ -155,6 +164,8 @@ def relay(guest: socket.socket, host: socket.socket, tell: Tell | None = None) -
                     poll.register(fd, wanted)
                 end.mask = wanted
         for fd, events in poll.poll():
+            if fd == gate:
+                raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
             ends[fd].handle(events)
 
 
@@ -167,14 +178,20 @@ def main(argv: list[str]) -> int:
     os.close(nowhere)
     with guest:
         try:
-            tell = teller(argv[2], int(argv[3])) if len(argv) > 2 else None
+            words = argv[2:]
+            gate = tell = None
+            if words[:1] == ["--gate"]:
+                gate = os.open(words[1], os.O_RDONLY | os.O_NONBLOCK)
+                words = words[2:]
+            if words[:1] == ["--news"]:
+                tell = teller(words[1], int(words[2]))
             host = socket.create_connection((LOCALHOST, int(argv[1])))
         except OSError:
             guest.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             return 1
         with host:
             try:
-                relay(guest, host, tell)
+                relay(guest, host, tell, gate)
             except OSError:
                 if tell is not None:
                     tell()

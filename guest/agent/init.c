@@ -12,11 +12,17 @@
  *                             ends the guest;
  *   poweroff, reboot          ask process 1 to do so (with -f: at once, without asking).
  *
- * A report is one JSON object a line on /dev/ttyS1, which the host only reads:
+ * A report is one JSON object a line on /dev/ttyS1:
  *
  *   {"state":"ready","kernel":"…","device":"…","uptime_ms":N,"mem_available_kib":N}
  *   {"state":"unhealthy","what":"module","why":"…"}
  *   {"state":"stopping","why":"power button"}
+ *
+ * The host says one thing there, to a guest that goes on from a snapshot, and is answered "ready":
+ * the time, as seconds and nanoseconds, and 32 random bytes in hex, so that neither the clock nor
+ * the random numbers of the snapshot go on:
+ *
+ *   resume 1700000000 500000000 00112233…
  *
  * An unhealthy guest still serves SSH where it can, so that a person can look. SSH connections are
  * accepted here and each is given to an `sshd -i` of its own: nothing has to start before the
@@ -28,6 +34,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/input.h>
+#include <linux/random.h>
 #include <net/if.h>
 #include <net/route.h>
 #include <poll.h>
@@ -57,7 +64,12 @@
 #define MODULE_PARAMETER "kcov_bridge."
 
 #define REPORT_PORT "/dev/ttyS1"
+#define RESUME_LINE_MAX 256
+#define SEED_BYTES 32
 #define HOST_NAME "kcov-guest"
+
+/* The module tells the host about this kernel when this is written to. */
+#define HOST_FILE "/sys/kernel/debug/kcov_bridge_host"
 
 /* The addresses of QEMU's user network: the guest's usual one, and the gateway. */
 #define ADDRESS "10.0.2.15"
@@ -170,14 +182,14 @@ static void open_report_port(void)
 {
 	struct termios port;
 
-	report_fd = open(REPORT_PORT, O_WRONLY | O_NOCTTY | O_CLOEXEC | O_NONBLOCK);
+	report_fd = open(REPORT_PORT, O_RDWR | O_NOCTTY | O_CLOEXEC | O_NONBLOCK);
 	if (report_fd < 0) {
 		say("%s: %s; the host will not hear from this guest", REPORT_PORT, strerror(errno));
 		return;
 	}
 	if (!tcgetattr(report_fd, &port)) {
 		cfmakeraw(&port);
-		port.c_cflag |= CLOCAL;
+		port.c_cflag |= CLOCAL | CREAD;
 		tcsetattr(report_fd, TCSANOW, &port);
 	}
 }
@@ -661,6 +673,75 @@ static bool power_key_pressed(int fd)
 	return false;
 }
 
+/* ---- going on from a snapshot -------------------------------------------------------------- */
+
+static bool add_randomness(const char *hex)
+{
+	struct {
+		struct rand_pool_info info;
+		unsigned char bytes[SEED_BYTES];
+	} seed = { .info = { .entropy_count = 8 * SEED_BYTES, .buf_size = SEED_BYTES } };
+	bool good;
+	int fd;
+
+	for (size_t i = 0; i < SEED_BYTES; i++)
+		if (sscanf(hex + 2 * i, "%2hhx", &seed.bytes[i]) != 1)
+			return false;
+	fd = open("/dev/urandom", O_RDWR | O_CLOEXEC);
+	/* Added to what is there, then used for all numbers from now on. */
+	good = fd >= 0 && !ioctl(fd, RNDADDENTROPY, &seed) && !ioctl(fd, RNDRESEEDCRNG);
+	if (fd >= 0)
+		close(fd);
+	return good;
+}
+
+static void resume(const char *line, const char *device)
+{
+	char hex[2 * SEED_BYTES + 1] = "";
+	struct timespec now;
+	int fd;
+
+	if (sscanf(line, "resume %ld %ld %64[0-9a-f]", &now.tv_sec, &now.tv_nsec, hex) != 3 ||
+	    strlen(hex) != 2 * SEED_BYTES)
+		return;
+	if (clock_settime(CLOCK_REALTIME, &now)) {
+		report_unhealthy("clock", strerror(errno));
+		return;
+	}
+	if (!add_randomness(hex)) {
+		report_unhealthy("random", strerror(errno));
+		return;
+	}
+	fd = open(HOST_FILE, O_WRONLY | O_CLOEXEC);
+	if (fd < 0 || write(fd, "1", 1) != 1) {
+		report_unhealthy("host", strerror(errno));
+		if (fd >= 0)
+			close(fd);
+		return;
+	}
+	close(fd);
+	report_ready(device);
+}
+
+/* Takes what the host wrote, line by line. */
+static void hear_host(const char *device)
+{
+	static char line[RESUME_LINE_MAX];
+	static size_t length;
+	char c;
+
+	while (read(report_fd, &c, 1) == 1) {
+		if (c == '\n' && device) {
+			line[length] = '\0';
+			resume(line, device);
+		}
+		if (c == '\n')
+			length = 0;
+		else if (length < sizeof(line) - 1)
+			line[length++] = c;
+	}
+}
+
 /* ---- the end ------------------------------------------------------------------------------ */
 
 /* True once no process but this one is left: all orphans are this process's children. */
@@ -705,7 +786,7 @@ __attribute__((noreturn)) static void stop_guest(int how, const char *why)
 
 __attribute__((noreturn)) static void stage_guest(void)
 {
-	struct pollfd polled[2 + MAX_BUTTONS] = { { .fd = -1 }, { .fd = -1 } };
+	struct pollfd polled[3 + MAX_BUTTONS] = { { .fd = -1 }, { .fd = -1 }, { .fd = -1 } };
 	const char *device, *network, *what = NULL;
 	char why[512] = "";
 	size_t buttons;
@@ -727,19 +808,22 @@ __attribute__((noreturn)) static void stage_guest(void)
 	mount_at("devpts", "/dev/pts", MS_NOSUID | MS_NOEXEC, "gid=5,mode=620,ptmxmode=666");
 	mount_at("tmpfs", "/dev/shm", MS_NOSUID | MS_NODEV, "mode=1777");
 	mount_at("tmpfs", "/run", MS_NOSUID | MS_NODEV, "mode=0755");
+	mkdir("/run/kcov-bridge", 0755);
 	mount_at("debugfs", "/sys/kernel/debug", 0, "mode=0700");
 	/* Ctrl-Alt-Del comes as a signal instead of a hard reset. */
 	reboot(RB_DISABLE_CAD);
 
 	network = set_network_up();
 	device = set_device_up(&what, why, sizeof(why));
-	buttons = open_buttons(polled + 2);
+	buttons = open_buttons(polled + 3);
 
 	/* One report of the first thing that is wrong, in the order in which a person would look. */
 	if (!device)
 		report_unhealthy(what, why);
 	polled[1].fd = listen_for_ssh(why, sizeof(why));
 	polled[1].events = POLLIN;
+	polled[2].fd = report_fd;
+	polled[2].events = POLLIN;
 	if (device && polled[1].fd < 0)
 		report_unhealthy("sshd", why);
 	else if (device && network)
@@ -750,7 +834,7 @@ __attribute__((noreturn)) static void stage_guest(void)
 	for (;;) {
 		struct signalfd_siginfo signal;
 
-		if (poll(polled, 2 + buttons, -1) < 0 && errno != EINTR)
+		if (poll(polled, 3 + buttons, -1) < 0 && errno != EINTR)
 			say("poll: %s", strerror(errno));
 		while (read(polled[0].fd, &signal, sizeof(signal)) == (ssize_t)sizeof(signal)) {
 			if (signal.ssi_signo == SIGTERM)
@@ -762,7 +846,9 @@ __attribute__((noreturn)) static void stage_guest(void)
 			;
 		if (polled[1].revents & POLLIN)
 			serve_ssh(polled[1].fd);
-		for (size_t i = 2; i < 2 + buttons; i++)
+		if (polled[2].revents & POLLIN)
+			hear_host(device);
+		for (size_t i = 3; i < 3 + buttons; i++)
 			if (polled[i].revents && power_key_pressed(polled[i].fd))
 				stop_guest(RB_POWER_OFF, "power button");
 	}

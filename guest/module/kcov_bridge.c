@@ -165,6 +165,7 @@ struct kb_bridge {
 	u64 kicked;
 	struct dentry *file;
 	struct dentry *stats;
+	struct dentry *host;
 
 	/* Guards slots, instances, zombies, zombie_seq. */
 	spinlock_t slots_lock;
@@ -1316,19 +1317,10 @@ static struct notifier_block kb_module_notifier = {
 	.notifier_call	= kb_module_event,
 };
 
-static int kb_begin_to_tell(void)
+static int kb_listen(void)
 {
-	int slot, err;
+	int err;
 
-	mutex_init(&kb_self.lock);
-	slot = kb_slot_take(NULL);
-	if (slot < 0)
-		return slot;
-	kb_self.slot = slot;
-	kb_self.generation = atomic64_inc_return(&kb_next);
-	kb_watched = kb_tell_kernel(true);
-	if (!kb_watched)
-		return 0;
 	err = register_module_notifier(&kb_module_notifier);
 	if (err)
 		return err;
@@ -1338,15 +1330,69 @@ static int kb_begin_to_tell(void)
 	return err;
 }
 
+static void kb_stop_listening(void)
+{
+	unregister_reboot_notifier(&kb_reboot_notifier);
+	unregister_module_notifier(&kb_module_notifier);
+}
+
+/* Tells the host, and from then on what changes, as long as it wants to know. */
+static int kb_tell(void)
+{
+	bool before = kb_watched;
+	int err = 0;
+
+	kb_watched = kb_tell_kernel(true);
+	if (kb_watched && !before) {
+		err = kb_listen();
+		kb_watched = !err;
+	} else if (before && !kb_watched) {
+		kb_stop_listening();
+	}
+	return err;
+}
+
+static int kb_begin_to_tell(void)
+{
+	int slot;
+
+	mutex_init(&kb_self.lock);
+	slot = kb_slot_take(NULL);
+	if (slot < 0)
+		return slot;
+	kb_self.slot = slot;
+	kb_self.generation = atomic64_inc_return(&kb_next);
+	return kb_tell();
+}
+
 static void kb_end_to_tell(void)
 {
-	if (kb_watched) {
-		unregister_reboot_notifier(&kb_reboot_notifier);
-		unregister_module_notifier(&kb_module_notifier);
-	}
+	if (kb_watched)
+		kb_stop_listening();
 	kb_watched = false;
 	mutex_destroy(&kb_self.lock);
 }
+
+/*
+ * The agent writes here when the guest goes on from a snapshot: the host is another, and knows
+ * nothing of this kernel.
+ */
+static ssize_t kb_host_write(struct file *file, const char __user *data, size_t size, loff_t *at)
+{
+	static DEFINE_MUTEX(one_at_a_time);
+	int err;
+
+	mutex_lock(&one_at_a_time);
+	err = kb_tell();
+	mutex_unlock(&one_at_a_time);
+	return err ? err : (ssize_t)size;
+}
+
+static const struct file_operations kb_host_fops = {
+	.owner	= THIS_MODULE,
+	.open	= simple_open,
+	.write	= kb_host_write,
+};
 
 /* ---- for people ---------------------------------------------------------------------------- */
 
@@ -1454,6 +1500,7 @@ static int kb_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 		bridge->file = NULL;
 	}
 	bridge->stats = debugfs_create_file("kcov_bridge_stats", 0400, NULL, NULL, &kb_stats_fops);
+	bridge->host = debugfs_create_file("kcov_bridge_host", 0200, NULL, NULL, &kb_host_fops);
 	pci_set_drvdata(pdev, bridge);
 	dev_info(&pdev->dev, "kcov from the host, %llu MiB shared\n", bridge->region_bytes >> 20);
 	return 0;
@@ -1469,6 +1516,7 @@ static void kb_remove(struct pci_dev *pdev)
 {
 	struct kb_bridge *bridge = pci_get_drvdata(pdev);
 
+	debugfs_remove(bridge->host);
 	debugfs_remove(bridge->stats);
 	debugfs_remove(bridge->file);
 	misc_deregister(&kb_misc);
