@@ -177,6 +177,14 @@ class Settings:
             choices=("auto", "kvm", "tcg"),
         ),
     )
+    snapshot: bool = field(
+        default=True,
+        metadata=_about(
+            Kind.FLAG,
+            "start the guest from a snapshot of it when it was ready, which is made the first "
+            "time, instead of booting it; with an image of kcov-bridge's and its own kernel",
+        ),
+    )
     memory: int = field(
         default=256,
         metadata=_about(Kind.INTEGER, "guest memory", metavar="MIB", minimum=64, maximum=1 << 20),

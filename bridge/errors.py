@@ -20,6 +20,7 @@ __all__ = [
     "GuestLostError",
     "GuestPanicError",
     "GuestPoweredOffError",
+    "GuestResetError",
     "GuestSetupError",
     "ImageError",
     "InfrastructureError",
@@ -122,6 +123,10 @@ class GuestPanicError(GuestLostError):
 
 class GuestPoweredOffError(GuestLostError):
     """The guest was switched off or reset from inside."""
+
+
+class GuestResetError(GuestLostError):
+    """The guest was taken back to its ready state while a command ran in it."""
 
 
 class BootTimeoutError(GuestLostError):

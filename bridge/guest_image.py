@@ -52,6 +52,11 @@ _BUILD_SECONDS = 900.0
 _BUILD_TREE = "/lib/modules/{kernel}/build"
 _EVIDENCE_LINES = 25
 
+_STEADY_CLOCK = "tsc=unstable"
+"""TCG's time-stamp counter is one of QEMU's process and does not go back with a guest that is
+taken back (``cpu_get_ticks`` in QEMU): the guest would find itself in the future, its tasks locked
+up for as long. The ACPI timer goes back."""
+
 
 BeforeModule = Callable[[Guest, str], None]
 """Is given a guest that takes commands but has no kcov device yet, and its kernel's release."""
@@ -61,6 +66,8 @@ class GuestImage(Protocol):
     """Something that a machine can boot from and become ready with."""
 
     name: str
+    can_be_saved: bool
+    """Whether a machine that was made ready can be saved with all that the guest has written."""
 
     def machine_config(self, settings: Settings, accelerator: Accelerator) -> MachineConfig:
         """The machine to boot it in, without endpoints."""
@@ -129,6 +136,8 @@ def lines_for(wanted: KernelFilter, release: str, vmlinux: Path | None) -> Lines
 class ProjectImage:
     """An image that ``kcov-bridge image build`` made."""
 
+    can_be_saved = True
+
     def __init__(self, image: Image) -> None:
         self.name = image.name
         self._image = image
@@ -141,11 +150,14 @@ class ProjectImage:
     def machine_config(self, settings: Settings, accelerator: Accelerator) -> MachineConfig:
         """As the protocol says; ``settings.kernel`` boots instead of the image's."""
         image = self._image
+        cmdline = image.cmdline
+        if settings.snapshot and accelerator.name == "tcg":
+            cmdline = f"{cmdline} {_STEADY_CLOCK}"
         return replace(
             _machine(settings, accelerator),
             kernel=settings.kernel or image.kernel,
             initrd=settings.initrd or image.initrd,
-            cmdline=image.cmdline,
+            cmdline=cmdline,
             disk=image.root,
         )
 
@@ -176,6 +188,8 @@ class OwnImage:
     It is never written: the guest works on a throw-away copy. What was built in it is kept in
     the cache, by kernel and sources, so that the next boot only copies.
     """
+
+    can_be_saved = False
 
     def __init__(self, path: Path, key: Path) -> None:
         for what, file in (("disk image", path), ("SSH key", key)):
@@ -239,7 +253,7 @@ class OwnImage:
             cached.mkdir(parents=True, exist_ok=True)
             for name in made:
                 guest.download(f"/tmp/kcov-bridge/{name}", cached / Path(name).name)
-        guest.run(["mkdir", "-p", _LIBRARY_HOME], check=True)
+        guest.run(["mkdir", "-p", _LIBRARY_HOME, "/run/kcov-bridge"], check=True)
         for name, home, mode in (
             (_MODULE, "/tmp", 0o600),
             (_PROGRAM, _PROGRAM_HOME, 0o755),

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bridge.errors import ImageError, UsageError
+from bridge import config
+from bridge.errors import BridgeError, ImageError, UsageError
+from bridge.guest_image import ProjectImage
 from bridge.image import Image, build, find, list_images
 from bridge.image.store import (
     base_directories,
@@ -18,8 +21,13 @@ from bridge.image.store import (
     remove_tree,
     resolve,
 )
+from bridge.snapshots import prune_snapshots, ready_snapshot
+from bridge.targets.registry import create as create_target
+from bridge.vm.accel import choose_accelerator
 
 __all__ = ["add_image_arguments", "image_command"]
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_RECIPE = "bookworm"
 """The recipe that is meant where none is named."""
@@ -95,8 +103,22 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 def _build(args: argparse.Namespace) -> int:
     include = [name for names in args.include for name in names.split(",") if name]
     image = build(args.recipe, force=args.force, include=include, mirror=args.mirror)
+    _make_snapshot(image)
     print(image.directory)
     return 0
+
+
+def _make_snapshot(image: Image) -> None:
+    """For the machine that the settings ask for. The image is good without one."""
+    try:
+        settings = config.load()
+        if settings.snapshot:
+            guest = ProjectImage(image)
+            machine = guest.machine_config(settings, choose_accelerator(settings.accel))
+            modules = create_target(settings.target, settings.target_dir).guest_modules
+            ready_snapshot(guest, machine, settings.region << 20, modules).close()
+    except BridgeError as error:
+        logger.warning("there is no snapshot of the guest yet: %s", error.report())
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -161,6 +183,7 @@ def _rm(args: argparse.Namespace) -> int:
     for directory in directories:
         remove_tree(directory)
         print(f"removed {directory}")
+    prune_snapshots()
     return 0
 
 

@@ -183,7 +183,10 @@ class _Record:
             session.ready,
         )
         accelerator = session.accelerator
-        more: dict[str, object] = {"personality": session.settings.personality}
+        more: dict[str, object] = {
+            "personality": session.settings.personality,
+            "from_snapshot": session.snapshot is not None,
+        }
         if doorbell is not None:
             more |= {
                 "guest_timeouts": doorbell.guest_timeouts,

@@ -15,7 +15,10 @@ import dataclasses
 import functools
 import logging
 import os
+import shlex
 import shutil
+import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,9 +36,11 @@ from bridge.errors import (
     BootTimeoutError,
     BridgeError,
     DoorbellError,
+    GuestResetError,
     GuestSetupError,
     InfrastructureError,
     KernelUnknownError,
+    MissingDependencyError,
     TargetError,
     UnwatchableError,
     UsageError,
@@ -44,6 +49,7 @@ from bridge.guest_image import GuestImage, find_guest_image, lines_for
 from bridge.isolated import IsolatedTarget
 from bridge.kcov import Device, Personality
 from bridge.region import Region
+from bridge.snapshots import ready_snapshot, remove_snapshot
 from bridge.sources.comparisons import Comparison, ComparisonLedger
 from bridge.sources.guest_kernel.filters import KernelFilter
 from bridge.sources.guest_kernel.plugin import build_plugin, why_not_loaded
@@ -57,10 +63,11 @@ from bridge.status import StatusServer
 from bridge.targets import Target
 from bridge.targets.registry import create as create_target
 from bridge.vm.accel import Accelerator, choose_accelerator
-from bridge.vm.config import WatchFds
+from bridge.vm.config import MachineConfig, MemoryFds, WatchFds
 from bridge.vm.machine import PLUGIN_REMEDY, Machine
-from bridge.vm.network import NewsWord
+from bridge.vm.network import TARGET_ADDRESS, NewsWord, RelayGate
 from bridge.vm.report import Ready
+from bridge.vm.snapshot import Snapshot, new_memory
 from bridge.vm.ssh import CommandResult, Guest, Output
 
 __all__ = ["KcovResult", "Session"]
@@ -75,6 +82,9 @@ it wins."""
 _GUEST_DIRECTORY = "/run/kcov-bridge"
 _SET_UP_SECONDS = 60.0
 _TEAR_DOWN_SECONDS = 10.0
+_RESUME_SECONDS = 20.0
+_HANG_UP_SECONDS = 5.0
+_HANG_UP_POLL_SECONDS = 0.002
 _EVIDENCE = 4096
 
 
@@ -114,6 +124,10 @@ class Session:
         self.device: Device[Cursor] | None = None
         self.doorbell: Doorbell[Cursor] | None = None
         self.ready: Ready | None = None
+        self.snapshot: Snapshot | None = None
+        """What the guest was started from, if it was not booted."""
+        self.resets = 0
+        """How often the guest was taken back."""
         self.image: GuestImage
         self.target: Target
         self.machine: Machine
@@ -121,6 +135,9 @@ class Session:
         self._out = out
         self._plugin: Path | None = None
         self._news: NewsWord | None = None
+        self._gate: RelayGate
+        self._ram = -1
+        self._resetting = threading.Lock()  # held by reset()
         self._stack = ExitStack()
 
     def __enter__(self) -> Session:
@@ -175,6 +192,8 @@ class Session:
         stack.callback(region.close)
         server = IvshmemServer(region)
         stack.callback(server.close)
+        self._gate = RelayGate()
+        stack.callback(self._gate.close)
         if "kernel" in sources:
             self._plugin = build_plugin()
             self._probe(self._plugin)
@@ -242,23 +261,79 @@ class Session:
         """From the settings to a guest that takes commands."""
         assert self.accelerator is not None
         config = self.image.machine_config(self.settings, self.accelerator)
-        config = dataclasses.replace(config, endpoints=self.target.endpoints, news=self._news)
+        config = dataclasses.replace(
+            config,
+            endpoints=self.target.endpoints,
+            news=self._news,
+            gate=self._gate.path,
+            plugin=self._plugin if self.kernel is not None else None,
+        )
+        snapshot = self._find_snapshot(config)
+        if snapshot is not None:
+            try:
+                self._start_machine(stack, server, out, config, snapshot)
+                return
+            except (MissingDependencyError, UnwatchableError, UsageError):
+                raise
+            except BridgeError as error:
+                logger.warning("the guest does not start from its snapshot: %s", error.message)
+                logger.debug("%s", error.report())
+                remove_snapshot(snapshot)
+            assert self.doorbell is not None
+            self.doorbell.call(self.doorbell.reset)
+        self._start_machine(stack, server, out, config, None)
+
+    def _find_snapshot(self, config: MachineConfig) -> Snapshot | None:
+        """The ready guest, saved, if it is to be had; without it the guest boots."""
+        settings = self.settings
+        if not settings.snapshot or not self.image.can_be_saved or settings.kernel is not None:
+            return None
+        try:
+            modules = self.target.guest_modules
+            return ready_snapshot(self.image, config, settings.region << 20, modules)
+        except BootTimeoutError:
+            raise
+        except BridgeError as error:
+            logger.warning("there is no snapshot of the guest: %s", error.report())
+            return None
+
+    def _start_machine(
+        self,
+        stack: ExitStack,
+        server: IvshmemServer,
+        out: Path | None,
+        config: MachineConfig,
+        snapshot: Snapshot | None,
+    ) -> None:
+        """Start QEMU, from a snapshot or by booting."""
         watch = None
         if self.kernel is not None and self.region is not None:
-            config = dataclasses.replace(config, plugin=self._plugin)
             watch = WatchFds(self.kernel.plan.fd, self.region.fd)
-        logger.info("booting %s", self.image.name)
+        logger.info("%s %s", "starting" if snapshot is not None else "booting", self.image.name)
         with ExitStack() as attempt:
+            memory = None
+            if snapshot is not None:
+                attempt.callback(snapshot.close)
+                memory = self._load(snapshot, config, attempt)
             doorbell = attempt.enter_context(server.connect())
             console = out / "console.log" if out is not None else None
-            self.machine = Machine(config, doorbell=doorbell, console_path=console, watch=watch)
+            self.machine = Machine(
+                config, doorbell=doorbell, console_path=console, watch=watch, memory=memory
+            )
             attempt.callback(self.machine.close)
             self.machine.start()
             doorbell.close()
+            if snapshot is not None:
+                self.machine.resume()
+                self.machine.wait_ready(_RESUME_SECONDS)
             self.guest, self.ready = self.image.bring_up(self.machine, attempt, self._read_kernel)
+            self.snapshot = snapshot
             stack.push(attempt.pop_all())
         logger.info(
-            "guest ready after %.1f s: Linux %s", self.ready.boot_seconds, self.ready.kernel
+            "guest ready after %.1f s%s: Linux %s",
+            self.ready.boot_seconds,
+            " (from a snapshot)" if snapshot is not None else "",
+            self.ready.kernel,
         )
 
     @functools.cached_property
@@ -291,6 +366,61 @@ class Session:
             self.kernel = None
             return
         doorbell.call(functools.partial(kernel.know, code))
+
+    def _load(self, snapshot: Snapshot, config: MachineConfig, stack: ExitStack) -> MemoryFds:
+        """The memory and the devices' state for a machine that starts from the snapshot."""
+        try:
+            self._ram = new_memory(config.memory_mib << 20)
+            stack.callback(os.close, self._ram)
+            states = snapshot.states()
+            stack.callback(os.close, states)
+        except OSError as error:
+            raise InfrastructureError(f"no memory for the guest: {error.strerror}") from error
+        snapshot.restore(self._ram)
+        return MemoryFds(self._ram, states, snapshot.devices)
+
+    # Back to the guest that is ready
+
+    def reset(self) -> None:
+        """Take the used guest back to its ready state, in the same QEMU.
+
+        Its memory, and with it all files, processes and connections; its devices; all instances
+        of the kcov device, and the region. Then the target is set up in it again. The target
+        itself goes on as it is, and what the guest has covered stays counted.
+
+        A command that runs meanwhile fails with :class:`bridge.errors.GuestResetError`. Raises
+        :class:`bridge.errors.UsageError` for a guest that was booted, not started from a snapshot,
+        and a :class:`bridge.errors.GuestLostError` for one that is lost.
+        """
+        if self.snapshot is None:
+            raise UsageError(
+                "the guest was booted, so there is nothing to take it back to",
+                hint="a guest of one of the project's images is started from a snapshot, unless "
+                "the setting snapshot forbids it or --kernel is given",
+            )
+        with self._resetting:
+            self.machine.check()
+            with self.guest.unreachable():
+                self.ready = self.machine.rewind(self._go_back, _RESUME_SECONDS)
+            if self.kernel is not None and self.doorbell is not None:
+                self.doorbell.call(self.kernel.recall)
+            self._prepare()
+
+    def _go_back(self) -> None:
+        """While the guest stands still: all that is not QEMU's own."""
+        assert self.doorbell is not None
+        assert self.snapshot is not None
+        self.resets += 1
+        self.guest.forget()
+        self.doorbell.call(self.doorbell.reset)
+        self._gate.slam()
+        self.snapshot.restore(self._ram)
+        # The guest will take the same ports again.
+        deadline = time.monotonic() + _HANG_UP_SECONDS
+        while any(TARGET_ADDRESS in line for line in self.machine.connections):
+            if time.monotonic() > deadline:
+                raise InfrastructureError("connections of the guest to its target do not end")
+            time.sleep(_HANG_UP_POLL_SECONDS)
 
     @staticmethod
     def _save_kernel(kernel: GuestKernel, out: Path) -> None:
@@ -374,11 +504,14 @@ class Session:
 
     def _set_up(self, stack: ExitStack) -> None:
         """Make the target usable in the guest; undone at the end, if the guest still is there."""
-        self.guest.run(["mkdir", "-p", _GUEST_DIRECTORY], check=True)
-        for module in self.target.guest_modules:
-            self._set_up_step(f"load the module {module}", ["modprobe", module])
         if self.target.guest_teardown:
             stack.callback(self._tear_down)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        # A snapshot has the target's modules.
+        for module in self.target.guest_modules if self.snapshot is None else ():
+            self._set_up_step(f"load the module {module}", ["modprobe", module])
         if self.target.guest_setup:
             self._set_up_step(f"set up the target {self.target.name}", self.target.guest_setup)
 
@@ -462,6 +595,26 @@ class Session:
         are given the output as it comes. Raises :class:`bridge.errors.RunTimeoutError`, and a
         :class:`bridge.errors.GuestLostError` when the guest goes away.
         """
+        resets = self.resets
+        try:
+            return self._kcov(command, follow, unique, timeout, stdout, stderr)
+        except GuestResetError:
+            raise
+        except BridgeError as error:
+            if self.resets == resets:
+                raise
+            raise GuestResetError(f"the guest was reset: {shlex.join(command)}") from error
+
+    def _kcov(
+        self,
+        command: Sequence[str],
+        follow: bool,
+        unique: bool | None,
+        timeout: float | None,
+        stdout: Output | None,
+        stderr: Output | None,
+    ) -> KcovResult:
+        resets = self.resets
         made = self.guest.run(["mktemp", f"{_GUEST_DIRECTORY}/pcs.XXXXXX"], check=True)
         file = made.text.strip()
         if unique is None:
@@ -483,7 +636,8 @@ class Session:
             pcs = self._fetch(file)
             self._learn_modules()
         except BaseException:
-            keep()
+            if self.resets == resets:
+                keep()
             raise
         return KcovResult(result.exit_status, pcs, result.stdout, result.stderr)
 

@@ -290,6 +290,24 @@ def test_texts_end_where_something_else_begins(kernel: GuestKernel) -> None:
     assert sizes == {"one": 0x2040, "two": 8192, "bare": 4096, "three": 12288}
 
 
+def test_a_guest_that_goes_on_as_it_was(kernel: GuestKernel) -> None:
+    """Of what was there before the guest's module, nobody tells again."""
+    kernel.describe(payload(0))
+    modules = "net_9p 90112 1 9p, Live 0xffffffffc0100000\n"
+    kernel.learn(modules, "ffffffffc0100010 t p9_read\t[net_9p]\n")
+    ready = ranges(kernel.plan)
+    kernel.module("late", True, 0xFFFF_FFFF_C020_0000, 0x1000)
+    assert ranges(kernel.plan) != ready
+    assert kernel.describe(payload(0)) == 0
+    assert kernel.unnamed
+    kernel.recall()
+    assert not kernel.unnamed
+    assert ranges(kernel.plan) == ready
+    found = kernel.code.symbols.lookup(0xFFFF_FFFF_A000_0020)
+    assert found is not None
+    assert found.name == "p9_read"
+
+
 def test_a_module_before_the_kernel(kernel: GuestKernel) -> None:
     assert kernel.module("net_9p", True, KERNEL, 0x1000) == errno.EINVAL
     assert ranges(kernel.plan) == []

@@ -224,7 +224,7 @@ class TestTheGuestGoesAway:
 
 class TestInterrupted:
     @pytest.mark.parametrize(("number", "options"), [(signal.SIGINT, []), (signal.SIGTERM, PYTHON)])
-    @pytest.mark.parametrize("phase", ["accelerator", "booting", "guest ready", "go"])
+    @pytest.mark.parametrize("phase", ["accelerator", "starting", "guest ready", "go"])
     def test_at_each_phase(
         self,
         image: Image,

@@ -8,7 +8,7 @@ path lies in the file system, and nobody else can connect.
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bridge.abi import VECTORS
@@ -21,6 +21,7 @@ __all__ = [
     "DEFAULT_QEMU",
     "BackendFds",
     "MachineConfig",
+    "MemoryFds",
     "WatchFds",
     "paste_command",
     "qemu_command",
@@ -48,10 +49,11 @@ class MachineConfig:
     ``disk`` is a read-only image (virtio, ``/dev/vda``); ``image`` a user's own raw or qcow2 disk
     (virtio as well), of which the guest gets a throw-away copy-on-write view: it is never written.
     ``boot_timeout`` in seconds, None for the accelerator's default; ``cpu`` is QEMU's ``-cpu``,
-    None for the accelerator's default. ``ssh_port`` 0 takes a free port. ``news`` is for the
-    relays to ``endpoints``. ``sandbox`` False is for a QEMU built without seccomp. ``plugin``
-    watches the guest kernel (:mod:`bridge.sources.guest_kernel`). Raises
-    :class:`bridge.errors.UsageError` for what makes no sense.
+    None for the accelerator's default. ``ssh_port`` 0 takes a free port. ``sandbox`` False is for
+    a QEMU built without seccomp. ``plugin`` watches the guest kernel
+    (:mod:`bridge.sources.guest_kernel`). ``news`` is for the relays to ``endpoints``, and ``gate``
+    ends them (:class:`bridge.vm.network.RelayGate`). Raises :class:`bridge.errors.UsageError` for
+    what makes no sense.
     """
 
     accelerator: Accelerator
@@ -65,6 +67,7 @@ class MachineConfig:
     cpu: str | None = None
     endpoints: tuple[Endpoint, ...] = ()
     news: NewsWord | None = None
+    gate: Path | None = None
     network: bool = True
     ssh_port: int = 0
     boot_timeout: float | None = None
@@ -110,6 +113,18 @@ class WatchFds:
 
 
 @dataclass(frozen=True)
+class MemoryFds:
+    """What a machine that is saved, or starts from what was saved, is made of
+    (:mod:`bridge.vm.snapshot`): the guest's memory, a qcow2 for the devices' state that can be
+    loaded again and again, and the state to start from (None: boot).
+    """
+
+    ram: int
+    states: int
+    devices: int | None = None
+
+
+@dataclass(frozen=True)
 class BackendFds:
     """QEMU's ends of the socket pairs. ``doorbell`` None leaves the ivshmem device out."""
 
@@ -118,13 +133,17 @@ class BackendFds:
     report: int
     doorbell: int | None = None
     watch: WatchFds | None = None
+    memory: MemoryFds | None = None
 
     @property
     def all(self) -> tuple[int, ...]:
         """What QEMU must inherit."""
-        fds = (self.qmp, self.console, self.report, self.doorbell)
-        watch = (self.watch.plan, self.watch.region) if self.watch else ()
-        return (*(fd for fd in fds if fd is not None), *watch)
+        fds = [self.qmp, self.console, self.report, self.doorbell]
+        if self.watch is not None:
+            fds += [self.watch.plan, self.watch.region]
+        if self.memory is not None:
+            fds += [self.memory.ram, self.memory.states, self.memory.devices]
+        return tuple(fd for fd in fds if fd is not None)
 
 
 def qemu_command(config: MachineConfig, fds: BackendFds) -> list[str]:
@@ -142,7 +161,27 @@ def qemu_command(config: MachineConfig, fds: BackendFds) -> list[str]:
         assert config.plugin is not None
         given = f"plan={fds.watch.plan},region={fds.watch.region}"
         chardevs += ["-plugin", f"file={_escaped(config.plugin)},{given}"]
+    if fds.memory is not None:
+        if fds.memory.devices is not None:
+            # What was loaded from them is in the guest's memory by then.
+            config = replace(config, kernel=None, initrd=None)
+        chardevs += _memory(config, fds.memory)
     return [*_machine(config), *chardevs, *_disks(config), *_network(config), *config.extra_args]
+
+
+def _memory(config: MachineConfig, fds: MemoryFds) -> list[str]:
+    """The guest's memory as a file of ours, and where QEMU finds the devices' state."""
+    ram = f"memory-backend-file,id=ram,size={config.memory_mib}M,share=on"
+    states = "if=none,id=states,format=qcow2,file.locking=off"
+    command = [
+        *("-object", f"{ram},mem-path=/proc/self/fd/{fds.ram}", "-machine", "memory-backend=ram"),
+        *("-drive", f"{states},file.filename=/proc/self/fd/{fds.states}"),
+        # As Xen has it: what xen-save-devices-state writes has no such section.
+        *("-global", "migration.send-configuration=off"),
+    ]
+    if fds.devices is not None:
+        command += ["-S", "-incoming", f"fd:{fds.devices}"]
+    return command
 
 
 def paste_command(config: MachineConfig) -> str:
@@ -196,12 +235,21 @@ def _disks(config: MachineConfig) -> list[str]:
 def _network(config: MachineConfig) -> list[str]:
     if not config.network:
         return ["-nic", "none"]
-    netdev = netdev_option("net", config.endpoints, ssh_port=config.ssh_port, news=config.news)
     return [
-        *("-netdev", netdev),
+        *("-netdev", _netdev(config)),
         # An empty romfile: the firmware has no boot ROM to copy and to run.
         *("-device", "virtio-net-pci,netdev=net,romfile="),
     ]
+
+
+def _netdev(config: MachineConfig) -> str:
+    return netdev_option(
+        "net",
+        config.endpoints,
+        ssh_port=config.ssh_port,
+        news=config.news,
+        gate=config.gate,
+    )
 
 
 def _image_format(image: Path) -> str:

@@ -18,6 +18,7 @@ import contextlib
 import enum
 import functools
 import logging
+import os
 import shutil
 import socket
 import threading
@@ -41,7 +42,14 @@ from bridge.errors import (
     UnwatchableError,
     UsageError,
 )
-from bridge.vm.config import BackendFds, MachineConfig, WatchFds, paste_command, qemu_command
+from bridge.vm.config import (
+    BackendFds,
+    MachineConfig,
+    MemoryFds,
+    WatchFds,
+    paste_command,
+    qemu_command,
+)
 from bridge.vm.console import ConsoleLog
 from bridge.vm.network import find_ssh_port
 from bridge.vm.process import Process, spawn
@@ -65,6 +73,10 @@ _PANIC_LINES = 60  # an oops and the panic that follows, with their traces
 _EVENTS_KEPT = 256
 _READ_SIZE = 64 * 1024
 _DRAIN_CHUNKS = 64
+_LOAD_SECONDS = 30.0
+_LOAD_POLL_SECONDS = 0.002
+_STATE = "ready"
+_SEED_BYTES = 32  # guest/agent/init.c has the same
 _WARNINGS = 10
 """How often a guest may say that it is unhealthy before the log stops telling."""
 
@@ -96,8 +108,10 @@ class Machine:
     ``doorbell`` is the socket that QEMU's ivshmem device speaks to; it stays the caller's, who
     must have sent the handshake before :meth:`start` and may close it afterwards.
     ``console_path`` is where the console's output goes; ``watch`` what the plugin of
-    ``config.plugin`` needs, and stays the caller's. All methods but the constructor and
-    :meth:`start` may be called from any thread.
+    ``config.plugin`` needs, and stays the caller's. With ``memory``, the caller's too, the guest
+    can be saved (:meth:`save`), and one that starts from what was saved can be taken back to it
+    (:meth:`rewind`). All methods but the constructor and :meth:`start` may be called from any
+    thread.
     """
 
     def __init__(
@@ -107,8 +121,10 @@ class Machine:
         doorbell: socket.socket | None = None,
         console_path: Path | None = None,
         watch: WatchFds | None = None,
+        memory: MemoryFds | None = None,
     ) -> None:
         self.config = config
+        self._memory = memory
         self._watch = watch
         self._doorbell = doorbell
         self._console_path = console_path
@@ -189,7 +205,7 @@ class Machine:
     # Its life
 
     def start(self) -> None:
-        """Start QEMU; the guest boots when this returns.
+        """Start QEMU; the guest boots when this returns, or stands still where it was saved.
 
         Raises :class:`bridge.errors.MissingDependencyError` when QEMU is not there or lacks a
         device, :class:`bridge.errors.UnwatchableError` when it cannot load the plugin,
@@ -223,6 +239,7 @@ class Machine:
             qemu_report.fileno(),
             doorbell,
             self._watch,
+            self._memory,
         )
 
         self._loop = EventLoopThread(f"{self.config.name}-loop")
@@ -257,12 +274,99 @@ class Machine:
                     "human-monitor-command", {"command-line": "info usernet"}
                 )
                 self._ssh_port = find_ssh_port(str(answer))
+            if self._memory is not None:
+                self._await_load()
         except QemuError as error:
             raise self._why_it_did_not_start(error) from error
         self._enter(State.BOOTING)
         if not self._process.running:
             # It ended between its greeting and the line above, when nobody was to be told yet.
             self._lose(self._why_it_ended())
+
+    def _await_load(self) -> None:
+        """Until the devices have what they are to start from, if anything."""
+        deadline = time.monotonic() + _LOAD_SECONDS
+        while self._qmp.execute("query-status")["status"] == "inmigrate":  # type: ignore[index]
+            if time.monotonic() > deadline:
+                raise QemuError(f"QEMU does not load the devices' state within {_LOAD_SECONDS:g} s")
+            time.sleep(_LOAD_POLL_SECONDS)
+        # The region is shared, and no part of the guest's state; neither is the memory, for QEMU.
+        capability = {"capability": "x-ignore-shared", "state": True}
+        self._qmp.execute("migrate-set-capabilities", {"capabilities": [capability]})
+
+    def save(self, devices: Path) -> None:
+        """Save the devices' state into a file, and into ``memory.states``.
+
+        The guest stands still afterwards, for its memory to be copied. Raises what
+        :meth:`execute` raises.
+        """
+        self.execute("stop")
+        self.execute(
+            "xen-save-devices-state", {"filename": str(devices), "live": False}, timeout=60.0
+        )
+        self._monitor(f"savevm {_STATE}")
+
+    def resume(self) -> None:
+        """Let a guest go on that was loaded; :meth:`wait_ready` tells when it can be used.
+
+        Its agent is told the time, and given random numbers, so that no two guests that start from
+        one state have the same.
+        """
+        self.execute("cont")
+        seconds, rest = divmod(time.time_ns(), 10**9)
+        seed = os.urandom(_SEED_BYTES).hex()
+        # A few bytes into a socket that QEMU reads: there is room.
+        self._report_socket.send(f"resume {seconds} {rest} {seed}\n".encode())
+
+    def rewind(self, restore: Callable[[], object], timeout: float | None = None) -> Ready:
+        """Take the guest back to ``memory.states``, and wait until it is ready again.
+
+        ``restore`` is called while the guest stands still, and has to bring its memory back.
+        ``timeout`` as for :meth:`wait_ready`. Raises what that raises; a guest that could not be
+        taken back is lost.
+        """
+        if self._memory is None:
+            raise UsageError("the machine was not made to be taken back")
+        self.check()
+        if self.state is not State.READY:
+            raise UsageError("the machine is not ready")
+        started = time.monotonic()
+        self.execute("stop")
+        try:
+            restore()
+            self._monitor(f"loadvm {_STATE}")
+            self._loop.run(self._forget(started))
+            self.resume()
+        except BaseException as error:
+            self._lose(GuestLostError(f"the guest could not be taken back: {error}"))
+            raise
+        return self.wait_ready(timeout)
+
+    async def _forget(self, started: float) -> None:
+        """On the loop: what the guest said before is not of the one that goes on."""
+        self._drain(self._console_socket)
+        self._drain(self._report_socket)
+        with self._changed:
+            self._reports.forget()
+            self._started_at = started
+            self._ready = self._unhealthy = None
+            if self._state is State.READY:
+                self._set_state(State.BOOTING)
+
+    def _monitor(self, command: str) -> str:
+        """A command for people, where QMP has none; raises QemuError for what it complains of."""
+        answer = str(self.execute("human-monitor-command", {"command-line": command}, timeout=60.0))
+        if "Error" in answer:
+            raise QemuError(f"QEMU cannot carry out {command!r}", evidence=answer)
+        return answer
+
+    @property
+    def connections(self) -> list[str]:
+        """The connections of the guest's network now, a line of ``info usernet`` each."""
+        if not self.config.network:
+            return []
+        lines = self._monitor("info usernet").splitlines()
+        return [line.strip() for line in lines if "[" in line and "HOST_FORWARD" not in line]
 
     def wait_ready(self, timeout: float | None = None) -> Ready:
         """Wait until the guest's agent reports that the guest is ready.

@@ -108,6 +108,11 @@ class ReportReader:
         self._extend(rest)
         return reports
 
+    def forget(self) -> None:
+        """Drop the line that has begun."""
+        self._line.clear()
+        self._too_long = False
+
     def _extend(self, piece: bytes) -> None:
         if len(self._line) + len(piece) > LINE_LIMIT:
             self._too_long = True

@@ -39,6 +39,7 @@ from paramiko.pkey import UnknownKeyType
 from bridge.errors import (
     BridgeError,
     GuestLostError,
+    GuestResetError,
     GuestSetupError,
     ImageError,
     RunTimeoutError,
@@ -65,6 +66,8 @@ _POLL_SECONDS = 0.25  # output and its end wake at once; an exit status alone do
 _LOSS_SECONDS = 3.0
 _CHUNK = 64 * 1024
 _EVIDENCE = 4096
+_NO_LINGER = struct.pack("ii", 1, 0)
+"""``struct linger``: closing resets the connection."""
 _PID_LINE = re.compile(rb"kcov-bridge-pgid:(\d{1,10})\Z")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
@@ -186,9 +189,12 @@ class Guest:
         self._key = _private_key(key)
         self._host_key = _public_key(host_key) if host_key is not None else None
         self._watched = watched
-        self._lock = threading.Lock()  # guards _transport and _lost
+        self._lock = threading.Lock()  # guards the three below
         self._transport: paramiko.Transport | None = None
         self._lost = False
+        self._forgotten = 0
+        # Held by who connects anew after forget(), and while nobody may.
+        self._logging_in = threading.Lock()
         self._stack = contextlib.ExitStack()
         if watched is not None:
             self._stack.callback(watched.add_loss_listener(self._on_loss))
@@ -276,8 +282,16 @@ class Guest:
         if self._watched is not None:
             self._watched.check()
 
-    def _broken(self, error: BaseException | None) -> BridgeError:
-        """Why the connection broke: the machine's reason, which may come a moment later."""
+    def _broken(self, error: BaseException | None, forgotten: int) -> BridgeError:
+        """Why the connection broke: the machine's reason, which may come a moment later.
+
+        ``forgotten`` is how often :meth:`forget` had been called when it was whole.
+        """
+        if self._forgotten != forgotten:
+            return GuestResetError(
+                "the guest was reset while a command ran in it",
+                hint="wait for commands to end, or start them anew",
+            )
         deadline = time.monotonic() + _LOSS_SECONDS
         while self._watched is not None:
             try:
@@ -292,6 +306,28 @@ class Guest:
             evidence=repr(error) if error is not None else "",
             hint="did the workload end sshd, or fill the guest's memory?",
         )
+
+    def forget(self) -> None:
+        """The guest goes on as another: break the connection; the next command makes a new one.
+
+        Commands that run fail with :class:`bridge.errors.GuestResetError`. To be called within
+        :meth:`unreachable`.
+        """
+        with self._lock:
+            self._forgotten += 1
+            transport, self._transport = self._transport, None
+        if transport is not None:
+            # Not closed in order: QEMU would wait for the guest to agree.
+            if isinstance(transport.sock, socket.socket):
+                with contextlib.suppress(OSError):
+                    transport.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+            transport.close()
+
+    @contextlib.contextmanager
+    def unreachable(self) -> Iterator[None]:
+        """While inside, nobody connects anew: whoever wants to waits."""
+        with self._logging_in:
+            yield
 
     def close(self) -> None:
         """Close the connection; commands that still run get an error. Safe to call twice."""
@@ -327,13 +363,14 @@ class Guest:
         ``before_kill`` is called before a command that is given up is killed: the last look at it.
 
         Raises :class:`bridge.errors.RunTimeoutError` (the command is killed, with its children),
-        :class:`bridge.errors.GuestLostError` or another reason of the loss when the guest is lost,
-        and with ``check`` :class:`bridge.errors.GuestSetupError`.
+        :class:`bridge.errors.GuestLostError` or another reason of the loss when the guest is lost
+        (:class:`bridge.errors.GuestResetError` when it was reset), and with ``check``
+        :class:`bridge.errors.GuestSetupError`.
         """
         started = time.monotonic()
         deadline = None if timeout is None else started + timeout
         line = command if isinstance(command, str) else shlex.join(command)
-        channel = self._open(_wrapped(line, env, cwd))
+        channel, forgotten = self._open(_wrapped(line, env, cwd))
         out, err = _Capture(stdout, capture), _Capture(stderr, capture)
         pid_line = _PidLine()
         try:
@@ -342,21 +379,21 @@ class Guest:
         except BaseException:
             if before_kill is not None:
                 before_kill()
-            self._kill(pid_line.process_group)
+            self._kill(pid_line.process_group, forgotten)
             raise
         finally:
             channel.close()
         if not ended:
             if before_kill is not None:
                 before_kill()
-            self._kill(pid_line.process_group)
+            self._kill(pid_line.process_group, forgotten)
             raise RunTimeoutError(
                 f"the command did not end within {timeout:g} s: {line}",
                 evidence=_end_of(out, err),
             )
         status = channel.exit_status
-        if status < 0:
-            raise self._broken(None)
+        if status < 0 or self._forgotten != forgotten:
+            raise self._broken(None, forgotten)
         result = CommandResult(
             exit_status=status,
             stdout=bytes(out.kept),
@@ -371,20 +408,33 @@ class Guest:
             )
         return result
 
-    def _open(self, script: str) -> paramiko.Channel:
-        """A channel on which the script runs."""
-        self._check()
-        with self._lock:
-            transport = self._transport
-        if transport is None:
-            raise UsageError("there is no connection to the guest")
+    def _open(self, script: str) -> tuple[paramiko.Channel, int]:
+        """A channel on which the script runs, and how often the guest was forgotten before."""
+        transport, forgotten = self._connected()
         try:
             channel = transport.open_session(timeout=_CHANNEL_SECONDS)
             channel.settimeout(_CHANNEL_SECONDS)
             channel.exec_command(script)
         except (paramiko.SSHException, OSError, EOFError) as error:
-            raise self._broken(error) from error
-        return channel
+            raise self._broken(error, forgotten) from error
+        return channel, forgotten
+
+    def _connected(self) -> tuple[paramiko.Transport, int]:
+        """The connection, made anew if the guest was forgotten since."""
+        self._check()
+        with self._lock:
+            transport, forgotten = self._transport, self._forgotten
+        if transport is None and forgotten:
+            with self._logging_in:
+                with self._lock:
+                    transport, forgotten = self._transport, self._forgotten
+                if transport is None:
+                    self.connect()
+                    with self._lock:
+                        transport, forgotten = self._transport, self._forgotten
+        if transport is None:
+            raise UsageError("there is no connection to the guest")
+        return transport, forgotten
 
     @staticmethod
     def _pump(
@@ -418,12 +468,12 @@ class Guest:
         out.take(pid_line.end())
         return True
 
-    def _kill(self, process_group: int | None) -> None:
-        """End a command and what it started, if the guest still takes orders."""
-        if process_group is None:
+    def _kill(self, process_group: int | None, forgotten: int) -> None:
+        """End a command and what it started, if the guest still takes orders and is the same."""
+        if process_group is None or self._forgotten != forgotten:
             return
         try:
-            channel = self._open(f"kill -s KILL -- -{process_group}")
+            channel, _ = self._open(f"kill -s KILL -- -{process_group}")
         except BridgeError as error:
             logger.debug("could not kill a command in the guest: %s", error)
             return
@@ -487,11 +537,7 @@ class Guest:
 
         Returns the exit status. Raises the reason when the guest is lost meanwhile.
         """
-        self._check()
-        with self._lock:
-            transport = self._transport
-        if transport is None:
-            raise UsageError("there is no connection to the guest")
+        transport, forgotten = self._connected()
         stdin = sys.stdin.fileno()
         interactive = os.isatty(stdin)
         try:
@@ -504,13 +550,13 @@ class Guest:
             else:
                 channel.exec_command(command)
         except (paramiko.SSHException, OSError, EOFError) as error:
-            raise self._broken(error) from error
+            raise self._broken(error, forgotten) from error
         with contextlib.closing(channel):
             with _raw_terminal(stdin, channel) if interactive else contextlib.nullcontext():
                 _converse(channel, stdin)
             channel.status_event.wait(_LOSS_SECONDS)
             if channel.exit_status < 0:
-                raise self._broken(None)
+                raise self._broken(None, forgotten)
             return channel.exit_status
 
 

@@ -97,6 +97,8 @@ class GuestKernel:
         self._memory = memory
         self._vectors: list[int] = []
         self._entry = 0
+        # Modules that were there before the guest's module told: base, bytes, lines of kallsyms.
+        self._early: dict[str, tuple[int, int, str]] = {}
         self._attached: set[int] = set()
         # Those that were attached when their kernel went: nothing more comes, but they count.
         self._cut_off: set[int] = set()
@@ -211,9 +213,24 @@ class GuestKernel:
                 size = min(bounds.text_size(name), code.text_size(name) or size)
                 if size:
                     code.module_comes(name, base, size)
+                    symbols = "\n".join(by_module.get(name, ()))
+                    self._early[name] = base, size, symbols
         for name, lines in by_module.items():
             if name in code.modules:
                 code.name_module(name, "\n".join(lines))
+        self.tell_code()
+
+    def recall(self) -> None:
+        """After :meth:`describe`, of a guest that goes on as it was when it was ready.
+
+        The modules that were there before ours, which told of all others, are there again.
+        """
+        if self.offset is None:
+            return
+        for name, (base, size, symbols) in self._early.items():
+            self.code.module_comes(name, base, size)
+            self.code.name_module(name, symbols)
+        self.unnamed = False
         self.tell_code()
 
     def tell_code(self) -> None:

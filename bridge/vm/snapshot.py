@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A ready guest on disk: to start from instead of booting, and to go back to.
+
+A snapshot is a directory with
+
+* ``memory``: the guest's memory, with holes where it is zero;
+* ``devices``: the state of the devices as ``xen-save-devices-state`` writes it, which a new QEMU
+  takes as an incoming migration. It has no memory in it, so neither ours, nor the shared region;
+* ``states.qcow2``: the same, as ``savevm`` writes it. QEMU takes an incoming migration once, but
+  ``loadvm`` as often as one likes;
+* ``snapshot.json``: the sizes of these.
+
+It appears by a rename when it is complete. Its files hold what the guest had in memory, so nobody
+but the user may read them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from bridge import abi
+from bridge.errors import ImageError
+from bridge.vm.config import BackendFds, MachineConfig, MemoryFds, qemu_command
+from bridge.vm.machine import Machine
+
+__all__ = ["KEPT", "Snapshot", "fingerprint", "new_memory", "new_states", "prune"]
+
+KEPT = 4
+"""How many snapshots the cache keeps: those used last."""
+
+_FORMAT = 1
+_DESCRIPTION = "snapshot.json"
+_MEMORY, _DEVICES, _STATES = "memory", "devices", "states.qcow2"
+_FILES = (_MEMORY, _DEVICES, _STATES)
+_CHUNK = 1 << 20
+_BLOCK = 64 * 1024
+_ZEROES = bytes(_BLOCK)
+_CLUSTER_BITS = 16
+
+
+def fingerprint(
+    config: MachineConfig,
+    region_bytes: int,
+    modules: Sequence[str] = (),
+    cpuinfo: str | None = None,
+) -> str:
+    """What a snapshot of a machine depends on: 16 hex digits.
+
+    That is QEMU's command line, but for what differs between runs and is in no device's state
+    (descriptors, the plugin, the ends of the network), the files that it names and QEMU itself,
+    the kernel modules that are loaded, the region and its layout, and the host's processor (the
+    text of /proc/cpuinfo if it is not to be read from there), which gives the guest its clock's
+    pace, and under KVM its features.
+    """
+    plain = replace(config, endpoints=(), news=None, gate=None, ssh_port=0, plugin=None)
+    fds = BackendFds(0, 0, 0, 0, memory=MemoryFds(0, 0))
+    parts = [str(_FORMAT), *qemu_command(plain, fds)]
+    program = shutil.which(config.qemu)
+    for file in (program, config.kernel, config.initrd, config.disk):
+        if file is not None:
+            path = Path(file).resolve()
+            status = path.stat()
+            parts += [str(path), str(status.st_size), str(status.st_mtime_ns)]
+    layout = (abi.VERSION, abi.SLOTS, abi.PAYLOAD_OFFSET, abi.AREAS_OFFSET)
+    parts += [",".join(modules), str(region_bytes), *map(str, layout)]
+    text = Path("/proc/cpuinfo").read_text() if cpuinfo is None else cpuinfo
+    names = ("vendor_id", "model name", "stepping", "microcode", "flags")
+    processor = text.partition("\n\n")[0].splitlines()
+    parts += [line for line in processor if line.partition("\t")[0].strip() in names]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def new_memory(size: int) -> int:
+    """A descriptor for the memory of a guest, ``size`` bytes of zero, to be closed by the caller.
+
+    Raises OSError.
+    """
+    fd = os.memfd_create("kcov-bridge-guest", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, size)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def new_states() -> int:
+    """A descriptor for an empty qcow2 in memory, to be closed by the caller.
+
+    ``docs/interop/qcow2.txt`` in QEMU: header, table of reference counts, one block of them, table
+    of the data, a cluster each. The disk itself is a cluster that nobody uses.
+    """
+    cluster = 1 << _CLUSTER_BITS
+    header = struct.pack(
+        ">4sIQIIQIIQQIIQ",
+        *(b"QFI\xfb", 2),
+        *(0, 0, _CLUSTER_BITS),  # no backing file
+        *(cluster, 0),  # bytes of the disk, not encrypted
+        *(1, 3 * cluster),  # table of the data: entries, offset
+        *(cluster, 1),  # table of reference counts: offset, clusters
+        *(0, 0),  # no snapshots
+    )
+    fd = os.memfd_create("kcov-bridge-states", os.MFD_CLOEXEC)
+    os.pwrite(fd, header, 0)
+    os.pwrite(fd, struct.pack(">Q", 2 * cluster), cluster)
+    os.pwrite(fd, struct.pack(">4H", 1, 1, 1, 1), 2 * cluster)
+    os.ftruncate(fd, 4 * cluster)
+    return fd
+
+
+class Snapshot:
+    """A snapshot whose files are open, so that it stays usable when it is removed.
+
+    Raises :class:`bridge.errors.ImageError` where there is none, or a broken one.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        with contextlib.ExitStack() as stack:
+            try:
+                data = json.loads((directory / _DESCRIPTION).read_text(encoding="utf-8"))
+                fds = []
+                for name in _FILES:
+                    fd = os.open(directory / name, os.O_RDONLY | os.O_CLOEXEC)
+                    stack.callback(os.close, fd)
+                    size = os.fstat(fd).st_size
+                    if size != data["files"][name]:
+                        raise ValueError(f"{name} has {size} bytes")
+                    fds.append(fd)
+                # That it was used: see prune().
+                os.utime(directory)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ImageError(
+                    f"the snapshot {directory} cannot be used",
+                    evidence=f"{type(error).__name__}: {error}",
+                ) from error
+            self._memory, self.devices, self._states = fds
+            self._size = os.fstat(self._memory).st_size
+            self._extents = list(_extents(self._memory, self._size))
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def restore(self, ram: int) -> None:
+        """Make the guest's memory what it was. ``ram`` is of :func:`new_memory`.
+
+        Raises :class:`bridge.errors.ImageError`.
+        """
+        try:
+            with mmap.mmap(ram, self._size) as mapping:
+                hole = 0
+                for start, end in [*self._extents, (self._size, self._size)]:
+                    if start > hole:
+                        mapping.madvise(mmap.MADV_REMOVE, hole, start - hole)
+                    hole = end
+            for start, end in self._extents:
+                os.lseek(ram, start, os.SEEK_SET)
+                at = start
+                while at < end:
+                    sent = os.sendfile(ram, self._memory, at, end - at)
+                    if not sent:
+                        raise EOFError("the file ends")
+                    at += sent
+        except (OSError, ValueError, EOFError) as error:
+            raise ImageError(f"the memory of {self.directory} cannot be read: {error}") from error
+
+    def states(self) -> int:
+        """A copy of the states for one machine, in memory; to be closed by the caller."""
+        fd = os.memfd_create("kcov-bridge-states", os.MFD_CLOEXEC)
+        at, size = 0, os.fstat(self._states).st_size
+        while at < size and (sent := os.sendfile(fd, self._states, at, size - at)):
+            at += sent
+        return fd
+
+    def close(self) -> None:
+        """Close the files. Safe to call twice."""
+        self._stack.close()
+
+    @staticmethod
+    def save(directory: Path, machine: Machine, fds: MemoryFds) -> None:
+        """Save a guest, which stands still afterwards.
+
+        Raises :class:`bridge.errors.ImageError` where that cannot be written, and what
+        :meth:`bridge.vm.machine.Machine.save` raises.
+        """
+        try:
+            directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+            try:
+                machine.save(temporary / _DEVICES)
+                _copy(fds.ram, temporary / _MEMORY)
+                _copy(fds.states, temporary / _STATES)
+                sizes = {name: (temporary / name).stat().st_size for name in _FILES}
+                description = json.dumps({"format": _FORMAT, "files": sizes})
+                (temporary / _DESCRIPTION).write_text(description, encoding="utf-8")
+                for name in (*_FILES, _DESCRIPTION):
+                    (temporary / name).chmod(0o600)
+                    with (temporary / name).open("rb") as file:
+                        os.fsync(file.fileno())
+                # One that is there cannot be used, or nobody would make another.
+                shutil.rmtree(directory, ignore_errors=True)
+                temporary.rename(directory)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        except OSError as error:
+            raise ImageError(
+                f"the snapshot {directory} cannot be written: {error.strerror}",
+                hint="make room, or switch snapshots off: --no-snapshot",
+            ) from error
+
+
+def prune(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
+    """Remove the snapshots in ``folder`` that were not used for longest, and all not wanted."""
+    found: list[tuple[float, Path]] = []
+    with contextlib.suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found.append((path.stat().st_mtime, path))
+    kept = 0
+    for _, path in sorted(found, reverse=True):
+        if not path.name.startswith("."):
+            kept += 1
+            if kept > KEPT or not wanted(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where a file has data: (start, end)."""
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError:  # ENXIO: none any more
+            return
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, end
+
+
+def _copy(source: int, path: Path) -> None:
+    """Copy a file, blocks of zero as holes."""
+    size = os.fstat(source).st_size
+    with path.open("wb") as file:
+        file.truncate(size)
+        for start, end in _extents(source, size):
+            for at in range(start, end, _CHUNK):
+                chunk = memoryview(os.pread(source, min(_CHUNK, end - at), at))
+                for offset in range(0, len(chunk), _BLOCK):
+                    block = chunk[offset : offset + _BLOCK]
+                    if bytes(block) != _ZEROES[: len(block)]:
+                        os.pwrite(file.fileno(), block, at + offset)
