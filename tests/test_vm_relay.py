@@ -282,8 +282,8 @@ def test_a_gate_ends_all_that_there_are() -> None:
         while data := sock.recv(100):
             sock.sendall(data)
 
-    gate = RelayGate()
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    gate = RelayGate()
     with target(echo) as port:
         for _ in range(2):
             with relayed(port, gate=gate.path) as first, relayed(port, gate=gate.path) as second:
@@ -295,9 +295,9 @@ def test_a_gate_ends_all_that_there_are() -> None:
                     with pytest.raises(ConnectionResetError):
                         guest.recv(1)
                     assert process.wait(20) == 1
-        assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
         with relayed(port, gate=gate.path) as (guest, process):
             guest.sendall(b"1")
             assert guest.recv(1) == b"1"
             gate.close()
             assert process.wait(20) == 1
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
