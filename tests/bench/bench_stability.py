@@ -68,7 +68,7 @@ def main() -> int:
         target="none",
         accel="tcg",
         source="python" if image else "kernel",
-        image=image.name if image else "",
+        image=image.name if image else None,
         cpus=arguments.cpus,
         memory=512,
     ) as session:
