@@ -653,7 +653,7 @@ class Session:
             raise UsageError("comparisons are not recorded", hint="set comparisons, --comparisons")
         made = self.guest.run(["mktemp", f"{_GUEST_DIRECTORY}/cmp.XXXXXX"], check=True)
         file = made.text.strip()
-        options = ["-c", *(["-f"] if follow else [])]
+        options = ["-b", "-c", *(["-f"] if follow else [])]
         self.guest.run(["kcov-exec", *options, "-o", file, "--", *command], timeout=timeout)
         words = self._fetch(file)
         return list(zip(words[::4], words[1::4], words[2::4], words[3::4], strict=True))

@@ -54,7 +54,7 @@ def session(program: Path) -> Iterator[Session]:
     # Other tests have imported it, and what is imported already is not instrumented.
     before = take_away_pyroute2()
     try:
-        with bridge.boot(target="plan9", comparisons=True) as session:
+        with bridge.boot(target="plan9", source="python", comparisons=True) as session:
             session.guest.upload(program, "/tmp/compare", 0o755)
             yield session
     finally:
