@@ -291,7 +291,8 @@ class Session:
         try:
             modules = self.target.guest_modules
             return ready_snapshot(self.image, config, settings.region << 20, modules)
-        except BootTimeoutError:
+        except (BootTimeoutError, MissingDependencyError):
+            # The guest would not boot either.
             raise
         except BridgeError as error:
             logger.warning("there is no snapshot of the guest: %s", error.report())
