@@ -37,7 +37,7 @@ _AIM = 0.98
 
 def _report(symbols: KernelSymbols, name: str, sets: list[set[int]]) -> bool:
     first, *rest = sets
-    indices = [len(first & other) / len(first | other) for other in rest if first | other]
+    indices = [len(first & other) / len(first | other) if first | other else 1.0 for other in rest]
     least, median = min(indices), statistics.median(indices)
     print(f"  {name:<12}{len(first):>7}{least:>9.3f}{median:>9.3f}")
     if median >= _AIM:
