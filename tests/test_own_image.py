@@ -122,7 +122,7 @@ def test_it_boots_and_gets_the_device_and_its_kernel_is_watched(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = (debian / "disk.img").stat().st_mtime_ns
-    with bridge.boot(tmp_path, **_settings(debian), source="kernel") as guest:
+    with bridge.boot(tmp_path, **{**_settings(debian), "source": "kernel"}) as guest:
         assert "systemd" in guest.run("cat /proc/1/comm").text
         result = guest.kcov(["sh", "-c", "ls / >/dev/null; exit 3"])
         assert result.exit_status == 3

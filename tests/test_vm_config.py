@@ -131,7 +131,7 @@ def test_the_network_is_closed_but_for_ssh_and_the_targets() -> None:
     assert "hostfwd" not in netdev_option("net", ssh=False)
     news = NewsWord("/proc/1/fd/3", 256)
     told = netdev_option("net", [Endpoint("9p", 4000, 564)], news=news)
-    assert told.split()[-3:] == ["4000", "/proc/1/fd/3", "256"]
+    assert told.split()[-4:] == ["4000", "--news", "/proc/1/fd/3", "256"]
 
 
 @pytest.mark.parametrize(
