@@ -92,6 +92,9 @@ _TAKEN_NS = 100_000
 interpreter lock: Linux gives nobody less than some hundred microseconds."""
 _CROWDED_NS = 50_000_000
 """How long the loop does not stay awake after that."""
+_IN_VAIN_NS = 4_000_000
+"""How long it does not after it stayed awake for nothing, which may have kept the guest from its
+processor; twice as long each time that follows, up to _CROWDED_NS."""
 _CLOSE = 5
 """Requests follow each other closely if no more than this many busy phases lie between."""
 _MEND_NS = 250_000_000
@@ -304,6 +307,7 @@ class Doorbell(Generic[C]):
             last = control[_KICK]
             self._scan()
             awake_until = previous = looked = crowded_until = 0
+            penalty = _IN_VAIN_NS
             while not self._stopping:
                 kick = control[_KICK]
                 if calls:
@@ -321,6 +325,8 @@ class Doorbell(Generic[C]):
                     if busy := self._busy_ns:
                         # Worth staying awake for only where requests follow each other closely.
                         now = clock()
+                        if now < awake_until:
+                            penalty = _IN_VAIN_NS
                         if now - previous < _CLOSE * busy and now > crowded_until:
                             awake_until = now + busy
                         previous = looked = now
@@ -340,6 +346,10 @@ class Doorbell(Generic[C]):
                         if control[_KICK] != last:
                             break
                 else:
+                    if awake_until:
+                        awake_until = 0
+                        crowded_until = max(crowded_until, now + penalty)
+                        penalty = min(2 * penalty, _CROWDED_NS)
                     self._doze(epoll, last)
 
     def _doze(self, epoll: select.epoll, last: int) -> None:

@@ -31,6 +31,9 @@ Piece = tuple[PC, PC, RangeFlag]
 
 _OWN_MODULE = "kcov_bridge"
 
+_COUNTS = ("irq_enter", "irq_enter_rcu", "irq_exit", "irq_exit_rcu", "__irq_exit_rcu")
+"""What the handlers of interrupts call first and last (kernel/softirq.c in Linux)."""
+
 _LEAVES = (
     "__perf_event_task_sched_out",
     "__kmap_local_sched_out",
@@ -81,6 +84,7 @@ class KernelCode:
                 RangeFlag.SWITCHES: self._functions("__schedule"),
                 RangeFlag.LEAVES: union(itertools.chain(*map(self._functions, _LEAVES))),
                 RangeFlag.SWITCHED: self._functions("finish_task_switch*"),
+                RangeFlag.COUNTS: union(itertools.chain(*map(self._functions, _COUNTS))),
             },
         )
 

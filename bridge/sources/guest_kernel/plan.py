@@ -129,6 +129,7 @@ class RangeFlag(IntFlag):
     SWITCHES = 4
     SWITCHED = 8
     LEAVES = 16
+    COUNTS = 32
 
 
 class Plan:

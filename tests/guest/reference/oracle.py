@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guest kernel's own kcov against the source that watches it from QEMU, call by call.
 
-    python -m tests.guest.reference.oracle [--cpus N] [--calls N] [--busy N]
+    python -m tests.guest.reference.oracle [--cpus N] [--calls N] [--busy N] [--rules]
 
 boots the reference kernel that is built with CONFIG_KCOV, where ``tests/guest/oracle.c`` enables
 both for the same thread. Each PC of kcov's is the address behind a call of
@@ -55,14 +55,13 @@ def return_addresses(vmlinux: Path, function: int) -> list[int]:
     return found
 
 
-def addresses(image: Image, symbols: KernelSymbols) -> bytes:
-    """The file that ``oracle.c`` reads."""
+def addresses(image: Image, symbols: KernelSymbols, *, before: bool) -> bytes:
+    """The file that ``oracle.c`` reads; ``before``: the source records the function as well."""
     tracer = next(iter(symbols.matching(_TRACER)))
     behind = return_addresses(image.kernel, tracer.start)
+    start, end = (tracer.start, tracer.end) if before else (0, 2**64 - 1)
     leak = next(iter(symbols.matching(_LEAK)))
-    return struct.pack(
-        f"<{len(behind) + 4}Q", tracer.start, tracer.end, leak.start, leak.end, *behind
-    )
+    return struct.pack(f"<{len(behind) + 4}Q", start, end, leak.start, leak.end, *behind)
 
 
 def main() -> int:
@@ -70,6 +69,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.guest.reference.oracle")
     parser.add_argument("--cpus", type=int, default=1, help="vCPUs (default: 1)")
     parser.add_argument("--calls", type=int, default=10_000, help="system calls (default: 10,000)")
+    parser.add_argument(
+        "--rules",
+        action="store_true",
+        help="the source records what kcov does: all of kcov's PCs in it are compared",
+    )
     parser.add_argument("--busy", type=int, default=1, help="busy tasks beside it (default: 1)")
     arguments = parser.parse_args()
     image = reference.build("kcov")
@@ -79,7 +83,7 @@ def main() -> int:
         bridge.boot(
             target="none",
             source="kernel",
-            kernel_all=True,
+            kernel_all=not arguments.rules,
             cpus=arguments.cpus,
             memory=512,
             image=image.name,
@@ -88,7 +92,7 @@ def main() -> int:
     ):
         program = compile_for_guest(build(), SOURCE, Path(directory) / "oracle")
         known = Path(directory) / "addresses"
-        known.write_bytes(addresses(image, symbols))
+        known.write_bytes(addresses(image, symbols, before=not arguments.rules))
         session.guest.upload(program, "/tmp/oracle", 0o755)
         session.guest.upload(known, "/tmp/addresses")
         devices = ("/sys/kernel/debug/kcov", "/sys/kernel/debug/kcov_bridge")

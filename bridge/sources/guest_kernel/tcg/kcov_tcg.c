@@ -66,8 +66,11 @@ enum block_flags {
 	SWITCHED	= 1024,
 	CALLS_SWITCH	= 2048,
 	LEAVES		= 4096,
+	COUNTS		= 8192,
+	AFTER_SWITCH	= 16384,
 	SPECIAL		= NOINSTR | INTERRUPT | EXCEPTION | SYSCALL | RETURNS | SWITCHES |
-			  SWITCHED | CALLS_SWITCH | LEAVES,
+			  SWITCHED | CALLS_SWITCH | LEAVES | COUNTS |
+			  AFTER_SWITCH,
 };
 
 /*
@@ -153,6 +156,8 @@ static uint64_t n_blocks;
 static struct plan_range *ranges;
 static uint64_t n_ranges, ranges_epoch;
 static uint64_t vectors[PLAN_VECTORS];
+/* Where calls of __schedule() return to, in schedule() and a few for preemption, in this kernel. */
+static uint64_t after_switch[16], syscall_entry;
 
 /*
  * QEMU reads this after it has loaded the file, so the constructor below can still choose. What
@@ -383,7 +388,8 @@ static void go_back(struct owner *owner)
 	if (owner->depth >= DEPTH)
 		return;
 	owner->before = owner->broken[owner->depth].block;
-	owner->resumed = true;
+	/* An interrupt comes between blocks, an exception in the middle of one. */
+	owner->resumed = !owner->broken[owner->depth].interrupt;
 	owner->interrupt = owner->broken[owner->depth].outer;
 }
 
@@ -522,6 +528,9 @@ static void read_ranges(void)
 		n = PLAN_RANGES;
 	memcpy(ranges, from, n * sizeof(*ranges));
 	memcpy(vectors, (uint8_t *)plan + PLAN_VECTORS_OFFSET, sizeof(vectors));
+	if (syscall_entry != plan->syscall_entry)
+		memset(after_switch, 0, sizeof(after_switch));
+	syscall_entry = plan->syscall_entry;
 	__atomic_thread_fence(__ATOMIC_ACQUIRE);
 	/* Written meanwhile: the epoch is another by now, so it is read again. */
 	n_ranges = n;
@@ -556,6 +565,18 @@ static bool calls_switch(uint64_t end, const uint8_t *code, size_t size)
 	memcpy(&distance, code + 1, sizeof(distance));
 	range = range_of(end + distance);
 	return range && range->flags & PLAN_SWITCHES && range->start == end + distance;
+}
+
+/* Whether calls of __schedule() return to @address; with @add: from now on. Under translation. */
+static bool is_after_switch(uint64_t address, bool add)
+{
+	for (size_t i = 0; i < sizeof(after_switch) / sizeof(after_switch[0]); i++) {
+		if (!after_switch[i] && add)
+			after_switch[i] = address;
+		if (!after_switch[i] || after_switch[i] == address)
+			return after_switch[i];
+	}
+	return false;
 }
 
 static size_t insn_data(const struct qemu_plugin_insn *insn, uint8_t *to, size_t most)
@@ -725,12 +746,23 @@ static void translates(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 			block.flags |= SWITCHES;
 		if (range->flags & PLAN_LEAVES && start == range->start)
 			block.flags |= LEAVES;
-		if (calls_switch(block.end, code, size))
+		block.flags |= range->flags & PLAN_COUNTS ? COUNTS : 0;
+		if (calls_switch(block.end, code, size)) {
 			block.flags |= CALLS_SWITCH;
+			is_after_switch(block.end, true);
+		}
+		if (is_after_switch(start, false))
+			block.flags |= AFTER_SWITCH;
 		block.flags |= start == plan->syscall_entry ? SYSCALL : vector_flags(start);
-		found = intern(&block);
-		if (!found)
-			plan->blocks_lost++;
+		/*
+		 * What is not recorded need not be seen: nothing goes on with it, for it is other
+		 * functions than what is recorded.
+		 */
+		if (block.flags & (RECORD | SPECIAL)) {
+			found = intern(&block);
+			if (!found)
+				plan->blocks_lost++;
+		}
 	}
 	pthread_mutex_unlock(&translation);
 	if (found)

@@ -50,6 +50,8 @@ enum plan_range_flags {
 	PLAN_LEAVES	= 16,
 	/* ... and the task is back in finish_task_switch(), or behind the call. */
 	PLAN_SWITCHED	= 8,
+	/* What runs in each interrupt, while preempt_count says that it is one. */
+	PLAN_COUNTS	= 32,
 };
 
 struct plan_header {
