@@ -6,8 +6,7 @@
  *
  * OWN is the kernel's kcov device, OTHER the bridge's. ADDRESSES is a file of 64-bit little-endian
  * addresses: begin and end of __sanitizer_cov_trace_pc(), the same of a function whose PCs may stand
- * in OWN's area alone, then the addresses behind each call of the first. (If the first begins at 0,
- * OTHER does not record it, and all of these addresses are compared.) One
+ * in OWN's area alone, then the addresses behind each call of the first. One
  * thread enables both and makes CALLS system calls of many kinds. After each it takes from OTHER's
  * area the PCs that are in ADDRESSES and follow on one of that function, which so has returned to
  * them; they must be those in OWN's, one by one. BUSY tasks run beside it.
@@ -64,10 +63,10 @@ static bool compare(const char *name, uint64_t call, uint64_t n_own, uint64_t n_
 	static int shown;
 	uint64_t n = 0, leaks = 0, i;
 
-	for (i = 0; i < n_other; i++)
+	for (i = 1; i < n_other; i++)
 		if (other[i + 1] - TEXT < TEXT_BYTES &&
 		    known[(other[i + 1] - TEXT) / 8] >> other[i + 1] % 8 & 1 &&
-		    (!tracer[0] || (i && other[i] >= tracer[0] && other[i] < tracer[1]))) {
+		    other[i] >= tracer[0] && other[i] < tracer[1]) {
 			set_aside_at[n] = i + 1;
 			set_aside[n++] = other[i + 1];
 		}

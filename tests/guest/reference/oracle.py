@@ -26,6 +26,7 @@ from elftools.elf.elffile import ELFFile
 
 import bridge
 from bridge.image import Image, build, compile_for_guest
+from bridge.sources.guest_kernel import filters
 from bridge.sources.guest_kernel.symbols import KernelSymbols
 from tests.guest import reference
 
@@ -34,6 +35,8 @@ _TRACER = "__sanitizer_cov_trace_pc"
 _LEAK = "__kthread_should_park"
 """What ``__irq_exit_rcu`` calls (in ``ksoftirqd_running``) once ``in_task()`` is true again, so
 that kcov shows it as the task's, which it is not; the source leaves it out."""
+_ANYTHING = "addr:0xffffffff00000000-0xffffffff00000001"
+"""Excludes nothing; with it the filter is another than that which is kept in the cache."""
 _EXECUTABLE = 4
 """SHF_EXECINSTR"""
 _AIM = 0.999
@@ -55,13 +58,25 @@ def return_addresses(vmlinux: Path, function: int) -> list[int]:
     return found
 
 
-def addresses(image: Image, symbols: KernelSymbols, *, before: bool) -> bytes:
-    """The file that ``oracle.c`` reads; ``before``: the source records the function as well."""
+def record_tracer() -> None:
+    """From now on filters do not take out the function that tells kcov's PCs from others."""
+    original = filters.not_instrumented
+
+    def without_tracer(symbols: KernelSymbols) -> filters.Ranges:
+        tracer = [(symbol.start, symbol.end) for symbol in symbols.matching(_TRACER)]
+        return filters.subtraction(original(symbols), tracer)
+
+    filters.not_instrumented = without_tracer
+
+
+def addresses(image: Image, symbols: KernelSymbols) -> bytes:
+    """The file that ``oracle.c`` reads."""
     tracer = next(iter(symbols.matching(_TRACER)))
     behind = return_addresses(image.kernel, tracer.start)
-    start, end = (tracer.start, tracer.end) if before else (0, 2**64 - 1)
     leak = next(iter(symbols.matching(_LEAK)))
-    return struct.pack(f"<{len(behind) + 4}Q", start, end, leak.start, leak.end, *behind)
+    return struct.pack(
+        f"<{len(behind) + 4}Q", tracer.start, tracer.end, leak.start, leak.end, *behind
+    )
 
 
 def main() -> int:
@@ -72,10 +87,12 @@ def main() -> int:
     parser.add_argument(
         "--rules",
         action="store_true",
-        help="the source records what kcov does: all of kcov's PCs in it are compared",
+        help="the source records what kcov does (and the function that kcov calls), not all",
     )
     parser.add_argument("--busy", type=int, default=1, help="busy tasks beside it (default: 1)")
     arguments = parser.parse_args()
+    if arguments.rules:
+        record_tracer()
     image = reference.build("kcov")
     symbols = KernelSymbols.from_system_map(image.system_map)
     with (
@@ -84,6 +101,7 @@ def main() -> int:
             target="none",
             source="kernel",
             kernel_all=not arguments.rules,
+            kernel_exclude=_ANYTHING if arguments.rules else "",
             cpus=arguments.cpus,
             memory=512,
             image=image.name,
@@ -92,7 +110,7 @@ def main() -> int:
     ):
         program = compile_for_guest(build(), SOURCE, Path(directory) / "oracle")
         known = Path(directory) / "addresses"
-        known.write_bytes(addresses(image, symbols, before=not arguments.rules))
+        known.write_bytes(addresses(image, symbols))
         session.guest.upload(program, "/tmp/oracle", 0o755)
         session.guest.upload(known, "/tmp/addresses")
         devices = ("/sys/kernel/debug/kcov", "/sys/kernel/debug/kcov_bridge")
