@@ -285,6 +285,17 @@ class Settings:
             maximum=1e9,
         ),
     )
+    awake: float = field(
+        default=200e-6,
+        metadata=_about(
+            Kind.SECONDS,
+            "stay awake for so long after a call that followed closely on another, because waking "
+            "up costs more than answering; 0: sleep at once",
+            metavar="SECONDS",
+            minimum=0.0,
+            maximum=60.0,
+        ),
+    )
     qemu: str = field(
         default="qemu-system-x86_64",
         metadata=_about(Kind.NAME_OR_PATH, "the QEMU program to start", metavar="PROGRAM"),

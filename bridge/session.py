@@ -75,10 +75,6 @@ __all__ = ["KcovResult", "Session"]
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_BUSY_SECONDS = 200e-6
-"""How long the host stays awake after a request; `kcov-bridge bench --only signal,vms` shows what
-it wins."""
-
 _GUEST_DIRECTORY = "/run/kcov-bridge"
 _SET_UP_SECONDS = 60.0
 _TEAR_DOWN_SECONDS = 10.0
@@ -224,7 +220,7 @@ class Session:
             region,
             self.device,
             server.bell,
-            busy_seconds=_BUSY_SECONDS,
+            busy_seconds=settings.awake,
             kernel=self.kernel,
             silent=self.kernel is not None and self.source is None and not settings.syscall_pcs,
         )
