@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bridge.doorbell import Doorbell, IvshmemServer
-from bridge.errors import ImageError
+from bridge.errors import GuestLostError, ImageError, QemuError
 from bridge.guest_image import GuestImage
 from bridge.image import cache_directory
 from bridge.image.command import locked
@@ -65,6 +65,13 @@ def ready_snapshot(
     with locked(lock, f"the snapshot {name}", logger.info):
         with contextlib.suppress(ImageError):
             return Snapshot(directory)
+        # A QEMU that dies of it would do so each time.
+        refused = cache_directory() / "locks" / f"no-snapshot-{name}"
+        if refused.is_file():
+            raise ImageError(
+                f"this QEMU died when it was to make one: {refused.read_text().strip()}",
+                hint=f"remove {refused} to have it tried again, or set --no-snapshot",
+            )
         # What a process left that was killed in the middle of it.
         for left in _folder().glob(f".{image.name}-*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -74,6 +81,11 @@ def ready_snapshot(
             _make(directory, image, config, region_bytes, modules)
         except OSError as error:
             raise ImageError(f"no snapshot could be made: {error}") from error
+        except (QemuError, GuestLostError) as error:
+            if any(crash in error.message for crash in ("SIGABRT", "SIGSEGV")):
+                with contextlib.suppress(OSError):
+                    refused.write_text(f"{error.message}\n")
+            raise
         prune_snapshots()
         logger.debug("the snapshot %s took %.1f s", directory, time.monotonic() - started)
         return Snapshot(directory)

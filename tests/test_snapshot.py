@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from bridge import snapshots
 from bridge.errors import BridgeError, GuestLostError, ImageError, QemuError, UsageError
+from bridge.guest_image import OwnImage
 from bridge.targets import Endpoint
 from bridge.vm.accel import Accelerator
 from bridge.vm.config import MachineConfig, MemoryFds
@@ -148,6 +150,34 @@ def test_no_room_for_one(tmp_path: Path, fds: MemoryFds) -> None:
         with pytest.raises(ImageError, match="cannot be written") as caught:
             Snapshot.save(tmp_path / "file" / "saved", machine, fds)
     assert "--no-snapshot" in caught.value.report()
+
+
+def test_a_qemu_that_dies_of_it_is_not_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(tmp_path))
+    tried = []
+    fault = "QEMU was killed by SIGKILL"
+
+    def make(*_: object) -> None:
+        tried.append(fault)
+        raise GuestLostError(fault)
+
+    monkeypatch.setattr(snapshots, "_make", make)
+    for name in ("disk.img", "key"):
+        (tmp_path / name).write_text("none")
+    image = OwnImage(tmp_path / "disk.img", tmp_path / "key")
+    for fault in ("QEMU was killed by SIGKILL", "QEMU was killed by SIGABRT"):
+        with pytest.raises(GuestLostError, match=fault):
+            snapshots.ready_snapshot(image, EMPTY, MEMORY)
+    with pytest.raises(ImageError, match="SIGABRT") as caught:
+        snapshots.ready_snapshot(image, EMPTY, MEMORY)
+    assert len(tried) == 2
+    (refused,) = (tmp_path / "locks").glob("no-snapshot-*")
+    assert str(refused) in caught.value.hint
+    refused.unlink()
+    with pytest.raises(GuestLostError):
+        snapshots.ready_snapshot(image, EMPTY, MEMORY)
 
 
 def test_those_not_used_for_long_are_thrown_away(tmp_path: Path) -> None:
