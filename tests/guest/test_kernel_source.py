@@ -193,6 +193,10 @@ def test_another_kernel_in_the_place_of_this_one(tmp_path: Path) -> None:
             assert len(both) > 0.85 * len({*before.pcs, *after.pcs})
             with pytest.raises(GuestLostError):
                 session.kcov(["reboot", "-f"])
+        # The connection may be gone before QEMU has said why.
+        end = time.monotonic() + 30
+        while session.machine.loss is None and time.monotonic() < end:
+            time.sleep(0.02)
         assert isinstance(session.machine.loss, GuestPoweredOffError)
         assert "was reset" in session.machine.loss.message
         assert "__do_sys_reboot" in functions(session, session.partial_pcs)
