@@ -100,15 +100,15 @@ packages-test:
 	@.ci/install-packages $(KINDS) test
 
 # Stamps: a second `make run` asks neither apt nor pip.
-$(VENV)/installed: pyproject.toml .ci/make-venv
+$(VENV)/installed: pyproject.toml .ci/make-venv bridge/hot/compiled.pyx
 	.ci/make-venv $(VENV)
 	@touch $@
 
-$(VENV)/installed-dev: pyproject.toml .ci/make-venv
+$(VENV)/installed-dev: pyproject.toml .ci/make-venv bridge/hot/compiled.pyx
 	.ci/make-venv $(VENV) dev
 	@touch $(VENV)/installed $@
 
-$(VENV)/installed-bench: pyproject.toml .ci/make-venv
+$(VENV)/installed-bench: pyproject.toml .ci/make-venv bridge/hot/compiled.pyx
 	.ci/make-venv $(VENV) bench
 	@touch $(VENV)/installed $@
 

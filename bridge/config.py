@@ -47,8 +47,9 @@ CONFIG_FILE = "kcov-bridge.toml"
 ENVIRONMENT_PREFIX = "KCOV_BRIDGE_"
 """What the name of every environment variable of the bridge begins with."""
 
-_OTHER_VARIABLES = frozenset({"CACHE", "MIRROR"})
-"""Variables with the prefix that are no settings of a run: read by :mod:`bridge.image`."""
+_OTHER_VARIABLES = frozenset({"CACHE", "MIRROR", "PLAIN"})
+"""Variables with the prefix that are no settings of a run: read by :mod:`bridge.image` and
+:mod:`bridge.hot`."""
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})

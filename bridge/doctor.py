@@ -23,6 +23,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from bridge import hot
 from bridge import image as images
 from bridge.config import Settings
 from bridge.errors import BridgeError
@@ -140,6 +141,17 @@ def _python() -> Iterator[Check]:
             "compiled in" if compiled else "this coverage.py is pure Python",
             "" if compiled else "pip install --force-reinstall --only-binary :all: coverage",
         )
+
+
+def _compiled() -> Iterator[Check]:
+    """The compiled part of the bridge itself, without which a signal takes three times as long."""
+    if hot.COMPILED:
+        yield Check("compiled part", False, True, "is used")
+    else:
+        remedy = f"{_apt('gcc', 'python3-dev')}, then pip install kcov-bridge once more"
+        if os.environ.get(hot.PLAIN_VARIABLE):
+            remedy = f"unset {hot.PLAIN_VARIABLE}"
+        yield Check("compiled part", False, False, f"not used: {hot.WHY_PLAIN}", remedy)
 
 
 def _qemu(settings: Settings) -> Iterator[Check]:
@@ -297,6 +309,7 @@ def diagnose(settings: Settings) -> tuple[Check, ...]:
     """Look for everything that a run with these settings needs."""
     parts: tuple[Callable[[], Iterator[Check]], ...] = (
         _python,
+        _compiled,
         lambda: _qemu(settings),
         lambda: _accelerator(settings),
         lambda: _kernel(settings),

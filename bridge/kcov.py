@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, Protocol, TypeVar
 
@@ -35,6 +34,7 @@ from bridge.abi import (
     PAGE_SIZE,
     WORD,
 )
+from bridge.hot import KcovState, Returns, Totals
 from bridge.region import Area
 from bridge.sources.comparisons import Comparison, ComparisonCursor
 
@@ -139,24 +139,7 @@ class Watcher(Protocol):
         """Nobody writes into the area any more; as :meth:`counts`."""
 
 
-@dataclass(slots=True)
-class Totals:
-    """Sums over all instances, also those released.
-
-    ``returns``: system call returns of owners, also those that the guest had no need to tell of
-    when they came: it counts them and tells with its next request; ``appended``: PCs written into
-    areas; ``dropped``: PCs that did not fit; ``comparisons`` and ``comparisons_dropped``: the same
-    of comparisons.
-    """
-
-    returns: int = 0
-    appended: int = 0
-    dropped: int = 0
-    comparisons: int = 0
-    comparisons_dropped: int = 0
-
-
-class Kcov(Generic[C]):
+class Kcov(KcovState, Generic[C]):
     """One open descriptor. The fields are the device's; read them, don't write them.
 
     ``area`` is None before INIT_TRACE (linux) or the first mmap (gvisor). ``retired`` are areas
@@ -168,16 +151,10 @@ class Kcov(Generic[C]):
     """
 
     __slots__ = (
-        "appended",
-        "area",
         "compares",
         "comparing",
-        "cursor",
-        "dropped",
-        "generation",
         "handles",
         "mode",
-        "owner",
         "retired",
         "size",
         "slot",
@@ -185,21 +162,16 @@ class Kcov(Generic[C]):
     )
 
     def __init__(self, generation: int, slot: int = 0) -> None:
-        self.generation = generation
+        super().__init__(generation)
         self.slot = slot
         # What the watcher has written for the owner, as far as it is in appended and dropped.
         self.watched = (0, 0)
         self.mode = Mode.DISABLED
         self.size = 0
-        self.owner: Task | None = None
-        self.area: Area | None = None
         self.retired: list[Area] = []
-        self.cursor: C | None = None
         self.comparing: ComparisonCursor | None = None
         self.compares = False
         self.handles: tuple[int, ...] = ()
-        self.appended = 0
-        self.dropped = 0
 
 
 class Device(Generic[C]):
@@ -233,6 +205,11 @@ class Device(Generic[C]):
         self._owners: dict[Task, Kcov[C]] = {}
         # In the order of their opening, as dicts keep it.
         self._open: dict[Kcov[C], None] = {}
+        # Compiled, for the returns of most owners.
+        self.returns: Returns | None = None
+        if Returns is not None:
+            watched = self.count_watched if watcher is not None else None
+            self.returns = Returns(coverage, self.totals, self.unique, syscall_pc, watched)
 
     @property
     def instances(self) -> int:
@@ -490,8 +467,12 @@ class Device(Generic[C]):
         EINVAL where ``task`` is not the owner. A source that raises is the caller's to handle;
         the area is untouched then.
         """
+        if self.returns is not None:
+            error = self.returns.syscall_return(kcov, task, number, untold)
+            if error is not None:
+                return error
         area = kcov.area
-        cursor = kcov.cursor
+        cursor: C | None = kcov.cursor
         if kcov.owner != task or area is None or cursor is None:
             return self._return_without_cursor(kcov, task, untold)
         totals = self.totals

@@ -30,6 +30,7 @@ from bridge.abi import (
     HeaderWord,
 )
 from bridge.errors import RegionError, UsageError
+from bridge.hot import AreaWords
 from bridge.sources.comparisons import Comparison
 
 __all__ = ["Area", "Region"]
@@ -38,7 +39,7 @@ _MIN_BYTES = 1 << 20
 _MAX_BYTES = 1 << 40
 
 
-class Area:
+class Area(AreaWords):
     """One kcov area: word 0 is the number of PCs, the PCs follow. Or comparisons, of four words.
 
     ``offset`` and ``bytes`` are where it lies in the region (bytes, whole pages); ``size`` is its
@@ -46,47 +47,21 @@ class Area:
     bitmap (:meth:`unseen`); count and PCs come behind it.
     """
 
-    __slots__ = ("_memory", "_words", "bitmap_words", "bytes", "offset", "size")
+    __slots__ = ("_memory", "bytes", "offset")
 
     def __init__(
         self, memory: mmap.mmap, words: memoryview, offset: int, size: int, length: int
     ) -> None:
+        super().__init__(words, size)
         self._memory = memory
-        self._words = words
         self.offset = offset
-        self.size = size
         self.bytes = length
-        self.bitmap_words = 0
 
     @property
     def count(self) -> int:
         """The count as it stands: whatever the guest wrote, 0 to 2**64-1."""
         value: int = self._words[self.bitmap_words]
         return value
-
-    def append(self, pcs: Sequence[int]) -> int:
-        """Append PCs after those that word 0 counts; returns how many fitted.
-
-        As ``write_comp_data``/``__sanitizer_cov_trace_pc`` in Linux' ``kernel/kcov.c`` do: where
-        word 0 points outside the area nothing is written, and the count never passes ``size - 1``.
-        """
-        words = self._words
-        head = self.bitmap_words
-        count = words[head]
-        room = self.size - 1 - head - count
-        if room <= 0:
-            return 0
-        fitting = len(pcs)
-        if fitting > room:
-            fitting = room
-            pcs = pcs[:room]
-        start = head + count + 1
-        if fitting == 1:
-            words[start] = pcs[0]
-        else:
-            words[start : start + fitting] = memoryview(array("Q", pcs))
-        words[head] = count + fitting
-        return fitting
 
     def append_comparisons(self, comparisons: Sequence[Comparison]) -> int:
         """Append records after those that word 0 counts; returns how many fitted.
@@ -254,7 +229,7 @@ class Region:
         """Take an area back. Its pages are given back to the system, which also zeroes them."""
         if self._areas.pop(area.offset, None) is not area:
             raise ValueError("not an area of this region, or freed before")
-        area._words.release()
+        area.release()
         self._map.madvise(mmap.MADV_REMOVE, area.offset, area.bytes)
         insort(self._free, (area.offset, area.bytes))
         self._merge_around(area.offset)
@@ -287,7 +262,7 @@ class Region:
         if self.fd < 0:
             return
         for area in self._areas.values():
-            area._words.release()
+            area.release()
         self._areas.clear()
         self.control.release()
         self._bytes.release()

@@ -143,7 +143,9 @@ def _title(head: dict[str, Any]) -> str:
         f"{machine['processor']}, {machine['cpus']} CPUs, Linux {machine['kernel']}, "
         f"{head['accelerator']['name']}, QEMU {versions['qemu']}\n"
         f"Python {versions['python']}, coverage.py {versions['coverage']}, "
-        f"kcov-bridge {versions['kcov_bridge']}; {head['date']}, load {machine['load'][0]}"
+        f"kcov-bridge {versions['kcov_bridge']}"
+        + ("" if head["compiled"] else " (not compiled)")
+        + f"; {head['date']}, load {machine['load'][0]}"
         + (", --quick" if head["quick"] else "")
     )
 

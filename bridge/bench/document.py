@@ -9,6 +9,7 @@
     quick         whether --quick was given
     machine       processor, cpus, memory_mib, kernel, load (the three of uptime(1), at the start)
     versions      kcov_bridge, python, coverage, qemu
+    compiled      whether the bridge's compiled part was used (bridge/hot)
     accelerator   name and reason
     measurements  in the order in which they were taken, each with
       name, about, seconds, notes
@@ -36,6 +37,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bridge import hot
 from bridge.bench.measurement import Result
 from bridge.bench.stats import Aim, Comparison, Series, Verdict
 from bridge.config import Settings
@@ -70,6 +72,7 @@ def surroundings(settings: Settings, *, quick: bool) -> dict[str, Any]:
             "coverage": _version("coverage"),
             "qemu": _qemu(settings.qemu),
         },
+        "compiled": hot.COMPILED,
         "accelerator": {"name": accelerator.name, "reason": accelerator.reason},
     }
 

@@ -50,6 +50,8 @@ class Ledger:
         self._covered: dict[PC, int] = {}
         self._sequence = 0
         self._cursors: set[Cursor] = set()
+        # The only open cursor, where there is one.
+        self._alone: Cursor | None = None
 
     def open_cursor(self) -> Cursor:
         """A new reader, who is given what is covered from now on and nothing of before.
@@ -59,13 +61,18 @@ class Ledger:
         self.drain()
         cursor = Cursor(self._sequence)
         self._cursors.add(cursor)
+        self._count()
         return cursor
 
     def close_cursor(self, cursor: Cursor) -> None:
         """Forget a reader; allowed more than once."""
         self._cursors.discard(cursor)
+        self._count()
         if not self._cursors:
             self._covered.clear()
+
+    def _count(self) -> None:
+        self._alone = next(iter(self._cursors)) if len(self._cursors) == 1 else None
 
     def drain(self) -> None:
         """Consume the sources and keep what they give for the open cursors.
@@ -81,10 +88,20 @@ class Ledger:
         Raises what a source's ``consume`` raises (nothing consumed before is lost), and
         ValueError for a cursor that is not open.
         """
+        if cursor is self._alone and not self._covered:
+            # With one reader who is up to date, what is consumed is what is new.
+            only = self._only
+            if only is None:
+                return self._collect_alone()
+            try:
+                return only.consume()
+            except Exception as error:
+                if self._on_failure is None:
+                    raise
+                self._on_failure(error)
+                return ()
         if cursor not in self._cursors:
             raise ValueError("the cursor is not open")
-        if len(self._cursors) == 1 and not self._covered:
-            return self._collect_alone()
         self.drain()
         last = cursor._sequence
         cursor._sequence = self._sequence
@@ -99,9 +116,7 @@ class Ledger:
         return news
 
     def _collect_alone(self) -> Sequence[PC]:
-        """With one reader who is up to date, what is consumed is what is new."""
-        if self._only is not None:
-            return self._consume(self._only)
+        """From several sources."""
         if not self._sources:
             return ()
         news: dict[PC, None] = {}

@@ -11,13 +11,7 @@ What makes this sound (all of it is tried out before the first use, see ``_try_o
 * With the C tracer (``core = ctrace``, also where another core is the default) the collector's
   ``data`` maps a file name to the set of its lines. A frame looks its set up when it is entered,
   keeps a reference, and adds to it at each line.
-* A set is emptied in place, by two calls that the interpreter lock makes atomic: copy, then
-  subtract the copy. A line that is added between the two stays; one that is executed again
-  between the two is in the copy.
-* A set that no frame refers to is taken out of ``data``, so that a look costs what is new and what
-  is running, not what ever ran. Should a frame take the set between the look at its reference
-  count and its removal, the removal finds out, and the set is kept and emptied beside ``data``
-  until the frame is gone.
+* :class:`bridge.hot.plain.LineTap` empties the sets in place while frames add to them.
 """
 
 from __future__ import annotations
@@ -34,21 +28,19 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from sys import getrefcount
 from typing import Any, ClassVar, Final
 
 import coverage
 from coverage.exceptions import CoverageException
 
 from bridge.errors import SourceError
+from bridge.hot import LineSets, LineTap
 from bridge.sources import PC
 from bridge.sources.comparisons import Comparison, Recorder, comparison, site
 from bridge.sources.instrument import instrumenting
 from bridge.sources.pcs import BlockTable
 
 __all__ = ["PythonSource", "block_table"]
-
-_LineSets = dict[str, set[int]]
 
 # What coverage.py calls an importable source file (coverage/files.py, find_python_files): files
 # with other characters in their name are left by editors.
@@ -110,10 +102,10 @@ class PythonSource:
         self._started = False
         # All below is under _lock: consume() and stop() may come from different threads.
         self._lock = threading.Lock()
-        self._tap: _LineTap | None = None
+        self._tap: LineTap | None = None
         self._line_pcs: dict[str, list[PC] | None] = {}
         self._site_pcs: dict[int, PC] = {}
-        self._covered: set[PC] = set()
+        self._covered = 0
         self._rest: list[PC] = []
         self._recorder = Recorder() if comparisons else None
         self._instrumenting = ExitStack()
@@ -131,7 +123,8 @@ class PythonSource:
     @property
     def blocks_covered(self) -> int:
         """How many different blocks :meth:`consume` has given."""
-        return len(self._covered)
+        tap = self._tap
+        return tap.covered if tap is not None else self._covered
 
     def start(self) -> None:
         """Measure this thread, from the next function call on, and threads that start later.
@@ -169,7 +162,7 @@ class PythonSource:
             except CoverageException as error:
                 raise SourceError("coverage.py did not start", evidence=str(error)) from error
             undo.callback(measurement.stop)
-            self._tap = _LineTap(_line_sets(measurement))
+            self._tap = LineTap(_line_sets(measurement), self._find_lines)
             self._coverage = measurement
             if self._recorder is not None:
                 self._instrumenting.enter_context(instrumenting(self.packages))
@@ -189,7 +182,7 @@ class PythonSource:
                 return rest
             if self._tap is None:
                 return []
-            return self._blocks_of(self._tap.drain())
+            return self._tap.drain()
 
     def record_comparisons(self, on: bool) -> None:
         """Somebody wants comparisons from now on, or nobody does any more.
@@ -218,10 +211,8 @@ class PythonSource:
         pc = self._site_pcs.get(number)
         if pc is None:
             path, line = site(number)
-            try:
-                line_pcs = self._line_pcs[path]
-            except KeyError:
-                line_pcs = self._line_pcs[path] = self._find_line_pcs(path)
+            found = self._find_lines(path)
+            line_pcs = found[1] if found is not None else None
             # 0 where the file has changed since it was read.
             pc = line_pcs[line] if line_pcs is not None and line < len(line_pcs) else 0
             self._site_pcs[number] = pc
@@ -242,8 +233,8 @@ class PythonSource:
         if type(tracer).__name__ != "CTracer" or self._tap is None:
             yield pcs
             return
-        outer: _LineSets = tracer.data
-        inner: _LineSets = {}
+        outer: LineSets = tracer.data
+        inner: LineSets = {}
         # Frames look their set up when they are entered, in what is here then.
         tracer.data = inner
         try:
@@ -253,7 +244,7 @@ class PythonSource:
             tracer.data = outer
             with self._lock:
                 if self._tap is not None:
-                    pcs += self._blocks_of(self._tap.adopt(inner))
+                    pcs += self._tap.adopt(inner)
 
     def stop(self) -> None:
         """End the measurement and write the data file, with every line that was ever consumed.
@@ -274,7 +265,8 @@ class PythonSource:
                 cleanup.callback(self._instrumenting.close)
                 cleanup.callback(_discard, measurement)
                 in_order = _stop(measurement)
-                self._rest = self._blocks_of(tap.drain())
+                self._rest = tap.drain()
+                self._covered = tap.covered
             # The rest takes its time, and consume() need not wait for it.
             tap.put_back()
             try:
@@ -293,29 +285,13 @@ class PythonSource:
                 hint="what ran since is missing: the code under test must not measure itself",
             )
 
-    def _blocks_of(self, fresh: list[tuple[str, set[int]]]) -> list[PC]:
-        pcs: list[PC] = []
-        if len(fresh) > 1:
-            fresh.sort(key=self._name_of)
-        for path, lines in fresh:
-            try:
-                line_pcs = self._line_pcs[path]
-            except KeyError:
-                line_pcs = self._line_pcs[path] = self._find_line_pcs(path)
-            if line_pcs is None:
-                continue
-            try:
-                blocks = set(map(line_pcs.__getitem__, lines))
-            except IndexError:
-                # The file has changed since it was read, or code was compiled in its name.
-                blocks = {line_pcs[line] for line in lines if line < len(line_pcs)}
-            blocks.discard(0)
-            pcs += sorted(blocks)
-        self._covered.update(pcs)
-        return pcs
-
-    def _name_of(self, fresh: tuple[str, set[int]]) -> str:
-        return self._sources.get(fresh[0], fresh[0])
+    def _find_lines(self, path: str) -> tuple[str, list[PC]] | None:
+        """A file's name and the PC of each of its lines; None where it has no blocks."""
+        try:
+            line_pcs = self._line_pcs[path]
+        except KeyError:
+            line_pcs = self._line_pcs[path] = self._find_line_pcs(path)
+        return (self._sources[path], line_pcs) if line_pcs is not None else None
 
     def _find_line_pcs(self, path: str) -> list[PC] | None:
         """The PC of each line of a file that ran for the first time."""
@@ -399,74 +375,6 @@ def block_table(packages: Sequence[str]) -> BlockTable:
     return source.table
 
 
-class _LineTap:
-    """Takes lines out of a collector's sets while tracers add to them; see the module's text."""
-
-    def __init__(self, data: _LineSets) -> None:
-        self._data = data
-        # All lines that were ever taken, by file.
-        self._taken: _LineSets = {}
-        # Sets that are not in data any more while a frame still adds to them.
-        self._apart: list[tuple[str, set[int]]] = []
-        self._unshared = _references_of_unshared()
-
-    def drain(self) -> list[tuple[str, set[int]]]:
-        """Take all lines: file and lines, for each file that has some."""
-        data, unshared = self._data, self._unshared
-        fresh: list[tuple[str, set[int]]] = []
-        if self._apart:
-            apart = []
-            for path, lines in self._apart:
-                if lines:
-                    self._take(path, lines, fresh)
-                if lines or getrefcount(lines) > unshared:
-                    apart.append((path, lines))
-            self._apart = apart
-        for path in list(data):
-            lines = data[path]
-            if lines:
-                self._take(path, lines, fresh)
-            if getrefcount(lines) <= unshared:
-                del data[path]
-                if lines or getrefcount(lines) >= unshared:
-                    # A frame was faster.
-                    self._apart.append((path, lines))
-        return fresh
-
-    def adopt(self, sets: _LineSets) -> list[tuple[str, set[int]]]:
-        """Take all lines of sets that no frame adds to any more."""
-        fresh: list[tuple[str, set[int]]] = []
-        for path, lines in sets.items():
-            if lines:
-                self._take(path, lines, fresh)
-        return fresh
-
-    def put_back(self) -> None:
-        """Give the collector all lines again, for coverage.py to save."""
-        for path, lines in self._taken.items():
-            self._data.setdefault(path, set()).update(lines)
-
-    def _take(self, path: str, lines: set[int], fresh: list[tuple[str, set[int]]]) -> None:
-        taken = lines.copy()
-        # In this order an interrupt (Ctrl-C) in between shows lines twice rather than never.
-        try:
-            self._taken[path].update(taken)
-        except KeyError:
-            self._taken[path] = taken.copy()
-        lines -= taken
-        fresh.append((path, taken))
-
-
-def _references_of_unshared() -> int:
-    """What getrefcount() says in :meth:`_LineTap.drain` of a set that only its dict refers to."""
-    data: _LineSets = {}
-    data["file"] = set()
-    for path in list(data):
-        lines = data[path]
-        count = getrefcount(lines)
-    return count
-
-
 def _new_coverage(data_file: Path | None, **selection: list[str]) -> coverage.Coverage:
     """A Coverage that measures lines with the C tracer and heeds no configuration of the user."""
     options: dict[str, Any] = dict(selection)
@@ -487,7 +395,7 @@ def _new_coverage(data_file: Path | None, **selection: list[str]) -> coverage.Co
     return measurement
 
 
-def _line_sets(measurement: coverage.Coverage) -> _LineSets:
+def _line_sets(measurement: coverage.Coverage) -> LineSets:
     """The live line sets of a Coverage that was started. Raises SourceError without them."""
     collector = getattr(measurement, "_collector", None)
     tracers = getattr(collector, "tracers", None)
@@ -578,10 +486,11 @@ def _try_out() -> None:
         cleanup.callback(_discard, measurement)
         measurement.start()
         cleanup.callback(measurement.stop)
-        tap = _LineTap(_line_sets(measurement))
+        # A line stands for itself; there is none of number 0.
+        tap = LineTap(_line_sets(measurement), lambda path: (path, list(range(10))))
 
         def look() -> None:
-            seen.append(sorted(line for _, lines in tap.drain() for line in lines))
+            seen.append(tap.drain())
 
         generator = program["generate"]()
         for _ in range(3):
