@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,20 @@ def test_c_sources_compile_without_a_warning(name: str, tmp_path: Path) -> None:
     check(
         *(compiler, "-std=gnu11", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", *defined),
         *("-c", name, "-o", str(tmp_path / "out.o")),
+    )
+
+
+def test_the_compiled_part_compiles_without_a_warning(tmp_path: Path) -> None:
+    headers = sysconfig.get_path("include")
+    if not Path(headers, "Python.h").is_file():
+        pytest.skip("this Python has no headers, so nothing is compiled for it")
+    made = tmp_path / "compiled.c"
+    check(tool("cython"), "-Wextra", "-Werror", "bridge/hot/compiled.pyx", "-o", str(made))
+    compiler = shutil.which("gcc")
+    assert compiler is not None, "gcc is missing: make packages-test"
+    check(
+        *(compiler, "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{headers}"),
+        *("-c", str(made), "-o", str(tmp_path / "out.o")),
     )
 
 

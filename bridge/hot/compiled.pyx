@@ -266,7 +266,7 @@ cdef class _File:
     cdef int take(self, set lines) except -1:
         """Note all lines of a set."""
         cdef Py_ssize_t line, word
-        cdef int overflow
+        cdef int overflow = 0
         cdef uint32_t block
         for each in lines:
             if type(each) is not int:
@@ -308,7 +308,6 @@ cdef class _File:
         return news
 
     cdef set all_lines(self):
-        cdef Py_ssize_t line
         return self.beyond | {line for line in range(self.lines) if self.taken[line]}
 
 
@@ -534,37 +533,35 @@ cdef class Doorstep:
         are how it ended. The interpreter lock is let go of while there is nothing to do.
         """
         cdef uint64_t *kick = self._control.words + _KICK
-        cdef uint64_t now_there
+        cdef uint64_t now_there = last
         cdef int64_t now
         cdef Py_ssize_t slot
         cdef int looks
-        cdef bint kicked
         if self._control.words == NULL:
             raise ValueError("the region was released")
         self.served = 0
         self.looked = _clock()
         while True:
-            kicked = False
             with nogil:
                 while True:
                     looks = 0
                     while looks < _LOOKS:
                         now_there = kb_read(kick)
                         if now_there != last:
-                            kicked = True
                             break
                         kb_pause()
                         looks += 1
-                    if kicked or self._wanted:
+                    if now_there != last or self._wanted:
                         break
                     now = _clock()
                     if now >= until or now >= mend_at or now - self.looked > taken:
                         break
                     self.looked = now
-            if not kicked or self._wanted:
+            if now_there == last or self._wanted:
                 break
             slot = <Py_ssize_t>(now_there & ((<uint64_t>1 << _SLOT_BITS) - 1))
-            if (now_there >> _SLOT_BITS) != (last >> _SLOT_BITS) + 1 or not self._serve(slot):
+            # Several at once are a matter of looking at all slots.
+            if now_there >> _SLOT_BITS != (last >> _SLOT_BITS) + 1 or not self._serve(slot):
                 break
             last = now_there
             self.served += 1
