@@ -94,8 +94,11 @@ interpreter lock: Linux gives nobody less than some hundred microseconds."""
 _CROWDED_NS = 50_000_000
 """How long the loop does not stay awake after that."""
 _IN_VAIN_NS = 4_000_000
-"""How long it does not after it stayed awake for nothing, which may have kept the guest from its
-processor; twice as long each time that follows, up to _CROWDED_NS."""
+"""How long it does not after it stayed awake for nothing while others waited for a processor, the
+guest perhaps; twice as long each time that follows, up to _CROWDED_NS, and half as long after each
+time that it was not in vain."""
+_FORGIVEN = 2
+"""How often in a row it may be in vain where nobody waits: as a guest's burst of calls ends."""
 _CLOSE = 5
 """Requests follow each other closely if no more than this many busy phases lie between."""
 _MEND_NS = 250_000_000
@@ -154,6 +157,26 @@ class IvshmemServer:
     def close(self) -> None:
         """Close sockets and eventfds. Safe to call twice."""
         self._stack.close()
+
+
+class _Crowd:
+    """Whether more threads want a processor than there are, on this machine, now."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._processors = os.cpu_count() or 1
+        self._fd = -1
+        with contextlib.suppress(OSError):
+            self._fd = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, self._fd)
+
+    def is_there(self) -> bool:
+        """This thread counts as one; true where nobody can tell."""
+        try:
+            # proc_loadavg(5): three averages, then runnable/all.
+            runnable = int(os.pread(self._fd, 64, 0).split()[3].partition(b"/")[0])
+        except (OSError, ValueError, IndexError):
+            return True
+        return runnable > self._processors
 
 
 @dataclass(slots=True)
@@ -322,13 +345,15 @@ class Doorbell(Generic[C]):
         calls = self._calls
         step = self._step
         clock = time.perf_counter_ns
-        with select.epoll() as epoll:
+        with select.epoll() as epoll, contextlib.ExitStack() as stack:
+            crowd = _Crowd(stack)
             epoll.register(self._bell, select.EPOLLIN)
             epoll.register(self._wake, select.EPOLLIN)
             last = control[_KICK]
             self._scan()
             awake_until = previous = looked = crowded_until = 0
             penalty = _IN_VAIN_NS
+            vain = 0
             while not self._stopping:
                 kick = control[_KICK]
                 if calls:
@@ -347,7 +372,8 @@ class Doorbell(Generic[C]):
                         # Worth staying awake for only where requests follow each other closely.
                         now = clock()
                         if now < awake_until:
-                            penalty = _IN_VAIN_NS
+                            penalty = max(penalty // 2, _IN_VAIN_NS)
+                            vain = 0
                         if now - previous < _CLOSE * busy and now > crowded_until:
                             awake_until = now + busy
                         previous = looked = now
@@ -367,7 +393,8 @@ class Doorbell(Generic[C]):
                             # As above, where requests follow each other closely.
                             self.counters.requests += step.served
                             awake_until, previous = step.until, looked
-                            penalty = _IN_VAIN_NS
+                            penalty = max(penalty // 2, _IN_VAIN_NS)
+                            vain = 0
                         if clock() >= self._mend_at:
                             self._mend(looked)
                             looked = clock()
@@ -381,8 +408,10 @@ class Doorbell(Generic[C]):
                 else:
                     if awake_until:
                         awake_until = 0
-                        crowded_until = max(crowded_until, now + penalty)
-                        penalty = min(2 * penalty, _CROWDED_NS)
+                        vain += 1
+                        if vain > _FORGIVEN or crowd.is_there():
+                            crowded_until = max(crowded_until, now + penalty)
+                            penalty = min(2 * penalty, _CROWDED_NS)
                     self._doze(epoll, last)
 
     def _doze(self, epoll: select.epoll, last: int) -> None:
