@@ -380,7 +380,7 @@ class Doorbell(Generic[C]):
                         if now >= self._mend_at:
                             self._mend(now)
                             looked = clock()
-                elif self._busy_ns and (now := clock()) < awake_until:
+                elif awake_until and (now := clock()) < awake_until:
                     if now - looked > _TAKEN_NS:
                         # Others want the processor: to stay awake keeps them and us from it.
                         awake_until = 0
@@ -412,11 +412,13 @@ class Doorbell(Generic[C]):
                         if vain > _FORGIVEN or crowd.is_there():
                             crowded_until = max(crowded_until, now + penalty)
                             penalty = min(2 * penalty, _CROWDED_NS)
-                    self._doze(epoll, last)
+                    # Where it would not stay awake, the next request's bell is for waking it up.
+                    self._doze(epoll, last, looked > crowded_until)
 
-    def _doze(self, epoll: select.epoll, last: int) -> None:
+    def _doze(self, epoll: select.epoll, last: int, awake_then: bool) -> None:
         """Sleep until the guest rings, unless it kicked while we were about to.
 
+        ``awake_then``: the guest need not ring after that, until the next time.
         The guest writes KICK and then reads HOST_STATE; we write HOST_STATE and then read KICK.
         With a full barrier between the two on either side, at least one sees the other's write:
         no kick is slept through. Taking a lock is a locked instruction, so a full barrier, on
@@ -442,7 +444,7 @@ class Doorbell(Generic[C]):
                 # A bell without a kick: a guest that lost count, or one that plays with it.
                 if control[HeaderWord.KICK] == last:
                     self._scan()
-        if self._busy_ns:
+        if awake_then and self._busy_ns:
             control[HeaderWord.HOST_STATE] = HostState.AWAKE
 
     def _mend(self, now: int) -> None:
