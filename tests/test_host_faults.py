@@ -19,6 +19,7 @@ import bridge
 from bridge import abi
 from bridge.image import build, compile_for_guest
 from bridge.session import Session
+from bridge.sources.ledger import Cursor
 from bridge.targets import Endpoint
 from bridge.vm.network import TARGET_ADDRESS
 from bridge.vm.ssh import CommandResult
@@ -104,14 +105,14 @@ def waits(session: Session, milliseconds: int) -> dict[str, int]:
 def test_a_slow_host(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     device = session.device
     assert device is not None
-    answer = device.syscall_return
+    collect = device._coverage.collect
 
-    def slow(*arguments: object) -> int:
+    def slow(cursor: Cursor) -> Sequence[int]:
         time.sleep(0.05)
-        return answer(*arguments)  # type: ignore[arg-type]
+        return collect(cursor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(device, "syscall_return", slow)
+        patch.setattr(device._coverage, "collect", slow)
         found = waits(session, 1000)
     assert found["longest_ms"] >= 50
     assert found["longest_ms"] < BOUND_MS + SLACK_MS
