@@ -144,7 +144,7 @@ def _python() -> Iterator[Check]:
 
 
 def _compiled() -> Iterator[Check]:
-    """The compiled part of the bridge itself, without which a signal takes three times as long."""
+    """The compiled part of the bridge itself, without which a signal takes twice as long."""
     if hot.COMPILED:
         yield Check("compiled part", False, True, "is used")
     else:
