@@ -84,6 +84,7 @@
 #define DEVICE_WAIT_MS 5000
 /* How long processes get to end after SIGTERM, and the last sync to finish. */
 #define TERM_WAIT_MS 2000
+#define TERM_AGAIN_MS 100
 #define SYNC_WAIT_MS 2000
 
 #define MAX_BUTTONS 8
@@ -766,9 +767,16 @@ static bool reap_for(long ms)
  * gone may keep a process, or sync itself, for ever. */
 __attribute__((noreturn)) static void stop_guest(int how, const char *why)
 {
+	long waited;
+
 	report_stopping(why);
-	kill(-1, SIGTERM);
-	if (!reap_for(TERM_WAIT_MS)) {
+	/* More than once: sshd misses a signal that comes just before it waits for its connection. */
+	for (waited = 0; waited < TERM_WAIT_MS; waited += TERM_AGAIN_MS) {
+		kill(-1, SIGTERM);
+		if (reap_for(TERM_AGAIN_MS))
+			break;
+	}
+	if (waited >= TERM_WAIT_MS) {
 		kill(-1, SIGKILL);
 		reap_for(TERM_WAIT_MS);
 	}
