@@ -37,6 +37,7 @@
 #include <linux/random.h>
 #include <net/if.h>
 #include <net/route.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -620,9 +621,12 @@ static void serve_ssh(int listener)
 	int connection = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
 	sigset_t none;
 	pid_t child;
+	int yes = 1;
 
 	if (connection < 0)
 		return;
+	/* Else a small message waits for the last one's acknowledgement. */
+	setsockopt(connection, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof(yes));
 	child = fork();
 	if (child < 0)
 		say("an SSH connection was refused: fork: %s", strerror(errno));
