@@ -612,8 +612,7 @@ class Session:
         stderr: Output | None,
     ) -> KcovResult:
         resets = self.resets
-        made = self.guest.run(["mktemp", f"{_GUEST_DIRECTORY}/pcs.XXXXXX"], check=True)
-        file = made.text.strip()
+        file = _guest_file("pcs")
         if unique is None:
             unique = self.kernel is not None and self.settings.personality == "linux"
         options = [*(["-f"] if follow else []), *(["-u"] if unique else [])]
@@ -648,8 +647,7 @@ class Session:
         """
         if not self.settings.comparisons:
             raise UsageError("comparisons are not recorded", hint="set comparisons, --comparisons")
-        made = self.guest.run(["mktemp", f"{_GUEST_DIRECTORY}/cmp.XXXXXX"], check=True)
-        file = made.text.strip()
+        file = _guest_file("cmp")
         options = ["-b", "-c", *(["-f"] if follow else [])]
         self.guest.run(["kcov-exec", *options, "-o", file, "--", *command], timeout=timeout)
         words = self._fetch(file)
@@ -664,13 +662,13 @@ class Session:
     def _fetch(self, file: str) -> list[int]:
         # In memory: a bridge that is killed leaves no file behind.
         received = bytearray()
-        result = self.guest.run(["cat", "--", file], stdout=received.extend, capture=_EVIDENCE)
+        line = f"cat {file} && rm {file}"
+        result = self.guest.run(line, stdout=received.extend, capture=_EVIDENCE)
         if result.exit_status:
             raise GuestSetupError(
                 "the PCs of a command cannot be read in the guest",
                 evidence=result.stderr.decode(errors="replace"),
             )
-        self.guest.run(["rm", "-f", file])
         return memoryview(received[: len(received) // WORD * WORD]).cast("Q").tolist()
 
     def run(
@@ -697,3 +695,8 @@ class Session:
         For a PC of the guest's kernel a text, ``function+0xoffset [module]``.
         """
         return self._symbolizer.lookup(pc) or self._symbolizer.text(pc)
+
+
+def _guest_file(kind: str) -> str:
+    """A name in the guest that is nobody's yet; to ask the guest for one would take a command."""
+    return f"{_GUEST_DIRECTORY}/{kind}.{os.urandom(8).hex()}"

@@ -36,7 +36,7 @@ __all__ = ["prune_snapshots", "ready_snapshot", "remove_snapshot"]
 logger = logging.getLogger(__name__)
 
 _WARM_UP = (
-    "cat /usr/bin/kcov-exec /usr/lib/kcov-bridge/* /bin/mktemp /bin/mkdir /bin/rm /bin/mount "
+    "cat /usr/bin/kcov-exec /usr/lib/kcov-bridge/* /bin/mkdir /bin/rm /bin/mount "
     "/sbin/modprobe /lib/modules/*/modules.*.bin >/dev/null 2>&1; sync"
 )
 """What a session needs at once and would read from the disk, unpack and link each time."""
