@@ -8,6 +8,7 @@ the programs are built in it, from its own kernel headers, or taken from the cac
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import shlex
@@ -16,21 +17,25 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from bridge.config import Settings
-from bridge.errors import BootTimeoutError, GuestSetupError, UsageError
-from bridge.image import Image, build, cache_directory
+from bridge.errors import BootTimeoutError, GuestSetupError, ImageError, UsageError
+from bridge.image import Image, cache_directory, find
 from bridge.image.recipe import Sources
 from bridge.image.store import resolve
-from bridge.sources.guest_kernel.code import KernelCode
-from bridge.sources.guest_kernel.filters import KernelFilter
-from bridge.sources.guest_kernel.lines import Lines, find_modules, find_vmlinux
 from bridge.vm.accel import Accelerator
 from bridge.vm.config import MachineConfig
 from bridge.vm.machine import Machine
 from bridge.vm.report import Ready
-from bridge.vm.ssh import Guest
+
+if TYPE_CHECKING:
+    # Imported where they are used: the guest's memory can be loaded meanwhile, or they are not
+    # used at all.
+    from bridge.sources.guest_kernel.code import KernelCode
+    from bridge.sources.guest_kernel.filters import KernelFilter
+    from bridge.sources.guest_kernel.lines import Lines
+    from bridge.vm.ssh import Guest
 
 __all__ = [
     "BeforeModule",
@@ -58,7 +63,7 @@ taken back (``cpu_get_ticks`` in QEMU): the guest would find itself in the futur
 up for as long. The ACPI timer goes back."""
 
 
-BeforeModule = Callable[[Guest, str], None]
+BeforeModule = Callable[["Guest", str], None]
 """Is given a guest that takes commands but has no kcov device yet, and its kernel's release."""
 
 
@@ -113,7 +118,17 @@ def find_guest_image(settings: Settings) -> GuestImage:
         found = Image.load(resolve(settings.image))
         found.check()
         return ProjectImage(found)
-    return ProjectImage(build())
+    return ProjectImage(_default_image())
+
+
+def _default_image() -> Image:
+    """The default image, built if it is not there."""
+    with contextlib.suppress(ImageError):
+        if (image := find()) is not None:
+            return image
+    from bridge.image.builder import build
+
+    return build()
 
 
 def _machine(settings: Settings, accelerator: Accelerator) -> MachineConfig:
@@ -129,6 +144,8 @@ def _machine(settings: Settings, accelerator: Accelerator) -> MachineConfig:
 
 def lines_for(wanted: KernelFilter, release: str, vmlinux: Path | None) -> Lines | None:
     """The kernel's debug information, if the filter needs it and it is there."""
+    from bridge.sources.guest_kernel.lines import Lines, find_modules, find_vmlinux
+
     found = find_vmlinux(release, vmlinux) if wanted.needs_lines else None
     return Lines(found, modules=find_modules(release, found)) if found is not None else None
 
@@ -163,6 +180,8 @@ class ProjectImage:
 
     def kernel_code(self, wanted: KernelFilter, vmlinux: Path | None) -> KernelCode:
         """As the protocol says."""
+        from bridge.sources.guest_kernel.code import KernelCode
+
         return KernelCode.from_system_map(
             self._image.system_map,
             self._image.modules_list,
@@ -174,6 +193,8 @@ class ProjectImage:
         self, machine: Machine, stack: ExitStack, before_module: BeforeModule
     ) -> tuple[Guest, Ready]:
         """As the protocol says."""
+        from bridge.vm.ssh import Guest
+
         ready = machine.wait_ready()
         host_key = self._image.host_key.read_text(encoding="utf-8")
         guest = Guest(machine.ssh_port, self._image.ssh_key, host_key, watched=machine)
@@ -216,6 +237,8 @@ class OwnImage:
         self, machine: Machine, stack: ExitStack, before_module: BeforeModule
     ) -> tuple[Guest, Ready]:
         """As the protocol says; the first time with a kernel the module is built, which takes."""
+        from bridge.vm.ssh import Guest
+
         started = time.monotonic()
         guest = Guest(machine.ssh_port, self._key, None, watched=machine)
         stack.callback(guest.close)

@@ -25,16 +25,18 @@ from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bridge.errors import SourceError, TargetError, UsageError
 from bridge.remote import Deliver, serving
 from bridge.sources.pcs import BlockTable
-from bridge.sources.python import PythonSource, block_table
 from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.targets import Endpoint, Target
 from bridge.targets.registry import create as create_target
 from bridge.vm.process import Process, spawn
+
+if TYPE_CHECKING:
+    from bridge.sources.python import PythonSource
 
 __all__ = ["CONSUME_SECONDS", "IsolatedTarget"]
 
@@ -148,6 +150,9 @@ class IsolatedTarget:
             self.guest_setup = description["guest_setup"]
             self.guest_teardown = description["guest_teardown"]
             self.endpoints = tuple(Endpoint(**each) for each in description["endpoints"])
+            # Imported here, for a run that isolates nothing.
+            from bridge.sources.python import block_table
+
             self.table = block_table(self.packages)
             server = threading.Thread(
                 target=self._serve_handles, args=(_Channel(asked),), name="handles", daemon=True
@@ -262,6 +267,8 @@ class IsolatedTarget:
 
 def _target_process(answers: _Channel, asks: _Channel, target: Target, out: Path | None) -> None:
     """Serve until told to stop. Raises what goes wrong on start."""
+    from bridge.sources.python import PythonSource
+
     data_file = out / ".coverage" if out is not None else None
     source = PythonSource(target.packages, data_file=data_file)
     executor = ThreadPoolExecutor(1, thread_name_prefix="target")

@@ -23,8 +23,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from bridge.sources.python import PythonSource
+if TYPE_CHECKING:
+    from bridge.sources.python import PythonSource
 
 __all__ = ["Deliver", "common_handle", "handle", "serving", "usb_handle"]
 

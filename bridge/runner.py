@@ -10,17 +10,20 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bridge.config import Settings
 from bridge.errors import BridgeError, InfrastructureError, SourceError, UsageError
 from bridge.report import summary as summaries
 from bridge.report.coverage_files import HTML_DIRECTORY, LCOV_FILE, make_reports
 from bridge.session import Session
-from bridge.sources.guest_kernel.export import BLOCKS_FILE as KERNEL_BLOCKS_FILE
-from bridge.sources.guest_kernel.symbols import SYMBOLS_FILE
+from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
+from bridge.sources.guest_kernel import SYMBOLS_FILE
 from bridge.sources.symbolize import BLOCKS_FILE
-from bridge.targets.plan9 import MOUNT_POINT, Plan9Target
-from bridge.vm.ssh import Output
+from bridge.targets import DEFAULT_TARGET, MOUNT_POINT
+
+if TYPE_CHECKING:
+    from bridge.vm.ssh import Output
 
 __all__ = ["run", "shell"]
 
@@ -41,7 +44,7 @@ def run(settings: Settings, command: Sequence[str] = ()) -> int:
     Leaves its results in ``settings.out``, also when the run is cut off. Returns the command's
     exit status; raises the :class:`bridge.errors.BridgeError` that ended the run.
     """
-    if not command and settings.target != Plan9Target.name:
+    if not command and settings.target != DEFAULT_TARGET:
         raise UsageError(
             f"the target {settings.target} has no default workload",
             hint="say what to run in the guest: kcov-bridge run … -- CMD",

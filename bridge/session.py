@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import logging
 import os
 import shlex
@@ -26,7 +27,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bridge import remote
 from bridge.abi import WORD, HeaderWord
@@ -51,13 +52,9 @@ from bridge.kcov import Device, Personality
 from bridge.region import Region
 from bridge.snapshots import ready_snapshot, remove_snapshot
 from bridge.sources.comparisons import Comparison, ComparisonLedger
-from bridge.sources.guest_kernel.filters import KernelFilter
-from bridge.sources.guest_kernel.plugin import build_plugin, why_not_loaded
-from bridge.sources.guest_kernel.running import read_kernel
 from bridge.sources.guest_kernel.source import GuestKernel
 from bridge.sources.ledger import Cursor, Ledger
 from bridge.sources.pcs import BlockTable, Location, syscall_pc
-from bridge.sources.python import PythonSource
 from bridge.sources.symbolize import BLOCKS_FILE, KernelPlaces, Symbolizer
 from bridge.status import StatusServer
 from bridge.targets import Target
@@ -68,7 +65,13 @@ from bridge.vm.machine import PLUGIN_REMEDY, Machine
 from bridge.vm.network import TARGET_ADDRESS, NewsWord, RelayGate
 from bridge.vm.report import Ready
 from bridge.vm.snapshot import Snapshot, new_memory
-from bridge.vm.ssh import CommandResult, Guest, Output
+
+if TYPE_CHECKING:
+    # Imported where they are used, by runs that use them; what takes longest, SSH, while the guest
+    # goes on.
+    from bridge.sources.guest_kernel.filters import KernelFilter
+    from bridge.sources.python import PythonSource
+    from bridge.vm.ssh import CommandResult, Guest, Output
 
 __all__ = ["KcovResult", "Session"]
 
@@ -191,6 +194,8 @@ class Session:
         self._gate = RelayGate()
         stack.callback(self._gate.close)
         if "kernel" in sources:
+            from bridge.sources.guest_kernel.plugin import build_plugin
+
             self._plugin = build_plugin()
             self._probe(self._plugin)
             code = self.image.kernel_code(self._kernel_filter, settings.vmlinux)
@@ -202,6 +207,8 @@ class Session:
             isolated = IsolatedTarget(settings.target, settings.target_dir, out, self._deliver)
             self.target = self.source = isolated
         elif python and self.target.packages:
+            from bridge.sources.python import PythonSource
+
             data_file = out / ".coverage" if out is not None else None
             self.source = PythonSource(
                 self.target.packages, data_file=data_file, comparisons=settings.comparisons
@@ -246,6 +253,8 @@ class Session:
         """Where the kernel can be left out: before the target starts, for it starts once."""
         qemu = self.settings.qemu
         if self.settings.source == "auto" and shutil.which(qemu) is not None:
+            from bridge.sources.guest_kernel.plugin import why_not_loaded
+
             why = why_not_loaded(qemu, plugin)
             if why is not None:
                 raise UnwatchableError(
@@ -322,6 +331,7 @@ class Session:
             doorbell.close()
             if snapshot is not None:
                 self.machine.resume()
+                importlib.import_module("bridge.vm.ssh")
                 self.machine.wait_ready(_RESUME_SECONDS)
             self.guest, self.ready = self.image.bring_up(self.machine, attempt, self._read_kernel)
             self.snapshot = snapshot
@@ -335,6 +345,8 @@ class Session:
 
     @functools.cached_property
     def _kernel_filter(self) -> KernelFilter:
+        from bridge.sources.guest_kernel.filters import KernelFilter
+
         settings = self.settings
         return KernelFilter(
             settings.kernel_include.split(),
@@ -348,6 +360,8 @@ class Session:
         kernel, doorbell = self.kernel, self.doorbell
         if kernel is None or doorbell is None or kernel.known:
             return
+
+        from bridge.sources.guest_kernel.running import read_kernel
 
         def shell(script: str, output: Output) -> None:
             guest.run(script, stdout=output, capture=_EVIDENCE)

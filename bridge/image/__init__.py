@@ -7,8 +7,12 @@ image.kernel, image.initrd, image.root, image.ssh_key, image.host_key
 
 from __future__ import annotations
 
-from bridge.image.builder import build, compile_for_guest
+from typing import TYPE_CHECKING, Any
+
 from bridge.image.store import Image, cache_directory, find, list_images, remove
+
+if TYPE_CHECKING:
+    from bridge.image.builder import build, compile_for_guest
 
 __all__ = [
     "Image",
@@ -19,3 +23,14 @@ __all__ = [
     "list_images",
     "remove",
 ]
+
+_BUILDER = ("build", "compile_for_guest")
+
+
+def __getattr__(name: str) -> Any:
+    """The builder when it is asked for: whose image is there does not pay for its imports."""
+    if name not in _BUILDER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from bridge.image import builder
+
+    return getattr(builder, name)

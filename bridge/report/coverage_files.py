@@ -9,11 +9,13 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-
-import coverage
-from coverage.exceptions import CoverageException, CoverageWarning, NoDataError
+from typing import TYPE_CHECKING
 
 from bridge.errors import InfrastructureError
+
+# coverage.py is imported where it is used: a run without coverage of Python does without.
+if TYPE_CHECKING:
+    import coverage
 
 __all__ = ["HTML_DIRECTORY", "LCOV_FILE", "make_html", "make_lcov", "make_reports"]
 
@@ -31,6 +33,9 @@ def _loaded(data_file: Path) -> coverage.Coverage:
 
     Raises :class:`InfrastructureError` where the file is missing or no coverage data.
     """
+    import coverage
+    from coverage.exceptions import CoverageException
+
     if not data_file.is_file():
         raise InfrastructureError(f"there is no coverage data in {data_file}")
     # The paths in the data are absolute: the files are found from any working directory.
@@ -46,6 +51,8 @@ def _loaded(data_file: Path) -> coverage.Coverage:
 
 def _make(what: str, data_file: Path, destination: Path, make: Callable[[Path], object]) -> None:
     """Make a report beside its destination and move it there; a half-made one is deleted."""
+    from coverage.exceptions import CoverageException, CoverageWarning, NoDataError
+
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(

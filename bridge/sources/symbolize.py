@@ -195,7 +195,9 @@ def load_kernel(run: Path, vmlinux: Path | None = None) -> KernelPlaces | None:
     :class:`bridge.errors.SourceError` where the run's files are damaged.
     """
     # Most runs have nothing of the kernel; the imports are not for them.
-    from bridge.sources.guest_kernel.symbols import SYMBOLS_FILE, KernelSymbols
+    from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
+    from bridge.sources.guest_kernel import SYMBOLS_FILE
+    from bridge.sources.guest_kernel.symbols import KernelSymbols
 
     if vmlinux is not None and not vmlinux.is_file():
         raise UsageError(f"there is no file {vmlinux}")
@@ -204,8 +206,8 @@ def load_kernel(run: Path, vmlinux: Path | None = None) -> KernelPlaces | None:
     from bridge.sources.guest_kernel import export
 
     blocks: list[PC] = []
-    if (run / export.BLOCKS_FILE).is_file():
-        blocks = [block.start for block in export.read_blocks(run / export.BLOCKS_FILE)]
+    if (run / KERNEL_BLOCKS_FILE).is_file():
+        blocks = [block.start for block in export.read_blocks(run / KERNEL_BLOCKS_FILE)]
     symbols = KernelSymbols.load(run / SYMBOLS_FILE)
     return KernelPlaces(
         symbols,

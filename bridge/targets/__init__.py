@@ -6,7 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["Endpoint", "Target"]
+__all__ = ["DEFAULT_TARGET", "MOUNT_POINT", "Endpoint", "Target"]
+
+DEFAULT_TARGET = "plan9"
+"""The target that has a default workload."""
+
+MOUNT_POINT = "/mnt/target"
+"""Where the guest mounts a tree of files."""
 
 
 @dataclass(frozen=True)

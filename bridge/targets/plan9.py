@@ -19,19 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import TargetError
-from bridge.targets import Endpoint
+from bridge.targets import DEFAULT_TARGET, MOUNT_POINT, Endpoint
 from bridge.targets.tree import Entry, built_in, read_directory
 from bridge.vm.network import TARGET_ADDRESS
 
-__all__ = ["GUEST_PORT", "MOUNT_POINT", "Plan9Target"]
+__all__ = ["GUEST_PORT", "Plan9Target"]
 
 _log = logging.getLogger(__name__)
 
 GUEST_PORT = 564
 """The TCP port registered for 9P ("9pfs")."""
-
-MOUNT_POINT = "/mnt/target"
-"""Where the guest mounts the tree."""
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
@@ -95,7 +92,7 @@ class Plan9Target:
     Nothing that the guest writes reaches the directory.
     """
 
-    name = "plan9"
+    name = DEFAULT_TARGET
     packages: tuple[str, ...] = ("pyroute2.plan9",)
     guest_modules: tuple[str, ...] = ("9p", "9pnet_fd")
 

@@ -20,14 +20,21 @@ from pathlib import Path
 from typing import Any, cast
 
 from bridge.errors import TargetError, UsageError
-from bridge.targets import Target
+from bridge.targets import DEFAULT_TARGET, Target
 from bridge.targets.none import NoTarget
-from bridge.targets.plan9 import Plan9Target
 
 __all__ = ["create", "names"]
 
+
+def _plan9(directory: Path | None) -> Target:
+    # asyncio is imported by those who use it.
+    from bridge.targets.plan9 import Plan9Target
+
+    return Plan9Target(directory)
+
+
 _BUILT_IN: dict[str, Callable[[Path | None], Target]] = {
-    "plan9": Plan9Target,
+    DEFAULT_TARGET: _plan9,
     "none": NoTarget,
 }
 

@@ -27,8 +27,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-
-from qemu.qmp import Message
+from typing import TYPE_CHECKING
 
 from bridge.errors import (
     BootTimeoutError,
@@ -53,8 +52,12 @@ from bridge.vm.config import (
 from bridge.vm.console import ConsoleLog
 from bridge.vm.network import find_ssh_port
 from bridge.vm.process import Process, spawn
-from bridge.vm.qmp import EventLoopThread, Qmp
 from bridge.vm.report import Ready, ReportReader, Unhealthy
+
+if TYPE_CHECKING:
+    from qemu.qmp import Message
+
+    from bridge.vm.qmp import EventLoopThread, Qmp
 
 __all__ = ["PLUGIN_REMEDY", "Ending", "LossListener", "Machine", "State"]
 
@@ -242,9 +245,6 @@ class Machine:
             self._memory,
         )
 
-        self._loop = EventLoopThread(f"{self.config.name}-loop")
-        stack.callback(self._loop.stop)
-        self._qmp = Qmp(self._loop, self.config.name, self._on_event)
         if shutil.which(self.config.qemu) is None:
             raise MissingDependencyError(
                 f"QEMU ({self.config.qemu}) is not installed, or not an executable file",
@@ -261,6 +261,12 @@ class Machine:
         # Only QEMU may hold its ends: its death must be the end of file on ours.
         for sock in theirs:
             sock.close()
+        # Not before: asyncio takes as long to import as QEMU to start.
+        from bridge.vm.qmp import EventLoopThread, Qmp
+
+        self._loop = EventLoopThread(f"{self.config.name}-loop")
+        stack.callback(self._loop.stop)
+        self._qmp = Qmp(self._loop, self.config.name, self._on_event)
         self._console_socket, self._report_socket = console, report
         for sock in (console, report):
             sock.setblocking(False)

@@ -14,13 +14,13 @@ from typing import Final
 
 from bridge.errors import BridgeError, SourceError, UsageError
 from bridge.sources import PC
+from bridge.sources.guest_kernel import BLOCKS_FILE, SYMBOLS_FILE
 from bridge.sources.guest_kernel.filters import KERNEL
 from bridge.sources.guest_kernel.lines import Lines, SourceUnit, find_modules, find_vmlinux
 from bridge.sources.guest_kernel.placement import MODULES_END, write_atomically
-from bridge.sources.guest_kernel.symbols import SYMBOLS_FILE, KernelSymbols
+from bridge.sources.guest_kernel.symbols import KernelSymbols
 
 __all__ = [
-    "BLOCKS_FILE",
     "FORMATS",
     "Block",
     "add_export_arguments",
@@ -32,10 +32,6 @@ __all__ = [
     "rawcover",
     "read_blocks",
 ]
-
-BLOCKS_FILE: Final = "kernel-blocks.tsv"
-"""The name, in a run directory, of the list of the kernel's blocks that were covered: start in hex
-and size in bytes, a tab between."""
 
 _PCS_FILE: Final = "pcs.txt"
 _KERNEL_BASE: Final = 0xFFFF_FFFF_8000_0000

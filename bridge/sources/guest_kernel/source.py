@@ -15,15 +15,17 @@ import time
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bridge.abi import KERNEL_CPUS, KernelWord
 from bridge.errors import KernelUnknownError
 from bridge.region import Area
-from bridge.sources.guest_kernel.code import KernelCode
-from bridge.sources.guest_kernel.export import BLOCKS_FILE
+from bridge.sources.guest_kernel import BLOCKS_FILE, SYMBOLS_FILE
 from bridge.sources.guest_kernel.placement import write_atomically
 from bridge.sources.guest_kernel.plan import NOWHERE, VECTORS, Plan, PlanWord, Ram
-from bridge.sources.guest_kernel.symbols import SYMBOLS_FILE
+
+if TYPE_CHECKING:
+    from bridge.sources.guest_kernel.code import KernelCode
 
 __all__ = ["GuestKernel", "ram_offset"]
 

@@ -26,15 +26,11 @@ from bridge.sources import PC
 from bridge.sources.guest_kernel.placement import MODULES_BASE, module_name, write_atomically
 
 __all__ = [
-    "SYMBOLS_FILE",
     "KernelSymbols",
     "ModuleText",
     "Symbol",
     "kaslr_offset",
 ]
-
-SYMBOLS_FILE: Final = "kernel-symbols.tsv"
-"""The name of the saved symbols in a run directory."""
 
 _IMAGE_BASE: Final = 0xFFFF_FFFF_8000_0000
 """__START_KERNEL_map of x86-64: no text of a kernel lies below."""
