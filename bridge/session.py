@@ -42,6 +42,7 @@ from bridge.errors import (
     InfrastructureError,
     KernelUnknownError,
     MissingDependencyError,
+    QemuError,
     TargetError,
     UnwatchableError,
     UsageError,
@@ -317,19 +318,27 @@ class Session:
             watch = WatchFds(self.kernel.plan.fd, self.region.fd)
         logger.info("%s %s", "starting" if snapshot is not None else "booting", self.image.name)
         with ExitStack() as attempt:
-            memory = None
+            memory, loading = None, None
             if snapshot is not None:
                 attempt.callback(snapshot.close)
-                memory = self._load(snapshot, config, attempt)
+                ram, states = self._memory(snapshot, config, attempt)
+                loading = attempt.enter_context(snapshot.loading(ram))
+                memory = MemoryFds(ram, states, loading.devices)
             doorbell = attempt.enter_context(server.connect())
             console = out / "console.log" if out is not None else None
             self.machine = Machine(
                 config, doorbell=doorbell, console_path=console, watch=watch, memory=memory
             )
             attempt.callback(self.machine.close)
-            self.machine.start()
+            try:
+                self.machine.start()
+            except QemuError:
+                if loading is not None:
+                    loading.check()
+                raise
             doorbell.close()
-            if snapshot is not None:
+            if loading is not None:
+                loading.end()
                 self.machine.resume()
                 importlib.import_module("bridge.vm.ssh")
                 self.machine.wait_ready(_RESUME_SECONDS)
@@ -378,8 +387,10 @@ class Session:
             return
         doorbell.call(functools.partial(kernel.know, code))
 
-    def _load(self, snapshot: Snapshot, config: MachineConfig, stack: ExitStack) -> MemoryFds:
-        """The memory and the devices' state for a machine that starts from the snapshot."""
+    def _memory(
+        self, snapshot: Snapshot, config: MachineConfig, stack: ExitStack
+    ) -> tuple[int, int]:
+        """The memory, to be filled, and the states of a machine that starts from the snapshot."""
         try:
             self._ram = new_memory(config.memory_mib << 20)
             stack.callback(os.close, self._ram)
@@ -387,8 +398,7 @@ class Session:
             stack.callback(os.close, states)
         except OSError as error:
             raise InfrastructureError(f"no memory for the guest: {error.strerror}") from error
-        snapshot.restore(self._ram)
-        return MemoryFds(self._ram, states, snapshot.devices)
+        return self._ram, states
 
     # Back to the guest that is ready
 

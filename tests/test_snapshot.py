@@ -100,6 +100,43 @@ def test_a_machine_that_cannot_be_taken_back_is_lost(saved: Path) -> None:
         os.close(states)
 
 
+def test_qemu_starts_while_the_memory_is_loaded(saved: Path, fds: MemoryFds) -> None:
+    with Snapshot(saved) as snapshot:
+        memory, states = new_memory(MEMORY), snapshot.states()
+        with (
+            snapshot.loading(memory) as loading,
+            Machine(EMPTY, memory=MemoryFds(memory, states, loading.devices)) as machine,
+        ):
+            machine.start()
+            loading.check()
+            assert content(memory) == content(fds.ram)
+        os.close(memory)
+        os.close(states)
+
+
+def test_memory_that_cannot_be_loaded(saved: Path) -> None:
+    with Snapshot(saved) as snapshot:
+        memory, states = new_memory(MEMORY), snapshot.states()
+        os.truncate(saved / "memory", 4096)
+        with snapshot.loading(memory) as loading:
+            machine = Machine(EMPTY, memory=MemoryFds(memory, states, loading.devices))
+            with machine, pytest.raises(QemuError):
+                machine.start()
+            with pytest.raises(ImageError, match="the file ends"):
+                loading.check()
+        os.close(memory)
+        os.close(states)
+
+
+def test_memory_that_is_loaded_for_nobody(saved: Path) -> None:
+    with Snapshot(saved) as snapshot:
+        memory = new_memory(MEMORY)
+        with snapshot.loading(memory) as loading:
+            loading.end()
+            loading.check()
+        os.close(memory)
+
+
 def test_memory_that_was_zero_takes_none(saved: Path) -> None:
     with Snapshot(saved) as snapshot:
         memory = new_memory(MEMORY)

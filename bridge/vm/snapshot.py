@@ -24,6 +24,7 @@ import os
 import shutil
 import struct
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from bridge.errors import ImageError
 from bridge.vm.config import BackendFds, MachineConfig, MemoryFds, qemu_command
 from bridge.vm.machine import Machine
 
-__all__ = ["KEPT", "Snapshot", "fingerprint", "new_memory", "new_states", "prune"]
+__all__ = ["KEPT", "Loading", "Snapshot", "fingerprint", "new_memory", "new_states", "prune"]
 
 KEPT = 4
 """How many snapshots the cache keeps: those used last."""
@@ -178,6 +179,15 @@ class Snapshot:
         except (OSError, ValueError, EOFError) as error:
             raise ImageError(f"the memory of {self.directory} cannot be read: {error}") from error
 
+    @contextlib.contextmanager
+    def loading(self, ram: int) -> Iterator[Loading]:
+        """While inside, :meth:`restore` is at work on a thread, for QEMU to start meanwhile."""
+        loading = Loading(self, ram)
+        try:
+            yield loading
+        finally:
+            loading.end()
+
     def states(self) -> int:
         """A copy of the states for one machine, in memory; to be closed by the caller."""
         fd = os.memfd_create("kcov-bridge-states", os.MFD_CLOEXEC)
@@ -221,6 +231,48 @@ class Snapshot:
                 f"the snapshot {directory} cannot be written: {error.strerror}",
                 hint="make room, or switch snapshots off: --no-snapshot",
             ) from error
+
+
+class Loading:
+    """The restoring of a guest's memory, on a thread; made by :meth:`Snapshot.loading`.
+
+    ``devices`` is a pipe with the devices' state, which QEMU is to read: nothing comes before the
+    memory is there, for the devices look into it.
+    """
+
+    def __init__(self, snapshot: Snapshot, ram: int) -> None:
+        self._error: ImageError | None = None
+        self.devices, self._writing = os.pipe()
+        self._thread = threading.Thread(
+            target=self._load, args=(snapshot, ram), name="snapshot", daemon=True
+        )
+        self._thread.start()
+
+    def _load(self, snapshot: Snapshot, ram: int) -> None:
+        with os.fdopen(self._writing, "wb", buffering=0) as pipe:
+            try:
+                snapshot.restore(ram)
+                at = 0
+                while chunk := os.pread(snapshot.devices, _CHUNK, at):
+                    at += pipe.write(chunk) or 0
+            except ImageError as error:
+                self._error = error
+            except BrokenPipeError:
+                pass  # QEMU is gone, or was never there; its own error says more
+            except OSError as error:
+                self._error = ImageError(f"{snapshot.directory} cannot be read: {error}")
+
+    def check(self) -> None:
+        """Raise :class:`bridge.errors.ImageError` if it has failed, in which case QEMU did too."""
+        if self._error is not None:
+            raise self._error
+
+    def end(self) -> None:
+        """Close the pipe, and wait until nobody uses the memory. Safe to call twice."""
+        if self.devices >= 0:
+            os.close(self.devices)
+            self.devices = -1
+        self._thread.join()
 
 
 def prune(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
