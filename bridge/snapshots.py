@@ -141,4 +141,5 @@ def _make(
             time.sleep(_SETTLE_SECONDS)
         # For the guest's sshd to end.
         time.sleep(_SETTLE_SECONDS)
+        machine.keep_sshd()
         Snapshot.save(directory, machine, memory)

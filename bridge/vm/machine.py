@@ -79,6 +79,7 @@ _DRAIN_CHUNKS = 64
 _LOAD_SECONDS = 30.0
 _LOAD_POLL_SECONDS = 0.002
 _STATE = "ready"
+_SSHD_SECONDS = 10.0
 _SEED_BYTES = 32  # guest/agent/init.c has the same
 _WARNINGS = 10
 """How often a guest may say that it is unhealthy before the log stops telling."""
@@ -299,6 +300,23 @@ class Machine:
         # The region is shared, and no part of the guest's state; neither is the memory, for QEMU.
         capability = {"capability": "x-ignore-shared", "state": True}
         self._qmp.execute("migrate-set-capabilities", {"capabilities": [capability]})
+
+    def keep_sshd(self) -> None:
+        """Have a ready guest that is to be saved start an sshd, which listens when the guest goes
+        on; until then nobody can log in.
+
+        Without it, as with the agent of an older image, the agent starts one for each connection.
+        """
+        if self.state is not State.READY:
+            raise UsageError("the machine is not ready")
+        before = self._ready
+        self._loop.run(self._forget(self._started_at))
+        self._report_socket.send(b"sshd\n")
+        try:
+            self.wait_ready(_SSHD_SECONDS)
+        except BootTimeoutError:
+            assert before is not None
+            self.adopt_ready(before)
 
     def save(self, devices: Path) -> None:
         """Save the devices' state into a file, and into ``memory.states``.

@@ -18,15 +18,20 @@
  *   {"state":"unhealthy","what":"module","why":"…"}
  *   {"state":"stopping","why":"power button"}
  *
- * The host says one thing there, to a guest that goes on from a snapshot, and is answered "ready":
- * the time, as seconds and nanoseconds, and 32 random bytes in hex, so that neither the clock nor
- * the random numbers of the snapshot go on:
+ * The host says two things there, each a line that is answered "ready". One to a guest that is to
+ * be saved: have an sshd that listens and is in the snapshot, standing still until
+ *
+ *   sshd
+ *
+ * the other, to a guest that goes on from a snapshot: the time, as seconds and nanoseconds, and 32
+ * random bytes in hex, so that neither the clock nor the random numbers of the snapshot go on.
  *
  *   resume 1700000000 500000000 00112233…
  *
  * An unhealthy guest still serves SSH where it can, so that a person can look. SSH connections are
  * accepted here and each is given to an `sshd -i` of its own: nothing has to start before the
- * guest is ready, and there is no daemon that could die.
+ * guest is ready, and there is no daemon that could die. An sshd that was saved costs a connection
+ * a fork only, with no program to be linked; when it dies, things are as they were without.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -80,6 +85,10 @@
 #define SSHD "/usr/sbin/sshd"
 #define SSH_HOST_KEY "/etc/ssh/ssh_host_ed25519_key"
 #define SSH_PORT 22
+/* From OpenSSH 9.8 on sshd executes this for each connection, so there is nothing to be saved. */
+#define SSHD_SESSION "/usr/lib/openssh/sshd-session"
+#define SSHD_PID_FILE "/run/sshd.pid"
+#define SSHD_WAIT_MS 5000
 
 /* How long the disk or the network interface may take to appear after its driver is loaded. */
 #define DEVICE_WAIT_MS 5000
@@ -97,6 +106,8 @@ static const char *const devices[] = {
 };
 
 static int report_fd = -1;
+static int ssh_listener = -1;
+static pid_t ssh_daemon; /* listens instead of this process, if it is not 0 */
 
 /* ---- small things ------------------------------------------------------------------------ */
 
@@ -616,10 +627,19 @@ static int listen_for_ssh(char *why, size_t size)
 	return fd;
 }
 
-static void serve_ssh(int listener)
+/* In the child that is going to be an sshd. */
+static void leave_process_1(void)
 {
-	int connection = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
 	sigset_t none;
+
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+	setsid();
+}
+
+static void serve_ssh(void)
+{
+	int connection = accept4(ssh_listener, NULL, NULL, SOCK_CLOEXEC);
 	pid_t child;
 	int yes = 1;
 
@@ -634,15 +654,64 @@ static void serve_ssh(int listener)
 		close(connection);
 		return;
 	}
-	sigemptyset(&none);
-	sigprocmask(SIG_SETMASK, &none, NULL);
-	setsid();
+	leave_process_1();
 	/* Standard error stays the console: that is where sshd's -e logs to. */
 	dup2(connection, STDIN_FILENO);
 	dup2(connection, STDOUT_FILENO);
 	execl(SSHD, SSHD, "-i", "-e", (char *)NULL);
 	say("%s: %s", SSHD, strerror(errno));
 	_exit(127);
+}
+
+/* Goes on to accept connections here when the daemon has died. */
+static void replace_ssh_daemon(void)
+{
+	char why[128];
+
+	ssh_daemon = 0;
+	ssh_listener = listen_for_ssh(why, sizeof(why));
+	if (ssh_listener < 0)
+		say("sshd: %s", why);
+}
+
+/* Starts an sshd that listens, and stops it there: whoever connects waits until resume() lets it go
+ * on, with random numbers that are not the snapshot's. -r has it fork without another exec. */
+static void start_ssh_daemon(void)
+{
+	int nothing, waited = 0;
+
+	if (ssh_daemon || ssh_listener < 0 || !access(SSHD_SESSION, F_OK))
+		return;
+	close(ssh_listener);
+	ssh_listener = -1;
+	unlink(SSHD_PID_FILE);
+	ssh_daemon = fork();
+	if (!ssh_daemon) {
+		leave_process_1();
+		nothing = open("/dev/null", O_RDWR | O_CLOEXEC);
+		dup2(nothing, STDIN_FILENO);
+		dup2(nothing, STDOUT_FILENO);
+		/* As many at once as there are without a daemon. */
+		execl(SSHD, SSHD, "-D", "-e", "-r", "-4", "-oPidFile=" SSHD_PID_FILE,
+		      "-oMaxStartups=1000", (char *)NULL);
+		_exit(127);
+	}
+	/* It writes the file when it listens. */
+	while (ssh_daemon > 0 && access(SSHD_PID_FILE, F_OK) && waited < SSHD_WAIT_MS) {
+		sleep_ms(10);
+		waited += 10;
+		if (waitpid(ssh_daemon, NULL, WNOHANG))
+			ssh_daemon = -1;
+	}
+	if (ssh_daemon > 0 && !access(SSHD_PID_FILE, F_OK)) {
+		kill(ssh_daemon, SIGSTOP);
+		return;
+	}
+	if (ssh_daemon > 0) {
+		kill(ssh_daemon, SIGKILL);
+		waitpid(ssh_daemon, NULL, 0);
+	}
+	replace_ssh_daemon();
 }
 
 /* Opens every input device that has a power key. */
@@ -717,6 +786,10 @@ static void resume(const char *line, const char *device)
 		report_unhealthy("random", strerror(errno));
 		return;
 	}
+	/* What it forks has none of the snapshot's random numbers: sshd asks the kernel for each, and
+	 * OpenSSL seeds anew from there after a fork. */
+	if (ssh_daemon > 0)
+		kill(ssh_daemon, SIGCONT);
 	fd = open(HOST_FILE, O_WRONLY | O_CLOEXEC);
 	if (fd < 0 || write(fd, "1", 1) != 1) {
 		report_unhealthy("host", strerror(errno));
@@ -738,7 +811,12 @@ static void hear_host(const char *device)
 	while (read(report_fd, &c, 1) == 1) {
 		if (c == '\n' && device) {
 			line[length] = '\0';
-			resume(line, device);
+			if (!strcmp(line, "sshd")) {
+				start_ssh_daemon();
+				report_ready(device);
+			} else {
+				resume(line, device);
+			}
 		}
 		if (c == '\n')
 			length = 0;
@@ -832,11 +910,11 @@ __attribute__((noreturn)) static void stage_guest(void)
 	/* One report of the first thing that is wrong, in the order in which a person would look. */
 	if (!device)
 		report_unhealthy(what, why);
-	polled[1].fd = listen_for_ssh(why, sizeof(why));
+	ssh_listener = listen_for_ssh(why, sizeof(why));
 	polled[1].events = POLLIN;
 	polled[2].fd = report_fd;
 	polled[2].events = POLLIN;
-	if (device && polled[1].fd < 0)
+	if (device && ssh_listener < 0)
 		report_unhealthy("sshd", why);
 	else if (device && network)
 		report_unhealthy("network", network);
@@ -845,7 +923,9 @@ __attribute__((noreturn)) static void stage_guest(void)
 
 	for (;;) {
 		struct signalfd_siginfo signal;
+		pid_t ended;
 
+		polled[1].fd = ssh_listener;
 		if (poll(polled, 3 + buttons, -1) < 0 && errno != EINTR)
 			say("poll: %s", strerror(errno));
 		while (read(polled[0].fd, &signal, sizeof(signal)) == (ssize_t)sizeof(signal)) {
@@ -854,10 +934,11 @@ __attribute__((noreturn)) static void stage_guest(void)
 			if (signal.ssi_signo == SIGINT)
 				stop_guest(RB_AUTOBOOT, "reboot");
 		}
-		while (waitpid(-1, NULL, WNOHANG) > 0)
-			;
+		while ((ended = waitpid(-1, NULL, WNOHANG)) > 0)
+			if (ended == ssh_daemon)
+				replace_ssh_daemon();
 		if (polled[1].revents & POLLIN)
-			serve_ssh(polled[1].fd);
+			serve_ssh();
 		if (polled[2].revents & POLLIN)
 			hear_host(device);
 		for (size_t i = 3; i < 3 + buttons; i++)

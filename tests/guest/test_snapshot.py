@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -22,11 +23,14 @@ from bridge import snapshots
 from bridge.abi import AREAS_OFFSET
 from bridge.config import Settings
 from bridge.errors import GuestResetError, UsageError
+from bridge.guest_image import ProjectImage
 from bridge.image import build
 from bridge.region import Region
 from bridge.session import Session
 from bridge.sources.pcs import PC_BASE
+from bridge.vm.network import LOCALHOST
 from bridge.vm.snapshot import Snapshot
+from bridge.vm.ssh import Guest
 from tests.guest.conformance import complaints
 
 pytestmark = pytest.mark.vm
@@ -198,6 +202,44 @@ def test_two_guests_have_other_random_numbers() -> None:
                 session.reset()
                 seen += session.run(script).text.split()
     assert len(seen) == len(set(seen)) == 18
+
+
+def key_exchange_cookie(port: int) -> bytes:
+    """The random bytes of what sshd says first (RFC 4253, 7.1), by a fork of its own."""
+    with socket.create_connection((LOCALHOST, port), 30) as sock, sock.makefile("rb") as answer:
+        sock.sendall(b"SSH-2.0-test\r\n")
+        assert answer.readline().startswith(b"SSH-2.0-OpenSSH")
+        head = answer.read(6 + 16)
+        assert head[5] == 20, "SSH_MSG_KEXINIT"
+        return head[6:]
+
+
+def test_sshd_of_a_snapshot_has_other_random_numbers_each_time() -> None:
+    seen: list[bytes] = []
+    for _ in range(2):
+        with bridge.boot(target="none", source="python") as session:
+            seen += [key_exchange_cookie(session.machine.ssh_port) for _ in range(2)]
+            session.reset()
+            seen.append(key_exchange_cookie(session.machine.ssh_port))
+    assert len(set(seen)) == 6
+
+
+def test_the_sshd_that_was_saved_dies(session: Session) -> None:
+    """Then the agent serves as it does in a guest that was booted."""
+    listening = "pgrep -o -f '[s]shd: .*listener'"  # and so not the shell that runs this
+    assert session.run(listening).exit_status == 0
+    for signal in ("TERM", "KILL"):
+        session.run(f"kill -s {signal} $({listening})")
+        session.guest.run("true", check=True)
+        image = session.image
+        assert isinstance(image, ProjectImage)
+        port, key = session.machine.ssh_port, image.image.ssh_key
+        host_key = image.image.host_key.read_text()
+        with Guest(port, key, host_key, watched=session.machine) as other:
+            other.connect()
+            assert other.run(listening).exit_status == 1
+        session.reset()
+        assert session.run(listening).exit_status == 0
 
 
 def test_all_that_a_guest_has_done_is_gone(session: Session) -> None:
