@@ -92,7 +92,7 @@ _TAKEN_NS = 100_000
 """So long between two looks of a loop that is awake, and somebody else had its processor or the
 interpreter lock: Linux gives nobody less than some hundred microseconds."""
 _CROWDED_NS = 50_000_000
-"""How long the loop does not stay awake after that."""
+"""How long the loop does not stay awake after that, if more want a processor than there are."""
 _IN_VAIN_NS = 4_000_000
 """How long it does not after it stayed awake for nothing while others waited for a processor, the
 guest perhaps; twice as long each time that follows, up to _CROWDED_NS, and half as long after each
@@ -381,7 +381,7 @@ class Doorbell(Generic[C]):
                             self._mend(now)
                             looked = clock()
                 elif awake_until and (now := clock()) < awake_until:
-                    if now - looked > _TAKEN_NS:
+                    if now - looked > _TAKEN_NS and crowd.is_there():
                         # Others want the processor: to stay awake keeps them and us from it.
                         awake_until = 0
                         crowded_until = now + _CROWDED_NS

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +19,7 @@ import pytest
 
 from bridge import abi
 from bridge.abi import HeaderWord, HostState, Op, RequestWord, ResponseWord
-from bridge.doorbell import Doorbell, IvshmemServer
+from bridge.doorbell import Doorbell, IvshmemServer, _Crowd
 from bridge.kcov import Device, Personality
 from bridge.region import Region
 
@@ -342,3 +345,29 @@ def test_a_guest_that_goes_on_as_another(bench: Bench) -> None:
     assert bench.area(0) == [bench.coverage.next]
     time.sleep(0.6)
     assert bench.doorbell.counters.mended == 0
+
+
+def test_a_crowd_is_more_threads_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.ExitStack() as stack:
+        monkeypatch.setattr(os, "cpu_count", lambda: 1 << 20)
+        assert not _Crowd(stack).is_there()
+        monkeypatch.undo()
+        crowd = _Crowd(stack)
+        for _ in range((os.cpu_count() or 1) + 1):
+            busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            stack.callback(busy.wait)
+            stack.callback(busy.kill)
+        end = time.monotonic() + 10
+        while not crowd.is_there():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
+def test_who_cannot_tell_takes_it_for_a_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: object) -> int:
+        raise PermissionError
+
+    with contextlib.ExitStack() as stack, monkeypatch.context() as patch:
+        patch.setattr(os, "open", refused)
+        crowd = _Crowd(stack)
+        assert crowd.is_there()
