@@ -197,7 +197,13 @@ class ProjectImage:
 
         ready = machine.wait_ready()
         host_key = self._image.host_key.read_text(encoding="utf-8")
-        guest = Guest(machine.ssh_port, self._image.ssh_key, host_key, watched=machine)
+        guest = Guest(
+            machine.ssh_port,
+            self._image.ssh_key,
+            host_key,
+            watched=machine,
+            dialed=machine.dialed(),
+        )
         stack.callback(guest.close)
         guest.connect()
         return guest, ready

@@ -340,6 +340,7 @@ class Session:
             if loading is not None:
                 loading.end()
                 self.machine.resume()
+                self.machine.dial()
                 importlib.import_module("bridge.vm.ssh")
                 self.machine.wait_ready(_RESUME_SECONDS)
             self.guest, self.ready = self.image.bring_up(self.machine, attempt, self._read_kernel)

@@ -387,6 +387,25 @@ def test_files_that_cannot_be(guest: Guest, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".download-*"))
 
 
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_connection_made_before_is_used_if_it_is_good(
+    server: Server, key: Path, alive: bool
+) -> None:
+    dialed = socket.create_connection(("127.0.0.1", server.port))
+    ours = dialed.getsockname()
+    if not alive:
+        # As where nothing listens in the guest yet: QEMU accepts and drops us.
+        dialed, other = socket.socketpair()
+        other.close()
+    with Guest(server.port, key, public_line(server.host_key), dialed=dialed) as guest:
+        guest.connect()
+        assert guest.run(["true"]).exit_status == 0
+        transport = guest._transport
+        assert transport is not None
+        assert isinstance(transport.sock, socket.socket)
+        assert (transport.sock.getsockname() == ours) == alive
+
+
 def test_a_wrong_key_is_refused(server: Server, tmp_path: Path) -> None:
     other = tmp_path / "other"
     make_key(other)

@@ -50,7 +50,7 @@ from bridge.vm.config import (
     qemu_command,
 )
 from bridge.vm.console import ConsoleLog
-from bridge.vm.network import find_ssh_port
+from bridge.vm.network import LOCALHOST, find_ssh_port
 from bridge.vm.process import Process, spawn
 from bridge.vm.report import Ready, ReportReader, Unhealthy
 
@@ -80,6 +80,7 @@ _LOAD_SECONDS = 30.0
 _LOAD_POLL_SECONDS = 0.002
 _STATE = "ready"
 _SSHD_SECONDS = 10.0
+_DIAL_SECONDS = 1.0
 _SEED_BYTES = 32  # guest/agent/init.c has the same
 _WARNINGS = 10
 """How often a guest may say that it is unhealthy before the log stops telling."""
@@ -144,6 +145,7 @@ class Machine:
         # Set by start(), before another thread can know the machine:
         self._started_at = 0.0
         self._ssh_port: int | None = None
+        self._dialed: socket.socket | None = None
         self._loop: EventLoopThread
         self._qmp: Qmp
         self._process: Process
@@ -341,6 +343,20 @@ class Machine:
         seed = os.urandom(_SEED_BYTES).hex()
         # A few bytes into a socket that QEMU reads: there is room.
         self._report_socket.send(f"resume {seconds} {rest} {seed}\n".encode())
+
+    def dial(self) -> None:
+        """Connect to the SSH port now, so that the guest's sshd can begin while we do other things.
+
+        The connection is the next :meth:`dialed`'s; where it does not come to be there is none.
+        """
+        with contextlib.suppress(OSError):
+            self._dialed = socket.create_connection((LOCALHOST, self.ssh_port), _DIAL_SECONDS)
+            self._stack.callback(self._dialed.close)
+
+    def dialed(self) -> socket.socket | None:
+        """What :meth:`dial` has made, once: whoever takes it sees to its end."""
+        sock, self._dialed = self._dialed, None
+        return sock
 
     def rewind(self, restore: Callable[[], object], timeout: float | None = None) -> Ready:
         """Take the guest back to ``memory.states``, and wait until it is ready again.

@@ -172,7 +172,8 @@ class Guest:
     ``key`` is the private key file that the guest accepts. ``host_key`` is the guest's public host
     key (a line of an OpenSSH ``.pub`` file) and is insisted on; None, for an image whose key is
     not known, trusts the first connection and insists on that key from then on. ``watched`` is the
-    machine that the guest runs in. Commands may run on several threads at once.
+    machine that the guest runs in. ``dialed`` is a connection to the port that the first login may
+    use. Commands may run on several threads at once.
     """
 
     def __init__(
@@ -183,8 +184,10 @@ class Guest:
         *,
         watched: Watched | None = None,
         user: str = "root",
+        dialed: socket.socket | None = None,
     ) -> None:
         self._port = port
+        self._dialed = dialed
         self._user = user
         self._key = _private_key(key)
         self._host_key = _public_key(host_key) if host_key is not None else None
@@ -237,7 +240,9 @@ class Guest:
 
     def _log_in(self, timeout: float) -> None:
         with contextlib.ExitStack() as stack:
-            sock = socket.create_connection((LOCALHOST, self._port), timeout)
+            sock, self._dialed = self._dialed, None
+            if sock is None:
+                sock = socket.create_connection((LOCALHOST, self._port), timeout)
             stack.callback(sock.close)
             # Else a small message waits for the last one's acknowledgement, 40 ms with QEMU.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
