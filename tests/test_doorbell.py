@@ -274,12 +274,16 @@ def test_asleep_it_uses_no_processor(bench: Bench) -> None:
     assert time.process_time() - before < 0.1
 
 
-@pytest.mark.parametrize(("taken", "asleep"), [(-1, True), (10**12, False)])
-def test_a_loop_that_loses_its_processor_sleeps(
-    taken: int, asleep: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("taken", "crowded", "asleep"),
+    [(-1, True, True), (-1, False, False), (10**12, True, False)],
+)
+def test_a_loop_that_loses_its_processor_to_others_sleeps(
+    taken: int, crowded: bool, asleep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every look comes too late, or none does: what a crowded machine does cannot be ordered."""
     monkeypatch.setattr("bridge.doorbell._TAKEN_NS", taken)
+    monkeypatch.setattr(_Crowd, "is_there", lambda _: crowded)
     # A busy phase that no test machine makes too short for the next call.
     bench = Bench(0.5)
     try:
