@@ -72,10 +72,10 @@ test-all: packages-test ## run the tests that need no virtual machine, on each P
 	[ -n "$$found" ] || { echo "none of Python $(PYTHONS) is here"; exit 2; }; \
 	echo "passed on Python$$found"
 
-storm: packages-test $(VENV)/installed-dev ## let a hostile guest scribble ten million times (about two minutes)
+storm: packages-test $(VENV)/installed-dev ## let a hostile guest scribble ten million times (a minute or two)
 	KCOV_BRIDGE_STORM=$(STORM) $(VENV)/bin/python -m pytest -s tests/guest/test_storm.py $(ARGS)
 
-answers: packages-test $(VENV)/installed-dev ## is what answered a call in its area, ten million times (an hour)
+answers: packages-test $(VENV)/installed-dev ## is what answered a call in its area, ten million times (minutes)
 	KCOV_BRIDGE_ANSWERS=$(ANSWERS) $(VENV)/bin/python -m pytest -s tests/guest/test_answers.py $(ARGS)
 
 conformance: packages-test $(VENV)/installed-dev ## run kcov's rules in guests: linux and gvisor, on 1 and 4 vCPUs

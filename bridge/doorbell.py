@@ -51,6 +51,7 @@ from bridge.abi import (
 )
 from bridge.errors import DoorbellError
 from bridge.hot import Doorstep
+from bridge.hot.plain import UNTOLD_MASK
 from bridge.kcov import Device, Kcov
 from bridge.region import Region
 from bridge.sources.guest_kernel.source import GuestKernel
@@ -103,8 +104,6 @@ _CLOSE = 5
 """Requests follow each other closely if no more than this many busy phases lie between."""
 _MEND_NS = 250_000_000
 """How often the region is mended: well within the time that the guest waits for an answer."""
-_UNTOLD_MASK = (1 << 32) - 1
-"""How many returns a guest may say that it did not tell of."""
 _MEND_SHOWS = 8
 """How many times the host shows itself to a guest that takes it for gone."""
 
@@ -515,7 +514,7 @@ class Doorbell(Generic[C]):
         if op == _RETURN and kcov is not None and kcov.generation == generation:
             # The hot path: straight to the device.
             try:
-                error = self._device.syscall_return(kcov, task, arg0, arg1 & _UNTOLD_MASK)
+                error = self._device.syscall_return(kcov, task, arg0, arg1 & UNTOLD_MASK)
             except Exception as failure:
                 error = self._source_failed(failure)
         else:
@@ -579,13 +578,13 @@ class Doorbell(Generic[C]):
         except Exception as failure:
             return self._source_failed(failure)
         if op == Op.DISABLE:
-            return device.disable(kcov, task, args[0], args[1] & _UNTOLD_MASK)
+            return device.disable(kcov, task, args[0], args[1] & UNTOLD_MASK)
         if op == Op.RESET:
             return device.reset_trace(kcov, task, args[0])
         if op == Op.EXIT:
-            return device.task_exit(kcov, task, args[1] & _UNTOLD_MASK)
+            return device.task_exit(kcov, task, args[1] & UNTOLD_MASK)
         if op == Op.CLOSE:
-            return device.last_close(kcov, task, args[1] & _UNTOLD_MASK)
+            return device.last_close(kcov, task, args[1] & UNTOLD_MASK)
         self.counters.refused += 1
         return errno.EINVAL
 

@@ -30,6 +30,7 @@ import errno
 from operator import attrgetter
 
 from bridge import abi
+from bridge.hot import plain
 
 __all__ = ["AreaWords", "Doorstep", "KcovState", "LineTap", "Returns", "Totals"]
 
@@ -80,10 +81,9 @@ cdef Py_ssize_t _ERROR = abi.ResponseWord.ERROR
 cdef Py_ssize_t _APPENDED = abi.ResponseWord.APPENDED
 cdef Py_ssize_t _DROPPED = abi.ResponseWord.DROPPED
 cdef uint64_t _RETURN = abi.Op.RETURN
-cdef uint64_t _UNTOLD_MASK = (1 << 32) - 1
+cdef uint64_t _UNTOLD_MASK = plain.UNTOLD_MASK
 cdef uint64_t _EIO = errno.EIO
 cdef int _LOOKS = 64
-cdef uint64_t _NUMBERS = 4096
 
 
 cdef class _Words:
@@ -293,7 +293,6 @@ cdef class _File:
         cdef Py_ssize_t last = self.last
         cdef Py_ssize_t news = 0
         cdef uint64_t bits
-        self.first = last + 1
         self.last = -1
         while word <= last:
             bits = self.hit[word]
@@ -475,7 +474,8 @@ cdef class Returns:
         if known != NULL:
             return <object>known
         pc = self._syscall_pc(number)
-        if number < _NUMBERS:
+        if pc is not None:
+            # So no more than there are PCs, whatever numbers the guest tells.
             PyDict_SetItem(self._numbers, key, pc)
         return pc
 

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from bridge.region import Area
     from bridge.sources import PC
 
-__all__ = ["AreaWords", "FindLines", "KcovState", "LineSets", "LineTap", "Totals"]
+__all__ = ["UNTOLD_MASK", "AreaWords", "FindLines", "KcovState", "LineSets", "LineTap", "Totals"]
+
+UNTOLD_MASK = (1 << 32) - 1
+"""How many returns a guest may say that it did not tell of."""
 
 LineSets = dict[str, set[int]]
 """The lines that ran, by file: what coverage.py's C tracer fills."""
