@@ -53,10 +53,10 @@ test-unit: packages-test $(VENV)/installed-dev ## run the tests that need no vir
 	$(VENV)/bin/python -m pytest -m 'not vm and not bench' $(ARGS)
 
 executor: packages-test $(VENV)/installed-dev ## run a fuzzer's kind of client for 100,000 system calls
-	KCOV_BRIDGE_EXECUTOR=100000 $(VENV)/bin/python -m pytest tests/guest/test_executor.py -k an_executor $(ARGS)
+	KCOV_BRIDGE_EXECUTOR=100000 $(VENV)/bin/python -m pytest tests/system/test_executor.py -k an_executor $(ARGS)
 
 kills: packages-test $(VENV)/installed-dev ## kill 200 runs at random moments: is anything left?
-	KCOV_BRIDGE_KILLS=200 $(VENV)/bin/python -m pytest tests/test_kills.py $(ARGS)
+	KCOV_BRIDGE_KILLS=200 $(VENV)/bin/python -m pytest tests/cli/test_kills.py $(ARGS)
 
 test-all: packages-test ## run the tests that need no virtual machine, on each Python of PYTHONS that is found
 	@found=; for version in $(PYTHONS); do \
@@ -73,16 +73,16 @@ test-all: packages-test ## run the tests that need no virtual machine, on each P
 	echo "passed on Python$$found"
 
 storm: packages-test $(VENV)/installed-dev ## let a hostile guest scribble ten million times (a minute or two)
-	KCOV_BRIDGE_STORM=$(STORM) $(VENV)/bin/python -m pytest -s tests/guest/test_storm.py $(ARGS)
+	KCOV_BRIDGE_STORM=$(STORM) $(VENV)/bin/python -m pytest -s tests/system/test_storm.py $(ARGS)
 
 answers: packages-test $(VENV)/installed-dev ## is what answered a call in its area, ten million times (minutes)
-	KCOV_BRIDGE_ANSWERS=$(ANSWERS) $(VENV)/bin/python -m pytest -s tests/guest/test_answers.py $(ARGS)
+	KCOV_BRIDGE_ANSWERS=$(ANSWERS) $(VENV)/bin/python -m pytest -s tests/system/test_answers.py $(ARGS)
 
 conformance: packages-test $(VENV)/installed-dev ## run kcov's rules in guests: linux and gvisor, on 1 and 4 vCPUs
-	$(VENV)/bin/python -m tests.guest.conformance $(ARGS)
+	$(VENV)/bin/python -m tests.system.conformance $(ARGS)
 
 reference: packages-test $(VENV)/installed-dev ## ask a kernel built with kcov (many minutes; no part of the tests)
-	$(VENV)/bin/python -m tests.guest.conformance --reference $(ARGS)
+	$(VENV)/bin/python -m tests.system.conformance --reference $(ARGS)
 
 lint: $(VENV)/installed-dev ## run the linters alone
 	$(VENV)/bin/python -m pytest -q tests/test_lint.py
@@ -100,15 +100,15 @@ packages-test:
 	@.ci/install-packages $(KINDS) test
 
 # Stamps: a second `make run` asks neither apt nor pip.
-$(VENV)/installed: pyproject.toml .ci/make-venv bridge/hot/compiled.pyx
+$(VENV)/installed: pyproject.toml .ci/make-venv bridge/device/fastpath/compiled.pyx
 	.ci/make-venv $(VENV)
 	@touch $@
 
-$(VENV)/installed-dev: pyproject.toml .ci/make-venv bridge/hot/compiled.pyx
+$(VENV)/installed-dev: pyproject.toml .ci/make-venv bridge/device/fastpath/compiled.pyx
 	.ci/make-venv $(VENV) dev
 	@touch $(VENV)/installed $@
 
-$(VENV)/installed-bench: pyproject.toml .ci/make-venv bridge/hot/compiled.pyx
+$(VENV)/installed-bench: pyproject.toml .ci/make-venv bridge/device/fastpath/compiled.pyx
 	.ci/make-venv $(VENV) bench
 	@touch $(VENV)/installed $@
 

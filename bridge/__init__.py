@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bridge.session import Session
+    from bridge.session.session import Session
 
 __all__ = ["boot"]
 
@@ -30,6 +30,6 @@ def boot(out: Path | None = None, **settings: Any) -> Session:
     (None: nowhere). Raises :class:`bridge.errors.BridgeError`, most of it on entering.
     """
     from bridge import config
-    from bridge.session import Session
+    from bridge.session.session import Session
 
     return Session(config.load(settings), out)

@@ -48,8 +48,8 @@ ENVIRONMENT_PREFIX = "KCOV_BRIDGE_"
 """What the name of every environment variable of the bridge begins with."""
 
 _OTHER_VARIABLES = frozenset({"CACHE", "MIRROR", "PLAIN"})
-"""Variables with the prefix that are no settings of a run: read by :mod:`bridge.image` and
-:mod:`bridge.hot`."""
+"""Variables with the prefix that are no settings of a run: read by :mod:`bridge.guest.images` and
+:mod:`bridge.device.fastpath`."""
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})

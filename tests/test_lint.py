@@ -15,7 +15,7 @@ import pytest
 
 from bridge.bench.floor import LAYOUT_FLAGS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 
 LICENCES = {
     "bridge": "Apache-2.0",
@@ -219,7 +219,9 @@ def test_the_compiled_part_compiles_without_a_warning(tmp_path: Path) -> None:
     if not Path(headers, "Python.h").is_file():
         pytest.skip("this Python has no headers, so nothing is compiled for it")
     made = tmp_path / "compiled.c"
-    check(tool("cython"), "-Wextra", "-Werror", "bridge/hot/compiled.pyx", "-o", str(made))
+    check(
+        tool("cython"), "-Wextra", "-Werror", "bridge/device/fastpath/compiled.pyx", "-o", str(made)
+    )
     compiler = shutil.which("gcc")
     assert compiler is not None, "gcc is missing: make packages-test"
     check(

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from bridge.doctor import debian_packages
+from bridge.cli.doctor import debian_packages
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def sh(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-WORKLOAD = Path(__file__).resolve().parent.parent / "guest" / "workload" / "files.sh"
+WORKLOAD = Path(__file__).resolve().parents[1] / "guest" / "workload" / "files.sh"
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PCs into an area: :meth:`bridge.region.Area.append` against memcpy of the same bytes.
+"""PCs into an area: :meth:`bridge.device.region.Area.append` against memcpy of the same bytes.
 
 An area of 4 MiB, as syzkaller asks for, is filled to the end in batches of one size; the baseline
 copies the same bytes in the same batches to another such area, by the slice assignment of a
@@ -16,7 +16,7 @@ from contextlib import ExitStack
 
 from bridge.bench.measurement import Bench, Measurement, best_of, series, take_turns
 from bridge.bench.stats import Aim, Comparison, Series
-from bridge.region import Area, Region
+from bridge.device.region import Area, Region
 from bridge.sources.pcs import PC_BASE, SLOT_BYTES
 
 __all__ = ["MEASUREMENT"]

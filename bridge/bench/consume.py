@@ -26,7 +26,7 @@ import coverage
 
 from bridge.bench.measurement import Bench, Measurement, best_of, series, take_turns
 from bridge.bench.stats import Aim, Comparison, Of
-from bridge.sources.python import PythonSource
+from bridge.sources.python.source import PythonSource
 
 __all__ = ["CONSUME", "TARGET"]
 
@@ -157,7 +157,7 @@ def _requests(after_each: Callable[[], object] = lambda: None) -> float:
 
 def _under_source() -> float:
     source = PythonSource(["tomllib"], data_file=None)
-    with _silent("bridge.sources.python"):
+    with _silent("bridge.sources.python.source"):
         source.start()
     try:
         return _requests(source.consume)

@@ -9,7 +9,7 @@
     quick         whether --quick was given
     machine       processor, cpus, memory_mib, kernel, load (the three of uptime(1), at the start)
     versions      kcov_bridge, python, coverage, qemu
-    compiled      whether the bridge's compiled part was used (bridge/hot)
+    compiled      whether the bridge's compiled part was used (bridge/device/fastpath)
     accelerator   name and reason
     measurements  in the order in which they were taken, each with
       name, about, seconds, notes
@@ -37,10 +37,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bridge import hot
 from bridge.bench.measurement import Result
 from bridge.bench.stats import Aim, Comparison, Series, Verdict
 from bridge.config import Settings
+from bridge.device import fastpath
 from bridge.vm.accel import choose_accelerator
 
 __all__ = ["FORMAT", "VERSION", "describe", "surroundings"]
@@ -72,7 +72,7 @@ def surroundings(settings: Settings, *, quick: bool) -> dict[str, Any]:
             "coverage": _version("coverage"),
             "qemu": _qemu(settings.qemu),
         },
-        "compiled": hot.COMPILED,
+        "compiled": fastpath.COMPILED,
         "accelerator": {"name": accelerator.name, "reason": accelerator.reason},
     }
 

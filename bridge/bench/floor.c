@@ -6,7 +6,7 @@
  *	floor REGION-FD BYTES BELL-FD AREA-OFFSET busy|asleep
  *
  * "busy" looks at the shared word all the time, "asleep" waits for the doorbell's eventfd. Runs
- * until it is killed. Every number of the layout comes from bridge/abi.py by floor.py.
+ * until it is killed. Every number of the layout comes from bridge/device/abi.py by floor.py.
  */
 #include <err.h>
 #include <poll.h>

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The floor: a C program that answers the guest in the doorbell's place, and does nothing else.
 
-It is compiled for this machine when it is first needed, with the layout of :mod:`bridge.abi`, and
-takes the same region and the same bell, so the guest, its module and its program are the same.
+It is compiled for this machine when it is first needed, with the layout of
+:mod:`bridge.device.abi`, and takes the same region and the same bell, so the guest, its module and
+its program are the same.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from bridge import abi
+from bridge.device import abi
 from bridge.errors import InfrastructureError, MissingDependencyError
-from bridge.image.store import cache_directory
-from bridge.session import Session
+from bridge.guest.images.store import cache_directory
+from bridge.session.session import Session
 from bridge.vm.process import spawn
 
 __all__ = ["LAYOUT_FLAGS", "build_floor", "floor"]

@@ -4,7 +4,7 @@
 ``ready`` is ``kcov-bridge run -- echo`` as a process, from its start to the guest's answer: booted
 from nothing (cold), and as the bridge does it by itself where it keeps a snapshot (warm). Baseline
 is virtme-ng, likewise, with the same kernel under the same accelerator. ``reset`` is
-:meth:`bridge.session.Session.reset` where this version has it, against ending the guest and
+:meth:`bridge.session.session.Session.reset` where this version has it, against ending the guest and
 booting another.
 """
 
@@ -27,8 +27,8 @@ from bridge.bench.virtme import Virtme
 from bridge.bench.worker import started_from_snapshot
 from bridge.config import ENVIRONMENT_PREFIX, Settings
 from bridge.errors import BridgeError, InfrastructureError
-from bridge.guest_image import ProjectImage
-from bridge.session import Session
+from bridge.guest.guest_image import ProjectImage
+from bridge.session.session import Session
 
 __all__ = ["READY", "RESET"]
 

@@ -20,8 +20,8 @@ from bridge.bench.measurement import Bench, Measurement, take_turns
 from bridge.bench.stats import Aim, Comparison, Of, Series
 from bridge.bench.targets import COVERED_TARGET, cover_before_each_look
 from bridge.errors import InfrastructureError
-from bridge.session import Session
-from bridge.sources.python import PythonSource
+from bridge.session.session import Session
+from bridge.sources.python.source import PythonSource
 
 __all__ = ["IDLE", "OTHERS", "SIGNAL", "stay_awake"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bridge.sources.python import PythonSource
+from bridge.sources.python.source import PythonSource
 from bridge.targets import Endpoint
 from bridge.targets.none import NoTarget
 

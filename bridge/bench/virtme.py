@@ -19,8 +19,8 @@ from typing import IO
 
 from bridge.bench.commands import seconds_to_answer
 from bridge.errors import InfrastructureError, MissingDependencyError
-from bridge.image import Image
-from bridge.session import Session
+from bridge.guest.images import Image
+from bridge.session.session import Session
 
 __all__ = ["Virtme"]
 

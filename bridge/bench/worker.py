@@ -22,7 +22,7 @@ from typing import cast
 from bridge.bench.signals import stay_awake
 from bridge.config import Settings
 from bridge.errors import BridgeError, InfrastructureError
-from bridge.session import Session
+from bridge.session.session import Session
 from bridge.vm.process import spawn
 
 __all__ = ["Worker", "proportional_mib", "started_from_snapshot", "wait_for_all"]

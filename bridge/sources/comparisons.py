@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operands of comparisons: KCOV_TRACE_CMP's records, from Python code.
 
-:mod:`bridge.sources.instrument` has the code under coverage call the functions of :data:`HELPERS`
-where it compares. They note operands that Linux' record can hold, while a :class:`Recorder` is
-on; :class:`ComparisonLedger` hands the records to those who traced at the time.
+:mod:`bridge.sources.python.instrument` has the code under coverage call the functions of
+:data:`HELPERS` where it compares. They note operands that Linux' record can hold, while a
+:class:`Recorder` is on; :class:`ComparisonLedger` hands the records to those who traced at the
+time.
 
 What is noted: integers of 64 bits (of ``int`` and its subclasses, an IntEnum for example, but not
 ``bool``), and strings of 1, 2, 4 or 8 bytes as the integers that a little-endian machine would
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from threading import Lock, get_ident
 from typing import Any, Final, Protocol, TypeVar
 
-from bridge.abi import KCOV_CMP_CONST, KCOV_CMP_SIZE
+from bridge.device.abi import KCOV_CMP_CONST, KCOV_CMP_SIZE
 from bridge.sources import PC
 
 __all__ = [
@@ -241,7 +242,7 @@ HELPERS: Final[dict[str, Callable[..., Any]]] = {
 
 
 class Comparing(Protocol):
-    """A source that has comparisons: :class:`bridge.sources.python.PythonSource`."""
+    """A source that has comparisons: :class:`bridge.sources.python.source.PythonSource`."""
 
     def record_comparisons(self, on: bool) -> None:
         """Somebody wants comparisons from now on, or nobody does any more."""

@@ -29,7 +29,7 @@ from urllib.parse import quote, unquote
 
 from bridge.errors import SourceError
 from bridge.sources import PC
-from bridge.sources.blocks import Block, find_blocks
+from bridge.sources.python.blocks import Block, find_blocks
 
 __all__ = [
     "PC_BASE",

@@ -11,7 +11,7 @@ import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bridge.abi import VECTORS
+from bridge.device.abi import VECTORS
 from bridge.errors import UsageError
 from bridge.targets import Endpoint
 from bridge.vm.accel import Accelerator

@@ -41,6 +41,7 @@ from bridge.errors import (
     UnwatchableError,
     UsageError,
 )
+from bridge.vm.agent import Ready, ReportReader, Unhealthy
 from bridge.vm.config import (
     BackendFds,
     MachineConfig,
@@ -52,7 +53,6 @@ from bridge.vm.config import (
 from bridge.vm.console import ConsoleLog
 from bridge.vm.network import LOCALHOST, find_ssh_port
 from bridge.vm.process import Process, spawn
-from bridge.vm.report import Ready, ReportReader, Unhealthy
 
 if TYPE_CHECKING:
     from qemu.qmp import Message

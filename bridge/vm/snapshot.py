@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bridge import abi
+from bridge.device import abi
 from bridge.errors import ImageError
 from bridge.vm.config import BackendFds, MachineConfig, MemoryFds, qemu_command
 from bridge.vm.machine import Machine

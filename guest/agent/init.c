@@ -64,7 +64,7 @@
 #include <time.h>
 #include <unistd.h>
 
-/* Where the agent layer puts this program and the module; bridge/image/builder.py does the same. */
+/* Where the agent layer puts this program and the module; bridge/guest/images/builder.py does the same. */
 #define SELF "/usr/sbin/kcov-init"
 #define MODULE_FORMAT "/usr/lib/modules/%s/extra/kcov_bridge.ko"
 #define MODULE_PARAMETER "kcov_bridge."

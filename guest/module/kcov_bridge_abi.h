@@ -2,7 +2,7 @@
 /*
  * The shared region between the guest's kcov_bridge module and the host.
  *
- * bridge/abi.py describes it in words; tests/test_abi.py holds the two together. Every field is a
+ * bridge/device/abi.py describes it in words; tests/device/test_abi.py holds the two together. Every field is a
  * little-endian 64-bit word that one aligned access reads or writes.
  */
 #ifndef KCOV_BRIDGE_ABI_H
@@ -74,7 +74,7 @@ struct kb_header {
 	__u64 guest_timeouts;
 	__u64 guest_skipped;
 	__u64 pad2[6];
-	/* Written by the host and its relays: see HeaderWord.NEWS in bridge/abi.py. */
+	/* Written by the host and its relays: see HeaderWord.NEWS in bridge/device/abi.py. */
 	__u64 news;
 	__u64 pad3[7];
 };

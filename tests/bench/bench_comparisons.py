@@ -22,7 +22,7 @@ import pytest
 
 from bridge.sources.comparisons import ComparisonLedger
 from bridge.sources.ledger import Ledger
-from bridge.sources.python import PythonSource
+from bridge.sources.python.source import PythonSource
 from bridge.targets.plan9 import Plan9Target
 
 REQUESTS = 2_000

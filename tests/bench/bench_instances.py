@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 
 import bridge
-from bridge.image import build, compile_for_guest
-from bridge.session import Session
+from bridge.guest.images import build, compile_for_guest
+from bridge.session.session import Session
 
 pytestmark = [pytest.mark.bench, pytest.mark.vm]
 

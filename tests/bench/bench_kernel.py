@@ -36,12 +36,12 @@ from pathlib import Path
 
 import bridge
 from bridge.config import Settings
-from bridge.guest_image import ProjectImage
-from bridge.image import build, compile_for_guest
-from bridge.session import Session
+from bridge.guest.guest_image import ProjectImage
+from bridge.guest.images import build, compile_for_guest
+from bridge.session.session import Session
 from bridge.vm.accel import Accelerator
 from bridge.vm.config import MachineConfig
-from tests.guest import reference
+from tests.system import reference
 
 WORK = {
     "system calls": ("/tmp/loop {}", 20_000),

@@ -3,7 +3,7 @@
 
     python -m tests.bench.bench_stability [--rounds N] [--cpus N] [--warm N] [--own]
 
-* "calls": system calls of 36 kinds (``tests/guest/calls.c``), each N times in one program;
+* "calls": system calls of 36 kinds (``tests/system/calls.c``), each N times in one program;
 * "programs": whole programs, each N times, with ``kcov-exec`` (the children of a shell too).
 
 For each, the Jaccard index of the set of PCs of the first time against that of each other time:
@@ -23,8 +23,8 @@ from collections import Counter, defaultdict
 
 import bridge
 from bridge.sources.guest_kernel.symbols import KernelSymbols
-from tests.guest import reference
-from tests.guest.reference.traces import record
+from tests.system import reference
+from tests.system.reference.traces import record
 
 PROGRAMS = {
     "cat": "cat /etc/passwd",

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bridge.errors import KernelUnknownError, SourceError
-from bridge.image.store import cache_directory
+from bridge.guest.images.store import cache_directory
 from bridge.sources import PC
 from bridge.sources.guest_kernel.filters import KernelFilter, Ranges, union
 from bridge.sources.guest_kernel.lines import Lines

@@ -271,7 +271,7 @@ def lines_of(run: Path, vmlinux: Path | None, symbols: KernelSymbols) -> Lines |
 
 def _release(run: Path) -> str:
     """The kernel of a run, as its summary has it; empty where it does not say."""
-    from bridge.report import summary
+    from bridge.results import summary
 
     try:
         return str(summary.read(run / "summary.json").get("kernel") or "")

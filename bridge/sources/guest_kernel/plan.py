@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan: what the bridge and the plugin in QEMU tell each other, in memory of their own.
 
-The guest cannot see it. ``tcg/plan.h`` is the plugin's side; ``tests/test_kernel_plan.py`` compares
-the two. An array of 64-bit words, each with one writer.
+The guest cannot see it. ``tcg/plan.h`` is the plugin's side;
+``tests/sources/guest_kernel/test_plan.py`` compares the two. An array of 64-bit words, each with
+one writer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from collections.abc import Sequence
 from enum import IntEnum, IntFlag
 
-from bridge.abi import REQUESTS_OFFSET, SLOT_WORDS, SLOTS, WORD, RequestWord
+from bridge.device.abi import REQUESTS_OFFSET, SLOT_WORDS, SLOTS, WORD, RequestWord
 from bridge.errors import SourceError
 
 __all__ = ["CpuWord", "Plan", "PlanWord", "Ram", "RangeFlag", "SlotWord"]

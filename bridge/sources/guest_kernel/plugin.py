@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from bridge.errors import UnwatchableError
-from bridge.image.store import cache_directory
+from bridge.guest.images.store import cache_directory
 
 __all__ = ["build_plugin", "why_not_loaded"]
 

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bridge.abi import KERNEL_CPUS, KernelWord
+from bridge.device.abi import KERNEL_CPUS, KernelWord
+from bridge.device.region import Area
 from bridge.errors import KernelUnknownError
-from bridge.region import Area
 from bridge.sources.guest_kernel import BLOCKS_FILE, SYMBOLS_FILE
 from bridge.sources.guest_kernel.placement import write_atomically
 from bridge.sources.guest_kernel.plan import NOWHERE, VECTORS, Plan, PlanWord, Ram

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-# A program of awkward layout: input of the tests of bridge.sources.blocks, run by them under
+# A program of awkward layout: input of the tests of bridge.sources.python.blocks, run by them under
 # a tracer. No statement in it raises but the last of its block. The .blocks file beside it holds
-# the blocks; tests/test_blocks.py says how to make it again.
+# the blocks; tests/sources/python/test_blocks.py says how to make it again.
 """Docstring of the module,
 over two lines."""
 from __future__ import annotations

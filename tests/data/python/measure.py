@@ -28,7 +28,7 @@ def plain(data_file: str, package: str, module: str) -> dict[str, object]:
 
 def consumed(data_file: str, package: str, module: str) -> dict[str, object]:
     """Consumed by two threads without a pause, while threads take turns as fast as they can."""
-    from bridge.sources.python import PythonSource
+    from bridge.sources.python.source import PythonSource
 
     source = PythonSource([package], data_file=Path(data_file))
     done = threading.Event()

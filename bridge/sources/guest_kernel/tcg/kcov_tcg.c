@@ -267,7 +267,7 @@ static void first_time(struct block *block)
 }
 
 /*
- * As Area.append() in bridge/region.py: every value from the area is bounded.
+ * As Area.append() in bridge/device/region.py: every value from the area is bounded.
  *
  * The bridge takes an area away by changing slot and epoch, and then waits until no vCPU is busy
  * with the slot. So the store to busy must be seen before the epoch is read again. It costs a third

@@ -2,7 +2,7 @@
 /*
  * The plan: the memory that the bridge and the plugin inside QEMU share. The guest cannot see it.
  *
- * bridge/sources/guest_kernel/plan.py describes it in words; tests/test_kernel_plan.py holds the
+ * bridge/sources/guest_kernel/plan.py describes it in words; tests/sources/guest_kernel/test_plan.py holds the
  * two together. Every field is a 64-bit word with one writer.
  */
 #ifndef KCOV_PLAN_H

@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kcov-bridge doctor``: each thing that the bridge needs, found or not, and how to get it.
+
+With ``--json`` it prints one object: ``format`` (``"kcov-bridge-doctor"``), ``version`` (1), ``ok``
+(all that is required is there) and ``checks``, whose items are the fields of :class:`Check`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from bridge.config import Settings
+from bridge.device import fastpath
+from bridge.errors import BridgeError
+from bridge.guest import images
+from bridge.guest.images.store import resolve
+from bridge.sources.guest_kernel.plugin import build_plugin, why_not_loaded
+from bridge.vm.accel import choose_accelerator, why_not_kvm
+
+__all__ = ["Check", "Package", "debian_packages", "diagnose", "doctor_command", "render"]
+
+_FORMAT = "kcov-bridge-doctor"
+_VERSION = 1
+
+_QEMU_OWN_MIB = 300
+"""What QEMU takes beside the guest's memory, mostly translated code: with QEMU 7.2 under TCG 200
+after the default workload, and growing with the code that runs."""
+
+_BUILD_MIB = 2048
+"""Room that building an image takes, the build root with compiler and headers included."""
+
+_PROBE_SECONDS = 30.0
+
+_QEMU_DEVICE = "ivshmem-doorbell"
+
+_COMPILER = frozenset({"gcc", "libc6-dev"})
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked for."""
+
+    name: str
+    required: bool
+    found: bool
+    detail: str
+    """What was found, or why it does not do."""
+    remedy: str = ""
+    """How to get it; empty where it is there."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A line of ``debian-packages.txt``; the columns are explained there."""
+
+    name: str
+    purpose: str
+    probe: str
+    what_for: str
+
+
+def debian_packages(purpose: str | None = None) -> tuple[Package, ...]:
+    """The Debian packages that the bridge needs, all or those of one purpose, in file order."""
+    text = Path(__file__).with_name("debian-packages.txt").read_text(encoding="utf-8")
+    packages = []
+    for line in text.splitlines():
+        if line.strip() and not line.startswith("#"):
+            name, kind, probe, what_for = line.split(None, 3)
+            packages.append(Package(name, kind, probe, what_for.strip()))
+    return tuple(each for each in packages if purpose in (None, each.purpose))
+
+
+def _apt(*packages: str) -> str:
+    return f"sudo apt-get install --no-install-recommends {' '.join(packages)}"
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints; ``None`` if it does not run, fails or hangs."""
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_PROBE_SECONDS,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def _python() -> Iterator[Check]:
+    detail = ".".join(map(str, sys.version_info[:3]))
+    yield Check(
+        "Python",
+        True,
+        sys.version_info >= (3, 11),
+        detail,
+        "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer",
+    )
+    try:
+        lines = importlib.metadata.requires("kcov-bridge") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Check("kcov-bridge", True, False, "is not installed in this Python", "make venv")
+        return
+    for requirement in map(Requirement, lines):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        name = f"Python package {requirement.name}"
+        remedy = f"pip install '{requirement}'"
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Check(name, True, False, "is not installed", remedy)
+            continue
+        fits = requirement.specifier.contains(version, prereleases=True)
+        detail = version if fits else f"{version} is there, {requirement.specifier} is needed"
+        yield Check(name, True, fits, detail, "" if fits else remedy)
+    if importlib.util.find_spec("coverage") is not None:
+        compiled = importlib.util.find_spec("coverage.tracer") is not None
+        yield Check(
+            "coverage.py's C tracer",
+            True,
+            compiled,
+            "compiled in" if compiled else "this coverage.py is pure Python",
+            "" if compiled else "pip install --force-reinstall --only-binary :all: coverage",
+        )
+
+
+def _compiled() -> Iterator[Check]:
+    """The compiled part of the bridge itself, without which a signal takes twice as long."""
+    if fastpath.COMPILED:
+        yield Check("compiled part", False, True, "is used")
+    else:
+        remedy = f"{_apt('gcc', 'python3-dev')}, then pip install kcov-bridge once more"
+        if os.environ.get(fastpath.PLAIN_VARIABLE):
+            remedy = f"unset {fastpath.PLAIN_VARIABLE}"
+        yield Check("compiled part", False, False, f"not used: {fastpath.WHY_PLAIN}", remedy)
+
+
+def _qemu(settings: Settings) -> Iterator[Check]:
+    path = shutil.which(settings.qemu)
+    remedy = _apt("qemu-system-x86")
+    if path is None:
+        yield Check("QEMU", True, False, f"{settings.qemu} is not there", remedy)
+        return
+    banner = _output(path, "--version")
+    if banner is None:
+        yield Check("QEMU", True, False, f"{path} --version fails", remedy)
+        return
+    match = re.search(r"version (\S+)", banner)
+    yield Check("QEMU", True, True, f"{match.group(1) if match else banner.strip()}, {path}")
+    # The device rather than the version: a build may leave it out.
+    devices = _output(path, "-device", "help") or ""
+    there = f'"{_QEMU_DEVICE}"' in devices
+    yield Check(
+        f"QEMU's {_QEMU_DEVICE}",
+        True,
+        there,
+        "in this QEMU" if there else f"not in {path}",
+        "" if there else "use a QEMU that is built with it, as Debian's is: --qemu PROGRAM",
+    )
+
+
+def _kernel(settings: Settings) -> Iterator[Check]:
+    """Whether the guest's kernel can be watched: compiler, a QEMU that loads the plugin, TCG."""
+    name = "guest kernel's coverage"
+    required = settings.source in ("kernel", "kernel,python", "python,kernel")
+    qemu = shutil.which(settings.qemu)
+    try:
+        accelerator = choose_accelerator(settings.accel).name
+        with tempfile.TemporaryDirectory(prefix="kcov-bridge-") as directory:
+            plugin = build_plugin(spare=Path(directory))
+            why = why_not_loaded(qemu, plugin) if qemu else f"{settings.qemu} is not there"
+    except BridgeError as error:
+        yield Check(name, required, False, error.message, error.hint)
+        return
+    if why is not None:
+        detail = f"this QEMU does not load the plugin: {why}"
+        remedy = "use a QEMU with TCG plugins, as Debian's is: --qemu PROGRAM"
+        yield Check(name, required, False, detail, remedy)
+    elif accelerator != "tcg":
+        yield Check(name, required, False, "KVM hides the guest's code", "ask for --accel tcg")
+    else:
+        yield Check(name, required, True, "works under TCG")
+
+
+def _accelerator(settings: Settings) -> Iterator[Check]:
+    try:
+        chosen = choose_accelerator(settings.accel)
+    except BridgeError as error:
+        yield Check("accelerator", True, False, error.message, error.hint)
+    else:
+        yield Check("accelerator", True, True, f"{chosen.name}: {chosen.reason}")
+    obstacle = why_not_kvm()
+    if obstacle is None:
+        yield Check("KVM", False, True, "can boot a stock kernel")
+    else:
+        yield Check("KVM", False, False, f"{obstacle[0]} (TCG is slower)", obstacle[1])
+
+
+def _guest_image(settings: Settings) -> tuple[Check, bool]:
+    """The image that a run would boot, and whether it would have to be built first."""
+    name = "guest image"
+    if settings.image is None:
+        try:
+            image = images.find()
+        except BridgeError as error:
+            return Check(name, True, False, error.message, "kcov-bridge image build"), True
+        if image is None:
+            how = "kcov-bridge image build (run does it by itself)"
+            return Check(name, False, False, "not built yet, or older than its sources", how), True
+        return Check(name, True, True, str(image.directory)), False
+    path = Path(settings.image)
+    if settings.ssh_key is None and not path.is_file():
+        try:
+            return Check(name, True, True, str(resolve(settings.image))), False
+        except BridgeError as error:
+            return Check(name, True, False, error.message, "kcov-bridge image list"), False
+    for what, file in (("disk image", path), ("SSH key", settings.ssh_key)):
+        if file is None or not file.is_file():
+            how = "give a disk image of your own with its key: --image FILE --ssh-key FILE"
+            return Check(
+                name, True, False, f"there is no {what}{f' {file}' if file else ''}", how
+            ), False
+    return Check(name, True, True, str(path)), False
+
+
+def _found(probe: str) -> str | None:
+    """Where a package's probe is: a program on PATH, or a file."""
+    if probe.startswith("/"):
+        return probe if Path(probe).exists() else None
+    return shutil.which(probe)
+
+
+def _image(settings: Settings) -> Iterator[Check]:
+    check, to_build = _guest_image(settings)
+    yield check
+    for package in debian_packages("run") + debian_packages("user"):
+        if package.name.startswith("qemu-"):
+            continue
+        there = _found(package.probe)
+        yield Check(
+            package.name,
+            # What watches the kernel has a check of its own, and a run does without.
+            to_build
+            and package.name not in _COMPILER
+            and not (package.purpose == "user" and os.geteuid() == 0),
+            there is not None,
+            there or f"is not there; it {package.what_for}",
+            "" if there else _apt(package.name),
+        )
+    cache = images.cache_directory()
+    existing = cache
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free >> 20
+    writable = os.access(existing, os.W_OK | os.X_OK)
+    enough = free >= _BUILD_MIB and writable
+    yield Check(
+        "disk",
+        to_build,
+        enough,
+        f"{free} MiB free for {cache}" if writable else f"{existing} is not writable",
+        "" if enough else f"free {_BUILD_MIB} MiB there, or set KCOV_BRIDGE_CACHE to another place",
+    )
+
+
+def _memory(settings: Settings) -> Iterator[Check]:
+    # Not the region: of that, only what kcov areas use is ever taken.
+    needed = settings.memory + _QEMU_OWN_MIB
+    text = Path("/proc/meminfo").read_text(encoding="ascii")
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+    available = int(match.group(1)) >> 10 if match else 0
+    enough = available >= needed
+    yield Check(
+        "memory",
+        True,
+        enough,
+        f"{available} MiB available, a run takes {needed} MiB and what its kcov areas use",
+        "" if enough else "free some, or take less: --memory MIB",
+    )
+    try:
+        os.close(os.memfd_create("kcov-bridge-doctor", os.MFD_CLOEXEC))
+    except OSError as error:
+        why = f"memfd_create: {error.strerror}"
+        yield Check("memfd", True, False, why, "allow it: a sandbox or seccomp filter denies it")
+    else:
+        yield Check("memfd", True, True, "works")
+
+
+def diagnose(settings: Settings) -> tuple[Check, ...]:
+    """Look for everything that a run with these settings needs."""
+    parts: tuple[Callable[[], Iterator[Check]], ...] = (
+        _python,
+        _compiled,
+        lambda: _qemu(settings),
+        lambda: _accelerator(settings),
+        lambda: _kernel(settings),
+        lambda: _memory(settings),
+        lambda: _image(settings),
+    )
+    return tuple(check for part in parts for check in part())
+
+
+def render(checks: tuple[Check, ...]) -> str:
+    """The checks as a person reads them; no trailing newline."""
+    width = max(len(check.name) for check in checks)
+    lines = []
+    for check in checks:
+        mark = "ok" if check.found else "MISSING" if check.required else "no"
+        lines.append(f"{mark:>7}  {check.name:<{width}}  {check.detail}")
+        if check.remedy:
+            lines.append(f"{'':>7}  {'':<{width}}  -> {check.remedy}")
+    missing = sum(check.required and not check.found for check in checks)
+    lines.append("")
+    lines.append("all that is required is there" if not missing else f"{missing} required missing")
+    return "\n".join(lines)
+
+
+def doctor_command(settings: Settings, *, as_json: bool = False) -> int:
+    """Print the diagnosis to stdout; 0 when all that is required is there, else 1."""
+    checks = diagnose(settings)
+    ok = all(check.found for check in checks if check.required)
+    if as_json:
+        document = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "ok": ok,
+            "checks": [dataclasses.asdict(check) for check in checks],
+        }
+        print(json.dumps(document, indent=2))
+    else:
+        print(render(checks))
+    return 0 if ok else 1

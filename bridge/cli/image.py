@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``kcov-bridge image``: build, list, path, rm."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from bridge import config
+from bridge.errors import BridgeError, ImageError, UsageError
+from bridge.guest.guest_image import ProjectImage
+from bridge.guest.images import Image, build, find, list_images
+from bridge.guest.images.store import (
+    base_directories,
+    broken_images,
+    disk_usage,
+    remove_tree,
+    resolve,
+)
+from bridge.session.snapshots import prune_snapshots, ready_snapshot
+from bridge.targets.registry import create as create_target
+from bridge.vm.accel import choose_accelerator
+
+__all__ = ["add_image_arguments", "image_command"]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_RECIPE = "bookworm"
+"""The recipe that is meant where none is named."""
+
+
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the subcommands of ``image`` to its parser."""
+    commands = parser.add_subparsers(dest="image_action", metavar="ACTION", required=True)
+
+    command = commands.add_parser(
+        "build",
+        help="build the image, or find it already built",
+        description="Builds the guest image and prints its directory. What is built already is "
+        "used again: a change in guest/ takes seconds, only the first time and --force a minute.",
+    )
+    _add_recipe(command)
+    command.add_argument(
+        "--force", action="store_true", help="build all anew, with the newest packages"
+    )
+    command.add_argument(
+        "--mirror",
+        metavar="URI",
+        help="where packages come from, as mmdebstrap takes it (or KCOV_BRIDGE_MIRROR)",
+    )
+    command.set_defaults(image_function=_build)
+
+    command = commands.add_parser("list", help="list the images that are built")
+    command.add_argument("--json", action="store_true", help="as JSON, for scripts")
+    command.set_defaults(image_function=_list)
+
+    command = commands.add_parser(
+        "path", help="print an image's directory", description="Prints an image's directory."
+    )
+    command.add_argument(
+        "name", nargs="?", help="the image, or the beginning of its name (default: the current one)"
+    )
+    command.add_argument("--recipe", default=DEFAULT_RECIPE, help=argparse.SUPPRESS)
+    command.set_defaults(image_function=_path)
+
+    command = commands.add_parser("rm", help="remove images")
+    command.add_argument("names", nargs="*", metavar="NAME", help="or the beginning of a name")
+    command.add_argument(
+        "--all", action="store_true", help="all images, and the build roots kept for the next ones"
+    )
+    command.set_defaults(image_function=_rm)
+
+
+def image_command(args: argparse.Namespace) -> int:
+    """Does what the parsed arguments say. Returns the exit status.
+
+    Raises the errors of :mod:`bridge.errors`.
+    """
+    function: Callable[[argparse.Namespace], int] = args.image_function
+    return function(args)
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--recipe",
+        "--suite",
+        default=DEFAULT_RECIPE,
+        help=f"a recipe of images/ (default: {DEFAULT_RECIPE})",
+    )
+    command.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="one more Debian package for the guest; may be repeated",
+    )
+
+
+def _build(args: argparse.Namespace) -> int:
+    include = [name for names in args.include for name in names.split(",") if name]
+    image = build(args.recipe, force=args.force, include=include, mirror=args.mirror)
+    _make_snapshot(image)
+    print(image.directory)
+    return 0
+
+
+def _make_snapshot(image: Image) -> None:
+    """For the machine that the settings ask for. The image is good without one."""
+    try:
+        settings = config.load()
+        if settings.snapshot:
+            guest = ProjectImage(image)
+            machine = guest.machine_config(settings, choose_accelerator(settings.accel))
+            modules = create_target(settings.target, settings.target_dir).guest_modules
+            ready_snapshot(guest, machine, settings.region << 20, modules).close()
+    except BridgeError as error:
+        logger.warning("there is no snapshot of the guest yet: %s", error.report())
+
+
+def _list(args: argparse.Namespace) -> int:
+    images = list_images()
+    try:
+        current = find(DEFAULT_RECIPE)
+    except ImageError:
+        current = None  # broken, which the list shows, or installed without sources
+    if args.json:
+        rows = [
+            {
+                "name": image.name,
+                "directory": str(image.directory),
+                "kernel_release": image.kernel_release,
+                "include": list(image.include),
+                "bytes": image.size,
+                "current": current is not None and image.name == current.name,
+            }
+            for image in images
+        ]
+        print(json.dumps(rows, indent=1))
+        return 0
+    for image in images:
+        mark = "*" if current is not None and image.name == current.name else " "
+        extra = f"  + {', '.join(image.include)}" if image.include else ""
+        print(f"{mark} {image.name}  {image.kernel_release}  {_megabytes(image.size)}{extra}")
+    for directory in broken_images():
+        print(f"! {directory.name}  broken")
+    kept = base_directories()
+    if kept:
+        size = sum(disk_usage(directory) for directory in kept)
+        print(
+            f"and {_megabytes(size)} in {len(kept)} build root(s), kept for quick rebuilds",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _path(args: argparse.Namespace) -> int:
+    if args.name:
+        image = Image.load(resolve(args.name))
+        image.check()
+        print(image.directory)
+        return 0
+    current = find(args.recipe)
+    if current is None:
+        raise UsageError(
+            "the image is not built, or guest/ or images/ changed since",
+            hint="build it: kcov-bridge image build",
+        )
+    print(current.directory)
+    return 0
+
+
+def _rm(args: argparse.Namespace) -> int:
+    if args.all == bool(args.names):
+        raise UsageError("name the images to remove, or --all")
+    directories: list[Path] = [resolve(name) for name in args.names]
+    if args.all:
+        directories = [image.directory for image in list_images()]
+        directories += [*broken_images(), *base_directories()]
+    for directory in directories:
+        remove_tree(directory)
+        print(f"removed {directory}")
+    prune_snapshots()
+    return 0
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.0f} MB"

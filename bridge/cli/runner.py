@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run from top to bottom: boot, work under kcov, report."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bridge.config import Settings
+from bridge.errors import BridgeError, InfrastructureError, SourceError, UsageError
+from bridge.results import summary as summaries
+from bridge.results.coverage_files import HTML_DIRECTORY, LCOV_FILE, make_reports
+from bridge.session.session import Session
+from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
+from bridge.sources.guest_kernel import SYMBOLS_FILE
+from bridge.sources.symbolize import BLOCKS_FILE
+from bridge.targets import DEFAULT_TARGET, MOUNT_POINT
+
+if TYPE_CHECKING:
+    from bridge.guest.ssh import Output
+
+__all__ = ["run", "shell"]
+
+logger = logging.getLogger(__name__)
+
+_RESULTS = (
+    *("summary.json", "pcs.txt", ".coverage", BLOCKS_FILE),
+    *(SYMBOLS_FILE, KERNEL_BLOCKS_FILE),
+    *(LCOV_FILE, HTML_DIRECTORY, "console.log"),
+)
+_WORKLOAD = Path(__file__).resolve().parents[2] / "guest" / "workload" / "files.sh"
+_EXAMPLE = f'kcov-doc "$(find {MOUNT_POINT} -type f | head -n 1)"'
+
+
+def run(settings: Settings, command: Sequence[str] = ()) -> int:
+    """Run ``command``, or the default workload, under kcov in a fresh guest.
+
+    Leaves its results in ``settings.out``, also when the run is cut off. Returns the command's
+    exit status; raises the :class:`bridge.errors.BridgeError` that ended the run.
+    """
+    if not command and settings.target != DEFAULT_TARGET:
+        raise UsageError(
+            f"the target {settings.target} has no default workload",
+            hint="say what to run in the guest: kcov-bridge run … -- CMD",
+        )
+    out = settings.out
+    _clear(out)
+    session = Session(settings, out)
+    record = _Record(session, tuple(command) or (f"{_WORKLOAD.name} {MOUNT_POINT}",))
+    try:
+        with session:
+            record.exit_status = _work(session, command, record)
+        _complain_about_the_source(session)
+    except BaseException as error:
+        record.failed(error)
+        record.write(out)
+        raise
+    if not record.write(out):
+        raise InfrastructureError(f"not all results could be written to {out}")
+    return record.exit_status
+
+
+def shell(settings: Settings) -> int:
+    """Boot a guest with its target and connect the terminal to a shell in it."""
+    with Session(settings, None) as session:
+        return session.guest.shell()
+
+
+def _work(session: Session, command: Sequence[str], record: _Record) -> int:
+    out, err = _to(sys.stdout.fileno()), _to(sys.stderr.fileno())
+    timeout = session.settings.timeout
+    record.started = time.monotonic()
+    if command:
+        result = session.kcov(command, timeout=timeout, stdout=out, stderr=err)
+        record.pcs += result.pcs
+        return result.exit_status
+    session.guest.upload(_WORKLOAD, "/run/kcov-bridge/files.sh", 0o755)
+    words = ["sh", "/run/kcov-bridge/files.sh", MOUNT_POINT]
+    result = session.kcov(words, timeout=timeout, stdout=out, stderr=err)
+    record.pcs += result.pcs
+    if result.exit_status:
+        return result.exit_status
+    # The second one uses the device itself, in the way of the kernel's documentation.
+    example = session.run(_EXAMPLE, timeout=timeout, stderr=err)
+    record.pcs += [int(word, 16) for word in example.text.split() if word.startswith("0x")]
+    return example.exit_status
+
+
+def _complain_about_the_source(session: Session) -> None:
+    assert session.doorbell is not None
+    if (failure := session.doorbell.failure) is not None:
+        raise SourceError(
+            f"the coverage source raised {type(failure).__name__}: {failure}",
+            evidence=f"{session.doorbell.counters.source_failures} times",
+            hint="the PCs of this run are not complete",
+        ) from failure
+
+
+def _to(descriptor: int) -> Output:
+    """Output as it comes, past Python's buffers and encodings."""
+
+    def write(data: bytes) -> None:
+        with open(descriptor, "wb", buffering=0, closefd=False) as file:
+            while data:
+                data = data[file.write(data) or 0 :]
+
+    return write
+
+
+def _clear(out: Path) -> None:
+    """Take away what an earlier run left: a file that is there belongs to this run."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in _RESULTS:
+            _remove(out / name)
+            # What a run that was killed had not finished to write.
+            for part in out.glob(f".{name}.*"):
+                _remove(part)
+    except OSError as error:
+        raise InfrastructureError(
+            f"the directory {out} cannot be used: {error.strerror}",
+            hint="--out DIR takes another one",
+        ) from error
+
+
+def _remove(path: Path) -> None:
+    """A file, a directory with all that is in it, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+class _Record:
+    """What is known of the run so far, to be written at its end, however that comes."""
+
+    def __init__(self, session: Session, command: tuple[str, ...]) -> None:
+        self.session = session
+        self.command = command
+        self.pcs: list[int] = []
+        self.exit_status = BridgeError.exit_status
+        self.error = ""
+        self.started: float | None = None
+        self._ended: float | None = None
+
+    def failed(self, error: BaseException) -> None:
+        """The run is cut off by this; the areas say how far it had come."""
+        self.pcs += self.session.partial_pcs
+        if isinstance(error, BridgeError):
+            self.error, self.exit_status = error.message, error.exit_status
+        elif isinstance(error, KeyboardInterrupt):
+            self.error = "interrupted"
+            self.exit_status = getattr(error, "exit_status", 130)
+        else:
+            self.error = f"{type(error).__name__}: {error}"
+
+    def write(self, out: Path) -> bool:
+        """Write whatever can be written; what cannot is in the log. Returns whether all was."""
+        seconds = time.monotonic() - self.started if self.started is not None else None
+        problems: list[str] = []
+        with _noted("pcs.txt", problems):
+            text = "".join(f"{pc:#018x}\n" for pc in self.pcs)
+            (out / "pcs.txt").write_text(text, encoding="ascii")
+        if (out / ".coverage").is_file():
+            with _noted("the coverage reports", problems):
+                make_reports(out / ".coverage", out)
+        summary = self._summary(seconds)
+        with _noted("summary.json", problems):
+            summaries.write(summary, out / "summary.json")
+        print(summaries.render(summary), file=sys.stderr)
+        print(f"{'results in':>12}  {out}", file=sys.stderr)
+        return not problems
+
+    def _summary(self, seconds: float | None) -> summaries.Summary:
+        session = self.session
+        device, doorbell, source, ready = (
+            session.device,
+            session.doorbell,
+            session.source,
+            session.ready,
+        )
+        accelerator = session.accelerator
+        more: dict[str, object] = {
+            "personality": session.settings.personality,
+            "from_snapshot": session.snapshot is not None,
+        }
+        if doorbell is not None:
+            more |= {
+                "guest_timeouts": doorbell.guest_timeouts,
+                "guest_skipped": doorbell.guest_skipped,
+                "source_failures": doorbell.counters.source_failures,
+            }
+        if session.settings.comparisons and device is not None:
+            more |= {
+                "comparisons": device.totals.comparisons,
+                "lost_comparisons": device.totals.comparisons_dropped,
+            }
+        kernel_blocks = session.kernel.blocks_covered if session.kernel is not None else 0
+        if session.kernel is not None:
+            more |= {"kernel_blocks_covered": kernel_blocks}
+        used = (("kernel", session.kernel), ("python", source))
+        more |= {"sources": [name for name, there in used if there is not None]}
+        if ready is not None:
+            more |= {"guest_memory_available_kib": ready.mem_available_kib}
+        return summaries.Summary(
+            accel=accelerator.name if accelerator else "unknown",
+            accel_reason=accelerator.reason if accelerator else "",
+            kernel=ready.kernel if ready else None,
+            target=session.settings.target,
+            boot_seconds=round(ready.boot_seconds, 3) if ready else None,
+            syscalls=device.totals.returns if device else 0,
+            pcs=device.totals.appended if device else 0,
+            pcs_unique=(len(device.unique) if device else 0) + kernel_blocks,
+            blocks_total=source.blocks_total if source else 0,
+            blocks_covered=source.blocks_covered if source else 0,
+            lost_pcs=device.totals.dropped if device else 0,
+            exit_status=self.exit_status,
+            command=self.command,
+            run_seconds=round(seconds, 3) if seconds is not None else None,
+            error=self.error,
+            more=more,
+        )
+
+
+@contextlib.contextmanager
+def _noted(what: str, problems: list[str]) -> Iterator[None]:
+    """A failure to write one result must not hide the others, nor what ended the run."""
+    try:
+        yield
+    except BridgeError as error:
+        problems.append(what)
+        logger.error("%s could not be written: %s", what, error.report())
+    except OSError as error:
+        problems.append(what)
+        logger.error("%s could not be written: %s", what, error.strerror)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kcov device: the shared region, the state machine of each instance, the doorbell."""

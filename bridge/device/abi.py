@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two interfaces of the bridge, each fact defined here once.
+
+* kcov's own: ioctl numbers, modes and limits, from ``include/uapi/linux/kcov.h`` and
+  ``kernel/kcov.c`` in Linux, and ``pkg/sentry/kernel/kcov.go`` in gVisor;
+* the layout of the shared region, as the guest module's ``kcov_bridge_abi.h`` has it too
+  (``tests/device/test_abi.py`` compiles that header and compares).
+
+The region is an array of little-endian 64-bit words, so that each field is read and written by
+one aligned access that cannot tear::
+
+    page 0                     header: written by the host, but for the words named GUEST
+    REQUESTS_OFFSET            one request of 64 bytes for each slot, written by the guest
+    RESPONSES_OFFSET           one response of 64 bytes for each slot, written by the host
+    PAYLOAD_OFFSET             what does not fit into a request: one page, written by the guest
+    AREAS_OFFSET ...           the kcov areas, handed out in pages
+
+A slot belongs to one open kcov descriptor (an *instance*) from open to release. The guest fills
+the slot's request, sets its ``SEQ`` to a new value, moves the header's ``KICK`` and, unless the
+header says that the host is awake, rings the doorbell. The host carries the operation out, fills
+the response and sets its ``SEQ`` to the request's, which hands both back to the guest.
+
+A return of the owner's is such a request only where ``NEWS`` says that there may be something for
+it; how many were none the next request tells (the argument *untold*).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, IntFlag
+
+__all__ = [
+    "AREAS_OFFSET",
+    "ENOTSUPP",
+    "GVISOR_MAX_WORDS",
+    "HOST_PEER",
+    "KCOV_CMP_CONST",
+    "KCOV_CMP_SIZE",
+    "KCOV_DISABLE",
+    "KCOV_ENABLE",
+    "KCOV_INIT_TRACE",
+    "KCOV_REMOTE_ENABLE",
+    "KCOV_REMOTE_MAX_HANDLES",
+    "KCOV_RESET_TRACE",
+    "KCOV_TRACE_CMP",
+    "KCOV_TRACE_PC",
+    "KCOV_UNIQUE_ENABLE",
+    "KCOV_WORDS_PER_CMP",
+    "KICK_SLOT_BITS",
+    "LINUX_MAX_WORDS",
+    "MAGIC",
+    "PAGE_SIZE",
+    "PAYLOAD_OFFSET",
+    "PCI_DEVICE_ID",
+    "PCI_VENDOR_ID",
+    "REQUESTS_OFFSET",
+    "RESPONSES_OFFSET",
+    "SLOTS",
+    "SLOT_WORDS",
+    "VECTORS",
+    "VERSION",
+    "WORD",
+    "HeaderWord",
+    "Hidden",
+    "HostState",
+    "Op",
+    "RequestWord",
+    "ResponseWord",
+]
+
+# kcov: include/uapi/linux/kcov.h, 64-bit little-endian.
+KCOV_INIT_TRACE = 0x80086301
+KCOV_ENABLE = 0x6364
+KCOV_DISABLE = 0x6365
+KCOV_REMOTE_ENABLE = 0x40186366
+KCOV_TRACE_PC = 0
+KCOV_TRACE_CMP = 1
+KCOV_REMOTE_MAX_HANDLES = 0x100
+KCOV_CMP_CONST = 1
+"""In the type of a comparison: the first operand is a constant."""
+KCOV_WORDS_PER_CMP = 4
+"""``KCOV_WORDS_PER_CMP`` in ``kernel/kcov.c``: type, two operands, PC."""
+# As proposed for Linux ("kcov: add ioctl(KCOV_UNIQUE_ENABLE)", "kcov: add ioctl(KCOV_RESET_TRACE)",
+# linux-kernel, July 2025); not in its uapi header yet.
+KCOV_UNIQUE_ENABLE = 0x40086367
+KCOV_RESET_TRACE = 0x6368
+
+
+def KCOV_CMP_SIZE(log: int) -> int:
+    """In the type of a comparison: operands of ``1 << log`` bytes, ``log`` 0 to 3."""
+    return log << 1
+
+
+LINUX_MAX_WORDS = 0x7FFFFFFF // 8
+"""Largest area in words: ``kcov_ioctl`` in Linux refuses more than INT_MAX / 8."""
+GVISOR_MAX_WORDS = 10 * 1024 * 1024
+"""Largest area in words: ``kcovAreaSizeMax`` in gVisor."""
+ENOTSUPP = 524
+"""The kernel-internal errno that ``kcov_get_mode`` returns for a mode it was not built for."""
+
+# The shared region.
+PAGE_SIZE = 4096
+WORD = 8
+MAGIC = 0x47445242564F434B  # "KCOVBRDG" in memory
+VERSION = 6
+SLOTS = 1024
+SLOT_WORDS = 8
+REQUESTS_OFFSET = PAGE_SIZE
+RESPONSES_OFFSET = REQUESTS_OFFSET + SLOTS * SLOT_WORDS * WORD
+PAYLOAD_OFFSET = RESPONSES_OFFSET + SLOTS * SLOT_WORDS * WORD
+AREAS_OFFSET = PAYLOAD_OFFSET + PAGE_SIZE
+
+# The ivshmem device: docs/specs/ivshmem-spec.txt in QEMU.
+PCI_VENDOR_ID = 0x1AF4
+PCI_DEVICE_ID = 0x1110
+HOST_PEER = 1
+"""The bridge's peer id; QEMU's own is 0, which snapshots demand."""
+VECTORS = 1
+
+
+class HeaderWord(IntEnum):
+    """Index of each word of the header. Lines of 8 words have one writer each."""
+
+    MAGIC = 0
+    VERSION = 1
+    SLOTS = 2
+    REQUESTS_OFFSET = 3
+    RESPONSES_OFFSET = 4
+    AREAS_OFFSET = 5
+    REGION_BYTES = 6
+    HOST_PEER = 7
+    HOST_EPOCH = 8
+    """Changes each time a host takes the region over; 0 while none has."""
+    HOST_STATE = 9
+    """A :class:`HostState`."""
+    KICK = 16
+    """GUEST: a count of requests above ``KICK_SLOT_BITS`` bits that name the slot of the last."""
+    GUEST_TIMEOUTS = 24
+    """GUEST: signals given up because the host did not answer in time."""
+    GUEST_SKIPPED = 25
+    """GUEST: system call returns not signalled because the host was known to be gone."""
+    NEWS = 32
+    """A value that was never there before each time that something may have been covered: written
+    by the host and by its relays (``bridge/vm/relay.py``). An owner need not tell of a return that
+    finds it as it was before the last one it told of. 0: all returns are to be told."""
+
+
+KICK_SLOT_BITS = 16
+
+
+class HostState(IntEnum):
+    """Whether a request needs the doorbell to be seen."""
+
+    ASLEEP = 0
+    AWAKE = 1
+
+
+class Op(IntEnum):
+    """What the guest asks for. Arguments are ARG0..ARG2 of the request."""
+
+    INIT = 1
+    """KCOV_INIT_TRACE; ARG0 = size in words."""
+    MAP = 2
+    """mmap; ARG0 = length in bytes, ARG1 = offset in pages, ARG2 = live mappings of the area."""
+    ENABLE = 3
+    """KCOV_ENABLE; ARG0 = mode, ARG1 = the address of the caller's task_struct."""
+    DISABLE = 4
+    """KCOV_DISABLE; ARG0 = the ioctl's argument, ARG1 = untold."""
+    EXIT = 5
+    """The task TASK is gone; ARG1 = untold."""
+    RELEASE = 6
+    """The last reference to the instance is gone; no mapping is left."""
+    RETURN = 7
+    """A system call of the owner is about to return to user mode; ARG0 = its number, ARG1 =
+    untold: how many returned since the last request of this owner without one of their own."""
+    RESET = 8
+    """KCOV_RESET_TRACE; ARG0 = the ioctl's argument."""
+    UNIQUE = 9
+    """KCOV_UNIQUE_ENABLE; ARG0 = words of the bitmap, ARG1 as for ENABLE."""
+    REMOTE = 10
+    """KCOV_REMOTE_ENABLE; ARG0 = trace_mode, and area_size above 32 bits; ARG1 = num_handles, or
+    2**64-1 where the argument could not be read; ARG2 = common_handle; the payload: handles."""
+    CLOSE = 11
+    """The last descriptor is closed while TASK owns the instance; the answer 0 ends that; ARG1 =
+    untold."""
+    KERNEL = 12
+    """In the module's own slot, which is no instance: the payload describes the kernel, see
+    :class:`KernelWord`; the answer 0 says that the host watches it. Without CPUS the kernel ends:
+    by a reboot, or for another that runs from now on."""
+    MODULE = 13
+    """Likewise: a module's code comes (ARG0 = 1) or goes (0); ARG1 = its address, ARG2 = bytes;
+    the payload: its name."""
+
+
+class RequestWord(IntEnum):
+    """Index of each word of a request."""
+
+    SEQ = 0
+    OP = 1
+    GENERATION = 2
+    """Different for every open of the device, so that a slot's next instance is told apart."""
+    TASK = 3
+    """Names a guest thread; the low 32 bits are its thread id."""
+    ARG0 = 4
+    ARG1 = 5
+    ARG2 = 6
+    HIDDEN = 7
+    """Not of the request: a :class:`Hidden`; while it is not NO, the owner runs the module's code,
+    not its own."""
+
+
+class Hidden(IntEnum):
+    """What the owner's code is, to a host that watches it."""
+
+    NO = 0
+    YES = 1
+    SEEN = 2
+    """As YES; written by the plugin in QEMU, which watches the owner from now on."""
+
+
+class ResponseWord(IntEnum):
+    """Index of each word of a response."""
+
+    SEQ = 0
+    ERROR = 1
+    """0 or an errno (positive)."""
+    AREA_OFFSET = 2
+    """MAP: where the area starts in the region, bytes."""
+    APPENDED = 3
+    """PCs that the instance has been given so far."""
+    DROPPED = 4
+    """PCs that did not fit into its area so far."""
+    FLAGS = 5
+    """An :class:`Answer`."""
+
+
+class Answer(IntFlag):
+    """What else the guest is to know."""
+
+    SILENT = 1
+    """To an ENABLE: the host needs no RETURN of this owner."""
+
+
+class KernelWord(IntEnum):
+    """Index of each word of KERNEL's payload. Addresses are the guest's."""
+
+    CPUS = 0
+    SYSCALL_ENTRY = 1
+    MARKER = 2
+    """The function with the sign by which the plugin in QEMU finds this kernel's memory ..."""
+    MARKER_PHYSICAL = 3
+    """... and where it lies."""
+    CPU = 8
+    """By APIC id two physical addresses: of current_task and of preempt_count; 0: no CPU."""
+    VECTORS = 136
+    """The code that each of the 256 vectors of the interrupt descriptor table leads to."""
+
+
+KERNEL_CPUS = 64
+"""How many CPUs KERNEL's payload has room for."""

@@ -1,0 +1,644 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doorbell: the ivshmem server that QEMU connects to, and the loop that answers the guest.
+
+QEMU is given one end of a socket pair and finds an ivshmem server on the other
+(``docs/specs/ivshmem-spec.txt`` in QEMU): protocol version, its peer id, the region's memfd, then
+an eventfd for each vector of each peer. The bridge is the server and peer 1 at once: a guest that
+writes ``1 << 16`` into the device's doorbell register wakes the loop.
+
+The loop trusts nothing that it reads: a request is an op code, three ids and three numbers, each
+bounded by the host's own tables; whatever fails becomes an errno, and is counted. Nor does it
+trust that what it wrote still stands there: a few times a second it mends the words that are the
+host's and looks at all slots, so that a guest that scribbled over the region, or over the hints
+that wake the loop, is served again once it stops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Generic, TypeVar, cast
+
+from bridge.device.abi import (
+    HOST_PEER,
+    KCOV_REMOTE_MAX_HANDLES,
+    KICK_SLOT_BITS,
+    PAGE_SIZE,
+    PAYLOAD_OFFSET,
+    REQUESTS_OFFSET,
+    RESPONSES_OFFSET,
+    SLOT_WORDS,
+    SLOTS,
+    VECTORS,
+    WORD,
+    Answer,
+    HeaderWord,
+    HostState,
+    Op,
+    RequestWord,
+    ResponseWord,
+)
+from bridge.device.fastpath import Doorstep
+from bridge.device.fastpath.plain import UNTOLD_MASK
+from bridge.device.kcov import Device, Kcov
+from bridge.device.region import Region
+from bridge.errors import DoorbellError
+from bridge.sources.guest_kernel.source import GuestKernel
+from bridge.vm.relay import news_value
+
+__all__ = ["Doorbell", "DoorbellCounters", "IvshmemServer"]
+
+C = TypeVar("C")
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+_QEMU_PEER = 0
+_PROTOCOL_VERSION = 0
+_REGION_FOLLOWS = -1
+
+_REQUESTS = REQUESTS_OFFSET // WORD
+_RESPONSES = RESPONSES_OFFSET // WORD
+_PAYLOAD = PAYLOAD_OFFSET // WORD
+_UNREADABLE = 2**64 - 1
+_NAME_WORDS = 56 // WORD
+"""MODULE_NAME_LEN in include/linux/module.h of Linux."""
+# As plain numbers: looking up a member of an enumeration costs as much as reading the region.
+_KICK = int(HeaderWord.KICK)
+_ERROR = int(ResponseWord.ERROR)
+_APPENDED = int(ResponseWord.APPENDED)
+_DROPPED = int(ResponseWord.DROPPED)
+_RETURN = int(Op.RETURN)
+_read_request = struct.Struct(f"{SLOT_WORDS}Q").unpack_from
+_SLOT_MASK = (1 << KICK_SLOT_BITS) - 1
+_MAX_ERRNO = 4095
+_OPENING = frozenset({Op.INIT, Op.MAP, Op.ENABLE, Op.DISABLE, Op.RESET, Op.UNIQUE, Op.REMOTE})
+"""What can be the first request of an instance: the host learns of an open by it."""
+_IN_THE_WAY = frozenset({errno.ENOMEM, errno.EBUSY, errno.EEXIST})
+"""What an instance is told because of what others hold."""
+_LOOKS = range(12)
+"""How often the loop looks for a request while it is awake, between two times that it lets go of
+the interpreter lock: that takes as long as half of these looks."""
+_TAKEN_NS = 100_000
+"""So long between two looks of a loop that is awake, and somebody else had its processor or the
+interpreter lock: Linux gives nobody less than some hundred microseconds."""
+_CROWDED_NS = 50_000_000
+"""How long the loop does not stay awake after that, if more want a processor than there are."""
+_IN_VAIN_NS = 4_000_000
+"""How long it does not after it stayed awake for nothing while others waited for a processor, the
+guest perhaps; twice as long each time that follows, up to _CROWDED_NS, and half as long after each
+time that it was not in vain."""
+_FORGIVEN = 2
+"""How often in a row it may be in vain where nobody waits: as a guest's burst of calls ends."""
+_CLOSE = 5
+"""Requests follow each other closely if no more than this many busy phases lie between."""
+_MEND_NS = 250_000_000
+"""How often the region is mended: well within the time that the guest waits for an answer."""
+_MEND_SHOWS = 8
+"""How many times the host shows itself to a guest that takes it for gone."""
+
+
+class IvshmemServer:
+    """The ivshmem server of one region; each :meth:`connect` is for one QEMU."""
+
+    def __init__(self, region: Region) -> None:
+        with contextlib.ExitStack() as stack:
+            self.bell = self._eventfd(stack)
+            """Readable once the guest has rung."""
+            self._guest_bell = self._eventfd(stack)
+            self._region_fd = region.fd
+            self._stack = stack.pop_all()
+
+    @staticmethod
+    def _eventfd(stack: contextlib.ExitStack) -> int:
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        stack.callback(os.close, fd)
+        return fd
+
+    def connect(self) -> socket.socket:
+        """A socket for QEMU's chardev, with all that QEMU reads while it starts waiting in it.
+
+        It is the caller's to close, once QEMU has it. Raises
+        :class:`bridge.errors.DoorbellError`.
+        """
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._stack.callback(ours.close)
+            self._send(ours, _PROTOCOL_VERSION)
+            self._send(ours, _QEMU_PEER)
+            self._send(ours, _REGION_FOLLOWS, self._region_fd)
+            for _ in range(VECTORS):
+                self._send(ours, HOST_PEER, self.bell)
+            for _ in range(VECTORS):
+                self._send(ours, _QEMU_PEER, self._guest_bell)
+        except OSError as error:
+            raise DoorbellError(f"QEMU could not be told about the region: {error}") from error
+        return theirs
+
+    @staticmethod
+    def _send(sock: socket.socket, value: int, *fds: int) -> None:
+        message = struct.pack("<q", value)
+        if fds:
+            socket.send_fds(sock, [message], list(fds))
+        else:
+            sock.sendall(message)
+
+    def close(self) -> None:
+        """Close sockets and eventfds. Safe to call twice."""
+        self._stack.close()
+
+
+class _Crowd:
+    """Whether more threads want a processor than there are, on this machine, now."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._processors = os.cpu_count() or 1
+        self._fd = -1
+        with contextlib.suppress(OSError):
+            self._fd = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, self._fd)
+
+    def is_there(self) -> bool:
+        """This thread counts as one; true where nobody can tell."""
+        try:
+            # proc_loadavg(5): three averages, then runnable/all.
+            runnable = int(os.pread(self._fd, 64, 0).split()[3].partition(b"/")[0])
+        except (OSError, ValueError, IndexError):
+            return True
+        return runnable > self._processors
+
+
+@dataclass(slots=True)
+class DoorbellCounters:
+    """What the loop saw.
+
+    ``requests``: carried out; ``refused``: of an unknown op or for an unknown instance;
+    ``wakeups``: from sleep, by the bell; ``scans``: looks over all slots, because requests came
+    at the same time or the guest's hint was wrong; ``source_failures``: raised by a source;
+    ``mended``: words of the host's that the guest had overwritten; ``reclaimed``: instances ended
+    because their slots did not name them any more when others were in need of what they held.
+    """
+
+    requests: int = 0
+    refused: int = 0
+    wakeups: int = 0
+    scans: int = 0
+    source_failures: int = 0
+    mended: int = 0
+    reclaimed: int = 0
+
+
+class Doorbell(Generic[C]):
+    """The thread that turns requests in the region into calls on the device.
+
+    ``kernel`` is told what the guest says about its kernel; ``silent``: owners need not tell of
+    their returns, because no source is consumed at them.
+    ``busy_seconds`` is how long the loop stays awake after a request that followed closely on the
+    one before, until it sleeps on the bell: waking up costs more than answering, but a loop that
+    is awake uses a core, which the target or another guest may need. Where somebody takes it away
+    meanwhile, the loop does not stay awake for a while.
+    ``failure`` is the first exception that a source raised; the guest gets no PCs then, and goes
+    on. ``epoch`` (not 0) tells the guest that a new host has come; it grows when the guest takes
+    this one for gone. ``guest_timeouts`` and
+    ``guest_skipped`` are what the guest counted, as of :meth:`look_at_guest` or :meth:`stop`:
+    signals that it gave up waiting for, and returns it did not signal, knowing the host gone.
+    """
+
+    def __init__(
+        self,
+        region: Region,
+        device: Device[C],
+        bell: int,
+        *,
+        busy_seconds: float = 0.0,
+        epoch: int | None = None,
+        kernel: GuestKernel | None = None,
+        silent: bool = False,
+    ) -> None:
+        self.counters = DoorbellCounters()
+        self.failure: BaseException | None = None
+        self.guest_timeouts = 0
+        self.guest_skipped = 0
+        self._device = device
+        self._kernel = kernel
+        self._flags = Answer.SILENT if silent else Answer(0)
+        self._region = region
+        self._control = region.control
+        self._bell = bell
+        self._busy_ns = int(busy_seconds * 1e9)
+        self._epoch = epoch if epoch is not None else (time.time_ns() | 1) & (2**63 - 1)
+        self._slots: list[Kcov[C] | None] = [None] * SLOTS
+        self._handled: list[int] = self._sequence_numbers()
+        # What the host wrote last into each response's SEQ.
+        self._answered: list[int] = [0] * SLOTS
+        self._mend_at = 0
+        self._guest_counts = (0, 0)
+        self._shows = 0
+        self._relayed = False
+        self._stopping = False
+        # Compiled, for what is most often asked; None without.
+        self._step: Doorstep | None = None
+        if Doorstep is not None and device.returns is not None:
+            self._step = Doorstep(
+                region.control,
+                device.returns,
+                self._slots,
+                self._handled,
+                self._answered,
+                self.source_failed,
+            )
+        self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        # Taken and let go for its memory barrier alone: see _doze().
+        self._barrier = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="kcov-doorbell", daemon=True)
+
+    def rely_on_relays(self) -> None:
+        """All that the sources cover for the guest is announced by relays, in ``NEWS``.
+
+        From now on the guest tells only of those returns that find ``NEWS`` changed, by a relay
+        or by the doorbell, which changes it a few times a second for what nobody waits for.
+        Without this call the guest tells of every return.
+        """
+        self._relayed = True
+        self._control[HeaderWord.NEWS] = news_value()
+
+    def start(self) -> None:
+        """Start to answer, and tell the guest so."""
+        self._control[HeaderWord.NEWS] = 0
+        self._control[HeaderWord.HOST_STATE] = HostState.ASLEEP
+        self._control[HeaderWord.HOST_EPOCH] = self._epoch
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop to answer and join the thread. Safe to call twice."""
+        if self._stopping:
+            return
+        self._stopping = True
+        self._awaken()
+        if self._thread.ident is not None:
+            self._thread.join()
+            self.look_at_guest()
+            self._control[HeaderWord.HOST_EPOCH] = 0
+            self._control[HeaderWord.HOST_STATE] = HostState.ASLEEP
+        if self._step is not None:
+            self._step.release()
+        os.close(self._wake)
+
+    def call(self, function: Callable[[], T], timeout: float = 5.0) -> T:
+        """Run ``function`` on the doorbell's thread, which alone may touch the device.
+
+        ``timeout`` in seconds. Raises what the function raises, TimeoutError, and
+        :class:`bridge.errors.DoorbellError` when the thread does not run.
+        """
+        if not self._thread.is_alive():
+            raise DoorbellError("the doorbell's thread does not run")
+        future: Future[object] = Future()
+        self._calls.append((function, future))
+        self._awaken()
+        return cast(T, future.result(timeout))
+
+    def _awaken(self) -> None:
+        """Have the thread look about, asleep or awake."""
+        if self._step is not None:
+            self._step.poke()
+        os.eventfd_write(self._wake, 1)
+
+    def reset(self) -> None:
+        """Forget the guest, which stands still and goes on as another: on the doorbell's thread.
+
+        All instances end, the region is as at the beginning, and the epoch is a new one.
+        """
+        for slot, kcov in self.instances():
+            self._device.release(kcov)
+            self._slots[slot] = None
+        self._region.clear()
+        # In place: they are the compiled part's too.
+        self._handled[:] = self._answered[:] = [0] * SLOTS
+        self._guest_counts = (0, 0)
+        self._shows = 0
+        self._epoch = self._epoch + 2 & (2**63 - 1)
+        self._control[HeaderWord.HOST_EPOCH] = self._epoch
+
+    def instances(self) -> list[tuple[int, Kcov[C]]]:
+        """The open instances with their slots; on the doorbell's thread (see :meth:`call`)."""
+        return [(slot, kcov) for slot, kcov in enumerate(self._slots) if kcov is not None]
+
+    def look_at_guest(self) -> None:
+        """Read what the guest says about itself, bounded by nothing but 64 bits: for people."""
+        self.guest_timeouts = self._control[HeaderWord.GUEST_TIMEOUTS]
+        self.guest_skipped = self._control[HeaderWord.GUEST_SKIPPED]
+
+    def _run(self) -> None:
+        control = self._control
+        calls = self._calls
+        step = self._step
+        clock = time.perf_counter_ns
+        with select.epoll() as epoll, contextlib.ExitStack() as stack:
+            crowd = _Crowd(stack)
+            epoll.register(self._bell, select.EPOLLIN)
+            epoll.register(self._wake, select.EPOLLIN)
+            last = control[_KICK]
+            self._scan()
+            awake_until = previous = looked = crowded_until = 0
+            penalty = _IN_VAIN_NS
+            vain = 0
+            while not self._stopping:
+                kick = control[_KICK]
+                if calls:
+                    # First, or a guest that kicks without end would keep them waiting.
+                    self._call_next()
+                    looked = clock()
+                elif kick != last:
+                    slot = kick & _SLOT_MASK
+                    # One request since the last look: its slot is known. Otherwise look at all.
+                    if kick >> KICK_SLOT_BITS == (last >> KICK_SLOT_BITS) + 1 and slot < SLOTS:
+                        self._serve(slot)
+                    else:
+                        self._scan()
+                    last = kick
+                    if busy := self._busy_ns:
+                        # Worth staying awake for only where requests follow each other closely.
+                        now = clock()
+                        if now < awake_until:
+                            penalty = max(penalty // 2, _IN_VAIN_NS)
+                            vain = 0
+                        if now - previous < _CLOSE * busy and now > crowded_until:
+                            awake_until = now + busy
+                        previous = looked = now
+                        if now >= self._mend_at:
+                            self._mend(now)
+                            looked = clock()
+                elif awake_until and (now := clock()) < awake_until:
+                    if now - looked > _TAKEN_NS and crowd.is_there():
+                        # Others want the processor: to stay awake keeps them and us from it.
+                        awake_until = 0
+                        crowded_until = now + _CROWDED_NS
+                        continue
+                    if step is not None:
+                        step.stay(last, awake_until, self._mend_at, self._busy_ns, _TAKEN_NS)
+                        last, looked = step.last, step.looked
+                        if step.served:
+                            # As above, where requests follow each other closely.
+                            self.counters.requests += step.served
+                            awake_until, previous = step.until, looked
+                            penalty = max(penalty // 2, _IN_VAIN_NS)
+                            vain = 0
+                        if clock() >= self._mend_at:
+                            self._mend(looked)
+                            looked = clock()
+                        continue
+                    looked = now
+                    # Awake, but the target may have the GIL; time.sleep(0) would cost a timer.
+                    epoll.poll(0)
+                    for _ in _LOOKS:
+                        if control[_KICK] != last:
+                            break
+                else:
+                    if awake_until:
+                        awake_until = 0
+                        vain += 1
+                        if vain > _FORGIVEN or crowd.is_there():
+                            crowded_until = max(crowded_until, now + penalty)
+                            penalty = min(2 * penalty, _CROWDED_NS)
+                    # Where it would not stay awake, the next request's bell is for waking it up.
+                    self._doze(epoll, last, looked > crowded_until)
+
+    def _doze(self, epoll: select.epoll, last: int, awake_then: bool) -> None:
+        """Sleep until the guest rings, unless it kicked while we were about to.
+
+        ``awake_then``: the guest need not ring after that, until the next time.
+        The guest writes KICK and then reads HOST_STATE; we write HOST_STATE and then read KICK.
+        With a full barrier between the two on either side, at least one sees the other's write:
+        no kick is slept through. Taking a lock is a locked instruction, so a full barrier, on
+        x86; the guest has its own in the compare-and-exchange that moves KICK.
+        """
+        control = self._control
+        now = time.perf_counter_ns()
+        if now >= self._mend_at:
+            self._mend(now)
+        control[HeaderWord.HOST_STATE] = HostState.ASLEEP
+        with self._barrier:
+            pass
+        if control[HeaderWord.KICK] == last:
+            # Not for ever: the guest may have overwritten what says that it has to ring.
+            events = [fd for fd, _ in epoll.poll(_MEND_NS / 1e9)]
+            if self._wake in events:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake)
+            if self._bell in events:
+                self.counters.wakeups += 1
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._bell)
+                # A bell without a kick: a guest that lost count, or one that plays with it.
+                if control[HeaderWord.KICK] == last:
+                    self._scan()
+        if awake_then and self._busy_ns:
+            control[HeaderWord.HOST_STATE] = HostState.AWAKE
+
+    def _mend(self, now: int) -> None:
+        """Restore what the host wrote, and look at all slots whatever the hints say."""
+        self._mend_at = now + _MEND_NS
+        control = self._control
+        counters = self.counters
+        counters.mended += self._region.restore_header()
+        counts = (control[HeaderWord.GUEST_TIMEOUTS], control[HeaderWord.GUEST_SKIPPED])
+        if counts != self._guest_counts:
+            # The guest takes the host for gone until a lost answer turns up, which it never does
+            # where the request was overwritten. A new epoch says that the host is here; more than
+            # one, because the guest counts before it looks at the epoch.
+            self._guest_counts = counts
+            self._shows = _MEND_SHOWS
+        elif control[HeaderWord.HOST_EPOCH] != self._epoch:
+            counters.mended += 1
+        if self._shows:
+            self._shows -= 1
+            self._epoch = self._epoch + 2 & (2**63 - 1)
+        control[HeaderWord.HOST_EPOCH] = self._epoch
+        control[HeaderWord.NEWS] = news_value() if self._relayed else 0
+        if self._kernel is not None:
+            self._kernel.tick()
+        self._scan()
+        answers = control[_RESPONSES : _RESPONSES + SLOTS * SLOT_WORDS : SLOT_WORDS].tolist()
+        if answers != self._answered:
+            for slot, (now_there, ours) in enumerate(zip(answers, self._answered, strict=True)):
+                if now_there != ours:
+                    counters.mended += 1
+                    control[_RESPONSES + slot * SLOT_WORDS + ResponseWord.SEQ] = ours
+
+    def _call_next(self) -> None:
+        function, future = self._calls.popleft()
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+    def _sequence_numbers(self) -> list[int]:
+        end = _REQUESTS + SLOTS * SLOT_WORDS
+        return self._control[_REQUESTS:end:SLOT_WORDS].tolist()
+
+    def _scan(self) -> None:
+        """Serve every slot whose request is new."""
+        self.counters.scans += 1
+        current = self._sequence_numbers()
+        if current == self._handled:
+            return
+        for slot, (now, before) in enumerate(zip(current, self._handled, strict=True)):
+            if now != before:
+                self._serve(slot)
+
+    def _serve(self, slot: int) -> None:
+        """Carry out the request in ``slot``, if it is new, and answer it."""
+        if self._step is not None and self._step.serve(slot):
+            self.counters.requests += 1
+            return
+        control = self._control
+        sequence, op, generation, task, arg0, arg1, arg2, _ = _read_request(
+            control, REQUESTS_OFFSET + slot * (SLOT_WORDS * WORD)
+        )
+        if sequence == self._handled[slot]:
+            return
+        self._handled[slot] = sequence
+        answer = _RESPONSES + slot * SLOT_WORDS
+        kcov = self._slots[slot]
+        if op == _RETURN and kcov is not None and kcov.generation == generation:
+            # The hot path: straight to the device.
+            try:
+                error = self._device.syscall_return(kcov, task, arg0, arg1 & UNTOLD_MASK)
+            except Exception as failure:
+                error = self._source_failed(failure)
+        else:
+            error = self._carry_out(slot, op, generation, task, (arg0, arg1, arg2))
+            kcov = self._slots[slot]
+            control[answer + ResponseWord.FLAGS] = self._flags if op != Op.REMOTE else Answer.SILENT
+        self.counters.requests += 1
+        control[answer + _ERROR] = error if 0 <= error <= _MAX_ERRNO else errno.EIO
+        if kcov is not None:
+            control[answer + _APPENDED] = kcov.appended
+            control[answer + _DROPPED] = kcov.dropped
+        # SEQ, the first of its words.
+        control[answer] = sequence
+        self._answered[slot] = sequence
+
+    def _carry_out(
+        self, slot: int, op: int, generation: int, task: int, args: tuple[int, int, int]
+    ) -> int:
+        device = self._device
+        kcov = self._slots[slot]
+        if op in (Op.KERNEL, Op.MODULE):
+            return self._hear_kernel(op, args)
+        if kcov is not None and kcov.generation != generation:
+            # Its release was lost: the slot belongs to a new open now.
+            device.release(kcov)
+            kcov = self._slots[slot] = None
+        if op == Op.RELEASE:
+            if kcov is not None:
+                device.release(kcov)
+                self._slots[slot] = None
+            return 0
+        if kcov is None:
+            if op not in _OPENING:
+                self.counters.refused += 1
+                return errno.EINVAL
+            kcov = self._slots[slot] = device.open(generation, slot)
+        error = self._operate(slot, kcov, op, task, args)
+        if error in _IN_THE_WAY and self._reclaim(slot):
+            error = self._operate(slot, kcov, op, task, args)
+        return error
+
+    def _operate(
+        self, slot: int, kcov: Kcov[C], op: int, task: int, args: tuple[int, int, int]
+    ) -> int:
+        device = self._device
+        try:
+            if op == Op.INIT:
+                return device.init_trace(kcov, args[0])
+            if op == Op.MAP:
+                error, offset = device.map(kcov, *args)
+                at = _RESPONSES + slot * SLOT_WORDS
+                self._control[at + ResponseWord.AREA_OFFSET] = offset
+                return error
+            if op == Op.ENABLE:
+                return device.enable(kcov, task, args[0], args[1])
+            if op == Op.UNIQUE:
+                return device.unique_enable(kcov, task, args[0], args[1])
+            if op == Op.REMOTE:
+                mode = args[0] & 0xFFFFFFFF
+                return device.remote_enable(kcov, task, mode, self._handles(args[1]), args[2])
+        except Exception as failure:
+            return self._source_failed(failure)
+        if op == Op.DISABLE:
+            return device.disable(kcov, task, args[0], args[1] & UNTOLD_MASK)
+        if op == Op.RESET:
+            return device.reset_trace(kcov, task, args[0])
+        if op == Op.EXIT:
+            return device.task_exit(kcov, task, args[1] & UNTOLD_MASK)
+        if op == Op.CLOSE:
+            return device.last_close(kcov, task, args[1] & UNTOLD_MASK)
+        self.counters.refused += 1
+        return errno.EINVAL
+
+    def _hear_kernel(self, op: int, args: tuple[int, int, int]) -> int:
+        """The guest's module describes its kernel."""
+        if self._kernel is None:
+            return errno.EOPNOTSUPP
+        payload = self._control[_PAYLOAD : _PAYLOAD + PAGE_SIZE // WORD]
+        try:
+            if op == Op.KERNEL:
+                return self._kernel.describe(payload.tolist())
+            name = payload[:_NAME_WORDS].tobytes().partition(b"\0")[0].decode("ascii", "replace")
+            return self._kernel.module(name, args[0] == 1, args[1], args[2])
+        except Exception as failure:
+            return self._source_failed(failure)
+
+    def _reclaim(self, asking: int) -> int:
+        """End the instances whose slots do not name them any more, but for the slot ``asking``.
+
+        Returns how many there were.
+
+        The slot's next request would end them, but a slot that nobody uses has none. Requests that
+        the guest's module did not write leave such instances: they hold room, or go by the name
+        of a task that is another's.
+        """
+        generations = self._control[
+            _REQUESTS + RequestWord.GENERATION : _RESPONSES : SLOT_WORDS
+        ].tolist()
+        ended = 0
+        for slot, kcov in enumerate(self._slots):
+            if kcov is not None and slot != asking and kcov.generation != generations[slot]:
+                self._device.release(kcov)
+                self._slots[slot] = None
+                ended += 1
+        self.counters.reclaimed += ended
+        return ended
+
+    def _handles(self, count: int) -> list[int] | None:
+        """The payload of a REMOTE request: None if unreadable, one too many for any more."""
+        if count == _UNREADABLE:
+            return None
+        handles: list[int] = self._control[
+            _PAYLOAD : _PAYLOAD + min(count, KCOV_REMOTE_MAX_HANDLES + 1)
+        ].tolist()
+        return handles
+
+    def source_failed(self, failure: Exception) -> None:
+        """Count what a source raised, and keep the first; on the doorbell's thread."""
+        self.counters.source_failures += 1
+        if self.failure is None:
+            self.failure = failure
+            logger.error("a coverage source failed; the guest gets no PCs from it: %r", failure)
+
+    def _source_failed(self, failure: Exception) -> int:
+        """Nothing that a source does may end the loop or hang a guest."""
+        self.source_failed(failure)
+        return errno.EIO

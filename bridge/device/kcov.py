@@ -1,0 +1,554 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kcov device: one :class:`Kcov` per open descriptor, and the :class:`Device` that holds them.
+
+Pure logic, without a VM or a socket. Every method answers with an errno (0 for success), as the
+ioctl, the mmap or the exit in the guest is to end. Two personalities:
+
+* ``linux`` follows ``kernel/kcov.c`` in Linux,
+* ``gvisor`` follows ``pkg/sentry/kernel/kcov.go`` in gVisor.
+
+The life of an instance::
+
+                INIT_TRACE            ENABLE
+    DISABLED ───────────────▶ INIT ───────────▶ TRACE_PC, UNIQUE_PC, TRACE_CMP
+                               ▲                   │
+                               └── DISABLE, exit ──┘       release ends it from any mode
+
+Not thread-safe: the doorbell's thread alone calls in.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Generic, Protocol, TypeVar
+
+from bridge.device.abi import (
+    ENOTSUPP,
+    GVISOR_MAX_WORDS,
+    KCOV_REMOTE_MAX_HANDLES,
+    KCOV_TRACE_CMP,
+    KCOV_TRACE_PC,
+    LINUX_MAX_WORDS,
+    PAGE_SIZE,
+    WORD,
+)
+from bridge.device.fastpath import KcovState, Returns, Totals
+from bridge.device.region import Area
+from bridge.sources.comparisons import Comparison, ComparisonCursor
+
+__all__ = [
+    "Areas",
+    "Comparisons",
+    "Coverage",
+    "Device",
+    "Kcov",
+    "Mode",
+    "Personality",
+    "Totals",
+    "Watcher",
+]
+
+Errno = int
+Task = int
+"""Names a guest thread: never 0, and different for every thread that was made an owner."""
+
+C = TypeVar("C")
+
+# Handles: include/uapi/linux/kcov.h, KCOV_SUBSYSTEM_* and KCOV_*_MASK.
+_SUBSYSTEM_BITS = 0xFF << 56
+_INSTANCE_BITS = 0xFFFFFFFF
+_HANDLE_BITS = _SUBSYSTEM_BITS | _INSTANCE_BITS
+_SUBSYSTEM_USB = 0x01 << 56
+
+
+class Personality(Enum):
+    """Which kcov the device behaves like where the two differ."""
+
+    LINUX = "linux"
+    GVISOR = "gvisor"
+
+
+class Mode(Enum):
+    """``enum kcov_mode`` in Linux' ``kernel/kcov.c``."""
+
+    DISABLED = "disabled"
+    INIT = "init"
+    TRACE_PC = "trace-pc"
+    UNIQUE_PC = "unique-pc"
+    TRACE_CMP = "trace-cmp"
+
+
+# A plain name: looking up the member of the enumeration costs as much as appending a PC.
+_UNIQUE_PC = Mode.UNIQUE_PC
+
+
+class Areas(Protocol):
+    """Where areas come from: :class:`bridge.device.region.Region`."""
+
+    def has_room(self, size: int) -> bool:
+        """Whether an area of ``size`` words could be had now."""
+
+    def allocate(self, size: int) -> Area | None:
+        """A zeroed area of ``size`` words, or None."""
+
+    def free(self, area: Area) -> None:
+        """Take an area back."""
+
+
+class Coverage(Protocol[C]):
+    """Where PCs come from: :class:`bridge.sources.ledger.Ledger`."""
+
+    def open_cursor(self) -> C:
+        """A cursor that stands at now: what was covered before is not for its owner."""
+
+    def collect(self, cursor: C) -> Sequence[int]:
+        """What was covered since the cursor's last collect, each block once."""
+
+    def close_cursor(self, cursor: C) -> None:
+        """The cursor is not used any more."""
+
+
+class Comparisons(Protocol):
+    """Where records come from: :class:`bridge.sources.comparisons.ComparisonLedger`."""
+
+    def open_cursor(self) -> ComparisonCursor:
+        """As :class:`Coverage`."""
+
+    def collect(self, cursor: ComparisonCursor) -> tuple[Sequence[Comparison], int]:
+        """The comparisons since the cursor's last collect, and how many more were dropped."""
+
+    def close_cursor(self, cursor: ComparisonCursor) -> None:
+        """As :class:`Coverage`."""
+
+
+class Watcher(Protocol):
+    """Who writes PCs into areas by itself: :class:`bridge.sources.guest_kernel.source.GuestKernel`.
+
+    Instances are named by their slots.
+    """
+
+    def attach(self, slot: int, area: Area, task: int) -> None:
+        """The task with this address in the guest traces into the area from now on."""
+
+    def counts(self, slot: int) -> tuple[int, int]:
+        """PCs appended and dropped since :meth:`attach`."""
+
+    def detach(self, slot: int) -> tuple[int, int]:
+        """Nobody writes into the area any more; as :meth:`counts`."""
+
+
+class Kcov(KcovState, Generic[C]):
+    """One open descriptor. The fields are the device's; read them, don't write them.
+
+    ``area`` is None before INIT_TRACE (linux) or the first mmap (gvisor). ``retired`` are areas
+    of the gvisor personality that DISABLE dropped while mappings of them may be left. ``handles``
+    are those of KCOV_REMOTE_ENABLE; an instance that has some gets what is done on their behalf,
+    and nothing of its owner's own calls: it has no cursor. Nor has one of mode TRACE_CMP: its
+    ``comparing`` is a cursor of another kind, and ``appended`` and ``dropped`` count comparisons.
+    ``compares`` says that the last ENABLE was for these.
+    """
+
+    __slots__ = (
+        "compares",
+        "comparing",
+        "handles",
+        "mode",
+        "retired",
+        "size",
+        "slot",
+        "watched",
+    )
+
+    def __init__(self, generation: int, slot: int = 0) -> None:
+        super().__init__(generation)
+        self.slot = slot
+        # What the watcher has written for the owner, as far as it is in appended and dropped.
+        self.watched = (0, 0)
+        self.mode = Mode.DISABLED
+        self.size = 0
+        self.retired: list[Area] = []
+        self.comparing: ComparisonCursor | None = None
+        self.compares = False
+        self.handles: tuple[int, ...] = ()
+
+
+class Device(Generic[C]):
+    """The kcov device of one guest.
+
+    ``syscall_pc`` maps a system call's number to the PC that stands for it, or to None; where it
+    is given, each return appends that PC first. ``unique`` is every PC that any area was given, but
+    for those that ``watcher`` wrote. Without ``comparisons`` TRACE_CMP is refused.
+    """
+
+    def __init__(
+        self,
+        areas: Areas,
+        coverage: Coverage[C],
+        personality: Personality = Personality.LINUX,
+        syscall_pc: Callable[[int], int | None] | None = None,
+        watcher: Watcher | None = None,
+        comparisons: Comparisons | None = None,
+    ) -> None:
+        self.personality = personality
+        self._comparisons = comparisons
+        self._watcher = watcher
+        self.totals = Totals()
+        self.unique: set[int] = set()
+        self._areas = areas
+        self._coverage = coverage
+        self._syscall_pc = syscall_pc
+        self._remotes: dict[int, Kcov[C]] = {}
+        # The bit of each PC in the bitmaps of UNIQUE_PC; bounded by the number of PCs there are.
+        self._bits: dict[int, int] = {}
+        self._owners: dict[Task, Kcov[C]] = {}
+        # In the order of their opening, as dicts keep it.
+        self._open: dict[Kcov[C], None] = {}
+        # Compiled, for the returns of most owners.
+        self.returns: Returns | None = None
+        if Returns is not None:
+            watched = self.count_watched if watcher is not None else None
+            self.returns = Returns(coverage, self.totals, self.unique, syscall_pc, watched)
+
+    @property
+    def instances(self) -> int:
+        """How many instances are open."""
+        return len(self._open)
+
+    @property
+    def enabled(self) -> int:
+        """How many instances trace a task now."""
+        return len(self._owners)
+
+    def open(self, generation: int = 0, slot: int = 0) -> Kcov[C]:
+        """A new instance, mode DISABLED, in a slot that no other open instance has."""
+        kcov: Kcov[C] = Kcov(generation, slot)
+        self._open[kcov] = None
+        return kcov
+
+    def init_trace(self, kcov: Kcov[C], size: int) -> Errno:
+        """KCOV_INIT_TRACE: ``size`` words. The order of checks is the personality's own."""
+        if self.personality is Personality.GVISOR:
+            if kcov.mode is not Mode.DISABLED:
+                return errno.EBUSY
+            if size * WORD % PAGE_SIZE or not 2 <= size <= GVISOR_MAX_WORDS:
+                return errno.EINVAL
+        else:
+            if not 2 <= size <= LINUX_MAX_WORDS:
+                return errno.EINVAL
+            # Linux allocates first and throws the area away when it finds the instance in use.
+            if not self._areas.has_room(size):
+                return errno.ENOMEM
+            if kcov.mode is not Mode.DISABLED:
+                return errno.EBUSY
+            kcov.area = self._areas.allocate(size)
+        kcov.size = size
+        kcov.mode = Mode.INIT
+        return 0
+
+    def map(
+        self, kcov: Kcov[C], length: int, page_offset: int, live_mappings: int = 1
+    ) -> tuple[Errno, int]:
+        """mmap of ``length`` bytes: (errno, offset of the area in the region in bytes).
+
+        ``live_mappings`` is how many mappings of this instance the guest still has: areas that
+        were dropped are given back when there is none.
+        """
+        if self.personality is Personality.GVISOR:
+            if kcov.mode is not Mode.INIT:
+                return errno.EINVAL, 0
+        elif kcov.mode is Mode.DISABLED:
+            return errno.EINVAL, 0
+        if page_offset or length != kcov.size * WORD:
+            return errno.EINVAL, 0
+        if kcov.area is None:
+            if live_mappings == 0:
+                self._free_retired(kcov)
+            kcov.area = self._areas.allocate(kcov.size)
+            if kcov.area is None:
+                return errno.ENOMEM, 0
+        return 0, kcov.area.offset
+
+    def enable(self, kcov: Kcov[C], task: Task, mode: int, address: int = 0) -> Errno:
+        """KCOV_ENABLE by ``task``. Coverage gathered before is dropped, word 0 left alone.
+
+        ``address`` is that of the task's task_struct, for the watcher.
+        """
+        if kcov.mode is not Mode.INIT or kcov.area is None:
+            return errno.EINVAL
+        busy = kcov.owner is not None or task in self._owners
+        if self.personality is Personality.GVISOR:
+            # gVisor's kcovFD.Ioctl looks at the low byte alone.
+            error = _mode_error(mode & 0xFF, errno.EOPNOTSUPP) or (errno.EBUSY if busy else 0)
+        else:
+            if mode == KCOV_TRACE_CMP and self._comparisons is not None and not busy:
+                kcov.comparing = self._comparisons.open_cursor()
+                self._own(kcov, task, Mode.TRACE_CMP)
+                return 0
+            error = errno.EBUSY if busy else _mode_error(mode, ENOTSUPP)
+        if error:
+            return error
+        self._begin(kcov, task, Mode.TRACE_PC, address)
+        return 0
+
+    def unique_enable(
+        self, kcov: Kcov[C], task: Task, bitmap_words: int, address: int = 0
+    ) -> Errno:
+        """KCOV_UNIQUE_ENABLE by ``task``: each PC once, until it is reset.
+
+        The first ``bitmap_words`` words of the area become the bitmap of the PCs already written,
+        the rest is a smaller area. As ``kcov_handle_unique_enable`` in the patches for Linux.
+        """
+        if self.personality is Personality.GVISOR:
+            return errno.ENOTTY
+        if kcov.mode is not Mode.INIT or kcov.area is None:
+            return errno.EINVAL
+        if kcov.owner is not None or task in self._owners:
+            return errno.EBUSY
+        if not 1 <= bitmap_words < kcov.size - 1:
+            return errno.EINVAL
+        kcov.area.bitmap_words = bitmap_words
+        self._begin(kcov, task, Mode.UNIQUE_PC, address)
+        return 0
+
+    def remote_enable(
+        self,
+        kcov: Kcov[C],
+        task: Task,
+        mode: int,
+        handles: Sequence[int] | None,
+        common_handle: int = 0,
+    ) -> Errno:
+        """KCOV_REMOTE_ENABLE by ``task``: what is done on behalf of the handles goes here.
+
+        ``handles`` is None where the guest could not read the argument, and may be longer than
+        allowed. As ``kcov_ioctl`` and ``kcov_ioctl_locked`` in Linux.
+        """
+        if self.personality is Personality.GVISOR:
+            return errno.ENOTTY
+        if handles is None:
+            return errno.EFAULT
+        if len(handles) > KCOV_REMOTE_MAX_HANDLES:
+            return errno.EINVAL
+        if kcov.mode is not Mode.INIT or kcov.area is None:
+            return errno.EINVAL
+        if kcov.owner is not None or task in self._owners:
+            return errno.EBUSY
+        error = _mode_error(mode, ENOTSUPP) or self._take_handles(kcov, handles, common_handle)
+        if error:
+            self._leave_handles(kcov)
+            return error
+        self._own(kcov, task, Mode.TRACE_PC)
+        return 0
+
+    def _take_handles(self, kcov: Kcov[C], handles: Sequence[int], common_handle: int) -> Errno:
+        for handle in handles:
+            if handle & ~_HANDLE_BITS or handle & _SUBSYSTEM_BITS != _SUBSYSTEM_USB:
+                return errno.EINVAL
+            if handle in self._remotes:
+                return errno.EEXIST
+            self._remotes[handle] = kcov
+            kcov.handles += (handle,)
+        if common_handle:
+            # Of the subsystem 0, and not the instance 0.
+            if common_handle & ~_INSTANCE_BITS:
+                return errno.EINVAL
+            if common_handle in self._remotes:
+                return errno.EEXIST
+            self._remotes[common_handle] = kcov
+            kcov.handles += (common_handle,)
+        return 0
+
+    def _leave_handles(self, kcov: Kcov[C]) -> None:
+        for handle in kcov.handles:
+            del self._remotes[handle]
+        kcov.handles = ()
+
+    def remote_coverage(self, handle: int, pcs: Sequence[int]) -> bool:
+        """``pcs`` were covered on behalf of ``handle``: for the instance that enabled it.
+
+        Returns whether there is one; as in Linux, coverage for nobody is nobody's.
+        """
+        kcov = self._remotes.get(handle)
+        if kcov is None or kcov.area is None:
+            return False
+        self._append(kcov, kcov.area, pcs)
+        return True
+
+    def _begin(self, kcov: Kcov[C], task: Task, mode: Mode, address: int) -> None:
+        kcov.cursor = self._coverage.open_cursor()
+        self._own(kcov, task, mode)
+        if self._watcher is not None and kcov.area is not None:
+            self._watcher.attach(kcov.slot, kcov.area, address)
+
+    def _own(self, kcov: Kcov[C], task: Task, mode: Mode) -> None:
+        kcov.owner = task
+        kcov.mode = mode
+        kcov.compares = mode is Mode.TRACE_CMP
+        self._owners[task] = kcov
+
+    def count_watched(self, kcov: Kcov[C]) -> None:
+        """Bring ``appended`` and ``dropped`` up to date with what the watcher wrote."""
+        if self._watcher is not None and kcov.cursor is not None:
+            self._add_watched(kcov, self._watcher.counts(kcov.slot))
+
+    def _add_watched(self, kcov: Kcov[C], counts: tuple[int, int]) -> None:
+        appended, dropped = counts[0] - kcov.watched[0], counts[1] - kcov.watched[1]
+        kcov.watched = counts
+        kcov.appended += appended
+        kcov.dropped += dropped
+        self.totals.appended += appended
+        self.totals.dropped += dropped
+
+    def reset_trace(self, kcov: Kcov[C], task: Task, argument: int) -> Errno:
+        """KCOV_RESET_TRACE by ``task``: count and bitmap become 0."""
+        if self.personality is Personality.GVISOR:
+            return errno.ENOTTY
+        if argument or kcov.owner is None or kcov.owner != task or kcov.area is None:
+            return errno.EINVAL
+        kcov.area.reset()
+        return 0
+
+    def disable(self, kcov: Kcov[C], task: Task, argument: int, untold: int = 0) -> Errno:
+        """KCOV_DISABLE by ``task``, with the ioctl's argument.
+
+        ``untold`` here and below: returns since the owner's last request.
+        """
+        if argument or kcov.owner is None or kcov.owner != task:
+            return errno.EINVAL
+        self._reset(kcov, untold)
+        return 0
+
+    def task_exit(self, kcov: Kcov[C], task: Task, untold: int = 0) -> Errno:
+        """``task`` is gone: an instance that it owned goes back to INIT."""
+        if kcov.owner is not None and kcov.owner == task:
+            self._reset(kcov, untold)
+        return 0
+
+    def last_close(self, kcov: Kcov[C], task: Task, untold: int = 0) -> Errno:
+        """No descriptor is left, while ``task`` owns the instance: 0 if that ends the ownership.
+
+        gVisor clears the instance (``kcovFD.Release``). In Linux the task holds a reference to it
+        and traces on: EPERM.
+        """
+        if self.personality is not Personality.GVISOR:
+            return errno.EPERM
+        return self.task_exit(kcov, task, untold)
+
+    def release(self, kcov: Kcov[C]) -> Errno:
+        """The last reference is gone: the instance ends and its areas go back."""
+        if kcov.owner is not None:
+            self._reset(kcov)
+        self._free_retired(kcov)
+        if kcov.area is not None:
+            self._areas.free(kcov.area)
+            kcov.area = None
+        kcov.mode = Mode.DISABLED
+        kcov.size = 0
+        del self._open[kcov]
+        return 0
+
+    def read_areas(self) -> list[int]:
+        """The PCs that stand in the areas of the open instances, one instance after the other.
+
+        No more of each than it was given: a count that the guest made up costs no memory.
+        """
+        pcs: list[int] = []
+        for kcov in self._open:
+            self.count_watched(kcov)
+            if kcov.area is not None and not kcov.compares:
+                pcs += kcov.area.read(kcov.appended)
+        return pcs
+
+    def syscall_return(self, kcov: Kcov[C], task: Task, number: int, untold: int = 0) -> Errno:
+        """A system call of the owner returns: everything covered since goes into its area.
+
+        EINVAL where ``task`` is not the owner. A source that raises is the caller's to handle;
+        the area is untouched then.
+        """
+        if self.returns is not None:
+            error = self.returns.syscall_return(kcov, task, number, untold)
+            if error is not None:
+                return error
+        area = kcov.area
+        cursor: C | None = kcov.cursor
+        if kcov.owner != task or area is None or cursor is None:
+            return self._return_without_cursor(kcov, task, untold)
+        totals = self.totals
+        totals.returns += 1 + untold
+        pcs = self._coverage.collect(cursor)
+        if self._syscall_pc is not None:
+            pc = self._syscall_pc(number)
+            if pc is not None:
+                pcs = [pc, *pcs]
+        if kcov.mode is _UNIQUE_PC and pcs:
+            pcs = area.unseen(pcs, self._bits)
+        if pcs:
+            self._append(kcov, area, pcs)
+        if self._watcher is not None:
+            self.count_watched(kcov)
+        return 0
+
+    def _return_without_cursor(self, kcov: Kcov[C], task: Task, untold: int) -> Errno:
+        """:meth:`syscall_return` where there are no PCs to have: of mode TRACE_CMP, or refused."""
+        if kcov.owner != task or kcov.area is None or kcov.comparing is None:
+            return errno.EINVAL
+        assert self._comparisons is not None
+        totals = self.totals
+        totals.returns += 1 + untold
+        records, dropped = self._comparisons.collect(kcov.comparing)
+        fitted = kcov.area.append_comparisons(records)
+        dropped += len(records) - fitted
+        kcov.appended += fitted
+        kcov.dropped += dropped
+        totals.comparisons += fitted
+        totals.comparisons_dropped += dropped
+        return 0
+
+    def _append(self, kcov: Kcov[C], area: Area, pcs: Sequence[int]) -> None:
+        totals = self.totals
+        total = len(pcs)
+        fitted = area.append(pcs)
+        kcov.appended += fitted
+        totals.appended += fitted
+        if fitted != total:
+            kcov.dropped += total - fitted
+            totals.dropped += total - fitted
+            pcs = pcs[:fitted]
+        self.unique.update(pcs)
+
+    def _reset(self, kcov: Kcov[C], untold: int = 0) -> None:
+        """Back to INIT, without an owner."""
+        if kcov.owner is not None:
+            del self._owners[kcov.owner]
+        if kcov.cursor is not None or kcov.comparing is not None:
+            self.totals.returns += untold
+        if kcov.cursor is not None:
+            if self._watcher is not None:
+                self._add_watched(kcov, self._watcher.detach(kcov.slot))
+                kcov.watched = (0, 0)
+            self._coverage.close_cursor(kcov.cursor)
+        if kcov.comparing is not None and self._comparisons is not None:
+            self._comparisons.close_cursor(kcov.comparing)
+        kcov.owner = None
+        kcov.cursor = None
+        kcov.comparing = None
+        kcov.mode = Mode.INIT
+        self._leave_handles(kcov)
+        if kcov.area is not None:
+            kcov.area.bitmap_words = 0
+        if self.personality is Personality.GVISOR and kcov.area is not None:
+            kcov.retired.append(kcov.area)
+            kcov.area = None
+
+    def _free_retired(self, kcov: Kcov[C]) -> None:
+        for area in kcov.retired:
+            self._areas.free(area)
+        kcov.retired.clear()
+
+
+def _mode_error(mode: int, unsupported: Errno) -> Errno:
+    if mode == KCOV_TRACE_PC:
+        return 0
+    return unsupported if mode == KCOV_TRACE_CMP else errno.EINVAL

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shared region: the memory that the guest sees as the BAR of its ivshmem device.
+
+The only module that touches raw shared memory. Everything behind ``AREAS_OFFSET`` is handed out
+in whole pages as :class:`Area`; every view is made with bounds that the host chose itself, so no
+value that a guest writes can move an access elsewhere.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from array import array
+from bisect import insort
+from collections.abc import Sequence
+from itertools import chain
+
+from bridge.device.abi import (
+    AREAS_OFFSET,
+    HOST_PEER,
+    KCOV_WORDS_PER_CMP,
+    MAGIC,
+    PAGE_SIZE,
+    REQUESTS_OFFSET,
+    RESPONSES_OFFSET,
+    SLOTS,
+    VERSION,
+    WORD,
+    HeaderWord,
+)
+from bridge.device.fastpath import AreaWords
+from bridge.errors import RegionError, UsageError
+from bridge.sources.comparisons import Comparison
+
+__all__ = ["Area", "Region"]
+
+_MIN_BYTES = 1 << 20
+_MAX_BYTES = 1 << 40
+
+
+class Area(AreaWords):
+    """One kcov area: word 0 is the number of PCs, the PCs follow. Or comparisons, of four words.
+
+    ``offset`` and ``bytes`` are where it lies in the region (bytes, whole pages); ``size`` is its
+    number of words, which may be smaller than its pages. ``bitmap_words`` words at its start are a
+    bitmap (:meth:`unseen`); count and PCs come behind it.
+    """
+
+    __slots__ = ("_memory", "bytes", "offset")
+
+    def __init__(
+        self, memory: mmap.mmap, words: memoryview, offset: int, size: int, length: int
+    ) -> None:
+        super().__init__(words, size)
+        self._memory = memory
+        self.offset = offset
+        self.bytes = length
+
+    @property
+    def count(self) -> int:
+        """The count as it stands: whatever the guest wrote, 0 to 2**64-1."""
+        value: int = self._words[self.bitmap_words]
+        return value
+
+    def append_comparisons(self, comparisons: Sequence[Comparison]) -> int:
+        """Append records after those that word 0 counts; returns how many fitted.
+
+        As ``write_comp_data`` in Linux' ``kernel/kcov.c``: a record fits where its last word does;
+        where word 0 points outside the area nothing is written.
+        """
+        words = self._words
+        count = words[0]
+        fitting = min((self.size - 1) // KCOV_WORDS_PER_CMP - count, len(comparisons))
+        if fitting <= 0:
+            return 0
+        start = 1 + count * KCOV_WORDS_PER_CMP
+        flat = array("Q", chain.from_iterable(comparisons[:fitting]))
+        words[start : start + len(flat)] = memoryview(flat)
+        words[0] = count + fitting
+        return fitting
+
+    def unseen(self, pcs: Sequence[int], numbers: dict[int, int]) -> list[int]:
+        """Those of ``pcs`` whose bit in the bitmap is not set yet; it is set now.
+
+        ``numbers`` gives each PC its bit, for as long as the device lives; new PCs are added to
+        it. A PC whose bit lies behind the bitmap is always new. As
+        ``__sanitizer_cov_trace_pc_guard`` in the patches for Linux.
+        """
+        words = self._words
+        bits = self.bitmap_words * 64
+        news = []
+        for pc in pcs:
+            # Even ones from 2 on: the odd ones are the guest kernel's, see tcg/kcov_tcg.c.
+            number = numbers.setdefault(pc, 2 * len(numbers) + 2)
+            if number < bits:
+                index, bit = number >> 6, 1 << (number & 63)
+                word = words[index]
+                if word & bit:
+                    continue
+                words[index] = word | bit
+            news.append(pc)
+        return news
+
+    def reset(self) -> None:
+        """Set the count to 0 and clear the bitmap."""
+        head = self.bitmap_words
+        pages = head * WORD // PAGE_SIZE * PAGE_SIZE
+        if pages:
+            # However large the guest chose it, this takes neither time nor memory.
+            self._memory.madvise(mmap.MADV_REMOVE, self.offset, pages)
+        rest = pages // WORD
+        # With the count behind the bitmap.
+        self._words[rest : head + 1] = memoryview(bytes((head + 1 - rest) * WORD)).cast("Q")
+
+    def read(self, most: int | None = None) -> list[int]:
+        """The PCs that the count counts, as far as they lie inside the area: ``most`` at most."""
+        head = self.bitmap_words
+        count = min(self.count, self.size - 1 - head)
+        if most is not None:
+            count = min(count, most)
+        return self._words[head + 1 : head + 1 + count].tolist()
+
+
+class Region:
+    """A memfd of ``size`` bytes (a power of two), mapped, with its header written.
+
+    It is sealed against resizing, so that no process which holds the descriptor can make an
+    access fault. Pages exist only once they are touched: a large region costs address space.
+
+    Raises :class:`bridge.errors.UsageError` for an impossible size and
+    :class:`bridge.errors.RegionError` where the system has no room.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size & (size - 1) or not _MIN_BYTES <= size <= _MAX_BYTES:
+            raise UsageError(
+                f"a region of {size} bytes is not possible",
+                hint="choose a power of two from 1 MiB on; the PCI device needs that",
+            )
+        self.size = size
+        self.fd = -1
+        try:
+            self.fd = os.memfd_create("kcov-bridge", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(self.fd, size)
+            fcntl.fcntl(
+                self.fd,
+                fcntl.F_ADD_SEALS,
+                fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
+            )
+            self._map = mmap.mmap(self.fd, size)
+        except OSError as error:
+            if self.fd >= 0:
+                os.close(self.fd)
+            raise RegionError(
+                f"no shared region of {size >> 20} MiB could be made: {error.strerror}",
+                hint="free memory, or ask for a smaller region",
+            ) from error
+        self._bytes = memoryview(self._map)
+        self.control = self._bytes[:AREAS_OFFSET].cast("Q")
+        """Header, requests and responses as 64-bit words."""
+        self._areas: dict[int, Area] = {}
+        # Free extents, sorted by offset, never adjacent: (offset, length) in bytes.
+        self._free: list[tuple[int, int]] = [(AREAS_OFFSET, size - AREAS_OFFSET)]
+        self._layout = {
+            HeaderWord.VERSION: VERSION,
+            HeaderWord.SLOTS: SLOTS,
+            HeaderWord.REQUESTS_OFFSET: REQUESTS_OFFSET,
+            HeaderWord.RESPONSES_OFFSET: RESPONSES_OFFSET,
+            HeaderWord.AREAS_OFFSET: AREAS_OFFSET,
+            HeaderWord.REGION_BYTES: size,
+            HeaderWord.HOST_PEER: HOST_PEER,
+            # Last: what is found behind it is whole.
+            HeaderWord.MAGIC: MAGIC,
+        }
+        self.restore_header()
+
+    def restore_header(self) -> int:
+        """Write the header's words about the layout where they differ; returns how many did."""
+        control = self.control
+        different = 0
+        for word, value in self._layout.items():
+            if control[word] != value:
+                control[word] = value
+                different += 1
+        return different
+
+    @property
+    def path(self) -> str:
+        """Where other processes of the same user can open the region's memory."""
+        return f"/proc/{os.getpid()}/fd/{self.fd}"
+
+    @property
+    def areas_in_use(self) -> int:
+        """How many areas are handed out."""
+        return len(self._areas)
+
+    @property
+    def bytes_free(self) -> int:
+        """Bytes left for areas, perhaps in pieces."""
+        return sum(length for _, length in self._free)
+
+    def has_room(self, size: int) -> bool:
+        """Whether an area of ``size`` words could be had now."""
+        need = _page_bytes(size)
+        return any(length >= need for _, length in self._free)
+
+    def allocate(self, size: int) -> Area | None:
+        """An area of ``size`` words (at least 1), all zero; None where there is no room."""
+        if size < 1:
+            raise ValueError(f"an area has at least one word, not {size}")
+        need = _page_bytes(size)
+        for index, (offset, length) in enumerate(self._free):
+            if length < need:
+                continue
+            if length == need:
+                del self._free[index]
+            else:
+                self._free[index] = (offset + need, length - need)
+            # Zeroed when it was freed, but a guest can write wherever it likes.
+            self._map.madvise(mmap.MADV_REMOVE, offset, need)
+            words = self._bytes[offset : offset + size * WORD].cast("Q")
+            area = Area(self._map, words, offset, size, need)
+            self._areas[offset] = area
+            return area
+        return None
+
+    def free(self, area: Area) -> None:
+        """Take an area back. Its pages are given back to the system, which also zeroes them."""
+        if self._areas.pop(area.offset, None) is not area:
+            raise ValueError("not an area of this region, or freed before")
+        area.release()
+        self._map.madvise(mmap.MADV_REMOVE, area.offset, area.bytes)
+        insort(self._free, (area.offset, area.bytes))
+        self._merge_around(area.offset)
+
+    def _merge_around(self, offset: int) -> None:
+        free = self._free
+        index = next(i for i, extent in enumerate(free) if extent[0] == offset)
+        first = max(index - 1, 0)
+        merged = [free[first]]
+        for start, length in free[first + 1 : index + 2]:
+            last_start, last_length = merged[-1]
+            if last_start + last_length == start:
+                merged[-1] = (last_start, last_length + length)
+            else:
+                merged.append((start, length))
+        free[first : index + 2] = merged
+
+    def clear(self) -> None:
+        """Make all of it zero but the header, whatever a guest has written; no area is in use.
+
+        Raises ValueError where one is.
+        """
+        if self._areas:
+            raise ValueError("there are areas in use")
+        self._map.madvise(mmap.MADV_REMOVE, 0, self.size)
+        self.restore_header()
+
+    def close(self) -> None:
+        """Unmap and close. Safe to call twice; areas must not be used afterwards."""
+        if self.fd < 0:
+            return
+        for area in self._areas.values():
+            area.release()
+        self._areas.clear()
+        self.control.release()
+        self._bytes.release()
+        self._map.close()
+        os.close(self.fd)
+        self.fd = -1
+
+
+def _page_bytes(size: int) -> int:
+    return -(-size * WORD // PAGE_SIZE) * PAGE_SIZE

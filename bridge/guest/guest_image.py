@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a guest boots from: the project's own image, or a disk image of the user's.
+
+The two differ in how the guest becomes ready. In the project's image the agent does it and
+reports. A disk image of the user's boots as it always does; once its sshd answers, the module and
+the programs are built in it, from its own kernel headers, or taken from the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import shlex
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from bridge.config import Settings
+from bridge.errors import BootTimeoutError, GuestSetupError, ImageError, UsageError
+from bridge.guest.images import Image, cache_directory, find
+from bridge.guest.images.recipe import Sources
+from bridge.guest.images.store import resolve
+from bridge.vm.accel import Accelerator
+from bridge.vm.agent import Ready
+from bridge.vm.config import MachineConfig
+from bridge.vm.machine import Machine
+
+if TYPE_CHECKING:
+    # Imported where they are used: the guest's memory can be loaded meanwhile, or they are not
+    # used at all.
+    from bridge.guest.ssh import Guest
+    from bridge.sources.guest_kernel.code import KernelCode
+    from bridge.sources.guest_kernel.filters import KernelFilter
+    from bridge.sources.guest_kernel.lines import Lines
+
+__all__ = [
+    "BeforeModule",
+    "GuestImage",
+    "OwnImage",
+    "ProjectImage",
+    "find_guest_image",
+    "lines_for",
+]
+
+logger = logging.getLogger(__name__)
+
+_MODULE = "module/kcov_bridge.ko"
+_PROGRAM = "agent/kcov-exec"
+_LIBRARY = "agent/libkcovexec.so"
+_LIBRARY_HOME = "/usr/lib/kcov-bridge"
+_PROGRAM_HOME = "/usr/bin"
+_BUILD_SECONDS = 900.0
+_BUILD_TREE = "/lib/modules/{kernel}/build"
+_EVIDENCE_LINES = 25
+
+_STEADY_CLOCK = "tsc=unstable"
+"""TCG's time-stamp counter is one of QEMU's process and does not go back with a guest that is
+taken back (``cpu_get_ticks`` in QEMU): the guest would find itself in the future, its tasks locked
+up for as long. The ACPI timer goes back."""
+
+
+BeforeModule = Callable[["Guest", str], None]
+"""Is given a guest that takes commands but has no kcov device yet, and its kernel's release."""
+
+
+class GuestImage(Protocol):
+    """Something that a machine can boot from and become ready with."""
+
+    name: str
+    can_be_saved: bool
+    """Whether a machine that was made ready can be saved with all that the guest has written."""
+
+    def machine_config(self, settings: Settings, accelerator: Accelerator) -> MachineConfig:
+        """The machine to boot it in, without endpoints."""
+
+    def kernel_code(self, wanted: KernelFilter, vmlinux: Path | None) -> KernelCode | None:
+        """What is known of the kernel's code before it runs, None where nothing is;
+        ``vmlinux`` has debug information.
+
+        Raises :class:`bridge.errors.UsageError` for a filter that makes no sense.
+        """
+
+    def bring_up(
+        self, machine: Machine, stack: ExitStack, before_module: BeforeModule
+    ) -> tuple[Guest, Ready]:
+        """Wait for the started machine until its kcov device is there and commands can run.
+
+        Where :meth:`kernel_code` was None, ``before_module`` is called before the device is there,
+        so that the kernel can be asked itself, and may raise. What must be closed goes on the
+        stack. Raises the errors of :meth:`bridge.vm.machine.Machine.wait_ready` and
+        :meth:`bridge.guest.ssh.Guest.connect`.
+        """
+
+
+def find_guest_image(settings: Settings) -> GuestImage:
+    """The image that the settings ask for; the default one is built if it is not there.
+
+    Raises :class:`bridge.errors.UsageError` for one that does not exist and
+    :class:`bridge.errors.ImageError` for one that is broken or cannot be built.
+    """
+    if settings.image is not None and settings.ssh_key is not None:
+        return OwnImage(Path(settings.image), settings.ssh_key)
+    if settings.image is not None and Path(settings.image).is_file():
+        raise UsageError(
+            f"the disk image {settings.image} is given without a key",
+            hint="--ssh-key FILE names the private key that its root accepts",
+        )
+    if settings.ssh_key is not None:
+        raise UsageError(
+            "an SSH key is given without a disk image of your own",
+            hint="give both, --image FILE --ssh-key FILE",
+        )
+    if settings.image is not None:
+        found = Image.load(resolve(settings.image))
+        found.check()
+        return ProjectImage(found)
+    return ProjectImage(_default_image())
+
+
+def _default_image() -> Image:
+    """The default image, built if it is not there."""
+    with contextlib.suppress(ImageError):
+        if (image := find()) is not None:
+            return image
+    from bridge.guest.images.builder import build
+
+    return build()
+
+
+def _machine(settings: Settings, accelerator: Accelerator) -> MachineConfig:
+    """What does not depend on the image."""
+    return MachineConfig(
+        accelerator=accelerator,
+        memory_mib=settings.memory,
+        cpus=settings.cpus,
+        boot_timeout=settings.boot_timeout,
+        qemu=settings.qemu,
+    )
+
+
+def lines_for(wanted: KernelFilter, release: str, vmlinux: Path | None) -> Lines | None:
+    """The kernel's debug information, if the filter needs it and it is there."""
+    from bridge.sources.guest_kernel.lines import Lines, find_modules, find_vmlinux
+
+    found = find_vmlinux(release, vmlinux) if wanted.needs_lines else None
+    return Lines(found, modules=find_modules(release, found)) if found is not None else None
+
+
+class ProjectImage:
+    """An image that ``kcov-bridge image build`` made."""
+
+    can_be_saved = True
+
+    def __init__(self, image: Image) -> None:
+        self.name = image.name
+        self._image = image
+
+    @property
+    def image(self) -> Image:
+        """The image itself."""
+        return self._image
+
+    def machine_config(self, settings: Settings, accelerator: Accelerator) -> MachineConfig:
+        """As the protocol says; ``settings.kernel`` boots instead of the image's."""
+        image = self._image
+        cmdline = image.cmdline
+        if settings.snapshot and accelerator.name == "tcg":
+            cmdline = f"{cmdline} {_STEADY_CLOCK}"
+        return replace(
+            _machine(settings, accelerator),
+            kernel=settings.kernel or image.kernel,
+            initrd=settings.initrd or image.initrd,
+            cmdline=cmdline,
+            disk=image.root,
+        )
+
+    def kernel_code(self, wanted: KernelFilter, vmlinux: Path | None) -> KernelCode:
+        """As the protocol says."""
+        from bridge.sources.guest_kernel.code import KernelCode
+
+        return KernelCode.from_system_map(
+            self._image.system_map,
+            self._image.modules_list,
+            wanted,
+            lines_for(wanted, self._image.kernel_release, vmlinux),
+        )
+
+    def bring_up(
+        self, machine: Machine, stack: ExitStack, before_module: BeforeModule
+    ) -> tuple[Guest, Ready]:
+        """As the protocol says."""
+        from bridge.guest.ssh import Guest
+
+        ready = machine.wait_ready()
+        host_key = self._image.host_key.read_text(encoding="utf-8")
+        guest = Guest(
+            machine.ssh_port,
+            self._image.ssh_key,
+            host_key,
+            watched=machine,
+            dialed=machine.dialed(),
+        )
+        stack.callback(guest.close)
+        guest.connect()
+        return guest, ready
+
+
+class OwnImage:
+    """A disk image of the user's, raw or qcow2, with an sshd, a compiler and kernel headers.
+
+    It is never written: the guest works on a throw-away copy. What was built in it is kept in
+    the cache, by kernel and sources, so that the next boot only copies.
+    """
+
+    can_be_saved = False
+
+    def __init__(self, path: Path, key: Path) -> None:
+        for what, file in (("disk image", path), ("SSH key", key)):
+            if not file.is_file():
+                raise UsageError(f"the {what} {file} is not there, or is not a file")
+        self.name = path.name
+        self._path = path
+        self._key = key
+
+    def kernel_code(self, wanted: KernelFilter, vmlinux: Path | None) -> None:
+        """As the protocol says: the kernel is inside the image, where it cannot be read."""
+
+    def machine_config(self, settings: Settings, accelerator: Accelerator) -> MachineConfig:
+        """As the protocol says."""
+        return replace(
+            _machine(settings, accelerator),
+            kernel=settings.kernel,
+            initrd=settings.initrd,
+            cmdline=settings.append,
+            image=self._path,
+        )
+
+    def bring_up(
+        self, machine: Machine, stack: ExitStack, before_module: BeforeModule
+    ) -> tuple[Guest, Ready]:
+        """As the protocol says; the first time with a kernel the module is built, which takes."""
+        from bridge.guest.ssh import Guest
+
+        started = time.monotonic()
+        guest = Guest(machine.ssh_port, self._key, None, watched=machine)
+        stack.callback(guest.close)
+        seconds = machine.config.boot_seconds
+        try:
+            guest.connect(timeout=seconds)
+        except GuestSetupError as error:
+            machine.check()
+            raise BootTimeoutError(
+                f"the guest's sshd was not usable after {seconds:g} s: {error.message}",
+                evidence=machine.console.tail(_EVIDENCE_LINES) or "(the console is empty)",
+                hint="allow it more time, or see that the image has sshd and a console on ttyS0",
+            ) from error
+        kernel = guest.run(["uname", "-r"], check=True).text.strip()
+        self._install(guest, kernel)
+        before_module(guest, kernel)
+        self._load(guest, kernel)
+        device = self._device(guest)
+        uptime, memory = self._figures(guest)
+        ready = Ready(kernel, device, uptime, memory, time.monotonic() - started)
+        machine.adopt_ready(ready)
+        return guest, ready
+
+    def _install(self, guest: Guest, kernel: str) -> None:
+        sources = Sources.find()
+        version = guest.run(["uname", "-v", "-m"], check=True).text.strip()
+        digest = hashlib.sha256(f"{kernel} {version}".encode())
+        files = sources.agent_files()
+        for name, path in files:
+            digest.update(name.encode() + b"\0" + path.read_bytes())
+        cached = cache_directory() / "guests" / f"{kernel}-{digest.hexdigest()[:16]}"
+        made = (_MODULE, _PROGRAM, _LIBRARY)
+        if not all((cached / Path(name).name).is_file() for name in made):
+            self._build(guest, kernel, files)
+            cached.mkdir(parents=True, exist_ok=True)
+            for name in made:
+                guest.download(f"/tmp/kcov-bridge/{name}", cached / Path(name).name)
+        guest.run(["mkdir", "-p", _LIBRARY_HOME, "/run/kcov-bridge"], check=True)
+        for name, home, mode in (
+            (_MODULE, "/tmp", 0o600),
+            (_PROGRAM, _PROGRAM_HOME, 0o755),
+            (_LIBRARY, _LIBRARY_HOME, 0o644),
+        ):
+            base = Path(name).name
+            guest.upload(cached / base, f"{home}/{base}", mode)
+
+    @staticmethod
+    def _load(guest: Guest, kernel: str) -> None:
+        loaded = guest.run(["insmod", f"/tmp/{Path(_MODULE).name}"])
+        if loaded.exit_status:
+            said = guest.run("dmesg | tail -n 8").stdout
+            raise GuestSetupError(
+                f"the module does not load into the guest's kernel {kernel}",
+                evidence=(loaded.stderr + said).decode(errors="replace"),
+            )
+
+    @staticmethod
+    def _build(guest: Guest, kernel: str, files: list[tuple[str, Path]]) -> None:
+        logger.info("building the module for %s in the guest, once", kernel)
+        guest.run("mkdir -p /tmp/kcov-bridge/agent /tmp/kcov-bridge/module", check=True)
+        for name, path in files:
+            guest.upload(path, f"/tmp/kcov-bridge/{name}")
+        tree = shlex.quote(_BUILD_TREE.format(kernel=kernel))
+        script = (
+            "cd /tmp/kcov-bridge && "
+            f"make -C module KDIR={tree} modules && make -C agent kcov-exec libkcovexec.so"
+        )
+        result = guest.run(script, timeout=_BUILD_SECONDS)
+        if result.exit_status:
+            raise GuestSetupError(
+                f"the module could not be built in the guest for its kernel {kernel}",
+                evidence=(result.stdout + result.stderr)[-4096:].decode(errors="replace"),
+                hint=f"the image needs make, gcc, libc6-dev and linux-headers-{kernel}",
+            )
+
+    @staticmethod
+    def _device(guest: Guest) -> str:
+        script = (
+            "[ -e /sys/kernel/debug/tracing ] || mount -t debugfs debugfs /sys/kernel/debug; "
+            "for f in /sys/kernel/debug/kcov_bridge /sys/kernel/debug/kcov /dev/kcov; do "
+            '[ -e "$f" ] && echo "$f" && exit 0; done; exit 1'
+        )
+        try:
+            return guest.run(script, check=True).text.strip()
+        except GuestSetupError as error:
+            raise GuestSetupError("the module made no kcov device in the guest") from error
+
+    @staticmethod
+    def _figures(guest: Guest) -> tuple[int, int]:
+        """Uptime in milliseconds, available memory in KiB."""
+        text = guest.run("cat /proc/uptime; grep MemAvailable /proc/meminfo").text.split()
+        try:
+            return int(float(text[0]) * 1000), int(text[text.index("MemAvailable:") + 1])
+        except (ValueError, IndexError):
+            return 0, 0

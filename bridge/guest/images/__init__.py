@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guest images: from a Debian release's packages to a bootable kernel, initramfs and root.
+
+image = build()            # or find(): None if it is not built yet
+image.kernel, image.initrd, image.root, image.ssh_key, image.host_key
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bridge.guest.images.store import Image, cache_directory, find, list_images, remove
+
+if TYPE_CHECKING:
+    from bridge.guest.images.builder import build, compile_for_guest
+
+__all__ = [
+    "Image",
+    "build",
+    "cache_directory",
+    "compile_for_guest",
+    "find",
+    "list_images",
+    "remove",
+]
+
+_BUILDER = ("build", "compile_for_guest")
+
+
+def __getattr__(name: str) -> Any:
+    """The builder when it is asked for: whose image is there does not pay for its imports."""
+    if name not in _BUILDER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from bridge.guest.images import builder
+
+    return getattr(builder, name)

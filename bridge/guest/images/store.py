@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache of images: where they are, what one consists of, how to find and remove them.
+
+Layout below :func:`cache_directory`::
+
+    images/NAME-FINGERPRINT/   one image; its name says all that went into it
+    bases/NAME-FINGERPRINT/    the slow part of images, and the root in which the rest is compiled
+    locks/NAME                 held while an image of this recipe is built
+
+An image directory appears by a rename when it is complete and is never changed afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from bridge.errors import ImageError, UsageError
+from bridge.guest.images.recipe import IMAGE_FORMAT, Recipe, Sources
+
+__all__ = [
+    "FILES",
+    "MANIFEST",
+    "OPTIONAL_FILES",
+    "FileRecord",
+    "Image",
+    "base_directories",
+    "base_directory",
+    "broken_images",
+    "cache_directory",
+    "disk_usage",
+    "find",
+    "image_directory",
+    "list_images",
+    "remove",
+    "remove_tree",
+    "resolve",
+    "sha256_of",
+]
+
+MANIFEST = "image.json"
+"""The file that describes an image, JSON: what :meth:`Image.manifest` returns."""
+
+FILES = (
+    "vmlinux",
+    "vmlinuz",
+    "initrd.img",
+    "root.squashfs",
+    "System.map",
+    "id_ed25519",
+    "id_ed25519.pub",
+    "ssh_host_ed25519_key.pub",
+    "kcov_bridge.ko",
+)
+"""The files of an image besides its manifest."""
+
+OPTIONAL_FILES = ("modules.json",)
+"""Files that an image may have besides: those built by an earlier version don't."""
+
+_CMDLINE = "quiet mitigations=off norandmaps cryptomgr.notests"
+"""``mitigations=off``: a guest of our own needs no defence against its own programs, and its
+system calls get cheaper; ``norandmaps`` neither, and TCG finds the code of a library that it has
+translated only at the address where it was: else each new process has all of it translated again;
+``cryptomgr.notests`` spares a quarter of a second of boot under TCG.
+Others that were tried win nothing that can be measured."""
+
+
+def cache_directory() -> Path:
+    """Where images are kept: ``KCOV_BRIDGE_CACHE``, or ``kcov-bridge`` in the user's cache."""
+    wish = os.environ.get("KCOV_BRIDGE_CACHE")
+    if wish:
+        return Path(wish).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    # The XDG base directory specification says that a relative path is to be ignored.
+    if base and Path(base).is_absolute():
+        return Path(base) / "kcov-bridge"
+    return Path.home() / ".cache" / "kcov-bridge"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest says about a file: its size in bytes and its SHA-256 in hex."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Image:
+    """A complete guest image on disk.
+
+    ``packages`` are the packages of the guest with their versions; ``base_fingerprint`` and
+    ``agent_fingerprint`` the two levels of :mod:`bridge.guest.images.recipe`.
+    """
+
+    directory: Path
+    recipe: str
+    suite: str
+    fingerprint: str
+    base_fingerprint: str
+    agent_fingerprint: str
+    kernel_release: str
+    kernel_version: str
+    include: tuple[str, ...]
+    packages: Mapping[str, str]
+    files: Mapping[str, FileRecord] = field(repr=False)
+
+    @classmethod
+    def load(cls, directory: Path) -> Image:
+        """Reads an image's manifest; :meth:`check` looks at the files.
+
+        Raises :class:`bridge.errors.ImageError` if it can't be read or is of another format.
+        """
+        path = directory / MANIFEST
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["format"] != IMAGE_FORMAT:
+                raise ImageError(
+                    f"the image {directory} has format {data['format']}, not {IMAGE_FORMAT}",
+                    hint="remove it and build it again",
+                )
+            return cls(
+                directory=directory,
+                recipe=str(data["recipe"]),
+                suite=str(data["suite"]),
+                fingerprint=str(data["fingerprint"]),
+                base_fingerprint=str(data["base_fingerprint"]),
+                agent_fingerprint=str(data["agent_fingerprint"]),
+                kernel_release=str(data["kernel_release"]),
+                kernel_version=str(data["kernel_version"]),
+                include=tuple(map(str, data["include"])),
+                packages=MappingProxyType({str(k): str(v) for k, v in data["packages"].items()}),
+                files=MappingProxyType(
+                    {
+                        str(name): FileRecord(int(record["size"]), str(record["sha256"]))
+                        for name, record in data["files"].items()
+                    }
+                ),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ImageError(
+                f"the image {directory} has no readable manifest",
+                evidence=f"{MANIFEST}: {type(error).__name__}: {error}",
+                hint="remove it and build it again",
+            ) from error
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest as it is written to ``image.json``."""
+        return {
+            "format": IMAGE_FORMAT,
+            "recipe": self.recipe,
+            "suite": self.suite,
+            "fingerprint": self.fingerprint,
+            "base_fingerprint": self.base_fingerprint,
+            "agent_fingerprint": self.agent_fingerprint,
+            "kernel_release": self.kernel_release,
+            "kernel_version": self.kernel_version,
+            "include": list(self.include),
+            "packages": dict(sorted(self.packages.items())),
+            "files": {
+                name: {"size": record.size, "sha256": record.sha256}
+                for name, record in sorted(self.files.items())
+            },
+        }
+
+    def check(self, *, contents: bool = False) -> None:
+        """Sees whether all files are there and have the right size, and with ``contents`` (which
+        reads them all) the right content.
+
+        Raises :class:`bridge.errors.ImageError` for a broken image.
+        """
+        wrong = []
+        for name in (*FILES, *OPTIONAL_FILES):
+            record = self.files.get(name)
+            path = self.directory / name
+            if record is None and name in OPTIONAL_FILES:
+                continue
+            if record is None:
+                wrong.append(f"{name}: not in the manifest")
+                continue
+            try:
+                size = path.stat().st_size
+                if size != record.size:
+                    wrong.append(f"{name}: {size} bytes instead of {record.size}")
+                elif contents and sha256_of(path) != record.sha256:
+                    wrong.append(f"{name}: the content has changed")
+            except OSError as error:
+                wrong.append(f"{name}: {error.strerror}")
+        if wrong:
+            raise ImageError(
+                f"the image {self.directory} is broken",
+                evidence="\n".join(wrong),
+                hint=f"build it again: kcov-bridge image rm {self.name} && kcov-bridge image build",
+            )
+
+    @property
+    def name(self) -> str:
+        """How commands name the image: ``RECIPE-FINGERPRINT``."""
+        return self.directory.name
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk, holes not counted."""
+        return disk_usage(self.directory)
+
+    @property
+    def kernel(self) -> Path:
+        """The kernel to boot: ``vmlinux``, which QEMU starts through its PVH entry.
+
+        It is what ``vmlinuz`` holds, unpacked: under TCG the kernel takes three seconds to unpack
+        itself. There is no address randomisation on this way.
+        """
+        return self.directory / "vmlinux"
+
+    @property
+    def vmlinuz(self) -> Path:
+        """The distribution's own kernel file, for whatever can't boot :attr:`kernel`."""
+        return self.directory / "vmlinuz"
+
+    @property
+    def initrd(self) -> Path:
+        """The initramfs: boot modules, agent and keys, three archives one after the other."""
+        return self.directory / "initrd.img"
+
+    @property
+    def root(self) -> Path:
+        """The root file system: a squashfs, to be attached as a read-only virtio disk."""
+        return self.directory / "root.squashfs"
+
+    @property
+    def system_map(self) -> Path:
+        """The kernel's symbols at their addresses without randomisation."""
+        return self.directory / "System.map"
+
+    @property
+    def modules_list(self) -> Path | None:
+        """The sizes of the kernel's modules, as
+        :class:`bridge.sources.guest_kernel.placement.ModulePlacement` reads them; None for an
+        image without them."""
+        return self.directory / "modules.json" if "modules.json" in self.files else None
+
+    @property
+    def ssh_key(self) -> Path:
+        """The private key that root of the guest accepts."""
+        return self.directory / "id_ed25519"
+
+    @property
+    def host_key(self) -> Path:
+        """The guest's public host key, one line in OpenSSH's form."""
+        return self.directory / "ssh_host_ed25519_key.pub"
+
+    @property
+    def module(self) -> Path:
+        """The kcov device's module, as it is in the guest."""
+        return self.directory / "kcov_bridge.ko"
+
+    @property
+    def cmdline(self) -> str:
+        """The kernel's command line for this image, but for the console and panic policy."""
+        return _CMDLINE
+
+
+def sha256_of(path: Path) -> str:
+    """A file's SHA-256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def disk_usage(directory: Path) -> int:
+    """Bytes that a directory's files take on disk: holes and repeated hard links not counted."""
+    seen: set[int] = set()
+    total = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            status = os.lstat(os.path.join(folder, name))  # noqa: PTH118 (many thousand files)
+            if status.st_ino not in seen:
+                seen.add(status.st_ino)
+                total += status.st_blocks * 512  # POSIX: st_blocks counts 512 bytes
+    return total
+
+
+def image_directory(name: str) -> Path:
+    """Where the image of this full name is, or would be."""
+    return cache_directory() / "images" / name
+
+
+def base_directory(recipe: str, fingerprint: str) -> Path:
+    """Where the base of this recipe and fingerprint is, or would be."""
+    return cache_directory() / "bases" / f"{recipe}-{fingerprint}"
+
+
+def find(recipe: str = "bookworm", *, include: Iterable[str] = ()) -> Image | None:
+    """The image of a recipe as it stands in the source tree now, None if it is not built yet.
+
+    Raises :class:`bridge.errors.ImageError` for a broken one and
+    :class:`bridge.errors.UsageError` for an unknown recipe.
+    """
+    sources = Sources.find()
+    wanted = Recipe.load(recipe, sources.recipes).with_packages(include)
+    directory = image_directory(f"{recipe}-{sources.fingerprint(wanted)}")
+    if not directory.is_dir():
+        return None
+    image = Image.load(directory)
+    image.check()
+    return image
+
+
+def list_images() -> list[Image]:
+    """All images of the cache, the newest first; those without a readable manifest left out."""
+    found: list[tuple[float, Image]] = []
+    for directory in _directories("images"):
+        try:
+            found.append(((directory / MANIFEST).stat().st_mtime, Image.load(directory)))
+        except (ImageError, OSError):
+            continue
+    return [image for _, image in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+
+def broken_images() -> list[Path]:
+    """The directories among the images that hold none."""
+    good = {image.directory for image in list_images()}
+    return [directory for directory in _directories("images") if directory not in good]
+
+
+def base_directories() -> list[Path]:
+    """The directories of the cached bases."""
+    return _directories("bases")
+
+
+def resolve(name: str) -> Path:
+    """The directory of the one image with this name, or whose name begins with it.
+
+    Raises :class:`bridge.errors.UsageError` if there is none, or more than one.
+    """
+    directories = _directories("images")
+    exact = [directory for directory in directories if directory.name == name]
+    matching = exact or [d for d in directories if name and d.name.startswith(name)]
+    if len(matching) == 1:
+        return matching[0]
+    names = ", ".join(directory.name for directory in (matching or directories))
+    if matching:
+        raise UsageError(f"{name!r} could be any of: {names}")
+    raise UsageError(
+        f"there is no image {name!r}", hint=f"the images are: {names}" if names else ""
+    )
+
+
+def remove(name: str) -> Path:
+    """Removes an image, named in full or by the beginning of its name. Returns where it was.
+
+    A guest that runs from it goes on: QEMU has the files open. Raises
+    :class:`bridge.errors.UsageError` if there is none of this name.
+    """
+    directory = resolve(name)
+    remove_tree(directory)
+    return directory
+
+
+def remove_tree(directory: Path) -> None:
+    """Removes a directory of the cache, or refuses if something is mounted below it.
+
+    It disappears by a rename first, so that nobody finds half of it. Raises
+    :class:`bridge.errors.ImageError`.
+    """
+    mounts = _mounts_below(directory)
+    if mounts:
+        raise ImageError(
+            f"{directory} can't be removed: something is mounted in it",
+            evidence="\n".join(mounts),
+            hint="unmount it and try again",
+        )
+    doomed = directory.with_name(f".rm-{directory.name}-{os.getpid()}")
+    try:
+        directory.rename(doomed)
+        shutil.rmtree(doomed)
+    except FileNotFoundError:
+        return  # somebody else removed it at the same time
+    except OSError as error:
+        raise ImageError(f"{directory} can't be removed: {error}") from error
+
+
+def _directories(kind: str) -> list[Path]:
+    folder = cache_directory() / kind
+    try:
+        return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    except FileNotFoundError:
+        return []
+
+
+def _mounts_below(directory: Path) -> list[str]:
+    prefix = str(directory.resolve()) + "/"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as lines:  # noqa: PTH123
+        points = [line.split()[4] for line in lines]
+    return [point for point in points if point.startswith(prefix)]

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The snapshots in the cache: each is made once, by booting a guest that is used for nothing else.
+
+A snapshot belongs to an image and to :func:`bridge.vm.snapshot.fingerprint`, which are in its name
+below ``snapshots/`` in the cache; so one that does not fit any more is not found, and is thrown
+away when others were used since.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from bridge.device.doorbell import Doorbell, IvshmemServer
+from bridge.device.kcov import Device
+from bridge.device.region import Region
+from bridge.errors import GuestLostError, ImageError, QemuError
+from bridge.guest.guest_image import GuestImage
+from bridge.guest.images import cache_directory
+from bridge.guest.images.command import locked
+from bridge.guest.images.store import image_directory
+from bridge.sources.ledger import Ledger
+from bridge.vm.config import MachineConfig, MemoryFds
+from bridge.vm.machine import Machine
+from bridge.vm.snapshot import Snapshot, fingerprint, new_memory, new_states, prune
+
+__all__ = ["prune_snapshots", "ready_snapshot", "remove_snapshot"]
+
+logger = logging.getLogger(__name__)
+
+_WARM_UP = (
+    "cat /usr/bin/kcov-exec /usr/lib/kcov-bridge/* /bin/mkdir /bin/rm /bin/mount "
+    "/sbin/modprobe /lib/modules/*/modules.*.bin >/dev/null 2>&1; sync"
+)
+"""What a session needs at once and would read from the disk, unpack and link each time."""
+
+_QUIET_SECONDS = 5.0
+_SETTLE_SECONDS = 0.2
+
+
+def ready_snapshot(
+    image: GuestImage,
+    config: MachineConfig,
+    region_bytes: int,
+    modules: Sequence[str] = (),
+) -> Snapshot:
+    """The ready guest of ``image`` in this machine; made now if there is no snapshot of it.
+
+    ``modules`` are kernel modules that are loaded in it. Raises
+    :class:`bridge.errors.ImageError` where it cannot be written, and what keeps the guest from
+    becoming ready.
+    """
+    name = f"{image.name}-{fingerprint(config, region_bytes, modules)}"
+    directory = _folder() / name
+    with contextlib.suppress(ImageError):
+        return Snapshot(directory)
+    lock = cache_directory() / "locks" / f"snapshot-{image.name}"
+    with locked(lock, f"the snapshot {name}", logger.info):
+        with contextlib.suppress(ImageError):
+            return Snapshot(directory)
+        # A QEMU that dies of it would do so each time.
+        refused = cache_directory() / "locks" / f"no-snapshot-{name}"
+        if refused.is_file():
+            raise ImageError(
+                f"this QEMU died when it was to make one: {refused.read_text().strip()}",
+                hint=f"remove {refused} to have it tried again, or set --no-snapshot",
+            )
+        # What a process left that was killed in the middle of it.
+        for left in _folder().glob(f".{image.name}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        started = time.monotonic()
+        logger.info("making a snapshot of the ready guest, which later runs start from")
+        try:
+            _make(directory, image, config, region_bytes, modules)
+        except OSError as error:
+            raise ImageError(f"no snapshot could be made: {error}") from error
+        except (QemuError, GuestLostError) as error:
+            if any(crash in error.message for crash in ("SIGABRT", "SIGSEGV")):
+                with contextlib.suppress(OSError):
+                    refused.write_text(f"{error.message}\n")
+            raise
+        prune_snapshots()
+        logger.debug("the snapshot %s took %.1f s", directory, time.monotonic() - started)
+        return Snapshot(directory)
+
+
+def remove_snapshot(snapshot: Snapshot) -> None:
+    """Throw a snapshot away that is not good."""
+    shutil.rmtree(snapshot.directory, ignore_errors=True)
+
+
+def prune_snapshots() -> None:
+    """Remove the snapshots of images that are gone, and those not used for long."""
+    prune(_folder(), lambda name: image_directory(name.rpartition("-")[0]).is_dir())
+
+
+def _folder() -> Path:
+    return cache_directory() / "snapshots"
+
+
+def _make(
+    directory: Path,
+    image: GuestImage,
+    config: MachineConfig,
+    region_bytes: int,
+    modules: Sequence[str],
+) -> None:
+    config = replace(config, endpoints=(), gate=None, plugin=None)
+    with ExitStack() as stack:
+        region = Region(region_bytes)
+        stack.callback(region.close)
+        server = IvshmemServer(region)
+        stack.callback(server.close)
+        doorbell = Doorbell(region, Device(region, Ledger([])), server.bell)
+        doorbell.start()
+        stack.callback(doorbell.stop)
+        ram = new_memory(config.memory_mib << 20)
+        stack.callback(os.close, ram)
+        states = new_states()
+        stack.callback(os.close, states)
+        memory = MemoryFds(ram, states)
+        socket = stack.enter_context(server.connect())
+        machine = stack.enter_context(Machine(config, doorbell=socket, memory=memory))
+        machine.start()
+        socket.close()
+        guest, _ = image.bring_up(machine, stack, lambda guest, release: None)
+        # The first login is the slow one: by now sshd and all that it is linked with is in memory.
+        guest.run(_WARM_UP)
+        for module in modules:
+            guest.run(["modprobe", module], check=True)
+        guest.close()
+        deadline = time.monotonic() + _QUIET_SECONDS
+        while machine.connections and time.monotonic() < deadline:
+            time.sleep(_SETTLE_SECONDS)
+        # For the guest's sshd to end.
+        time.sleep(_SETTLE_SECONDS)
+        machine.keep_sshd()
+        Snapshot.save(directory, machine, memory)

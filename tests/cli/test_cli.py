@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: arguments, messages, exit statuses, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from bridge.cli.main import main
+from bridge.config import Settings
+from bridge.errors import (
+    BootTimeoutError,
+    BridgeError,
+    GuestPanicError,
+    QemuError,
+    RunTimeoutError,
+    UsageError,
+)
+
+Runner = Callable[[Settings, list[str]], int]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("KCOV_BRIDGE_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> Callable[[Runner], None]:
+    """Put another function in the place of the one that boots a guest."""
+
+    def replace(run: Runner) -> None:
+        module = ModuleType("bridge.cli.runner")
+        module.run = run  # type: ignore[attr-defined]
+        module.shell = lambda settings: run(settings, ["shell"])  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "bridge.cli.runner", module)
+        monkeypatch.setattr("bridge.cli.runner", module, raising=False)
+
+    return replace
+
+
+def test_without_arguments_it_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    for word in ("doctor", "run", "ssh", "symbolize", "image", "examples:", "KCOV_BRIDGE_"):
+        assert word in out
+
+
+@pytest.mark.parametrize("subcommand", ["doctor", "run", "ssh", "symbolize", "bench", "image"])
+def test_each_subcommand_has_help_with_examples(
+    subcommand: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([subcommand, "--help"]) == 0
+    captured = capsys.readouterr()
+    assert f"kcov-bridge {subcommand}" in captured.out
+    assert "examples:" in captured.out
+    assert captured.err == ""
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("kcov-bridge ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rnu"], "invalid choice: 'rnu'"),
+        (["run", "--memroy", "1"], "unexpected argument: --memroy 1"),
+        (["run", "--mem", "300"], "unexpected argument: --mem 300"),
+        (["run", "ls", "-l"], "kcov-bridge run -- ls -l"),
+        (["run", "--"], "there is no command after --"),
+        (["ssh", "--", "ls"], "takes no command after --"),
+        (["-v"], "no command is given"),
+        (["--", "ls"], "no command is given"),
+        (["run", "--memory"], "expected one argument"),
+        (["run", "--memory", "lots"], '--memory: "lots" is not allowed'),
+        (["run", "--accel", "tgc"], "did you mean tcg?"),
+        (["run", "--config", "none.toml"], "none.toml: No such file"),
+    ],
+)
+def test_wrong_usage(
+    arguments: list[str],
+    message: str,
+    runner: Callable[[Runner], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def must_not_run(settings: Settings, command: list[str]) -> int:
+        raise AssertionError("it ran")
+
+    runner(must_not_run)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("kcov-bridge: error: ")
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_run_gets_settings_and_command(
+    runner: Callable[[Runner], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Settings, list[str]]] = []
+
+    def run(settings: Settings, command: list[str]) -> int:
+        seen.append((settings, command))
+        return 42
+
+    runner(run)
+    (tmp_path / "kcov-bridge.toml").write_text("cpus = 2\nmemory = 300\n")
+    monkeypatch.setenv("KCOV_BRIDGE_MEMORY", "400")
+    arguments = ["-q", "run", "--memory", "500", "--syscall-pcs", "--", "sh", "-c", "a -- b", "--"]
+    assert main(arguments) == 42
+    expected = Settings(cpus=2, memory=500, syscall_pcs=True)
+    assert seen == [(expected, ["sh", "-c", "a -- b", "--"])]
+    assert main(["run"]) == 42
+    assert seen[1] == (Settings(cpus=2, memory=400), [])
+    assert main(["ssh", "--no-syscall-pcs"]) == 42
+    assert seen[2] == (Settings(cpus=2, memory=400), ["shell"])
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UsageError("no"), 2),
+        (QemuError("no"), 125),
+        (BootTimeoutError("no"), 123),
+        (GuestPanicError("no"), 123),
+        (RunTimeoutError("no"), 124),
+        (BridgeError("no"), 125),
+    ],
+)
+def test_each_kind_of_error_has_its_status(
+    error: BridgeError,
+    status: int,
+    runner: Callable[[Runner], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(settings: Settings, command: list[str]) -> int:
+        error.evidence = "console line"
+        error.hint = "look there"
+        raise error
+
+    runner(run)
+    assert main(["run"]) == status
+    assert capsys.readouterr().err == (
+        "kcov-bridge: error: no\n  | console line\nhint: look there\n"
+    )
+
+
+def test_an_unexpected_exception_is_125_with_a_trace_only_on_request(
+    runner: Callable[[Runner], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(settings: Settings, command: list[str]) -> int:
+        raise ZeroDivisionError("of all things")
+
+    runner(run)
+    assert main(["run"]) == 125
+    err = capsys.readouterr().err
+    assert "internal error: ZeroDivisionError: of all things" in err
+    assert "Traceback" not in err
+    assert main(["run", "-v"]) == 125
+    assert "Traceback" in capsys.readouterr().err
+
+
+PROGRAM = """
+    import logging, sys, time, types
+    import bridge
+    from bridge.cli.main import entry
+
+    log = logging.getLogger("bridge.test")
+
+    def run(settings, command):
+        log.debug("a detail")
+        log.info("a step")
+        log.error("an error")
+        logging.getLogger("library").info("chatter")
+        try:
+            print("started", flush=True)
+            time.sleep(60)
+        finally:
+            time.sleep({cleanup})
+            print("cleaned up", flush=True)
+
+    def flood(settings, command):
+        while True:
+            print("line")
+
+    runner = types.ModuleType("bridge.cli.runner")
+    runner.run, runner.shell = run, lambda settings: flood(settings, [])
+    sys.modules["bridge.cli.runner"] = bridge.cli.runner = runner
+    entry()
+"""
+
+
+def start(*arguments: str, cleanup: float = 0) -> subprocess.Popen[str]:
+    program = textwrap.dedent(PROGRAM).replace("{cleanup}", str(cleanup))
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+)
+def test_a_signal_ends_it_after_cleaning_up(number: signal.Signals, status: int) -> None:
+    with start("run") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == status
+    assert out == "cleaned up\n"
+    assert err.endswith("kcov-bridge: interrupted\n")
+    assert "Traceback" not in err
+
+
+def test_a_second_signal_does_not_disturb_the_clean_up() -> None:
+    with start("run", cleanup=1) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert out == "cleaned up\n"
+    assert "cleaning up; once more to give that up" in err
+
+
+def test_a_third_signal_gives_a_stuck_clean_up_up() -> None:
+    with start("run", cleanup=60) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        for _ in range(3):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+        out, _ = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown", "hidden"),
+    [
+        ([], ["a step", "an error"], ["a detail", "chatter"]),
+        (["-q"], ["an error"], ["a step", "a detail", "chatter"]),
+        (["-v"], ["a step", "an error", "a detail"], ["chatter"]),
+        (["-vv"], ["a step", "an error", "a detail", "chatter"], []),
+    ],
+)
+def test_logs_go_to_stderr_by_verbosity(
+    flags: list[str], shown: list[str], hidden: list[str]
+) -> None:
+    with start("run", *flags) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert out == "cleaned up\n"
+    for text in shown:
+        assert text in err
+    for text in hidden:
+        assert text not in err
+
+
+def test_a_reader_that_goes_away_is_no_error_message() -> None:
+    with start("ssh") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "line\n"
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+        assert process.wait(20) == 141
+
+
+def test_main_leaves_signals_and_loggers_as_they_were(runner: Callable[[Runner], None]) -> None:
+    import logging
+
+    runner(lambda settings, command: 0)
+    before = signal.getsignal(signal.SIGTERM), logging.getLogger().handlers[:]
+    assert main(["run", "-vv"]) == 0
+    assert (signal.getsignal(signal.SIGTERM), logging.getLogger().handlers[:]) == before

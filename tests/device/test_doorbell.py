@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doorbell loop, driven by a Python stand-in for the guest module on the real region."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from bridge.device import abi
+from bridge.device.abi import HeaderWord, HostState, Op, RequestWord, ResponseWord
+from bridge.device.doorbell import Doorbell, IvshmemServer, _Crowd
+from bridge.device.kcov import Device, Personality
+from bridge.device.region import Region
+
+WORDS = 512
+TASK = 0x1_0000_0010
+
+
+class Counting:
+    """Each collect hands over the next number; ``broken`` makes it raise."""
+
+    def __init__(self) -> None:
+        self.next = 0
+        self.broken = False
+        self.delay = 0.0
+
+    def open_cursor(self) -> int:
+        return 0
+
+    def collect(self, cursor: int) -> Sequence[int]:
+        if self.broken:
+            raise RuntimeError("the source is broken")
+        if self.delay:
+            time.sleep(self.delay)
+        self.next += 1
+        return [self.next]
+
+    def close_cursor(self, cursor: int) -> None:
+        assert cursor == 0
+
+
+class FakeGuest:
+    """What the module does, over a mapping of its own of the same memory."""
+
+    def __init__(self, region: Region, bell: int) -> None:
+        self.control = region.control
+        self.bell = bell
+        self.sequence = random.getrandbits(32)
+        self.lock = threading.Lock()
+
+    def post(self, slot: int, op: int, generation: int, *, task: int = TASK, **args: int) -> int:
+        with self.lock:
+            self.sequence += 1
+            sequence = self.sequence
+        at = abi.REQUESTS_OFFSET // 8 + slot * abi.SLOT_WORDS
+        self.control[at + RequestWord.OP] = op
+        self.control[at + RequestWord.GENERATION] = generation
+        self.control[at + RequestWord.TASK] = task
+        for index in range(3):
+            self.control[at + RequestWord.ARG0 + index] = args.get(f"arg{index}", 0)
+        self.control[at + RequestWord.SEQ] = sequence
+        return sequence
+
+    def kick(self, slot: int) -> None:
+        with self.lock:
+            count = self.control[HeaderWord.KICK] >> abi.KICK_SLOT_BITS
+            self.control[HeaderWord.KICK] = (count + 1) << abi.KICK_SLOT_BITS | slot
+        if self.control[HeaderWord.HOST_STATE] != HostState.AWAKE:
+            os.eventfd_write(self.bell, 1)
+
+    def answer(self, slot: int, word: ResponseWord) -> int:
+        value: int = self.control[abi.RESPONSES_OFFSET // 8 + slot * abi.SLOT_WORDS + word]
+        return value
+
+    def wait(self, slot: int, sequence: int, seconds: float = 10) -> bool:
+        end = time.monotonic() + seconds
+        while self.answer(slot, ResponseWord.SEQ) != sequence:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0)
+        return True
+
+    def call(self, slot: int, op: int, generation: int = 1, **args: int) -> int:
+        sequence = self.post(slot, op, generation, **args)
+        self.kick(slot)
+        assert self.wait(slot, sequence), "no answer"
+        return self.answer(slot, ResponseWord.ERROR)
+
+    def trace(self, slot: int, generation: int = 1, task: int = TASK) -> None:
+        assert self.call(slot, Op.INIT, generation, arg0=WORDS) == 0
+        assert self.call(slot, Op.MAP, generation, arg0=WORDS * 8) == 0
+        assert self.call(slot, Op.ENABLE, generation, task=task) == 0
+
+
+class Bench:
+    def __init__(self, busy_seconds: float) -> None:
+        self.region = Region(16 << 20)
+        self.server = IvshmemServer(self.region)
+        self.coverage = Counting()
+        self.device = Device(self.region, self.coverage, Personality.LINUX)
+        self.doorbell = Doorbell(
+            self.region, self.device, self.server.bell, busy_seconds=busy_seconds
+        )
+        self.doorbell.start()
+        self.guest = FakeGuest(self.region, self.server.bell)
+
+    def area(self, slot: int, words: int = WORDS) -> list[int]:
+        offset = self.guest.answer(slot, ResponseWord.AREA_OFFSET)
+        data = os.pread(self.region.fd, words * 8, offset)
+        count = int.from_bytes(data[:8], "little")
+        return [int.from_bytes(data[i : i + 8], "little") for i in range(8, 8 + 8 * count, 8)]
+
+    def close(self) -> None:
+        self.doorbell.stop()
+        self.server.close()
+        self.region.close()
+
+
+@pytest.fixture(params=[0.0, 0.002], ids=["asleep", "busy"])
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    bench = Bench(request.param)
+    yield bench
+    bench.close()
+
+
+def test_the_handshake_is_the_one_of_the_specification() -> None:
+    region = Region(1 << 20)
+    server = IvshmemServer(region)
+    try:
+        qemu = server.connect()
+        messages = []
+        for _ in range(5):
+            data, fds, _, _ = socket.recv_fds(qemu, 8, 1)
+            messages.append((struct.unpack("<q", data)[0], len(fds)))
+            if messages[-1] == (-1, 1):
+                assert os.fstat(fds[0]).st_size == region.size
+            for fd in fds:
+                os.close(fd)
+        qemu.close()
+        assert messages == [(0, 0), (0, 0), (-1, 1), (abi.HOST_PEER, 1), (0, 1)]
+    finally:
+        server.close()
+        region.close()
+
+
+def test_one_instance_from_open_to_release(bench: Bench) -> None:
+    guest = bench.guest
+    guest.trace(3)
+    for number in range(50):
+        assert guest.call(3, Op.RETURN, arg0=number) == 0
+    assert bench.area(3) == list(range(1, 51))
+    assert guest.answer(3, ResponseWord.APPENDED) == 50
+    assert guest.call(3, Op.DISABLE) == 0
+    assert guest.call(3, Op.RETURN) == errno.EINVAL
+    assert guest.call(3, Op.RELEASE) == 0
+    assert bench.region.areas_in_use == 0
+    assert bench.device.instances == 0
+
+
+def test_many_threads_at_once_lose_nothing(bench: Bench) -> None:
+    rounds, threads = 500, 8
+    for slot in range(threads):
+        bench.guest.trace(slot, task=TASK + slot)
+    failures: list[object] = []
+
+    def work(slot: int) -> None:
+        try:
+            for _ in range(rounds):
+                assert bench.guest.call(slot, Op.RETURN, task=TASK + slot) == 0
+        except AssertionError as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=work, args=(slot,)) for slot in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+    assert bench.device.totals.returns == rounds * threads
+    given = sorted(pc for slot in range(threads) for pc in bench.area(slot))
+    assert given == list(range(1, rounds * threads + 1))[: len(given)]
+
+
+def test_a_new_generation_ends_the_slots_last_instance(bench: Bench) -> None:
+    bench.guest.trace(0, generation=1)
+    assert bench.guest.call(0, Op.INIT, 2, arg0=WORDS) == 0
+    assert bench.region.areas_in_use == 1
+    assert bench.device.enabled == 0
+
+
+def test_nonsense_is_an_errno(bench: Bench) -> None:
+    guest = bench.guest
+    assert guest.call(9, Op.RETURN) == errno.EINVAL
+    assert guest.call(9, Op.EXIT) == errno.EINVAL
+    for op in (0, 99, 2**32, 2**64 - 1):
+        assert guest.call(9, op) == errno.EINVAL
+    assert guest.call(9, Op.INIT, arg0=2**64 - 1) == errno.EINVAL
+    assert guest.call(9, Op.MAP, arg0=2**64 - 1, arg1=2**63, arg2=2**64 - 1) == errno.EINVAL
+    assert bench.doorbell.counters.refused == 6
+    guest.trace(9, generation=4)
+
+
+def test_a_wrong_hint_or_count_still_gets_an_answer(bench: Bench) -> None:
+    guest = bench.guest
+    guest.trace(5)
+    for kick in (0, 2**64 - 1, 0xFFFF, 77 << 16 | 999):
+        sequence = guest.post(5, Op.RETURN, 1)
+        guest.control[HeaderWord.KICK] = kick
+        os.eventfd_write(guest.bell, 1)
+        assert guest.wait(5, sequence)
+    sequence = guest.post(5, Op.RETURN, 1)
+    os.eventfd_write(guest.bell, 1)
+    assert guest.wait(5, sequence), "a bell without a kick makes the host look"
+
+
+def test_news_for_what_nobody_waits_for(bench: Bench) -> None:
+    control = bench.guest.control
+    assert control[HeaderWord.NEWS] == 0
+    control[HeaderWord.NEWS] = 7
+    time.sleep(0.6)
+    assert control[HeaderWord.NEWS] == 0, "every return is to be told"
+    bench.doorbell.rely_on_relays()
+    seen: set[int] = set()
+    end = time.monotonic() + 10
+    while len(seen) < 5 and time.monotonic() < end:
+        seen.add(control[HeaderWord.NEWS])
+        time.sleep(0.02)
+    assert len(seen) == 5
+    assert 0 not in seen
+
+
+def test_returns_that_are_told_later_count(bench: Bench) -> None:
+    guest, totals = bench.guest, bench.device.totals
+    guest.trace(2)
+    assert guest.call(2, Op.RETURN, arg1=10) == 0
+    assert totals.returns == 11
+    assert guest.call(2, Op.DISABLE, arg0=1, arg1=5) == errno.EINVAL
+    assert totals.returns == 11
+    assert guest.call(2, Op.DISABLE, arg1=5) == 0
+    assert totals.returns == 16
+    assert guest.call(2, Op.ENABLE) == 0
+    assert guest.call(2, Op.EXIT, task=TASK + 1, arg1=7) == 0
+    assert totals.returns == 16, "the word of somebody who owns nothing"
+    assert guest.call(2, Op.EXIT, arg1=2**64 - 1) == 0
+    assert totals.returns == 16 + 2**32 - 1, "no more than a guest could have made"
+
+
+def test_a_source_that_raises_is_counted_and_the_guest_goes_on(bench: Bench) -> None:
+    bench.guest.trace(1)
+    bench.coverage.broken = True
+    assert bench.guest.call(1, Op.RETURN) == errno.EIO
+    assert isinstance(bench.doorbell.failure, RuntimeError)
+    bench.coverage.broken = False
+    assert bench.guest.call(1, Op.RETURN) == 0
+    assert bench.doorbell.counters.source_failures == 1
+
+
+def test_asleep_it_uses_no_processor(bench: Bench) -> None:
+    bench.guest.trace(0)
+    time.sleep(0.05)
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.1
+
+
+@pytest.mark.parametrize(
+    ("taken", "crowded", "asleep"),
+    [(-1, True, True), (-1, False, False), (10**12, True, False)],
+)
+def test_a_loop_that_loses_its_processor_to_others_sleeps(
+    taken: int, crowded: bool, asleep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every look comes too late, or none does: what a crowded machine does cannot be ordered."""
+    monkeypatch.setattr("bridge.device.doorbell._TAKEN_NS", taken)
+    monkeypatch.setattr(_Crowd, "is_there", lambda _: crowded)
+    # A busy phase that no test machine makes too short for the next call.
+    bench = Bench(0.5)
+    try:
+        bench.guest.trace(0)
+        before = bench.doorbell.counters.wakeups
+        for _ in range(100):
+            assert bench.guest.call(0, Op.RETURN) == 0
+        woken = bench.doorbell.counters.wakeups - before
+        assert woken > 50 if asleep else woken < 10
+    finally:
+        bench.close()
+
+
+def test_kicks_at_any_moment_of_falling_asleep(bench: Bench) -> None:
+    bench.guest.trace(0)
+    pause = random.Random(1)
+    for _ in range(2_000):
+        assert bench.guest.call(0, Op.RETURN) == 0
+        end = time.perf_counter() + pause.random() * 0.0005
+        while time.perf_counter() < end:
+            pass
+
+
+def test_stopped_it_says_so(bench: Bench) -> None:
+    bench.doorbell.stop()
+    bench.doorbell.stop()
+    assert bench.region.control[HeaderWord.HOST_EPOCH] == 0
+
+
+def test_random_words_over_the_control_part_never_end_the_loop(bench: Bench) -> None:
+    noise = random.Random(7)
+    control = bench.guest.control
+    words = abi.AREAS_OFFSET // 8
+    for _ in range(20_000):
+        value = noise.choice((noise.getrandbits(64), noise.randrange(12), 0, 2**64 - 1))
+        control[noise.randrange(words)] = value
+        if noise.random() < 0.1:
+            os.eventfd_write(bench.server.bell, 1)
+    slot = 17
+    sequence = bench.guest.post(slot, Op.RELEASE, 0)
+    os.eventfd_write(bench.server.bell, 1)
+    assert bench.guest.wait(slot, sequence)
+    bench.region.restore_header()
+    bench.guest.trace(slot, generation=2**40)
+    assert bench.guest.call(slot, Op.RETURN, 2**40) == 0
+    assert len(bench.area(slot)) == 1
+
+
+def test_a_guest_that_goes_on_as_another(bench: Bench) -> None:
+    first = bench.guest.sequence
+    for slot in range(3):
+        bench.guest.trace(slot, task=TASK + slot)
+        assert bench.guest.call(slot, Op.RETURN, task=TASK + slot) == 0
+    epoch = bench.guest.control[HeaderWord.HOST_EPOCH]
+    bench.doorbell.call(bench.doorbell.reset)
+    assert bench.guest.control[HeaderWord.HOST_EPOCH] not in (0, epoch)
+    assert bench.device.instances == bench.device.enabled == bench.region.areas_in_use == 0
+    assert not any(os.pread(bench.region.fd, 4 << 20, abi.REQUESTS_OFFSET))
+    # It repeats itself, number by number.
+    bench.guest.sequence = first
+    bench.guest.trace(0)
+    assert bench.guest.call(0, Op.RETURN) == 0
+    assert bench.area(0) == [bench.coverage.next]
+    time.sleep(0.6)
+    assert bench.doorbell.counters.mended == 0
+
+
+def test_a_crowd_is_more_threads_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.ExitStack() as stack:
+        monkeypatch.setattr(os, "cpu_count", lambda: 1 << 20)
+        assert not _Crowd(stack).is_there()
+        monkeypatch.undo()
+        crowd = _Crowd(stack)
+        for _ in range((os.cpu_count() or 1) + 1):
+            busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            stack.callback(busy.wait)
+            stack.callback(busy.kill)
+        end = time.monotonic() + 10
+        while not crowd.is_there():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
+def test_who_cannot_tell_takes_it_for_a_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: object) -> int:
+        raise PermissionError
+
+    with contextlib.ExitStack() as stack, monkeypatch.context() as patch:
+        patch.setattr(os, "open", refused)
+        crowd = _Crowd(stack)
+        assert crowd.is_there()

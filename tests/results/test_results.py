@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves for people and programs: the summary, and coverage.py's own reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bridge.errors import InfrastructureError
+from bridge.results import coverage_files, summary
+from bridge.results.summary import Summary
+
+FIGURES = Summary(
+    accel="tcg",
+    kernel="6.1.0-1-amd64",
+    target="plan9",
+    boot_seconds=4.25,
+    syscalls=1200,
+    pcs=54000,
+    pcs_unique=310,
+    blocks_total=620,
+    blocks_covered=310,
+    lost_pcs=0,
+    exit_status=0,
+)
+
+PROGRAM = """\
+def covered(x):
+    if x:
+        return 1
+    return 2
+
+
+def never():
+    return 3
+
+
+covered(True)
+"""
+
+
+def names_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.fixture
+def data_file(tmp_path: Path) -> Path:
+    """Real data of a real run of coverage.py, of a module in a directory of its own."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "measured.py").write_text(PROGRAM)
+    data = tmp_path / "data"
+    command = [sys.executable, "-m", "coverage", "run", f"--data-file={data}", "--source=."]
+    environment = {key: text for key, text in os.environ.items() if not key.startswith("COV")}
+    subprocess.run([*command, "measured.py"], cwd=source, env=environment, check=True, timeout=60)
+    return data
+
+
+def test_the_summary_file_has_what_readers_expect(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    summary.write(FIGURES, path)
+    values = json.loads(path.read_text())
+    assert values["format"] == "kcov-bridge-summary"
+    assert values["version"] == 1
+    expected = {
+        "accel": "tcg",
+        "kernel": "6.1.0-1-amd64",
+        "target": "plan9",
+        "boot_seconds": 4.25,
+        "syscalls": 1200,
+        "pcs": 54000,
+        "pcs_unique": 310,
+        "blocks_total": 620,
+        "blocks_covered": 310,
+        "lost_pcs": 0,
+        "exit_status": 0,
+    }
+    assert expected.items() <= values.items()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert summary.read(path) == values
+
+
+def test_writing_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    path.write_text("old")
+    summary.write(FIGURES, path)
+    assert summary.read(path)["pcs"] == 54000
+    assert names_in(tmp_path) == ["summary.json"]
+
+
+def test_a_summary_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(InfrastructureError, match="cannot write"):
+        summary.write(FIGURES, tmp_path / "none" / "summary.json")
+    (tmp_path / "summary.json").mkdir()
+    with pytest.raises(InfrastructureError, match="cannot write"):
+        summary.write(FIGURES, tmp_path / "summary.json")
+    assert names_in(tmp_path) == ["summary.json"]
+
+
+def test_more_figures_stand_beside_the_others(tmp_path: Path) -> None:
+    more = Summary(**{**vars(FIGURES), "more": {"timed_out": 3}, "command": ("ls", "-l")})
+    summary.write(more, tmp_path / "s.json")
+    values = summary.read(tmp_path / "s.json")
+    assert values["timed_out"] == 3
+    assert values["command"] == ["ls", "-l"]
+    assert "more" not in values
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is no summary"),
+        ('{"format": "other"}', "is no summary"),
+        ('{"format": "kcov-bridge-summary", "version": 99}', "has version 99"),
+    ],
+)
+def test_reading_what_is_no_summary(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "summary.json"
+    path.write_text(text)
+    with pytest.raises(InfrastructureError, match=message):
+        summary.read(path)
+    with pytest.raises(InfrastructureError, match="cannot read"):
+        summary.read(tmp_path / "none")
+
+
+def test_the_text_for_people() -> None:
+    text = summary.render(FIGURES)
+    assert "310 of 620 covered (50.0 %)" in text
+    assert "54,000 appended, 310 different, 45.0 a call" in text
+    assert "6.1.0-1-amd64, tcg" in text
+    assert "ended by" not in text
+    assert not text.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ((), None),
+        (("files.sh /mnt",), "command  files.sh /mnt"),
+        (("sh", "-c", "a; b"), "command  sh -c 'a; b'"),
+    ],
+)
+def test_the_command_in_the_text_can_be_pasted(command: tuple[str, ...], text: str | None) -> None:
+    rendered = summary.render(dataclasses.replace(FIGURES, command=command))
+    assert text in rendered if text else "command" not in rendered
+
+
+def test_the_text_of_a_run_that_never_booted() -> None:
+    early = Summary(
+        accel="tcg",
+        kernel=None,
+        target="plan9",
+        boot_seconds=None,
+        syscalls=0,
+        pcs=0,
+        pcs_unique=0,
+        blocks_total=0,
+        blocks_covered=0,
+        lost_pcs=7,
+        exit_status=123,
+        error="the guest did not boot",
+    )
+    text = summary.render(early)
+    assert "unknown kernel" in text
+    assert "booted in" not in text
+    assert "7, the area was full" in text
+    assert "ended by  the guest did not boot" in text
+
+
+def test_html_and_lcov_from_real_data(data_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    html, lcov = coverage_files.make_reports(data_file, out)
+    assert "measured.py" in (html / "index.html").read_text()
+    lines = lcov.read_text().splitlines()
+    assert f"SF:{tmp_path / 'source' / 'measured.py'}" in lines
+    assert "DA:3,1" in lines
+    assert "DA:4,0" in lines
+    assert "DA:8,0" in lines
+    assert names_in(out) == ["html", "lcov.info"]
+
+
+def test_lcov_paths_are_absolute_from_anywhere(
+    data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path / "source")
+    coverage_files.make_lcov(data_file, tmp_path / "lcov.info")
+    assert f"SF:{tmp_path / 'source' / 'measured.py'}\n" in (tmp_path / "lcov.info").read_text()
+
+
+def test_settings_of_a_project_around_do_not_matter(
+    data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".coveragerc").write_text("[run]\ndata_file = nowhere\n[report]\nomit = *\n")
+    monkeypatch.chdir(tmp_path)
+    html, _ = coverage_files.make_reports(data_file, tmp_path / "out")
+    assert (html / "index.html").is_file()
+
+
+def test_a_report_is_replaced_as_a_whole(data_file: Path, tmp_path: Path) -> None:
+    html = tmp_path / "html"
+    html.mkdir()
+    (html / "stale.html").write_text("old")
+    coverage_files.make_html(data_file, html)
+    assert not (html / "stale.html").exists()
+    assert (html / "index.html").is_file()
+
+
+def test_a_vanished_source_is_left_out_with_a_warning(
+    data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = tmp_path / "source" / "measured.py"
+    other.unlink()
+    with caplog.at_level(logging.WARNING, logger="bridge.results.coverage_files"):
+        coverage_files.make_lcov(data_file, tmp_path / "lcov.info")
+    assert "measured.py" in caplog.text
+    assert (tmp_path / "lcov.info").read_text() == ""
+
+
+def test_no_data_and_broken_data(tmp_path: Path) -> None:
+    with pytest.raises(InfrastructureError, match="there is no coverage data"):
+        coverage_files.make_html(tmp_path / "none", tmp_path / "html")
+    (tmp_path / "broken").write_bytes(b"no database at all" * 100)
+    with pytest.raises(InfrastructureError, match="cannot be read as coverage data"):
+        coverage_files.make_lcov(tmp_path / "broken", tmp_path / "lcov.info")
+    assert names_in(tmp_path) == ["broken"]
+
+
+def test_a_report_that_fails_half_way_is_deleted(
+    data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "html").mkdir()
+    (tmp_path / "html" / "index.html").write_text("of the last run")
+
+    def full(self: object, directory: str, **rest: object) -> float:
+        Path(directory).mkdir()
+        Path(directory, "half.html").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("coverage.Coverage.html_report", full)
+    with pytest.raises(InfrastructureError, match="no HTML report") as caught:
+        coverage_files.make_html(data_file, tmp_path / "html")
+    assert "No space left" in caught.value.evidence
+    assert (tmp_path / "html" / "index.html").read_text() == "of the last run"
+    assert names_in(tmp_path) == ["data", "html", "source"]

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A target in a process of its own: the same coverage, and no harm when it dies or hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import coverage
+import pytest
+
+import bridge
+from bridge.config import Settings
+from bridge.errors import SourceError, TargetError, UsageError
+from bridge.session.isolated import CONSUME_SECONDS, IsolatedTarget
+from bridge.sources.python.source import PythonSource
+from bridge.targets.plan9 import Plan9Target
+
+
+def nowhere(handle: int, pcs: Sequence[int]) -> None:
+    raise AssertionError("nothing is done on behalf of a handle here")
+
+
+def use(port: int) -> None:
+    """A few requests by pyroute2's own client, in a process that nobody measures."""
+    script = textwrap.dedent("""
+        import asyncio, sys
+        from pyroute2.plan9.client import Plan9ClientSocket
+
+        async def main():
+            client = Plan9ClientSocket(address=("127.0.0.1", int(sys.argv[1])))
+            await client.start_session()
+            fid = await client.fid("README")
+            await client.read(fid)
+            for _ in range(5):
+                await client.read(fid)
+
+        asyncio.run(main())
+    """)
+    subprocess.run([sys.executable, "-c", script, str(port)], check=True, timeout=60)
+
+
+def executed(data_file: Path) -> dict[str, set[int]]:
+    data = coverage.CoverageData(str(data_file))
+    data.read()
+    return {file: set(data.lines(file) or ()) for file in data.measured_files()}
+
+
+def test_the_same_coverage_as_in_process(tmp_path: Path) -> None:
+    isolated = IsolatedTarget("plan9", None, tmp_path, nowhere)
+    isolated.start()
+    try:
+        first = set(isolated.consume())
+        assert first, "the import of the packages counts"
+        use(isolated.endpoints[0].host_port)
+        news = list(isolated.consume())
+        assert news
+        assert list(isolated.consume()) == []
+        names = {str(isolated.table.lookup(pc)) for pc in news}
+        assert any(name.startswith("pyroute2/plan9/server.py:") for name in names)
+    finally:
+        isolated.stop()
+    assert isolated.blocks_covered >= len(first | set(news))
+
+    source = PythonSource(Plan9Target.packages, data_file=tmp_path / ".coverage.here")
+    # The other process has its own modules; here they are imported already, so their import is
+    # left out of the comparison.
+    target = Plan9Target()
+    source.start()
+    try:
+        target.start()
+        source.consume()
+        use(target.endpoints[0].host_port)
+        here = set(source.consume())
+    finally:
+        target.stop()
+        source.stop()
+    assert here == set(news)
+    there = executed(tmp_path / ".coverage")
+    assert len(source.table) == len(isolated.table)
+    assert {name for name, lines in there.items() if lines}
+
+
+def own_target(directory: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> str:
+    """``module:Class`` of a target whose service runs ``body`` when told to by a byte."""
+    (directory / "own_service.py").write_text(
+        textwrap.dedent("""
+        import os, signal, socket, threading, time
+
+        def work():
+            return 1
+
+        def serve(connection):
+            with connection:
+                while request := connection.recv(1):
+                    work()
+                    if request == b"x":
+                        BODY
+                    connection.sendall(b".")
+    """).replace("BODY", body)
+    )
+    (directory / "own_target.py").write_text(
+        textwrap.dedent("""
+        import socket, threading
+        from bridge.targets import Endpoint
+
+        class Target:
+            name = "own"
+            packages = ("own_service",)
+            guest_modules = ()
+            guest_setup = guest_teardown = ""
+
+            def __init__(self, directory):
+                self.endpoints = ()
+
+            def start(self):
+                import own_service
+                self.listener = socket.create_server(("127.0.0.1", 0))
+                self.endpoints = (Endpoint("own", self.listener.getsockname()[1], 80),)
+                threading.Thread(
+                    target=lambda: own_service.serve(self.listener.accept()[0]), daemon=True
+                ).start()
+
+            def stop(self):
+                self.listener.close()
+    """)
+    )
+    monkeypatch.syspath_prepend(directory)
+    monkeypatch.setenv("PYTHONPATH", str(directory))
+    return "own_target:Target"
+
+
+def tell(isolated: IsolatedTarget, request: bytes) -> Callable[[], bytes]:
+    sock = socket.create_connection(("127.0.0.1", isolated.endpoints[0].host_port))
+    sock.settimeout(20)
+    sock.sendall(request)
+    return lambda: sock.recv(1)
+
+
+def test_a_target_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = own_target(tmp_path, monkeypatch, "os.kill(os.getpid(), signal.SIGKILL)")
+    isolated = IsolatedTarget(name, None, tmp_path, nowhere)
+    isolated.start()
+    assert isolated.consume()
+    assert tell(isolated, b"x")() == b""
+    process = isolated._process
+    assert process is not None
+    assert process.wait(20)
+    with pytest.raises(SourceError, match="was killed by SIGKILL"):
+        isolated.consume()
+    assert isolated.consume() == ()
+    with pytest.raises(TargetError, match="was killed by SIGKILL"):
+        isolated.stop()
+    isolated.stop()
+
+
+def test_a_target_that_hangs_with_the_interpreter_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A regular expression that backtracks holds the lock as long as it takes: stop the process.
+    name = own_target(tmp_path, monkeypatch, "os.kill(os.getpid(), signal.SIGSTOP)")
+    isolated = IsolatedTarget(name, None, tmp_path, nowhere)
+    isolated.start()
+    try:
+        isolated.consume()
+        answer = tell(isolated, b"x")
+        process = isolated._process
+        assert process is not None
+        stat = Path(f"/proc/{process.pid}/stat")
+        while stat.read_text().rpartition(")")[2].split()[0] != "T":
+            time.sleep(0.01)
+        start = time.monotonic()
+        with pytest.raises(SourceError, match="does not answer"):
+            isolated.consume()
+        assert time.monotonic() - start < CONSUME_SECONDS + 5
+        start = time.monotonic()
+        for _ in range(20):
+            assert isolated.consume() == ()
+        assert time.monotonic() - start < 5, "it is not waited for again and again"
+        os.kill(process.pid, signal.SIGCONT)
+        assert answer() == b"."
+        end = time.monotonic() + 20
+        while not isolated.consume() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert time.monotonic() < end, "what was covered meanwhile comes after all"
+    finally:
+        isolated.stop()
+    assert (tmp_path / ".coverage").is_file()
+
+
+def test_a_target_that_raises_on_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = own_target(tmp_path, monkeypatch, "pass")
+    (tmp_path / "own_service.py").write_text("raise RuntimeError('no such luck')\n")
+    isolated = IsolatedTarget(name, None, tmp_path, nowhere)
+    with pytest.raises(TargetError, match="RuntimeError: no such luck"):
+        isolated.start()
+
+
+def test_nothing_to_isolate(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="covers no packages"):
+        IsolatedTarget("none", None, tmp_path, nowhere)
+    assert Settings(isolate=True).isolate
+
+
+@pytest.mark.vm
+def test_in_a_guest(tmp_path: Path) -> None:
+    with bridge.boot(out=tmp_path, isolate=True) as guest:
+        result = guest.kcov(["cat", "/mnt/target/README"])
+        assert result.exit_status == 0
+        names = {str(guest.symbolize(pc)) for pc in result.pcs}
+        assert any(name.startswith("pyroute2/plan9/server.py:") for name in names)
+        if guest.kernel is not None:
+            assert any(name.startswith("p9_client_") for name in names)
+        # The target dies under the guest's hands; the device does not.
+        source = guest.source
+        assert isinstance(source, IsolatedTarget)
+        assert source._process is not None
+        os.kill(source._process.pid, signal.SIGKILL)
+        after = guest.run("timeout 10 kcov-exec -- true")
+        assert after.exit_status == 0
+        assert guest.doorbell is not None
+        assert "SIGKILL" in str(guest.doorbell.failure)
+        with pytest.raises(TargetError):
+            source.stop()

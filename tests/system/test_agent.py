@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guest's programs in a real guest: kcov-exec, kcov-doc, and the agent as process 1.
+
+The device gives one PC for each system call here (``syscall_pcs``), so what a program did can be
+counted exactly, without any target.
+"""
+
+from __future__ import annotations
+
+import shlex
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bridge.config import Settings
+from bridge.errors import BridgeError, GuestPoweredOffError, GuestSetupError
+from bridge.guest.images import build, compile_for_guest
+from bridge.guest.ssh import CommandResult, Guest
+from bridge.session.session import Session
+from bridge.sources.pcs import syscall_pc
+from bridge.vm.accel import choose_accelerator
+from bridge.vm.config import MachineConfig
+from bridge.vm.machine import Machine
+
+pytestmark = pytest.mark.vm
+
+SCHED_GETSCHEDULER = 145
+"""arch/x86/entry/syscalls/syscall_64.tbl"""
+
+CALLS = 10
+THREADS = 100
+"""As in follow.c."""
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    out = tmp_path_factory.mktemp("agent")
+    program = compile_for_guest(build(), Path(__file__).with_name("follow.c"), out / "follow")
+    # A region of 64 MiB holds sixteen areas of the size that kcov-exec makes by default.
+    settings = Settings(target="none", source="python", syscall_pcs=True, region=64)
+    with Session(settings, out) as session:
+        session.guest.upload(program, "/usr/local/bin/follow", 0o755)
+        yield session
+
+
+def run(session: Session, command: str) -> CommandResult:
+    return session.guest.run(command, timeout=60)
+
+
+def calls(text: str) -> int:
+    pc = syscall_pc(SCHED_GETSCHEDULER)
+    assert pc is not None
+    return text.split().count(f"{pc:#018x}")
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("sh -c 'exit 7'", 7),
+        ("true", 0),
+        ("sh -c 'kill -9 $$'", 128 + 9),
+        ("sh -c 'kill -TERM $$'", 128 + 15),
+        ("/no/such/program", 127),
+        ("no-such-program", 127),
+        ("/etc/hosts", 126),
+    ],
+)
+@pytest.mark.parametrize("option", ["", "-f"])
+def test_exit_status_is_the_commands(
+    session: Session, option: str, command: str, status: int
+) -> None:
+    assert run(session, f"kcov-exec {option} -- {command}").exit_status == status
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("kcov-exec", "no command given"),
+        ("kcov-exec -n 3 -- true", "multiple of 512"),
+        ("kcov-exec -n x -- true", "multiple of 512"),
+        ("kcov-exec -n 268434944 -- true", "no room for the area; choose a smaller -n"),
+        ("kcov-exec -o /no/such/file -- true", "can't write to /no/such/file"),
+        ("KCOV_EXEC_DEVICE=/dev/null kcov-exec -- true", "this is no kcov device"),
+        ("KCOV_EXEC_DEVICE=/no kcov-exec -- true", "can't open /no"),
+        ("KCOV_EXEC_LIBRARY=/no kcov-exec -f -- true", "set KCOV_EXEC_LIBRARY"),
+    ],
+)
+def test_own_failures_are_125_and_say_what_to_do(session: Session, command: str, said: str) -> None:
+    result = run(session, command)
+    assert result.exit_status == 125
+    assert said in result.stderr.decode()
+
+
+def test_pcs_of_one_thread(session: Session) -> None:
+    result = run(session, "kcov-exec -o - -- follow calls")
+    assert calls(result.text) == CALLS
+    assert all(int(pc, 16) >= 0xFFFFFFFF80000000 for pc in result.text.split())
+
+
+def test_without_following_children_are_invisible(session: Session) -> None:
+    assert calls(run(session, "kcov-exec -o - -- follow processes").text) == CALLS
+
+
+def test_following_loses_nothing_to_exit_kill_and_exec(session: Session) -> None:
+    result = run(session, "kcov-exec -f -v -o - -- follow processes")
+    assert result.exit_status == 0, result.stderr
+    assert calls(result.text) == 4 * CALLS
+    lines = result.stderr.decode().splitlines()
+    names = [line.split()[2] for line in lines if line.endswith(" PCs")]
+    assert sorted(names) == ["exe:", "follow:", "follow:", "follow:"], "each process in a line"
+    assert names[-1] == "follow:", "in the order in which they ended"
+
+
+def test_following_gives_each_thread_an_area_and_takes_it_back(session: Session) -> None:
+    """A hundred threads after each other: far more than the region has room for at once."""
+    result = run(session, "kcov-exec -f -o - -- follow threads")
+    assert result.exit_status == 0, result.stderr
+    assert result.stderr == b""
+    assert calls(result.text) == (THREADS + 2) * CALLS
+
+
+def test_exec_from_a_thread_keeps_its_trace(session: Session) -> None:
+    result = run(session, "kcov-exec -f -o - -- follow exec")
+    assert result.exit_status == 0, result.stderr
+    assert calls(result.text) == CALLS
+
+
+def test_following_shell_scripts(session: Session) -> None:
+    script = "follow calls; (follow calls; follow calls) | cat; echo $(follow calls)"
+    result = run(session, f"kcov-exec -f -o /tmp/pcs -- sh -c {shlex.quote(script)}; cat /tmp/pcs")
+    assert calls(result.text) == 4 * CALLS
+
+
+def test_a_process_that_outlives_the_command_is_written_as_far_as_it_came(
+    session: Session,
+) -> None:
+    script = "(follow calls; exec sleep 30) & sleep 1"
+    result = run(session, f"kcov-exec -f -o /tmp/pcs -- sh -c {shlex.quote(script)}; cat /tmp/pcs")
+    assert calls(result.text) == CALLS
+
+
+def test_a_full_area_is_told(session: Session) -> None:
+    result = run(session, "kcov-exec -n 512 -o - -- sh -c 'for i in $(seq 400); do :>/tmp/x; done'")
+    assert len(result.text.split()) == 511
+    assert "the area is full, PCs were lost" in result.stderr.decode()
+
+
+def test_signals_are_handed_on(session: Session) -> None:
+    script = "trap 'exit 3' TERM; sleep 30 & wait"
+    command = f"kcov-exec -o /tmp/pcs -- sh -c {shlex.quote(script)} & sleep 1; kill $!; wait $!"
+    result = run(session, f"{command}; echo $?; wc -l < /tmp/pcs")
+    status, lines = map(int, result.text.split())
+    assert status == 3
+    assert lines > 0
+
+
+def test_output_and_input_are_the_commands_own(session: Session) -> None:
+    result = run(
+        session, "echo hello | kcov-exec -f -- cat; kcov-exec -f -- env | wc -l; env | wc -l"
+    )
+    hello, under, without = result.text.split()
+    assert hello == "hello"
+    assert int(under) == int(without) + 2, "LD_PRELOAD and the socket's name, no more"
+    leaked = run(session, "kcov-exec -f -- sh -c 'readlink /proc/self/fd/*'")
+    assert "kcov" not in leaked.text
+
+
+def test_the_documentations_program(session: Session) -> None:
+    plain = run(session, "kcov-doc")
+    assert plain.exit_status == 0, plain.stderr
+    assert plain.text.split() == [f"{syscall_pc(0):#x}"], "read is system call 0"
+    assert run(session, "kcov-doc /etc/hosts").exit_status == 0
+    assert run(session, "kcov-doc /no/such/file").exit_status == 1
+
+
+def test_the_guest_is_small_and_has_what_targets_need(session: Session) -> None:
+    assert session.ready is not None
+    assert session.ready.mem_available_kib > 150 * 1024, "of 256 MiB"
+    assert run(session, "modprobe -a 9p 9pnet_virtio nbd vhci-hcd").exit_status == 0
+    assert "warning" not in run(session, "dmesg").text.lower()
+
+
+def test_writes_go_to_memory(session: Session) -> None:
+    result = run(session, "echo x >> /etc/hosts && rm /bin/ls && echo > /dev/vda")
+    assert result.exit_status != 0
+    assert "I/O error" in result.stderr.decode(), "the disk is read-only"
+    build().check(contents=True)
+    run(session, "sed -i '$d' /etc/hosts")
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[tuple[Machine, Guest]]:
+    """A machine without the kcov device."""
+    image = build()
+    config = MachineConfig(
+        accelerator=choose_accelerator("auto"),
+        kernel=image.kernel,
+        initrd=image.initrd,
+        cmdline=image.cmdline,
+        disk=image.root,
+    )
+    with Machine(config, console_path=tmp_path / "console.log") as machine:
+        machine.start()
+        guest = Guest(machine.ssh_port, image.ssh_key, image.host_key.read_text(), watched=machine)
+        with guest:
+            yield machine, guest
+
+
+def test_a_guest_without_the_device_says_so_and_still_serves_ssh(
+    machine: tuple[Machine, Guest],
+) -> None:
+    vm, guest = machine
+    with pytest.raises(GuestSetupError, match="module") as caught:
+        vm.wait_ready()
+    assert "No such device" in caught.value.report()
+    guest.connect()
+    assert guest.run(["uname", "-r"], timeout=30).text.strip() == build().kernel_release
+
+
+def test_the_power_button_ends_the_guest(machine: tuple[Machine, Guest]) -> None:
+    vm, guest = machine
+    guest.connect()
+    lost = threading.Event()
+    vm.add_loss_listener(lambda error: lost.set())
+    vm.execute("system_powerdown")
+    assert lost.wait(10), vm.console.tail(20)
+    assert isinstance(vm.loss, GuestPoweredOffError)
+    assert "Power down" in vm.console.tail(5)
+
+
+@pytest.mark.parametrize("command", ["poweroff", "poweroff -f", "reboot", "kill -TERM 1"])
+def test_the_guest_can_end_itself(machine: tuple[Machine, Guest], command: str) -> None:
+    vm, guest = machine
+    guest.connect()
+    with pytest.raises(BridgeError) as caught:
+        guest.run(f"{command}; sleep 20", timeout=30)
+    assert isinstance(caught.value, GuestPoweredOffError), caught.value.report()
+    assert isinstance(vm.loss, GuestPoweredOffError)

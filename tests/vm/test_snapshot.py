@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Snapshots of a real QEMU without a guest, and what they depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bridge.errors import BridgeError, GuestLostError, ImageError, QemuError, UsageError
+from bridge.guest.guest_image import OwnImage
+from bridge.session import snapshots
+from bridge.targets import Endpoint
+from bridge.vm.accel import Accelerator
+from bridge.vm.agent import Ready
+from bridge.vm.config import MachineConfig, MemoryFds
+from bridge.vm.machine import Machine
+from bridge.vm.snapshot import KEPT, Snapshot, fingerprint, new_memory, new_states, prune
+
+TCG = Accelerator("tcg", "test")
+EMPTY = MachineConfig(TCG, memory_mib=64)
+MEMORY = 64 << 20
+CPUINFO = (
+    "processor\t: 0\nmodel name\t: One\nMHz\t: 1\nflags\t: a b\n\nprocessor\t: 1\nflags\t: c\n"
+)
+
+
+def content(fd: int) -> bytes:
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+def blocks(fd: int) -> int:
+    return os.fstat(fd).st_blocks
+
+
+@pytest.fixture
+def fds() -> Iterator[MemoryFds]:
+    fds = MemoryFds(new_memory(MEMORY), new_states())
+    yield fds
+    os.close(fds.ram)
+    os.close(fds.states)
+
+
+@pytest.fixture
+def saved(tmp_path: Path, fds: MemoryFds) -> Path:
+    """What a machine left whose firmware has found nothing to boot."""
+    directory = tmp_path / "snapshots" / "saved"
+    os.pwrite(fds.ram, b"what was there", 32 << 20)
+    with Machine(EMPTY, memory=fds) as machine:
+        machine.start()
+        Snapshot.save(directory, machine, fds)
+    return directory
+
+
+def test_a_machine_starts_from_what_another_was(saved: Path, fds: MemoryFds) -> None:
+    with Snapshot(saved) as snapshot:
+        memory, states = new_memory(MEMORY), snapshot.states()
+        snapshot.restore(memory)
+        assert content(memory) == content(fds.ram)
+        assert content(memory)[32 << 20 :].startswith(b"what was there")
+        with Machine(EMPTY, memory=MemoryFds(memory, states, snapshot.devices)) as machine:
+            machine.start()
+            status = machine.execute("query-status")
+            assert isinstance(status, dict)
+            assert status["status"] == "paused"
+            # As often as one likes, after running.
+            machine.adopt_ready(Ready("", "", 0, 0))
+            for _ in range(3):
+                machine.execute("cont")
+                os.pwrite(memory, b"what is new", 48 << 20)
+                with pytest.raises(BridgeError, match="not ready"):
+                    machine.rewind(lambda: snapshot.restore(memory), timeout=0.1)
+                assert content(memory)[48 << 20 :].startswith(bytes(64))
+                machine.adopt_ready(Ready("", "", 0, 0))
+        os.close(memory)
+        os.close(states)
+
+
+def test_a_machine_that_cannot_be_taken_back_is_lost(saved: Path) -> None:
+    def fails() -> None:
+        raise ImageError("no memory any more")
+
+    with Snapshot(saved) as snapshot:
+        memory, states = new_memory(MEMORY), snapshot.states()
+        with Machine(EMPTY, memory=MemoryFds(memory, states, snapshot.devices)) as machine:
+            machine.start()
+            with pytest.raises(UsageError, match="not ready"):
+                machine.rewind(fails)
+            machine.adopt_ready(Ready("", "", 0, 0))
+            with pytest.raises(ImageError):
+                machine.rewind(fails)
+            with pytest.raises(GuestLostError, match="no memory any more"):
+                machine.check()
+        os.close(memory)
+        os.close(states)
+
+
+def test_qemu_starts_while_the_memory_is_loaded(saved: Path, fds: MemoryFds) -> None:
+    with Snapshot(saved) as snapshot:
+        memory, states = new_memory(MEMORY), snapshot.states()
+        with (
+            snapshot.loading(memory) as loading,
+            Machine(EMPTY, memory=MemoryFds(memory, states, loading.devices)) as machine,
+        ):
+            machine.start()
+            loading.check()
+            assert content(memory) == content(fds.ram)
+        os.close(memory)
+        os.close(states)
+
+
+def test_memory_that_cannot_be_loaded(saved: Path) -> None:
+    with Snapshot(saved) as snapshot:
+        memory, states = new_memory(MEMORY), snapshot.states()
+        os.truncate(saved / "memory", 4096)
+        with snapshot.loading(memory) as loading:
+            machine = Machine(EMPTY, memory=MemoryFds(memory, states, loading.devices))
+            with machine, pytest.raises(QemuError):
+                machine.start()
+            with pytest.raises(ImageError, match="the file ends"):
+                loading.check()
+        os.close(memory)
+        os.close(states)
+
+
+def test_memory_that_is_loaded_for_nobody(saved: Path) -> None:
+    with Snapshot(saved) as snapshot:
+        memory = new_memory(MEMORY)
+        with snapshot.loading(memory) as loading:
+            loading.end()
+            loading.check()
+        os.close(memory)
+
+
+def test_memory_that_was_zero_takes_none(saved: Path) -> None:
+    with Snapshot(saved) as snapshot:
+        memory = new_memory(MEMORY)
+        snapshot.restore(memory)
+        least = blocks(memory)
+        os.pwrite(memory, b"\1" * MEMORY, 0)
+        snapshot.restore(memory)
+        assert blocks(memory) == least < MEMORY // 512 // 4
+        assert (saved / "memory").stat().st_blocks < MEMORY // 512 // 4
+        os.close(memory)
+
+
+def test_nobody_else_may_read_it(saved: Path) -> None:
+    assert stat.S_IMODE(saved.stat().st_mode) == 0o700
+    assert stat.S_IMODE(saved.parent.stat().st_mode) == 0o700
+    for path in saved.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [path.name for path in saved.parent.iterdir()] == ["saved"]
+
+
+def test_one_that_is_not_whole_is_refused(saved: Path) -> None:
+    with (saved / "memory").open("r+b") as file:
+        file.truncate(4096)
+    with pytest.raises(ImageError, match="cannot be used"):
+        Snapshot(saved)
+    with pytest.raises(ImageError, match="cannot be used"):
+        Snapshot(saved.parent / "no such")
+
+
+def test_one_that_does_not_load_ends_qemu(saved: Path) -> None:
+    devices = saved / "devices"
+    devices.write_bytes(devices.read_bytes()[:1000] + bytes(devices.stat().st_size - 1000))
+    with Snapshot(saved) as snapshot:
+        memory, states = new_memory(MEMORY), snapshot.states()
+        with (
+            Machine(EMPTY, memory=MemoryFds(memory, states, snapshot.devices)) as machine,
+            pytest.raises(QemuError),
+        ):
+            machine.start()
+        os.close(memory)
+        os.close(states)
+
+
+def test_no_room_for_one(tmp_path: Path, fds: MemoryFds) -> None:
+    (tmp_path / "file").touch()
+    with Machine(EMPTY, memory=fds) as machine:
+        machine.start()
+        with pytest.raises(ImageError, match="cannot be written") as caught:
+            Snapshot.save(tmp_path / "file" / "saved", machine, fds)
+    assert "--no-snapshot" in caught.value.report()
+
+
+def test_a_qemu_that_dies_of_it_is_not_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(tmp_path))
+    tried = []
+    fault = "QEMU was killed by SIGKILL"
+
+    def make(*_: object) -> None:
+        tried.append(fault)
+        raise GuestLostError(fault)
+
+    monkeypatch.setattr(snapshots, "_make", make)
+    for name in ("disk.img", "key"):
+        (tmp_path / name).write_text("none")
+    image = OwnImage(tmp_path / "disk.img", tmp_path / "key")
+    for fault in ("QEMU was killed by SIGKILL", "QEMU was killed by SIGABRT"):
+        with pytest.raises(GuestLostError, match=fault):
+            snapshots.ready_snapshot(image, EMPTY, MEMORY)
+    with pytest.raises(ImageError, match="SIGABRT") as caught:
+        snapshots.ready_snapshot(image, EMPTY, MEMORY)
+    assert len(tried) == 2
+    (refused,) = (tmp_path / "locks").glob("no-snapshot-*")
+    assert str(refused) in caught.value.hint
+    refused.unlink()
+    with pytest.raises(GuestLostError):
+        snapshots.ready_snapshot(image, EMPTY, MEMORY)
+
+
+def test_those_not_used_for_long_are_thrown_away(tmp_path: Path) -> None:
+    for number in range(KEPT + 3):
+        (tmp_path / f"image-{number}").mkdir()
+        os.utime(tmp_path / f"image-{number}", (number, number))
+    prune(tmp_path, lambda name: name != f"image-{KEPT + 1}")
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept == {f"image-{number}" for number in range(3, KEPT + 3)} - {f"image-{KEPT + 1}"}
+    prune(tmp_path / "no such")
+
+
+class TestFingerprint:
+    @pytest.fixture
+    def config(self, tmp_path: Path) -> MachineConfig:
+        for name in ("vmlinux", "initrd", "root", "qemu"):
+            (tmp_path / name).write_text(name)
+        (tmp_path / "qemu").chmod(0o755)
+        return MachineConfig(
+            TCG,
+            kernel=tmp_path / "vmlinux",
+            initrd=tmp_path / "initrd",
+            disk=tmp_path / "root",
+            cmdline="quiet",
+            qemu=str(tmp_path / "qemu"),
+        )
+
+    def test_what_differs_between_runs_is_not_in_it(self, config: MachineConfig) -> None:
+        before = fingerprint(config, 1 << 30, cpuinfo=CPUINFO)
+        other = dataclasses.replace(
+            config,
+            endpoints=(Endpoint("9p", 4000, 564),),
+            gate=Path("/proc/1/fd/3"),
+            ssh_port=2222,
+            plugin=Path("/plugin.so"),
+            boot_timeout=3.0,
+        )
+        assert fingerprint(other, 1 << 30, cpuinfo=CPUINFO) == before
+        assert (
+            fingerprint(config, 1 << 30, cpuinfo=CPUINFO.replace("MHz\t: 1", "MHz\t: 2")) == before
+        )
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"accelerator": Accelerator("kvm", "test")},
+            {"memory_mib": 512},
+            {"cpus": 2},
+            {"cpu": "Nehalem"},
+            {"cmdline": "quiet kcov_bridge.spin_us=1"},
+            {"network": False},
+            {"sandbox": False},
+            {"disk": None},
+            {"extra_args": ("-device", "edu")},
+        ],
+        ids=lambda change: next(iter(change)),
+    )
+    def test_another_machine(self, config: MachineConfig, change: dict[str, object]) -> None:
+        changed = MachineConfig(**{**vars(config), **change})
+        assert fingerprint(changed, 1 << 30, cpuinfo=CPUINFO) != fingerprint(
+            config, 1 << 30, cpuinfo=CPUINFO
+        )
+
+    @pytest.mark.parametrize("name", ["vmlinux", "initrd", "root", "qemu"])
+    def test_a_file_that_was_replaced(
+        self, config: MachineConfig, tmp_path: Path, name: str
+    ) -> None:
+        before = fingerprint(config, 1 << 30, cpuinfo=CPUINFO)
+        os.utime(tmp_path / name, (1, 1))
+        assert fingerprint(config, 1 << 30, cpuinfo=CPUINFO) != before
+
+    def test_another_qemu(self, config: MachineConfig, tmp_path: Path) -> None:
+        shutil.copy2(tmp_path / "qemu", tmp_path / "other")
+        other = dataclasses.replace(config, qemu=str(tmp_path / "other"))
+        assert fingerprint(other, 1 << 30, cpuinfo=CPUINFO) != fingerprint(
+            config, 1 << 30, cpuinfo=CPUINFO
+        )
+
+    def test_other_modules(self, config: MachineConfig) -> None:
+        prints = {
+            fingerprint(config, 1 << 30, modules, CPUINFO)
+            for modules in ((), ("9p",), ("9p", "9pnet_fd"), ("9pnet_fd", "9p"))
+        }
+        assert len(prints) == 4
+
+    def test_another_region(self, config: MachineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = fingerprint(config, 1 << 30, cpuinfo=CPUINFO)
+        assert fingerprint(config, 1 << 29, cpuinfo=CPUINFO) != before
+        monkeypatch.setattr("bridge.device.abi.VERSION", 1000)
+        assert fingerprint(config, 1 << 30, cpuinfo=CPUINFO) != before
+
+    @pytest.mark.parametrize(
+        "change", [("One", "Two"), ("a b", "a"), ("\n\n", "\nmicrocode\t: 1\n\n")]
+    )
+    def test_another_processor(self, config: MachineConfig, change: tuple[str, str]) -> None:
+        before = fingerprint(config, 1 << 30, cpuinfo=CPUINFO)
+        assert fingerprint(config, 1 << 30, cpuinfo=CPUINFO.replace(*change)) != before
+        assert fingerprint(config, 1 << 30) != before
