@@ -28,8 +28,8 @@ import pytest
 from bridge.device.fastpath import LineTap, plain
 from bridge.errors import SourceError
 from bridge.sources import Source
-from bridge.sources import python as python_source
 from bridge.sources.pcs import BlockTable
+from bridge.sources.python import source as python_source
 from bridge.sources.python.blocks import find_blocks
 from bridge.sources.python.source import PythonSource
 
