@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The doorbell: the ivshmem server that QEMU connects to, and the loop that answers the guest.
-
-QEMU is given one end of a socket pair and finds an ivshmem server on the other
-(``docs/specs/ivshmem-spec.txt`` in QEMU): protocol version, its peer id, the region's memfd, then
-an eventfd for each vector of each peer. The bridge is the server and peer 1 at once: a guest that
-writes ``1 << 16`` into the device's doorbell register wakes the loop.
+"""The doorbell: the loop that answers the guest's requests.
 
 The loop trusts nothing that it reads: a request is an op code, three ids and three numbers, each
 bounded by the host's own tables; whatever fails becomes an errno, and is counted. Nor does it
@@ -20,7 +15,6 @@ import errno
 import logging
 import os
 import select
-import socket
 import struct
 import threading
 import time
@@ -31,7 +25,6 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
 from bridge.device.abi import (
-    HOST_PEER,
     KCOV_REMOTE_MAX_HANDLES,
     KICK_SLOT_BITS,
     PAGE_SIZE,
@@ -40,7 +33,6 @@ from bridge.device.abi import (
     RESPONSES_OFFSET,
     SLOT_WORDS,
     SLOTS,
-    VECTORS,
     WORD,
     Answer,
     HeaderWord,
@@ -57,15 +49,11 @@ from bridge.errors import DoorbellError
 from bridge.sources.guest_kernel.source import GuestKernel
 from bridge.vm.relay import news_value
 
-__all__ = ["Doorbell", "DoorbellCounters", "IvshmemServer"]
+__all__ = ["Doorbell", "DoorbellCounters"]
 
 C = TypeVar("C")
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-
-_QEMU_PEER = 0
-_PROTOCOL_VERSION = 0
-_REGION_FOLLOWS = -1
 
 _REQUESTS = REQUESTS_OFFSET // WORD
 _RESPONSES = RESPONSES_OFFSET // WORD
@@ -106,56 +94,6 @@ _MEND_NS = 250_000_000
 """How often the region is mended: well within the time that the guest waits for an answer."""
 _MEND_SHOWS = 8
 """How many times the host shows itself to a guest that takes it for gone."""
-
-
-class IvshmemServer:
-    """The ivshmem server of one region; each :meth:`connect` is for one QEMU."""
-
-    def __init__(self, region: Region) -> None:
-        with contextlib.ExitStack() as stack:
-            self.bell = self._eventfd(stack)
-            """Readable once the guest has rung."""
-            self._guest_bell = self._eventfd(stack)
-            self._region_fd = region.fd
-            self._stack = stack.pop_all()
-
-    @staticmethod
-    def _eventfd(stack: contextlib.ExitStack) -> int:
-        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        stack.callback(os.close, fd)
-        return fd
-
-    def connect(self) -> socket.socket:
-        """A socket for QEMU's chardev, with all that QEMU reads while it starts waiting in it.
-
-        It is the caller's to close, once QEMU has it. Raises
-        :class:`bridge.errors.DoorbellError`.
-        """
-        try:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-            self._stack.callback(ours.close)
-            self._send(ours, _PROTOCOL_VERSION)
-            self._send(ours, _QEMU_PEER)
-            self._send(ours, _REGION_FOLLOWS, self._region_fd)
-            for _ in range(VECTORS):
-                self._send(ours, HOST_PEER, self.bell)
-            for _ in range(VECTORS):
-                self._send(ours, _QEMU_PEER, self._guest_bell)
-        except OSError as error:
-            raise DoorbellError(f"QEMU could not be told about the region: {error}") from error
-        return theirs
-
-    @staticmethod
-    def _send(sock: socket.socket, value: int, *fds: int) -> None:
-        message = struct.pack("<q", value)
-        if fds:
-            socket.send_fds(sock, [message], list(fds))
-        else:
-            sock.sendall(message)
-
-    def close(self) -> None:
-        """Close sockets and eventfds. Safe to call twice."""
-        self._stack.close()
 
 
 class _Crowd:

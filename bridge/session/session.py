@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from bridge.config import Settings
 from bridge.device.abi import WORD, HeaderWord
-from bridge.device.doorbell import Doorbell, IvshmemServer
+from bridge.device.doorbell import Doorbell
+from bridge.device.ivshmem import IvshmemServer
 from bridge.device.kcov import Device, Personality
 from bridge.device.region import Region
 from bridge.errors import (

@@ -18,7 +18,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from bridge.device.doorbell import Doorbell, IvshmemServer
+from bridge.device.doorbell import Doorbell
+from bridge.device.ivshmem import IvshmemServer
 from bridge.device.kcov import Device
 from bridge.device.region import Region
 from bridge.errors import GuestLostError, ImageError, QemuError

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from bridge.device import abi
 from bridge.device.abi import HeaderWord, HostState, Op, RequestWord, ResponseWord
-from bridge.device.doorbell import Doorbell, IvshmemServer
+from bridge.device.doorbell import Doorbell
+from bridge.device.ivshmem import IvshmemServer
 from bridge.device.kcov import Device, Kcov, Personality
 from bridge.device.region import Area, Region
 from tests.device.test_doorbell import WORDS, Counting, FakeGuest

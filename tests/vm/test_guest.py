@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.device.doorbell import IvshmemServer
+from bridge.device.ivshmem import IvshmemServer
 from bridge.device.region import Region
 from bridge.errors import (
     GuestLostError,
