@@ -16,6 +16,7 @@ from __future__ import annotations
 __all__ = [
     "BootTimeoutError",
     "BridgeError",
+    "CacheError",
     "DoorbellError",
     "GuestLostError",
     "GuestPanicError",
@@ -97,6 +98,10 @@ class KernelUnknownError(SourceError):
 
 class TargetError(InfrastructureError):
     """The target raised, or is not what it should be."""
+
+
+class CacheError(InfrastructureError):
+    """Something that the cache lacks could not be written into it."""
 
 
 class ImageError(InfrastructureError):

@@ -7,9 +7,7 @@ import argparse
 import contextlib
 import json
 import logging
-import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +19,7 @@ from bridge.bench.plot import plot
 from bridge.bench.table import render
 from bridge.config import Settings
 from bridge.errors import InfrastructureError, UsageError
+from bridge.util.files import write_atomically
 
 __all__ = ["add_bench_arguments", "bench_command", "measurements"]
 
@@ -115,9 +114,9 @@ def bench_command(settings: Settings, args: argparse.Namespace) -> int:
     print(text if as_json else f"{_title(head)}\n\n{render(results)}", end="" if as_json else "\n")
     sys.stdout.flush()
     if output is not None:
-        _write(output, text)
+        write_atomically(output, text)
     if args.plot is not None:
-        _write(args.plot, plot(document))
+        write_atomically(args.plot, plot(document))
     failed = [result.name for result in results if result.failure]
     if failed:
         raise InfrastructureError(f"could not be measured: {', '.join(failed)}")
@@ -163,19 +162,3 @@ def _progress_alone() -> Iterator[None]:
     finally:
         root.setLevel(level)
         _log.setLevel(logging.NOTSET)
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise InfrastructureError(f"{path} cannot be written: {error.strerror}") from error

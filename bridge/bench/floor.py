@@ -9,24 +9,18 @@ its program are the same.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import shutil
-import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from bridge.device import abi
-from bridge.errors import InfrastructureError, MissingDependencyError
-from bridge.guest.images.store import cache_directory
+from bridge.errors import InfrastructureError
 from bridge.session.session import Session
+from bridge.util.compile import CProgram
 from bridge.vm.process import spawn
 
-__all__ = ["LAYOUT_FLAGS", "build_floor", "floor"]
+__all__ = ["FLOOR", "LAYOUT_FLAGS", "floor"]
 
-_SOURCE = Path(__file__).with_name("floor.c")
-_FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror")
 _AREA_WORDS = 512 << 10
 """As much as kcov-bench asks for."""
 _HANDED_OVER_SECONDS = 600.0
@@ -52,34 +46,13 @@ _LAYOUT: dict[str, int] = {
 LAYOUT_FLAGS = tuple(f"-D{name}={value}" for name, value in _LAYOUT.items())
 """What a compiler has to be told about the region."""
 
-
-def build_floor() -> Path:
-    """The compiled program, from the cache if its source, the layout and the compiler are the same.
-
-    Raises :class:`bridge.errors.MissingDependencyError` without a C compiler and
-    :class:`bridge.errors.InfrastructureError` with its messages.
-    """
-    compiler = shutil.which("cc")
-    if compiler is None:
-        raise MissingDependencyError(
-            "the floor of a signal is a C program, and there is no compiler for it",
-            hint="install gcc and libc6-dev",
-        )
-    flags = [*_FLAGS, *LAYOUT_FLAGS]
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    digest = hashlib.sha256(version + " ".join(flags).encode() + _SOURCE.read_bytes())
-    program = cache_directory() / "bench" / f"floor-{digest.hexdigest()[:12]}"
-    if program.is_file():
-        return program
-    program.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".floor-", dir=program.parent) as directory:
-        made = Path(directory, "floor")
-        command = [compiler, *flags, "-o", str(made), str(_SOURCE)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise InfrastructureError("the floor does not compile", evidence=done.stderr)
-        made.replace(program)
-    return program
+FLOOR = CProgram(
+    name="the floor of a signal",
+    source=Path(__file__).with_name("floor.c"),
+    flags=("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", *LAYOUT_FLAGS),
+    folder="bench",
+)
+"""The compiled program: :meth:`bridge.util.compile.CProgram.build`."""
 
 
 @contextlib.contextmanager
@@ -88,7 +61,7 @@ def floor(session: Session, *, asleep: bool) -> Iterator[None]:
 
     The guest must have no kcov instance open at either end.
     """
-    program = build_floor()
+    program = FLOOR.build()
     doorbell, region = session.doorbell, session.region
     assert doorbell is not None
     assert region is not None

@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from bridge.bench.floor import build_floor, floor
+from bridge.bench.floor import FLOOR, floor
 from bridge.bench.measurement import Bench, Measurement, take_turns
 from bridge.bench.stats import Aim, Comparison, Of, Series
 from bridge.bench.targets import COVERED_TARGET, cover_before_each_look
@@ -62,7 +62,7 @@ def _check(session: Session) -> None:
 
 
 def _measure_signal(bench: Bench) -> None:
-    build_floor()
+    FLOOR.build()
     settings = bench.settings(target=COVERED_TARGET, syscall_pcs=True)
     count = 3_000 if bench.quick else 10_000
     bench.progress("booting a guest")

@@ -29,6 +29,7 @@ from bridge.errors import BridgeError
 from bridge.guest import images
 from bridge.guest.images.store import resolve
 from bridge.sources.guest_kernel.plugin import build_plugin, why_not_loaded
+from bridge.util.cache import cache_directory
 from bridge.vm.accel import choose_accelerator, why_not_kvm
 
 __all__ = ["Check", "Package", "debian_packages", "diagnose", "doctor_command", "render"]
@@ -266,7 +267,7 @@ def _image(settings: Settings) -> Iterator[Check]:
             there or f"is not there; it {package.what_for}",
             "" if there else _apt(package.name),
         )
-    cache = images.cache_directory()
+    cache = cache_directory()
     existing = cache
     while not existing.exists():
         existing = existing.parent

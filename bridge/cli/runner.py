@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
 from bridge.sources.guest_kernel import SYMBOLS_FILE
 from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.targets import DEFAULT_TARGET, MOUNT_POINT
+from bridge.util.files import remove, remove_partial
 
 if TYPE_CHECKING:
     from bridge.guest.ssh import Output
@@ -118,23 +118,13 @@ def _clear(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in _RESULTS:
-            _remove(out / name)
-            # What a run that was killed had not finished to write.
-            for part in out.glob(f".{name}.*"):
-                _remove(part)
+            remove(out / name)
+            remove_partial(out / name)
     except OSError as error:
         raise InfrastructureError(
             f"the directory {out} cannot be used: {error.strerror}",
             hint="--out DIR takes another one",
         ) from error
-
-
-def _remove(path: Path) -> None:
-    """A file, a directory with all that is in it, or nothing."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 class _Record:

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from bridge.config import Settings
 from bridge.errors import BootTimeoutError, GuestSetupError, ImageError, UsageError
-from bridge.guest.images import Image, cache_directory, find
+from bridge.guest.images import Image, find
 from bridge.guest.images.recipe import Sources
 from bridge.guest.images.store import resolve
+from bridge.util.cache import cache_directory
 from bridge.vm.accel import Accelerator
 from bridge.vm.agent import Ready
 from bridge.vm.config import MachineConfig

@@ -23,7 +23,6 @@ import signal
 import socket
 import struct
 import sys
-import tempfile
 import termios
 import threading
 import time
@@ -45,6 +44,7 @@ from bridge.errors import (
     RunTimeoutError,
     UsageError,
 )
+from bridge.util.files import atomic_output
 from bridge.vm.network import LOCALHOST
 
 __all__ = ["CAPTURE_LIMIT", "CommandResult", "Guest", "Output", "Watched"]
@@ -521,21 +521,16 @@ class Guest:
         raises.
         """
         try:
-            fd, name = tempfile.mkstemp(dir=local.parent, prefix=".download-")
+            with atomic_output(local) as part:
+                with part.open("wb") as file:
+                    result = self.run(["cat", "--", remote], stdout=file.write, capture=_EVIDENCE)
+                if result.exit_status != 0:
+                    raise GuestSetupError(
+                        f"the guest cannot read {remote}",
+                        evidence=result.stderr.decode(errors="replace"),
+                    )
         except OSError as error:
-            raise UsageError(f"{local} cannot be written: {error.strerror}") from error
-        part = Path(name)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                result = self.run(["cat", "--", remote], stdout=file.write, capture=_EVIDENCE)
-            if result.exit_status != 0:
-                raise GuestSetupError(
-                    f"the guest cannot read {remote}",
-                    evidence=result.stderr.decode(errors="replace"),
-                )
-            part.replace(local)
-        finally:
-            part.unlink(missing_ok=True)
+            raise UsageError(f"{local} cannot be written: {error.strerror or error}") from error
 
     # A person
 

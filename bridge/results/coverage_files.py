@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bridge.errors import InfrastructureError
+from bridge.util.files import atomic_output
 
 # coverage.py is imported where it is used: a run without coverage of Python does without.
 if TYPE_CHECKING:
@@ -55,17 +54,12 @@ def _make(what: str, data_file: Path, destination: Path, make: Callable[[Path], 
 
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{destination.name}.", dir=destination.parent
-        ) as directory:
-            made = Path(directory, destination.name)
+        with atomic_output(destination) as made:
             with warnings.catch_warnings(record=True) as left_out:
                 warnings.simplefilter("always", CoverageWarning)
                 make(made)
             for warning in left_out:
                 _log.warning("%s: %s", what, warning.message)
-            _remove(destination)
-            made.replace(destination)
     except NoDataError as error:
         raise InfrastructureError(
             f"no {what} from {data_file}: nothing was measured", evidence=str(error)
@@ -74,13 +68,6 @@ def _make(what: str, data_file: Path, destination: Path, make: Callable[[Path], 
         raise InfrastructureError(
             f"no {what} from {data_file}: {type(error).__name__}", evidence=str(error)
         ) from error
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def make_html(data_file: Path, directory: Path) -> None:

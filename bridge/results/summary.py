@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shlex
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bridge.errors import InfrastructureError
+from bridge.util.files import write_atomically
 
 __all__ = ["FORMAT", "VERSION", "Summary", "read", "render", "write"]
 
@@ -78,33 +77,11 @@ class Summary:
 
 
 def write(summary: Summary, path: Path) -> None:
-    """Write the file whole or not at all: into a temporary file beside it, which is renamed.
+    """Write the file whole or not at all.
 
     Raises :class:`bridge.errors.InfrastructureError`.
     """
-    text = json.dumps(summary.as_dict(), indent=2) + "\n"
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        # mkstemp makes the file private; a report is for whoever may read its directory.
-        os.chmod(name, 0o644)  # noqa: PTH101
-        os.replace(name, path)  # noqa: PTH105
-    except BaseException as error:
-        Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise _cannot_write(path, error) from error
-        raise
-
-
-def _cannot_write(path: Path, error: OSError) -> InfrastructureError:
-    return InfrastructureError(
-        f"cannot write {path}: {error.strerror}",
-        hint="see that the directory exists, is writable and has room left",
-    )
+    write_atomically(path, json.dumps(summary.as_dict(), indent=2) + "\n")
 
 
 def read(path: Path) -> dict[str, Any]:

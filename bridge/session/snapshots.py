@@ -24,10 +24,9 @@ from bridge.device.kcov import Device
 from bridge.device.region import Region
 from bridge.errors import GuestLostError, ImageError, QemuError
 from bridge.guest.guest_image import GuestImage
-from bridge.guest.images import cache_directory
-from bridge.guest.images.command import locked
 from bridge.guest.images.store import image_directory
 from bridge.sources.ledger import Ledger
+from bridge.util.cache import cache_directory, lock_file, locked
 from bridge.vm.config import MachineConfig, MemoryFds
 from bridge.vm.machine import Machine
 from bridge.vm.snapshot import Snapshot, fingerprint, new_memory, new_states, prune
@@ -62,12 +61,11 @@ def ready_snapshot(
     directory = _folder() / name
     with contextlib.suppress(ImageError):
         return Snapshot(directory)
-    lock = cache_directory() / "locks" / f"snapshot-{image.name}"
-    with locked(lock, f"the snapshot {name}", logger.info):
+    with locked(lock_file(f"snapshot-{image.name}"), f"the snapshot {name}", logger.info):
         with contextlib.suppress(ImageError):
             return Snapshot(directory)
         # A QEMU that dies of it would do so each time.
-        refused = cache_directory() / "locks" / f"no-snapshot-{name}"
+        refused = lock_file(f"no-snapshot-{name}")
         if refused.is_file():
             raise ImageError(
                 f"this QEMU died when it was to make one: {refused.read_text().strip()}",

@@ -24,7 +24,7 @@ from bridge.bench import ready, virtme
 from bridge.bench.command import measurements
 from bridge.bench.commands import seconds_to_answer
 from bridge.bench.document import describe
-from bridge.bench.floor import build_floor, floor
+from bridge.bench.floor import FLOOR, floor
 from bridge.bench.measurement import Bench, Measurement, Result, best_of, perform, take_turns
 from bridge.bench.plot import plot
 from bridge.bench.stats import Aim, Comparison, Of, Series, Summary, Verdict, quantile
@@ -456,7 +456,7 @@ def test_bench_of_consume_and_append(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_floor_compiles() -> None:
-    program = build_floor()
+    program = FLOOR.build()
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "usage: floor" in done.stderr

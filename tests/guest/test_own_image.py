@@ -24,11 +24,11 @@ from bridge.cli.main import main
 from bridge.config import Settings
 from bridge.errors import GuestSetupError, KernelUnknownError, UsageError
 from bridge.guest.guest_image import OwnImage, find_guest_image
-from bridge.guest.images import cache_directory
 from bridge.session.session import Session
 from bridge.sources.guest_kernel.filters import KernelFilter
 from bridge.sources.guest_kernel.running import read_kernel
 from bridge.sources.pcs import PC_BASE
+from bridge.util.cache import cache_directory
 from bridge.vm.network import GUEST_ADDRESS
 
 PROGRAM = Path(__file__).resolve().parents[2] / "tests" / "system" / "one_openat.c"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bridge.guest.images.store import Image, cache_directory, find, list_images, remove
+from bridge.guest.images.store import Image, find, list_images, remove
 
 if TYPE_CHECKING:
     from bridge.guest.images.builder import build, compile_for_guest
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Image",
     "build",
-    "cache_directory",
     "compile_for_guest",
     "find",
     "list_images",

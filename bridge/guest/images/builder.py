@@ -33,14 +33,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from bridge.errors import ImageError, MissingDependencyError
 from bridge.guest.images.archive import EPOCH, Entry, normalise_tar, read_tree, write_newc
-from bridge.guest.images.command import (
-    Commands,
-    Phases,
-    Progress,
-    disk_full,
-    locked,
-    print_progress,
-)
+from bridge.guest.images.command import Commands, Phases, Progress, disk_full, print_progress
 from bridge.guest.images.recipe import Recipe, Sources
 from bridge.guest.images.store import (
     FILES,
@@ -49,12 +42,12 @@ from bridge.guest.images.store import (
     FileRecord,
     Image,
     base_directory,
-    cache_directory,
     image_directory,
     remove_tree,
     sha256_of,
 )
 from bridge.sources.guest_kernel.placement import ModulePlacement, core_text_size
+from bridge.util.cache import cache_directory, lock_file, locked
 
 __all__ = ["build", "compile_for_guest"]
 
@@ -152,7 +145,7 @@ def compile_for_guest(
 
 
 def _recipe_lock(recipe: str, progress: Progress) -> contextlib.AbstractContextManager[int]:
-    return locked(cache_directory() / "locks" / recipe, f"the image {recipe}", progress)
+    return locked(lock_file(recipe), f"the image {recipe}", progress)
 
 
 def _usable(directory: Path) -> Image | None:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a build runs and waits for: commands with a log, phases with progress, one lock."""
+"""What a build runs and waits for: commands with a log, phases with progress."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shlex
 import signal
@@ -19,7 +18,7 @@ from typing import IO
 
 from bridge.errors import ImageError, MissingDependencyError
 
-__all__ = ["Commands", "Phases", "Progress", "disk_full", "locked", "print_progress"]
+__all__ = ["Commands", "Phases", "Progress", "disk_full", "print_progress"]
 
 Progress = Callable[[str], None]
 """Told one line about what is going on."""
@@ -184,26 +183,3 @@ def disk_full(directory: Path, needed: int = 0) -> ImageError:
         f"there is no room to build the image: {free >> 20} MiB are free in {existing}{wants}",
         hint="make room, or set KCOV_BRIDGE_CACHE to a directory on another disk",
     )
-
-
-@contextlib.contextmanager
-def locked(path: Path, what: str, progress: Progress) -> Iterator[int]:
-    """Holds an exclusive lock on a file; gives its descriptor.
-
-    Whoever has to wait says so in one line. The lock goes with the last process that has the
-    descriptor, so it can't be left behind.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
-            progress(f"waiting for another build of {what} (process {holder})")
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-        yield fd
-    finally:
-        os.close(fd)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache of images: where they are, what one consists of, how to find and remove them.
 
-Layout below :func:`cache_directory`::
+Layout of :func:`bridge.util.cache.cache_directory`::
 
     images/NAME-FINGERPRINT/   one image; its name says all that went into it
     bases/NAME-FINGERPRINT/    the slow part of images, and the root in which the rest is compiled
@@ -24,6 +24,7 @@ from typing import Any
 
 from bridge.errors import ImageError, UsageError
 from bridge.guest.images.recipe import IMAGE_FORMAT, Recipe, Sources
+from bridge.util.cache import cache_directory
 
 __all__ = [
     "FILES",
@@ -34,7 +35,6 @@ __all__ = [
     "base_directories",
     "base_directory",
     "broken_images",
-    "cache_directory",
     "disk_usage",
     "find",
     "image_directory",
@@ -70,18 +70,6 @@ system calls get cheaper; ``norandmaps`` neither, and TCG finds the code of a li
 translated only at the address where it was: else each new process has all of it translated again;
 ``cryptomgr.notests`` spares a quarter of a second of boot under TCG.
 Others that were tried win nothing that can be measured."""
-
-
-def cache_directory() -> Path:
-    """Where images are kept: ``KCOV_BRIDGE_CACHE``, or ``kcov-bridge`` in the user's cache."""
-    wish = os.environ.get("KCOV_BRIDGE_CACHE")
-    if wish:
-        return Path(wish).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    # The XDG base directory specification says that a relative path is to be ignored.
-    if base and Path(base).is_absolute():
-        return Path(base) / "kcov-bridge"
-    return Path.home() / ".cache" / "kcov-bridge"
 
 
 @dataclass(frozen=True)

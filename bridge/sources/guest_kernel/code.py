@@ -15,14 +15,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bridge.errors import KernelUnknownError, SourceError
-from bridge.guest.images.store import cache_directory
+from bridge.errors import InfrastructureError, KernelUnknownError
 from bridge.sources import PC
 from bridge.sources.guest_kernel.filters import KernelFilter, Ranges, union
 from bridge.sources.guest_kernel.lines import Lines
-from bridge.sources.guest_kernel.placement import ModulePlacement, module_name, write_atomically
+from bridge.sources.guest_kernel.placement import ModulePlacement, module_name
 from bridge.sources.guest_kernel.plan import RangeFlag
 from bridge.sources.guest_kernel.symbols import KernelSymbols, ModuleText
+from bridge.util.cache import cache_directory, cache_folder
+from bridge.util.files import write_atomically
 
 __all__ = ["KernelCode", "Piece"]
 
@@ -111,8 +112,8 @@ class KernelCode:
         placement = ModulePlacement.load(modules) if modules is not None else ModulePlacement({})
         code = cls(KernelSymbols.from_system_map(system_map), placement, wanted, lines)
         if lines is None:
-            with contextlib.suppress(OSError, SourceError):
-                kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with contextlib.suppress(InfrastructureError):
+                cache_folder(kept.parent.name, private=True)
                 write_atomically(kept, pickle.dumps(code, protocol=5))
         return code
 

@@ -17,8 +17,9 @@ from bridge.sources import PC
 from bridge.sources.guest_kernel import BLOCKS_FILE, SYMBOLS_FILE
 from bridge.sources.guest_kernel.filters import KERNEL
 from bridge.sources.guest_kernel.lines import Lines, SourceUnit, find_modules, find_vmlinux
-from bridge.sources.guest_kernel.placement import MODULES_END, write_atomically
+from bridge.sources.guest_kernel.placement import MODULES_END
 from bridge.sources.guest_kernel.symbols import KernelSymbols
+from bridge.util.files import write_atomically
 
 __all__ = [
     "FORMATS",

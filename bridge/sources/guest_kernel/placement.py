@@ -11,14 +11,13 @@ from __future__ import annotations
 import json
 import lzma
 import mmap
-import os
 import struct
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from bridge.errors import SourceError
+from bridge.util.files import write_atomically
 
 __all__ = [
     "MODULES_BASE",
@@ -27,7 +26,6 @@ __all__ = [
     "core_text_sections",
     "core_text_size",
     "module_name",
-    "write_atomically",
 ]
 
 MODULES_BASE: Final = 0xFFFF_FFFF_A000_0000
@@ -85,10 +83,10 @@ class ModulePlacement:
     def save(self, path: Path) -> None:
         """Write the modules that are known beforehand as JSON, whole or not at all.
 
-        Raises :class:`bridge.errors.SourceError`.
+        Raises :class:`bridge.errors.InfrastructureError`.
         """
         data = {"format": _FORMAT, "version": _VERSION, "sizes": dict(sorted(self._sizes.items()))}
-        write_atomically(path, json.dumps(data, indent=1).encode() + b"\n")
+        write_atomically(path, json.dumps(data, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> ModulePlacement:
@@ -188,27 +186,3 @@ def _layout(elf: bytes | mmap.mmap) -> tuple[dict[str, int], int]:
 
 def _pages(size: int) -> int:
     return -(-size // _PAGE) * _PAGE
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: into a temporary file beside it, which is renamed.
-
-    Raises :class:`bridge.errors.SourceError`.
-    """
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        temporary = Path(name)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-            # mkstemp makes the file private; this is for whoever may read the directory.
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise SourceError(
-            f"cannot write {path}: {error.strerror}",
-            hint="see that the directory exists, is writable and has room left",
-        ) from error

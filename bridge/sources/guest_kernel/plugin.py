@@ -3,70 +3,53 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
-import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
-from bridge.errors import UnwatchableError
-from bridge.guest.images.store import cache_directory
+from bridge.errors import InfrastructureError, UnwatchableError
+from bridge.util.compile import CProgram
 
-__all__ = ["build_plugin", "why_not_loaded"]
+__all__ = ["PLUGIN", "build_plugin", "why_not_loaded"]
 
 _HERE = Path(__file__).parent / "tcg"
-_SOURCES = ("kcov_tcg.c", "plan.h", "qemu_plugin_api.h")
+PLUGIN = CProgram(
+    name="the plugin for QEMU",
+    source=_HERE / "kcov_tcg.c",
+    includes=(_HERE / "plan.h", _HERE / "qemu_plugin_api.h"),
+    flags=(
+        *("-shared", "-fPIC", "-O2", "-g", "-std=gnu11"),
+        *("-Wall", "-Wextra", "-fvisibility=hidden"),
+    ),
+    folder="plugins",
+    suffix=".so",
+)
+"""It fits every QEMU from 7.2 on: it finds out at load time which plugin API it meets."""
+
 _GREETING = "kcov_tcg: the bridge starts it"
 """What the plugin answers to a QEMU that was not told where the plan is: it was loaded."""
 
 _PROBE_SECONDS = 30.0
 
-_REMEDY = "install gcc and libc6-dev, or ask for --source python"
-_FLAGS = ("-shared", "-fPIC", "-O2", "-g", "-std=gnu11", "-Wall", "-Wextra", "-fvisibility=hidden")
+_SOURCE_REMEDY = "or leave the guest kernel out: --source python"
 
 
-def build_plugin(*, werror: bool = False, spare: Path | None = None) -> Path:
-    """The compiled plugin, from the cache if its sources and the compiler are the same.
+def build_plugin(spare: Path | None = None) -> Path:
+    """Return the compiled plugin, from the cache if it is there.
 
-    It fits every QEMU from 7.2 on: it finds out at load time which version of the plugin API it
-    meets. ``spare`` is a directory for one that is not in the cache, which is left alone then.
-    Raises :class:`bridge.errors.UnwatchableError` without a C compiler, and with the
-    messages of one that does not do.
+    Args:
+        spare: see :meth:`bridge.util.compile.CProgram.build`.
+
+    Raises:
+        UnwatchableError: it cannot be compiled, or not be kept; the guest kernel can be left out.
     """
-    compiler = shutil.which("cc")
-    if compiler is None:
-        raise UnwatchableError(
-            "the guest kernel's coverage needs a C compiler, to build its plugin for QEMU",
-            hint=_REMEDY,
-        )
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    digest = hashlib.sha256(version + " ".join(_FLAGS).encode())
-    for name in _SOURCES:
-        digest.update((_HERE / name).read_bytes())
-    directory = cache_directory() / "plugins"
-    plugin = directory / f"kcov_tcg-{digest.hexdigest()[:12]}.so"
-    if plugin.is_file() and not werror:
-        return plugin
-    if spare is not None:
-        directory, plugin = spare, spare / plugin.name
-    directory.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".kcov_tcg-", suffix=".so", dir=directory)
-    os.close(handle)
     try:
-        flags = [*_FLAGS, *(["-Werror"] if werror else [])]
-        command = [compiler, *flags, "-o", temporary, str(_HERE / _SOURCES[0])]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise UnwatchableError(
-                "the plugin for QEMU does not compile", evidence=done.stderr, hint=_REMEDY
-            )
-        Path(temporary).replace(plugin)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
-    return plugin
+        return PLUGIN.build(spare)
+    except InfrastructureError as error:
+        raise UnwatchableError(
+            error.message,
+            evidence=error.evidence,
+            hint=", ".join(filter(None, [error.hint, _SOURCE_REMEDY])),
+        ) from error
 
 
 def why_not_loaded(qemu: str, plugin: Path) -> str | None:

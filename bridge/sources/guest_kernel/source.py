@@ -21,8 +21,8 @@ from bridge.device.abi import KERNEL_CPUS, KernelWord
 from bridge.device.region import Area
 from bridge.errors import KernelUnknownError
 from bridge.sources.guest_kernel import BLOCKS_FILE, SYMBOLS_FILE
-from bridge.sources.guest_kernel.placement import write_atomically
 from bridge.sources.guest_kernel.plan import NOWHERE, VECTORS, Plan, PlanWord, Ram
+from bridge.util.files import write_atomically
 
 if TYPE_CHECKING:
     from bridge.sources.guest_kernel.code import KernelCode
@@ -288,13 +288,13 @@ class GuestKernel:
     def save(self, directory: Path) -> None:
         """Write what exports and ``symbolize`` need into a run directory.
 
-        Raises :class:`bridge.errors.SourceError`.
+        Raises :class:`bridge.errors.InfrastructureError`.
         """
         if self._code is None:
             return
         self._code.symbols.save(directory / SYMBOLS_FILE)
         rows = [f"{start:#x}\t{size}\n" for start, size in self.plan.blocks()]
-        write_atomically(directory / BLOCKS_FILE, "".join(rows).encode())
+        write_atomically(directory / BLOCKS_FILE, "".join(rows))
 
     @property
     def api(self) -> int:

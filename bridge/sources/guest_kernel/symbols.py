@@ -23,7 +23,8 @@ from typing import Final
 
 from bridge.errors import KernelUnknownError, SourceError
 from bridge.sources import PC
-from bridge.sources.guest_kernel.placement import MODULES_BASE, module_name, write_atomically
+from bridge.sources.guest_kernel.placement import MODULES_BASE, module_name
+from bridge.util.files import write_atomically
 
 __all__ = [
     "KernelSymbols",
@@ -266,7 +267,7 @@ class KernelSymbols:
         The first line is ``kcov-bridge-kernel-symbols`` and the version of the format, 1. Each
         other line has four fields, tabs between: start in hex, size in bytes, module (empty for
         the kernel itself), name. Lines without a name say where the texts are. Raises
-        :class:`bridge.errors.SourceError`.
+        :class:`bridge.errors.InfrastructureError`.
         """
         lines = [f"{_MAGIC}\t{_VERSION}"]
         for module, table in self._tables():
@@ -275,7 +276,7 @@ class KernelSymbols:
                 f"{start:x}\t{size}\t{module}\t{name}"
                 for start, size, name in zip(table.starts, table.sizes, table.names(), strict=True)
             ]
-        write_atomically(path, "\n".join([*lines, ""]).encode())
+        write_atomically(path, "\n".join([*lines, ""]))
 
     @classmethod
     def load(cls, path: Path) -> KernelSymbols:

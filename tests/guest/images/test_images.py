@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import io
 import json
 import os
@@ -24,14 +23,13 @@ from bridge.errors import ImageError, MissingDependencyError, UsageError
 from bridge.guest.images import (
     Image,
     build,
-    cache_directory,
     compile_for_guest,
     find,
     list_images,
     remove,
 )
 from bridge.guest.images.archive import EPOCH, Entry, normalise_tar, write_newc
-from bridge.guest.images.command import Commands, Phases, locked
+from bridge.guest.images.command import Commands, Phases
 from bridge.guest.images.recipe import Recipe, Sources, recipes
 from bridge.guest.images.store import (
     FILES,
@@ -41,6 +39,7 @@ from bridge.guest.images.store import (
     resolve,
     sha256_of,
 )
+from bridge.util.cache import cache_directory
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -270,17 +269,6 @@ def test_tar_archives_come_out_sorted_and_without_what_differs() -> None:
 # The cache
 
 
-def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KCOV_BRIDGE_CACHE", "/some/where")
-    assert cache_directory() == Path("/some/where")
-    monkeypatch.delenv("KCOV_BRIDGE_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert cache_directory() == Path("/xdg/kcov-bridge")
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    monkeypatch.setenv("HOME", "/somebody")
-    assert cache_directory() == Path("/somebody/.cache/kcov-bridge")
-
-
 def test_a_manifest_comes_back_as_it_was_written(cache: Path) -> None:
     image = fake_image(cache)
     image.check(contents=True)
@@ -370,66 +358,7 @@ def test_remove_tree_of_what_is_gone_is_no_error(cache: Path) -> None:
     remove_tree(cache / "images" / "nothing")
 
 
-# The lock and the commands
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from bridge.guest.images.command import locked
-with locked(Path(sys.argv[1]), "it", print):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def start_holder(path: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
-
-
-def test_the_second_waits_with_one_line_and_goes_on(tmp_path: Path) -> None:
-    path = tmp_path / "locks" / "it"
-    with start_holder(path) as first:
-        assert first.stdin is not None
-        assert first.stdout is not None
-        assert first.stdout.readline() == "held\n"
-        with start_holder(path) as second:
-            assert second.stdin is not None
-            assert second.stdout is not None
-            line = second.stdout.readline()
-            assert line == f"waiting for another build of it (process {first.pid})\n"
-            first.stdin.close()
-            assert second.stdout.readline() == "held\n"
-            second.stdin.close()
-            assert second.stdout.read() == ""
-
-
-def test_a_killed_builder_leaves_no_lock_but_its_children_keep_it(tmp_path: Path) -> None:
-    path = tmp_path / "it"
-    script = (
-        "import sys, time\n"
-        "from pathlib import Path\n"
-        "from bridge.guest.images.command import *\n"
-        "with locked(Path(sys.argv[1]), 'it', print) as fd:\n"
-        "    commands = Commands(Path(sys.argv[1] + '.log'), Phases(print), (fd,))\n"
-        "    commands.run(['sh', '-c', 'echo on; exec sleep 1'], what='sleeping')\n"
-    )
-    builder = subprocess.Popen([sys.executable, "-c", script, str(path)], cwd=ROOT)
-    log = tmp_path / "it.log"
-    while not log.exists() or "\non\n" not in log.read_text():
-        time.sleep(0.01)
-    builder.kill()
-    builder.wait()
-    with path.open() as file, pytest.raises(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    lines: list[str] = []
-    with locked(path, "it", lines.append):
-        assert len(lines) == 1
+# The commands
 
 
 def test_a_failing_command_shows_the_end_of_its_output(tmp_path: Path) -> None:
@@ -577,7 +506,7 @@ def test_two_builds_at_once_build_once(cache_with_base: Path) -> None:
     assert [builder.returncode for builder in builders] == [0, 0], outcomes
     assert outcomes[0][0] == outcomes[1][0]
     said = [error for _, error in outcomes]
-    assert sum("waiting for another build" in text for text in said) == 1
+    assert sum("which is making the image" in text for text in said) == 1
     assert sum("compiling the module" in text for text in said) == 1
     assert [p.name for p in (cache_with_base / "images").iterdir()] == [find_name()]
 

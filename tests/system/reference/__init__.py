@@ -39,7 +39,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bridge.errors import ImageError, MissingDependencyError
-from bridge.guest.images import Image, cache_directory
+from bridge.guest.images import Image
 from bridge.guest.images import build as build_default
 from bridge.guest.images.archive import Entry, read_tree, write_newc
 from bridge.guest.images.builder import (
@@ -51,14 +51,7 @@ from bridge.guest.images.builder import (
     _replace,
     _write_json,
 )
-from bridge.guest.images.command import (
-    Commands,
-    Phases,
-    Progress,
-    disk_full,
-    locked,
-    print_progress,
-)
+from bridge.guest.images.command import Commands, Phases, Progress, disk_full, print_progress
 from bridge.guest.images.recipe import Sources
 from bridge.guest.images.store import (
     FILES,
@@ -69,6 +62,7 @@ from bridge.guest.images.store import (
     remove_tree,
     sha256_of,
 )
+from bridge.util.cache import cache_directory, lock_file, locked
 
 __all__ = ["VARIANTS", "build"]
 
@@ -130,7 +124,7 @@ def build(variant: str = "kcov", *, progress: Progress = print_progress) -> Imag
     if variant not in VARIANTS:
         raise ImageError(f"there is no reference kernel {variant!r}: {', '.join(VARIANTS)}")
     default = build_default(progress=progress)
-    with locked(cache_directory() / "locks" / "reference", "a reference kernel", progress) as fd:
+    with locked(lock_file("reference"), "a reference kernel", progress) as fd:
         phases = Phases(progress)
         kernel = _kernel(variant, phases, fd)
         return _image(variant, kernel, default, phases, progress)

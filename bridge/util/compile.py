@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small C programs that are compiled for this machine when first needed, and kept in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from bridge.errors import InfrastructureError, MissingDependencyError
+from bridge.util.cache import cache_directory, cache_errors, cache_folder
+from bridge.util.files import atomic_output
+
+__all__ = ["COMPILER_REMEDY", "CProgram"]
+
+COMPILER_REMEDY = "install gcc and libc6-dev"
+
+
+@dataclass(frozen=True)
+class CProgram:
+    """A C program of one source file.
+
+    Attributes:
+        name: what it is called in error messages, with its article.
+        source: the file to compile.
+        flags: the compiler's, without ``-o``.
+        includes: other files that the source includes.
+        folder: the folder of the cache that keeps it.
+        suffix: what its file's name ends in.
+    """
+
+    name: str
+    source: Path
+    flags: tuple[str, ...]
+    folder: str
+    includes: tuple[Path, ...] = ()
+    suffix: str = ""
+
+    def build(self, spare: Path | None = None) -> Path:
+        """Return the compiled program; it is taken from the cache if nothing it is made of changed.
+
+        Args:
+            spare: a directory to compile into what is not in the cache, which is left alone then.
+
+        Raises:
+            MissingDependencyError: there is no C compiler.
+            InfrastructureError: it does not compile.
+            CacheError: it is not in the cache, and the cache cannot be written.
+        """
+        file = self._file_name()
+        cached = cache_directory() / self.folder / file
+        if cached.is_file():
+            return cached
+        if spare is not None:
+            self.compile(spare / file)
+            return spare / file
+        cache_folder(self.folder)
+        with cache_errors(self.name):
+            self._compile(cached)
+        return cached
+
+    def compile(self, output: Path, *flags: str) -> None:
+        """Compile it to ``output``, with more flags; nothing is there if that fails.
+
+        Raises:
+            MissingDependencyError: there is no C compiler.
+            InfrastructureError: it does not compile, or ``output`` cannot be written.
+        """
+        try:
+            self._compile(output, *flags)
+        except OSError as error:
+            raise InfrastructureError(f"{self.name} cannot be compiled: {error}") from error
+
+    def _compile(self, output: Path, *flags: str) -> None:
+        compiler = self._compiler()
+        with atomic_output(output) as part:
+            command = [compiler, *self.flags, *flags, "-o", str(part), str(self.source)]
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", check=False
+            )
+            if done.returncode:
+                raise InfrastructureError(
+                    f"{self.name} does not compile", evidence=done.stderr, hint=COMPILER_REMEDY
+                )
+
+    def _file_name(self) -> str:
+        version = subprocess.run(
+            [self._compiler(), "--version"], capture_output=True, check=False
+        ).stdout
+        digest = hashlib.sha256(version + "\0".join(self.flags).encode())
+        for file in (self.source, *self.includes):
+            digest.update(file.read_bytes())
+        return f"{self.source.stem}-{digest.hexdigest()[:12]}{self.suffix}"
+
+    def _compiler(self) -> str:
+        compiler = shutil.which("cc")
+        if compiler is None:
+            raise MissingDependencyError(
+                f"{self.name} is a C program, and this machine has no C compiler",
+                hint=COMPILER_REMEDY,
+            )
+        return compiler

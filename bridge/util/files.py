@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files and directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from bridge.errors import InfrastructureError
+
+__all__ = ["atomic_output", "remove", "remove_partial", "sync", "write_atomically"]
+
+
+@contextlib.contextmanager
+def atomic_output(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Give the name of a file or directory to create, which replaces ``path`` at the end.
+
+    The name lies in a private directory beside ``path``, called ``.NAME.…``; it is removed
+    afterwards, and by :func:`remove_partial` if this process was killed. After an exception
+    ``path`` is as it was. A directory replaces what was there in two steps: for a moment there is
+    none. A file never replaces a directory.
+
+    Args:
+        durable: have the new content on disk before it gets its name.
+
+    Raises:
+        OSError: the directory of ``path`` cannot be written, or nothing was created.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+        part = Path(scratch, path.name)
+        yield part
+        if durable:
+            sync(part)
+        if _is_directory(part) and os.path.lexists(path):
+            path.rename(Path(scratch, f"{path.name}.old"))
+        part.replace(path)
+        if durable:
+            _sync_one(path.parent)
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write a file whole or not at all; text is encoded as UTF-8.
+
+    Raises:
+        InfrastructureError: the file cannot be written.
+    """
+    try:
+        with atomic_output(path) as part:
+            part.write_bytes(data.encode() if isinstance(data, str) else data)
+    except OSError as error:
+        raise InfrastructureError(
+            f"cannot write {path}: {error.strerror}",
+            hint="check that its directory exists, is writable and has room left",
+        ) from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a symbolic link, or a directory with all that is in it; or nothing.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if _is_directory(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_partial(path: Path) -> None:
+    """Remove what processes that were killed left of :func:`atomic_output` for ``path``.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    prefix = f".{path.name}."
+    if path.parent.is_dir():
+        for left in path.parent.iterdir():
+            if left.name.startswith(prefix):
+                remove(left)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or a directory with all that is in it, on disk.
+
+    Raises:
+        OSError: the disk failed, or there is nothing of this name.
+    """
+    if _is_directory(path):
+        for entry in path.iterdir():
+            sync(entry)
+    if not path.is_symlink():
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_directory(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
