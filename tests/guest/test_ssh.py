@@ -368,7 +368,7 @@ def test_files_come_and_go_whole(guest: Guest, tmp_path: Path) -> None:
     assert back.read_bytes() == data
     guest.upload(b"", str(remote))
     assert remote.read_bytes() == b""
-    assert sorted(tmp_path.iterdir()) == sorted((local, remote, back))
+    assert not list(tmp_path.glob(".back*"))
 
 
 def test_files_that_cannot_be(guest: Guest, tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_files_that_cannot_be(guest: Guest, tmp_path: Path) -> None:
     with pytest.raises(GuestSetupError, match="cannot read /no/such/file") as caught:
         guest.download("/no/such/file", tmp_path / "back")
     assert "No such file" in caught.value.evidence
-    assert not list(tmp_path.glob("*back*"))
+    assert not [*tmp_path.glob("back"), *tmp_path.glob(".back*")]
     with pytest.raises(UsageError, match="cannot be read"):
         guest.upload(tmp_path / "none", "/tmp/x")
     with pytest.raises(UsageError, match="cannot be written"):
