@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "-m", "bridge"]
 
 MARK = "KCOV_BRIDGE_TEST_RUN"
@@ -25,6 +25,29 @@ MARK = "KCOV_BRIDGE_TEST_RUN"
 
 _SECONDS = 30.0
 """How long the system may take to end and close what died; a loaded machine is slow."""
+
+
+def sources() -> list[Path]:
+    """The files of the project: what git tracks, or all of an unpacked archive's."""
+    if (ROOT / ".git").exists():
+        listed = subprocess.run(
+            ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        found = [ROOT / name for name in listed.split("\0") if name]
+    else:
+        found = [
+            path
+            for path in ROOT.rglob("*")
+            if not any(
+                part in {"build", "__pycache__"} or (part.startswith(".") and part != ".ci")
+                for part in path.relative_to(ROOT).parts[:-1]
+            )
+        ]
+    return sorted(path for path in found if path.is_file() and not path.is_symlink())
 
 
 def without_plugins(directory: Path) -> Path:

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from bridge.bench.floor import LAYOUT_FLAGS
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support import ROOT, sources
 
 LICENCES = {
     "bridge": "Apache-2.0",
@@ -35,29 +34,6 @@ NO_SPDX_NAMES = {
 
 NO_SPDX_IN = ("tests/data/", "images/root/")
 """Sources under measurement, and files that lie in the guest as they are."""
-
-
-def sources() -> list[Path]:
-    """The files of the project: what git tracks, or all of an unpacked archive's."""
-    if (ROOT / ".git").exists():
-        listed = subprocess.run(
-            ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        found = [ROOT / name for name in listed.split("\0") if name]
-    else:
-        found = [
-            path
-            for path in ROOT.rglob("*")
-            if not any(
-                part in {"build", "__pycache__"} or (part.startswith(".") and part != ".ci")
-                for part in path.relative_to(ROOT).parts[:-1]
-            )
-        ]
-    return sorted(path for path in found if path.is_file() and not path.is_symlink())
 
 
 def texts() -> dict[str, str]:

@@ -21,6 +21,7 @@ from bridge.sources.guest_kernel import SYMBOLS_FILE
 from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.targets import DEFAULT_TARGET, MOUNT_POINT
 from bridge.util.files import remove, remove_partial
+from bridge.util.resources import guest_directory
 
 if TYPE_CHECKING:
     from bridge.guest.ssh import Output
@@ -34,7 +35,7 @@ _RESULTS = (
     *(SYMBOLS_FILE, KERNEL_BLOCKS_FILE),
     *(LCOV_FILE, HTML_DIRECTORY, "console.log"),
 )
-_WORKLOAD = Path(__file__).resolve().parents[2] / "guest" / "workload" / "files.sh"
+_WORKLOAD = guest_directory() / "workload" / "files.sh"
 _EXAMPLE = f'kcov-doc "$(find {MOUNT_POINT} -type f | head -n 1)"'
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from bridge.errors import ImageError, UsageError
+from bridge.util.resources import source_root
 
 __all__ = ["BASE_FORMAT", "IMAGE_FORMAT", "Recipe", "Sources", "recipes"]
 
@@ -115,18 +116,11 @@ class Sources:
 
     @classmethod
     def find(cls) -> Sources:
-        """The source tree that this package was loaded from.
+        """The source tree of this package, or the copy that is installed with it.
 
-        Raises :class:`bridge.errors.ImageError` where the package was installed without it.
+        Raises :class:`bridge.errors.InfrastructureError` where neither is there.
         """
-        root = Path(__file__).resolve().parents[3]
-        if not (root / "images").is_dir() or not (root / "guest").is_dir():
-            raise ImageError(
-                "images can't be built: the recipes and the guest's sources are not here",
-                evidence=f"looked for images/ and guest/ in {root}",
-                hint="install the project from its source tree with `pip install -e .`",
-            )
-        return cls(root)
+        return cls(source_root())
 
     @property
     def recipes(self) -> Path:
