@@ -41,13 +41,13 @@ from bridge.device.abi import (
     RequestWord,
     ResponseWord,
 )
+from bridge.device.coverage_epoch import coverage_epoch_value
 from bridge.device.fastpath import Doorstep
 from bridge.device.fastpath.plain import UNTOLD_MASK
 from bridge.device.kcov import Device, Kcov
 from bridge.device.region import Region
 from bridge.errors import DoorbellError
 from bridge.sources.guest_kernel.source import GuestKernel
-from bridge.vm.relay import news_value
 
 __all__ = ["Doorbell", "DoorbellCounters"]
 
@@ -209,7 +209,7 @@ class Doorbell(Generic[C]):
         Without this call the guest tells of every return.
         """
         self._relayed = True
-        self._control[HeaderWord.NEWS] = news_value()
+        self._control[HeaderWord.NEWS] = coverage_epoch_value()
 
     def start(self) -> None:
         """Start to answer, and tell the guest so."""
@@ -403,7 +403,7 @@ class Doorbell(Generic[C]):
             self._shows -= 1
             self._epoch = self._epoch + 2 & (2**63 - 1)
         control[HeaderWord.HOST_EPOCH] = self._epoch
-        control[HeaderWord.NEWS] = news_value() if self._relayed else 0
+        control[HeaderWord.NEWS] = coverage_epoch_value() if self._relayed else 0
         if self._kernel is not None:
             self._kernel.tick()
         self._scan()

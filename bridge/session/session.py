@@ -59,13 +59,13 @@ from bridge.sources.guest_kernel.source import GuestKernel
 from bridge.sources.ledger import Cursor, Ledger
 from bridge.sources.pcs import BlockTable, Location, syscall_pc
 from bridge.sources.symbolize import BLOCKS_FILE, KernelPlaces, Symbolizer
-from bridge.targets import Target
+from bridge.targets import TARGET_ADDRESS, Target
 from bridge.targets.registry import create as create_target
 from bridge.vm.accel import Accelerator, choose_accelerator
 from bridge.vm.agent import Ready
 from bridge.vm.config import MachineConfig, MemoryFds, WatchFds
 from bridge.vm.machine import PLUGIN_REMEDY, Machine
-from bridge.vm.network import TARGET_ADDRESS, NewsWord, RelayGate
+from bridge.vm.network import EpochWord, RelayGate
 from bridge.vm.snapshot import Snapshot, new_memory
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class Session:
         self.guest: Guest
         self._out = out
         self._plugin: Path | None = None
-        self._news: NewsWord | None = None
+        self._coverage_epoch: EpochWord | None = None
         self._gate: RelayGate
         self._ram = -1
         self._resetting = threading.Lock()  # held by reset()
@@ -242,7 +242,7 @@ class Session:
         relayed = self.source is None or bool(self.target.endpoints)
         if relayed and not settings.syscall_pcs:
             self.doorbell.rely_on_relays()
-            self._news = NewsWord(region.path, HeaderWord.NEWS * WORD)
+            self._coverage_epoch = EpochWord(region.path, HeaderWord.NEWS * WORD)
 
         self._boot(stack, server, out)
         if self.kernel is not None and out is not None:
@@ -271,7 +271,7 @@ class Session:
         config = dataclasses.replace(
             config,
             endpoints=self.target.endpoints,
-            news=self._news,
+            coverage_epoch=self._coverage_epoch,
             gate=self._gate.path,
             plugin=self._plugin if self.kernel is not None else None,
         )
@@ -436,7 +436,7 @@ class Session:
         self.resets += 1
         self.guest.forget()
         self.doorbell.call(self.doorbell.reset)
-        self._gate.slam()
+        self._gate.reset_all()
         self.snapshot.restore(self._ram)
         # The guest will take the same ports again.
         deadline = time.monotonic() + _HANG_UP_SECONDS

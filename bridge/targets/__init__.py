@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["DEFAULT_TARGET", "MOUNT_POINT", "Endpoint", "Target"]
+__all__ = ["DEFAULT_TARGET", "MOUNT_POINT", "TARGET_ADDRESS", "Endpoint", "Target"]
 
 DEFAULT_TARGET = "plan9"
 """The target that has a default workload."""
@@ -14,12 +14,16 @@ DEFAULT_TARGET = "plan9"
 MOUNT_POINT = "/mnt/target"
 """Where the guest mounts a tree of files."""
 
+TARGET_ADDRESS = "10.0.2.100"
+"""Where the guest finds the targets: an address of QEMU's user network that is nothing else there
+(.2 is the host, .3 the name server, .4 the file server, .15 and up the guests)."""
+
 
 @dataclass(frozen=True)
 class Endpoint:
     """A TCP service of a target, as the guest is to reach it.
 
-    The guest connects to ``TARGET_ADDRESS:guest_port`` (:mod:`bridge.vm.network`) and reaches
+    The guest connects to :data:`TARGET_ADDRESS`, ``guest_port``, and reaches
     127.0.0.1:``host_port``; it reaches nothing else on the host.
     """
 

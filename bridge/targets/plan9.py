@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import TargetError
-from bridge.targets import DEFAULT_TARGET, MOUNT_POINT, Endpoint
+from bridge.targets import DEFAULT_TARGET, MOUNT_POINT, TARGET_ADDRESS, Endpoint
 from bridge.targets.tree import Entry, built_in, read_directory
-from bridge.vm.network import TARGET_ADDRESS
 
 __all__ = ["GUEST_PORT", "Plan9Target"]
 

@@ -15,7 +15,7 @@ from bridge.device.abi import VECTORS
 from bridge.errors import UsageError
 from bridge.targets import Endpoint
 from bridge.vm.accel import Accelerator
-from bridge.vm.network import NewsWord, netdev_option
+from bridge.vm.network import EpochWord, netdev_option
 
 __all__ = [
     "DEFAULT_QEMU",
@@ -51,9 +51,9 @@ class MachineConfig:
     ``boot_timeout`` in seconds, None for the accelerator's default; ``cpu`` is QEMU's ``-cpu``,
     None for the accelerator's default. ``ssh_port`` 0 takes a free port. ``sandbox`` False is for
     a QEMU built without seccomp. ``plugin`` watches the guest kernel
-    (:mod:`bridge.sources.guest_kernel`). ``news`` is for the relays to ``endpoints``, and ``gate``
-    ends them (:class:`bridge.vm.network.RelayGate`). Raises :class:`bridge.errors.UsageError` for
-    what makes no sense.
+    (:mod:`bridge.sources.guest_kernel`). ``coverage_epoch`` is for the relays to ``endpoints``,
+    and ``gate`` resets them (:class:`bridge.vm.network.RelayGate`). Raises
+    :class:`bridge.errors.UsageError` for what makes no sense.
     """
 
     accelerator: Accelerator
@@ -66,7 +66,7 @@ class MachineConfig:
     cpus: int = 1
     cpu: str | None = None
     endpoints: tuple[Endpoint, ...] = ()
-    news: NewsWord | None = None
+    coverage_epoch: EpochWord | None = None
     gate: Path | None = None
     network: bool = True
     ssh_port: int = 0
@@ -247,7 +247,7 @@ def _netdev(config: MachineConfig) -> str:
         "net",
         config.endpoints,
         ssh_port=config.ssh_port,
-        news=config.news,
+        coverage_epoch=config.coverage_epoch,
         gate=config.gate,
     )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A virtual machine from start to end: QEMU's process, its control connection, the guest's news.
+"""A virtual machine from start to end: QEMU's process, its control connection, the guest's reports.
 
     with Machine(config, doorbell=server.connect(), console_path=path) as machine:
         machine.start()
@@ -566,7 +566,7 @@ class Machine:
         if not hasattr(self, "_process"):
             raise UsageError("the machine has not been started")
 
-    # News, on the loop's thread
+    # Events and reports, on the loop's thread
 
     def _read(self, sock: socket.socket) -> bool:
         """Take what the guest sent, a chunk at most; whether there may be more."""

@@ -23,14 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bridge.errors import QemuError, UsageError
-from bridge.targets import Endpoint
+from bridge.targets import TARGET_ADDRESS, Endpoint
 
 __all__ = [
     "GUEST_ADDRESS",
     "LOCALHOST",
     "SSH_GUEST_PORT",
-    "TARGET_ADDRESS",
-    "NewsWord",
+    "EpochWord",
     "RelayGate",
     "find_ssh_port",
     "netdev_option",
@@ -41,10 +40,6 @@ LOCALHOST = "127.0.0.1"
 GUEST_ADDRESS = "10.0.2.15"
 """The guest's own address in QEMU's user network; the image's agent sets it."""
 
-TARGET_ADDRESS = "10.0.2.100"
-"""Where the guest finds the targets: an address of QEMU's user network that is nothing else
-there (.2 is the host, .3 the name server, .4 the file server, .15 and up the guests)."""
-
 SSH_GUEST_PORT = 22
 
 _RELAY = Path(__file__).with_name("relay.py")
@@ -52,26 +47,26 @@ _HOST_FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+(\S+)\s+(\d+)\s+(\S+)\s
 
 
 @dataclass(frozen=True)
-class NewsWord:
-    """Where relays find the region's ``NEWS``: a file to open, and the word's offset in bytes."""
+class EpochWord:
+    """Where relays find the region's coverage epoch: a file, and the word's offset in bytes."""
 
     file: str
     offset: int
 
 
 class RelayGate:
-    """A way to end all relays at once, with a reset of both of their connections.
+    """Resets all relays at once, and with each both of its connections.
 
-    The relays are QEMU's children and nobody knows them. Each opens ``path``, a pipe of this
-    process, and ends when there is something to be read: nobody reads it, so it is there for all.
+    The relays are children of QEMU, unknown to this process. Each opens ``path``, a pipe of this
+    process, and ends as soon as the pipe can be read. Nobody reads it, so all of them see it.
     """
 
     def __init__(self) -> None:
         self._reading, self._writing = os.pipe()
         self.path = Path(f"/proc/{os.getpid()}/fd/{self._reading}")
 
-    def slam(self) -> None:
-        """End the relays that there are; later ones are not concerned."""
+    def reset_all(self) -> None:
+        """Reset all current relays; new ones are unaffected."""
         reading, writing = os.pipe()
         os.write(self._writing, b"!")
         os.dup2(reading, self._reading, inheritable=False)
@@ -86,14 +81,14 @@ class RelayGate:
 
 
 def relay_command(
-    endpoint: Endpoint, news: NewsWord | None = None, gate: Path | None = None
+    endpoint: Endpoint, epoch: EpochWord | None = None, gate: Path | None = None
 ) -> list[str]:
-    """What QEMU runs for a connection to an endpoint; ``news`` is what it changes by the way."""
+    """Return what QEMU runs for a connection to an endpoint; ``epoch`` is the word it changes."""
     command = [sys.executable, "-I", "-S", str(_RELAY), str(endpoint.host_port)]
     if gate is not None:
         command += ["--gate", str(gate)]
-    if news is not None:
-        command += ["--news", news.file, str(news.offset)]
+    if epoch is not None:
+        command += ["--epoch", epoch.file, str(epoch.offset)]
     return command
 
 
@@ -103,14 +98,15 @@ def netdev_option(
     *,
     ssh_port: int = 0,
     ssh: bool = True,
-    news: NewsWord | None = None,
+    coverage_epoch: EpochWord | None = None,
     gate: Path | None = None,
 ) -> str:
     """The value of QEMU's ``-netdev`` for a network called ``name``.
 
     ``ssh_port`` 0 lets the kernel choose a free port, which :func:`find_ssh_port` finds out.
-    ``news`` and ``gate`` are for the relays. Raises :class:`bridge.errors.UsageError` for an
-    impossible port, and for two endpoints at one guest port.
+    ``coverage_epoch`` and ``gate`` are for the relays. Raises
+    :class:`bridge.errors.UsageError` for an impossible port, and for two endpoints at one guest
+    port.
     """
     parts = [f"user,id={name},restrict=on,ipv6=off"]
     if ssh:
@@ -126,7 +122,7 @@ def netdev_option(
                 f"{endpoint.guest_port}"
             )
         taken[endpoint.guest_port] = endpoint
-        command = shlex.join(relay_command(endpoint, news, gate)).replace(",", ",,")
+        command = shlex.join(relay_command(endpoint, coverage_epoch, gate)).replace(",", ",,")
         parts.append(f"guestfwd=tcp:{TARGET_ADDRESS}:{endpoint.guest_port}-cmd:{command}")
     return ",".join(parts)
 

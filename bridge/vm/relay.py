@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Carry one TCP connection of the guest to a port of 127.0.0.1. Run as a script, by QEMU.
 
-``relay.py HOST_PORT [--gate GATE] [--news FILE OFFSET]``
+``relay.py HOST_PORT [--gate GATE] [--epoch FILE OFFSET]``
 
-Before anything that the target says, its end included, is passed on to the guest, the word at
-OFFSET in FILE, the shared region's ``NEWS``, gets a value that it never had: what the target
-did before it answered is covered by then, and a task that has the answer finds the word changed.
-A relay that cannot write there carries nothing: it resets the connection.
+Before it passes anything from the target to the guest, end of file included, it changes the word at
+OFFSET in FILE, the shared region's coverage epoch. What the target did before it answered is
+covered by then, so a task that has the answer finds the word changed. A relay that cannot write the
+word resets the connection.
 
 QEMU's user network starts this for each connection to a target's address (:mod:`bridge.vm.network`)
 with a socket as stdin, stdout and stderr. It ends when both directions have ended or when either
-connection breaks; the end of QEMU breaks it, as QEMU's side of the socket closes then. It breaks
-both as soon as there is something to be read from the pipe GATE, or nobody to write to it. Imports
-nothing but the standard library, so that ``-I -S`` starts it in a few milliseconds.
+connection breaks; QEMU's end breaks it, since QEMU's side of the socket closes then. It resets both
+connections as soon as the pipe GATE can be read or has no writer. It imports the standard library
+and one file of the bridge, by its path, so that ``-I -S`` starts it in a few milliseconds.
 """
 
 import errno
@@ -22,8 +22,9 @@ import select
 import socket
 import struct
 import sys
-import time
+import types
 from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
 
 CHUNK = 256 * 1024
 """Bytes read at once: enough that a big transfer costs few system calls."""
@@ -37,20 +38,22 @@ NO_LINGER = struct.pack("ii", 1, 0)
 """``struct linger``: closing resets the connection, which tells the peer that it broke."""
 
 
-Tell = Callable[[], object]
+ChangeEpoch = Callable[[], object]
 
 
-def news_value() -> int:
-    """What the region's ``NEWS`` is set to: never 0, and never what it was before.
+def _load_coverage_epoch_value() -> Callable[[], int]:
+    """Load the function that the doorbell uses too, without the package that it lies in."""
+    name = "coverage_epoch"
+    module = types.ModuleType(name)
+    here = __file__.rpartition("/")[0]  # an absolute path; pathlib takes long to import
+    SourceFileLoader(name, f"{here}/../device/{name}.py").exec_module(module)
+    value: Callable[[], int] = module.coverage_epoch_value
+    return value
 
-    A clock above the process id makes it so; it comes round after half an hour, and the bridge
-    sets the word several times a second.
-    """
-    return (time.monotonic_ns() << 23 | os.getpid() << 1 | 1) & (1 << 64) - 1
 
-
-def teller(file: str, offset: int) -> Tell:
-    """What changes the word at ``offset``, in a page that is mapped for it. Raises OSError."""
+def epoch_writer(file: str, offset: int) -> ChangeEpoch:
+    """Map the word at ``offset`` and return what changes it. Raises OSError."""
+    new_value = _load_coverage_epoch_value()
     start = offset // mmap.PAGESIZE * mmap.PAGESIZE
     fd = os.open(file, os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -59,22 +62,24 @@ def teller(file: str, offset: int) -> Tell:
         os.close(fd)
     index = (offset - start) // words.itemsize
 
-    def tell() -> None:
-        words[index] = news_value()
+    def change() -> None:
+        words[index] = new_value()
 
-    return tell
+    return change
 
 
 class Direction:
     """From one socket to the other: what was read and is not written yet, and whether it ended.
 
-    ``tell`` is called when something was read, or the end, before any of it is written.
+    ``change_epoch`` is called when something was read, or the end, before any of it is written.
     """
 
-    def __init__(self, source: socket.socket, sink: socket.socket, tell: Tell | None) -> None:
+    def __init__(
+        self, source: socket.socket, sink: socket.socket, change_epoch: ChangeEpoch | None
+    ) -> None:
         self.source = source
         self.sink = sink
-        self.tell = tell
+        self.change_epoch = change_epoch
         self.buffer = memoryview(bytearray(CHUNK))
         self.pending = self.buffer[:0]
         self.done = False
@@ -86,8 +91,8 @@ class Direction:
         try:
             if not self.pending:
                 size = self.source.recv_into(self.buffer)
-                if self.tell is not None:
-                    self.tell()
+                if self.change_epoch is not None:
+                    self.change_epoch()
                 if size == 0:
                     self.done = True
                     self.sink.shutdown(socket.SHUT_WR)
@@ -131,13 +136,13 @@ class End:
 def relay(
     guest: socket.socket,
     host: socket.socket,
-    tell: Tell | None = None,
+    change_epoch: ChangeEpoch | None = None,
     gate: int | None = None,
 ) -> None:
     """Copy between two connected sockets until both directions have ended.
 
-    ``tell`` is called before the guest gets to know anything from the host. Raises OSError when
-    one of the connections breaks, or is to break because of the descriptor ``gate``.
+    ``change_epoch`` is called before anything from the host is passed to the guest. Raises OSError
+    when one of the connections breaks, or the descriptor ``gate`` says that it is to break.
     """
     for sock in (guest, host):
         sock.setblocking(False)
@@ -146,7 +151,7 @@ def relay(
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for option, value in KEEPALIVE:
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
-    outward, inward = Direction(guest, host, None), Direction(host, guest, tell)
+    outward, inward = Direction(guest, host, None), Direction(host, guest, change_epoch)
     ends = {
         guest.fileno(): End(guest, reads=outward, writes=inward),
         host.fileno(): End(host, reads=inward, writes=outward),
@@ -179,22 +184,22 @@ def main(argv: list[str]) -> int:
     with guest:
         try:
             words = argv[2:]
-            gate = tell = None
+            gate = change_epoch = None
             if words[:1] == ["--gate"]:
                 gate = os.open(words[1], os.O_RDONLY | os.O_NONBLOCK)
                 words = words[2:]
-            if words[:1] == ["--news"]:
-                tell = teller(words[1], int(words[2]))
+            if words[:1] == ["--epoch"]:
+                change_epoch = epoch_writer(words[1], int(words[2]))
             host = socket.create_connection((LOCALHOST, int(argv[1])))
         except OSError:
             guest.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             return 1
         with host:
             try:
-                relay(guest, host, tell, gate)
+                relay(guest, host, change_epoch, gate)
             except OSError:
-                if tell is not None:
-                    tell()
+                if change_epoch is not None:
+                    change_epoch()
                 for sock in (guest, host):
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
                 return 1

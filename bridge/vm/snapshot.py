@@ -63,7 +63,7 @@ def fingerprint(
     text of /proc/cpuinfo if it is not to be read from there), which gives the guest its clock's
     pace, and under KVM its features.
     """
-    plain = replace(config, endpoints=(), news=None, gate=None, ssh_port=0, plugin=None)
+    plain = replace(config, endpoints=(), coverage_epoch=None, gate=None, ssh_port=0, plugin=None)
     fds = BackendFds(0, 0, 0, 0, memory=MemoryFds(0, 0))
     parts = [str(_FORMAT), *qemu_command(plain, fds)]
     program = shutil.which(config.qemu)

@@ -21,8 +21,7 @@ from bridge.guest.images import build, compile_for_guest
 from bridge.guest.ssh import CommandResult
 from bridge.session.session import Session
 from bridge.sources.ledger import Cursor
-from bridge.targets import Endpoint
-from bridge.vm.network import TARGET_ADDRESS
+from bridge.targets import TARGET_ADDRESS, Endpoint
 from tests.system.conformance import complaints
 
 pytestmark = pytest.mark.vm

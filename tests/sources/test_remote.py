@@ -19,7 +19,7 @@ from bridge.guest.images import build, compile_for_guest
 from bridge.sources import remote
 from bridge.sources.pcs import Location
 from bridge.sources.python.source import PythonSource
-from bridge.vm.network import TARGET_ADDRESS
+from bridge.targets import TARGET_ADDRESS
 
 CODE = """
     def leaf(n):

@@ -18,7 +18,7 @@ import pytest
 import bridge
 from bridge.guest.images import build, compile_for_guest
 from bridge.session.session import Session
-from bridge.vm.network import TARGET_ADDRESS
+from bridge.targets import TARGET_ADDRESS
 
 pytestmark = pytest.mark.vm
 

@@ -20,11 +20,10 @@ import pytest
 from pyroute2.plan9.client import Plan9ClientSocket
 
 from bridge.errors import TargetError, UsageError
-from bridge.targets import MOUNT_POINT, Target
+from bridge.targets import MOUNT_POINT, TARGET_ADDRESS, Target
 from bridge.targets.plan9 import GUEST_PORT, Plan9Target
 from bridge.targets.registry import create, names
 from bridge.targets.tree import Entry, built_in, read_directory
-from bridge.vm.network import TARGET_ADDRESS
 
 Talk = Callable[[Any], Awaitable[Any]]
 

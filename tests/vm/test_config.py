@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from bridge.errors import QemuError, UsageError
-from bridge.targets import Endpoint
+from bridge.targets import TARGET_ADDRESS, Endpoint
 from bridge.vm.accel import Accelerator
 from bridge.vm.config import BackendFds, MachineConfig, paste_command, qemu_command
-from bridge.vm.network import TARGET_ADDRESS, NewsWord, find_ssh_port, netdev_option
+from bridge.vm.network import EpochWord, find_ssh_port, netdev_option
 
 TCG = Accelerator("tcg", "test")
 KVM = Accelerator("kvm", "test")
@@ -129,9 +129,9 @@ def test_the_network_is_closed_but_for_ssh_and_the_targets() -> None:
     ]
     assert [part.split()[-1] for part in forwards] == ["4000", "4001"]
     assert "hostfwd" not in netdev_option("net", ssh=False)
-    news = NewsWord("/proc/1/fd/3", 256)
-    told = netdev_option("net", [Endpoint("9p", 4000, 564)], news=news)
-    assert told.split()[-4:] == ["4000", "--news", "/proc/1/fd/3", "256"]
+    epoch = EpochWord("/proc/1/fd/3", 256)
+    told = netdev_option("net", [Endpoint("9p", 4000, 564)], coverage_epoch=epoch)
+    assert told.split()[-4:] == ["4000", "--epoch", "/proc/1/fd/3", "256"]
 
 
 @pytest.mark.parametrize(

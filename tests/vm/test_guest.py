@@ -25,12 +25,11 @@ from bridge.errors import (
 )
 from bridge.guest.images import Image, build
 from bridge.guest.ssh import Guest
-from bridge.targets import Endpoint
+from bridge.targets import TARGET_ADDRESS, Endpoint
 from bridge.vm.accel import choose_accelerator
 from bridge.vm.agent import Ready
 from bridge.vm.config import MachineConfig
 from bridge.vm.machine import Ending, Machine, State
-from bridge.vm.network import TARGET_ADDRESS
 
 pytestmark = pytest.mark.vm
 

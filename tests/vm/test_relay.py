@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bridge.targets import Endpoint
-from bridge.vm.network import NewsWord, RelayGate, relay_command
+from bridge.vm.network import EpochWord, RelayGate, relay_command
 
 Serve = Callable[[socket.socket], None]
 
@@ -52,14 +52,14 @@ def target(serve: Serve) -> Iterator[int]:
 
 @contextlib.contextmanager
 def relayed(
-    port: int, news: NewsWord | None = None, gate: Path | None = None
+    port: int, epoch: EpochWord | None = None, gate: Path | None = None
 ) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
     """A connection as QEMU gives it to the relay (a TCP pair as stdin, stdout, stderr)."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         guest = socket.create_connection(listener.getsockname())
         stdio, _ = listener.accept()
     guest.settimeout(20)
-    command = relay_command(Endpoint("test", port, 564), news, gate)
+    command = relay_command(Endpoint("test", port, 564), epoch, gate)
     fd = stdio.fileno()
     with guest, subprocess.Popen(command, stdin=fd, stdout=fd, stderr=fd) as relay:
         stdio.close()
@@ -140,16 +140,16 @@ class Word:
     def __init__(self, directory: Path) -> None:
         self.file = directory / "words"
         self.file.write_bytes(bytes(8192))
-        self.news = NewsWord(str(self.file), 4096 + 8 * 32)
+        self.epoch = EpochWord(str(self.file), 4096 + 8 * 32)
 
     def read(self) -> int:
         data = self.file.read_bytes()
-        rest = data[: self.news.offset] + data[self.news.offset + 8 :]
+        rest = data[: self.epoch.offset] + data[self.epoch.offset + 8 :]
         assert rest == bytes(8184), "nothing else is written"
-        return int.from_bytes(data[self.news.offset : self.news.offset + 8], "little")
+        return int.from_bytes(data[self.epoch.offset : self.epoch.offset + 8], "little")
 
 
-def test_whatever_the_guest_hears_is_news_before(tmp_path: Path) -> None:
+def test_relay_answer_of_the_target_changes_the_epoch_first(tmp_path: Path) -> None:
     word = Word(tmp_path)
     seen = {0}
 
@@ -159,7 +159,7 @@ def test_whatever_the_guest_hears_is_news_before(tmp_path: Path) -> None:
                 continue
             connection.sendall(data)
 
-    with target(ends) as port, relayed(port, word.news) as (guest, relay):
+    with target(ends) as port, relayed(port, word.epoch) as (guest, relay):
         for _ in range(100):
             guest.sendall(b"ping")
             assert guest.recv(100) == b"ping"
@@ -168,22 +168,22 @@ def test_whatever_the_guest_hears_is_news_before(tmp_path: Path) -> None:
         last = word.read()
         guest.sendall(b"quiet")
         time.sleep(0.2)
-        assert word.read() == last, "what the guest says is no news"
+        assert word.read() == last, "what the guest says changes nothing"
         guest.shutdown(socket.SHUT_WR)
         assert read_all(guest) == b""
-        assert word.read() not in seen, "the end is news too"
+        assert word.read() not in seen, "so does the end"
         assert relay.wait(10) == 0
 
 
-def test_a_reset_is_news(tmp_path: Path) -> None:
+def test_relay_reset_by_the_target_changes_the_epoch(tmp_path: Path) -> None:
     word = Word(tmp_path)
 
-    def slam(connection: socket.socket) -> None:
+    def reset(connection: socket.socket) -> None:
         connection.recv(1)
         linger = (1).to_bytes(4, sys.byteorder) + bytes(4)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
-    with target(slam) as port, relayed(port, word.news) as (guest, _):
+    with target(reset) as port, relayed(port, word.epoch) as (guest, _):
         guest.sendall(b"x")
         with pytest.raises(ConnectionResetError):
             guest.recv(1)
@@ -193,7 +193,7 @@ def test_a_reset_is_news(tmp_path: Path) -> None:
 def test_a_relay_that_cannot_tell_carries_nothing(tmp_path: Path) -> None:
     with (
         target(echo) as port,
-        relayed(port, NewsWord(str(tmp_path / "none"), 0)) as (guest, relay),
+        relayed(port, EpochWord(str(tmp_path / "none"), 0)) as (guest, relay),
     ):
         guest.sendall(b"x")
         with pytest.raises(ConnectionResetError):
@@ -229,12 +229,12 @@ def test_a_refused_connection_breaks_the_guests() -> None:
 
 
 def test_a_reset_by_the_target_reaches_the_guest() -> None:
-    def slam(connection: socket.socket) -> None:
+    def reset(connection: socket.socket) -> None:
         connection.recv(1)
         linger = (1).to_bytes(4, sys.byteorder) + bytes(4)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
-    with target(slam) as port, relayed(port) as (guest, relay):
+    with target(reset) as port, relayed(port) as (guest, relay):
         guest.sendall(b"x")
         with pytest.raises(ConnectionResetError):
             guest.recv(1)
@@ -290,7 +290,7 @@ def test_a_gate_ends_all_that_there_are() -> None:
                 for guest, _ in (first, second):
                     guest.sendall(b"1")
                     assert guest.recv(1) == b"1"
-                gate.slam()
+                gate.reset_all()
                 for guest, process in (first, second):
                     with pytest.raises(ConnectionResetError):
                         guest.recv(1)
