@@ -24,6 +24,7 @@ __all__ = [
     "GuestResetError",
     "GuestSetupError",
     "ImageError",
+    "IncompleteError",
     "InfrastructureError",
     "KernelUnknownError",
     "MissingDependencyError",
@@ -70,6 +71,10 @@ class UsageError(BridgeError):
 
 class InfrastructureError(BridgeError):
     """The host side failed: QEMU, the region, the target, the disk."""
+
+
+class IncompleteError(InfrastructureError):
+    """A command ran, but not all that it covered could be kept."""
 
 
 class MissingDependencyError(InfrastructureError):

@@ -31,8 +31,10 @@ from enum import IntEnum, IntFlag
 __all__ = [
     "AREAS_OFFSET",
     "ENOTSUPP",
+    "FOLLOW_FLAG",
     "GVISOR_MAX_WORDS",
     "HOST_PEER",
+    "KCOV_BRIDGE_STREAM",
     "KCOV_CMP_CONST",
     "KCOV_CMP_SIZE",
     "KCOV_DISABLE",
@@ -56,6 +58,7 @@ __all__ = [
     "RESPONSES_OFFSET",
     "SLOTS",
     "SLOT_WORDS",
+    "STREAM_MASK",
     "VECTORS",
     "VERSION",
     "WORD",
@@ -84,6 +87,13 @@ KCOV_WORDS_PER_CMP = 4
 KCOV_UNIQUE_ENABLE = 0x40086367
 KCOV_RESET_TRACE = 0x6368
 
+# The bridge's own: the calling thread traces into a stream of the host's.
+KCOV_BRIDGE_STREAM = 0x63E0
+"""Argument: the stream's number, with FOLLOW_FLAG where children are to trace into it as well."""
+FOLLOW_FLAG = 1 << 63
+STREAM_MASK = FOLLOW_FLAG - 1
+"""The bits of a stream's number."""
+
 
 def KCOV_CMP_SIZE(log: int) -> int:
     """In the type of a comparison: operands of ``1 << log`` bytes, ``log`` 0 to 3."""
@@ -101,7 +111,7 @@ ENOTSUPP = 524
 PAGE_SIZE = 4096
 WORD = 8
 MAGIC = 0x47445242564F434B  # "KCOVBRDG" in memory
-VERSION = 6
+VERSION = 7
 SLOTS = 1024
 SLOT_WORDS = 8
 REQUESTS_OFFSET = PAGE_SIZE
@@ -189,6 +199,12 @@ class Op(IntEnum):
     MODULE = 13
     """Likewise: a module's code comes (ARG0 = 1) or goes (0); ARG1 = its address, ARG2 = bytes;
     the payload: its name."""
+    STREAM = 14
+    """KCOV_BRIDGE_STREAM, or a child of a thread that is followed: TASK traces into an area of the
+    host's choice; ARG0 = number of the stream, ARG1 as for ENABLE."""
+    UNTRACED = 15
+    """In the module's own slot: threads that could not be followed; ARG0 = number of the stream,
+    ARG1 = how many."""
 
 
 class RequestWord(IntEnum):

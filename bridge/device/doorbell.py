@@ -70,7 +70,9 @@ _RETURN = int(Op.RETURN)
 _read_request = struct.Struct(f"{SLOT_WORDS}Q").unpack_from
 _SLOT_MASK = (1 << KICK_SLOT_BITS) - 1
 _MAX_ERRNO = 4095
-_OPENING = frozenset({Op.INIT, Op.MAP, Op.ENABLE, Op.DISABLE, Op.RESET, Op.UNIQUE, Op.REMOTE})
+_OPENING = frozenset(
+    {Op.INIT, Op.MAP, Op.ENABLE, Op.DISABLE, Op.RESET, Op.UNIQUE, Op.REMOTE, Op.STREAM}
+)
 """What can be the first request of an instance: the host learns of an open by it."""
 _IN_THE_WAY = frozenset({errno.ENOMEM, errno.EBUSY, errno.EEXIST})
 """What an instance is told because of what others hold."""
@@ -458,7 +460,7 @@ class Doorbell(Generic[C]):
         else:
             error = self._carry_out(slot, op, generation, task, (arg0, arg1, arg2))
             kcov = self._slots[slot]
-            control[answer + ResponseWord.FLAGS] = self._flags if op != Op.REMOTE else Answer.SILENT
+            control[answer + ResponseWord.FLAGS] = self._answer_flags(op)
         self.counters.requests += 1
         control[answer + _ERROR] = error if 0 <= error <= _MAX_ERRNO else errno.EIO
         if kcov is not None:
@@ -468,6 +470,12 @@ class Doorbell(Generic[C]):
         control[answer] = sequence
         self._answered[slot] = sequence
 
+    def _answer_flags(self, op: int) -> Answer:
+        if op == Op.STREAM:
+            # At its returns an area is emptied before it is full.
+            return Answer(0)
+        return Answer.SILENT if op == Op.REMOTE else self._flags
+
     def _carry_out(
         self, slot: int, op: int, generation: int, task: int, args: tuple[int, int, int]
     ) -> int:
@@ -475,6 +483,8 @@ class Doorbell(Generic[C]):
         kcov = self._slots[slot]
         if op in (Op.KERNEL, Op.MODULE):
             return self._hear_kernel(op, args)
+        if op == Op.UNTRACED:
+            return device.count_untraced(args[0], args[1] & UNTOLD_MASK)
         if kcov is not None and kcov.generation != generation:
             # Its release was lost: the slot belongs to a new open now.
             device.release(kcov)
@@ -513,6 +523,8 @@ class Doorbell(Generic[C]):
             if op == Op.REMOTE:
                 mode = args[0] & 0xFFFFFFFF
                 return device.remote_enable(kcov, task, mode, self._handles(args[1]), args[2])
+            if op == Op.STREAM:
+                return device.join_stream(kcov, task, args[0], args[1])
         except Exception as failure:
             return self._source_failed(failure)
         if op == Op.DISABLE:

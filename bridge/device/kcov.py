@@ -20,6 +20,7 @@ Not thread-safe: the doorbell's thread alone calls in.
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Generic, Protocol, TypeVar
@@ -30,12 +31,15 @@ from bridge.device.abi import (
     KCOV_REMOTE_MAX_HANDLES,
     KCOV_TRACE_CMP,
     KCOV_TRACE_PC,
+    KCOV_WORDS_PER_CMP,
     LINUX_MAX_WORDS,
     PAGE_SIZE,
     WORD,
 )
 from bridge.device.fastpath import KcovState, Returns, Totals
 from bridge.device.region import Area
+from bridge.device.streams import Stream
+from bridge.errors import SourceError
 from bridge.sources.comparisons import Comparison, ComparisonCursor
 
 __all__ = [
@@ -55,6 +59,7 @@ Task = int
 """Names a guest thread: never 0, and different for every thread that was made an owner."""
 
 C = TypeVar("C")
+logger = logging.getLogger(__name__)
 
 # Handles: include/uapi/linux/kcov.h, KCOV_SUBSYSTEM_* and KCOV_*_MASK.
 _SUBSYSTEM_BITS = 0xFF << 56
@@ -147,7 +152,8 @@ class Kcov(KcovState, Generic[C]):
     are those of KCOV_REMOTE_ENABLE; an instance that has some gets what is done on their behalf,
     and nothing of its owner's own calls: it has no cursor. Nor has one of mode TRACE_CMP: its
     ``comparing`` is a cursor of another kind, and ``appended`` and ``dropped`` count comparisons.
-    ``compares`` says that the last ENABLE was for these.
+    ``compares`` says that the last ENABLE was for these. ``stream`` is where the words of the area
+    go, of an instance that nobody maps.
     """
 
     __slots__ = (
@@ -158,6 +164,7 @@ class Kcov(KcovState, Generic[C]):
         "retired",
         "size",
         "slot",
+        "stream",
         "watched",
     )
 
@@ -172,6 +179,7 @@ class Kcov(KcovState, Generic[C]):
         self.comparing: ComparisonCursor | None = None
         self.compares = False
         self.handles: tuple[int, ...] = ()
+        self.stream: Stream | None = None
 
 
 class Device(Generic[C]):
@@ -203,13 +211,16 @@ class Device(Generic[C]):
         # The bit of each PC in the bitmaps of UNIQUE_PC; bounded by the number of PCs there are.
         self._bits: dict[int, int] = {}
         self._owners: dict[Task, Kcov[C]] = {}
+        self._streams: dict[int, Stream] = {}
         # In the order of their opening, as dicts keep it.
         self._open: dict[Kcov[C], None] = {}
         # Compiled, for the returns of most owners.
         self.returns: Returns | None = None
         if Returns is not None:
-            watched = self.count_watched if watcher is not None else None
-            self.returns = Returns(coverage, self.totals, self.unique, syscall_pc, watched)
+            watched = self._watched_returns if watcher is not None else None
+            self.returns = Returns(
+                coverage, self.totals, self.unique, syscall_pc, watched, self._append_rest
+            )
 
     @property
     def instances(self) -> int:
@@ -401,6 +412,98 @@ class Device(Generic[C]):
         self.totals.appended += appended
         self.totals.dropped += dropped
 
+    # Streams
+
+    def open_stream(self, stream: Stream) -> None:
+        """From now on threads of the guest can join the stream."""
+        self._streams[stream.number] = stream
+
+    def close_stream(self, stream: Stream) -> None:
+        """End the stream; of threads that still run it has what they covered so far.
+
+        Safe to call twice.
+        """
+        self._streams.pop(stream.number, None)
+        for kcov in list(self._open):
+            if kcov.stream is stream:
+                try:
+                    self._reset(kcov)
+                except SourceError as error:
+                    logger.warning("PCs of a running process may be missing: %s", error.message)
+                    self._end_stream(kcov)
+
+    def join_stream(self, kcov: Kcov[C], task: Task, number: int, address: int = 0) -> Errno:
+        """KCOV_BRIDGE_STREAM: ``task`` traces into a stream, through an area that nobody maps.
+
+        Init, enable and the choice of a mode in one. ``address`` as for :meth:`enable`.
+        """
+        stream = self._streams.get(number)
+        if stream is None:
+            return errno.ESRCH
+        if kcov.mode is not Mode.DISABLED or task in self._owners:
+            return errno.EBUSY
+        if stream.comparisons and self._comparisons is None:
+            return ENOTSUPP
+        kcov.area = stream.allocate(self._areas)
+        if kcov.area is None:
+            return errno.ENOMEM
+        kcov.size = kcov.area.size
+        kcov.mode = Mode.INIT
+        kcov.area.bitmap_words = stream.bitmap_words
+        kcov.stream = stream
+        stream.begin(kcov)
+        if stream.comparisons and self._comparisons is not None:
+            kcov.comparing = self._comparisons.open_cursor()
+            self._own(kcov, task, Mode.TRACE_CMP)
+        else:
+            unique = stream.bitmap_words > 0
+            self._begin(kcov, task, Mode.UNIQUE_PC if unique else Mode.TRACE_PC, address)
+        return 0
+
+    def count_untraced(self, number: int, threads: int) -> Errno:
+        """So many threads should have joined a stream, and could not."""
+        stream = self._streams.get(number)
+        if stream is None:
+            return errno.ESRCH
+        stream.untraced += threads
+        return 0
+
+    def _hand_over(self, kcov: Kcov[C]) -> None:
+        """What is in the area of an instance goes to its stream; the area is empty then."""
+        if kcov.stream is not None and kcov.area is not None:
+            each = KCOV_WORDS_PER_CMP if kcov.compares else 1
+            kcov.stream.record(kcov, kcov.area.take(each))
+
+    def _end_stream(self, kcov: Kcov[C]) -> None:
+        if kcov.stream is not None:
+            self._hand_over(kcov)
+            kcov.stream.end(kcov)
+            kcov.stream = None
+
+    def _append_rest(self, kcov: Kcov[C], pcs: Sequence[int]) -> int:
+        """Append PCs that the area has no room for; how many of them found some.
+
+        None, but in the area of a stream.
+        """
+        area = kcov.area
+        if kcov.stream is None or area is None:
+            return 0
+        done = 0
+        while done < len(pcs):
+            self._hand_over(kcov)
+            fitted = area.append(pcs[done:])
+            if not fitted:
+                # The guest writes to what is none of its business.
+                break
+            done += fitted
+        return done
+
+    def _watched_returns(self, kcov: Kcov[C]) -> None:
+        """As :meth:`count_watched`, while the owner waits, so that the watcher writes nothing."""
+        self.count_watched(kcov)
+        if kcov.stream is not None and kcov.area is not None and 2 * kcov.area.count > kcov.size:
+            self._hand_over(kcov)
+
     def reset_trace(self, kcov: Kcov[C], task: Task, argument: int) -> Errno:
         """KCOV_RESET_TRACE by ``task``: count and bitmap become 0."""
         if self.personality is Personality.GVISOR:
@@ -432,7 +535,7 @@ class Device(Generic[C]):
         gVisor clears the instance (``kcovFD.Release``). In Linux the task holds a reference to it
         and traces on: EPERM.
         """
-        if self.personality is not Personality.GVISOR:
+        if self.personality is not Personality.GVISOR or kcov.stream is not None:
             return errno.EPERM
         return self.task_exit(kcov, task, untold)
 
@@ -487,7 +590,7 @@ class Device(Generic[C]):
         if pcs:
             self._append(kcov, area, pcs)
         if self._watcher is not None:
-            self.count_watched(kcov)
+            self._watched_returns(kcov)
         return 0
 
     def _return_without_cursor(self, kcov: Kcov[C], task: Task, untold: int) -> Errno:
@@ -499,6 +602,12 @@ class Device(Generic[C]):
         totals.returns += 1 + untold
         records, dropped = self._comparisons.collect(kcov.comparing)
         fitted = kcov.area.append_comparisons(records)
+        while fitted < len(records) and kcov.stream is not None:
+            self._hand_over(kcov)
+            more = kcov.area.append_comparisons(records[fitted:])
+            if not more:
+                break
+            fitted += more
         dropped += len(records) - fitted
         kcov.appended += fitted
         kcov.dropped += dropped
@@ -510,6 +619,8 @@ class Device(Generic[C]):
         totals = self.totals
         total = len(pcs)
         fitted = area.append(pcs)
+        if fitted != total:
+            fitted += self._append_rest(kcov, pcs[fitted:])
         kcov.appended += fitted
         totals.appended += fitted
         if fitted != total:
@@ -531,6 +642,7 @@ class Device(Generic[C]):
             self._coverage.close_cursor(kcov.cursor)
         if kcov.comparing is not None and self._comparisons is not None:
             self._comparisons.close_cursor(kcov.comparing)
+        self._end_stream(kcov)
         kcov.owner = None
         kcov.cursor = None
         kcov.comparing = None

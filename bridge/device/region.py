@@ -113,6 +113,18 @@ class Area(AreaWords):
         # With the count behind the bitmap.
         self._words[rest : head + 1] = memoryview(bytes((head + 1 - rest) * WORD)).cast("Q")
 
+    def take(self, each: int = 1) -> bytes:
+        """Hand over the words that the count counts, as far as they lie inside, and set it to 0.
+
+        ``each`` is the number of words of what it counts. The bitmap stays.
+        """
+        head = self.bitmap_words
+        words = self._words
+        count = min(words[head], (self.size - 1 - head) // each)
+        taken = words[head + 1 : head + 1 + count * each].tobytes()
+        words[head] = 0
+        return taken
+
     def read(self, most: int | None = None) -> list[int]:
         """The PCs that the count counts, as far as they lie inside the area: ``most`` at most."""
         head = self.bitmap_words

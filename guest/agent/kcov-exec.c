@@ -1,11 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * kcov-exec: runs any unmodified command under kcov and writes down the PCs, or the comparisons.
+ * kcov-exec: runs any unmodified command under kcov and writes the PCs, or the comparisons, to a
+ * file.
  *
  * It uses the kcov device alone, as any program would: open, KCOV_INIT_TRACE, mmap, then
  * KCOV_ENABLE in the child just before exec (which keeps kcov), and reads the area when the child
  * has ended. With -f every further process and thread asks for a descriptor of its own through
  * libkcovexec.so (see kcov.h for the conversation, libkcovexec.c for when).
+ *
+ * With -s it does none of that: the host keeps the PCs, the module follows the command's children,
+ * and kcov-exec becomes the command.
  *
  * A trace's life: ASKING (connected, with -f) → OFFERED (descriptor sent) → TRACING → collected.
  * The area stays mapped here all the time, so nothing is lost however the process ends.
@@ -77,31 +81,40 @@ static unsigned long entries = DEFAULT_ENTRIES;
 static unsigned long bitmap;
 static bool verbose, follow, binary, comparisons;
 static const char *device_path;
+static const char *output_path;
 static FILE *output;
+/* The first error of a write to it, or 0. */
+static int output_error;
 static struct trace *traces;
 
 static const char help[] =
 	"usage: kcov-exec [-o FILE] [-b] [-n ENTRIES] [-f] [-u | -c] [-v] -- CMD [ARGUMENT]...\n"
+	"       kcov-exec -s STREAM [-f] -- CMD [ARGUMENT]...\n"
 	"\n"
-	"Runs CMD with kcov enabled and ends with its exit status.\n"
+	"Run CMD with kcov enabled and exit with its status.\n"
 	"\n"
-	"  -o FILE     write the PCs to FILE (- is standard output), one 0x%016lx a line;\n"
-	"              without it they are only counted\n"
-	"  -b          write them as they are in memory: 8 bytes each\n"
+	"  -o FILE     write the PCs to FILE (- is standard output), one 0x%016lx per line;\n"
+	"              without -o they are only counted\n"
+	"  -b          write them in binary, 8 bytes each\n"
 	"  -n ENTRIES  size of each area in 64-bit words, a multiple of 512 (default 524288);\n"
 	"              one word is the count, so ENTRIES-1 PCs fit\n"
-	"  -f          follow: trace child processes and threads too, each with an area of its own\n"
-	"  -u          unique: each PC once in each area, in the order in which they came first;\n"
-	"              -n is for these and a bitmap of 65536 bytes (KCOV_UNIQUE_ENABLE)\n"
-	"  -c          comparisons instead of PCs (KCOV_TRACE_CMP): a line has the type, two operands\n"
-	"              and the PC; each takes four words of ENTRIES\n"
-	"  -v          say on standard error what each process gave\n"
+	"  -f          follow: also trace child processes and threads, each with its own area\n"
+	"  -u          unique: record each PC once per area, in the order of first occurrence;\n"
+	"              a bitmap takes 65536 bytes of each area (KCOV_UNIQUE_ENABLE)\n"
+	"  -c          record comparisons instead of PCs (KCOV_TRACE_CMP): a line has the type, two\n"
+	"              operands and the PC; each takes four words of ENTRIES\n"
+	"  -v          print on standard error how many PCs each process gave\n"
+	"  -s STREAM   send the PCs to the host, which gave the stream this number; kcov-bridge run\n"
+	"              does so\n"
 	"\n"
-	"PCs are written process by process, in the order in which the processes ended; those that\n"
-	"are still running when CMD ends come last, as far as they have come. With -f each traced\n"
-	"thread begins with the few system calls by which it was set up. Not followed are statically\n"
-	"linked programs, set-user-ID programs, processes made with a bare clone(2), programs that\n"
-	"clear LD_PRELOAD, and those in another network namespace.\n"
+	"PCs are written process by process, in the order in which the processes ended. Processes\n"
+	"that still run when CMD ends come last, with the PCs they have so far.\n"
+	"\n"
+	"With -f alone, a preloaded library follows the children: each traced thread begins with the\n"
+	"few system calls that set it up. The library does not follow statically linked programs,\n"
+	"set-user-ID programs, processes made with a bare clone(2), programs that clear LD_PRELOAD,\n"
+	"and those in another network namespace; programs built with -fsanitize=address and programs\n"
+	"that forbid themselves sockets may fail. With -s the kernel module follows all of them.\n"
 	"\n"
 	"Exit status: CMD's own; 128+N if signal N ended it; 125 if kcov-exec itself failed,\n"
 	"126 if CMD could not be executed, 127 if it was not found.\n"
@@ -246,6 +259,12 @@ static void drop_trace(struct trace *trace)
 	free(trace);
 }
 
+static void write_bytes(const void *bytes, size_t size)
+{
+	if (!output_error && fwrite(bytes, 1, size, output) != size)
+		output_error = errno ? errno : EIO;
+}
+
 /* printf is too slow here: an area may hold half a million PCs, and the guest may be emulated. */
 static void write_words(const uint64_t *words, uint64_t count, unsigned int a_line)
 {
@@ -253,7 +272,7 @@ static void write_words(const uint64_t *words, uint64_t count, unsigned int a_li
 	char text[] = "0x0000000000000000\n";
 
 	if (binary) {
-		fwrite(words, sizeof(*words), count, output);
+		write_bytes(words, count * sizeof(*words));
 		return;
 	}
 	for (uint64_t i = 0; i < count; i++) {
@@ -262,7 +281,7 @@ static void write_words(const uint64_t *words, uint64_t count, unsigned int a_li
 		for (int at = 17; at > 1; at--, word >>= 4)
 			text[at] = digits[word & 15];
 		text[18] = (i + 1) % a_line ? ' ' : '\n';
-		fwrite(text, 1, sizeof(text) - 1, output);
+		write_bytes(text, sizeof(text) - 1);
 	}
 }
 
@@ -688,6 +707,36 @@ static int run(char **command)
 	return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
 }
 
+/* Has the host keep what CMD covers, and becomes CMD. Returns the exit status where it cannot. */
+static int join_stream(const char *text, char **command)
+{
+	unsigned long stream;
+	int fd, error;
+	char *end;
+
+	errno = 0;
+	stream = strtoul(text, &end, 0);
+	if (errno || end == text || *end || *text == '-' || !stream || stream & KCOV_BRIDGE_FOLLOW) {
+		say("-s %s: STREAM must be a number that kcov-bridge gave", text);
+		return EXIT_FAILED;
+	}
+	/* The descriptor is closed by exec; the thread traces on. */
+	fd = find_device();
+	if (fd < 0)
+		return EXIT_FAILED;
+	if (ioctl(fd, KCOV_BRIDGE_STREAM, stream | (follow ? KCOV_BRIDGE_FOLLOW : 0))) {
+		say("%s: KCOV_BRIDGE_STREAM: %s%s", device_path, strerror(errno),
+		    errno == ESRCH  ? ": the host has no such stream (any more)" :
+		    errno == ENOMEM ? ": the region has no room; give the bridge a larger region" :
+				      "");
+		return EXIT_FAILED;
+	}
+	execvp(command[0], command);
+	error = errno;
+	say("can't execute %s: %s", command[0], strerror(error));
+	return error == ENOENT ? EXIT_NOT_FOUND : EXIT_NOT_EXECUTABLE;
+}
+
 static bool parse_entries(const char *text)
 {
 	unsigned long words_a_page = (unsigned long)sysconf(_SC_PAGESIZE) / sizeof(uint64_t);
@@ -707,13 +756,16 @@ static bool parse_entries(const char *text)
 int main(int argc, char **argv)
 {
 	static const struct option options[] = { { "help", no_argument, NULL, 'h' }, { 0 } };
-	const char *path = NULL;
+	const char *stream = NULL;
 	int option, status;
 
-	while ((option = getopt_long(argc, argv, "+o:bn:fucvh", options, NULL)) >= 0) {
+	while ((option = getopt_long(argc, argv, "+o:bn:fucvs:h", options, NULL)) >= 0) {
 		switch (option) {
 		case 'o':
-			path = optarg;
+			output_path = optarg;
+			break;
+		case 's':
+			stream = optarg;
 			break;
 		case 'n':
 			if (!parse_entries(optarg))
@@ -743,7 +795,12 @@ int main(int argc, char **argv)
 		}
 	}
 	if (comparisons && bitmap) {
-		say("-u and -c do not go together");
+		say("-u and -c cannot be combined");
+		return EXIT_FAILED;
+	}
+	if (stream && (output_path || binary || comparisons || bitmap || verbose ||
+		       entries != DEFAULT_ENTRIES)) {
+		say("-s can be combined with -f only: the host decides the rest");
 		return EXIT_FAILED;
 	}
 	if (bitmap + 2 > entries) {
@@ -754,21 +811,26 @@ int main(int argc, char **argv)
 		say("no command given; try --help");
 		return EXIT_FAILED;
 	}
-	if (path) {
+	if (stream)
+		return join_stream(stream, argv + optind);
+	if (output_path) {
 		/* A descriptor of its own, that CMD does not inherit, for standard output too. */
-		int fd = strcmp(path, "-") ?
-				 open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666) :
+		int fd = strcmp(output_path, "-") ?
+				 open(output_path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666) :
 				 fcntl(STDOUT_FILENO, F_DUPFD_CLOEXEC, 3);
 
 		output = fd >= 0 ? fdopen(fd, "w") : NULL;
 		if (!output) {
-			say("can't write to %s: %s", path, strerror(errno));
+			say("can't write to %s: %s", output_path, strerror(errno));
 			return EXIT_FAILED;
 		}
 	}
 	status = run(argv + optind);
-	if (output && fclose(output)) {
-		say("can't write to %s: %s; the PCs are incomplete", path, strerror(errno));
+	if (output && fclose(output) && !output_error)
+		output_error = errno;
+	if (output_error) {
+		say("can't write to %s: %s; the PCs are incomplete", output_path,
+		    strerror(output_error));
 		return EXIT_FAILED;
 	}
 	return status;

@@ -13,6 +13,9 @@
 #define KCOV_ENABLE _IO('c', 100)                   /* 0x6364 */
 #define KCOV_DISABLE _IO('c', 101)                  /* 0x6365 */
 #define KCOV_UNIQUE_ENABLE _IOW('c', 103, unsigned long) /* 0x40086367, proposed for Linux */
+/* kcov-bridge's own: the argument is the number of a stream of the host's, perhaps with the flag. */
+#define KCOV_BRIDGE_STREAM _IO('c', 0xe0)
+#define KCOV_BRIDGE_FOLLOW (1UL << 63) /* children of the calling thread as well */
 #define KCOV_TRACE_PC 0
 #define KCOV_TRACE_CMP 1
 #define KCOV_WORDS_PER_CMP 4 /* type, two operands, PC */

@@ -19,11 +19,16 @@
 #define KCOV_RESET_TRACE	_IO('c', 104)
 #endif
 
+/* The bridge's own; argument: number of a stream of the host's, perhaps with the flag. */
+#define KCOV_BRIDGE_STREAM	_IO('c', 0xe0)
+/* The children of the calling thread are to trace into the stream as well. */
+#define KCOV_BRIDGE_FOLLOW	(1ULL << 63)
+
 #define KB_PCI_VENDOR_ID	0x1af4
 #define KB_PCI_DEVICE_ID	0x1110
 
 #define KB_MAGIC		0x47445242564f434bULL	/* "KCOVBRDG" */
-#define KB_VERSION		6
+#define KB_VERSION		7
 #define KB_SLOTS		1024
 #define KB_REQUESTS_OFFSET	4096
 #define KB_RESPONSES_OFFSET	(KB_REQUESTS_OFFSET + KB_SLOTS * 64)
@@ -51,6 +56,10 @@ enum kb_op {
 	/* Both in the module's own slot, which is no instance. */
 	KB_OP_KERNEL	= 12,	/* payload: struct kb_kernel, no cpus: it ends; error 0: watched */
 	KB_OP_MODULE	= 13,	/* arg0: 1 comes, 0 goes; arg1: text, arg2: bytes; payload: name */
+	/* Of a thread in an instance of its own, which nobody has to initialise or map. */
+	KB_OP_STREAM	= 14,	/* arg0: number of the stream; arg1: the task's address */
+	/* In the module's own slot. */
+	KB_OP_UNTRACED	= 15,	/* arg0: number of the stream; arg1: threads not followed */
 };
 
 struct kb_header {

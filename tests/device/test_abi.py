@@ -39,6 +39,8 @@ CONSTANTS = {
     "KCOV_CMP_SIZE(3)": abi.KCOV_CMP_SIZE(3),
     "KCOV_UNIQUE_ENABLE": abi.KCOV_UNIQUE_ENABLE,
     "KCOV_RESET_TRACE": abi.KCOV_RESET_TRACE,
+    "KCOV_BRIDGE_STREAM": abi.KCOV_BRIDGE_STREAM,
+    "KCOV_BRIDGE_FOLLOW": abi.FOLLOW_FLAG,
     "KB_KERNEL_CPUS": abi.KERNEL_CPUS,
     "offsetof(struct kb_kernel, cpus)": abi.KernelWord.CPUS * abi.WORD,
     "offsetof(struct kb_kernel, syscall_entry)": abi.KernelWord.SYSCALL_ENTRY * abi.WORD,

@@ -14,6 +14,7 @@ class Returns:
         unique: set[int],
         syscall_pc: Callable[[int], int | None] | None,
         watched: Callable[..., object] | None,
+        append_rest: Callable[..., int],
     ) -> None: ...
     def syscall_return(
         self, kcov: KcovState, task: int, number: int, untold: int

@@ -410,14 +410,16 @@ cdef class Returns:
     cdef set _unique
     cdef object _syscall_pc
     cdef object _watched
+    cdef object _append_rest
     cdef dict _numbers
 
-    def __init__(self, coverage, Totals totals, set unique, syscall_pc, watched):
+    def __init__(self, coverage, Totals totals, set unique, syscall_pc, watched, append_rest):
         self._coverage = coverage
         self._totals = totals
         self._unique = unique
         self._syscall_pc = syscall_pc
         self._watched = watched
+        self._append_rest = append_rest
         # The PCs of system calls' numbers.
         self._numbers = {}
 
@@ -448,15 +450,16 @@ cdef class Returns:
                 total += 1
         if total:
             fitted = area.put(first, pcs)
-            kcov.appended += fitted
-            totals.appended += fitted
             if fitted != total:
-                kcov.dropped += total - fitted
-                totals.dropped += total - fitted
                 if first is not None:
                     pcs = [first, *pcs]
                     first = None
+                fitted += self._append_rest(kcov, pcs[fitted:])
+                kcov.dropped += total - fitted
+                totals.dropped += total - fitted
                 pcs = pcs[:fitted]
+            kcov.appended += fitted
+            totals.appended += fitted
             if first is not None:
                 PySet_Add(self._unique, first)
             if type(pcs) is list:

@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one command's processes covered, collected on the host while they run.
+
+A *stream* is opened by the host for one command. Each thread that joins it (KCOV_BRIDGE_STREAM, and
+with KCOV_BRIDGE_FOLLOW every child of such a thread) traces into an area of its own that no process
+of the guest maps. The host takes the words out of that area when the thread ends, and whenever the
+area fills up before that, so neither the number of processes nor the time that they run is bounded
+by the guest's memory.
+
+The words go into a :class:`WordLog`: a little in memory, the rest into an unnamed temporary file,
+which a thread of its own writes, because the doorbell's thread must never wait for a disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import tempfile
+import threading
+import weakref
+from array import array
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol, overload
+
+from bridge.device.abi import KCOV_WORDS_PER_CMP, PAGE_SIZE, STREAM_MASK, WORD
+from bridge.device.region import Area
+from bridge.errors import IncompleteError
+from bridge.sources.comparisons import Comparison
+
+__all__ = ["ComparisonLog", "PcLog", "Stream", "WordLog"]
+
+logger = logging.getLogger(__name__)
+
+_IN_MEMORY_BYTES = 256 << 10
+"""A log up to this size needs no file."""
+_QUEUE_BYTES = 64 << 20
+"""How much may wait for the disk."""
+_QUEUE_SECONDS = 0.5
+"""How long the doorbell's thread waits for room in that queue: well within the guest's time-out."""
+_CHUNK_WORDS = 1 << 16
+"""How much of a log is read at a time."""
+_SMALLEST_AREA_WORDS = 2 * PAGE_SIZE // WORD
+
+
+class WordLog:
+    """64-bit words in the order in which they were appended: a little in memory, else in a file.
+
+    :meth:`append` is for one thread and never waits for the disk longer than half a second;
+    :meth:`finish` and :meth:`read` are for others. ``directory`` takes the unnamed file; None: the
+    system's directory for temporary files. ``error`` is the first failure; what came after it is
+    counted in ``lost``, in words.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.error: OSError | None = None
+        self.lost = 0
+        self._directory = directory
+        self._length = 0
+        self._memory = bytearray()
+        self._fd = -1
+        self._changed = threading.Condition()
+        # All guarded by _changed.
+        self._queue: deque[bytes] = deque()
+        self._queued = 0
+        self._written = 0
+        self._finished = False
+        self._broken = False
+        self._writer: threading.Thread | None = None
+
+    def __len__(self) -> int:
+        """The number of words."""
+        return self._length
+
+    def append(self, words: bytes) -> bool:
+        """Append whole words; False where they are lost, because the file cannot take them."""
+        if self._writer is None:
+            if len(self._memory) + len(words) <= _IN_MEMORY_BYTES:
+                self._memory += words
+                self._length += len(words) // WORD
+                return True
+            self._writer = threading.Thread(target=self._write, name="pc-log", daemon=True)
+            self._writer.start()
+        with self._changed:
+            if self._queued > _QUEUE_BYTES:
+                self._changed.wait_for(
+                    lambda: self._queued <= _QUEUE_BYTES or self._broken, _QUEUE_SECONDS
+                )
+            slow = self._queued > _QUEUE_BYTES
+            if slow and self.error is None:
+                self.error = OSError(errno.EAGAIN, "the disk is slower than the PCs come")
+            if slow or self._broken or self._finished:
+                self.lost += len(words) // WORD
+                return False
+            self._queue.append(words)
+            self._queued += len(words)
+            self._length += len(words) // WORD
+            self._changed.notify_all()
+        return True
+
+    def finish(self) -> None:
+        """Nothing more comes; when this returns all is written that can be. Safe to call twice."""
+        with self._changed:
+            self._finished = True
+            self._changed.notify_all()
+        if self._writer is not None:
+            self._writer.join()
+            whole = (len(self._memory) + self._written) // WORD
+            if self._length > whole:
+                self.lost += self._length - whole
+                self._length = whole
+
+    def read(self, start: int, stop: int) -> array[int]:
+        """The words from number ``start`` up to ``stop``, after :meth:`finish`. Raises OSError."""
+        words = array("Q")
+        first, last = start * WORD, min(stop, self._length) * WORD
+        in_memory = len(self._memory)
+        if first < in_memory:
+            words.frombytes(self._memory[first : min(last, in_memory)])
+            first = in_memory
+        while first < last:
+            data = os.pread(self._fd, last - first, first - in_memory)
+            if not data:
+                raise OSError(errno.EIO, "the file of the PCs is shorter than it was")
+            words.frombytes(data)
+            first += len(data)
+        return words
+
+    def _write(self) -> None:
+        """The writer's thread."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._finished)
+                if not self._queue:
+                    return
+                words = self._queue.popleft()
+            try:
+                self._write_out(words)
+            except OSError as error:
+                logger.error("PCs cannot be written down: %s", error.strerror)
+                with self._changed:
+                    self.error = error
+                    self._broken = True
+                    self._queue.clear()
+                    self._queued = 0
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._queued -= len(words)
+                self._changed.notify_all()
+
+    def _write_out(self, words: bytes) -> None:
+        if self._fd < 0:
+            file = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115
+            self._fd = os.dup(file.fileno())
+            file.close()
+            weakref.finalize(self, os.close, self._fd)
+        data = memoryview(words)
+        while data:
+            written = os.pwrite(self._fd, data, self._written)
+            self._written += written
+            data = data[written:]
+
+
+class _Segments:
+    """Pieces of a log in another order than they were appended in."""
+
+    def __init__(self, log: WordLog) -> None:
+        self._log = log
+        self._places = array("Q")  # in the log, of each piece
+        self._starts = array("Q")  # here
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def add(self, place: int, count: int) -> None:
+        """The next piece: ``count`` words from ``place`` on."""
+        self._places.append(place)
+        self._starts.append(self._length)
+        self._length += count
+
+    def clip(self, words: int) -> None:
+        """Forget what lies behind the first ``words`` words of the log: it is not there."""
+        places, starts, length = self._places, self._starts, self._length
+        self._places, self._starts, self._length = array("Q"), array("Q"), 0
+        for index, place in enumerate(places):
+            end = starts[index + 1] if index + 1 < len(starts) else length
+            if (count := min(end - starts[index], max(words - place, 0))) > 0:
+                self.add(place, count)
+
+    def read(self, start: int, stop: int) -> array[int]:
+        """The words from number ``start`` up to ``stop``."""
+        words = array("Q")
+        index = bisect_right(self._starts, start) - 1
+        while start < stop:
+            last = index + 1 == len(self._starts)
+            end = min(self._length if last else self._starts[index + 1], stop)
+            place = self._places[index] + start - self._starts[index]
+            words += self._log.read(place, place + end - start)
+            start = end
+            index += 1
+        return words
+
+
+class PcLog(Sequence[int]):
+    """The PCs of one command, process by process; read where they are kept, not all in memory.
+
+    A slice is a list. Equal to any sequence of the same numbers.
+    """
+
+    def __init__(self, segments: _Segments) -> None:
+        self._segments = segments
+
+    def __len__(self) -> int:
+        return len(self._segments)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step == 1:
+                return self._segments.read(start, stop).tolist() if start < stop else []
+            return [self[number] for number in range(start, stop, step)]
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError("there is no PC of this number")
+        return self._segments.read(index, index + 1)[0]
+
+    def __iter__(self) -> Iterator[int]:
+        for chunk in self.chunks():
+            yield from chunk
+
+    def __contains__(self, pc: object) -> bool:
+        return any(pc in chunk for chunk in self.chunks())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} PCs>"
+
+    def chunks(self) -> Iterator[array[int]]:
+        """All PCs, some ten thousand at a time."""
+        for start in range(0, len(self), _CHUNK_WORDS):
+            yield self._segments.read(start, min(start + _CHUNK_WORDS, len(self)))
+
+
+class ComparisonLog(Sequence[Comparison]):
+    """The comparisons of one command: (type, first operand, second operand, PC). As PcLog."""
+
+    def __init__(self, segments: _Segments) -> None:
+        self._words = PcLog(segments)
+
+    def __len__(self) -> int:
+        return len(self._words) // KCOV_WORDS_PER_CMP
+
+    @overload
+    def __getitem__(self, index: int) -> Comparison: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Comparison]: ...
+    def __getitem__(self, index: int | slice) -> Comparison | list[Comparison]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError("there is no comparison of this number")
+        first = index * KCOV_WORDS_PER_CMP
+        kind, one, other, pc = self._words[first : first + KCOV_WORDS_PER_CMP]
+        return kind, one, other, pc
+
+    def __iter__(self) -> Iterator[Comparison]:
+        # A chunk holds whole comparisons.
+        for words in self._words.chunks():
+            yield from zip(words[::4], words[1::4], words[2::4], words[3::4], strict=True)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} comparisons>"
+
+
+class Areas(Protocol):
+    """Where areas come from: :class:`bridge.device.region.Region`."""
+
+    def allocate(self, size: int) -> Area | None:
+        """A zeroed area of ``size`` words, or None."""
+
+
+class Stream:
+    """What the threads of one command cover.
+
+    ``number`` names it to the guest, which cannot guess it. ``area_words`` is the size of each
+    thread's area; smaller ones are taken where the region has no room. ``bitmap_words``: each PC
+    once a thread, found by a bitmap of so many words. ``untraced`` counts processes and threads
+    that could not be traced. Belongs to the doorbell's thread until :meth:`finish`.
+    """
+
+    def __init__(
+        self,
+        area_words: int,
+        *,
+        bitmap_words: int = 0,
+        comparisons: bool = False,
+        directory: Path | None = None,
+    ) -> None:
+        # Never 0, and without the bit that the guest's module keeps for itself.
+        self.number = (int.from_bytes(os.urandom(8), "little") | 1) & STREAM_MASK
+        self.bitmap_words = bitmap_words
+        self.comparisons = comparisons
+        self.untraced = 0
+        self._area_words = area_words
+        self._log = WordLog(directory)
+        self._segments = _Segments(self._log)
+        # The pieces of each thread that has not ended.
+        self._open: dict[object, array[int]] = {}
+
+    def allocate(self, areas: Areas) -> Area | None:
+        """An area for one more thread: of the wanted size, or as large as there is room for."""
+        size = self._area_words
+        while size >= _SMALLEST_AREA_WORDS + self.bitmap_words:
+            area = areas.allocate(size)
+            if area is not None:
+                return area
+            size //= 2
+        return None
+
+    def begin(self, thread: object) -> None:
+        """``thread``, any object, traces into the stream from now on."""
+        self._open[thread] = array("Q")
+
+    def record(self, thread: object, words: bytes) -> None:
+        """What the thread has covered since the last time."""
+        place = len(self._log)
+        if words and self._log.append(words):
+            self._open[thread].extend((place, len(words) // WORD))
+
+    def end(self, thread: object) -> None:
+        """The thread has ended: all that it covered follows on those that ended before."""
+        pieces = self._open.pop(thread)
+        for index in range(0, len(pieces), 2):
+            self._segments.add(pieces[index], pieces[index + 1])
+
+    def finish(self) -> None:
+        """Have everything written, from any thread but the doorbell's, when no thread is left."""
+        self._log.finish()
+        if self._log.lost:
+            self._segments.clip(len(self._log))
+
+    def check(self) -> None:
+        """After :meth:`finish`: raise IncompleteError where something was lost on the way."""
+        if not self._log.lost:
+            return
+        error = self._log.error
+        raise IncompleteError(
+            f"the PCs are incomplete: {self._log.lost:,} words could not be written to a temporary "
+            f"file: {error.strerror if error else 'it was closed'}",
+            hint="free disk space where the results go (--out), or choose another directory there",
+        )
+
+    @property
+    def pcs(self) -> PcLog:
+        """The PCs, after :meth:`finish`."""
+        return PcLog(self._segments)
+
+    @property
+    def records(self) -> ComparisonLog:
+        """The comparisons, after :meth:`finish`."""
+        return ComparisonLog(self._segments)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._log.finish()
