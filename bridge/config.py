@@ -11,7 +11,6 @@ the file, the file beats the default. Every wrong name or value is a
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import enum
@@ -32,9 +31,9 @@ __all__ = [
     "Kind",
     "Option",
     "Settings",
-    "add_arguments",
+    "default_of",
     "find_file",
-    "flags_of",
+    "flag_of",
     "load",
     "options",
 ]
@@ -510,7 +509,7 @@ def load(
             continue
         if name not in known:
             raise UsageError(f"unknown setting {name}", hint=_nearest(name, known))
-        where = _flag(name)
+        where = flag_of(name)
         if isinstance(flag, str):
             values[name] = _from_text(name, known[name], flag, where)
         else:
@@ -519,31 +518,11 @@ def load(
     return Settings(**values)  # type: ignore[arg-type]
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """Return the flag of a setting."""
     return "--" + name.replace("_", "-")
 
 
-def add_arguments(parser: argparse.ArgumentParser, names: Iterable[str] | None = None) -> None:
-    """Add a flag for each setting (or for those named) to a parser; none has a default there."""
-    chosen = None if names is None else set(names)
-    for name, option in options().items():
-        if chosen is not None and name not in chosen:
-            continue
-        default = _DEFAULTS[name]
-        text = option.help
-        if default not in (None, "") and option.kind is not Kind.FLAG:
-            text += f" (default {default})"
-        text = text.replace("%", "%%")
-        if option.kind is Kind.FLAG:
-            parser.add_argument(
-                _flag(name), action=argparse.BooleanOptionalAction, default=None, help=text
-            )
-        else:
-            metavar = "|".join(option.choices) if option.choices else option.metavar
-            parser.add_argument(_flag(name), metavar=metavar, default=None, help=text)
-
-
-def flags_of(namespace: argparse.Namespace) -> dict[str, object]:
-    """The settings among the attributes of parsed arguments, as :func:`load` takes them."""
-    given = vars(namespace)
-    return {name: given[name] for name in options() if given.get(name) is not None}
+def default_of(name: str) -> object:
+    """Return the default of a setting."""
+    return _DEFAULTS[name]

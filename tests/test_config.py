@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.config import Kind, Settings, add_arguments, find_file, flags_of, load, options
+from bridge.config import Settings, find_file, load, options
 from bridge.errors import UsageError
 
 
@@ -141,31 +140,6 @@ def test_a_home_directory_is_filled_in(monkeypatch: pytest.MonkeyPatch, tmp_path
     settings = load(environ={}, directory=tmp_path)
     assert settings.ssh_key == tmp_path / "key"
     assert settings.out == tmp_path / "~no-such-user/x"
-
-
-def test_every_setting_has_a_flag_and_comes_back(tmp_path: Path) -> None:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    words: list[str] = []
-    for name, option in options().items():
-        flag = "--" + name.replace("_", "-")
-        assert flag in parser.format_help()
-        if option.kind is Kind.FLAG:
-            words.append(flag)
-        elif option.choices:
-            words += [flag, option.choices[-1]]
-        elif option.kind is Kind.INTEGER:
-            words += [flag, "64"]
-        elif option.kind is Kind.SECONDS:
-            words += [flag, "2.5"]
-        else:
-            words += [flag, "./some/thing"]
-    settings = load(flags_of(parser.parse_args(words)), environ={}, directory=tmp_path)
-    assert settings.syscall_pcs is True
-    assert settings.accel == "tcg"
-    assert settings.timeout == 2.5
-    assert settings.ssh_key == Path("./some/thing")
-    assert load(flags_of(parser.parse_args([])), environ={}, directory=tmp_path) == Settings()
 
 
 def test_settings_made_by_hand_are_checked() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.cli.doctor import debian_packages
+from bridge.cli.packages import debian_packages
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -110,7 +110,7 @@ def test_without_root_the_one_line_is_printed_and_it_is_2(tmp_path: Path) -> Non
     script(tmp_path / "bin", "apt-get", "echo must not be called; exit 9")
     done = sh(INSTALL, "run", path=path)
     assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if line.startswith("sudo apt-get")]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("sudo apt-get")]
     assert len(lines) == 1
     for package in debian_packages("run"):
         probe = package.probe
@@ -131,7 +131,7 @@ def test_no_debian_names_the_programs(tmp_path: Path) -> None:
     path = tools(tmp_path / "bin", "sh", "dirname", "grep", "id")
     done = sh(INSTALL, "run", path=path)
     assert done.returncode == 2
-    assert "this is no Debian" in done.stderr
+    assert "this is not Debian" in done.stderr
     assert "qemu-system-x86_64" in done.stderr
 
 
@@ -188,8 +188,8 @@ def test_a_python_without_venv_gets_the_package_of_its_version(tmp_path: Path) -
     )
     done = sh(MAKE_VENV, str(tmp_path / "venv"), path=path)
     assert done.returncode == 2
-    assert "sudo apt-get install -y" in done.stderr.replace("update && sudo apt-get ", "")
-    assert done.stderr.rstrip().endswith(" python3.12-venv")
+    assert "sudo apt-get install -y" in done.stdout.replace("update && sudo apt-get ", "")
+    assert done.stdout.rstrip().endswith(" python3.12-venv")
 
 
 def test_ci_ends_with_pytests_line_and_status(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ With ``--json`` it prints one object: ``format`` (``"kcov-bridge-doctor"``), ``v
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -23,6 +24,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from bridge.cli.arguments import add_settings, settings_of
+from bridge.cli.packages import apt_line, debian_packages, found
 from bridge.config import Settings
 from bridge.device import fastpath
 from bridge.errors import BridgeError
@@ -32,7 +35,21 @@ from bridge.sources.guest_kernel.plugin import build_plugin, why_not_loaded
 from bridge.util.cache import cache_directory
 from bridge.vm.accel import choose_accelerator, why_not_kvm
 
-__all__ = ["Check", "Package", "debian_packages", "diagnose", "doctor_command", "render"]
+__all__ = ["DESCRIPTION", "EPILOG", "Check", "add_arguments", "diagnose", "render", "run"]
+
+DESCRIPTION = """\
+Check everything that a run with these settings needs, and say how to get what is missing.
+"""
+
+EPILOG = """\
+examples:
+  kcov-bridge doctor
+  kcov-bridge doctor --source kernel --accel tcg
+  kcov-bridge doctor --json | jq '.checks[] | select(.found | not)'
+
+`kcov-bridge setup` installs the Debian packages that are missing. The exit status is 0 when all
+that is required is there, else 1.
+"""
 
 _FORMAT = "kcov-bridge-doctor"
 _VERSION = 1
@@ -62,31 +79,6 @@ class Check:
     """What was found, or why it does not do."""
     remedy: str = ""
     """How to get it; empty where it is there."""
-
-
-@dataclass(frozen=True)
-class Package:
-    """A line of ``debian-packages.txt``; the columns are explained there."""
-
-    name: str
-    purpose: str
-    probe: str
-    what_for: str
-
-
-def debian_packages(purpose: str | None = None) -> tuple[Package, ...]:
-    """The Debian packages that the bridge needs, all or those of one purpose, in file order."""
-    text = Path(__file__).with_name("debian-packages.txt").read_text(encoding="utf-8")
-    packages = []
-    for line in text.splitlines():
-        if line.strip() and not line.startswith("#"):
-            name, kind, probe, what_for = line.split(None, 3)
-            packages.append(Package(name, kind, probe, what_for.strip()))
-    return tuple(each for each in packages if purpose in (None, each.purpose))
-
-
-def _apt(*packages: str) -> str:
-    return f"sudo apt-get install --no-install-recommends {' '.join(packages)}"
 
 
 def _output(*command: str) -> str | None:
@@ -149,7 +141,7 @@ def _compiled() -> Iterator[Check]:
     if fastpath.COMPILED:
         yield Check("compiled part", False, True, "is used")
     else:
-        remedy = f"{_apt('gcc', 'python3-dev')}, then pip install kcov-bridge once more"
+        remedy = f"{apt_line('gcc', 'python3-dev')}, then pip install kcov-bridge once more"
         if os.environ.get(fastpath.PLAIN_VARIABLE):
             remedy = f"unset {fastpath.PLAIN_VARIABLE}"
         yield Check("compiled part", False, False, f"not used: {fastpath.WHY_PLAIN}", remedy)
@@ -157,7 +149,7 @@ def _compiled() -> Iterator[Check]:
 
 def _qemu(settings: Settings) -> Iterator[Check]:
     path = shutil.which(settings.qemu)
-    remedy = _apt("qemu-system-x86")
+    remedy = apt_line("qemu-system-x86")
     if path is None:
         yield Check("QEMU", True, False, f"{settings.qemu} is not there", remedy)
         return
@@ -243,20 +235,13 @@ def _guest_image(settings: Settings) -> tuple[Check, bool]:
     return Check(name, True, True, str(path)), False
 
 
-def _found(probe: str) -> str | None:
-    """Where a package's probe is: a program on PATH, or a file."""
-    if probe.startswith("/"):
-        return probe if Path(probe).exists() else None
-    return shutil.which(probe)
-
-
 def _image(settings: Settings) -> Iterator[Check]:
     check, to_build = _guest_image(settings)
     yield check
     for package in debian_packages("run") + debian_packages("user"):
         if package.name.startswith("qemu-"):
             continue
-        there = _found(package.probe)
+        there = found(package.probe)
         yield Check(
             package.name,
             # What watches the kernel has a check of its own, and a run does without.
@@ -265,7 +250,7 @@ def _image(settings: Settings) -> Iterator[Check]:
             and not (package.purpose == "user" and os.geteuid() == 0),
             there is not None,
             there or f"is not there; it {package.what_for}",
-            "" if there else _apt(package.name),
+            "" if there else apt_line(package.name),
         )
     cache = cache_directory()
     existing = cache
@@ -332,14 +317,22 @@ def render(checks: tuple[Check, ...]) -> str:
     missing = sum(check.required and not check.found for check in checks)
     lines.append("")
     lines.append("all that is required is there" if not missing else f"{missing} required missing")
+    if any(check.required and not check.found and "apt-get" in check.remedy for check in checks):
+        lines.append("`kcov-bridge setup` installs the Debian packages that are missing")
     return "\n".join(lines)
 
 
-def doctor_command(settings: Settings, *, as_json: bool = False) -> int:
-    """Print the diagnosis to stdout; 0 when all that is required is there, else 1."""
-    checks = diagnose(settings)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command and the settings that count for it."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_settings(parser, ("qemu", "accel", "source", "image", "ssh_key", "memory", "region"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the diagnosis to stdout; return 0 if all that is required is there, else 1."""
+    checks = diagnose(settings_of(args))
     ok = all(check.found for check in checks if check.required)
-    if as_json:
+    if args.json:
         document = {
             "format": _FORMAT,
             "version": _VERSION,

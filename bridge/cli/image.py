@@ -25,16 +25,30 @@ from bridge.session.snapshots import prune_snapshots, ready_snapshot
 from bridge.targets.registry import create as create_target
 from bridge.vm.accel import choose_accelerator
 
-__all__ = ["add_image_arguments", "image_command"]
+__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
 logger = logging.getLogger(__name__)
+
+DESCRIPTION = """\
+Build, list and remove guest images. They lie in the cache, with the snapshots made of them. `run`
+builds the default image by itself when it is missing.
+"""
+
+EPILOG = """\
+examples:
+  kcov-bridge image build
+  kcov-bridge image build --include strace
+  kcov-bridge image list
+  ls -l "$(kcov-bridge image path)"
+  kcov-bridge image rm --all
+"""
 
 DEFAULT_RECIPE = "bookworm"
 """The recipe that is meant where none is named."""
 
 
-def add_image_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the subcommands of ``image`` to its parser."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the actions of ``image``."""
     commands = parser.add_subparsers(dest="image_action", metavar="ACTION", required=True)
 
     command = commands.add_parser(
@@ -75,11 +89,8 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     command.set_defaults(image_function=_rm)
 
 
-def image_command(args: argparse.Namespace) -> int:
-    """Does what the parsed arguments say. Returns the exit status.
-
-    Raises the errors of :mod:`bridge.errors`.
-    """
+def run(args: argparse.Namespace) -> int:
+    """Do what the parsed arguments say; return the exit status."""
     function: Callable[[argparse.Namespace], int] = args.image_function
     return function(args)
 

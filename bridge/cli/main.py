@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -27,15 +28,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, cast
 
-from bridge import config
 from bridge.errors import BridgeError, UsageError
 
-__all__ = ["entry", "main"]
+__all__ = ["entry", "main", "make_parser"]
 
 _PROGRAM = "kcov-bridge"
 
@@ -43,92 +43,17 @@ _log = logging.getLogger("bridge")
 
 _EPILOG = """\
 examples:
-  kcov-bridge doctor                 what this machine lacks, and how to get it
+  kcov-bridge setup                  install the Debian packages that are missing
+  kcov-bridge doctor                 what else this machine lacks, and how to get it
   kcov-bridge run                    boot, mount the default target, run the default workload
   kcov-bridge run -- ls -lR /mnt/target
                                      run one command in the guest under kcov
-  kcov-bridge symbolize < build/run/pcs.txt
-                                     what those PCs are
+  kcov-bridge symbolize <build/run/pcs.txt
+                                     the source of each of those PCs
   kcov-bridge ssh                    a shell in a booted guest, its target mounted
 
 Settings come from flags, from KCOV_BRIDGE_<NAME> in the environment, and from kcov-bridge.toml
 or [tool.kcov-bridge] in pyproject.toml, in this order.
-"""
-
-_RUN_DESCRIPTION = """\
-Boot the guest, start the target on this machine under coverage, mount it in the guest and run a
-command there under kcov. Without a command, the default workload of file work runs on the target.
-"""
-
-_RUN_EPILOG = """\
-examples:
-  kcov-bridge run
-  kcov-bridge run --out build/ls -- ls -lR /mnt/target
-  kcov-bridge run --target none --syscall-pcs -- true
-  kcov-bridge run --target mypackage.target:Server --timeout 60 -- sh -c 'cat /mnt/target/*'
-  KCOV_BRIDGE_MEMORY=512 kcov-bridge run
-
-The directory --out then holds summary.json, pcs.txt (one hex PC a line, in order), .coverage,
-html/, lcov.info and console.log. The exit status is that of the command; 125 says that the bridge
-failed, 124 that the time was up, 123 that the guest was lost, 2 that the usage was wrong.
-"""
-
-_SSH_EPILOG = """\
-examples:
-  kcov-bridge ssh
-  kcov-bridge ssh --target-dir ./files --memory 512
-
-The guest is the same that `run` makes, with the target mounted; it is powered off when the shell
-ends. In it, `kcov-exec -- CMD` runs a command under kcov.
-"""
-
-_DOCTOR_EPILOG = """\
-examples:
-  kcov-bridge doctor
-  kcov-bridge doctor --json | jq '.checks[] | select(.found | not)'
-
-The exit status is 0 when all that is required is there, else 1.
-"""
-
-_SYMBOLIZE_EPILOG = """\
-examples:
-  kcov-bridge symbolize < build/run/pcs.txt
-  echo 0xfffffffff0010008 | kcov-bridge symbolize
-  kcov-bridge symbolize --all
-"""
-
-_EXPORT_EPILOG = """\
-examples:
-  kcov-bridge export --format rawcover >rawcover.txt
-  kcov-bridge export --format drcov -o kernel.drcov
-  kcov-bridge export --format lcov --vmlinux vmlinux -o kernel.info
-"""
-
-_STATUS_EPILOG = """\
-examples:
-  kcov-bridge status
-  kcov-bridge status --json | jq .lost_pcs
-
-The exit status is 1 when no bridge is running.
-"""
-
-_BENCH_EPILOG = """\
-examples:
-  kcov-bridge bench --list
-  kcov-bridge bench --quick
-  kcov-bridge bench --only signal,idle -o signal.json
-  kcov-bridge bench --only consume,vms --plot bench.svg
-
-Each figure stands beside its baseline, taken in turn in the same run; a comparison of too few
-runs, or of runs that differ too much, is refused with the reason. docs/performance.md says what
-is measured and how. Nothing else should run on the machine meanwhile.
-"""
-
-_IMAGE_EPILOG = """\
-examples:
-  kcov-bridge image build
-  kcov-bridge image list
-  ls -l "$(kcov-bridge image path)"
 """
 
 
@@ -160,10 +85,14 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
+        self.fill()
+        return super().parse_known_args(args, namespace)
+
+    def fill(self) -> None:
+        """Add the arguments, if they are not there yet."""
         fill, self._fill = self._fill, None
         if fill is not None:
             fill(self)
-        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UsageError(message, hint=f"`{self.prog} --help` shows what there is")
@@ -186,109 +115,38 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_config(parser: argparse.ArgumentParser, names: Sequence[str] | None = None) -> None:
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="settings file (default: kcov-bridge.toml here, or the table [tool.kcov-bridge] of "
-        "pyproject.toml)",
-    )
-    config.add_arguments(parser, names)
+_SUBCOMMANDS = {
+    "setup": "install the Debian packages that are missing",
+    "doctor": "check what this machine needs, has and lacks",
+    "run": "run a command in a guest under kcov, covered by a target on this machine",
+    "ssh": "open a shell in a booted guest",
+    "symbolize": "print the source of each PC",
+    "export": "write the guest kernel's coverage for other programs",
+    "status": "show what the running bridges do",
+    "bench": "measure what the bridge costs, beside baselines",
+    "image": "build, list and remove guest images",
+}
+"""What each subcommand does; ``bridge.cli.NAME`` carries it out."""
 
 
-def _fill_run(parser: argparse.ArgumentParser) -> None:
-    _add_config(parser)
-    parser.set_defaults(function=_run)
+class _Subcommand(Protocol):
+    """What each module ``bridge.cli.NAME`` has."""
+
+    DESCRIPTION: str
+    EPILOG: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the options of the command."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Carry it out; return the exit status."""
 
 
-def _fill_ssh(parser: argparse.ArgumentParser) -> None:
-    _add_config(parser)
-    parser.set_defaults(function=_ssh)
-
-
-def _fill_doctor(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    _add_config(parser, ("qemu", "accel", "source", "image", "memory", "region"))
-    parser.set_defaults(function=_doctor)
-
-
-def _fill_symbolize(parser: argparse.ArgumentParser) -> None:
-    from bridge.sources.symbolize import add_symbolize_arguments, symbolize_command
-
-    add_symbolize_arguments(parser)
-    parser.set_defaults(function=symbolize_command)
-
-
-def _fill_export(parser: argparse.ArgumentParser) -> None:
-    from bridge.sources.guest_kernel.export import add_export_arguments, export_command
-
-    add_export_arguments(parser)
-    parser.set_defaults(function=export_command)
-
-
-def _fill_status(parser: argparse.ArgumentParser) -> None:
-    from bridge.session.status import add_status_arguments, status_command
-
-    add_status_arguments(parser)
-    parser.set_defaults(function=status_command)
-
-
-def _fill_bench(parser: argparse.ArgumentParser) -> None:
-    from bridge.bench.command import add_bench_arguments
-
-    add_bench_arguments(parser)
-    _add_config(parser, ("accel", "qemu", "image", "memory"))
-    parser.set_defaults(function=_bench)
-
-
-def _fill_image(parser: argparse.ArgumentParser) -> None:
-    from bridge.cli.image import add_image_arguments, image_command
-
-    add_image_arguments(parser)
-    parser.set_defaults(function=image_command)
-
-
-_SUBCOMMANDS: tuple[tuple[str, str, str, str, Callable[[argparse.ArgumentParser], None]], ...] = (
-    (
-        "doctor",
-        "say what this machine needs, what it has, and how to get the rest",
-        "",
-        _DOCTOR_EPILOG,
-        _fill_doctor,
-    ),
-    (
-        "run",
-        "run a command in a guest under kcov, covered by a target on this machine",
-        _RUN_DESCRIPTION,
-        _RUN_EPILOG,
-        _fill_run,
-    ),
-    ("ssh", "open a shell in a booted guest", "", _SSH_EPILOG, _fill_ssh),
-    ("symbolize", "say what PCs are", "", _SYMBOLIZE_EPILOG, _fill_symbolize),
-    (
-        "export",
-        "write the coverage of the guest's kernel for other programs",
-        "",
-        _EXPORT_EPILOG,
-        _fill_export,
-    ),
-    (
-        "status",
-        "say what the running bridges are doing",
-        "What each running bridge of yours has signalled, appended and lost, by instance.",
-        _STATUS_EPILOG,
-        _fill_status,
-    ),
-    (
-        "bench",
-        "measure what the bridge costs, beside baselines",
-        "",
-        _BENCH_EPILOG,
-        _fill_bench,
-    ),
-    ("image", "build, list and remove guest images", "", _IMAGE_EPILOG, _fill_image),
-)
+def _fill(name: str, parser: argparse.ArgumentParser) -> None:
+    module = cast(_Subcommand, import_module(f"bridge.cli.{name}"))
+    parser.description, parser.epilog = module.DESCRIPTION, module.EPILOG
+    module.add_arguments(parser)
+    parser.set_defaults(function=module.run)
 
 
 def _version() -> str:
@@ -298,57 +156,29 @@ def _version() -> str:
         return "(not installed)"
 
 
-def _parser() -> _Parser:
+def make_parser(*, complete: bool = False) -> argparse.ArgumentParser:
+    """Return the parser of the command.
+
+    Args:
+        complete: have the arguments of all subcommands in it now, not each when it is used.
+    """
     parser = _Parser(
         prog=_PROGRAM,
-        description="The kcov device for guests whose kernel was built without it: coverage from "
-        "the host side of the virtual machine.",
+        description="The kcov device for guests whose kernel was built without it, filled with the "
+        "coverage of\nthe host code that serves them, and of the guest kernel itself.",
         epilog=_EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"{_PROGRAM} {_version()}")
     _add_common(parser)
     commands = parser.add_subparsers(dest="subcommand", metavar="COMMAND")
-    for name, text, description, epilog, fill in _SUBCOMMANDS:
+    for name, text in _SUBCOMMANDS.items():
         usage = f"{_PROGRAM} run [options] [-- CMD ...]" if name == "run" else None
-        _add_common(
-            commands.add_parser(
-                name,
-                help=text,
-                description=description or f"{text[0].upper()}{text[1:]}.",
-                epilog=epilog,
-                usage=usage,
-                fill=fill,
-            )
-        )
+        fill = functools.partial(_fill, name)
+        command = commands.add_parser(name, help=text, usage=usage, fill=fill)
+        _add_common(command)
+        if complete:
+            command.fill()
     return parser
-
-
-def _settings(args: argparse.Namespace) -> config.Settings:
-    return config.load(config.flags_of(args), file=args.config)
-
-
-def _run(args: argparse.Namespace) -> int:
-    from bridge.cli.runner import run
-
-    return run(_settings(args), args.command)
-
-
-def _ssh(args: argparse.Namespace) -> int:
-    from bridge.cli.runner import shell
-
-    return shell(_settings(args))
-
-
-def _doctor(args: argparse.Namespace) -> int:
-    from bridge.cli.doctor import doctor_command
-
-    return doctor_command(_settings(args), as_json=args.json)
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from bridge.bench.command import bench_command
-
-    return bench_command(_settings(args), args)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:
@@ -358,7 +188,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:
     split = own.index("--") if "--" in own else None
     if split is not None:
         own, command = own[:split], own[split + 1 :]
-    parser = _parser()
+    parser = make_parser()
     if not own and split is None:
         parser.print_help()
         return None

@@ -7,7 +7,6 @@ Anybody can connect to such a socket; only the bridge's own user and root are an
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -21,7 +20,7 @@ from typing import Any
 
 from bridge.errors import BridgeError
 
-__all__ = ["StatusServer", "add_status_arguments", "ask_all", "status_command"]
+__all__ = ["StatusServer", "ask_all"]
 
 _NAME = "kcov-bridge-status/"
 _LIMIT = 1 << 20
@@ -114,38 +113,3 @@ def _ask(name: str) -> Status | None:
         except (OSError, ValueError):
             return None
     return answer if isinstance(answer, dict) else None
-
-
-def add_status_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``kcov-bridge status``."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object a bridge")
-
-
-def status_command(args: argparse.Namespace) -> int:
-    """Print the status of each running bridge; 1 where there is none."""
-    answers = ask_all()
-    for answer in answers:
-        print(json.dumps(answer) if args.json else _text(answer))
-    if not answers and not args.json:
-        print("no bridge is running")
-    return 0 if answers else 1
-
-
-def _text(status: Status) -> str:
-    if "error" in status:
-        return f"a bridge that cannot tell: {status['error']}"
-    lines = [
-        f"bridge {status['pid']}: target {status['target']}, {status['accel']}, "
-        f"Linux {status['kernel'] or '(booting)'}",
-        f"  {status['returns']:,} returns, {status['pcs']:,} PCs, {status['lost_pcs']:,} lost, "
-        f"{status['guest_timeouts']} time-outs, {status['guest_skipped']} skipped, "
-        f"{status['source_failures']} failures of sources",
-    ]
-    if status["instances"]:
-        lines.append("  slot   owner  mode          words    appended     dropped")
-    lines += [
-        f"  {each['slot']:>4} {each['owner'] or '-':>7}  {each['mode']:<9} {each['words']:>9,} "
-        f"{each['appended']:>11,} {each['dropped']:>11,}"
-        for each in status["instances"]
-    ]
-    return "\n".join(lines)

@@ -9,17 +9,14 @@ it where the kernel's debug information is there.
 
 from __future__ import annotations
 
-import argparse
-import os
 import re
-import sys
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
-from bridge.errors import SourceError, UsageError
+from bridge.errors import UsageError
 from bridge.sources import PC
 from bridge.sources.pcs import BlockTable, Location
 
@@ -31,10 +28,8 @@ __all__ = [
     "BLOCKS_FILE",
     "KernelPlaces",
     "Symbolizer",
-    "add_symbolize_arguments",
     "load_blocks",
     "load_kernel",
-    "symbolize_command",
 ]
 
 BLOCKS_FILE: Final = "blocks.tsv"
@@ -214,61 +209,3 @@ def load_kernel(run: Path, vmlinux: Path | None = None) -> KernelPlaces | None:
         blocks,
         lines=lambda: export.lines_of(run, vmlinux, symbols),
     )
-
-
-def add_symbolize_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``kcov-bridge symbolize`` to a parser."""
-    parser.add_argument(
-        "--run",
-        type=Path,
-        default=Path("build/run"),
-        metavar="DIR",
-        help="the run directory whose PCs these are (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--all",
-        action="store_true",
-        help="print all blocks of source files that the run could have covered, none of the "
-        "kernel's; stdin is not read",
-    )
-    parser.add_argument(
-        "--prefix",
-        default="",
-        metavar="PATH/",
-        help="put this before each path (syzkaller wants paths with pkg/ in them)",
-    )
-    parser.add_argument(
-        "--vmlinux",
-        type=Path,
-        metavar="FILE",
-        help="the guest's kernel with debug information, for its files and lines (default: where "
-        "Debian's package linux-image-…-dbg has it)",
-    )
-
-
-def symbolize_command(args: argparse.Namespace) -> int:
-    """Run ``kcov-bridge symbolize``: PCs on stdin, their places on stdout.
-
-    Returns the exit status: 0, or 1 where a PC could not be printed. Raises as
-    :func:`load_blocks` and :func:`load_kernel` do.
-    """
-    kernel = load_kernel(args.run, args.vmlinux)
-    # A run of the kernel alone has no block table.
-    alone = kernel is not None and not args.all and not (args.run / BLOCKS_FILE).is_file()
-    table = BlockTable() if alone else load_blocks(args.run)
-    symbolizer = Symbolizer(table, prefix=args.prefix, kernel=kernel)
-    try:
-        if args.all:
-            symbolizer.write_all(sys.stdout)
-            failed = 0
-        else:
-            failed = symbolizer.symbolize(sys.stdin, sys.stdout, sys.stderr)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has what it wanted (`| head`). Python would complain again at exit, when it
-        # flushes what is left.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except UnicodeDecodeError as error:
-        raise SourceError("stdin is no text", evidence=str(error)) from error
-    return 1 if failed else 0

@@ -21,13 +21,13 @@ import pytest
 import bridge
 from bridge import config
 from bridge.bench import ready, virtme
-from bridge.bench.command import measurements
 from bridge.bench.commands import seconds_to_answer
 from bridge.bench.document import describe
 from bridge.bench.floor import FLOOR, floor
 from bridge.bench.measurement import Bench, Measurement, Result, best_of, perform, take_turns
 from bridge.bench.plot import plot
 from bridge.bench.stats import Aim, Comparison, Of, Series, Summary, Verdict, quantile
+from bridge.bench.suite import measurements
 from bridge.bench.table import amount, render, say_aim
 from bridge.bench.worker import Worker, proportional_mib, wait_for_all
 from bridge.cli.main import main

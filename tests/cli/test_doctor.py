@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from bridge.cli import doctor
-from bridge.cli.doctor import Check, diagnose, doctor_command, render
+from bridge.cli.doctor import Check, diagnose, render
+from bridge.cli.main import main
 from bridge.config import Settings
 from tests.support import without_plugins
 
@@ -67,12 +68,13 @@ def test_without_qemu_it_is_1_and_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert doctor_command(Settings()) == 1
+    assert main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "MISSING  QEMU" in out
     assert "qemu-system-x86_64 is not there" in out
     assert "sudo apt-get install --no-install-recommends qemu-system-x86" in out
     assert "required missing" in out
+    assert "`kcov-bridge setup` installs" in out
 
 
 @pytest.mark.parametrize(
@@ -218,7 +220,7 @@ def test_no_memfd(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_json_is_one_object_with_the_same_outcome(capsys: pytest.CaptureFixture[str]) -> None:
-    status = doctor_command(Settings(), as_json=True)
+    status = main(["doctor", "--json"])
     document = json.loads(capsys.readouterr().out)
     assert document["format"] == "kcov-bridge-doctor"
     assert document["version"] == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import re
 import subprocess
 import sys
@@ -12,16 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from bridge.cli import symbolize as command
 from bridge.errors import SourceError, UsageError
 from bridge.sources.guest_kernel.symbols import KernelSymbols, ModuleText
 from bridge.sources.pcs import BlockTable, syscall_pc
 from bridge.sources.symbolize import (
     KernelPlaces,
     Symbolizer,
-    add_symbolize_arguments,
     load_blocks,
     load_kernel,
-    symbolize_command,
 )
 from tests.sources.guest_kernel.test_lines import addresses, link
 
@@ -46,9 +46,9 @@ def run(tmp_path: Path, table: BlockTable) -> Path:
 
 def symbolize(monkeypatch: pytest.MonkeyPatch, run: Path, text: str, *options: str) -> int:
     parser = argparse.ArgumentParser()
-    add_symbolize_arguments(parser)
+    command.add_arguments(parser)
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-    return symbolize_command(parser.parse_args(["--run", str(run), *options]))
+    return command.run(parser.parse_args(["--run", str(run), *options]))
 
 
 def test_a_pc_and_its_place(
@@ -136,12 +136,6 @@ def test_a_directory_that_is_no_run_is_the_users_mistake(tmp_path: Path) -> None
     (tmp_path / "blocks.tsv").write_text("nonsense\n")
     with pytest.raises(SourceError, match="no block table"):
         load_blocks(tmp_path)
-
-
-def test_the_default_run_is_the_default_of_make_run() -> None:
-    parser = argparse.ArgumentParser()
-    add_symbolize_arguments(parser)
-    assert parser.parse_args([]).run == Path("build/run")
 
 
 TEXT = 0xFFFF_FFFF_8100_0000
@@ -266,19 +260,13 @@ def test_lines_are_opened_when_they_are_needed(kernel: KernelSymbols) -> None:
     assert opened == [1]
 
 
-COMMAND = (
-    "import argparse, sys\n"
-    "from bridge.sources.symbolize import *\n"
-    "parser = argparse.ArgumentParser()\n"
-    "add_symbolize_arguments(parser)\n"
-    "sys.exit(symbolize_command(parser.parse_args()))\n"
-)
+COMMAND = [sys.executable, "-m", "bridge", "symbolize"]
 
 
 def test_a_reader_that_closes_early_is_no_error(tmp_path: Path) -> None:
     BlockTable.from_sources({"pkg/a.py": "if a:\n    b\n" * 20_000}).save(tmp_path / "blocks.tsv")
     with subprocess.Popen(
-        [sys.executable, "-c", COMMAND, "--all", "--run", str(tmp_path)],
+        [*COMMAND, "--all", "--run", str(tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=Path(__file__).resolve().parents[2],
@@ -293,11 +281,12 @@ def test_a_reader_that_closes_early_is_no_error(tmp_path: Path) -> None:
 
 def test_input_that_is_no_text(run: Path) -> None:
     answer = subprocess.run(
-        [sys.executable, "-c", COMMAND, "--run", str(run)],
+        [*COMMAND, "--run", str(run)],
         input=b"\xff\xfe\n",
         capture_output=True,
         check=False,
         cwd=Path(__file__).resolve().parents[2],
-        env={"PYTHONIOENCODING": "utf-8:strict"},
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
     )
-    assert b"SourceError: stdin is no text" in answer.stderr
+    assert b"error: stdin is no text" in answer.stderr
+    assert answer.returncode == 125

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import struct
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +17,11 @@ from bridge.sources.guest_kernel.filters import KERNEL
 from bridge.sources.guest_kernel.lines import Lines, SourceUnit, find_modules, find_vmlinux
 from bridge.sources.guest_kernel.placement import MODULES_END
 from bridge.sources.guest_kernel.symbols import KernelSymbols
-from bridge.util.files import write_atomically
 
 __all__ = [
     "FORMATS",
     "Block",
-    "add_export_arguments",
     "drcov",
-    "export_command",
     "is_kernel_pc",
     "lcov",
     "lines_of",
@@ -286,48 +281,3 @@ FORMATS: Final[dict[str, Callable[[Path, Path | None], bytes]]] = {
     "lcov": _make_lcov,
 }
 """What makes each format from a run directory and, where one is named, a ``vmlinux``."""
-
-
-def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``kcov-bridge export`` to a parser."""
-    parser.add_argument(
-        "--run",
-        type=Path,
-        default=Path("build/run"),
-        metavar="DIR",
-        help="the run directory whose coverage this is (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--format",
-        choices=sorted(FORMATS),
-        required=True,
-        help="rawcover: PCs, for syzkaller's tools; drcov: blocks, for disassemblers; lcov: lines "
-        "and functions, for genhtml",
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
-        default="-",
-        metavar="FILE",
-        help="where to write it; - is stdout (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--vmlinux",
-        type=Path,
-        metavar="FILE",
-        help="the kernel's debug information, for lcov (default: where Debian's package "
-        "linux-image-…-dbg has it)",
-    )
-
-
-def export_command(args: argparse.Namespace) -> int:
-    """Run ``kcov-bridge export``. Returns the exit status, 0; raises
-    :class:`bridge.errors.UsageError` for a run with nothing to export and
-    :class:`bridge.errors.SourceError` for one that is damaged."""
-    data = FORMATS[args.format](args.run, args.vmlinux)
-    if args.output == "-":
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-    else:
-        write_atomically(Path(args.output), data)
-    return 0

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.cli.image import add_image_arguments, image_command
+from bridge.cli import image as image_command
 from bridge.errors import ImageError, MissingDependencyError, UsageError
 from bridge.guest.images import (
     Image,
@@ -83,8 +83,8 @@ def fake_image(cache: Path, name: str = "bookworm-000000000000") -> Image:
 
 def command(*words: str) -> int:
     parser = argparse.ArgumentParser()
-    add_image_arguments(parser)
-    return image_command(parser.parse_args(words))
+    image_command.add_arguments(parser)
+    return image_command.run(parser.parse_args(words))
 
 
 # Recipes and fingerprints

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All measurements: which there are, and how they are taken one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from typing import Any
+
+from bridge.bench.document import surroundings
+from bridge.bench.measurement import Measurement, Result, perform
+from bridge.config import Settings
+from bridge.errors import UsageError
+
+__all__ = ["choose", "measurements", "take", "title"]
+
+_log = logging.getLogger("bridge.bench")
+
+_MEASUREMENTS = (
+    ("signals", "SIGNAL"),
+    ("signals", "IDLE"),
+    ("signals", "OTHERS"),
+    ("consume", "CONSUME"),
+    ("consume", "TARGET"),
+    ("append", "MEASUREMENT"),
+    ("ready", "READY"),
+    ("ready", "RESET"),
+    ("vms", "MEASUREMENT"),
+)
+"""Where each measurement is defined, in the order in which they are taken."""
+
+_QUIET_LOAD = 0.5
+"""Processes that may be running beside (the load of one minute, proc(5))."""
+
+
+def measurements() -> dict[str, Measurement]:
+    """All measurements by name, in order."""
+    found: list[Measurement] = [
+        getattr(import_module(f"bridge.bench.{module}"), name) for module, name in _MEASUREMENTS
+    ]
+    return {each.name: each for each in found}
+
+
+def take(
+    chosen: Sequence[Measurement], settings: Settings, *, quick: bool
+) -> tuple[dict[str, Any], list[Result]]:
+    """Take measurements one after the other.
+
+    Returns:
+        What is known of the machine, and one result for each measurement, failed ones included.
+    """
+    head = surroundings(settings, quick=quick)
+    if head["machine"]["load"][0] > _QUIET_LOAD:
+        _log.warning(
+            "this machine is not quiet (load %s): figures will be too large, or be refused",
+            head["machine"]["load"][0],
+        )
+    results = []
+    with _progress_alone():
+        for number, measurement in enumerate(chosen, 1):
+            _log.info("[%d/%d] %s: %s", number, len(chosen), measurement.name, measurement.about)
+            results.append(perform(measurement, settings, quick=quick))
+    return head, results
+
+
+def choose(known: dict[str, Measurement], only: str | None) -> list[Measurement]:
+    """Return the measurements that a list of names, separated by commas, asks for; None is all.
+
+    Raises:
+        UsageError: a name is unknown, or there is none.
+    """
+    if only is None:
+        return list(known.values())
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise UsageError(
+            f"there is no measurement {', '.join(unknown) or 'in an empty list'}",
+            hint=f"there are {', '.join(known)}",
+        )
+    return [measurement for name, measurement in known.items() if name in names]
+
+
+def title(head: dict[str, Any]) -> str:
+    """Describe the machine of a measurement in two lines."""
+    machine, versions = head["machine"], head["versions"]
+    return (
+        f"{machine['processor']}, {machine['cpus']} CPUs, Linux {machine['kernel']}, "
+        f"{head['accelerator']['name']}, QEMU {versions['qemu']}\n"
+        f"Python {versions['python']}, coverage.py {versions['coverage']}, "
+        f"kcov-bridge {versions['kcov_bridge']}"
+        + ("" if head["compiled"] else " (not compiled)")
+        + f"; {head['date']}, load {machine['load'][0]}"
+        + (", --quick" if head["quick"] else "")
+    )
+
+
+@contextlib.contextmanager
+def _progress_alone() -> Iterator[None]:
+    """Of the rest of the bridge only warnings, unless more was asked for with -v."""
+    root = logging.getLogger("bridge")
+    level = root.level
+    if level == logging.INFO:
+        root.setLevel(logging.WARNING)
+        _log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        _log.setLevel(logging.NOTSET)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments that several subcommands share, each defined once.
+
+Flags for settings come from :class:`bridge.config.Settings`; ``--run`` and ``--vmlinux`` name a run
+directory and the debug information of its kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+from bridge import config
+
+__all__ = [
+    "add_run_directory",
+    "add_settings",
+    "add_vmlinux",
+    "settings_of",
+]
+
+
+def add_settings(parser: argparse.ArgumentParser, names: Iterable[str] | None = None) -> None:
+    """Add ``--config`` and one flag for each setting; a flag that is not given is None.
+
+    Args:
+        names: the settings to add; all when None.
+    """
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="settings file (default: kcov-bridge.toml here, or the table [tool.kcov-bridge] of "
+        "pyproject.toml)",
+    )
+    chosen = None if names is None else set(names)
+    for name, option in config.options().items():
+        if chosen is not None and name not in chosen:
+            continue
+        default = config.default_of(name)
+        text = option.help
+        if default not in (None, "") and option.kind is not config.Kind.FLAG:
+            text += f" (default {default})"
+        flag, text = config.flag_of(name), text.replace("%", "%%")
+        if option.kind is config.Kind.FLAG:
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(flag, action=action, default=None, help=text)
+        else:
+            metavar = "|".join(option.choices) if option.choices else option.metavar
+            parser.add_argument(flag, metavar=metavar, default=None, help=text)
+
+
+def settings_of(args: argparse.Namespace) -> config.Settings:
+    """Load the settings: defaults, file, environment, and the flags among parsed arguments.
+
+    Raises:
+        UsageError: a setting has a wrong name or value.
+    """
+    given = vars(args)
+    flags = {name: given[name] for name in config.options() if given.get(name) is not None}
+    return config.load(flags, file=given.get("config"))
+
+
+def add_run_directory(parser: argparse.ArgumentParser) -> None:
+    """Add ``--run``; :func:`bridge.cli.last_run.find_run` finds one that is not given."""
+    parser.add_argument(
+        "--run",
+        type=Path,
+        metavar="DIR",
+        help="directory of the run (default: the one that stdin is a file of, else the last run, "
+        "else build/run)",
+    )
+
+
+def add_vmlinux(parser: argparse.ArgumentParser) -> None:
+    """Add ``--vmlinux``."""
+    parser.add_argument(
+        "--vmlinux",
+        type=Path,
+        metavar="FILE",
+        help="debug information of the guest kernel, for files and lines (default: where Debian's "
+        "package linux-image-…-dbg puts it)",
+    )

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kcov-bridge run``: one command, or the default workload, in a guest under kcov."""
+
+from __future__ import annotations
+
+import argparse
+
+from bridge.cli.arguments import add_settings, settings_of
+
+__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
+
+DESCRIPTION = """\
+Boot a guest, start the target on this machine under coverage, mount it in the guest, and run a
+command there under kcov. Without a command, run the default workload: file work on the target.
+"""
+
+EPILOG = """\
+examples:
+  kcov-bridge run
+  kcov-bridge run --out build/ls -- ls -lR /mnt/target
+  kcov-bridge run --source python -- cat /mnt/target/README
+  kcov-bridge run --target none --syscall-pcs -- true
+  kcov-bridge run --target mypackage.target:Server --timeout 60 -- sh -c 'cat /mnt/target/*'
+  KCOV_BRIDGE_MEMORY=512 kcov-bridge run
+
+The directory --out then holds summary.json, pcs.txt (one hex PC a line, in order), blocks.tsv,
+.coverage, html/, lcov.info and console.log; `kcov-bridge symbolize <build/run/pcs.txt` says which
+source each PC is.
+
+The exit status is that of the command; 125: the bridge failed, 124: the time was up, 123: the guest
+was lost, 2: wrong usage.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each setting."""
+    add_settings(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``args.command``, or the default workload; return its exit status."""
+    from bridge.cli import runner
+    from bridge.cli.last_run import remember
+
+    settings = settings_of(args)
+    out = settings.out.absolute()
+    try:
+        return runner.run(settings, args.command)
+    finally:
+        remember(out)

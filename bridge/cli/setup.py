@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kcov-bridge setup``: install the Debian packages that are missing."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from bridge.cli.packages import install, kinds_for_running
+from bridge.errors import MissingDependencyError
+
+__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
+
+DESCRIPTION = """\
+Install the Debian packages that kcov-bridge needs and this machine lacks: QEMU, mmdebstrap, gcc.
+This takes root, or a sudo that asks for no password; otherwise the line to run is printed.
+"""
+
+EPILOG = """\
+examples:
+  kcov-bridge setup
+  kcov-bridge setup --print
+  kcov-bridge doctor                 what else is missing
+
+The exit status is 0 when nothing is missing any more, and 1 when the line is left for you to run.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument(
+        "--print", action="store_true", help="print the line that installs them, install nothing"
+    )
+    parser.add_argument(
+        "--tests", action="store_true", help="also what the tests of kcov-bridge need"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Install what is missing; return 0, or 1 if that is left to the user.
+
+    Raises:
+        MissingDependencyError: apt-get failed; its messages are on stderr.
+    """
+    kinds = (*kinds_for_running(), *(("test",) if args.tests else ()))
+    status = install(kinds, only_print=args.print)
+    if status == 0:
+        print("all Debian packages that kcov-bridge needs are installed", file=sys.stderr)
+    elif status == 2:
+        return 1
+    else:
+        raise MissingDependencyError(
+            f"apt-get failed with status {status}; its messages are above",
+            hint="`kcov-bridge setup --print` prints the line to run by hand",
+        )
+    return 0
