@@ -1,0 +1,413 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The files of an open descriptor: open, ioctl, mmap, close; and what is left of them when the
+ * device goes away under it.
+ *
+ * Each operation is the host's to decide: it is forwarded, and the caller gets the errno that comes
+ * back. Where the host does not answer, that is EIO, and ENODEV once the device is gone.
+ */
+
+#include <linux/mm.h>
+#include <linux/slab.h>
+#include <linux/uaccess.h>
+
+#include "kcov_bridge.h"
+
+/* ---- the life of an instance --------------------------------------------------------------- */
+
+/**
+ * kb_instance_free() - the last reference to an instance is gone
+ * @ref: of the instance
+ *
+ * Process context, may sleep.
+ */
+void kb_instance_free(struct kref *ref)
+{
+	struct kb_instance *inst = container_of(ref, struct kb_instance, ref);
+
+	mutex_lock(&inst->lock);
+	if (inst->seq && kb_instance_settle(inst))
+		kb_request(inst, KB_OP_RELEASE, 0, 0, 0, 0);
+	mutex_unlock(&inst->lock);
+	kb_slot_release(inst);
+	mutex_destroy(&inst->lock);
+	free_page(inst->blank_page);
+	kb_bridge_put(inst->bridge);
+	kfree_rcu(inst, rcu);
+	module_put(THIS_MODULE);
+}
+
+static int kb_open(struct inode *inode, struct file *file)
+{
+	/* The files that lead here are gone before the device is. */
+	struct kb_bridge *bridge = kb_active;
+	struct kb_instance *inst;
+	int err;
+
+	inst = kzalloc(sizeof(*inst), GFP_KERNEL);
+	if (!inst)
+		return -ENOMEM;
+	kref_init(&inst->ref);
+	kb_instance_init(inst, bridge);
+	inst->mapping = file->f_mapping;
+	err = kb_slot_acquire(inst);
+	if (err) {
+		kfree(inst);
+		return err;
+	}
+	kref_get(&bridge->ref);
+	/* An owner keeps the instance after the last close. */
+	__module_get(THIS_MODULE);
+	file->private_data = inst;
+	return nonseekable_open(inode, file);
+}
+
+/* No descriptor is left, though mappings may be. The host says whether that ends the owner. */
+static void kb_instance_last_close(struct kb_instance *inst)
+{
+	struct kb_owner *owner;
+
+	kb_recording_pause_current();
+	kb_instance_lock(inst);
+	owner = inst->owner;
+	if (owner && (current->flags & PF_EXITING) && owner->task == current)
+		kb_owner_end_exiting(inst);
+	else if (owner && kb_instance_settle(inst) &&
+		 !kb_request(inst, KB_OP_CLOSE, owner->id, 0, READ_ONCE(owner->unreported_returns),
+			     0))
+		kb_owner_end(inst);
+	mutex_unlock(&inst->lock);
+	kb_recording_resume_current();
+}
+
+/* A descriptor is closed. */
+static int kb_flush(struct file *file, fl_owner_t id)
+{
+	struct kb_instance *inst = file->private_data;
+
+	/*
+	 * Each mapping holds the file, and is counted for less long than it does; whoever else
+	 * holds it is or may become a descriptor.
+	 */
+	if (file_count(file) - atomic_read(&inst->mappings) <= 1)
+		kb_instance_last_close(inst);
+	return 0;
+}
+
+static int kb_release(struct inode *inode, struct file *file)
+{
+	struct kb_instance *inst = file->private_data;
+
+	/* The last may have been a descriptor that nobody took out of its message. */
+	kb_instance_last_close(inst);
+	mutex_lock(&inst->lock);
+	inst->mapping = NULL;
+	mutex_unlock(&inst->lock);
+	kref_put(&inst->ref, kb_instance_free);
+	return 0;
+}
+
+/* What a request that could not be sent is to answer. */
+static int kb_instance_error(const struct kb_instance *inst)
+{
+	lockdep_assert_held(&inst->lock);
+	return inst->detached ? -ENODEV : -EIO;
+}
+
+/* ---- ioctl --------------------------------------------------------------------------------- */
+
+/* The argument of KCOV_REMOTE_ENABLE, as far as it could be read. */
+struct kb_remote {
+	u32 mode;
+	u32 area_size;
+	/* As the user has it, perhaps more than there are below; ~0 if it could not be read. */
+	u64 count;
+	u64 common_handle;
+	u64 handles[KCOV_REMOTE_MAX_HANDLES];
+};
+
+/* Reads the argument. Before any lock: a page fault takes mmap_lock. */
+static struct kb_remote *kb_remote_read(const struct kcov_remote_arg __user *user)
+{
+	struct kb_remote *remote = kzalloc(sizeof(*remote), GFP_KERNEL);
+	struct kcov_remote_arg arg;
+
+	if (!remote)
+		return NULL;
+	remote->count = ~0ULL;
+	if (copy_from_user(&arg, user, sizeof(arg)))
+		return remote;
+	if (arg.num_handles <= KCOV_REMOTE_MAX_HANDLES &&
+	    copy_from_user(remote->handles, user->handles, arg.num_handles * sizeof(u64)))
+		return remote;
+	remote->mode = arg.trace_mode;
+	remote->area_size = arg.area_size;
+	remote->common_handle = arg.common_handle;
+	remote->count = arg.num_handles;
+	return remote;
+}
+
+/* Hands the argument to the host, which checks it. */
+static int kb_remote_enable(struct kb_instance *inst, const struct kb_remote *remote)
+{
+	struct kb_bridge *bridge = inst->bridge;
+	int err;
+
+	mutex_lock(&bridge->payload_lock);
+	if (remote->count <= KCOV_REMOTE_MAX_HANDLES)
+		memcpy(bridge->payload, remote->handles, remote->count * sizeof(u64));
+	err = kb_owner_start(inst, KB_OP_REMOTE, remote->mode | (u64)remote->area_size << 32,
+			     remote->count, remote->common_handle);
+	mutex_unlock(&bridge->payload_lock);
+	return err;
+}
+
+static int kb_disable(struct kb_instance *inst, unsigned long arg)
+{
+	const struct kb_owner *owner = inst->owner;
+	u64 returns = owner && owner->task == current ? owner->unreported_returns : 0;
+	int err;
+
+	err = kb_request(inst, KB_OP_DISABLE, kb_current_id(), arg, returns, 0);
+	if (!err)
+		kb_owner_end(inst);
+	return err;
+}
+
+/* @remote is the argument of KCOV_REMOTE_ENABLE. The instance is settled. */
+static long kb_ioctl_locked(struct kb_instance *inst, unsigned int cmd, unsigned long arg,
+			    const struct kb_remote *remote)
+{
+	lockdep_assert_held(&inst->lock);
+	switch (cmd) {
+	case KCOV_INIT_TRACE:
+		return kb_request(inst, KB_OP_INIT, 0, arg, 0, 0);
+	case KCOV_ENABLE:
+		return kb_owner_start(inst, KB_OP_ENABLE, arg, (unsigned long)current, 0);
+	case KCOV_UNIQUE_ENABLE:
+		return kb_owner_start(inst, KB_OP_UNIQUE, arg, (unsigned long)current, 0);
+	case KCOV_REMOTE_ENABLE:
+		return kb_remote_enable(inst, remote);
+	case KCOV_RESET_TRACE:
+		return kb_request(inst, KB_OP_RESET, kb_current_id(), arg, 0, 0);
+	case KCOV_DISABLE:
+		return kb_disable(inst, arg);
+	default:
+		return -ENOTTY;
+	}
+}
+
+static long kb_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
+{
+	struct kb_instance *inst = file->private_data;
+	struct kb_remote *remote = NULL;
+	long err;
+
+	if (cmd == KCOV_REMOTE_ENABLE) {
+		remote = kb_remote_read((struct kcov_remote_arg __user *)arg);
+		if (!remote)
+			return -ENOMEM;
+	}
+	kb_recording_pause_current();
+	kb_instance_lock(inst);
+	if (kb_instance_settle(inst))
+		err = kb_ioctl_locked(inst, cmd, arg, remote);
+	else
+		err = kb_instance_error(inst);
+	mutex_unlock(&inst->lock);
+	kfree(remote);
+	kb_recording_resume_current();
+	return err;
+}
+
+/* ---- mmap ---------------------------------------------------------------------------------- */
+
+static void kb_vma_open(struct vm_area_struct *vma)
+{
+	struct kb_instance *inst = vma->vm_private_data;
+
+	atomic_inc(&inst->mappings);
+}
+
+static void kb_vma_close(struct vm_area_struct *vma)
+{
+	struct kb_instance *inst = vma->vm_private_data;
+
+	atomic_dec(&inst->mappings);
+}
+
+/*
+ * Mappings are filled at once, so a fault comes after the device is gone. A program that reads its
+ * area is not to die of that: it finds one blank page everywhere. Private mappings get SIGBUS; the
+ * kernel takes no bare page number in them.
+ */
+static vm_fault_t kb_vma_fault(struct vm_fault *vmf)
+{
+	struct kb_instance *inst = vmf->vma->vm_private_data;
+	unsigned long page = 0;
+
+	if (!(vmf->vma->vm_flags & VM_SHARED) && vmf->vma->vm_flags & VM_MAYWRITE)
+		return VM_FAULT_SIGBUS;
+	mutex_lock(&inst->lock);
+	if (inst->detached) {
+		if (!inst->blank_page)
+			inst->blank_page = get_zeroed_page(GFP_KERNEL);
+		page = inst->blank_page;
+	}
+	mutex_unlock(&inst->lock);
+	if (!page)
+		return VM_FAULT_SIGBUS;
+	return vmf_insert_pfn(vmf->vma, vmf->address, virt_to_phys((void *)page) >> PAGE_SHIFT);
+}
+
+static const struct vm_operations_struct kb_vm_ops = {
+	.open	= kb_vma_open,
+	.close	= kb_vma_close,
+	.fault	= kb_vma_fault,
+	/* ptrace and /proc/PID/mem. */
+	.access	= generic_access_phys,
+};
+
+static void kb_instance_unmap(struct kb_instance *inst)
+{
+	lockdep_assert_held(&inst->lock);
+	/* What was written to private mappings is the program's own, and stays. */
+	if (inst->mapping)
+		unmap_mapping_range(inst->mapping, 0, 0, 0);
+}
+
+/* A new mapping that removal could not find, because the kernel had not entered it yet. */
+struct kb_mapping_check {
+	struct callback_head work;
+	struct kb_instance *inst;
+};
+
+static void kb_mapping_check_work(struct callback_head *head)
+{
+	struct kb_mapping_check *check = container_of(head, struct kb_mapping_check, work);
+	struct kb_instance *inst = check->inst;
+
+	mutex_lock(&inst->lock);
+	if (inst->detached)
+		kb_instance_unmap(inst);
+	mutex_unlock(&inst->lock);
+	kfree(check);
+	kref_put(&inst->ref, kb_instance_free);
+}
+
+/* Has a mapping looked at again when mmap has entered it. */
+static int kb_mapping_check_queue(struct kb_instance *inst)
+{
+	struct kb_mapping_check *check = kmalloc(sizeof(*check), GFP_KERNEL);
+	int err;
+
+	if (!check)
+		return -ENOMEM;
+	check->inst = inst;
+	init_task_work(&check->work, kb_mapping_check_work);
+	kref_get(&inst->ref);
+	err = kb_task_work_add(current, &check->work, TWA_RESUME);
+	if (err) {
+		kref_put(&inst->ref, kb_instance_free);
+		kfree(check);
+	}
+	return err;
+}
+
+/* Asks the host where the area is, and maps it. */
+static int kb_mmap_locked(struct kb_instance *inst, struct vm_area_struct *vma)
+{
+	unsigned long length = vma->vm_end - vma->vm_start;
+	const struct kb_bridge *bridge = inst->bridge;
+	u64 offset;
+	int err;
+
+	lockdep_assert_held(&inst->lock);
+	if (!kb_instance_settle(inst))
+		return kb_instance_error(inst);
+	err = kb_request(inst, KB_OP_MAP, 0, length, vma->vm_pgoff, atomic_read(&inst->mappings));
+	if (err)
+		return err;
+	offset = READ_ONCE(bridge->responses[inst->slot].area_offset);
+	if (offset < KB_AREAS_OFFSET || !PAGE_ALIGNED(offset) || offset > bridge->region_bytes ||
+	    length > bridge->region_bytes - offset)
+		return -EIO;
+	err = kb_mapping_check_queue(inst);
+	if (err)
+		return err;
+	err = remap_pfn_range(vma, vma->vm_start, (bridge->region_start + offset) >> PAGE_SHIFT,
+			      length, vma->vm_page_prot);
+	if (err)
+		return err;
+	vma->vm_private_data = inst;
+	vma->vm_ops = &kb_vm_ops;
+	atomic_inc(&inst->mappings);
+	return 0;
+}
+
+static int kb_mmap(struct file *file, struct vm_area_struct *vma)
+{
+	struct kb_instance *inst = file->private_data;
+	int err;
+
+	kb_recording_pause_current();
+	kb_instance_lock(inst);
+	err = kb_mmap_locked(inst, vma);
+	mutex_unlock(&inst->lock);
+	kb_recording_resume_current();
+	return err;
+}
+
+const struct file_operations kb_device_fops = {
+	.owner		= THIS_MODULE,
+	.open		= kb_open,
+	.flush		= kb_flush,
+	.release	= kb_release,
+	.unlocked_ioctl	= kb_ioctl,
+	.compat_ioctl	= kb_ioctl,
+	.mmap		= kb_mmap,
+};
+
+/* ---- the device goes away ------------------------------------------------------------------ */
+
+/* Ends the instance for the host, and leaves nothing that leads from here to the region. */
+static void kb_instance_detach(struct kb_instance *inst)
+{
+	kb_instance_lock(inst);
+	kb_instance_unmap(inst);
+	if (inst->seq && kb_instance_settle(inst))
+		kb_request(inst, KB_OP_RELEASE, 0, 0, 0, 0);
+	kb_owner_end(inst);
+	inst->unanswered = 0;
+	inst->deferred_exit = 0;
+	inst->detached = true;
+	WRITE_ONCE(inst->hidden, &inst->nowhere);
+	mutex_unlock(&inst->lock);
+}
+
+/**
+ * kb_instances_detach() - take the device away from all instances
+ * @bridge: the device; its files are gone, so there will be no new instance
+ *
+ * Requests under way end first. What comes later fails with ENODEV.
+ */
+void kb_instances_detach(struct kb_bridge *bridge)
+{
+	unsigned int slot;
+
+	for (slot = 0; slot < KB_SLOTS; slot++) {
+		struct kb_instance *inst;
+
+		spin_lock(&bridge->slots_lock);
+		inst = bridge->instances[slot];
+		if (inst && !kref_get_unless_zero(&inst->ref))
+			inst = NULL;
+		spin_unlock(&bridge->slots_lock);
+		if (!inst)
+			continue;
+		kb_instance_detach(inst);
+		kref_put(&inst->ref, kb_instance_free);
+	}
+	/* Whoever read the old place of a hidden flag has written to it. */
+	synchronize_rcu();
+}

@@ -1,0 +1,365 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What the parts of kcov_bridge.ko share.
+ *
+ *	main.c		the PCI device: probe, removal, module parameters
+ *	transport.c	slots, requests and answers, a host that does not answer
+ *	owners.c	tasks that trace, and what is done at the end of their system calls
+ *	hooks.c		the tracepoints by which owners are seen
+ *	device.c	the files of an open descriptor: open, ioctl, mmap, close
+ *	watch.c		a host that records this kernel's own code
+ *	stats.c		numbers for people, in debugfs
+ *
+ * Locks, outermost first. A lock is never taken inside one that stands below it.
+ *
+ *	mmap_lock (the caller's)	held around mmap and page faults
+ *	kb_tell_lock (watch.c)		one description of the kernel at a time
+ *	kb_instance.lock		one request at a time in a slot; all of an instance
+ *	  kb_hook_lock (hooks.c)	whether the tracepoints are hooked
+ *	  kb_bridge.payload_lock	the payload, from filling it to the answer
+ *	    i_mmap_rwsem		only to take mappings away
+ *	    kb_bridge.slots_lock	which slot belongs to which instance (spinlock)
+ *	    kb_owners_lock (owners.c)	the table of owners (spinlock; readers: RCU)
+ *	    kb_bridge.lost_lock		which request the host missed (spinlock)
+ *
+ * kb_bridge.self is an instance that has no owner, and its lock is taken as one of these. Where
+ * payload_lock and kb_hook_lock are both needed, payload_lock comes first.
+ *
+ * Barriers, in pairs:
+ *
+ *	kb_request_send() stores seq last	the host reads seq first
+ *	the host stores a response's seq last	kb_slot_is_answered() reads it first
+ *	kick, full barrier, host_state		the host: host_state, full barrier, kick
+ *						  (kb_doorbell_kick(), Doorbell in doorbell.py)
+ *	kb_task_drop_trace_flag()		kb_trace_flag_share(): flag and exclusiveness
+ *	kb_trace_flag_start()			kb_foreign_probe(): exclusiveness and probes
+ */
+#ifndef KCOV_BRIDGE_H
+#define KCOV_BRIDGE_H
+
+#include <linux/bitmap.h>
+#include <linux/compiler.h>
+#include <linux/fs.h>
+#include <linux/kref.h>
+#include <linux/lockdep.h>
+#include <linux/module.h>
+#include <linux/mutex.h>
+#include <linux/notifier.h>
+#include <linux/pci.h>
+#include <linux/rcupdate.h>
+#include <linux/sched.h>
+#include <linux/spinlock.h>
+#include <linux/task_work.h>
+#include <linux/tracepoint.h>
+#include <uapi/linux/kcov.h>
+
+#include "kcov_bridge_abi.h"
+
+/* Module parameters: how long a request waits for the host, and how much of that busily. */
+extern unsigned int kb_timeout_ms;
+extern unsigned int kb_spin_us;
+
+struct kb_bridge;
+struct kb_owner;
+
+/**
+ * struct kb_instance - one open descriptor
+ * @ref: held by the file (mappings hold the file), each kb_owner made from it, until that is
+ *	freed, and each check of a new mapping
+ * @lock: held over a whole request: one at a time in a slot
+ * @bridge: the device that it was opened on; holds a reference to it
+ * @mapping: where its mappings are found; NULL once the file is closed. Guarded by @lock
+ * @owner: who traces through this instance, or NULL. Guarded by @lock
+ * @slot: fixed from open to the end
+ * @detached: the device is gone, nothing will be asked any more. Guarded by @lock
+ * @hidden: the slot's word of that name in the region; @nowhere once the device is gone. Written
+ *	under @lock, readers without it under RCU
+ * @nowhere: takes what is written to @hidden then
+ * @generation: tells this open from the slot's earlier ones. Written under @lock
+ * @seq: number of the last request. Guarded by @lock
+ * @answered: whether the host has answered any request of this open. Written under @lock
+ * @request: the last request as it was sent, without its seq. Guarded by @lock
+ * @unanswered: its op if it was given up, else 0. Guarded by @lock
+ * @deferred_exit: an owner that ended while the host was gone, to be reported, else 0. Guarded
+ *	by @lock
+ * @deferred_returns: its returns that the host does not know of. Guarded by @lock
+ * @mappings: vmas that map the area
+ * @timeouts: requests given up. Written by the owner
+ * @skipped: returns that were not reported. Written by the owner
+ * @rcu: frees it
+ * @blank_page: what mappings show once the device is gone, or 0. Guarded by @lock
+ */
+struct kb_instance {
+	struct kref ref;
+	struct mutex lock;
+	struct kb_bridge *bridge;
+	struct address_space *mapping;
+	struct kb_owner *owner;
+	unsigned int slot;
+	bool detached;
+	u64 *hidden;
+	u64 nowhere;
+	u64 generation;
+	u64 seq;
+	bool answered;
+	struct kb_request request;
+	u64 unanswered;
+	u64 deferred_exit;
+	u64 deferred_returns;
+	atomic_t mappings;
+	atomic64_t timeouts;
+	atomic64_t skipped;
+	struct rcu_head rcu;
+	unsigned long blank_page;
+};
+
+/**
+ * struct kb_owner - a task that traces, from ENABLE to DISABLE or exit
+ * @ref: held by kb_instance.owner and by each queued work
+ * @rcu: frees it
+ * @node: in the table of owners; readers under RCU
+ * @inst: holds a reference to it
+ * @task: holds a reference to it
+ * @id: how the host knows the task: thread id below, a number never used before above
+ * @ignores_returns: its calls are not reported: the host has no use for that
+ * @return_work: runs at the end of a system call. This and all below belong to the task alone; who
+ *	ends it when it is exiting reads @unreported_returns
+ * @return_queued: whether @return_work is queued
+ * @nr: number of the system call that returns
+ * @coverage_epoch: the header's news before the last return that was reported
+ * @unreported_returns: how many returns there were since that the host does not know of
+ * @exit_work: runs when the task exits
+ *
+ * Only the task itself looks at the works, but another task may find it exiting and end the
+ * ownership in its place, so an owner can outlive its place in the instance.
+ */
+struct kb_owner {
+	struct kref ref;
+	struct rcu_head rcu;
+	struct hlist_node node;
+	struct kb_instance *inst;
+	struct task_struct *task;
+	u64 id;
+	bool ignores_returns;
+	struct callback_head return_work;
+	bool return_queued;
+	int nr;
+	u64 coverage_epoch;
+	u64 unreported_returns;
+	struct callback_head exit_work;
+};
+
+/**
+ * struct kb_bridge - one life of the PCI device, from probe to removal
+ * @ref: held by the driver while the device is there, and by each instance
+ * @rcu: frees it
+ * @registers: BAR 0, unmapped with the device
+ * @header: the region up to the areas, unmapped with the device, as the three below
+ * @requests: by slot
+ * @responses: by slot
+ * @payload: guarded by @payload_lock, from filling it to the answer
+ * @payload_lock: guards @payload
+ * @region_start: where the region is
+ * @region_bytes: how large it is
+ * @host_peer: the host's number, for the doorbell
+ * @kicked: what kick was when it was last moved
+ * @device_file: the kcov device in debugfs, or NULL
+ * @stats_file: numbers in debugfs
+ * @host_file: written by the agent when the host is another
+ * @self: what is asked in the module's own name; it has a slot, and is no open descriptor
+ * @slots_lock: guards the four below
+ * @slots: which are taken
+ * @instances: by slot
+ * @zombies: slots whose release the host has not answered: not to be used again before
+ * @zombie_seq: the number of that release, by slot
+ * @lost_lock: guards the four below; @lost itself is read without
+ * @lost: the host did not answer in time
+ * @lost_slot: the slot of the request that it did not answer
+ * @lost_seq: the number of that request
+ * @lost_epoch: the host's epoch then
+ * @timeouts: requests given up, of all instances
+ * @skipped: returns not reported, of all instances
+ */
+struct kb_bridge {
+	struct kref ref;
+	struct rcu_head rcu;
+	void __iomem *registers;
+	struct kb_header *header;
+	struct kb_request *requests;
+	const struct kb_response *responses;
+	u64 *payload;
+	struct mutex payload_lock;
+	phys_addr_t region_start;
+	u64 region_bytes;
+	u32 host_peer;
+	u64 kicked;
+	struct dentry *device_file;
+	struct dentry *stats_file;
+	struct dentry *host_file;
+	struct kb_instance self;
+
+	spinlock_t slots_lock;
+	DECLARE_BITMAP(slots, KB_SLOTS);
+	struct kb_instance *instances[KB_SLOTS];
+	DECLARE_BITMAP(zombies, KB_SLOTS);
+	u64 zombie_seq[KB_SLOTS];
+
+	spinlock_t lost_lock;
+	bool lost;
+	unsigned int lost_slot;
+	u64 lost_seq;
+	u64 lost_epoch;
+	atomic64_t timeouts;
+	atomic64_t skipped;
+};
+
+/*
+ * The device that is there, or NULL. Set by probe before the files of the device exist, cleared by
+ * removal when they are gone: what is reached through these files may follow it.
+ */
+extern struct kb_bridge *kb_active;
+
+void kb_bridge_put(struct kb_bridge *bridge);
+
+/* transport.c */
+
+u64 kb_number_new(void);
+void kb_numbers_seed(void);
+void kb_instance_init(struct kb_instance *inst, struct kb_bridge *bridge);
+int kb_slot_acquire(struct kb_instance *inst);
+void kb_slot_release(struct kb_instance *inst);
+bool kb_slots_name_generations(struct kb_bridge *bridge);
+bool kb_host_is_gone_slow(struct kb_bridge *bridge, u64 epoch);
+bool kb_instance_settle(struct kb_instance *inst);
+void kb_instance_defer_exit(struct kb_instance *inst, u64 task, u64 returns);
+int kb_request(struct kb_instance *inst, enum kb_op op, u64 task, u64 arg0, u64 arg1, u64 arg2);
+
+static inline bool kb_slot_is_answered(const struct kb_bridge *bridge, unsigned int slot, u64 seq)
+{
+	/* Pairs with the host's last store of a response, that of its seq. */
+	return smp_load_acquire(&bridge->responses[slot].seq) == seq;
+}
+
+/* Whether there is no point in asking. Ends by itself once the host shows signs of life. */
+static inline bool kb_host_is_gone(struct kb_bridge *bridge)
+{
+	u64 epoch = READ_ONCE(bridge->header->host_epoch);
+
+	if (likely(epoch && !READ_ONCE(bridge->lost)))
+		return false;
+	return kb_host_is_gone_slow(bridge, epoch);
+}
+
+/* owners.c */
+
+struct kb_owner *kb_owner_of(struct task_struct *task);
+u64 kb_current_id(void);
+int kb_owner_start(struct kb_instance *inst, enum kb_op op, u64 arg0, u64 arg1, u64 arg2);
+void kb_owner_end(struct kb_instance *inst);
+void kb_owner_end_exiting(struct kb_instance *inst);
+void kb_instance_lock(struct kb_instance *inst);
+void kb_sys_exit(void *unused, struct pt_regs *regs, long ret);
+void kb_process_exit(void *unused, struct task_struct *task);
+
+/* hooks.c */
+
+extern int (*kb_task_work_add)(struct task_struct *task, struct callback_head *work,
+			       enum task_work_notify_mode notify);
+extern bool kb_trace_flag_exclusive;
+
+int kb_hooks_find(void);
+int kb_hooks_install(void);
+void kb_hooks_remove(void);
+
+/*
+ * A probe on a tracepoint of system calls makes every task take the slow way in and out, by a flag
+ * in each that its children inherit. Where nobody but us has a probe there, a task that owns
+ * nothing loses its flag at its first system call, and an owner has it from kb_owner_start() on.
+ */
+static inline void kb_task_drop_trace_flag(void)
+{
+	if (!READ_ONCE(kb_trace_flag_exclusive))
+		return;
+	clear_syscall_work(SYSCALL_TRACEPOINT);
+	/* Pairs with the one in kb_trace_flag_share(): we see that, or it sets the flag after us. */
+	smp_mb__after_atomic();
+	if (!READ_ONCE(kb_trace_flag_exclusive))
+		set_syscall_work(SYSCALL_TRACEPOINT);
+}
+
+/* device.c */
+
+extern const struct file_operations kb_device_fops;
+
+void kb_instance_free(struct kref *ref);
+void kb_instances_detach(struct kb_bridge *bridge);
+
+/* stats.c */
+
+extern const struct file_operations kb_stats_fops;
+
+/* watch.c */
+
+extern const struct file_operations kb_host_fops;
+extern bool kb_kernel_watched;
+
+int kb_watch_start(struct kb_bridge *bridge);
+void kb_watch_stop(struct kb_bridge *bridge);
+void kb_owner_await_recording(struct kb_instance *inst);
+
+static inline void kb_instance_set_hidden(const struct kb_instance *inst, enum kb_hidden hidden)
+{
+	/* Removal waits for this before it takes the region away. */
+	rcu_read_lock();
+	WRITE_ONCE(*READ_ONCE(inst->hidden), hidden);
+	rcu_read_unlock();
+}
+
+/*
+ * From here to kb_recording_resume() the owner runs the module's code: none of it is its own. Only
+ * the task itself says so.
+ */
+static inline void kb_recording_pause(const struct kb_instance *inst)
+{
+	if (!READ_ONCE(kb_kernel_watched))
+		return;
+	kb_instance_set_hidden(inst, KB_HIDDEN_YES);
+	barrier();
+}
+
+static inline void kb_recording_resume(const struct kb_instance *inst)
+{
+	if (!READ_ONCE(kb_kernel_watched))
+		return;
+	barrier();
+	kb_instance_set_hidden(inst, KB_HIDDEN_NO);
+}
+
+/* The two above, for whoever it is that uses the device. */
+static inline void kb_recording_pause_current(void)
+{
+	struct kb_owner *owner;
+
+	if (!READ_ONCE(kb_kernel_watched))
+		return;
+	rcu_read_lock();
+	owner = kb_owner_of(current);
+	if (owner)
+		kb_recording_pause(owner->inst);
+	rcu_read_unlock();
+}
+
+static inline void kb_recording_resume_current(void)
+{
+	struct kb_owner *owner;
+
+	if (!READ_ONCE(kb_kernel_watched))
+		return;
+	rcu_read_lock();
+	owner = kb_owner_of(current);
+	if (owner)
+		kb_recording_resume(owner->inst);
+	rcu_read_unlock();
+}
+
+#endif /* KCOV_BRIDGE_H */

@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Tasks that trace, and what is done at the end of their system calls.
+ *
+ * That end is seen by the sys_exit tracepoint, where one may not sleep. It queues a task work, which
+ * runs in process context before the task goes back to user mode. Where the header's news is what
+ * it was, there is nothing to fetch, and none of that happens.
+ *
+ * All that runs for each system call of an owner is in this file, so that the compiler sees it as
+ * one; what it calls elsewhere is kb_instance_settle() and kb_request().
+ */
+
+#include <linux/hashtable.h>
+#include <linux/sched/signal.h>
+#include <linux/sched/task.h>
+#include <linux/slab.h>
+#include <asm/syscall.h>
+
+#include "kcov_bridge.h"
+
+#define KB_HASH_BITS		8
+
+static DEFINE_HASHTABLE(kb_owners, KB_HASH_BITS);
+static DEFINE_SPINLOCK(kb_owners_lock);
+
+/* Tells owners apart that have one thread id. */
+static atomic_t kb_owner_number = ATOMIC_INIT(0);
+
+static void kb_owner_free(struct kref *ref)
+{
+	struct kb_owner *owner = container_of(ref, struct kb_owner, ref);
+	struct kb_instance *inst = owner->inst;
+
+	put_task_struct(owner->task);
+	kfree_rcu(owner, rcu);
+	kref_put(&inst->ref, kb_instance_free);
+}
+
+static void kb_owner_put(struct kb_owner *owner)
+{
+	kref_put(&owner->ref, kb_owner_free);
+}
+
+static inline struct kb_owner *kb_owner_find(struct task_struct *task)
+{
+	struct kb_owner *owner, *found = NULL;
+
+	rcu_read_lock();
+	hash_for_each_possible_rcu(kb_owners, owner, node, (unsigned long)task) {
+		if (owner->task == task) {
+			found = owner;
+			break;
+		}
+	}
+	rcu_read_unlock();
+	return found;
+}
+
+/**
+ * kb_owner_of() - what a task owns
+ * @task: current
+ *
+ * Removal, and in gVisor's personality the last close, end the ownership of other tasks: the caller
+ * is in an RCU read-side section as long as it uses the answer.
+ *
+ * Return: the owner, or NULL.
+ */
+struct kb_owner *kb_owner_of(struct task_struct *task)
+{
+	return kb_owner_find(task);
+}
+
+/**
+ * kb_current_id() - how the host knows current
+ *
+ * Return: its id if it traces, else its thread id, which is no owner's id: there is no number above.
+ */
+u64 kb_current_id(void)
+{
+	struct kb_owner *mine;
+	u64 id;
+
+	rcu_read_lock();
+	mine = kb_owner_find(current);
+	id = mine ? mine->id : (u32)task_pid_nr(current);
+	rcu_read_unlock();
+	return id;
+}
+
+/**
+ * kb_owner_end() - the instance has no owner any more, if it had one
+ * @inst: the instance; the caller holds a reference to it
+ */
+void kb_owner_end(struct kb_instance *inst)
+{
+	struct kb_owner *owner = inst->owner;
+
+	lockdep_assert_held(&inst->lock);
+	if (!owner)
+		return;
+	spin_lock(&kb_owners_lock);
+	hash_del_rcu(&owner->node);
+	spin_unlock(&kb_owners_lock);
+	WRITE_ONCE(inst->owner, NULL);
+	kb_owner_put(owner);
+}
+
+/**
+ * kb_owner_end_exiting() - the owner is exiting: end it, and tell the host
+ * @inst: the instance, which has an owner; the caller holds a reference to it
+ */
+void kb_owner_end_exiting(struct kb_instance *inst)
+{
+	lockdep_assert_held(&inst->lock);
+	/* Sent now, or by whoever finds the host back. */
+	kb_instance_defer_exit(inst, inst->owner->id, READ_ONCE(inst->owner->unreported_returns));
+	kb_owner_end(inst);
+	kb_instance_settle(inst);
+}
+
+/**
+ * kb_instance_lock() - take the instance for an operation
+ * @inst: the instance
+ *
+ * An owner that is on its way out lets go of its mappings, and so tells those who join it, before
+ * its exit work runs: that work is done here for it.
+ */
+void kb_instance_lock(struct kb_instance *inst)
+{
+	mutex_lock(&inst->lock);
+	if (inst->owner && inst->owner->task != current &&
+	    (READ_ONCE(inst->owner->task->flags) & PF_EXITING))
+		kb_owner_end_exiting(inst);
+}
+
+/*
+ * Whether the host may have something for the owner. What has been covered for an answer that the
+ * task has got shows here: news was written before the answer was passed on. A value is never
+ * written twice, so each owner finds out by itself, whatever the others do.
+ */
+static inline bool kb_owner_has_news(const struct kb_owner *owner)
+{
+	u64 news = READ_ONCE(owner->inst->bridge->header->news);
+
+	return !news || news != owner->coverage_epoch;
+}
+
+/* Has the host append what it has for the owner. */
+static void kb_owner_fetch(struct kb_owner *owner)
+{
+	struct kb_instance *inst = owner->inst;
+	struct kb_header *header = inst->bridge->header;
+	/* Before the host looks: what is covered after its look is news again. */
+	u64 news = READ_ONCE(header->news);
+	u64 returns = owner->unreported_returns;
+
+	lockdep_assert_held(&inst->lock);
+	if (!kb_instance_settle(inst)) {
+		atomic64_inc(&inst->skipped);
+		WRITE_ONCE(header->guest_skipped, atomic64_inc_return(&inst->bridge->skipped));
+		return;
+	}
+	owner->unreported_returns = 0;
+	if (!kb_request(inst, KB_OP_RETURN, owner->id, owner->nr, returns, 0))
+		owner->coverage_epoch = news;
+}
+
+/* A system call of the owner is about to return to user mode. Process context, may sleep. */
+static void kb_owner_return_work(struct callback_head *head)
+{
+	struct kb_owner *owner = container_of(head, struct kb_owner, return_work);
+	struct kb_instance *inst = owner->inst;
+
+	/*
+	 * Works run in the reverse order of their queueing: what the call left for its end, as
+	 * close() leaves the last reference to a file, would come after us. Let it go first.
+	 */
+	if (head->next && !kb_task_work_add(current, head, TWA_RESUME)) {
+		kb_recording_resume(inst);
+		return;
+	}
+	owner->return_queued = false;
+	mutex_lock(&inst->lock);
+	if (inst->owner == owner) {
+		kb_recording_pause(inst);
+		if (kb_owner_has_news(owner))
+			kb_owner_fetch(owner);
+		else
+			WRITE_ONCE(owner->unreported_returns, owner->unreported_returns + 1);
+		kb_recording_resume(inst);
+	}
+	mutex_unlock(&inst->lock);
+	kb_owner_put(owner);
+}
+
+static void kb_owner_exit_work(struct callback_head *head)
+{
+	struct kb_owner *owner = container_of(head, struct kb_owner, exit_work);
+	struct kb_instance *inst = owner->inst;
+
+	mutex_lock(&inst->lock);
+	if (inst->owner == owner)
+		kb_owner_end_exiting(inst);
+	mutex_unlock(&inst->lock);
+	kb_owner_put(owner);
+}
+
+/**
+ * kb_sys_exit() - tracepoint sys_exit, for system calls of owners, and of others at times
+ * @unused: nothing
+ * @regs: of the system call
+ * @ret: what it returns
+ *
+ * Tracepoints run in an RCU read-side section.
+ */
+void kb_sys_exit(void *unused, struct pt_regs *regs, long ret)
+{
+	struct kb_owner *owner = kb_owner_find(current);
+
+	if (likely(!owner)) {
+		kb_task_drop_trace_flag();
+		return;
+	}
+	if (owner->return_queued)
+		return;
+	/* A work that is queued already may yet make news. */
+	if (owner->ignores_returns ||
+	    (!kb_owner_has_news(owner) && !READ_ONCE(current->task_works))) {
+		WRITE_ONCE(owner->unreported_returns, owner->unreported_returns + 1);
+		return;
+	}
+	/* Ended by another task just now. */
+	if (!kref_get_unless_zero(&owner->ref))
+		return;
+	kb_recording_pause(owner->inst);
+	owner->nr = syscall_get_nr(current, regs);
+	owner->return_queued = true;
+	if (kb_task_work_add(current, &owner->return_work, TWA_RESUME)) {
+		owner->return_queued = false;
+		kb_recording_resume(owner->inst);
+		kb_owner_put(owner);
+	}
+}
+
+/**
+ * kb_process_exit() - tracepoint sched_process_exit, before the task's last works run
+ * @unused: nothing
+ * @task: current, which is exiting
+ */
+void kb_process_exit(void *unused, struct task_struct *task)
+{
+	struct kb_owner *owner = kb_owner_find(current);
+
+	if (likely(!owner) || !kref_get_unless_zero(&owner->ref))
+		return;
+	if (kb_task_work_add(current, &owner->exit_work, TWA_NONE))
+		kb_owner_put(owner);
+}
+
+/**
+ * kb_owner_start() - current begins to trace, if the host lets it
+ * @inst: the instance; settled
+ * @op: one of those that begin to trace
+ * @arg0: the request's first argument
+ * @arg1: its second
+ * @arg2: its third
+ *
+ * Return: 0 or a negative errno.
+ */
+int kb_owner_start(struct kb_instance *inst, enum kb_op op, u64 arg0, u64 arg1, u64 arg2)
+{
+	u64 mine = kb_current_id();
+	struct kb_owner *owner;
+	int err;
+
+	lockdep_assert_held(&inst->lock);
+	err = kb_hooks_install();
+	if (err)
+		return err;
+	owner = kzalloc(sizeof(*owner), GFP_KERNEL);
+	if (!owner)
+		return -ENOMEM;
+	kref_init(&owner->ref);
+	owner->task = current;
+	owner->inst = inst;
+	/*
+	 * A task that traces through another instance shows the id that the host knows: the host
+	 * refuses it. The number above the thread id makes up for thread ids that change hands.
+	 */
+	owner->id = mine >> 32 ? mine : mine | (u64)atomic_inc_return(&kb_owner_number) << 32;
+	init_task_work(&owner->return_work, kb_owner_return_work);
+	init_task_work(&owner->exit_work, kb_owner_exit_work);
+	/* Until kb_recording_resume_current(): the host may watch the task from its answer on. */
+	if (!inst->owner)
+		kb_recording_pause(inst);
+	err = kb_request(inst, op, owner->id, arg0, arg1, arg2);
+	if (err) {
+		kfree(owner);
+		return err;
+	}
+	owner->ignores_returns =
+		READ_ONCE(inst->bridge->responses[inst->slot].flags) & KB_ANSWER_SILENT;
+	if (kb_kernel_watched && op != KB_OP_REMOTE)
+		kb_owner_await_recording(inst);
+	get_task_struct(owner->task);
+	kref_get(&inst->ref);
+	WRITE_ONCE(inst->owner, owner);
+	spin_lock(&kb_owners_lock);
+	hash_add_rcu(kb_owners, &owner->node, (unsigned long)owner->task);
+	spin_unlock(&kb_owners_lock);
+	set_syscall_work(SYSCALL_TRACEPOINT);
+	return 0;
+}

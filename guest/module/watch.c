@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * A host that records this kernel's own code, through a plugin in QEMU
+ * (bridge/sources/guest_kernel/tcg/kcov_tcg.c): what it is told of this kernel, and which code is
+ * the module's own.
+ */
+
+#include <linux/io.h>
+#include <linux/ktime.h>
+#include <linux/reboot.h>
+#include <linux/version.h>
+#include <asm/desc.h>
+#include <asm/msr.h>
+#include <asm/processor.h>
+#include <asm/smp.h>
+
+#include "kcov_bridge.h"
+
+/* Whether the host records this kernel's code. */
+bool kb_kernel_watched;
+
+/*
+ * A sign to the plugin: a NOP that nobody else writes, first in a block of its own. Within one page,
+ * so that its physical address is known.
+ */
+static noinline notrace __aligned(64) void kb_marker(void)
+{
+	asm volatile("jmp 1f\n1: .byte 0x0f, 0x1f, 0x80, 'k', 'c', 'o', 'v'" : : : "memory");
+}
+
+static void kb_cpu_halt(void)
+{
+	/* The next interrupt ends it, a timer's tick at the latest. */
+	asm volatile("hlt" : : : "memory");
+}
+
+/**
+ * kb_owner_await_recording() - wait until the plugin records the new owner, kb_timeout_ms at most
+ * @inst: the instance; recording is paused
+ *
+ * While nobody traces the plugin looks at no code, so there is no sign to be seen; but it learns
+ * that there is an owner now when a vCPU halts.
+ */
+void kb_owner_await_recording(struct kb_instance *inst)
+{
+	ktime_t end = ktime_add_ms(ktime_get(), READ_ONCE(kb_timeout_ms));
+
+	lockdep_assert_held(&inst->lock);
+	for (;;) {
+		kb_marker();
+		if (READ_ONCE(*inst->hidden) == KB_HIDDEN_SEEN || ktime_after(ktime_get(), end))
+			return;
+		kb_cpu_halt();
+	}
+}
+
+/* ---- what the host is told of this kernel -------------------------------------------------- */
+
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 2, 0) && LINUX_VERSION_CODE < KERNEL_VERSION(6, 15, 0)
+#define kb_current_task(cpu)	per_cpu_ptr(&pcpu_hot.current_task, cpu)
+#define kb_preempt_count(cpu)	per_cpu_ptr(&pcpu_hot.preempt_count, cpu)
+#else
+#define kb_current_task(cpu)	per_cpu_ptr(&current_task, cpu)
+#define kb_preempt_count(cpu)	per_cpu_ptr(&__preempt_count, cpu)
+#endif
+
+static unsigned int kb_cpu_apic_id(unsigned int cpu)
+{
+#ifdef CONFIG_SMP
+	return cpu_physical_id(cpu);
+#else
+	/* The only one is this one. Intel manual, CPUID leaf 1: the initial APIC id. */
+	return cpuid_ebx(1) >> 24;
+#endif
+}
+
+static void kb_kernel_describe(struct kb_kernel *kernel)
+{
+	struct desc_ptr table;
+	const gate_desc *gates;
+	unsigned int cpu, vector;
+
+	memset(kernel, 0, sizeof(*kernel));
+	for_each_possible_cpu(cpu) {
+		unsigned int id = kb_cpu_apic_id(cpu);
+
+		if (id >= KB_KERNEL_CPUS)
+			continue;
+		kernel->cpu[id].current_task = slow_virt_to_phys((void *)kb_current_task(cpu));
+		kernel->cpu[id].preempt_count = slow_virt_to_phys((void *)kb_preempt_count(cpu));
+	}
+	kernel->cpus = num_possible_cpus();
+	kernel->syscall_entry = __rdmsr(MSR_LSTAR);
+	kernel->marker = (unsigned long)kb_marker;
+	kernel->marker_physical = slow_virt_to_phys(kb_marker);
+	store_idt(&table);
+	gates = (const gate_desc *)table.address;
+	for (vector = 0; vector < ARRAY_SIZE(kernel->vectors); vector++)
+		if ((vector + 1) * sizeof(*gates) <= table.size + 1)
+			kernel->vectors[vector] = gate_offset(&gates[vector]);
+}
+
+/* This kernel is @here, or will not be from now on. Returns whether the host records it. */
+static bool kb_kernel_report(struct kb_bridge *bridge, bool here)
+{
+	struct kb_kernel *kernel = (struct kb_kernel *)bridge->payload;
+	int err = -EIO;
+
+	mutex_lock(&bridge->self.lock);
+	mutex_lock(&bridge->payload_lock);
+	if (here)
+		kb_kernel_describe(kernel);
+	else
+		memset(kernel, 0, sizeof(*kernel));
+	if (kb_instance_settle(&bridge->self))
+		err = kb_request(&bridge->self, KB_OP_KERNEL, 0, 0, 0, 0);
+	mutex_unlock(&bridge->payload_lock);
+	mutex_unlock(&bridge->self.lock);
+	/* A halt, at which the plugin throws away what it knows of the code of before. */
+	if (!err)
+		kb_cpu_halt();
+	return !err;
+}
+
+/* Reboot, power-off, or kexec: another kernel may run in this memory before the host sees it. */
+static int kb_reboot_event(struct notifier_block *block, unsigned long event, void *data)
+{
+	kb_recording_pause_current();
+	kb_kernel_report(kb_active, false);
+	kb_recording_resume_current();
+	return NOTIFY_DONE;
+}
+
+static struct notifier_block kb_reboot_notifier = {
+	.notifier_call	= kb_reboot_event,
+};
+
+/* A module's code is there, and has not run yet; or it has run for the last time. */
+static int kb_module_event(struct notifier_block *block, unsigned long event, void *data)
+{
+	struct kb_bridge *bridge = kb_active;
+	struct module *mod = data;
+	u64 text, bytes;
+
+	if (event != MODULE_STATE_COMING && event != MODULE_STATE_GOING)
+		return NOTIFY_DONE;
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 4, 0)
+	text = (unsigned long)mod->mem[MOD_TEXT].base;
+	bytes = mod->mem[MOD_TEXT].size;
+#else
+	text = (unsigned long)mod->core_layout.base;
+	bytes = mod->core_layout.text_size;
+#endif
+	kb_recording_pause_current();
+	mutex_lock(&bridge->self.lock);
+	mutex_lock(&bridge->payload_lock);
+	memset(bridge->payload, 0, MODULE_NAME_LEN);
+	strscpy((char *)bridge->payload, mod->name, MODULE_NAME_LEN);
+	if (kb_instance_settle(&bridge->self))
+		kb_request(&bridge->self, KB_OP_MODULE, 0, event == MODULE_STATE_COMING, text,
+			   bytes);
+	mutex_unlock(&bridge->payload_lock);
+	mutex_unlock(&bridge->self.lock);
+	kb_recording_resume_current();
+	return NOTIFY_DONE;
+}
+
+static struct notifier_block kb_module_notifier = {
+	.notifier_call	= kb_module_event,
+};
+
+static int kb_notifiers_register(void)
+{
+	int err;
+
+	err = register_module_notifier(&kb_module_notifier);
+	if (err)
+		return err;
+	err = register_reboot_notifier(&kb_reboot_notifier);
+	if (err)
+		unregister_module_notifier(&kb_module_notifier);
+	return err;
+}
+
+static void kb_notifiers_unregister(void)
+{
+	unregister_reboot_notifier(&kb_reboot_notifier);
+	unregister_module_notifier(&kb_module_notifier);
+}
+
+/* Tells the host, and from then on what changes, as long as it wants to know. */
+static int kb_watch_update(struct kb_bridge *bridge)
+{
+	bool before = kb_kernel_watched;
+	int err = 0;
+
+	kb_kernel_watched = kb_kernel_report(bridge, true);
+	if (kb_kernel_watched && !before) {
+		err = kb_notifiers_register();
+		kb_kernel_watched = !err;
+	} else if (before && !kb_kernel_watched) {
+		kb_notifiers_unregister();
+	}
+	return err;
+}
+
+/**
+ * kb_watch_start() - tell the host of this kernel
+ * @bridge: the device, which is active; its slots are free
+ *
+ * Return: 0 or a negative errno. A host that does not want to know, or to answer, is no error.
+ */
+int kb_watch_start(struct kb_bridge *bridge)
+{
+	int err;
+
+	kb_instance_init(&bridge->self, bridge);
+	err = kb_slot_acquire(&bridge->self);
+	if (err)
+		return err;
+	return kb_watch_update(bridge);
+}
+
+/**
+ * kb_watch_stop() - have the host forget this kernel
+ * @bridge: the device, whose files are gone
+ */
+void kb_watch_stop(struct kb_bridge *bridge)
+{
+	if (kb_kernel_watched) {
+		kb_notifiers_unregister();
+		kb_kernel_report(bridge, false);
+	}
+	kb_kernel_watched = false;
+	mutex_destroy(&bridge->self.lock);
+}
+
+/*
+ * The agent writes here when the guest goes on from a snapshot: the host is another, and knows
+ * nothing of this kernel.
+ */
+static ssize_t kb_host_write(struct file *file, const char __user *data, size_t size, loff_t *at)
+{
+	static DEFINE_MUTEX(kb_tell_lock);
+	int err;
+
+	mutex_lock(&kb_tell_lock);
+	/* The file is gone before the device is. */
+	err = kb_watch_update(kb_active);
+	mutex_unlock(&kb_tell_lock);
+	return err ? err : (ssize_t)size;
+}
+
+const struct file_operations kb_host_fops = {
+	.owner	= THIS_MODULE,
+	.open	= simple_open,
+	.write	= kb_host_write,
+};
