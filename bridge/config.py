@@ -34,6 +34,7 @@ __all__ = [
     "default_of",
     "find_file",
     "flag_of",
+    "known_variables",
     "load",
     "options",
 ]
@@ -116,17 +117,16 @@ class Settings:
         default=False,
         metadata=_about(
             Kind.FLAG,
-            "append one PC for the number of the system call at each return, so that no traced "
-            "call is without a PC",
+            "append one PC for the number of each system call, so that every traced call has a PC",
         ),
     )
     source: str = field(
         default="auto",
         metadata=_about(
             Kind.TEXT,
-            "where coverage comes from: python (the target on the host), kernel (the guest's "
-            "kernel, under TCG), or both; auto is what can be had: both under TCG, python under "
-            "KVM and with the personality gvisor",
+            "where coverage comes from: python (the target on the host), kernel (the guest "
+            "kernel, under TCG only), or both; auto takes what is available: both under TCG, "
+            "python under KVM and with the personality gvisor",
             choices=("auto", "python", "kernel", "python,kernel", "kernel,python"),
         ),
     )
@@ -141,22 +141,22 @@ class Settings:
         default="",
         metadata=_about(
             Kind.TEXT,
-            "of the guest kernel record these alone: function patterns, module:NAME, file:PATH "
-            "(with debug information) or addr:START-END, with spaces between",
+            "record only these parts of the guest kernel: function patterns, module:NAME, "
+            "file:PATH (with debug information) or addr:START-END, separated by spaces",
             metavar="TERMS",
         ),
     )
     kernel_exclude: str = field(
         default="",
         metadata=_about(
-            Kind.TEXT, "of the guest kernel leave these out; terms as above", metavar="TERMS"
+            Kind.TEXT, "leave these parts of the guest kernel out; terms as above", metavar="TERMS"
         ),
     )
     kernel_all: bool = field(
         default=False,
         metadata=_about(
             Kind.FLAG,
-            "record also the guest kernel's code that a kernel with CONFIG_KCOV leaves out: "
+            "also record guest kernel code that a kernel with CONFIG_KCOV leaves out: "
             "entry code, the scheduler, locks",
         ),
     )
@@ -164,8 +164,8 @@ class Settings:
         default=None,
         metadata=_about(
             Kind.PATH,
-            "the guest kernel with debug information, for files and lines; looked for where "
-            "Debian's -dbg packages put it when not given",
+            "debug information of the guest kernel, for files and lines (default: where Debian's "
+            "-dbg packages put it)",
             metavar="FILE",
         ),
     )
@@ -181,8 +181,8 @@ class Settings:
         default=True,
         metadata=_about(
             Kind.FLAG,
-            "start the guest from a snapshot of it when it was ready, which is made the first "
-            "time, instead of booting it; with an image of kcov-bridge's and its own kernel",
+            "start the guest from a snapshot, made the first time it was ready, instead of "
+            "booting it; needs an image built by kcov-bridge and its own kernel",
         ),
     )
     memory: int = field(
@@ -219,8 +219,7 @@ class Settings:
         default=None,
         metadata=_about(
             Kind.PATH,
-            "directory that a file server target serves a copy of; a small tree of its own when "
-            "not given",
+            "directory that a file server target serves a copy of (default: a small built-in tree)",
             metavar="DIR",
         ),
     )
@@ -228,7 +227,7 @@ class Settings:
         default=False,
         metadata=_about(
             Kind.FLAG,
-            "run the target in a process of its own: if it dies or hangs, the device goes on",
+            "run the target in its own process: if it dies or hangs, the device goes on",
         ),
     )
     image: str | None = field(
@@ -243,7 +242,7 @@ class Settings:
     ssh_key: Path | None = field(
         default=None,
         metadata=_about(
-            Kind.PATH, "private key that root of your own image accepts", metavar="FILE"
+            Kind.PATH, "private key that root in your disk image accepts", metavar="FILE"
         ),
     )
     kernel: Path | None = field(
@@ -263,13 +262,13 @@ class Settings:
     )
     out: Path = field(
         default=Path("build/run"),
-        metadata=_about(Kind.PATH, "directory for what the run leaves behind", metavar="DIR"),
+        metadata=_about(Kind.PATH, "directory for the results", metavar="DIR"),
     )
     timeout: float | None = field(
         default=None,
         metadata=_about(
             Kind.SECONDS,
-            "end the workload after so long, with status 124; no limit when not given",
+            "end the workload after this time, with status 124 (default: no limit)",
             metavar="SECONDS",
             minimum=0.001,
             maximum=1e9,
@@ -279,7 +278,7 @@ class Settings:
         default=None,
         metadata=_about(
             Kind.SECONDS,
-            "give up a guest that is not ready by then; chosen by the accelerator when not given",
+            "boot timeout; the default depends on the accelerator",
             metavar="SECONDS",
             minimum=0.001,
             maximum=1e9,
@@ -289,11 +288,17 @@ class Settings:
         default=200e-6,
         metadata=_about(
             Kind.SECONDS,
-            "stay awake for so long after a call that followed closely on another, because waking "
-            "up costs more than answering; 0: sleep at once",
+            "keep polling for this time after a call that closely followed another, because "
+            "waking up costs more than answering; 0: sleep at once",
             metavar="SECONDS",
             minimum=0.0,
             maximum=60.0,
+        ),
+    )
+    sandbox: bool = field(
+        default=True,
+        metadata=_about(
+            Kind.FLAG, "run QEMU in its seccomp sandbox, which a QEMU may be built without"
         ),
     )
     qemu: str = field(
@@ -325,7 +330,7 @@ class Settings:
         if "kernel" in named and accelerator != "tcg":
             raise UsageError(
                 "the guest kernel cannot be watched under KVM: only TCG lets QEMU see its code",
-                hint="ask for --accel tcg, or for --source python",
+                hint="--accel tcg allows it; --source python does without",
             )
         return named
 
@@ -521,6 +526,12 @@ def load(
 def flag_of(name: str) -> str:
     """Return the flag of a setting."""
     return "--" + name.replace("_", "-")
+
+
+def known_variables() -> frozenset[str]:
+    """Return the names of all environment variables that the bridge reads."""
+    names = {name.upper() for name in options()} | _OTHER_VARIABLES
+    return frozenset(ENVIRONMENT_PREFIX + name for name in names)
 
 
 def default_of(name: str) -> object:

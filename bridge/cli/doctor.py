@@ -286,7 +286,7 @@ def _memory(settings: Settings) -> Iterator[Check]:
         os.close(os.memfd_create("kcov-bridge-doctor", os.MFD_CLOEXEC))
     except OSError as error:
         why = f"memfd_create: {error.strerror}"
-        yield Check("memfd", True, False, why, "allow it: a sandbox or seccomp filter denies it")
+        yield Check("memfd", True, False, why, "the sandbox around it must allow it")
     else:
         yield Check("memfd", True, True, "works")
 

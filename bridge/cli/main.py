@@ -209,7 +209,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:
     if split is not None and not command:
         raise UsageError(
             "there is no command after --",
-            hint="leave -- away to run the default workload",
+            hint="without --, the default workload runs",
         )
     args.command = command
     return args

@@ -148,7 +148,7 @@ class Region:
         if size & (size - 1) or not _MIN_BYTES <= size <= _MAX_BYTES:
             raise UsageError(
                 f"a region of {size} bytes is not possible",
-                hint="choose a power of two from 1 MiB on; the PCI device needs that",
+                hint="choose a power of two, 1 MiB or more: --region MIB",
             )
         self.size = size
         self.fd = -1
@@ -166,7 +166,7 @@ class Region:
                 os.close(self.fd)
             raise RegionError(
                 f"no shared region of {size >> 20} MiB could be made: {error.strerror}",
-                hint="free memory, or ask for a smaller region",
+                hint="free memory, or take a smaller region: --region MIB",
             ) from error
         self._bytes = memoryview(self._map)
         self.control = self._bytes[:AREAS_OFFSET].cast("Q")

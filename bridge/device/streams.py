@@ -366,7 +366,7 @@ class Stream:
         raise IncompleteError(
             f"the PCs are incomplete: {self._log.lost:,} words could not be written to a temporary "
             f"file: {error.strerror if error else 'it was closed'}",
-            hint="free disk space where the results go (--out), or choose another directory there",
+            hint="free disk space where the results go, or choose another directory: --out DIR",
         )
 
     @property

@@ -140,6 +140,7 @@ def _machine(settings: Settings, accelerator: Accelerator) -> MachineConfig:
         cpus=settings.cpus,
         boot_timeout=settings.boot_timeout,
         qemu=settings.qemu,
+        sandbox=settings.sandbox,
     )
 
 
@@ -257,7 +258,8 @@ class OwnImage:
             raise BootTimeoutError(
                 f"the guest's sshd was not usable after {seconds:g} s: {error.message}",
                 evidence=machine.console.tail(_EVIDENCE_LINES) or "(the console is empty)",
-                hint="allow it more time, or see that the image has sshd and a console on ttyS0",
+                hint="allow more time with --boot-timeout SECONDS; the image needs sshd, and a "
+                "console on ttyS0",
             ) from error
         kernel = guest.run(["uname", "-r"], check=True).text.strip()
         self._install(guest, kernel)

@@ -96,7 +96,7 @@ class IsolatedTarget:
         if not described.packages:
             raise UsageError(
                 f"the target {target} has nothing to isolate: it covers no packages",
-                hint="leave isolate away",
+                hint="leave out --isolate",
             )
         self.name = described.name
         self.packages = described.packages

@@ -282,7 +282,7 @@ class BlockTable:
         if version != str(_VERSION):
             raise SourceError(
                 f"{path} is a block table of version {version[:20]}, this is version {_VERSION}",
-                hint="symbolize with the kcov-bridge that made the run",
+                hint="another version made the run: symbolize with that kcov-bridge",
             )
         if lines.pop() != "":
             raise SourceError(f"{path} is cut short", evidence=text[-80:])

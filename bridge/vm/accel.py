@@ -62,7 +62,7 @@ def choose_accelerator(
     if wanted == "kvm":
         raise MissingDependencyError(
             f"KVM was asked for and cannot work: {reason}",
-            hint=f"{remedy}, or use the accelerator tcg",
+            hint=f"{remedy}, or run without KVM: --accel tcg",
         )
     return Accelerator("tcg", f"no KVM: {reason}")
 

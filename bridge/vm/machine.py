@@ -65,7 +65,9 @@ logger = logging.getLogger(__name__)
 
 LossListener = Callable[[BridgeError], None]
 
-PLUGIN_REMEDY = "install a QEMU with TCG plugins, 7.2 or newer, or ask for --source python"
+PLUGIN_REMEDY = (
+    "install a QEMU with TCG plugins, 7.2 or newer, or leave the kernel out: --source python"
+)
 """What helps where QEMU does not load the plugin that watches the guest kernel."""
 
 _GREETING_SECONDS = 30.0
@@ -436,9 +438,10 @@ class Machine:
         raise BootTimeoutError(
             f"the guest was not ready after {seconds:g} s under {accelerator.name}",
             evidence=self._console.tail(_EVIDENCE_LINES) or "(the console is empty)",
-            hint="allow it more time, or use the accelerator tcg"
+            hint="allow it more time with --boot-timeout SECONDS, or run without KVM: --accel tcg"
             if accelerator.name == "kvm"
-            else "allow it more time, or look at the console for what it waits for",
+            else "allow it more time with --boot-timeout SECONDS; the console shows what it "
+            "waits for",
         )
 
     def adopt_ready(self, ready: Ready) -> None:
@@ -685,7 +688,7 @@ class Machine:
             return UsageError(
                 f"the SSH port {self.config.ssh_port} is taken",
                 evidence=said,
-                hint="choose another, or none to have a free one chosen",
+                hint="MachineConfig.ssh_port 0 has QEMU take a free port",
             )
         if "is not a valid device model name" in said and not self.config.extra_args:
             return MissingDependencyError(
@@ -701,9 +704,9 @@ class Machine:
             )
         hint = "the last line starts the same machine by hand"
         if "cannot set up guest memory" in said:
-            hint = f"this machine has no {self.config.memory_mib} MiB to give to a guest"
+            hint = f"there are no {self.config.memory_mib} MiB for a guest; take less: --memory MIB"
         elif self.config.sandbox and "-sandbox" in said:
-            hint = "this QEMU has no seccomp sandbox: switch it off in the settings"
+            hint = "this QEMU was built without seccomp; run it without its sandbox: --no-sandbox"
         return QemuError(
             f"QEMU {self._process.how_it_ended}", evidence=f"{said}\n{self._by_hand}", hint=hint
         )

@@ -206,7 +206,7 @@ class KernelFilter:
             if strict and not instrumented:
                 raise UsageError(
                     "the kernel filters leave nothing but what Linux' kcov does not instrument",
-                    hint="to record it all the same, switch the rules of kcov off",
+                    hint="--kernel-all records it all the same",
                 )
             left = instrumented
         return left
@@ -240,7 +240,7 @@ def _ranges(term: _Term, symbols: KernelSymbols, lines: FileRanges | None, stric
             raise UsageError(
                 f"the kernel filter {term.text!r} needs the kernel's debug information",
                 hint="install the package linux-image-…-dbg of the guest's kernel or name a "
-                "vmlinux with DWARF in it; or name functions or a module instead",
+                "file with it: --vmlinux FILE; or name functions or a module instead",
             )
         found = lines.file_ranges(term.pattern)
         names = lines.files() if strict and not found else ()

@@ -44,7 +44,7 @@ _NOTHING: Final = 0xFFFF_FFFF
 
 _HINT: Final = (
     "install the package linux-image-…-dbg of the guest's kernel, or name a vmlinux that was "
-    "built with CONFIG_DEBUG_INFO"
+    "built with CONFIG_DEBUG_INFO: --vmlinux FILE"
 )
 
 

@@ -192,7 +192,7 @@ class Plan:
         if len(ranges) > RANGES:
             raise SourceError(
                 f"the filter cuts the kernel into {len(ranges)} pieces, more than {RANGES}",
-                hint="name whole files, modules or longer address ranges",
+                hint="name whole files, modules or longer address ranges in --kernel-include",
             )
         words = self.words
         words[PlanWord.RANGES_EPOCH] += 1
