@@ -40,7 +40,7 @@ def stay_awake(session: Session, nanoseconds: int) -> None:
     """Have the doorbell stay awake for so long after a request from now on; 0: not at all."""
     doorbell = session.doorbell
     assert doorbell is not None
-    doorbell.call(functools.partial(setattr, doorbell, "_busy_ns", nanoseconds))
+    doorbell.call(functools.partial(setattr, doorbell.polling, "poll_ns", nanoseconds))
 
 
 def _run(session: Session, *words: str) -> _Figures:
@@ -70,7 +70,7 @@ def _measure_signal(bench: Bench) -> None:
         assert isinstance(session.source, PythonSource)
         assert session.doorbell is not None
         cover_before_each_look(session.source)
-        awake_ns = session.doorbell._busy_ns
+        awake_ns = session.doorbell.polling.poll_ns
 
         def ours(nanoseconds: int) -> _Figures:
             stay_awake(session, nanoseconds)

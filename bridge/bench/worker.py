@@ -137,7 +137,7 @@ class _Served:
     def __init__(self, session: Session) -> None:
         self._session = session
         assert session.doorbell is not None
-        self._awake_ns = session.doorbell._busy_ns
+        self._awake_ns = session.doorbell.polling.poll_ns
 
     def memory(self) -> tuple[float, float]:
         """MiB of QEMU and of the bridge."""

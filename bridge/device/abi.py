@@ -21,7 +21,7 @@ header says that the host is awake, rings the doorbell. The host carries the ope
 the response and sets its ``SEQ`` to the request's, which hands both back to the guest.
 
 A return of the owner's is such a request only where ``NEWS`` says that there may be something for
-it; how many were none the next request tells (the argument *untold*).
+it; the next request says how many were not reported (the argument *unreported*).
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ __all__ = [
     "SLOTS",
     "SLOT_WORDS",
     "STREAM_MASK",
+    "UNREPORTED_MASK",
     "VECTORS",
     "VERSION",
     "WORD",
@@ -174,14 +175,14 @@ class Op(IntEnum):
     ENABLE = 3
     """KCOV_ENABLE; ARG0 = mode, ARG1 = the address of the caller's task_struct."""
     DISABLE = 4
-    """KCOV_DISABLE; ARG0 = the ioctl's argument, ARG1 = untold."""
+    """KCOV_DISABLE; ARG0 = the ioctl's argument, ARG1 = unreported."""
     EXIT = 5
-    """The task TASK is gone; ARG1 = untold."""
+    """The task TASK is gone; ARG1 = unreported."""
     RELEASE = 6
     """The last reference to the instance is gone; no mapping is left."""
     RETURN = 7
     """A system call of the owner is about to return to user mode; ARG0 = its number, ARG1 =
-    untold: how many returned since the last request of this owner without one of their own."""
+    unreported: how many returned since the owner's last request without one of their own."""
     RESET = 8
     """KCOV_RESET_TRACE; ARG0 = the ioctl's argument."""
     UNIQUE = 9
@@ -191,7 +192,7 @@ class Op(IntEnum):
     2**64-1 where the argument could not be read; ARG2 = common_handle; the payload: handles."""
     CLOSE = 11
     """The last descriptor is closed while TASK owns the instance; the answer 0 ends that; ARG1 =
-    untold."""
+    unreported."""
     KERNEL = 12
     """In the module's own slot, which is no instance: the payload describes the kernel, see
     :class:`KernelWord`; the answer 0 says that the host watches it. Without CPUS the kernel ends:
@@ -205,6 +206,10 @@ class Op(IntEnum):
     UNTRACED = 15
     """In the module's own slot: threads that could not be followed; ARG0 = number of the stream,
     ARG1 = how many."""
+
+
+UNREPORTED_MASK = (1 << 32) - 1
+"""The bits of *unreported* that count: no guest makes more returns between two requests."""
 
 
 class RequestWord(IntEnum):

@@ -3,7 +3,7 @@
 
 The loop trusts nothing that it reads: a request is an op code, three ids and three numbers, each
 bounded by the host's own tables; whatever fails becomes an errno, and is counted. Nor does it
-trust that what it wrote still stands there: a few times a second it mends the words that are the
+trust that what it wrote still stands there: a few times a second it repairs the words that are the
 host's and looks at all slots, so that a guest that scribbled over the region, or over the hints
 that wake the loop, is served again once it stops.
 """
@@ -19,10 +19,10 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Generic, TypeVar, cast
+from typing import Generic, Protocol, TypeVar, cast
 
 from bridge.device.abi import (
     KCOV_REMOTE_MAX_HANDLES,
@@ -33,6 +33,7 @@ from bridge.device.abi import (
     RESPONSES_OFFSET,
     SLOT_WORDS,
     SLOTS,
+    UNREPORTED_MASK,
     WORD,
     Answer,
     HeaderWord,
@@ -42,14 +43,13 @@ from bridge.device.abi import (
     ResponseWord,
 )
 from bridge.device.coverage_epoch import coverage_epoch_value
-from bridge.device.fastpath import Doorstep
-from bridge.device.fastpath.plain import UNTOLD_MASK
+from bridge.device.fastpath import ReturnPoller
 from bridge.device.kcov import Device, Kcov
+from bridge.device.polling import PREEMPTED_NS, CpuContention, PollPolicy
 from bridge.device.region import Region
 from bridge.errors import DoorbellError
-from bridge.sources.guest_kernel.source import GuestKernel
 
-__all__ = ["Doorbell", "DoorbellCounters"]
+__all__ = ["Doorbell", "DoorbellCounters", "KernelListener"]
 
 C = TypeVar("C")
 T = TypeVar("T")
@@ -63,6 +63,7 @@ _NAME_WORDS = 56 // WORD
 """MODULE_NAME_LEN in include/linux/module.h of Linux."""
 # As plain numbers: looking up a member of an enumeration costs as much as reading the region.
 _KICK = int(HeaderWord.KICK)
+_HOST_STATE = int(HeaderWord.HOST_STATE)
 _ERROR = int(ResponseWord.ERROR)
 _APPENDED = int(ResponseWord.APPENDED)
 _DROPPED = int(ResponseWord.DROPPED)
@@ -76,46 +77,26 @@ _OPENING = frozenset(
 """What can be the first request of an instance: the host learns of an open by it."""
 _IN_THE_WAY = frozenset({errno.ENOMEM, errno.EBUSY, errno.EEXIST})
 """What an instance is told because of what others hold."""
-_LOOKS = range(12)
-"""How often the loop looks for a request while it is awake, between two times that it lets go of
-the interpreter lock: that takes as long as half of these looks."""
-_TAKEN_NS = 100_000
-"""So long between two looks of a loop that is awake, and somebody else had its processor or the
-interpreter lock: Linux gives nobody less than some hundred microseconds."""
-_CROWDED_NS = 50_000_000
-"""How long the loop does not stay awake after that, if more want a processor than there are."""
-_IN_VAIN_NS = 4_000_000
-"""How long it does not after it stayed awake for nothing while others waited for a processor, the
-guest perhaps; twice as long each time that follows, up to _CROWDED_NS, and half as long after each
-time that it was not in vain."""
-_FORGIVEN = 2
-"""How often in a row it may be in vain where nobody waits: as a guest's burst of calls ends."""
-_CLOSE = 5
-"""Requests follow each other closely if no more than this many busy phases lie between."""
-_MEND_NS = 250_000_000
-"""How often the region is mended: well within the time that the guest waits for an answer."""
-_MEND_SHOWS = 8
-"""How many times the host shows itself to a guest that takes it for gone."""
+_REPAIR_NS = 250_000_000
+"""How often the region is repaired: well within the time that the guest waits for an answer."""
+_EPOCH_CHANGES = 8
+"""How many repairs in a row change the epoch for a guest that takes the host for gone."""
 
 
-class _Crowd:
-    """Whether more threads want a processor than there are, on this machine, now."""
+class KernelListener(Protocol):
+    """Who is told about the guest's kernel: ``bridge.sources.guest_kernel``.
 
-    def __init__(self, stack: contextlib.ExitStack) -> None:
-        self._processors = os.cpu_count() or 1
-        self._fd = -1
-        with contextlib.suppress(OSError):
-            self._fd = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, self._fd)
+    All of it is the guest's word, and called on the doorbell's thread.
+    """
 
-    def is_there(self) -> bool:
-        """This thread counts as one; true where nobody can tell."""
-        try:
-            # proc_loadavg(5): three averages, then runnable/all.
-            runnable = int(os.pread(self._fd, 64, 0).split()[3].partition(b"/")[0])
-        except (OSError, ValueError, IndexError):
-            return True
-        return runnable > self._processors
+    def describe(self, payload: Sequence[int], /) -> int:
+        """The words of KERNEL's payload; returns an errno."""
+
+    def module(self, name: str, comes: bool, start: int, size: int, /) -> int:
+        """A module's code comes or goes; returns an errno."""
+
+    def tick(self) -> None:
+        """Called a few times a second."""
 
 
 @dataclass(slots=True)
@@ -125,8 +106,8 @@ class DoorbellCounters:
     ``requests``: carried out; ``refused``: of an unknown op or for an unknown instance;
     ``wakeups``: from sleep, by the bell; ``scans``: looks over all slots, because requests came
     at the same time or the guest's hint was wrong; ``source_failures``: raised by a source;
-    ``mended``: words of the host's that the guest had overwritten; ``reclaimed``: instances ended
-    because their slots did not name them any more when others were in need of what they held.
+    ``repaired``: words of the host's that the guest had overwritten; ``reclaimed``: instances ended
+    because their slots no longer named them when others needed what they held.
     """
 
     requests: int = 0
@@ -134,7 +115,7 @@ class DoorbellCounters:
     wakeups: int = 0
     scans: int = 0
     source_failures: int = 0
-    mended: int = 0
+    repaired: int = 0
     reclaimed: int = 0
 
 
@@ -143,10 +124,8 @@ class Doorbell(Generic[C]):
 
     ``kernel`` is told what the guest says about its kernel; ``silent``: owners need not tell of
     their returns, because no source is consumed at them.
-    ``busy_seconds`` is how long the loop stays awake after a request that followed closely on the
-    one before, until it sleeps on the bell: waking up costs more than answering, but a loop that
-    is awake uses a core, which the target or another guest may need. Where somebody takes it away
-    meanwhile, the loop does not stay awake for a while.
+    ``poll_seconds`` is how long the loop polls for the next request before it sleeps on the bell;
+    ``polling`` is the :class:`bridge.device.polling.PollPolicy` that decides when it does.
     ``failure`` is the first exception that a source raised; the guest gets no PCs then, and goes
     on. ``epoch`` (not 0) tells the guest that a new host has come; it grows when the guest takes
     this one for gone. ``guest_timeouts`` and
@@ -160,9 +139,9 @@ class Doorbell(Generic[C]):
         device: Device[C],
         bell: int,
         *,
-        busy_seconds: float = 0.0,
+        poll_seconds: float = 0.0,
         epoch: int | None = None,
-        kernel: GuestKernel | None = None,
+        kernel: KernelListener | None = None,
         silent: bool = False,
     ) -> None:
         self.counters = DoorbellCounters()
@@ -175,31 +154,31 @@ class Doorbell(Generic[C]):
         self._region = region
         self._control = region.control
         self._bell = bell
-        self._busy_ns = int(busy_seconds * 1e9)
         self._epoch = epoch if epoch is not None else (time.time_ns() | 1) & (2**63 - 1)
         self._slots: list[Kcov[C] | None] = [None] * SLOTS
         self._handled: list[int] = self._sequence_numbers()
         # What the host wrote last into each response's SEQ.
         self._answered: list[int] = [0] * SLOTS
-        self._mend_at = 0
+        self._repair_at = 0
         self._guest_counts = (0, 0)
-        self._shows = 0
+        self._epoch_changes = 0
         self._relayed = False
         self._stopping = False
-        # Compiled, for what is most often asked; None without.
-        self._step: Doorstep | None = None
-        if Doorstep is not None and device.returns is not None:
-            self._step = Doorstep(
-                region.control,
-                device.returns,
-                self._slots,
-                self._handled,
-                self._answered,
-                self.source_failed,
-            )
+        self._poller: ReturnPoller[Kcov[C]] = ReturnPoller(
+            region.control,
+            device.return_handler,
+            self._slots,
+            self._handled,
+            self._answered,
+            self.source_failed,
+        )
         self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        # Taken and let go for its memory barrier alone: see _doze().
+        with contextlib.ExitStack() as stack:
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            stack.callback(os.close, self._wake)
+            self.polling = PollPolicy(int(poll_seconds * 1e9), CpuContention(stack).cpu_contended)
+            self._stack = stack.pop_all()
+        # Taken and let go for its memory barrier alone: see _sleep().
         self._barrier = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="kcov-doorbell", daemon=True)
 
@@ -231,9 +210,8 @@ class Doorbell(Generic[C]):
             self.look_at_guest()
             self._control[HeaderWord.HOST_EPOCH] = 0
             self._control[HeaderWord.HOST_STATE] = HostState.ASLEEP
-        if self._step is not None:
-            self._step.release()
-        os.close(self._wake)
+        self._poller.release()
+        self._stack.close()
 
     def call(self, function: Callable[[], T], timeout: float = 5.0) -> T:
         """Run ``function`` on the doorbell's thread, which alone may touch the device.
@@ -249,9 +227,8 @@ class Doorbell(Generic[C]):
         return cast(T, future.result(timeout))
 
     def _awaken(self) -> None:
-        """Have the thread look about, asleep or awake."""
-        if self._step is not None:
-            self._step.poke()
+        """Make the thread look at what there is to do, whether it sleeps or polls."""
+        self._poller.interrupt()
         os.eventfd_write(self._wake, 1)
 
     def reset(self) -> None:
@@ -266,7 +243,7 @@ class Doorbell(Generic[C]):
         # In place: they are the compiled part's too.
         self._handled[:] = self._answered[:] = [0] * SLOTS
         self._guest_counts = (0, 0)
-        self._shows = 0
+        self._epoch_changes = 0
         self._epoch = self._epoch + 2 & (2**63 - 1)
         self._control[HeaderWord.HOST_EPOCH] = self._epoch
 
@@ -282,23 +259,20 @@ class Doorbell(Generic[C]):
     def _run(self) -> None:
         control = self._control
         calls = self._calls
-        step = self._step
+        polling = self.polling
+        poller = self._poller
         clock = time.perf_counter_ns
-        with select.epoll() as epoll, contextlib.ExitStack() as stack:
-            crowd = _Crowd(stack)
+        with select.epoll() as epoll:
             epoll.register(self._bell, select.EPOLLIN)
             epoll.register(self._wake, select.EPOLLIN)
             last = control[_KICK]
             self._scan()
-            awake_until = previous = looked = crowded_until = 0
-            penalty = _IN_VAIN_NS
-            vain = 0
             while not self._stopping:
                 kick = control[_KICK]
                 if calls:
                     # First, or a guest that kicks without end would keep them waiting.
                     self._call_next()
-                    looked = clock()
+                    polling.looked = clock()
                 elif kick != last:
                     slot = kick & _SLOT_MASK
                     # One request since the last look: its slot is known. Otherwise look at all.
@@ -307,57 +281,30 @@ class Doorbell(Generic[C]):
                     else:
                         self._scan()
                     last = kick
-                    if busy := self._busy_ns:
-                        # Worth staying awake for only where requests follow each other closely.
-                        now = clock()
-                        if now < awake_until:
-                            penalty = max(penalty // 2, _IN_VAIN_NS)
-                            vain = 0
-                        if now - previous < _CLOSE * busy and now > crowded_until:
-                            awake_until = now + busy
-                        previous = looked = now
-                        if now >= self._mend_at:
-                            self._mend(now)
-                            looked = clock()
-                elif awake_until and (now := clock()) < awake_until:
-                    if now - looked > _TAKEN_NS and crowd.is_there():
-                        # Others want the processor: to stay awake keeps them and us from it.
-                        awake_until = 0
-                        crowded_until = now + _CROWDED_NS
-                        continue
-                    if step is not None:
-                        step.stay(last, awake_until, self._mend_at, self._busy_ns, _TAKEN_NS)
-                        last, looked = step.last, step.looked
-                        if step.served:
-                            # As above, where requests follow each other closely.
-                            self.counters.requests += step.served
-                            awake_until, previous = step.until, looked
-                            penalty = max(penalty // 2, _IN_VAIN_NS)
-                            vain = 0
-                        if clock() >= self._mend_at:
-                            self._mend(looked)
-                            looked = clock()
-                        continue
-                    looked = now
-                    # Awake, but the target may have the GIL; time.sleep(0) would cost a timer.
-                    epoll.poll(0)
-                    for _ in _LOOKS:
-                        if control[_KICK] != last:
-                            break
+                    now = clock()
+                    if polling.served(now):
+                        control[_HOST_STATE] = HostState.AWAKE
+                    if now >= self._repair_at:
+                        self._repair(now)
+                        polling.looked = clock()
+                elif polling.keep_polling(clock()):
+                    poller.poll(
+                        last, polling.poll_until, self._repair_at, polling.poll_ns, PREEMPTED_NS
+                    )
+                    last = poller.last
+                    self.counters.requests += poller.served
+                    polling.polled(poller.served, poller.looked, poller.until)
+                    if (now := clock()) >= self._repair_at:
+                        self._repair(now)
+                        polling.looked = clock()
                 else:
-                    if awake_until:
-                        awake_until = 0
-                        vain += 1
-                        if vain > _FORGIVEN or crowd.is_there():
-                            crowded_until = max(crowded_until, now + penalty)
-                            penalty = min(2 * penalty, _CROWDED_NS)
-                    # Where it would not stay awake, the next request's bell is for waking it up.
-                    self._doze(epoll, last, looked > crowded_until)
+                    # In a pause of polling, the next request's bell is to wake it up again.
+                    self._sleep(epoll, last, not polling.paused)
 
-    def _doze(self, epoll: select.epoll, last: int, awake_then: bool) -> None:
-        """Sleep until the guest rings, unless it kicked while we were about to.
+    def _sleep(self, epoll: select.epoll, last: int, awake_then: bool) -> None:
+        """Sleep until the guest rings, unless it kicked in the meantime.
 
-        ``awake_then``: the guest need not ring after that, until the next time.
+        ``awake_then``: the guest need not ring after that, until the next sleep.
         The guest writes KICK and then reads HOST_STATE; we write HOST_STATE and then read KICK.
         With a full barrier between the two on either side, at least one sees the other's write:
         no kick is slept through. Taking a lock is a locked instruction, so a full barrier, on
@@ -365,14 +312,14 @@ class Doorbell(Generic[C]):
         """
         control = self._control
         now = time.perf_counter_ns()
-        if now >= self._mend_at:
-            self._mend(now)
+        if now >= self._repair_at:
+            self._repair(now)
         control[HeaderWord.HOST_STATE] = HostState.ASLEEP
         with self._barrier:
             pass
         if control[HeaderWord.KICK] == last:
             # Not for ever: the guest may have overwritten what says that it has to ring.
-            events = [fd for fd, _ in epoll.poll(_MEND_NS / 1e9)]
+            events = [fd for fd, _ in epoll.poll(_REPAIR_NS / 1e9)]
             if self._wake in events:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake)
@@ -383,26 +330,26 @@ class Doorbell(Generic[C]):
                 # A bell without a kick: a guest that lost count, or one that plays with it.
                 if control[HeaderWord.KICK] == last:
                     self._scan()
-        if awake_then and self._busy_ns:
+        if awake_then and self.polling.poll_ns:
             control[HeaderWord.HOST_STATE] = HostState.AWAKE
 
-    def _mend(self, now: int) -> None:
+    def _repair(self, now: int) -> None:
         """Restore what the host wrote, and look at all slots whatever the hints say."""
-        self._mend_at = now + _MEND_NS
+        self._repair_at = now + _REPAIR_NS
         control = self._control
         counters = self.counters
-        counters.mended += self._region.restore_header()
+        counters.repaired += self._region.restore_header()
         counts = (control[HeaderWord.GUEST_TIMEOUTS], control[HeaderWord.GUEST_SKIPPED])
         if counts != self._guest_counts:
             # The guest takes the host for gone until a lost answer turns up, which it never does
             # where the request was overwritten. A new epoch says that the host is here; more than
             # one, because the guest counts before it looks at the epoch.
             self._guest_counts = counts
-            self._shows = _MEND_SHOWS
+            self._epoch_changes = _EPOCH_CHANGES
         elif control[HeaderWord.HOST_EPOCH] != self._epoch:
-            counters.mended += 1
-        if self._shows:
-            self._shows -= 1
+            counters.repaired += 1
+        if self._epoch_changes:
+            self._epoch_changes -= 1
             self._epoch = self._epoch + 2 & (2**63 - 1)
         control[HeaderWord.HOST_EPOCH] = self._epoch
         control[HeaderWord.NEWS] = coverage_epoch_value() if self._relayed else 0
@@ -413,14 +360,14 @@ class Doorbell(Generic[C]):
         if answers != self._answered:
             for slot, (now_there, ours) in enumerate(zip(answers, self._answered, strict=True)):
                 if now_there != ours:
-                    counters.mended += 1
+                    counters.repaired += 1
                     control[_RESPONSES + slot * SLOT_WORDS + ResponseWord.SEQ] = ours
 
     def _call_next(self) -> None:
         function, future = self._calls.popleft()
         try:
             future.set_result(function())
-        except Exception as error:
+        except BaseException as error:
             future.set_exception(error)
 
     def _sequence_numbers(self) -> list[int]:
@@ -439,7 +386,7 @@ class Doorbell(Generic[C]):
 
     def _serve(self, slot: int) -> None:
         """Carry out the request in ``slot``, if it is new, and answer it."""
-        if self._step is not None and self._step.serve(slot):
+        if self._poller.serve(slot):
             self.counters.requests += 1
             return
         control = self._control
@@ -452,10 +399,9 @@ class Doorbell(Generic[C]):
         answer = _RESPONSES + slot * SLOT_WORDS
         kcov = self._slots[slot]
         if op == _RETURN and kcov is not None and kcov.generation == generation:
-            # The hot path: straight to the device.
             try:
-                error = self._device.syscall_return(kcov, task, arg0, arg1 & UNTOLD_MASK)
-            except Exception as failure:
+                error = self._device.syscall_return(kcov, task, arg0, arg1 & UNREPORTED_MASK)
+            except BaseException as failure:
                 error = self._source_failed(failure)
         else:
             error = self._carry_out(slot, op, generation, task, (arg0, arg1, arg2))
@@ -484,7 +430,7 @@ class Doorbell(Generic[C]):
         if op in (Op.KERNEL, Op.MODULE):
             return self._hear_kernel(op, args)
         if op == Op.UNTRACED:
-            return device.count_untraced(args[0], args[1] & UNTOLD_MASK)
+            return device.count_untraced(args[0], args[1] & UNREPORTED_MASK)
         if kcov is not None and kcov.generation != generation:
             # Its release was lost: the slot belongs to a new open now.
             device.release(kcov)
@@ -525,16 +471,16 @@ class Doorbell(Generic[C]):
                 return device.remote_enable(kcov, task, mode, self._handles(args[1]), args[2])
             if op == Op.STREAM:
                 return device.join_stream(kcov, task, args[0], args[1])
-        except Exception as failure:
+        except BaseException as failure:
             return self._source_failed(failure)
         if op == Op.DISABLE:
-            return device.disable(kcov, task, args[0], args[1] & UNTOLD_MASK)
+            return device.disable(kcov, task, args[0], args[1] & UNREPORTED_MASK)
         if op == Op.RESET:
             return device.reset_trace(kcov, task, args[0])
         if op == Op.EXIT:
-            return device.task_exit(kcov, task, args[1] & UNTOLD_MASK)
+            return device.task_exit(kcov, task, args[1] & UNREPORTED_MASK)
         if op == Op.CLOSE:
-            return device.last_close(kcov, task, args[1] & UNTOLD_MASK)
+            return device.last_close(kcov, task, args[1] & UNREPORTED_MASK)
         self.counters.refused += 1
         return errno.EINVAL
 
@@ -548,7 +494,7 @@ class Doorbell(Generic[C]):
                 return self._kernel.describe(payload.tolist())
             name = payload[:_NAME_WORDS].tobytes().partition(b"\0")[0].decode("ascii", "replace")
             return self._kernel.module(name, args[0] == 1, args[1], args[2])
-        except Exception as failure:
+        except BaseException as failure:
             return self._source_failed(failure)
 
     def _reclaim(self, asking: int) -> int:
@@ -581,14 +527,14 @@ class Doorbell(Generic[C]):
         ].tolist()
         return handles
 
-    def source_failed(self, failure: Exception) -> None:
+    def source_failed(self, failure: BaseException) -> None:
         """Count what a source raised, and keep the first; on the doorbell's thread."""
         self.counters.source_failures += 1
         if self.failure is None:
             self.failure = failure
             logger.error("a coverage source failed; the guest gets no PCs from it: %r", failure)
 
-    def _source_failed(self, failure: Exception) -> int:
+    def _source_failed(self, failure: BaseException) -> int:
         """Nothing that a source does may end the loop or hang a guest."""
         self.source_failed(failure)
         return errno.EIO

@@ -36,7 +36,7 @@ from bridge.device.abi import (
     PAGE_SIZE,
     WORD,
 )
-from bridge.device.fastpath import KcovState, Returns, Totals
+from bridge.device.fastpath import KcovState, ReturnHandler, Totals
 from bridge.device.region import Area
 from bridge.device.streams import Stream
 from bridge.errors import SourceError
@@ -83,10 +83,6 @@ class Mode(Enum):
     TRACE_PC = "trace-pc"
     UNIQUE_PC = "unique-pc"
     TRACE_CMP = "trace-cmp"
-
-
-# A plain name: looking up the member of the enumeration costs as much as appending a PC.
-_UNIQUE_PC = Mode.UNIQUE_PC
 
 
 class Areas(Protocol):
@@ -144,7 +140,7 @@ class Watcher(Protocol):
         """Nobody writes into the area any more; as :meth:`counts`."""
 
 
-class Kcov(KcovState, Generic[C]):
+class Kcov(KcovState[Area, C], Generic[C]):
     """One open descriptor. The fields are the device's; read them, don't write them.
 
     ``area`` is None before INIT_TRACE (linux) or the first mmap (gvisor). ``retired`` are areas
@@ -214,13 +210,14 @@ class Device(Generic[C]):
         self._streams: dict[int, Stream] = {}
         # In the order of their opening, as dicts keep it.
         self._open: dict[Kcov[C], None] = {}
-        # Compiled, for the returns of most owners.
-        self.returns: Returns | None = None
-        if Returns is not None:
-            watched = self._watched_returns if watcher is not None else None
-            self.returns = Returns(
-                coverage, self.totals, self.unique, syscall_pc, watched, self._append_rest
-            )
+        self.return_handler: ReturnHandler[Kcov[C]] = ReturnHandler(
+            coverage,
+            self.totals,
+            self.unique,
+            syscall_pc,
+            self._watched_returns if watcher is not None else None,
+            self._append_rest,
+        )
 
     @property
     def instances(self) -> int:
@@ -384,7 +381,7 @@ class Device(Generic[C]):
         kcov = self._remotes.get(handle)
         if kcov is None or kcov.area is None:
             return False
-        self._append(kcov, kcov.area, pcs)
+        self.return_handler.append(kcov, kcov.area, pcs)
         return True
 
     def _begin(self, kcov: Kcov[C], task: Task, mode: Mode, address: int) -> None:
@@ -513,23 +510,23 @@ class Device(Generic[C]):
         kcov.area.reset()
         return 0
 
-    def disable(self, kcov: Kcov[C], task: Task, argument: int, untold: int = 0) -> Errno:
+    def disable(self, kcov: Kcov[C], task: Task, argument: int, unreported: int = 0) -> Errno:
         """KCOV_DISABLE by ``task``, with the ioctl's argument.
 
-        ``untold`` here and below: returns since the owner's last request.
+        ``unreported`` here and below: returns since the owner's last request.
         """
         if argument or kcov.owner is None or kcov.owner != task:
             return errno.EINVAL
-        self._reset(kcov, untold)
+        self._reset(kcov, unreported)
         return 0
 
-    def task_exit(self, kcov: Kcov[C], task: Task, untold: int = 0) -> Errno:
+    def task_exit(self, kcov: Kcov[C], task: Task, unreported: int = 0) -> Errno:
         """``task`` is gone: an instance that it owned goes back to INIT."""
         if kcov.owner is not None and kcov.owner == task:
-            self._reset(kcov, untold)
+            self._reset(kcov, unreported)
         return 0
 
-    def last_close(self, kcov: Kcov[C], task: Task, untold: int = 0) -> Errno:
+    def last_close(self, kcov: Kcov[C], task: Task, unreported: int = 0) -> Errno:
         """No descriptor is left, while ``task`` owns the instance: 0 if that ends the ownership.
 
         gVisor clears the instance (``kcovFD.Release``). In Linux the task holds a reference to it
@@ -537,7 +534,7 @@ class Device(Generic[C]):
         """
         if self.personality is not Personality.GVISOR or kcov.stream is not None:
             return errno.EPERM
-        return self.task_exit(kcov, task, untold)
+        return self.task_exit(kcov, task, unreported)
 
     def release(self, kcov: Kcov[C]) -> Errno:
         """The last reference is gone: the instance ends and its areas go back."""
@@ -564,47 +561,61 @@ class Device(Generic[C]):
                 pcs += kcov.area.read(kcov.appended)
         return pcs
 
-    def syscall_return(self, kcov: Kcov[C], task: Task, number: int, untold: int = 0) -> Errno:
-        """A system call of the owner returns: everything covered since goes into its area.
+    def syscall_return(self, kcov: Kcov[C], task: Task, number: int, unreported: int = 0) -> Errno:
+        """Append coverage since the owner's last return to its area.
 
-        EINVAL where ``task`` is not the owner. A source that raises is the caller's to handle;
-        the area is untouched then.
+        A source that raises is the caller's to handle; the area is untouched then.
+
+        Args:
+            number: system call number.
+            unreported: returns since the last request.
+
+        Returns:
+            0, or EINVAL if ``task`` is not the owner.
         """
-        if self.returns is not None:
-            error = self.returns.syscall_return(kcov, task, number, untold)
-            if error is not None:
-                return error
-        area = kcov.area
-        cursor: C | None = kcov.cursor
-        if kcov.owner != task or area is None or cursor is None:
-            return self._return_without_cursor(kcov, task, untold)
-        totals = self.totals
-        totals.returns += 1 + untold
+        error = self.return_handler.syscall_return(kcov, task, number, unreported)
+        if error is not None:
+            return error
+        if kcov.owner != task or kcov.area is None:
+            return errno.EINVAL
+        if kcov.cursor is not None:
+            self._return_unique(kcov, kcov.area, kcov.cursor, number, unreported)
+        elif kcov.comparing is not None and self._comparisons is not None:
+            self._return_comparisons(kcov, kcov.area, self._comparisons, kcov.comparing, unreported)
+        else:
+            return errno.EINVAL
+        return 0
+
+    def _return_unique(
+        self, kcov: Kcov[C], area: Area, cursor: C, number: int, unreported: int
+    ) -> None:
+        """:meth:`syscall_return` in mode UNIQUE_PC."""
+        self.totals.returns += 1 + unreported
         pcs = self._coverage.collect(cursor)
         if self._syscall_pc is not None:
             pc = self._syscall_pc(number)
             if pc is not None:
                 pcs = [pc, *pcs]
-        if kcov.mode is _UNIQUE_PC and pcs:
-            pcs = area.unseen(pcs, self._bits)
-        if pcs:
-            self._append(kcov, area, pcs)
+        self.return_handler.append(kcov, area, area.unseen(pcs, self._bits))
         if self._watcher is not None:
             self._watched_returns(kcov)
-        return 0
 
-    def _return_without_cursor(self, kcov: Kcov[C], task: Task, untold: int) -> Errno:
-        """:meth:`syscall_return` where there are no PCs to have: of mode TRACE_CMP, or refused."""
-        if kcov.owner != task or kcov.area is None or kcov.comparing is None:
-            return errno.EINVAL
-        assert self._comparisons is not None
+    def _return_comparisons(
+        self,
+        kcov: Kcov[C],
+        area: Area,
+        comparisons: Comparisons,
+        cursor: ComparisonCursor,
+        unreported: int,
+    ) -> None:
+        """:meth:`syscall_return` in mode TRACE_CMP."""
         totals = self.totals
-        totals.returns += 1 + untold
-        records, dropped = self._comparisons.collect(kcov.comparing)
-        fitted = kcov.area.append_comparisons(records)
+        totals.returns += 1 + unreported
+        records, dropped = comparisons.collect(cursor)
+        fitted = area.append_comparisons(records)
         while fitted < len(records) and kcov.stream is not None:
             self._hand_over(kcov)
-            more = kcov.area.append_comparisons(records[fitted:])
+            more = area.append_comparisons(records[fitted:])
             if not more:
                 break
             fitted += more
@@ -613,28 +624,13 @@ class Device(Generic[C]):
         kcov.dropped += dropped
         totals.comparisons += fitted
         totals.comparisons_dropped += dropped
-        return 0
 
-    def _append(self, kcov: Kcov[C], area: Area, pcs: Sequence[int]) -> None:
-        totals = self.totals
-        total = len(pcs)
-        fitted = area.append(pcs)
-        if fitted != total:
-            fitted += self._append_rest(kcov, pcs[fitted:])
-        kcov.appended += fitted
-        totals.appended += fitted
-        if fitted != total:
-            kcov.dropped += total - fitted
-            totals.dropped += total - fitted
-            pcs = pcs[:fitted]
-        self.unique.update(pcs)
-
-    def _reset(self, kcov: Kcov[C], untold: int = 0) -> None:
+    def _reset(self, kcov: Kcov[C], unreported: int = 0) -> None:
         """Back to INIT, without an owner."""
         if kcov.owner is not None:
             del self._owners[kcov.owner]
         if kcov.cursor is not None or kcov.comparing is not None:
-            self.totals.returns += untold
+            self.totals.returns += unreported
         if kcov.cursor is not None:
             if self._watcher is not None:
                 self._add_watched(kcov, self._watcher.detach(kcov.slot))

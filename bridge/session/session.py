@@ -229,7 +229,7 @@ class Session:
             region,
             self.device,
             server.bell,
-            busy_seconds=settings.awake,
+            poll_seconds=settings.awake,
             kernel=self.kernel,
             silent=self.kernel is not None and self.source is None and not settings.syscall_pcs,
         )

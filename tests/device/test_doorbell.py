@@ -3,12 +3,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import random
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +14,7 @@ import pytest
 
 from bridge.device import abi
 from bridge.device.abi import HeaderWord, HostState, Op, RequestWord, ResponseWord
-from bridge.device.doorbell import Doorbell, _Crowd
+from bridge.device.doorbell import Doorbell
 from bridge.device.ivshmem import IvshmemServer
 from bridge.device.kcov import Device, Personality
 from bridge.device.region import Region
@@ -103,13 +100,13 @@ class FakeGuest:
 
 
 class Bench:
-    def __init__(self, busy_seconds: float) -> None:
+    def __init__(self, poll_seconds: float) -> None:
         self.region = Region(16 << 20)
         self.server = IvshmemServer(self.region)
         self.coverage = Counting()
         self.device = Device(self.region, self.coverage, Personality.LINUX)
         self.doorbell = Doorbell(
-            self.region, self.device, self.server.bell, busy_seconds=busy_seconds
+            self.region, self.device, self.server.bell, poll_seconds=poll_seconds
         )
         self.doorbell.start()
         self.guest = FakeGuest(self.region, self.server.bell)
@@ -126,7 +123,7 @@ class Bench:
         self.region.close()
 
 
-@pytest.fixture(params=[0.0, 0.002], ids=["asleep", "busy"])
+@pytest.fixture(params=[0.0, 0.002], ids=["asleep", "polling"])
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     bench = Bench(request.param)
     yield bench
@@ -253,29 +250,6 @@ def test_asleep_it_uses_no_processor(bench: Bench) -> None:
     assert time.process_time() - before < 0.1
 
 
-@pytest.mark.parametrize(
-    ("taken", "crowded", "asleep"),
-    [(-1, True, True), (-1, False, False), (10**12, True, False)],
-)
-def test_a_loop_that_loses_its_processor_to_others_sleeps(
-    taken: int, crowded: bool, asleep: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every look comes too late, or none does: what a crowded machine does cannot be ordered."""
-    monkeypatch.setattr("bridge.device.doorbell._TAKEN_NS", taken)
-    monkeypatch.setattr(_Crowd, "is_there", lambda _: crowded)
-    # A busy phase that no test machine makes too short for the next call.
-    bench = Bench(0.5)
-    try:
-        bench.guest.trace(0)
-        before = bench.doorbell.counters.wakeups
-        for _ in range(100):
-            assert bench.guest.call(0, Op.RETURN) == 0
-        woken = bench.doorbell.counters.wakeups - before
-        assert woken > 50 if asleep else woken < 10
-    finally:
-        bench.close()
-
-
 def test_kicks_at_any_moment_of_falling_asleep(bench: Bench) -> None:
     bench.guest.trace(0)
     pause = random.Random(1)
@@ -327,30 +301,4 @@ def test_a_guest_that_goes_on_as_another(bench: Bench) -> None:
     assert bench.guest.call(0, Op.RETURN) == 0
     assert bench.area(0) == [bench.coverage.next]
     time.sleep(0.6)
-    assert bench.doorbell.counters.mended == 0
-
-
-def test_a_crowd_is_more_threads_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    with contextlib.ExitStack() as stack:
-        monkeypatch.setattr(os, "cpu_count", lambda: 1 << 20)
-        assert not _Crowd(stack).is_there()
-        monkeypatch.undo()
-        crowd = _Crowd(stack)
-        for _ in range((os.cpu_count() or 1) + 1):
-            busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-            stack.callback(busy.wait)
-            stack.callback(busy.kill)
-        end = time.monotonic() + 10
-        while not crowd.is_there():
-            assert time.monotonic() < end
-            time.sleep(0.01)
-
-
-def test_who_cannot_tell_takes_it_for_a_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*arguments: object) -> int:
-        raise PermissionError
-
-    with contextlib.ExitStack() as stack, monkeypatch.context() as patch:
-        patch.setattr(os, "open", refused)
-        crowd = _Crowd(stack)
-        assert crowd.is_there()
+    assert bench.doorbell.counters.repaired == 0

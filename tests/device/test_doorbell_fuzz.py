@@ -110,7 +110,7 @@ class Storm:
 
         self.region.free = noted  # type: ignore[method-assign]
         self.doorbell = Doorbell(
-            self.region, self.device, self.server.bell, busy_seconds=200e-6, epoch=77
+            self.region, self.device, self.server.bell, poll_seconds=200e-6, epoch=77
         )
         self.memory = mmap.mmap(self.region.fd, REGION)
         self.view = memoryview(self.memory)
@@ -294,7 +294,7 @@ def test_a_long_storm(personality: Personality, caplog: pytest.LogCaptureFixture
         assert not caplog.records
 
 
-def test_what_the_host_wrote_is_mended() -> None:
+def test_repair_after_scribbling_restores_host_words() -> None:
     with storm(Personality.LINUX) as host:
         guest = FakeGuest(host.region, host.server.bell)
         guest.trace(3)

@@ -136,7 +136,7 @@ def find(path: str) -> tuple[str, list[int]] | None:
 def test_line_taps(steps: list[tuple[dict[str, set[int]], set[str], bool]]) -> None:
     """Steps of lines that frames add, which sets they hold on to, and how it is looked at."""
     datas: list[dict[str, set[int]]] = [{}, {}]
-    taps = [plain.LineTap(datas[0], find), fastpath.LineTap(datas[1], find)]
+    taps = [plain.LineDrain(datas[0], find), fastpath.LineDrain(datas[1], find)]
     held: list[list[set[int]]] = [[], []]
     for lines, kept, adopt in steps:
         given_: list[list[int]] = []
@@ -169,7 +169,7 @@ def test_nothing_is_lost_where_finding_out_about_a_file_fails() -> None:
             raise RuntimeError
         return path, list(range(10))
 
-    for kind in (plain.LineTap, fastpath.LineTap):
+    for kind in (plain.LineDrain, fastpath.LineDrain):
         fails = True
         data = {"a.py": {1, 2}, "b.py": {3}}
         tap = kind(data, fail)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The few classes on the way of a signal, twice: in Python, and compiled.
+"""The classes on the way of a signal, each twice: in Python, and compiled.
 
 :mod:`bridge.device.fastpath.plain` says what they do; ``compiled.pyx`` does the same, several times
-faster, and is built with the package where there is a C compiler and Python's headers. The tests
-run against either. ``KCOV_BRIDGE_PLAIN=1`` in the environment keeps to the plain ones.
+faster, and is built with the package if there is a C compiler and Python's headers. The tests
+run against both. ``KCOV_BRIDGE_PLAIN=1`` in the environment selects the plain ones.
 """
 
 from __future__ import annotations
@@ -12,30 +12,37 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from bridge.device.fastpath.plain import FindLines, LineSets
+from bridge.device.fastpath.plain import Collector, FindLines, LineSets
 
 if TYPE_CHECKING:
-    from bridge.device.fastpath.compiled import Doorstep, Returns
-    from bridge.device.fastpath.plain import AreaWords, KcovState, LineTap, Totals
+    from bridge.device.fastpath.plain import (
+        AreaWords,
+        KcovState,
+        LineDrain,
+        ReturnHandler,
+        ReturnPoller,
+        Totals,
+    )
 
 __all__ = [
     "COMPILED",
     "PLAIN_VARIABLE",
     "WHY_PLAIN",
     "AreaWords",
-    "Doorstep",
+    "Collector",
     "FindLines",
     "KcovState",
+    "LineDrain",
     "LineSets",
-    "LineTap",
-    "Returns",
+    "ReturnHandler",
+    "ReturnPoller",
     "Totals",
 ]
 
 PLAIN_VARIABLE = "KCOV_BRIDGE_PLAIN"
-"""The variable of the environment that keeps to the plain classes, but for 0 and nothing."""
+"""The environment variable that selects the plain classes, unless it is 0 or empty."""
 WHY_PLAIN: str
-"""Why the compiled classes are not used; empty where they are."""
+"""Why the plain classes are used; empty if the compiled ones are."""
 
 if os.environ.get(PLAIN_VARIABLE, "0") not in ("", "0"):
     WHY_PLAIN = f"{PLAIN_VARIABLE} is set"
@@ -50,17 +57,10 @@ COMPILED = not WHY_PLAIN
 """Whether the compiled classes are used."""
 
 if not TYPE_CHECKING:
-    if COMPILED:
-        from bridge.device.fastpath.compiled import (
-            AreaWords,
-            Doorstep,
-            KcovState,
-            LineTap,
-            Returns,
-            Totals,
-        )
-    else:
-        from bridge.device.fastpath.plain import AreaWords, KcovState, LineTap, Totals
-
-        # What they do is in Device.syscall_return() and Doorbell._serve() too.
-        Returns = Doorstep = None
+    _classes = import_module("bridge.device.fastpath." + ("compiled" if COMPILED else "plain"))
+    AreaWords = _classes.AreaWords
+    KcovState = _classes.KcovState
+    LineDrain = _classes.LineDrain
+    ReturnHandler = _classes.ReturnHandler
+    ReturnPoller = _classes.ReturnPoller
+    Totals = _classes.Totals

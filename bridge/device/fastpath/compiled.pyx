@@ -3,9 +3,9 @@
 # cython: freethreading_compatible=False
 """What is done for each signal, compiled: bridge/device/fastpath/plain.py says what and why.
 
-Nothing here lets go of the interpreter lock but Doorstep.stay(), and where a comment says that a
-stretch is atomic, nothing in it runs code of Python or allocates an object that the garbage
-collector knows, for a collection may run code of Python.
+ReturnPoller.poll() alone releases the interpreter lock. Where a comment calls a stretch atomic,
+nothing in it runs Python code or allocates an object that the garbage collector tracks: a
+collection may run Python code.
 """
 
 from cpython.buffer cimport (
@@ -30,9 +30,8 @@ import errno
 from operator import attrgetter
 
 from bridge.device import abi
-from bridge.device.fastpath import plain
 
-__all__ = ["AreaWords", "Doorstep", "KcovState", "LineTap", "Returns", "Totals"]
+__all__ = ["AreaWords", "KcovState", "LineDrain", "ReturnHandler", "ReturnPoller", "Totals"]
 
 cdef extern from *:
     """
@@ -81,7 +80,7 @@ cdef Py_ssize_t _ERROR = abi.ResponseWord.ERROR
 cdef Py_ssize_t _APPENDED = abi.ResponseWord.APPENDED
 cdef Py_ssize_t _DROPPED = abi.ResponseWord.DROPPED
 cdef uint64_t _RETURN = abi.Op.RETURN
-cdef uint64_t _UNTOLD_MASK = plain.UNTOLD_MASK
+cdef uint64_t _UNREPORTED_MASK = abi.UNREPORTED_MASK
 cdef uint64_t _EIO = errno.EIO
 cdef int _LOOKS = 64
 
@@ -208,6 +207,11 @@ cdef class KcovState:
     def __init__(self, generation):
         self.generation = generation
 
+    @classmethod
+    def __class_getitem__(cls, parameters):
+        """For annotations alone, as that of a generic class."""
+        return cls
+
 
 cdef class Totals:
     cdef public uint64_t returns
@@ -291,20 +295,20 @@ cdef class _File:
         """Append the PCs of the blocks that were noted; how many are given for the first time."""
         cdef Py_ssize_t word = self.first
         cdef Py_ssize_t last = self.last
-        cdef Py_ssize_t news = 0
+        cdef Py_ssize_t new = 0
         cdef uint64_t bits
         self.last = -1
         while word <= last:
             bits = self.hit[word]
             self.hit[word] = 0
-            news += kb_ones(bits & ~self.covered[word])
+            new += kb_ones(bits & ~self.covered[word])
             self.covered[word] |= bits
             while bits:
                 PyList_Append(out, <object>PyList_GET_ITEM(self.pcs, 64 * word + kb_lowest(bits)))
                 bits &= bits - 1
             word += 1
         self.first = len(self.pcs) // 64 + 1
-        return news
+        return new
 
     cdef set all_lines(self):
         return self.beyond | {line for line in range(self.lines) if self.taken[line]}
@@ -313,7 +317,7 @@ cdef class _File:
 _name_of = attrgetter("name")
 
 
-cdef class LineTap:
+cdef class LineDrain:
     cdef readonly dict _data
     cdef object _find
     cdef dict _files  # path: _File
@@ -402,37 +406,37 @@ cdef class LineTap:
         return 0
 
 
-cdef class Returns:
-    """What :meth:`bridge.device.kcov.Device.syscall_return` does for an owner that traces plain PCs."""
+cdef class ReturnHandler:
+    """Appends coverage to the areas of instances, above all at the returns of their owners."""
 
     cdef object _coverage
     cdef Totals _totals
     cdef set _unique
     cdef object _syscall_pc
-    cdef object _watched
+    cdef object _update_watched
     cdef object _append_rest
     cdef dict _numbers
 
-    def __init__(self, coverage, Totals totals, set unique, syscall_pc, watched, append_rest):
+    def __init__(
+        self, coverage, Totals totals, set unique, syscall_pc, update_watched, append_rest
+    ):
         self._coverage = coverage
         self._totals = totals
         self._unique = unique
         self._syscall_pc = syscall_pc
-        self._watched = watched
+        self._update_watched = update_watched
         self._append_rest = append_rest
         # The PCs of system calls' numbers.
         self._numbers = {}
 
-    def syscall_return(self, KcovState kcov, task, number, untold):
-        """0, or None for what it leaves to others."""
-        return 0 if self.answer(kcov, task, number, untold) else None
+    def syscall_return(self, KcovState kcov, task, number, unreported):
+        """Append coverage since the owner's last return; 0, or None if nothing was done."""
+        return 0 if self.answer(kcov, task, number, unreported) else None
 
     cdef bint answer(
-        self, KcovState kcov, uint64_t task, uint64_t number, uint64_t untold
+        self, KcovState kcov, uint64_t task, uint64_t number, uint64_t unreported
     ) except -1:
         cdef AreaWords area
-        cdef Totals totals = self._totals
-        cdef Py_ssize_t total, fitted
         cdef object first = None
         if type(kcov.owner) is not int or <uint64_t>kcov.owner != task:
             return False
@@ -441,35 +445,47 @@ cdef class Returns:
         area = kcov.area
         if area._head:
             return False
-        totals.returns += 1 + untold
+        self._totals.returns += 1 + unreported
         pcs = self._coverage.collect(kcov.cursor)
-        total = len(pcs)
         if self._syscall_pc is not None:
             first = self._pc_of(number)
-            if first is not None:
-                total += 1
-        if total:
-            fitted = area.put(first, pcs)
-            if fitted != total:
-                if first is not None:
-                    pcs = [first, *pcs]
-                    first = None
-                fitted += self._append_rest(kcov, pcs[fitted:])
-                kcov.dropped += total - fitted
-                totals.dropped += total - fitted
-                pcs = pcs[:fitted]
-            kcov.appended += fitted
-            totals.appended += fitted
-            if first is not None:
-                PySet_Add(self._unique, first)
-            if type(pcs) is list:
-                for pc in <list>pcs:
-                    PySet_Add(self._unique, pc)
-            else:
-                self._unique.update(pcs)
-        if self._watched is not None:
-            self._watched(kcov)
+        self._append(kcov, area, first, pcs)
+        if self._update_watched is not None:
+            self._update_watched(kcov)
         return True
+
+    def append(self, KcovState kcov, AreaWords area, pcs):
+        """Append PCs to an instance's area; count those that fitted and those that did not."""
+        self._append(kcov, area, None, pcs)
+
+    cdef int _append(self, KcovState kcov, AreaWords area, object first, object pcs) except -1:
+        """Append ``first``, if it is not None, and ``pcs`` after it."""
+        cdef Totals totals = self._totals
+        cdef Py_ssize_t total = len(pcs)
+        cdef Py_ssize_t fitted
+        if first is not None:
+            total += 1
+        if not total:
+            return 0
+        fitted = area.put(first, pcs)
+        if fitted != total:
+            if first is not None:
+                pcs = [first, *pcs]
+                first = None
+            fitted += self._append_rest(kcov, pcs[fitted:])
+            kcov.dropped += total - fitted
+            totals.dropped += total - fitted
+            pcs = pcs[:fitted]
+        kcov.appended += fitted
+        totals.appended += fitted
+        if first is not None:
+            PySet_Add(self._unique, first)
+        if type(pcs) is list:
+            for pc in <list>pcs:
+                PySet_Add(self._unique, pc)
+        else:
+            self._unique.update(pcs)
+        return 0
 
     cdef object _pc_of(self, uint64_t number):
         cdef object key = number
@@ -483,58 +499,64 @@ cdef class Returns:
         return pc
 
 
-cdef class Doorstep:
-    """Answers what owners ask for at their returns, and stays awake for the next one.
-
-    A part of :class:`bridge.device.doorbell.Doorbell`, whose lists these are; all else is left to it.
-    """
+cdef class ReturnPoller:
+    """Answers the returns that a ReturnHandler can handle, and polls for the next one."""
 
     cdef _Words _control
-    cdef Returns _returns
+    cdef ReturnHandler _handler
     cdef list _slots
     cdef list _handled
     cdef list _answered
     cdef object _failed
-    cdef int _wanted
+    cdef int _interrupted
     cdef readonly uint64_t last
     cdef readonly int64_t until
     cdef readonly int64_t looked
     cdef readonly uint64_t served
-    """How many requests the last stay() has answered."""
+    """How many requests the last poll() has answered."""
 
-    def __init__(self, control, Returns returns, list slots, list handled, list answered, failed):
+    def __init__(
+        self,
+        control,
+        ReturnHandler handler,
+        list slots,
+        list handled,
+        list answered,
+        failed,
+    ):
         self._control = _Words()
         self._control.hold(control)
         if self._control.length < _CONTROL_WORDS:
-            raise ValueError("that is not all of the region's control words")
+            raise ValueError(f"the region has {_CONTROL_WORDS} control words or more")
         if not len(slots) == len(handled) == len(answered) == _SLOTS:
-            raise ValueError("the lists have a place for each slot")
-        self._returns = returns
+            raise ValueError(f"each list has {_SLOTS} entries, one for each slot")
+        self._handler = handler
         self._slots = slots
         self._handled = handled
         self._answered = answered
         self._failed = failed
 
     def release(self):
-        """Let go of the region; no other method may be called any more."""
+        """Let go of the region; no other method may be called afterwards."""
         self._control.let_go()
 
-    def poke(self):
-        """Have stay() return at once, now or when it is called next; from any thread."""
-        self._wanted = 1
+    def interrupt(self):
+        """Make poll() return at once, now or when it is called next; from any thread."""
+        self._interrupted = 1
 
     def serve(self, Py_ssize_t slot):
-        """Answer the request in ``slot`` if it is new and a return of an owner: whether it was."""
+        """Answer the request in ``slot`` if it is new and the handler can; say whether it did."""
         return self._serve(slot)
 
-    def stay(self, uint64_t last, int64_t until, int64_t mend_at, int64_t busy, int64_t taken):
-        """Answer returns as they come, until a look at the clock says ``until``.
-
-        Each moves that to ``busy`` nanoseconds from then. Returns earlier for a kick that is for
-        somebody else, from ``mend_at`` on, when poked, and where more than ``taken`` nanoseconds
-        have gone between two looks. ``last``, ``until``, ``looked`` (at the clock) and ``served``
-        are how it ended. The interpreter lock is let go of while there is nothing to do.
-        """
+    def poll(
+        self,
+        uint64_t last,
+        int64_t until,
+        int64_t repair_at,
+        int64_t poll_ns,
+        int64_t preempted_ns,
+    ):
+        """Answer returns as they come, until ``until``; see bridge/device/fastpath/plain.py."""
         cdef uint64_t *kick = self._control.words + _KICK
         cdef uint64_t now_there = last
         cdef int64_t now
@@ -554,32 +576,32 @@ cdef class Doorstep:
                             break
                         kb_pause()
                         looks += 1
-                    if now_there != last or self._wanted:
+                    if now_there != last or self._interrupted:
                         break
                     now = _clock()
-                    if now >= until or now >= mend_at or now - self.looked > taken:
+                    if now >= until or now >= repair_at or now - self.looked > preempted_ns:
                         break
                     self.looked = now
-            if now_there == last or self._wanted:
+            if now_there == last or self._interrupted:
                 break
             slot = <Py_ssize_t>(now_there & ((<uint64_t>1 << _SLOT_BITS) - 1))
-            # Several at once are a matter of looking at all slots.
+            # Several requests at once need a look at all slots.
             if now_there >> _SLOT_BITS != (last >> _SLOT_BITS) + 1 or not self._serve(slot):
                 break
             last = now_there
             self.served += 1
             self.looked = now = _clock()
-            until = now + busy
-            if now >= mend_at:
+            until = now + poll_ns
+            if now >= repair_at:
                 break
-        self._wanted = 0
+        self._interrupted = 0
         self.last = last
         self.until = until
 
     cdef bint _serve(self, Py_ssize_t slot) except -1:
         cdef uint64_t *request
         cdef uint64_t *answer
-        cdef uint64_t sequence, generation, task, number, untold, error
+        cdef uint64_t sequence, generation, task, number, unreported, error
         cdef KcovState kcov
         cdef object each
         if not 0 <= slot < _SLOTS or self._control.words == NULL:
@@ -597,12 +619,12 @@ cdef class Doorstep:
             return False
         task = kb_read(request + _TASK)
         number = kb_read(request + _ARG0)
-        untold = kb_read(request + _ARG0 + 1) & _UNTOLD_MASK
+        unreported = kb_read(request + _ARG0 + 1) & _UNREPORTED_MASK
         error = 0
         try:
-            if not self._returns.answer(kcov, task, number, untold):
+            if not self._handler.answer(kcov, task, number, unreported):
                 return False
-        except Exception as failure:
+        except BaseException as failure:
             self._failed(failure)
             error = _EIO
         each = sequence

@@ -3,26 +3,67 @@
 
 from __future__ import annotations
 
+import errno
+import select
+import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from sys import getrefcount
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, Protocol, TypeVar
 
-if TYPE_CHECKING:
-    from bridge.device.region import Area
-    from bridge.sources import PC
+from bridge.device.abi import (
+    AREAS_OFFSET,
+    KICK_SLOT_BITS,
+    REQUESTS_OFFSET,
+    RESPONSES_OFFSET,
+    SLOT_WORDS,
+    SLOTS,
+    UNREPORTED_MASK,
+    WORD,
+    HeaderWord,
+    Op,
+    RequestWord,
+    ResponseWord,
+)
 
-__all__ = ["UNTOLD_MASK", "AreaWords", "FindLines", "KcovState", "LineSets", "LineTap", "Totals"]
-
-UNTOLD_MASK = (1 << 32) - 1
-"""How many returns a guest may say that it did not tell of."""
+__all__ = [
+    "AreaWords",
+    "Collector",
+    "FindLines",
+    "KcovState",
+    "LineDrain",
+    "LineSets",
+    "ReturnHandler",
+    "ReturnPoller",
+    "Totals",
+]
 
 LineSets = dict[str, set[int]]
 """The lines that ran, by file: what coverage.py's C tracer fills."""
 
-FindLines = Callable[[str], "tuple[str, list[PC]] | None"]
+FindLines = Callable[[str], tuple[str, list[int]] | None]
 """A file's name to sort by and the PC of each of its lines (0: none), or None: it has no blocks."""
+
+# As plain numbers: looking up a member of an enumeration costs as much as reading the region.
+_KICK = int(HeaderWord.KICK)
+_REQUESTS = REQUESTS_OFFSET // WORD
+_RESPONSES = RESPONSES_OFFSET // WORD
+_SEQ = int(RequestWord.SEQ)
+_OP = int(RequestWord.OP)
+_GENERATION = int(RequestWord.GENERATION)
+_TASK = int(RequestWord.TASK)
+_ARG0 = int(RequestWord.ARG0)
+_ARG1 = int(RequestWord.ARG1)
+_ANSWER_SEQ = int(ResponseWord.SEQ)
+_ERROR = int(ResponseWord.ERROR)
+_APPENDED = int(ResponseWord.APPENDED)
+_DROPPED = int(ResponseWord.DROPPED)
+_RETURN = int(Op.RETURN)
+_SLOT_MASK = (1 << KICK_SLOT_BITS) - 1
+_LOOKS = range(12)
+"""Looks at KICK between two times that the interpreter lock is released: releasing it takes as long
+as half of these looks."""
 
 
 class AreaWords:
@@ -69,7 +110,12 @@ class AreaWords:
         self._words.release()
 
 
-class KcovState:
+A = TypeVar("A", bound=AreaWords)
+C = TypeVar("C")
+C_contra = TypeVar("C_contra", contravariant=True)
+
+
+class KcovState(Generic[A, C]):
     """What a system call's return needs of an instance; see :class:`bridge.device.kcov.Kcov`."""
 
     __slots__ = ("appended", "area", "cursor", "dropped", "generation", "owner")
@@ -77,8 +123,8 @@ class KcovState:
     def __init__(self, generation: int) -> None:
         self.generation = generation
         self.owner: int | None = None
-        self.area: Area | None = None
-        self.cursor: Any = None
+        self.area: A | None = None
+        self.cursor: C | None = None
         self.appended = 0
         self.dropped = 0
 
@@ -87,10 +133,10 @@ class KcovState:
 class Totals:
     """Sums over all instances, also those released.
 
-    ``returns``: system call returns of owners, also those that the guest had no need to tell of
-    when they came: it counts them and tells with its next request; ``appended``: PCs written into
-    areas; ``dropped``: PCs that did not fit; ``comparisons`` and ``comparisons_dropped``: the same
-    of comparisons.
+    ``returns``: system call returns of owners, with those that the guest did not report when they
+    came: it counts them, and its next request says how many; ``appended``: PCs written into areas;
+    ``dropped``: PCs that did not fit; ``comparisons`` and ``comparisons_dropped``: the same of
+    comparisons.
     """
 
     returns: int = 0
@@ -100,7 +146,231 @@ class Totals:
     comparisons_dropped: int = 0
 
 
-class LineTap:
+K = TypeVar("K", bound=KcovState[Any, Any])
+
+
+class Collector(Protocol[C_contra]):
+    """What hands over the coverage behind a cursor."""
+
+    def collect(self, cursor: C_contra) -> Sequence[int]:
+        """What was covered since the cursor's last collect, each block once."""
+
+
+class ReturnHandler(Generic[K]):
+    """Appends coverage to the areas of instances, above all at the returns of their owners.
+
+    Args:
+        coverage: where PCs come from.
+        totals: the sums to add to.
+        unique: gets every PC that is appended.
+        syscall_pc: maps a system call's number to its PC or None; None: such PCs are off.
+        update_watched: called after each return; None where nobody else writes into areas.
+        append_rest: called with PCs that did not fit; returns how many it found room for.
+    """
+
+    def __init__(
+        self,
+        coverage: Collector[Any],
+        totals: Totals,
+        unique: set[int],
+        syscall_pc: Callable[[int], int | None] | None,
+        update_watched: Callable[[K], object] | None,
+        append_rest: Callable[[K, Sequence[int]], int],
+    ) -> None:
+        self._coverage = coverage
+        self._totals = totals
+        self._unique = unique
+        self._syscall_pc = syscall_pc
+        self._update_watched = update_watched
+        self._append_rest = append_rest
+
+    def syscall_return(self, kcov: K, task: int, number: int, unreported: int) -> int | None:
+        """Append coverage since the last return of an owner that traces plain PCs.
+
+        Args:
+            task: who returns.
+            number: of the system call.
+            unreported: returns since the last request.
+
+        Returns:
+            0, or None if nothing was done: another task, or another mode of tracing.
+        """
+        area = kcov.area
+        cursor = kcov.cursor
+        if kcov.owner != task or area is None or cursor is None or area.bitmap_words:
+            return None
+        self._totals.returns += 1 + unreported
+        pcs = self._coverage.collect(cursor)
+        if self._syscall_pc is not None:
+            pc = self._syscall_pc(number)
+            if pc is not None:
+                pcs = [pc, *pcs]
+        self.append(kcov, area, pcs)
+        if self._update_watched is not None:
+            self._update_watched(kcov)
+        return 0
+
+    def append(self, kcov: K, area: AreaWords, pcs: Sequence[int]) -> None:
+        """Append PCs to an instance's area; count those that fitted and those that did not."""
+        totals = self._totals
+        total = len(pcs)
+        if not total:
+            return
+        fitted = area.append(pcs)
+        if fitted != total:
+            fitted += self._append_rest(kcov, pcs[fitted:])
+            kcov.dropped += total - fitted
+            totals.dropped += total - fitted
+            pcs = pcs[:fitted]
+        kcov.appended += fitted
+        totals.appended += fitted
+        self._unique.update(pcs)
+
+
+class ReturnPoller(Generic[K]):
+    """Answers the returns that a :class:`ReturnHandler` can handle, and polls for the next one.
+
+    A part of :class:`bridge.device.doorbell.Doorbell`, which owns the lists and serves every other
+    request.
+
+    ``last``, ``until``, ``looked`` and ``served`` say how the last :meth:`poll` ended.
+
+    Args:
+        control: the words of the region before its areas.
+        handler: who handles returns.
+        slots: the instance in each slot, or None.
+        handled: the last SEQ that was served, by slot.
+        answered: the last SEQ that was written as an answer, by slot.
+        failed: called with each exception of the handler.
+    """
+
+    def __init__(
+        self,
+        control: memoryview,
+        handler: ReturnHandler[K],
+        slots: Sequence[K | None],
+        handled: list[int],
+        answered: list[int],
+        failed: Callable[[BaseException], object],
+    ) -> None:
+        if len(control) < AREAS_OFFSET // WORD:
+            raise ValueError(f"the region has {AREAS_OFFSET // WORD} control words or more")
+        if not len(slots) == len(handled) == len(answered) == SLOTS:
+            raise ValueError(f"each list has {SLOTS} entries, one for each slot")
+        self._control = control
+        self._handler = handler
+        self._slots = slots
+        self._handled = handled
+        self._answered = answered
+        self._failed = failed
+        self._interrupted = False
+        self._released = False
+        # Without a descriptor, poll(0) does nothing but release the interpreter lock. time.sleep(0)
+        # would start a timer.
+        self._release_lock = select.poll()
+        self.last = 0
+        """The KICK of the last request that was seen and served."""
+        self.until = 0
+        """When polling is to end."""
+        self.looked = 0
+        """When KICK was last looked at."""
+        self.served = 0
+        """How many requests were answered."""
+
+    def release(self) -> None:
+        """Let go of the region; no other method may be called afterwards."""
+        self._released = True
+
+    def interrupt(self) -> None:
+        """Make :meth:`poll` return at once, now or when it is called next; from any thread."""
+        self._interrupted = True
+
+    def serve(self, slot: int) -> bool:
+        """Answer the request in ``slot`` if it is new and the handler can; say whether it did."""
+        if not 0 <= slot < SLOTS or self._released:
+            return False
+        control = self._control
+        request = _REQUESTS + slot * SLOT_WORDS
+        sequence = control[request + _SEQ]
+        if control[request + _OP] != _RETURN:
+            return False
+        kcov = self._slots[slot]
+        if kcov is None or sequence == self._handled[slot]:
+            return False
+        if kcov.generation != control[request + _GENERATION]:
+            return False
+        error = 0
+        try:
+            done = self._handler.syscall_return(
+                kcov,
+                control[request + _TASK],
+                control[request + _ARG0],
+                control[request + _ARG1] & UNREPORTED_MASK,
+            )
+            if done is None:
+                return False
+        except BaseException as failure:
+            self._failed(failure)
+            error = errno.EIO
+        self._handled[slot] = self._answered[slot] = sequence
+        answer = _RESPONSES + slot * SLOT_WORDS
+        control[answer + _ERROR] = error
+        control[answer + _APPENDED] = kcov.appended
+        control[answer + _DROPPED] = kcov.dropped
+        # Last: what it answers.
+        control[answer + _ANSWER_SEQ] = sequence
+        return True
+
+    def poll(self, last: int, until: int, repair_at: int, poll_ns: int, preempted_ns: int) -> None:
+        """Answer returns as they come, until ``until``. Times are of :func:`time.perf_counter_ns`.
+
+        Returns earlier for a kick that :meth:`serve` cannot answer, at ``repair_at``, when
+        interrupted, and after a gap between two looks, for somebody else had the processor. The
+        interpreter lock is free while there is nothing to do.
+
+        Args:
+            last: the KICK that was last served.
+            until: when to stop; each answer moves it to ``poll_ns`` from then.
+            repair_at: when to stop whatever comes.
+            poll_ns: how long to poll after an answer.
+            preempted_ns: the longest gap between two looks.
+        """
+        if self._released:
+            raise ValueError("the region was released")
+        control = self._control
+        clock = time.perf_counter_ns
+        self.served = 0
+        looked = clock()
+        while not self._interrupted:
+            kick = control[_KICK]
+            if kick == last:
+                now = clock()
+                if now >= until or now >= repair_at or now - looked > preempted_ns:
+                    break
+                looked = now
+                self._release_lock.poll(0)
+                for _ in _LOOKS:
+                    if control[_KICK] != last:
+                        break
+                continue
+            # Several requests at once need a look at all slots.
+            if kick >> KICK_SLOT_BITS != (last >> KICK_SLOT_BITS) + 1:
+                break
+            if not self.serve(kick & _SLOT_MASK):
+                break
+            last = kick
+            self.served += 1
+            looked = clock()
+            until = looked + poll_ns
+            if looked >= repair_at:
+                break
+        self._interrupted = False
+        self.last = last
+        self.until = until
+        self.looked = looked
+
+
+class LineDrain:
     """Takes lines out of a collector's sets while tracers add to them, and makes PCs of them.
 
     ``find`` is asked once for each file that lines come from. Not thread-safe.
@@ -120,14 +390,14 @@ class LineTap:
         self._data = data
         self._find = find
         # The name and the line's PCs of each file, None where it has no blocks.
-        self._files: dict[str, tuple[str, list[PC]] | None] = {}
+        self._files: dict[str, tuple[str, list[int]] | None] = {}
         # All lines that were ever taken, by file.
         self._taken: LineSets = {}
         # Sets that are not in data any more while a frame still adds to them.
         self._apart: list[tuple[str, set[int]]] = []
         # What was taken and not handed over, because finding out about a file raised.
         self._fresh: list[tuple[str, set[int]]] = []
-        self._covered: set[PC] = set()
+        self._covered: set[int] = set()
         self._unshared = _references_of_unshared()
 
     @property
@@ -140,7 +410,7 @@ class LineTap:
         """How many sets are emptied beside the collector's data."""
         return len(self._apart)
 
-    def drain(self) -> list[PC]:
+    def drain(self) -> list[int]:
         """Take all lines and give their PCs, each once: by the files' names, then sorted."""
         data, unshared = self._data, self._unshared
         if self._apart:
@@ -162,7 +432,7 @@ class LineTap:
                     self._apart.append((path, lines))
         return self._hand_over()
 
-    def adopt(self, sets: LineSets) -> list[PC]:
+    def adopt(self, sets: LineSets) -> list[int]:
         """As :meth:`drain` for sets that no frame adds to any more."""
         for path, lines in sets.items():
             if lines:
@@ -184,9 +454,9 @@ class LineTap:
         self._fresh.append((path, taken))
         lines -= taken
 
-    def _hand_over(self) -> list[PC]:
+    def _hand_over(self) -> list[int]:
         fresh = self._fresh
-        pcs: list[PC] = []
+        pcs: list[int] = []
         for path, _ in fresh:
             if path not in self._files:
                 self._files[path] = self._find(path)
@@ -217,7 +487,7 @@ class LineTap:
 
 
 def _references_of_unshared() -> int:
-    """What getrefcount() says in :meth:`LineTap.drain` of a set that only its dict refers to."""
+    """What getrefcount() says in :meth:`LineDrain.drain` of a set that only its dict refers to."""
     data: LineSets = {}
     data["file"] = set()
     for path in list(data):

@@ -11,7 +11,8 @@ What makes this sound (all of it is tried out before the first use, see ``_try_o
 * With the C tracer (``core = ctrace``, also where another core is the default) the collector's
   ``data`` maps a file name to the set of its lines. A frame looks its set up when it is entered,
   keeps a reference, and adds to it at each line.
-* :class:`bridge.device.fastpath.plain.LineTap` empties the sets in place while frames add to them.
+* :class:`bridge.device.fastpath.plain.LineDrain` empties the sets in place while frames add to
+  them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import Any, ClassVar, Final
 import coverage
 from coverage.exceptions import CoverageException
 
-from bridge.device.fastpath import LineSets, LineTap
+from bridge.device.fastpath import LineDrain, LineSets
 from bridge.errors import SourceError
 from bridge.sources import PC
 from bridge.sources.comparisons import Comparison, Recorder, comparison, site
@@ -102,7 +103,7 @@ class PythonSource:
         self._started = False
         # All below is under _lock: consume() and stop() may come from different threads.
         self._lock = threading.Lock()
-        self._tap: LineTap | None = None
+        self._tap: LineDrain | None = None
         self._line_pcs: dict[str, list[PC] | None] = {}
         self._site_pcs: dict[int, PC] = {}
         self._covered = 0
@@ -162,7 +163,7 @@ class PythonSource:
             except CoverageException as error:
                 raise SourceError("coverage.py did not start", evidence=str(error)) from error
             undo.callback(measurement.stop)
-            self._tap = LineTap(_line_sets(measurement), self._find_lines)
+            self._tap = LineDrain(_line_sets(measurement), self._find_lines)
             self._coverage = measurement
             if self._recorder is not None:
                 self._instrumenting.enter_context(instrumenting(self.packages))
@@ -487,7 +488,7 @@ def _try_out() -> None:
         measurement.start()
         cleanup.callback(measurement.stop)
         # A line stands for itself; there is none of number 0.
-        tap = LineTap(_line_sets(measurement), lambda path: (path, list(range(10))))
+        tap = LineDrain(_line_sets(measurement), lambda path: (path, list(range(10))))
 
         def look() -> None:
             seen.append(tap.drain())

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import coverage
 import pytest
 
-from bridge.device.fastpath import LineTap, plain
+from bridge.device.fastpath import LineDrain, plain
 from bridge.errors import SourceError
 from bridge.sources import Source
 from bridge.sources.pcs import BlockTable
@@ -242,7 +242,7 @@ def test_a_frame_that_takes_a_set_while_it_is_removed_loses_nothing() -> None:
     The compiled tap never lets go of the interpreter lock between the two.
     """
     data = Racing()
-    tap = plain.LineTap(data, lines_themselves)
+    tap = plain.LineDrain(data, lines_themselves)
     data["a.py"] = {1, 2}
     assert tap.drain() == [1, 2]
     assert data == {}
@@ -271,7 +271,7 @@ class Busy(set[int]):
 def test_a_line_that_is_added_during_a_consume_comes_with_the_next_one() -> None:
     """The moment between copying and subtracting is too short to be hit on purpose."""
     data: dict[str, set[int]] = {"a.py": Busy({1, 2})}
-    tap = plain.LineTap(data, lines_themselves)
+    tap = plain.LineDrain(data, lines_themselves)
     assert tap.drain() == [1, 2]
     assert tap.drain() == [99]
     tap.put_back()
@@ -714,7 +714,7 @@ def test_the_self_check_notices_lines_that_do_not_come_again(
 ) -> None:
     """As with a tracer that reports each line once only."""
 
-    class Once(LineTap):
+    class Once(LineDrain):
         seen: ClassVar[set[int]] = set()
 
         def drain(self) -> list[int]:
@@ -722,7 +722,7 @@ def test_the_self_check_notices_lines_that_do_not_come_again(
             self.seen.update(news)
             return news
 
-    monkeypatch.setattr(python_source, "LineTap", Once)
+    monkeypatch.setattr(python_source, "LineDrain", Once)
     with pytest.raises(SourceError, match="consuming does not work") as caught:
         make_source("json").start()
     assert "lines [" in caught.value.evidence

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When the doorbell polls for the next request, and when it sleeps.
+
+Waking up costs ten times what answering costs, so after a request the loop polls for the next one.
+A loop that polls uses a processor, though, which the target or another guest may need. The names
+are those of KVM's halt polling (``Documentation/virt/kvm/halt-polling.rst`` in Linux), which has to
+decide the same. There the time to poll grows and shrinks; here it is fixed, and the pause after
+polls that failed grows and shrinks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+
+__all__ = ["PREEMPTED_NS", "CpuContention", "PollPolicy"]
+
+PREEMPTED_NS = 100_000
+"""A longer gap between two looks of a loop that polls means that another thread had its processor
+or the interpreter lock: Linux gives no thread less than some hundred microseconds."""
+MAX_PAUSE_NS = 50_000_000
+"""The pause after a poll that was preempted, and the longest after polls that failed."""
+MIN_PAUSE_NS = 4_000_000
+"""The shortest pause after a poll that failed."""
+FREE_FAILURES = 2
+"""How many polls in a row may fail without a pause, unless the processors are contended: a guest's
+burst of calls ends with one."""
+CLOSE_POLLS = 5
+"""A request is worth a poll if the one before came at most this many times ``poll_ns`` earlier."""
+
+
+class CpuContention:
+    """Says whether more threads want a processor than this machine has, at the moment.
+
+    The caller's own thread counts as one.
+    """
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._processors = os.cpu_count() or 1
+        self._fd = -1
+        with contextlib.suppress(OSError):
+            self._fd = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, self._fd)
+
+    def cpu_contended(self) -> bool:
+        """Whether it is so; True if the system does not tell."""
+        try:
+            # proc_loadavg(5): three averages, then runnable/all.
+            runnable = int(os.pread(self._fd, 64, 0).split()[3].partition(b"/")[0])
+        except (OSError, ValueError, IndexError):
+            return True
+        return runnable > self._processors
+
+
+class PollPolicy:
+    """Decides how long the doorbell polls. All times are in nanoseconds, of one monotonic clock.
+
+    A poll starts after a request that closely followed the one before, and lasts until ``poll_ns``
+    after the last request. A pause, without polls, follows
+
+    * a poll that was preempted while the processors are contended;
+    * a poll that failed, which is one that saw no request, while they are contended, or after more
+      than ``FREE_FAILURES`` of them. The pause doubles with each failure and halves with each
+      success.
+
+    Args:
+        poll_ns: how long to poll after a request; 0: not at all. It may be changed at any time.
+        cpu_contended: whether more threads want a processor than there are.
+    """
+
+    def __init__(self, poll_ns: int, cpu_contended: Callable[[], bool]) -> None:
+        self.poll_ns = poll_ns
+        self.poll_until = 0
+        """When the current poll ends; 0: there is none."""
+        self.looked = 0
+        """When the loop last looked for requests, or served one."""
+        self._cpu_contended = cpu_contended
+        self._last_request = 0
+        self._paused_until = 0
+        self._pause_ns = MIN_PAUSE_NS
+        self._failures = 0
+
+    @property
+    def paused(self) -> bool:
+        """Whether no poll would have started when the loop last looked."""
+        return self.looked <= self._paused_until
+
+    def served(self, now: int) -> bool:
+        """Note that a request was served now, by other means than :meth:`polled`.
+
+        Returns:
+            Whether a poll starts.
+        """
+        starts = False
+        if now < self.poll_until:
+            self._succeed()
+        if now - self._last_request < CLOSE_POLLS * self.poll_ns and now > self._paused_until:
+            starts = not self.poll_until
+            self.poll_until = now + self.poll_ns
+        self._last_request = self.looked = now
+        return starts
+
+    def polled(self, requests: int, looked: int, until: int) -> None:
+        """Note how a part of a poll went.
+
+        Args:
+            requests: how many were served.
+            looked: when the last look was, or the last request was served.
+            until: when the poll ends now.
+        """
+        self.looked = looked
+        if requests:
+            self.poll_until = until
+            self._last_request = looked
+            self._succeed()
+
+    def keep_polling(self, now: int) -> bool:
+        """Whether the loop polls now. If not, there is no poll any more, and it sleeps next."""
+        if not self.poll_until:
+            return False
+        if now < self.poll_until:
+            if now - self.looked <= PREEMPTED_NS or not self._cpu_contended():
+                return True
+            self.poll_until = 0
+            self._paused_until = now + MAX_PAUSE_NS
+            return False
+        self.poll_until = 0
+        self._fail(now)
+        return False
+
+    def _succeed(self) -> None:
+        """Shrink the pause."""
+        self._pause_ns = max(self._pause_ns // 2, MIN_PAUSE_NS)
+        self._failures = 0
+
+    def _fail(self, now: int) -> None:
+        """Pause, and grow the pause."""
+        self._failures += 1
+        if self._failures > FREE_FAILURES or self._cpu_contended():
+            self._paused_until = max(self._paused_until, now + self._pause_ns)
+            self._pause_ns = min(2 * self._pause_ns, MAX_PAUSE_NS)
