@@ -400,7 +400,7 @@ class Doorbell(Generic[C]):
         kcov = self._slots[slot]
         if op == _RETURN and kcov is not None and kcov.generation == generation:
             try:
-                error = self._device.syscall_return(kcov, task, arg0, arg1 & UNREPORTED_MASK)
+                error = self._device.return_in_other_mode(kcov, task, arg0, arg1 & UNREPORTED_MASK)
             except BaseException as failure:
                 error = self._source_failed(failure)
         else:

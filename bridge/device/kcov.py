@@ -576,12 +576,19 @@ class Device(Generic[C]):
         error = self.return_handler.syscall_return(kcov, task, number, unreported)
         if error is not None:
             return error
-        if kcov.owner != task or kcov.area is None:
+        return self.return_in_other_mode(kcov, task, number, unreported)
+
+    def return_in_other_mode(
+        self, kcov: Kcov[C], task: Task, number: int, unreported: int
+    ) -> Errno:
+        """:meth:`syscall_return` for what ``return_handler`` does not handle."""
+        area = kcov.area
+        if kcov.owner != task or area is None:
             return errno.EINVAL
         if kcov.cursor is not None:
-            self._return_unique(kcov, kcov.area, kcov.cursor, number, unreported)
+            self._return_unique(kcov, area, kcov.cursor, number, unreported)
         elif kcov.comparing is not None and self._comparisons is not None:
-            self._return_comparisons(kcov, kcov.area, self._comparisons, kcov.comparing, unreported)
+            self._return_comparisons(kcov, area, self._comparisons, kcov.comparing, unreported)
         else:
             return errno.EINVAL
         return 0
