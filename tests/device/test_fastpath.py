@@ -221,6 +221,10 @@ def syscall_pc(number: int) -> int | None:
     return 0xFFFF_FFFF_F000_0008 + number if number < 100 else None
 
 
+def no_room(kcov: object, pcs: Sequence[int]) -> int:
+    return 0
+
+
 returns = st.lists(
     st.tuples(
         pc_lists,
@@ -235,12 +239,13 @@ returns = st.lists(
 
 
 @both
-@given(st.integers(2, 40), returns, st.booleans(), st.booleans())
+@given(st.integers(2, 40), returns, st.booleans(), st.booleans(), st.integers(0, 5))
 def test_return_handler_compiled_answers_as_plain(
     size: int,
     steps: list[tuple[list[int], int, int, int, int, str]],
     syscall_pcs: bool,
     watched: bool,
+    room: int,
 ) -> None:
     outcomes: list[list[object]] = []
     for kind in KINDS:
@@ -254,6 +259,7 @@ def test_return_handler_compiled_answers_as_plain(
             unique,
             syscall_pc if syscall_pcs else None,
             (lambda kcov, seen=updates: seen.append(kcov.appended)) if watched else None,
+            (lambda kcov, pcs: min(room, len(pcs))),
         )
         area = kind.AreaWords(memory, size)
         answers: list[object] = []
@@ -300,7 +306,7 @@ class Slots:
         self.totals = kind.Totals()
         self.poller = kind.ReturnPoller(
             self.control,
-            kind.ReturnHandler(Numbers(steps), self.totals, set(), None, None),
+            kind.ReturnHandler(Numbers(steps), self.totals, set(), None, None, no_room),
             slots,
             self.handled,
             self.answered,
@@ -461,7 +467,7 @@ def test_released_poller_touches_nothing(kind: ModuleType) -> None:
 
 @each_kind
 def test_return_poller_of_too_few_words_or_slots_raises(kind: ModuleType) -> None:
-    handler = kind.ReturnHandler(Numbers([]), kind.Totals(), set(), None, None)
+    handler = kind.ReturnHandler(Numbers([]), kind.Totals(), set(), None, None, no_room)
     control = memoryview(bytearray(abi.AREAS_OFFSET)).cast("Q")
     lists: list[list[object]] = [[None] * abi.SLOTS, [0] * abi.SLOTS, [0] * abi.SLOTS]
     with pytest.raises(ValueError, match="control words"):
