@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kcov-bridge: the kcov device of a coverage-built kernel for guests whose kernel was not.
+"""kcov for virtual machines that run stock kernels, filled with the coverage of the host code that
+serves them.
 
 As a library::
 
@@ -9,27 +10,126 @@ As a library::
         result = guest.kcov(["cat", "/mnt/target/README"])
         for pc in result.pcs:
             print(hex(pc), guest.symbolize(pc))
+
+A name of ``__all__`` is imported when it is first used, so ``import bridge`` is cheap.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bridge.config import Settings
+    from bridge.errors import (
+        BootTimeoutError,
+        BridgeError,
+        DoorbellError,
+        GuestLostError,
+        GuestPanicError,
+        GuestPoweredOffError,
+        GuestResetError,
+        GuestSetupError,
+        ImageError,
+        InfrastructureError,
+        KernelUnknownError,
+        MissingDependencyError,
+        QemuError,
+        RegionError,
+        RunTimeoutError,
+        SourceError,
+        TargetError,
+        UnwatchableError,
+        UsageError,
+    )
+    from bridge.guest.ssh import CommandResult
+    from bridge.session.events import Event
+    from bridge.session.executor import KcovResult
+    from bridge.session.pool import Pool
     from bridge.session.session import Session
+    from bridge.session.stats import Stats
+    from bridge.sources.pcs import Location
+    from bridge.targets import Endpoint, Target
 
-__all__ = ["boot"]
+    __version__: str
+
+__all__ = [
+    "BootTimeoutError",
+    "BridgeError",
+    "CommandResult",
+    "DoorbellError",
+    "Endpoint",
+    "Event",
+    "GuestLostError",
+    "GuestPanicError",
+    "GuestPoweredOffError",
+    "GuestResetError",
+    "GuestSetupError",
+    "ImageError",
+    "InfrastructureError",
+    "KcovResult",
+    "KernelUnknownError",
+    "Location",
+    "MissingDependencyError",
+    "Pool",
+    "QemuError",
+    "RegionError",
+    "RunTimeoutError",
+    "Session",
+    "Settings",
+    "SourceError",
+    "Stats",
+    "Target",
+    "TargetError",
+    "UnwatchableError",
+    "UsageError",
+    "__version__",
+    "boot",
+]  # fmt: skip
+
+_MODULES = {
+    "CommandResult": "bridge.guest.ssh",
+    "Endpoint": "bridge.targets",
+    "Event": "bridge.session.events",
+    "KcovResult": "bridge.session.executor",
+    "Location": "bridge.sources.pcs",
+    "Pool": "bridge.session.pool",
+    "Session": "bridge.session.session",
+    "Settings": "bridge.config",
+    "Stats": "bridge.session.stats",
+    "Target": "bridge.targets",
+}
+"""Where the names of ``__all__`` are defined; all others are errors."""
 
 
-def boot(out: Path | None = None, **settings: Any) -> Session:
-    """A booted guest with its target and its kcov device, to be used in a ``with`` statement.
+def boot(out: str | os.PathLike[str] | None = None, **settings: Any) -> Session:
+    """Return a guest with its target and its kcov device, for a ``with`` statement.
 
-    ``settings`` are those of :class:`bridge.config.Settings`, over what the environment and the
-    settings file say; ``out`` is where ``console.log``, ``.coverage`` and ``blocks.tsv`` are left
-    (None: nowhere). Raises :class:`bridge.errors.BridgeError`, most of it on entering.
+    Args:
+        out: directory for ``console.log``, ``.coverage`` and ``blocks.tsv``; None for nowhere.
+        settings: those of :class:`bridge.Settings`, over the environment and the settings file.
+
+    Raises:
+        BridgeError: what failed, most of it on entering.
     """
     from bridge import config
     from bridge.session.session import Session
 
     return Session(config.load(settings), out)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("kcov-bridge")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES.get(name, "bridge.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

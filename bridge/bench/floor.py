@@ -63,8 +63,6 @@ def floor(session: Session, *, asleep: bool) -> Iterator[None]:
     """
     program = FLOOR.build()
     doorbell, region = session.doorbell, session.region
-    assert doorbell is not None
-    assert region is not None
     aside, over = threading.Event(), threading.Event()
 
     def stand_aside() -> None:

@@ -24,7 +24,6 @@ from bridge.bench.commands import seconds_to_answer
 from bridge.bench.measurement import Bench, Measurement, series, take_turns
 from bridge.bench.stats import Aim, Comparison, Of
 from bridge.bench.virtme import Virtme
-from bridge.bench.worker import started_from_snapshot
 from bridge.config import ENVIRONMENT_PREFIX, Settings
 from bridge.errors import BridgeError, InfrastructureError
 from bridge.guest.guest_image import ProjectImage
@@ -74,7 +73,7 @@ def _ways(bench: Bench, settings: Settings) -> dict[str, Settings]:
     bench.progress("starting a guest, for the snapshot to be there")
     warm = settings.replace(snapshot=True)
     with Session(warm, None) as session:
-        if started_from_snapshot(session):
+        if session.snapshot is not None:
             ways[_WARM] = warm
         else:
             bench.note("this image cannot be started from a snapshot: all starts are cold")
@@ -159,7 +158,7 @@ class _Restarted:
     @property
     def can_be_reset(self) -> bool:
         """Whether there is a state to go back to."""
-        return started_from_snapshot(self._session)
+        return self._session.snapshot is not None
 
     def _answers(self) -> None:
         self._session.guest.run(["true"], check=True)

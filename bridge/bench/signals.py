@@ -36,11 +36,10 @@ _Figures = dict[str, Any]
 """What kcov-bench prints."""
 
 
-def stay_awake(session: Session, nanoseconds: int) -> None:
+def stay_awake(session: Session, seconds: float) -> None:
     """Have the doorbell stay awake for so long after a request from now on; 0: not at all."""
     doorbell = session.doorbell
-    assert doorbell is not None
-    doorbell.call(functools.partial(setattr, doorbell.polling, "poll_ns", nanoseconds))
+    doorbell.call(functools.partial(setattr, doorbell.polling, "poll_ns", int(seconds * 1e9)))
 
 
 def _run(session: Session, *words: str) -> _Figures:
@@ -50,13 +49,11 @@ def _run(session: Session, *words: str) -> _Figures:
 
 def _check(session: Session) -> None:
     """A signal that was given up is no measurement of a signal."""
-    doorbell = session.doorbell
-    assert doorbell is not None
-    doorbell.call(doorbell.look_at_guest)
-    if doorbell.guest_timeouts or doorbell.failure:
+    timeouts, failure = session.stats().guest_timeouts, session.doorbell.failure
+    if timeouts or failure:
         raise InfrastructureError(
-            f"the guest gave up {doorbell.guest_timeouts} signals"
-            + (f"; the source raised {doorbell.failure!r}" if doorbell.failure else ""),
+            f"the guest gave up {timeouts} signals"
+            + (f"; the source raised {failure!r}" if failure else ""),
             hint="the machine is too busy to measure on",
         )
 
@@ -68,12 +65,10 @@ def _measure_signal(bench: Bench) -> None:
     bench.progress("booting a guest")
     with Session(settings, None) as session:
         assert isinstance(session.source, PythonSource)
-        assert session.doorbell is not None
         cover_before_each_look(session.source)
-        awake_ns = session.doorbell.polling.poll_ns
 
-        def ours(nanoseconds: int) -> _Figures:
-            stay_awake(session, nanoseconds)
+        def ours(seconds: float) -> _Figures:
+            stay_awake(session, seconds)
             figures = _run(session, "calls", str(count))
             # Reading the clock is a call too, where the kernel cannot do that without.
             if not 2 * count <= figures["pcs"] <= 2 * (count + 4):
@@ -87,7 +82,7 @@ def _measure_signal(bench: Bench) -> None:
         bench.progress("calls in turn: the bridge and the floor, awake and asleep")
         taken = take_turns(
             {
-                "awake": functools.partial(ours, awake_ns),
+                "awake": functools.partial(ours, settings.awake),
                 "floor, busy": functools.partial(least, False),
                 "asleep": functools.partial(ours, 0),
                 "floor, asleep": functools.partial(least, True),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several guests at once on one machine, each with a bridge in a process of its own.
+"""Several guests at once on one machine: a pool, each with a bridge in a process of its own.
 
 How long until all have answered a command, what each takes of memory, and how many signals a
 second all get together: with doorbells that stay awake for a moment after a signal, and with
@@ -9,14 +9,13 @@ doorbells that always sleep.
 from __future__ import annotations
 
 import functools
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import cast
 
 from bridge.bench.measurement import Bench, Measurement, take_turns
 from bridge.bench.stats import Comparison, Of, Series
-from bridge.bench.worker import Worker, wait_for_all
+from bridge.bench.worker import SERVICE
 from bridge.config import Settings
+from bridge.session.pool import Pool
 
 __all__ = ["ADAPTIVE", "MEASUREMENT", "MEMORY", "READY"]
 
@@ -79,23 +78,19 @@ def _measure(bench: Bench) -> None:
 
 def _together(bench: Bench, settings: Settings, count: int, seconds: float) -> _Figures:
     bench.progress(f"{count} at once")
-    with ExitStack() as stack:
-        workers = [stack.enter_context(Worker(settings)) for _ in range(count)]
-        ready = max(wait_for_all(workers))
+    with Pool(count, settings, service=SERVICE) as pool:
+        ready = pool.wait_ready()
 
         def rate(seconds: float, adaptive: bool) -> float:
-            for worker in workers:
-                worker.ask("stream", seconds, adaptive)
-            return sum(cast(float, worker.answer()) for worker in workers)
+            return float(sum(pool.all("stream", seconds, adaptive)))
 
         # The first calls of all are those that QEMU has to translate.
         rate(_WARM_UP_SECONDS, True)
         adaptive, asleep = rate(seconds, True), rate(seconds, False)
-        for worker in workers:
-            worker.ask("memory")
-        memory = sum(sum(cast(tuple[float, float], worker.answer())) for worker in workers)
-        from_snapshot = all(worker.from_snapshot for worker in workers)
-        return _Figures(ready, memory / count, adaptive, asleep, from_snapshot)
+        memory = sum(sum(each) for each in pool.all("memory"))
+        from_snapshot = all(stats.from_snapshot for stats in ready)
+        slowest = max(worker.seconds for worker in pool.workers if worker.seconds is not None)
+        return _Figures(slowest, memory / count, adaptive, asleep, from_snapshot)
 
 
 MEASUREMENT = Measurement("vms", "several guests at once", _measure)

@@ -81,7 +81,7 @@ def _work(session: Session, command: Sequence[str], record: _Record) -> int:
         result = session.kcov(command, timeout=timeout, stdout=out, stderr=err)
         record.pcs += result.pcs
         return result.exit_status
-    session.guest.upload(_WORKLOAD, "/run/kcov-bridge/files.sh", 0o755)
+    session.put(_WORKLOAD, "/run/kcov-bridge/files.sh", 0o755)
     words = ["sh", "/run/kcov-bridge/files.sh", MOUNT_POINT]
     result = session.kcov(words, timeout=timeout, stdout=out, stderr=err)
     record.pcs += result.pcs
@@ -94,7 +94,6 @@ def _work(session: Session, command: Sequence[str], record: _Record) -> int:
 
 
 def _complain_about_the_source(session: Session) -> None:
-    assert session.doorbell is not None
     if (failure := session.doorbell.failure) is not None:
         raise SourceError(
             f"the coverage source raised {type(failure).__name__}: {failure}",
@@ -169,53 +168,12 @@ class _Record:
         return not problems
 
     def _summary(self, seconds: float | None) -> summaries.Summary:
-        session = self.session
-        device, doorbell, source, ready = (
-            session.device,
-            session.doorbell,
-            session.source,
-            session.ready,
-        )
-        accelerator = session.accelerator
-        more: dict[str, object] = {
-            "personality": session.settings.personality,
-            "from_snapshot": session.snapshot is not None,
-        }
-        if doorbell is not None:
-            more |= {
-                "guest_timeouts": doorbell.guest_timeouts,
-                "guest_skipped": doorbell.guest_skipped,
-                "source_failures": doorbell.counters.source_failures,
-            }
-        if session.settings.comparisons and device is not None:
-            more |= {
-                "comparisons": device.totals.comparisons,
-                "lost_comparisons": device.totals.comparisons_dropped,
-            }
-        kernel_blocks = session.kernel.blocks_covered if session.kernel is not None else 0
-        if session.kernel is not None:
-            more |= {"kernel_blocks_covered": kernel_blocks}
-        used = (("kernel", session.kernel), ("python", source))
-        more |= {"sources": [name for name, there in used if there is not None]}
-        if ready is not None:
-            more |= {"guest_memory_available_kib": ready.mem_available_kib}
         return summaries.Summary(
-            accel=accelerator.name if accelerator else "unknown",
-            accel_reason=accelerator.reason if accelerator else "",
-            kernel=ready.kernel if ready else None,
-            target=session.settings.target,
-            boot_seconds=round(ready.boot_seconds, 3) if ready else None,
-            syscalls=device.totals.returns if device else 0,
-            pcs=device.totals.appended if device else 0,
-            pcs_unique=(len(device.unique) if device else 0) + kernel_blocks,
-            blocks_total=source.blocks_total if source else 0,
-            blocks_covered=source.blocks_covered if source else 0,
-            lost_pcs=device.totals.dropped if device else 0,
+            self.session.stats(),
             exit_status=self.exit_status,
             command=self.command,
             run_seconds=round(seconds, 3) if seconds is not None else None,
             error=self.error,
-            more=more,
         )
 
 

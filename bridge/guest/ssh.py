@@ -47,12 +47,15 @@ from bridge.errors import (
 from bridge.util.files import atomic_output
 from bridge.vm.network import LOCALHOST
 
-__all__ = ["CAPTURE_LIMIT", "CommandResult", "Guest", "Output", "Watched"]
+__all__ = ["CAPTURE_LIMIT", "CommandResult", "Guest", "Output", "Watched", "Word"]
 
 logger = logging.getLogger(__name__)
 
 Output = Callable[[bytes], object]
 """Where a command's output goes as it comes: called with pieces of any size."""
+
+Word = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+"""An argument of a command: bytes; text stands for its bytes as :func:`os.fsencode` has it."""
 
 CAPTURE_LIMIT = 1024 * 1024
 """Bytes of stdout, and of stderr, that a result keeps: the first ones."""
@@ -348,7 +351,7 @@ class Guest:
 
     def run(
         self,
-        command: str | Sequence[str],
+        command: Word | Sequence[Word],
         *,
         stdout: Output | None = None,
         stderr: Output | None = None,
@@ -362,8 +365,8 @@ class Guest:
     ) -> CommandResult:
         """Run a command in the guest and wait for its end.
 
-        ``command`` is a line for the guest's ``sh``, or a sequence of words that no shell will
-        change. ``stdout`` and ``stderr`` are called with the output as it comes; ``capture`` is
+        ``command`` is a line for the guest's ``sh``, or a sequence of words that no shell
+        changes. ``stdout`` and ``stderr`` are called with the output as it comes; ``capture`` is
         how many bytes of each the result keeps. ``timeout`` in seconds, None for none. ``check``
         makes an exit status but 0 an error. A process that the command leaves behind with its
         output open is waited for no longer than a second after the command's own end.
@@ -376,7 +379,7 @@ class Guest:
         """
         started = time.monotonic()
         deadline = None if timeout is None else started + timeout
-        line = command if isinstance(command, str) else shlex.join(command)
+        line = _line(command)
         channel, forgotten = self._open(_wrapped(line, env, cwd))
         out, err = _Capture(stdout, capture), _Capture(stderr, capture)
         pid_line = _PidLine()
@@ -421,7 +424,7 @@ class Guest:
         try:
             channel = transport.open_session(timeout=_CHANNEL_SECONDS)
             channel.settimeout(_CHANNEL_SECONDS)
-            channel.exec_command(script)
+            channel.exec_command(os.fsencode(script))
         except (paramiko.SSHException, OSError, EOFError) as error:
             raise self._broken(error, forgotten) from error
         return channel, forgotten
@@ -489,14 +492,25 @@ class Guest:
 
     # Files
 
-    def upload(self, local: Path | bytes, remote: str, mode: int = 0o644) -> None:
+    def put(
+        self,
+        local: str | os.PathLike[str] | bytes,
+        remote: str | os.PathLike[str],
+        mode: int = 0o644,
+    ) -> None:
         """Write a file in the guest: complete under its name, or not at all.
 
-        Raises :class:`bridge.errors.UsageError` for a local file that cannot be read,
-        :class:`bridge.errors.GuestSetupError` when the guest cannot write it (no room, no such
-        directory), and what :meth:`run` raises.
+        Args:
+            local: path of a file here, or the content as bytes.
+            remote: path in the guest.
+
+        Raises:
+            UsageError: the local file cannot be read.
+            GuestSetupError: the guest cannot write it (no room, no such directory).
+            BridgeError: as :meth:`run`.
         """
-        name, part = shlex.quote(remote), shlex.quote(f"{remote}.part")
+        path = os.fspath(remote)
+        name, part = shlex.quote(path), shlex.quote(f"{path}.part")
         script = f"umask 077; cat > {part} && chmod {mode:o} {part} && mv -f {part} {name}"
         script += f" || {{ rm -f {part}; exit 1; }}"
         with contextlib.ExitStack() as stack:
@@ -504,33 +518,39 @@ class Guest:
                 source: BinaryIO = io.BytesIO(local)
             else:
                 try:
-                    source = stack.enter_context(local.open("rb"))
+                    source = stack.enter_context(Path(local).open("rb"))
                 except OSError as error:
                     raise UsageError(f"{local} cannot be read: {error.strerror}") from error
             result = self.run(script, stdin=source)
         if result.exit_status != 0:
             raise GuestSetupError(
-                f"the guest cannot write {remote}", evidence=result.stderr.decode(errors="replace")
+                f"the guest cannot write {path}", evidence=result.stderr.decode(errors="replace")
             )
 
-    def download(self, remote: str, local: Path) -> None:
-        """Read a file of the guest into a local one: complete under its name, or not at all.
+    def get(self, remote: str | os.PathLike[str], local: str | os.PathLike[str]) -> None:
+        """Copy a file of the guest into a local one: complete under its name, or not at all.
 
-        Raises :class:`bridge.errors.GuestSetupError` when the guest cannot read it,
-        :class:`bridge.errors.UsageError` when it cannot be written here, and what :meth:`run`
-        raises.
+        Raises:
+            GuestSetupError: the guest cannot read it.
+            UsageError: it cannot be written here.
+            BridgeError: as :meth:`run`.
         """
+        path, destination = os.fspath(remote), Path(local)
         try:
-            with atomic_output(local) as part:
+            with atomic_output(destination) as part:
                 with part.open("wb") as file:
-                    result = self.run(["cat", "--", remote], stdout=file.write, capture=_EVIDENCE)
+                    result = self.run(["cat", "--", path], stdout=file.write, capture=_EVIDENCE)
                 if result.exit_status != 0:
                     raise GuestSetupError(
-                        f"the guest cannot read {remote}",
+                        f"the guest cannot read {path}",
                         evidence=result.stderr.decode(errors="replace"),
                     )
         except OSError as error:
             raise UsageError(f"{local} cannot be written: {error.strerror or error}") from error
+
+    # Until all callers have the new names.
+    upload = put
+    download = get
 
     # A person
 
@@ -550,7 +570,7 @@ class Guest:
             if command is None:
                 channel.invoke_shell()
             else:
-                channel.exec_command(command)
+                channel.exec_command(os.fsencode(command))
         except (paramiko.SSHException, OSError, EOFError) as error:
             raise self._broken(error, forgotten) from error
         with contextlib.closing(channel):
@@ -560,6 +580,17 @@ class Guest:
             if channel.exit_status < 0:
                 raise self._broken(None, forgotten)
             return channel.exit_status
+
+
+def _line(command: Word | Sequence[Word]) -> str:
+    """One line for the guest's shell; bytes that are no text are surrogates in it."""
+    if isinstance(command, str | bytes | os.PathLike):
+        line = os.fsdecode(command)
+    else:
+        line = shlex.join(os.fsdecode(word) for word in command)
+    if "\0" in line:
+        raise UsageError("a command has a NUL in it, which no argument can hold")
+    return line
 
 
 def _wrapped(line: str, env: Mapping[str, str] | None, cwd: str | None) -> str:

@@ -9,14 +9,14 @@ at any time, so a reader ignores those it does not know. The other keys are the 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bridge.errors import InfrastructureError
+from bridge.session.stats import Stats
 from bridge.util.files import write_atomically
 
 __all__ = ["FORMAT", "VERSION", "Summary", "read", "render", "write"]
@@ -24,56 +24,41 @@ __all__ = ["FORMAT", "VERSION", "Summary", "read", "render", "write"]
 FORMAT = "kcov-bridge-summary"
 """The value of the key ``format``."""
 
-VERSION = 1
+VERSION = 2
 """The value of the key ``version``."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The figures of one run; counts are of the whole run and of all instances.
+    """The figures of one run; in the file those of ``stats`` stand beside the others.
 
-    ``None`` stands for what is not known because the run ended before it was.
+    A default stands for what is not known because the run ended before it was.
     """
 
-    accel: str
-    """The accelerator in use: ``kvm`` or ``tcg``."""
-    kernel: str | None
-    """Release of the guest's kernel, as ``uname -r`` prints it."""
-    target: str
-    """Name of the target."""
-    boot_seconds: float | None
-    """From the start of QEMU to the guest's report that it is ready, in seconds."""
-    syscalls: int
-    """System call returns of owners, told or not (:class:`bridge.device.kcov.Totals`)."""
-    pcs: int
-    """PCs appended to areas."""
-    pcs_unique: int
-    """How many different PCs are among them."""
-    blocks_total: int
-    """Basic blocks that the sources could cover."""
-    blocks_covered: int
-    """Basic blocks that were covered, by anything that the target did."""
-    lost_pcs: int
-    """PCs that were dropped because the area was full."""
+    stats: Stats
+    """The figures of the run's session."""
     exit_status: int
     """Exit status of the command, or of the bridge if that failed."""
-    accel_reason: str = ""
-    """Why this accelerator was chosen, in one line."""
     command: tuple[str, ...] = ()
     """The workload."""
     run_seconds: float | None = None
     """How long the workload ran, in seconds."""
     error: str = ""
     """What ended the run early, if anything did."""
-    more: dict[str, Any] = field(default_factory=dict)
-    """Further figures by name; in the file they stand beside the others."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The object that :func:`write` puts into the file."""
-        values = dataclasses.asdict(self)
-        more = values.pop("more")
-        values["command"] = list(self.command)
-        return {"format": FORMAT, "version": VERSION, **values, **more}
+        """Return the object that :func:`write` puts into the file."""
+        stats = self.stats.as_dict()
+        del stats["instances"]
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            **stats,
+            "exit_status": self.exit_status,
+            "command": list(self.command),
+            "run_seconds": self.run_seconds,
+            "error": self.error,
+        }
 
 
 def write(summary: Summary, path: Path) -> None:
@@ -106,37 +91,35 @@ def read(path: Path) -> dict[str, Any]:
 
 def render(summary: Summary) -> str:
     """The summary as a person reads it in a terminal; no trailing newline."""
-    per_call = f", {summary.pcs / summary.syscalls:.1f} a call" if summary.syscalls else ""
-    reason = f" ({summary.accel_reason})" if summary.accel_reason else ""
+    stats, command = summary.stats, summary.command
+    per_call = f", {stats.pcs / stats.returns:.1f} a call" if stats.returns else ""
+    reason = f" ({stats.accel_reason})" if stats.accel_reason else ""
     rows = [
-        ("guest", f"{summary.kernel or 'unknown kernel'}, {summary.accel}{reason}"),
-        ("booted in", _seconds(summary.boot_seconds)),
-        ("target", summary.target),
-        (
-            "command",
-            shlex.join(summary.command) if summary.command[1:] else "".join(summary.command),
-        ),
+        ("guest", f"{stats.kernel or 'unknown kernel'}, {stats.accel}{reason}"),
+        ("booted in", _seconds(stats.boot_seconds)),
+        ("target", stats.target),
+        ("command", shlex.join(command) if command[1:] else "".join(command)),
         ("ran for", _seconds(summary.run_seconds)),
-        ("system calls", f"{summary.syscalls:,} traced"),
-        ("PCs", f"{summary.pcs:,} appended, {summary.pcs_unique:,} different{per_call}"),
-        ("lost PCs", f"{summary.lost_pcs:,}" + (", the area was full" if summary.lost_pcs else "")),
-        ("blocks", _blocks(summary)),
+        ("system calls", f"{stats.returns:,} traced"),
+        ("PCs", f"{stats.pcs:,} appended, {stats.pcs_unique:,} different{per_call}"),
+        ("lost PCs", f"{stats.lost_pcs:,}" + (", the area was full" if stats.lost_pcs else "")),
+        ("blocks", _blocks(stats)),
         ("exit status", str(summary.exit_status)),
         ("ended by", summary.error),
     ]
     return "\n".join(f"{name:>12}  {text}" for name, text in rows if text)
 
 
-def _blocks(summary: Summary) -> str:
+def _blocks(stats: Stats) -> str:
     """What was covered of each source that there was."""
     text = []
-    kernel = summary.more.get("kernel_blocks_covered")
+    kernel = stats.kernel_blocks_covered
     if kernel is not None:
         text.append(f"{kernel:,} of the guest kernel")
-    total = summary.blocks_total
+    total = stats.blocks_total
     if total or kernel is None:
-        share = f" ({100 * summary.blocks_covered / total:.1f} %)" if total else ""
-        text.append(f"{summary.blocks_covered:,} of {total:,} covered{share}")
+        share = f" ({100 * stats.blocks_covered / total:.1f} %)" if total else ""
+        text.append(f"{stats.blocks_covered:,} of {total:,} covered{share}")
     return "; ".join(text)
 
 

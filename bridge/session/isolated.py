@@ -22,17 +22,18 @@ import sys
 import threading
 import traceback
 from array import array
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from bridge.errors import SourceError, TargetError, UsageError
+from bridge.errors import BridgeError, SourceError, TargetError, UsageError
+from bridge.session.stats import Stats
+from bridge.session.target_host import InProcessTarget, fill_blocks
 from bridge.sources.pcs import BlockTable
-from bridge.sources.remote import Deliver, serving
+from bridge.sources.remote import Deliver
 from bridge.sources.symbolize import BLOCKS_FILE
-from bridge.targets import Endpoint, Target
-from bridge.targets.registry import create as create_target
+from bridge.targets.description import Description
+from bridge.targets.thread import TargetThread
 from bridge.vm.process import Process, spawn
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["CONSUME_SECONDS", "IsolatedTarget"]
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 CONSUME_SECONDS = 0.25
 """How long a system call's return may wait for a target that holds the interpreter lock: well
@@ -80,42 +80,73 @@ class _Channel:
         return bytes(data)
 
 
+class _Running:
+    """The process of a target, from its start to its end."""
+
+    def __init__(self, process: Process, answers: _Channel) -> None:
+        self.process = process
+        self.answers = answers
+        self.stack = contextlib.ExitStack()
+        self.owed = 0
+        """How many answers are due."""
+        self.gone = False
+        """Whether it is of no use to ask again: it is dead, or was told to stop."""
+
+    def failure(self, name: str, hint: str = "") -> tuple[str, str, str]:
+        """Message, evidence and hint for a process that is gone."""
+        self.process.wait(1.0)
+        message = f"the process of the target {name} {self.process.how_it_ended}"
+        return message, self.process.stderr_text, hint
+
+    def conclude(self, name: str, expected: bytes) -> dict[str, Any]:
+        """The answer to start or stop. Raises TargetError, UsageError."""
+        try:
+            kind, payload = self.answers.receive()
+            answer = json.loads(payload)
+        except TimeoutError as error:
+            raise TargetError(
+                f"the target {name} does not answer", evidence=self.process.stderr_text
+            ) from error
+        except (EOFError, OSError, ValueError) as error:
+            message, evidence, hint = self.failure(name)
+            raise TargetError(message, evidence=evidence, hint=hint) from error
+        if kind != expected:
+            failure = UsageError if answer["usage"] else TargetError
+            raise failure(answer["message"], evidence=answer["evidence"], hint=answer["hint"])
+        return dict(answer)
+
+
 class IsolatedTarget:
     """The bridge's side: a target and the source of its coverage at once.
 
-    Give it the name and the directory as :func:`bridge.targets.registry.create` takes them. It
-    must be a target with packages to cover; ``out`` is where the process leaves ``.coverage`` and
-    ``blocks.tsv``, None for nowhere. ``deliver`` gets coverage on behalf of handles, on a thread
-    of this object.
+    Args:
+        target: name and directory as :func:`bridge.targets.registry.create` takes them; it must
+            have packages to cover.
+        out: where the process leaves ``.coverage`` and ``blocks.tsv``; None for nowhere.
     """
 
-    def __init__(
-        self, target: str, directory: Path | None, out: Path | None, deliver: Deliver
-    ) -> None:
-        described = create_target(target, directory)
-        if not described.packages:
-            raise UsageError(
-                f"the target {target} has nothing to isolate: it covers no packages",
-                hint="leave out --isolate",
-            )
-        self.name = described.name
-        self.packages = described.packages
-        self.guest_modules: tuple[str, ...] = ()
-        self.guest_setup = ""
-        self.guest_teardown = ""
-        self.endpoints: tuple[Endpoint, ...] = ()
+    thread: TargetThread | None = None
+
+    def __init__(self, target: str, directory: Path | None, out: Path | None) -> None:
+        self.name = target
         self.table = BlockTable()
         self._arguments = (target, str(directory or ""), str(out or ""))
         self._out = out
-        self._deliver = deliver
         self._covered: set[int] = set()
-        self._stack = contextlib.ExitStack()
-        self._process: Process | None = None
-        self._channel: _Channel
         # Under _lock: one conversation at a time.
         self._lock = threading.Lock()
-        self._owed = 0
-        self._stopped = False
+        self._running: _Running | None = None
+
+    @property
+    def source(self) -> IsolatedTarget:
+        """As :class:`bridge.session.target_host.TargetHost`."""
+        return self
+
+    @property
+    def pid(self) -> int | None:
+        """The process in which the target runs."""
+        running = self._running
+        return running.process.pid if running is not None else None
 
     @property
     def blocks_total(self) -> int:
@@ -127,10 +158,12 @@ class IsolatedTarget:
         """As :class:`bridge.sources.python.source.PythonSource`."""
         return len(self._covered)
 
-    def start(self) -> None:
-        """Start the process; returns when the target serves.
+    def start(self, deliver: Deliver) -> Description:
+        """As :class:`bridge.session.target_host.TargetHost`.
 
-        Raises :class:`bridge.errors.TargetError` with what the target raised.
+        Raises:
+            UsageError: the target covers nothing.
+            TargetError: the target raised something, or its process ended.
         """
         with contextlib.ExitStack() as stack:
             ours, theirs = socket.socketpair()
@@ -145,46 +178,29 @@ class IsolatedTarget:
                 *map(str, fds),
                 *self._arguments,
             ]
-            self._process = spawn(command, name=f"target {self.name}", pass_fds=fds)
-            stack.callback(self._process.kill)
+            process = spawn(command, name=f"target {self.name}", pass_fds=fds)
+            stack.callback(process.kill)
             theirs.close()
             asking.close()
-            self._channel = _Channel(ours)
+            running = _Running(process, _Channel(ours))
             ours.settimeout(_START_SECONDS)
-            description = self._conclude(_READY)
-            self.guest_modules = tuple(description["guest_modules"])
-            self.guest_setup = description["guest_setup"]
-            self.guest_teardown = description["guest_teardown"]
-            self.endpoints = tuple(Endpoint(**each) for each in description["endpoints"])
+            answer = running.conclude(self.name, _READY)
+            description = Description.from_dict(answer["description"])
+            self.name = description.name
             # Imported here, for a run that isolates nothing.
             from bridge.sources.python.source import block_table
 
-            self.table = block_table(self.packages)
+            self.table = block_table(tuple(answer["packages"]))
             server = threading.Thread(
-                target=self._serve_handles, args=(_Channel(asked),), name="handles", daemon=True
+                target=self._serve_handles,
+                args=(_Channel(asked), deliver),
+                name="handles",
+                daemon=True,
             )
             server.start()
-            self._stack = stack.pop_all()
-
-    def _conclude(self, expected: bytes) -> dict[str, Any]:
-        """The answer to start or stop. Raises TargetError."""
-        assert self._process is not None
-        try:
-            kind, payload = self._channel.receive()
-            answer = json.loads(payload)
-        except TimeoutError as error:
-            raise TargetError(
-                f"the target {self.name} does not answer", evidence=self._process.stderr_text
-            ) from error
-        except (EOFError, OSError, ValueError) as error:
-            self._process.wait(1.0)
-            raise TargetError(
-                f"the process of the target {self.name} {self._process.how_it_ended}",
-                evidence=self._process.stderr_text,
-            ) from error
-        if kind != expected:
-            raise TargetError(answer["message"], evidence=answer["evidence"])
-        return dict(answer)
+            running.stack = stack.pop_all()
+            self._running = running
+            return description
 
     def consume(self) -> Sequence[int]:
         """The PCs covered since the last call, in the order the process gives them.
@@ -193,18 +209,20 @@ class IsolatedTarget:
         in time; then gives nothing, until it answers.
         """
         with self._lock:
-            if self._process is None or self._stopped:
+            running = self._running
+            if running is None or running.gone:
                 return ()
-            quiet = self._owed > 0
+            channel = running.answers
+            quiet = running.owed > 0
             try:
-                if not self._owed:
-                    self._owed += 1
-                    self._channel.socket.settimeout(CONSUME_SECONDS)
-                    self._channel.send(_CONSUME)
+                if not running.owed:
+                    running.owed += 1
+                    channel.socket.settimeout(CONSUME_SECONDS)
+                    channel.send(_CONSUME)
                 else:
                     # An answer is due since a call before: take it if it is there.
-                    self._channel.socket.settimeout(0.001)
-                _, payload = self._channel.receive()
+                    channel.socket.settimeout(0.001)
+                _, payload = channel.receive()
             except TimeoutError as error:
                 if quiet:
                     return ()
@@ -212,76 +230,72 @@ class IsolatedTarget:
                     f"the target {self.name} does not answer in {CONSUME_SECONDS:g} s"
                 ) from error
             except (EOFError, OSError, ValueError) as error:
-                self._stopped = True
-                self._process.wait(1.0)
-                raise SourceError(
-                    f"the process of the target {self.name} {self._process.how_it_ended}",
-                    evidence=self._process.stderr_text,
-                ) from error
-            self._owed -= 1
+                running.gone = True
+                message, evidence, _ = running.failure(self.name)
+                raise SourceError(message, evidence=evidence) from error
+            running.owed -= 1
             pcs = array("Q", payload)
             self._covered.update(pcs)
             return pcs
 
     def stop(self) -> None:
-        """Have the process stop the target and write its coverage, then end it.
+        """As :class:`bridge.session.target_host.TargetHost`.
 
-        Safe to call twice. Raises :class:`bridge.errors.TargetError` where it cannot any more: the
-        coverage file is missing then.
+        Raises:
+            TargetError: the target raised something, or its process is dead, and the coverage
+                file is missing then.
         """
         with self._lock:
-            if self._process is None:
+            running, self._running = self._running, None
+            if running is None:
                 return
-            try:
-                if not self._stopped:
-                    self._stopped = True
-                    self._channel.socket.settimeout(_STOP_SECONDS)
-                    for _ in range(self._owed):
-                        with contextlib.suppress(TimeoutError, EOFError, OSError, ValueError):
-                            self._channel.receive()
-                    with contextlib.suppress(OSError):
-                        self._channel.send(_STOP)
-                    done = self._conclude(_DONE)
-                    self._covered.update(done["rest"])
-                    if self._out is not None:
-                        # With the files that appeared at run time.
-                        self.table = BlockTable.load(self._out / BLOCKS_FILE)
-                else:
-                    raise TargetError(
-                        f"the process of the target {self.name} {self._process.how_it_ended}",
-                        evidence=self._process.stderr_text,
-                        hint="what it covered is in the PCs, not in a coverage file",
+            with running.stack:
+                if running.gone:
+                    message, evidence, hint = running.failure(
+                        self.name, "what it covered is in the PCs, not in a coverage file"
                     )
-            finally:
-                self._process = None
-                self._stack.close()
+                    raise TargetError(message, evidence=evidence, hint=hint)
+                channel = running.answers
+                channel.socket.settimeout(_STOP_SECONDS)
+                for _ in range(running.owed):
+                    with contextlib.suppress(TimeoutError, EOFError, OSError, ValueError):
+                        channel.receive()
+                with contextlib.suppress(OSError):
+                    channel.send(_STOP)
+                done = running.conclude(self.name, _DONE)
+                self._covered.update(done["rest"])
+                if self._out is not None:
+                    # With the files that appeared at run time.
+                    self.table = BlockTable.load(self._out / BLOCKS_FILE)
 
-    def _serve_handles(self, channel: _Channel) -> None:
+    def fill(self, stats: Stats) -> None:
+        """As :class:`bridge.session.stats.Measured`."""
+        stats.target = self.name
+        fill_blocks(stats, self)
+
+    def _serve_handles(self, channel: _Channel, deliver: Deliver) -> None:
         """Put coverage on behalf of handles into areas, and say when it is there."""
         with contextlib.suppress(EOFError, OSError, ValueError):
             while True:
                 _, payload = channel.receive()
                 handle, *pcs = array("Q", payload)
-                with self._lock:
-                    self._covered.update(pcs)
-                self._deliver(handle, pcs)
+                # Not under the lock, which stop() holds while the target may still deliver.
+                self._covered.update(pcs)
+                deliver(handle, pcs)
                 channel.send(_HANDLE)
 
 
 # ---- the process
 
 
-def _target_process(answers: _Channel, asks: _Channel, target: Target, out: Path | None) -> None:
-    """Serve until told to stop. Raises what goes wrong on start."""
-    from bridge.sources.python.source import PythonSource
-
-    data_file = out / ".coverage" if out is not None else None
-    source = PythonSource(target.packages, data_file=data_file)
-    executor = ThreadPoolExecutor(1, thread_name_prefix="target")
-
-    def there(function: Callable[[], T]) -> T:
-        return executor.submit(function).result()
-
+def _target_process(answers: _Channel, asks: _Channel, host: InProcessTarget) -> None:
+    """Serve until told to stop. Raises what goes wrong on start and on stop."""
+    source = host.source
+    if source is None:
+        raise UsageError(
+            f"the target {host.name} has nothing to isolate: it covers no packages",
+            hint="leave out --isolate",
+        )
     stop = threading.Event()
     ready = threading.Event()
 
@@ -290,8 +304,7 @@ def _target_process(answers: _Channel, asks: _Channel, target: Target, out: Path
         _serve(answers, source, stop)
 
     # Before the source starts, so that it is not measured.
-    server = threading.Thread(target=serve, name="answers", daemon=True)
-    server.start()
+    threading.Thread(target=serve, name="answers", daemon=True).start()
     asking = threading.Lock()
 
     def deliver(handle: int, pcs: Sequence[int]) -> None:
@@ -299,26 +312,12 @@ def _target_process(answers: _Channel, asks: _Channel, target: Target, out: Path
             asks.send(_HANDLE, array("Q", [handle, *pcs]).tobytes())
             asks.receive()
 
-    with serving(source, deliver):
-        there(source.start)
-        try:
-            there(target.start)
-        except Exception:
-            # What a target that never started raises on its end says nothing.
-            with contextlib.suppress(Exception):
-                there(target.stop)
-            raise
-        try:
-            answers.send(_READY, json.dumps(_description(target)).encode())
-            ready.set()
-            stop.wait()
-        finally:
-            try:
-                there(target.stop)
-            finally:
-                there(source.stop)
-    if out is not None:
-        source.table.save(out / BLOCKS_FILE)
+    description = host.start(deliver)
+    answer = {"description": description.as_dict(), "packages": source.packages}
+    answers.send(_READY, json.dumps(answer).encode())
+    ready.set()
+    stop.wait()
+    host.stop()
     answers.send(_DONE, json.dumps({"rest": source.consume()}).encode())
 
 
@@ -335,34 +334,38 @@ def _serve(channel: _Channel, source: PythonSource, stop: threading.Event) -> No
     stop.set()
 
 
-def _description(target: Target) -> dict[str, object]:
-    return {
-        "endpoints": [
-            {"name": each.name, "host_port": each.host_port, "guest_port": each.guest_port}
-            for each in target.endpoints
-        ],
-        "guest_modules": list(target.guest_modules),
-        "guest_setup": target.guest_setup,
-        "guest_teardown": target.guest_teardown,
-    }
-
-
 def main(argv: Sequence[str]) -> int:
     """``isolated.py ANSWERS_FD ASKS_FD TARGET DIRECTORY OUT``; the last two may be empty."""
     answers = _Channel(socket.socket(fileno=int(argv[1])))
     asks = _Channel(socket.socket(fileno=int(argv[2])))
     name, directory, out = argv[3:6]
+    host: InProcessTarget | None = None
     try:
-        target = create_target(name, Path(directory) if directory else None)
-        _target_process(answers, asks, target, Path(out) if out else None)
-    except Exception as error:
+        host = InProcessTarget(
+            name, Path(directory) if directory else None, out=Path(out) if out else None
+        )
+        _target_process(answers, asks, host)
+    except BaseException as error:
         # Whatever it is, the bridge is to show it to a person.
-        message = f"the target {name} raised {type(error).__name__}: {error}"
-        failure = {"message": message, "evidence": "".join(traceback.format_exception(error))}
+        failure = _failure(name, error)
         with contextlib.suppress(OSError):
             answers.send(_FAILED, json.dumps(failure).encode())
         return 1
+    finally:
+        if host is not None:
+            with contextlib.suppress(BridgeError):
+                host.stop()
     return 0
+
+
+def _failure(name: str, error: BaseException) -> dict[str, object]:
+    if isinstance(error, BridgeError):
+        message, evidence, hint = error.message, error.evidence, error.hint
+    else:
+        message = f"the process of the target {name} raised {type(error).__name__}: {error}"
+        evidence, hint = "".join(traceback.format_exception(error)), ""
+    usage = isinstance(error, UsageError)
+    return {"message": message, "evidence": evidence, "hint": hint, "usage": usage}
 
 
 if __name__ == "__main__":

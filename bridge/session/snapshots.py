@@ -18,14 +18,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from bridge.device.doorbell import Doorbell
-from bridge.device.ivshmem import IvshmemServer
-from bridge.device.kcov import Device
-from bridge.device.region import Region
 from bridge.errors import GuestLostError, ImageError, QemuError
 from bridge.guest.guest_image import GuestImage
 from bridge.guest.images.store import image_directory
-from bridge.sources.ledger import Ledger
+from bridge.session.device_host import DeviceHost
 from bridge.util.cache import cache_directory, lock_file, locked
 from bridge.vm.config import MachineConfig, MemoryFds
 from bridge.vm.machine import Machine
@@ -113,19 +109,13 @@ def _make(
 ) -> None:
     config = replace(config, endpoints=(), gate=None, plugin=None)
     with ExitStack() as stack:
-        region = Region(region_bytes)
-        stack.callback(region.close)
-        server = IvshmemServer(region)
-        stack.callback(server.close)
-        doorbell = Doorbell(region, Device(region, Ledger([])), server.bell)
-        doorbell.start()
-        stack.callback(doorbell.stop)
+        device = stack.enter_context(DeviceHost(region_bytes))
         ram = new_memory(config.memory_mib << 20)
         stack.callback(os.close, ram)
         states = new_states()
         stack.callback(os.close, states)
         memory = MemoryFds(ram, states)
-        socket = stack.enter_context(server.connect())
+        socket = stack.enter_context(device.connect())
         machine = stack.enter_context(Machine(config, doorbell=socket, memory=memory))
         machine.start()
         socket.close()

@@ -6,22 +6,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-__all__ = ["PC", "Source"]
+__all__ = ["PC", "Consumed", "Source"]
 
 PC = int
 """A program counter as the guest reads it: a 64-bit kernel address."""
 
 
-class Source(Protocol):
-    """Something that covers code and can say which blocks were covered since it was last asked."""
-
-    name: str
-
-    def start(self) -> None:
-        """Begin to measure. Code that runs afterwards, on any thread of the target, counts.
-
-        Raises :class:`bridge.errors.SourceError`.
-        """
+class Consumed(Protocol):
+    """What a ledger needs of a source."""
 
     def consume(self) -> Sequence[PC]:
         """The PCs of the blocks covered since the last call, each once, and forget them.
@@ -31,6 +23,18 @@ class Source(Protocol):
         up in this answer or in the next one, never in none. What the target did before it sent
         something to the guest must show in the first call that begins after that. Its cost must
         follow the number of blocks covered, not the size of the target.
+        """
+
+
+class Source(Consumed, Protocol):
+    """Something that covers code and can say which blocks were covered since it was last asked."""
+
+    name: str
+
+    def start(self) -> None:
+        """Begin to measure. Code that runs afterwards, on any thread of the target, counts.
+
+        Raises :class:`bridge.errors.SourceError`.
         """
 
     def stop(self) -> None:

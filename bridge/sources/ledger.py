@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from bridge.sources import PC, Source
+from bridge.sources import PC, Consumed
 
 __all__ = ["Cursor", "Ledger"]
 
@@ -37,7 +37,7 @@ class Ledger:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[Consumed],
         on_failure: Callable[[Exception], object] | None = None,
     ) -> None:
         """``on_failure`` is told what a source raises, which then has given nothing; without it,
@@ -130,7 +130,7 @@ class Ledger:
             raise
         return list(news)
 
-    def _consume(self, source: Source) -> Sequence[PC]:
+    def _consume(self, source: Consumed) -> Sequence[PC]:
         if self._on_failure is None:
             return source.consume()
         try:

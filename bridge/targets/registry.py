@@ -14,7 +14,6 @@ import difflib
 import importlib
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +21,7 @@ from typing import Any, cast
 from bridge.errors import TargetError, UsageError
 from bridge.targets import DEFAULT_TARGET, Target
 from bridge.targets.none import NoTarget
+from bridge.targets.thread import foreign
 
 __all__ = ["create", "names"]
 
@@ -58,8 +58,12 @@ def names() -> tuple[str, ...]:
 def create(name: str, directory: Path | None = None) -> Target:
     """Make the target of this name, not yet started.
 
-    Raises :class:`UsageError` for a name that stands for nothing, and :class:`TargetError` where
-    the code behind it raises or what it makes is no target.
+    A target of your own runs its code here: call this on the target's thread
+    (:class:`bridge.targets.thread.TargetThread`).
+
+    Raises:
+        UsageError: the name stands for nothing.
+        TargetError: the code behind it raises, or what it makes is no target.
     """
     if ":" in name:
         return _own(name, directory)
@@ -84,17 +88,16 @@ def _own(name: str, directory: Path | None) -> Target:
     here = os.getcwd()  # noqa: PTH109
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise _broken(name, error) from error
-        raise UsageError(
-            f"target {name}: there is no module {error.name}",
-            hint="it is looked for in the working directory and in this Python's packages",
-        ) from error
-    except Exception as error:
-        raise _broken(name, error) from error
+    with foreign(f"the target {name}", "while it was made"):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+                raise
+            raise UsageError(
+                f"target {name}: there is no module {error.name}",
+                hint="it is looked for in the working directory and in this Python's packages",
+            ) from error
     factory: Any = module
     for part in attribute.split("."):
         factory = getattr(factory, part, None)
@@ -105,31 +108,22 @@ def _own(name: str, directory: Path | None) -> Target:
             f"target {name}: module {module_name} has no class {attribute}",
             hint=f"did you mean {near[0]}?" if near else "",
         )
-    try:
+    with foreign(f"the target {name}", "while it was made"):
         target = factory(directory)
-    except (TargetError, UsageError):
-        raise
-    except Exception as error:
-        raise _broken(name, error) from error
-    # dir() rather than hasattr(): a property such as endpoints is valid only after start().
-    present = dir(target)
-    missing = [member for member in _MEMBERS if member not in present]
-    if missing:
-        raise TargetError(
-            f"target {name} is no target: it lacks {', '.join(missing)}",
-            hint="the protocol bridge.targets.Target says what each is",
-        )
-    packages = target.packages
-    if not isinstance(packages, tuple) or not all(isinstance(each, str) for each in packages):
-        raise TargetError(
-            f"target {name}: packages is {packages!r}",
-            hint='a tuple of package names is needed, such as ("mypackage",)',
-        )
+        # dir() rather than hasattr(): a property such as endpoints is valid only after start().
+        present = dir(target)
+        missing = [member for member in _MEMBERS if member not in present]
+        if missing:
+            raise TargetError(
+                f"target {name} is no target: it lacks {', '.join(missing)}",
+                hint="the protocol bridge.Target says what each is",
+            )
+        packages = target.packages
+        if not isinstance(packages, tuple) or not all(isinstance(each, str) for each in packages):
+            raise TargetError(
+                f"target {name}: packages is {packages!r}",
+                hint='a tuple of package names is needed, such as ("mypackage",)',
+            )
+        if not isinstance(target.name, str):
+            raise TargetError(f"target {name}: name is {target.name!r}", hint="a text is needed")
     return cast(Target, target)
-
-
-def _broken(name: str, error: Exception) -> TargetError:
-    return TargetError(
-        f"target {name} raised {type(error).__name__} while it was made",
-        evidence="".join(traceback.format_exception(error)),
-    )

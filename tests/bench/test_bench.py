@@ -29,11 +29,12 @@ from bridge.bench.plot import plot
 from bridge.bench.stats import Aim, Comparison, Of, Series, Summary, Verdict, quantile
 from bridge.bench.suite import measurements
 from bridge.bench.table import amount, render, say_aim
-from bridge.bench.worker import Worker, proportional_mib, wait_for_all
+from bridge.bench.worker import SERVICE, proportional_mib
 from bridge.cli.main import main
 from bridge.config import Settings
 from bridge.errors import InfrastructureError, MissingDependencyError, UsageError
 from bridge.guest.images import Image
+from bridge.session.pool import Worker
 from bridge.session.session import Session
 from tests import support
 
@@ -485,16 +486,13 @@ def test_bench_of_a_signal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_the_bridge_goes_on_after_the_floor() -> None:
     """Its doorbell stands aside and comes back, with nothing missed and nothing answered twice."""
     with bridge.boot(target="none", source="python", syscall_pcs=True) as guest:
-        assert guest.device is not None
-        assert guest.doorbell is not None
-        assert guest.region is not None
         for asleep in (True, False):
             before = guest.device.totals.returns
             with floor(guest, asleep=asleep):
                 figures = json.loads(guest.run("kcov-bench calls 1000").text)
                 assert figures["pcs"] == 0
             assert guest.device.totals.returns == before
-            assert guest.doorbell.call(lambda: guest.region.areas_in_use) == 0  # type: ignore[union-attr]
+            assert guest.doorbell.call(lambda: guest.region.areas_in_use) == 0
             figures = json.loads(guest.run("kcov-bench calls 1000").text)
             assert figures["pcs"] >= 1000
             assert guest.device.totals.returns >= before + 1000
@@ -506,9 +504,10 @@ def test_the_bridge_goes_on_after_the_floor() -> None:
 @pytest.mark.vm
 def test_workers_boot_answer_and_end() -> None:
     settings = Settings(target="none", source="python", syscall_pcs=True)
-    with Worker(settings) as worker:
-        (seconds,) = wait_for_all([worker])
-        assert seconds > 0
+    with Worker(settings, service=SERVICE) as worker:
+        worker.wait_ready()
+        assert worker.seconds is not None
+        assert worker.seconds > 0
         for adaptive in (True, False):
             worker.ask("stream", 0.2, adaptive)
             rate = worker.answer()
@@ -522,9 +521,8 @@ def test_workers_boot_answer_and_end() -> None:
 
 def test_a_worker_that_fails_says_why() -> None:
     settings = Settings(target="none", source="python", image="no-such-image")
-    with Worker(settings) as worker, pytest.raises(InfrastructureError) as raised:
-        wait_for_all([worker])
-    assert "there is no image 'no-such-image'" in raised.value.evidence
+    with Worker(settings) as worker, pytest.raises(UsageError, match="no image 'no-such-image'"):
+        worker.wait_ready()
 
 
 @pytest.mark.vm

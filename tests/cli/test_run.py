@@ -429,7 +429,7 @@ def test_a_kvm_that_boots_nothing(
     original = ProjectImage.machine_config
     monkeypatch.setattr(ProjectImage, "machine_config", stopped)
     monkeypatch.setattr(
-        "bridge.session.session.choose_accelerator", lambda _: Accelerator("kvm", "test")
+        "bridge.session.launcher.choose_accelerator", lambda _: Accelerator("kvm", "test")
     )
     with bridge.boot(target="none", accel="auto") as guest:
         assert guest.run("true").exit_status == 0

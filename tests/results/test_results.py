@@ -17,18 +17,21 @@ import pytest
 from bridge.errors import InfrastructureError
 from bridge.results import coverage_files, summary
 from bridge.results.summary import Summary
+from bridge.session.stats import InstanceStats, Stats
 
 FIGURES = Summary(
-    accel="tcg",
-    kernel="6.1.0-1-amd64",
-    target="plan9",
-    boot_seconds=4.25,
-    syscalls=1200,
-    pcs=54000,
-    pcs_unique=310,
-    blocks_total=620,
-    blocks_covered=310,
-    lost_pcs=0,
+    Stats(
+        accel="tcg",
+        kernel="6.1.0-1-amd64",
+        target="plan9",
+        boot_seconds=4.25,
+        returns=1200,
+        pcs=54000,
+        pcs_unique=310,
+        blocks_total=620,
+        blocks_covered=310,
+        instances=[InstanceStats(0, 1, "trace-pc", 8, 7, 0)],
+    ),
     exit_status=0,
 )
 
@@ -69,13 +72,13 @@ def test_the_summary_file_has_what_readers_expect(tmp_path: Path) -> None:
     summary.write(FIGURES, path)
     values = json.loads(path.read_text())
     assert values["format"] == "kcov-bridge-summary"
-    assert values["version"] == 1
+    assert values["version"] == 2
     expected = {
         "accel": "tcg",
         "kernel": "6.1.0-1-amd64",
         "target": "plan9",
         "boot_seconds": 4.25,
-        "syscalls": 1200,
+        "returns": 1200,
         "pcs": 54000,
         "pcs_unique": 310,
         "blocks_total": 620,
@@ -105,13 +108,14 @@ def test_a_summary_that_cannot_be_written(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["summary.json"]
 
 
-def test_more_figures_stand_beside_the_others(tmp_path: Path) -> None:
-    more = Summary(**{**vars(FIGURES), "more": {"timed_out": 3}, "command": ("ls", "-l")})
-    summary.write(more, tmp_path / "s.json")
+def test_the_summary_file_is_flat(tmp_path: Path) -> None:
+    run = dataclasses.replace(FIGURES, command=("ls", "-l"), run_seconds=1.5)
+    summary.write(run, tmp_path / "s.json")
     values = summary.read(tmp_path / "s.json")
-    assert values["timed_out"] == 3
     assert values["command"] == ["ls", "-l"]
-    assert "more" not in values
+    assert values["run_seconds"] == 1.5
+    assert "stats" not in values
+    assert "instances" not in values, "those are of a moment, not of a run"
 
 
 @pytest.mark.parametrize(
@@ -156,16 +160,7 @@ def test_the_command_in_the_text_can_be_pasted(command: tuple[str, ...], text: s
 
 def test_the_text_of_a_run_that_never_booted() -> None:
     early = Summary(
-        accel="tcg",
-        kernel=None,
-        target="plan9",
-        boot_seconds=None,
-        syscalls=0,
-        pcs=0,
-        pcs_unique=0,
-        blocks_total=0,
-        blocks_covered=0,
-        lost_pcs=7,
+        Stats(accel="tcg", target="plan9", lost_pcs=7),
         exit_status=123,
         error="the guest did not boot",
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -17,10 +18,10 @@ import coverage
 import pytest
 
 import bridge
-from bridge.config import Settings
 from bridge.errors import SourceError, TargetError, UsageError
 from bridge.session.isolated import CONSUME_SECONDS, IsolatedTarget
 from bridge.sources.python.source import PythonSource
+from bridge.targets.description import Description
 from bridge.targets.plan9 import Plan9Target
 
 
@@ -54,12 +55,12 @@ def executed(data_file: Path) -> dict[str, set[int]]:
 
 
 def test_the_same_coverage_as_in_process(tmp_path: Path) -> None:
-    isolated = IsolatedTarget("plan9", None, tmp_path, nowhere)
-    isolated.start()
+    isolated = IsolatedTarget("plan9", None, tmp_path)
+    description = isolated.start(nowhere)
     try:
         first = set(isolated.consume())
         assert first, "the import of the packages counts"
-        use(isolated.endpoints[0].host_port)
+        use(description.endpoints[0].host_port)
         news = list(isolated.consume())
         assert news
         assert list(isolated.consume()) == []
@@ -137,8 +138,8 @@ def own_target(directory: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> s
     return "own_target:Target"
 
 
-def tell(isolated: IsolatedTarget, request: bytes) -> Callable[[], bytes]:
-    sock = socket.create_connection(("127.0.0.1", isolated.endpoints[0].host_port))
+def tell(target: Description, request: bytes) -> Callable[[], bytes]:
+    sock = socket.create_connection(("127.0.0.1", target.endpoints[0].host_port))
     sock.settimeout(20)
     sock.sendall(request)
     return lambda: sock.recv(1)
@@ -146,13 +147,15 @@ def tell(isolated: IsolatedTarget, request: bytes) -> Callable[[], bytes]:
 
 def test_a_target_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = own_target(tmp_path, monkeypatch, "os.kill(os.getpid(), signal.SIGKILL)")
-    isolated = IsolatedTarget(name, None, tmp_path, nowhere)
-    isolated.start()
+    isolated = IsolatedTarget(name, None, tmp_path)
+    target = isolated.start(nowhere)
     assert isolated.consume()
-    assert tell(isolated, b"x")() == b""
-    process = isolated._process
-    assert process is not None
-    assert process.wait(20)
+    pid = isolated.pid
+    assert pid is not None
+    ended = os.pidfd_open(pid)
+    assert tell(target, b"x")() == b""
+    assert select.select([ended], [], [], 20)[0]
+    os.close(ended)
     with pytest.raises(SourceError, match="was killed by SIGKILL"):
         isolated.consume()
     assert isolated.consume() == ()
@@ -166,14 +169,14 @@ def test_a_target_that_hangs_with_the_interpreter_lock(
 ) -> None:
     # A regular expression that backtracks holds the lock as long as it takes: stop the process.
     name = own_target(tmp_path, monkeypatch, "os.kill(os.getpid(), signal.SIGSTOP)")
-    isolated = IsolatedTarget(name, None, tmp_path, nowhere)
-    isolated.start()
+    isolated = IsolatedTarget(name, None, tmp_path)
+    target = isolated.start(nowhere)
     try:
         isolated.consume()
-        answer = tell(isolated, b"x")
-        process = isolated._process
-        assert process is not None
-        stat = Path(f"/proc/{process.pid}/stat")
+        answer = tell(target, b"x")
+        pid = isolated.pid
+        assert pid is not None
+        stat = Path(f"/proc/{pid}/stat")
         while stat.read_text().rpartition(")")[2].split()[0] != "T":
             time.sleep(0.01)
         start = time.monotonic()
@@ -184,7 +187,7 @@ def test_a_target_that_hangs_with_the_interpreter_lock(
         for _ in range(20):
             assert isolated.consume() == ()
         assert time.monotonic() - start < 5, "it is not waited for again and again"
-        os.kill(process.pid, signal.SIGCONT)
+        os.kill(pid, signal.SIGCONT)
         assert answer() == b"."
         end = time.monotonic() + 20
         while not isolated.consume() and time.monotonic() < end:
@@ -198,15 +201,14 @@ def test_a_target_that_hangs_with_the_interpreter_lock(
 def test_a_target_that_raises_on_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = own_target(tmp_path, monkeypatch, "pass")
     (tmp_path / "own_service.py").write_text("raise RuntimeError('no such luck')\n")
-    isolated = IsolatedTarget(name, None, tmp_path, nowhere)
-    with pytest.raises(TargetError, match="RuntimeError: no such luck"):
-        isolated.start()
+    isolated = IsolatedTarget(name, None, tmp_path)
+    with pytest.raises(TargetError, match="raised RuntimeError on start: no such luck"):
+        isolated.start(nowhere)
 
 
 def test_nothing_to_isolate(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="covers no packages"):
-        IsolatedTarget("none", None, tmp_path, nowhere)
-    assert Settings(isolate=True).isolate
+        IsolatedTarget("none", None, tmp_path).start(nowhere)
 
 
 @pytest.mark.vm
@@ -221,8 +223,8 @@ def test_in_a_guest(tmp_path: Path) -> None:
         # The target dies under the guest's hands; the device does not.
         source = guest.source
         assert isinstance(source, IsolatedTarget)
-        assert source._process is not None
-        os.kill(source._process.pid, signal.SIGKILL)
+        assert source.pid is not None
+        os.kill(source.pid, signal.SIGKILL)
         after = guest.run("timeout 10 kcov-exec -- true")
         assert after.exit_status == 0
         assert guest.doorbell is not None

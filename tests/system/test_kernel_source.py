@@ -181,7 +181,8 @@ def test_another_kernel_in_the_place_of_this_one(tmp_path: Path) -> None:
         guest = Guest(session.machine.ssh_port, image.ssh_key, image.host_key.read_text())
         with guest:
             guest.connect(timeout=120)
-            session.guest = guest
+            # The session's own connection was to the kernel of before.
+            session._running.running.guest = session._running.executor._guest = guest  # type: ignore[attr-defined]
             session.run("mkdir -p /run/kcov-bridge")
             appended = device.totals.appended
             after = session.kcov(command, follow=False)

@@ -185,7 +185,7 @@ def test_a_guest_that_stays_silent(
     size = (made / "memory").stat().st_size
     (made / "memory").write_bytes(b"")
     os.truncate(made / "memory", size)
-    monkeypatch.setattr("bridge.session.session._RESUME_SECONDS", 3.0)
+    monkeypatch.setattr("bridge.session.launcher._RESUME_SECONDS", 3.0)
     with bridge.boot(target="none", syscall_pcs=True) as session:
         assert session.snapshot is None
         check_kcov(session)
@@ -291,7 +291,7 @@ def test_many_in_a_row() -> None:
 
         def look_first() -> None:
             """The last moment before the guest goes on."""
-            if len(figures) % max(1, RESETS // 20) == 0 and digest(session._ram) != wanted:
+            if len(figures) % max(1, RESETS // 20) == 0 and digest(session.memory_fd) != wanted:
                 wrong.append(f"memory after reset {len(figures)}")
             resume()
 

@@ -84,9 +84,12 @@ class _TextBounds:
 class GuestKernel:
     """The plan's writer, on the doorbell's thread. Made before QEMU, which inherits the plan.
 
-    ``code`` is what is known of the kernel, None where that comes later: :meth:`know`; ``memory``
-    in bytes. Raises
-    :class:`bridge.errors.SourceError` where there is no memory.
+    Args:
+        code: what is known of the kernel; None where that comes later, by :meth:`set_code`.
+        memory: of the guest, in bytes.
+
+    Raises:
+        SourceError: there is no memory.
     """
 
     def __init__(self, code: KernelCode | None, memory: int) -> None:
@@ -95,7 +98,7 @@ class GuestKernel:
         """By how much the kernel was moved (KASLR), bytes; None until it has said so."""
         self._code = code
         self.unnamed = True
-        """Whether there are modules whose symbols are not known; see :meth:`learn`."""
+        """Whether there are modules whose symbols are not known; see :meth:`load_symbols`."""
         self._memory = memory
         self._vectors: list[int] = []
         self._entry = 0
@@ -118,7 +121,7 @@ class GuestKernel:
         """Whether the kernel's code is known."""
         return self._code is not None
 
-    def know(self, code: KernelCode) -> None:
+    def set_code(self, code: KernelCode) -> None:
         """The kernel's code, before the guest's module says where it is."""
         self._code = code
 
@@ -162,7 +165,7 @@ class GuestKernel:
         for name in tuple(self.code.modules):
             self.code.module_goes(name)
         self.unnamed = True
-        self.tell_code()
+        self.publish()
         return 0
 
     def _forget(self) -> None:
@@ -194,10 +197,10 @@ class GuestKernel:
             self.unnamed = True
         else:
             self.code.module_goes(name)
-        self.tell_code()
+        self.publish()
         return 0
 
-    def learn(self, proc_modules: str, kallsyms: str) -> None:
+    def load_symbols(self, proc_modules: str, kallsyms: str) -> None:
         """What the guest's own files say: modules that were there before ours, and symbols.
 
         ``/proc/modules`` as root reads it, and the lines of ``/proc/kallsyms`` that name a module.
@@ -220,9 +223,9 @@ class GuestKernel:
         for name, lines in by_module.items():
             if name in code.modules:
                 code.name_module(name, "\n".join(lines))
-        self.tell_code()
+        self.publish()
 
-    def recall(self) -> None:
+    def restore_modules(self) -> None:
         """After :meth:`describe`, of a guest that goes on as it was when it was ready.
 
         The modules that were there before ours, which told of all others, are there again.
@@ -233,9 +236,9 @@ class GuestKernel:
             self.code.module_comes(name, base, size)
             self.code.name_module(name, symbols)
         self.unnamed = False
-        self.tell_code()
+        self.publish()
 
-    def tell_code(self) -> None:
+    def publish(self) -> None:
         """What is known of the code has changed."""
         if self.offset is not None:
             self.plan.set_code(self.code.running(self.offset), self._vectors, self._entry)

@@ -257,7 +257,7 @@ def test_what_the_guest_says_itself(kernel: GuestKernel) -> None:
     kernel.describe(payload(0))
     modules = "net_9p 90112 1 9p, Live 0xffffffffc0100000\nodd 4096 0 - Live 0x0000000000000000\n"
     symbols = "ffffffffc0100010 t p9_read\t[net_9p]\nffffffffc0900010 t other\t[odd]\n"
-    kernel.learn(modules, symbols)
+    kernel.load_symbols(modules, symbols)
     assert not kernel.unnamed
     found = kernel.code.symbols.lookup(0xFFFF_FFFF_A000_0020)
     assert found is not None
@@ -285,7 +285,7 @@ def test_texts_end_where_something_else_begins(kernel: GuestKernel) -> None:
             *(("three", "t", 0x20000), ("three", "t", 0x90000000)),
         ]
     )
-    kernel.learn(modules, symbols)
+    kernel.load_symbols(modules, symbols)
     sizes = {name: place.size for name, place in kernel.code.modules.items()}
     assert sizes == {"one": 0x2040, "two": 8192, "bare": 4096, "three": 12288}
 
@@ -294,13 +294,13 @@ def test_a_guest_that_goes_on_as_it_was(kernel: GuestKernel) -> None:
     """Of what was there before the guest's module, nobody tells again."""
     kernel.describe(payload(0))
     modules = "net_9p 90112 1 9p, Live 0xffffffffc0100000\n"
-    kernel.learn(modules, "ffffffffc0100010 t p9_read\t[net_9p]\n")
+    kernel.load_symbols(modules, "ffffffffc0100010 t p9_read\t[net_9p]\n")
     ready = ranges(kernel.plan)
     kernel.module("late", True, 0xFFFF_FFFF_C020_0000, 0x1000)
     assert ranges(kernel.plan) != ready
     assert kernel.describe(payload(0)) == 0
     assert kernel.unnamed
-    kernel.recall()
+    kernel.restore_modules()
     assert not kernel.unnamed
     assert ranges(kernel.plan) == ready
     found = kernel.code.symbols.lookup(0xFFFF_FFFF_A000_0020)

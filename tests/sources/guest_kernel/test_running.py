@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bridge.config import Settings
 from bridge.errors import KernelUnknownError, UsageError
-from bridge.session.session import Session
+from bridge.guest.guest_image import OwnImage
+from bridge.session.kernel_watch import GuestKernelWatch
 from bridge.sources.guest_kernel.filters import KernelFilter
 from bridge.sources.guest_kernel.placement import MODULES_BASE
 from bridge.sources.guest_kernel.running import Shell, kernel_of, placement_of, read_kernel
@@ -138,7 +141,7 @@ def test_code_that_comes_later() -> None:
         assert kernel.describe(payload(0)) != 0
         with pytest.raises(KernelUnknownError, match="nothing is known"):
             _ = kernel.code
-        kernel.know(kernel_of(KALLSYMS, "", FILES, ALL, None))
+        kernel.set_code(kernel_of(KALLSYMS, "", FILES, ALL, None))
         assert kernel.known
         assert kernel.describe(payload(0x20_0000)) == 0
         assert kernel.offset == 0x20_0000
@@ -162,25 +165,30 @@ class Hiding:
 
 @pytest.mark.parametrize("source", ["auto", "kernel"])
 def test_only_a_kernel_that_was_asked_for_must_be_known(
-    source: str, caplog: pytest.LogCaptureFixture
+    source: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = Session(Settings(source=source), None)
-    session.kernel = GuestKernel(None, 64 << 20)
-    session.doorbell = object()  # type: ignore[assignment]  # is not to be called
-    guest = Hiding()
+    image = OwnImage(Path(__file__), Path(__file__))  # one that does not know its kernel
+    with monkeypatch.context() as patch:
+        # Whether this machine's QEMU loads a plugin is of no account.
+        patch.setattr("bridge.sources.guest_kernel.plugin.build_plugin", Path)
+        patch.setattr("bridge.sources.guest_kernel.plugin.why_not_loaded", lambda *_: None)
+        watch = GuestKernelWatch(Settings(source=source), image)
+    guest: Any = Hiding()
     caplog.set_level(logging.WARNING)
-    try:
+
+    def never(function: object) -> None:
+        raise AssertionError("there is nothing to tell the source")
+
+    with contextlib.closing(watch):
+        assert watch.kernel is not None
         if source == "kernel":
             with pytest.raises(KernelUnknownError, match="shows no addresses"):
-                session._read_kernel(guest, "6.1")  # type: ignore[arg-type]
+                watch.read_kernel(guest, "6.1", never)
         else:
-            session._read_kernel(guest, "6.1")  # type: ignore[arg-type]
-            assert session.kernel is None
+            watch.read_kernel(guest, "6.1", never)
+            assert watch.kernel is None
             (record,) = caplog.records
             assert record.message.startswith("the guest's kernel is no source: the guest's kernel")
-    finally:
-        if session.kernel is not None:
-            session.kernel.close()
 
 
 def test_a_filter_for_files_needs_their_lines() -> None:

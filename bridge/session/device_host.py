@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host's side of the kcov device: region, ivshmem server, device and doorbell in one."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TypeVar
+
+from bridge.device.abi import WORD, HeaderWord
+from bridge.device.doorbell import Doorbell
+from bridge.device.ivshmem import IvshmemServer
+from bridge.device.kcov import Device, Personality
+from bridge.device.region import Region
+from bridge.errors import BridgeError, DoorbellError
+from bridge.session.stats import InstanceStats, Stats
+from bridge.sources import Consumed
+from bridge.sources.comparisons import Comparing, ComparisonLedger
+from bridge.sources.guest_kernel.source import GuestKernel
+from bridge.sources.ledger import Cursor, Ledger
+from bridge.sources.pcs import syscall_pc
+from bridge.vm.network import EpochWord
+
+__all__ = ["DeviceHost"]
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_OWNER_ID = 0xFFFFFFFF
+"""Of the number that names an owner, the thread id in the guest."""
+
+
+class DeviceHost:
+    """A kcov device that answers a guest from its construction to :meth:`close`.
+
+    Args:
+        region_bytes: size of the memory shared with the guest.
+        source: what is consumed at each return of an owner.
+        comparing: what hands over comparisons; None refuses TRACE_CMP.
+        kernel: the guest kernel as a source, which writes into areas by itself.
+        personality: whose kcov contract the device keeps.
+        syscall_pcs: whether each return appends a PC for the system call.
+        poll_seconds: how long the doorbell polls after a request before it sleeps.
+
+    Raises:
+        RegionError: there is no memory for the region.
+        DoorbellError: the doorbell cannot be made.
+    """
+
+    def __init__(
+        self,
+        region_bytes: int,
+        *,
+        source: Consumed | None = None,
+        comparing: Comparing | None = None,
+        kernel: GuestKernel | None = None,
+        personality: Personality = Personality.LINUX,
+        syscall_pcs: bool = False,
+        poll_seconds: float = 0.0,
+    ) -> None:
+        self._closed = False
+        with ExitStack() as stack:
+            self.region = Region(region_bytes)
+            stack.callback(self.region.close)
+            self._server = IvshmemServer(self.region)
+            stack.callback(self._server.close)
+            self.device: Device[Cursor] = Device(
+                self.region,
+                Ledger([source] if source is not None else [], self._source_failed),
+                personality,
+                syscall_pc if syscall_pcs else None,
+                kernel,
+                ComparisonLedger(comparing, self._source_failed) if comparing is not None else None,
+            )
+            self.doorbell: Doorbell[Cursor] = Doorbell(
+                self.region,
+                self.device,
+                self._server.bell,
+                poll_seconds=poll_seconds,
+                kernel=kernel,
+                silent=kernel is not None and source is None and not syscall_pcs,
+            )
+            self.doorbell.start()
+            stack.callback(self.doorbell.stop)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> DeviceHost:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the doorbell and give the region back. Safe to call twice."""
+        self._stack.close()
+        self._closed = True
+
+    def connect(self) -> socket.socket:
+        """As :meth:`bridge.device.ivshmem.IvshmemServer.connect`."""
+        return self._server.connect()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run ``function`` on the doorbell's thread, which alone may touch the device.
+
+        Raises:
+            DoorbellError: the doorbell does not run.
+            TimeoutError: it does not answer.
+        """
+        return self.doorbell.call(function)
+
+    def rely_on_relays(self) -> EpochWord:
+        """Report no return of an owner that finds nothing new; return what relays must write."""
+        self.doorbell.rely_on_relays()
+        return EpochWord(self.region.path, HeaderWord.NEWS * WORD)
+
+    def reset(self) -> None:
+        """End all instances and clear the region: the guest goes on as another."""
+        self.call(self.doorbell.reset)
+
+    def deliver(self, handle: int, pcs: Sequence[int]) -> None:
+        """Append coverage on behalf of a handle; return when it is in the area."""
+        try:
+            self.call(functools.partial(self.device.remote_coverage, handle, pcs))
+        except (DoorbellError, TimeoutError) as error:
+            logger.warning("coverage for handle %#x is lost: %s", handle, error)
+
+    def read_areas(self) -> list[int]:
+        """Return the PCs in the areas of all open instances; of a dead doorbell none."""
+        with contextlib.suppress(BridgeError, TimeoutError):
+            return self.call(self.device.read_areas)
+        return []
+
+    def fill(self, stats: Stats) -> None:
+        """As :class:`bridge.session.stats.Measured`."""
+        if self._closed:
+            self._fill(stats)
+        else:
+            self.call(functools.partial(self._look, stats))
+
+    def _look(self, stats: Stats) -> None:
+        self.doorbell.look_at_guest()
+        for _, kcov in self.doorbell.instances():
+            self.device.count_watched(kcov)
+        self._fill(stats)
+
+    def _fill(self, stats: Stats) -> None:
+        device, doorbell = self.device, self.doorbell
+        stats.personality = device.personality.value
+        stats.returns = device.totals.returns
+        stats.pcs = device.totals.appended
+        stats.pcs_unique += len(device.unique)
+        stats.lost_pcs = device.totals.dropped
+        stats.comparisons = device.totals.comparisons
+        stats.lost_comparisons = device.totals.comparisons_dropped
+        stats.guest_timeouts = doorbell.guest_timeouts
+        stats.guest_skipped = doorbell.guest_skipped
+        stats.source_failures = doorbell.counters.source_failures
+        if self._closed:
+            return
+        stats.instances = [
+            InstanceStats(
+                slot=slot,
+                owner=None if kcov.owner is None else kcov.owner & _OWNER_ID,
+                mode=kcov.mode.value,
+                words=kcov.size,
+                appended=kcov.appended,
+                dropped=kcov.dropped,
+            )
+            for slot, kcov in doorbell.instances()
+        ]
+
+    def _source_failed(self, failure: Exception) -> None:
+        """A device without coverage is still a device: the guest's calls must go on."""
+        self.doorbell.source_failed(failure)

@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a guest starts, from a snapshot or by booting, what is tried next, and its reset."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from bridge.config import Settings
+from bridge.errors import (
+    BootTimeoutError,
+    BridgeError,
+    InfrastructureError,
+    MissingDependencyError,
+    QemuError,
+    UnwatchableError,
+    UsageError,
+)
+from bridge.guest.guest_image import GuestImage
+from bridge.session.device_host import DeviceHost
+from bridge.session.kernel_watch import KernelWatch
+from bridge.session.snapshots import ready_snapshot, remove_snapshot
+from bridge.session.stats import Stats
+from bridge.targets import TARGET_ADDRESS
+from bridge.targets.description import Description
+from bridge.vm.accel import Accelerator, choose_accelerator
+from bridge.vm.agent import Ready
+from bridge.vm.config import MachineConfig, MemoryFds
+from bridge.vm.machine import Machine
+from bridge.vm.network import EpochWord, RelayGate
+from bridge.vm.snapshot import Loading, Snapshot, new_memory
+
+if TYPE_CHECKING:
+    # Imported while the guest goes on: it takes longest.
+    from bridge.guest.ssh import Guest
+
+__all__ = ["Attempt", "Launcher", "RunningGuest", "first_attempt", "next_attempt"]
+
+logger = logging.getLogger(__name__)
+
+_RESUME_SECONDS = 20.0
+_HANG_UP_SECONDS = 5.0
+_HANG_UP_POLL_SECONDS = 0.002
+
+
+# ---- attempts
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One way to start a session."""
+
+    accelerator: Accelerator
+    sources: frozenset[str]
+    """Among ``python`` and ``kernel``."""
+
+
+def first_attempt(settings: Settings) -> Attempt:
+    """Return the best way to start; raises UsageError and MissingDependencyError."""
+    accelerator = choose_accelerator(settings.accel)
+    return Attempt(accelerator, settings.sources(accelerator.name))
+
+
+def next_attempt(settings: Settings, attempt: Attempt, error: BridgeError) -> Attempt | None:
+    """Return what to try when an attempt ended with this error, said in one line of the log.
+
+    Returns:
+        None where there is nothing more to try: the error is the answer.
+    """
+    for fall_back in _FALL_BACKS:
+        following = fall_back(settings, attempt, error)
+        if following is not None:
+            return following
+    return None
+
+
+def _without_kernel(settings: Settings, attempt: Attempt, error: BridgeError) -> Attempt | None:
+    """A QEMU that cannot watch the guest kernel; who asked for it by name gets the error."""
+    if not isinstance(error, UnwatchableError) or settings.source != "auto":
+        return None
+    if "kernel" not in attempt.sources:
+        return None
+    logger.warning("the guest kernel is not recorded: %s (%s)", error.message, error.hint)
+    return dataclasses.replace(attempt, sources=attempt.sources - {"kernel"})
+
+
+def _with_tcg(settings: Settings, attempt: Attempt, error: BridgeError) -> Attempt | None:
+    """A KVM that opens and boots nothing; the processor's flags did not tell."""
+    if not isinstance(error, BootTimeoutError) or settings.accel != "auto":
+        return None
+    if attempt.accelerator.name != "kvm":
+        return None
+    accelerator = Accelerator("tcg", "nothing booted under KVM")
+    logger.warning("%s; once more with %s", error.message, accelerator)
+    return Attempt(accelerator, settings.sources(accelerator.name))
+
+
+_FALL_BACKS: tuple[Callable[[Settings, Attempt, BridgeError], Attempt | None], ...] = (
+    _without_kernel,
+    _with_tcg,
+)
+"""What is tried in place of an attempt that failed: the first that knows something."""
+
+
+# ---- the guest
+
+
+class RunningGuest:
+    """A machine whose guest takes commands; made by a :class:`Launcher`.
+
+    Attributes:
+        ready: what the guest's agent reported when it was ready the last time.
+        snapshot: what the guest was started from; None for one that was booted.
+        resets: how often it was reset.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        guest: Guest,
+        ready: Ready,
+        saved: tuple[Snapshot, int] | None,
+        gate: RelayGate,
+        resources: ExitStack,
+    ) -> None:
+        self.machine = machine
+        self.guest = guest
+        self.ready = ready
+        self.snapshot = saved[0] if saved is not None else None
+        self.resets = 0
+        self._saved = saved
+        self._gate = gate
+        self._resources = resources
+        self._resetting = threading.Lock()  # held by resetting()
+
+    @property
+    def memory_fd(self) -> int:
+        """The guest's memory, of a guest that was started from a snapshot."""
+        return self._state()[1]
+
+    def close(self, *, orderly: bool) -> None:
+        """Power the guest down, or, if not ``orderly``, end QEMU at once."""
+        with self._resources:
+            if orderly:
+                ending = self.machine.powerdown()
+                logger.debug("the machine ended by %s", ending.value)
+
+    @contextmanager
+    def resetting(self, device: DeviceHost) -> Iterator[None]:
+        """Reset the guest to its ready state, in the same QEMU; one reset at a time.
+
+        Inside, the guest takes commands again and the next reset waits.
+
+        Raises:
+            UsageError: the guest was booted.
+            GuestLostError: the guest is lost.
+        """
+        snapshot, memory = self._state()
+
+        def restore_snapshot() -> None:
+            """While the guest stands still: all that is not QEMU's own."""
+            self.resets += 1
+            self.guest.forget()
+            device.reset()
+            self._gate.reset_all()
+            snapshot.restore(memory)
+            # The guest will take the same ports again.
+            deadline = time.monotonic() + _HANG_UP_SECONDS
+            while any(TARGET_ADDRESS in line for line in self.machine.connections):
+                if time.monotonic() > deadline:
+                    raise InfrastructureError("connections of the guest to its target do not end")
+                time.sleep(_HANG_UP_POLL_SECONDS)
+
+        with self._resetting:
+            self.machine.check()
+            with self.guest.unreachable():
+                self.ready = self.machine.rewind(restore_snapshot, _RESUME_SECONDS)
+            yield
+
+    def fill(self, stats: Stats) -> None:
+        """As :class:`bridge.session.stats.Measured`."""
+        stats.kernel = self.ready.kernel
+        stats.boot_seconds = round(self.ready.boot_seconds, 3)
+        stats.guest_memory_available_kib = self.ready.mem_available_kib
+        stats.from_snapshot = self.snapshot is not None
+        stats.resets = self.resets
+
+    def _state(self) -> tuple[Snapshot, int]:
+        if self._saved is None:
+            raise UsageError(
+                "the guest was booted, so there is no state to reset it to",
+                hint="a guest of one of the project's images is started from a snapshot, unless "
+                "--no-snapshot or --kernel is given",
+            )
+        return self._saved
+
+
+class Launcher:
+    """Starts QEMU with a device, for a target that serves.
+
+    Args:
+        accelerator: QEMU's.
+        coverage_epoch: what the relays to the target must write; None where they need not.
+        out: where ``console.log`` goes; None for nowhere.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        image: GuestImage,
+        accelerator: Accelerator,
+        device: DeviceHost,
+        watch: KernelWatch,
+        target: Description,
+        *,
+        coverage_epoch: EpochWord | None = None,
+        out: Path | None = None,
+    ) -> None:
+        self._settings = settings
+        self._image = image
+        self._device = device
+        self._watch = watch
+        self._modules = target.guest_modules
+        self._console = out / "console.log" if out is not None else None
+        config = image.machine_config(settings, accelerator)
+        self._gate = RelayGate()
+        self._config = dataclasses.replace(
+            config,
+            endpoints=target.endpoints,
+            coverage_epoch=coverage_epoch,
+            gate=self._gate.path,
+            plugin=watch.plugin,
+        )
+
+    def __enter__(self) -> Launcher:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._gate.close()
+
+    def launch(self) -> RunningGuest:
+        """Start the guest from its snapshot, or boot it; return when it takes commands.
+
+        Raises:
+            BootTimeoutError: it was not ready in time.
+            UnwatchableError: QEMU cannot watch its kernel.
+            BridgeError: QEMU or the guest failed otherwise; nothing is left running.
+        """
+        snapshot = self._find_snapshot()
+        if snapshot is not None:
+            try:
+                return self._start(snapshot)
+            except (MissingDependencyError, UnwatchableError, UsageError):
+                raise
+            except BridgeError as error:
+                logger.warning("the guest does not start from its snapshot: %s", error.message)
+                logger.debug("%s", error.report())
+                remove_snapshot(snapshot)
+            self._device.reset()
+        return self._start(None)
+
+    def _find_snapshot(self) -> Snapshot | None:
+        """The ready guest, saved, if it is to be had; without it the guest boots."""
+        settings, image = self._settings, self._image
+        if not settings.snapshot or not image.can_be_saved or settings.kernel is not None:
+            return None
+        try:
+            return ready_snapshot(image, self._config, settings.region << 20, self._modules)
+        except (BootTimeoutError, MissingDependencyError):
+            # The guest would not boot either.
+            raise
+        except BridgeError as error:
+            logger.warning("there is no snapshot of the guest: %s", error.report())
+            return None
+
+    def _start(self, snapshot: Snapshot | None) -> RunningGuest:
+        """Start QEMU, from a snapshot or by booting."""
+        image, device, watch = self._image, self._device, self._watch
+        logger.info("%s %s", "starting" if snapshot is not None else "booting", image.name)
+        with ExitStack() as stack:
+            memory: MemoryFds | None = None
+            loading: Loading | None = None
+            saved: tuple[Snapshot, int] | None = None
+            if snapshot is not None:
+                stack.callback(snapshot.close)
+                ram, states = _memory(snapshot, self._config, stack)
+                loading = stack.enter_context(snapshot.loading(ram))
+                memory = MemoryFds(ram, states, loading.devices)
+                saved = snapshot, ram
+            doorbell = stack.enter_context(device.connect())
+            machine = Machine(
+                self._config,
+                doorbell=doorbell,
+                console_path=self._console,
+                watch=watch.fds(device.region),
+                memory=memory,
+            )
+            stack.callback(machine.close)
+            try:
+                machine.start()
+            except QemuError:
+                if loading is not None:
+                    loading.check()
+                raise
+            doorbell.close()
+            if loading is not None:
+                loading.end()
+                machine.resume()
+                machine.dial()
+                importlib.import_module("bridge.guest.ssh")
+                machine.wait_ready(_RESUME_SECONDS)
+
+            def read_kernel(guest: Guest, release: str) -> None:
+                watch.read_kernel(guest, release, device.call)
+
+            guest, ready = image.bring_up(machine, stack, read_kernel)
+            logger.info(
+                "guest ready after %.1f s%s: Linux %s",
+                ready.boot_seconds,
+                " (from a snapshot)" if snapshot is not None else "",
+                ready.kernel,
+            )
+            return RunningGuest(machine, guest, ready, saved, self._gate, stack.pop_all())
+
+
+def _memory(snapshot: Snapshot, config: MachineConfig, stack: ExitStack) -> tuple[int, int]:
+    """The memory, to be filled, and the states of a machine that starts from the snapshot."""
+    try:
+        ram = new_memory(config.memory_mib << 20)
+        stack.callback(os.close, ram)
+        states = snapshot.states()
+        stack.callback(os.close, states)
+    except OSError as error:
+        raise InfrastructureError(f"no memory for the guest: {error.strerror}") from error
+    return ram, states
