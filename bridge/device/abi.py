@@ -20,8 +20,8 @@ the slot's request, sets its ``SEQ`` to a new value, moves the header's ``KICK``
 header says that the host is awake, rings the doorbell. The host carries the operation out, fills
 the response and sets its ``SEQ`` to the request's, which hands both back to the guest.
 
-A return of the owner's is such a request only where ``NEWS`` says that there may be something for
-it; the next request says how many were not reported (the argument *unreported*).
+A return of the owner is such a request only where ``COVERAGE_EPOCH`` says that there may be
+something for it; the next request says how many were not reported (the argument *unreported*).
 """
 
 from __future__ import annotations
@@ -149,10 +149,10 @@ class HeaderWord(IntEnum):
     """GUEST: signals given up because the host did not answer in time."""
     GUEST_SKIPPED = 25
     """GUEST: system call returns not signalled because the host was known to be gone."""
-    NEWS = 32
-    """A value that was never there before each time that something may have been covered: written
-    by the host and by its relays (``bridge/vm/relay.py``). An owner need not tell of a return that
-    finds it as it was before the last one it told of. 0: all returns are to be told."""
+    COVERAGE_EPOCH = 32
+    """Changes to a value that it never had whenever something may have been covered. The host and
+    its relays (``bridge/vm/relay.py``) write it. An owner reports only returns that find another
+    value than the last reported one did. 0: every return is to be reported."""
 
 
 KICK_SLOT_BITS = 16

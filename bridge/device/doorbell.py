@@ -183,18 +183,17 @@ class Doorbell(Generic[C]):
         self._thread = threading.Thread(target=self._run, name="kcov-doorbell", daemon=True)
 
     def rely_on_relays(self) -> None:
-        """All that the sources cover for the guest is announced by relays, in ``NEWS``.
+        """Let owners report only returns that find ``COVERAGE_EPOCH`` changed.
 
-        From now on the guest tells only of those returns that find ``NEWS`` changed, by a relay
-        or by the doorbell, which changes it a few times a second for what nobody waits for.
-        Without this call the guest tells of every return.
+        Relays change it for all that the sources cover before they answer the guest; the doorbell
+        changes it a few times a second for the rest. Without this call every return is reported.
         """
         self._relayed = True
-        self._control[HeaderWord.NEWS] = coverage_epoch_value()
+        self._control[HeaderWord.COVERAGE_EPOCH] = coverage_epoch_value()
 
     def start(self) -> None:
         """Start to answer, and tell the guest so."""
-        self._control[HeaderWord.NEWS] = 0
+        self._control[HeaderWord.COVERAGE_EPOCH] = 0
         self._control[HeaderWord.HOST_STATE] = HostState.ASLEEP
         self._control[HeaderWord.HOST_EPOCH] = self._epoch
         self._thread.start()
@@ -352,7 +351,7 @@ class Doorbell(Generic[C]):
             self._epoch_changes -= 1
             self._epoch = self._epoch + 2 & (2**63 - 1)
         control[HeaderWord.HOST_EPOCH] = self._epoch
-        control[HeaderWord.NEWS] = coverage_epoch_value() if self._relayed else 0
+        control[HeaderWord.COVERAGE_EPOCH] = coverage_epoch_value() if self._relayed else 0
         if self._kernel is not None:
             self._kernel.tick()
         self._scan()

@@ -89,7 +89,7 @@ class Area(AreaWords):
         """
         words = self._words
         bits = self.bitmap_words * 64
-        news = []
+        new = []
         for pc in pcs:
             # Even ones from 2 on: the odd ones are the guest kernel's, see tcg/kcov_tcg.c.
             number = numbers.setdefault(pc, 2 * len(numbers) + 2)
@@ -99,8 +99,8 @@ class Area(AreaWords):
                 if word & bit:
                     continue
                 words[index] = word | bit
-            news.append(pc)
-        return news
+            new.append(pc)
+        return new
 
     def reset(self) -> None:
         """Set the count to 0 and clear the bitmap."""

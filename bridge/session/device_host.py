@@ -121,7 +121,7 @@ class DeviceHost:
     def rely_on_relays(self) -> EpochWord:
         """Report no return of an owner that finds nothing new; return what relays must write."""
         self.doorbell.rely_on_relays()
-        return EpochWord(self.region.path, HeaderWord.NEWS * WORD)
+        return EpochWord(self.region.path, HeaderWord.COVERAGE_EPOCH * WORD)
 
     def reset(self) -> None:
         """End all instances and clear the region: the guest goes on as another."""

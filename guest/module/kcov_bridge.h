@@ -126,7 +126,7 @@ struct kb_instance {
  *	ends it when it is exiting reads @unreported_returns
  * @return_queued: whether @return_work is queued
  * @nr: number of the system call that returns
- * @coverage_epoch: the header's news before the last return that was reported
+ * @coverage_epoch: the header's coverage epoch before the last return that was reported
  * @unreported_returns: how many returns there were since that the host does not know of
  * @exit_work: runs when the task exits
  *

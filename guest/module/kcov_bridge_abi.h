@@ -45,14 +45,14 @@ enum kb_op {
 	KB_OP_INIT	= 1,	/* arg0: size in words */
 	KB_OP_MAP	= 2,	/* arg0: length, arg1: page offset, arg2: live mappings */
 	KB_OP_ENABLE	= 3,	/* arg0: mode; arg1: the task's address */
-	KB_OP_DISABLE	= 4,	/* arg0: the ioctl's argument; arg1: untold */
-	KB_OP_EXIT	= 5,	/* arg1: untold */
+	KB_OP_DISABLE	= 4,	/* arg0: the ioctl's argument; arg1: unreported */
+	KB_OP_EXIT	= 5,	/* arg1: unreported */
 	KB_OP_RELEASE	= 6,
-	KB_OP_RETURN	= 7,	/* arg0: system call number; arg1: untold, returns without one */
+	KB_OP_RETURN	= 7,	/* arg0: system call number; arg1: unreported, returns without one */
 	KB_OP_RESET	= 8,	/* arg0: the ioctl's argument */
 	KB_OP_UNIQUE	= 9,	/* arg0: words of the bitmap; arg1: the task's address */
 	KB_OP_REMOTE	= 10,	/* arg0: mode, size << 32; arg1: handles or ~0; arg2: common */
-	KB_OP_CLOSE	= 11,	/* arg1: untold; error 0: the owner is none any more */
+	KB_OP_CLOSE	= 11,	/* arg1: unreported; error 0: the owner is none any more */
 	/* Both in the module's own slot, which is no instance. */
 	KB_OP_KERNEL	= 12,	/* payload: struct kb_kernel, no cpus: it ends; error 0: watched */
 	KB_OP_MODULE	= 13,	/* arg0: 1 comes, 0 goes; arg1: text, arg2: bytes; payload: name */
@@ -83,8 +83,8 @@ struct kb_header {
 	__u64 guest_timeouts;
 	__u64 guest_skipped;
 	__u64 pad2[6];
-	/* Written by the host and its relays: see HeaderWord.NEWS in bridge/device/abi.py. */
-	__u64 news;
+	/* Written by the host and its relays: see HeaderWord.COVERAGE_EPOCH in bridge/device/abi.py. */
+	__u64 coverage_epoch;
 	__u64 pad3[7];
 };
 

@@ -3,7 +3,7 @@
  * Tasks that trace, and what is done at the end of their system calls.
  *
  * That end is seen by the sys_exit tracepoint, where one may not sleep. It queues a task work, which
- * runs in process context before the task goes back to user mode. Where the header's news is what
+ * runs in process context before the task goes back to user mode. Where the header's coverage epoch is what
  * it was, there is nothing to fetch, and none of that happens.
  *
  * All that runs for each system call of an owner is in this file, so that the compiler sees it as
@@ -135,14 +135,14 @@ void kb_instance_lock(struct kb_instance *inst)
 
 /*
  * Whether the host may have something for the owner. What has been covered for an answer that the
- * task has got shows here: news was written before the answer was passed on. A value is never
+ * task has got shows here: the epoch was written before the answer was passed on. A value is never
  * written twice, so each owner finds out by itself, whatever the others do.
  */
 static inline bool kb_owner_has_news(const struct kb_owner *owner)
 {
-	u64 news = READ_ONCE(owner->inst->bridge->header->news);
+	u64 epoch = READ_ONCE(owner->inst->bridge->header->coverage_epoch);
 
-	return !news || news != owner->coverage_epoch;
+	return !epoch || epoch != owner->coverage_epoch;
 }
 
 /* Has the host append what it has for the owner. */
@@ -150,8 +150,8 @@ static void kb_owner_fetch(struct kb_owner *owner)
 {
 	struct kb_instance *inst = owner->inst;
 	struct kb_header *header = inst->bridge->header;
-	/* Before the host looks: what is covered after its look is news again. */
-	u64 news = READ_ONCE(header->news);
+	/* Before the host looks: what is covered after its look changes the epoch again. */
+	u64 epoch = READ_ONCE(header->coverage_epoch);
 	u64 returns = owner->unreported_returns;
 
 	lockdep_assert_held(&inst->lock);
@@ -162,7 +162,7 @@ static void kb_owner_fetch(struct kb_owner *owner)
 	}
 	owner->unreported_returns = 0;
 	if (!kb_request(inst, KB_OP_RETURN, owner->id, owner->nr, returns, 0))
-		owner->coverage_epoch = news;
+		owner->coverage_epoch = epoch;
 }
 
 /* A system call of the owner is about to return to user mode. Process context, may sleep. */
@@ -223,7 +223,7 @@ void kb_sys_exit(void *unused, struct pt_regs *regs, long ret)
 	}
 	if (owner->return_queued)
 		return;
-	/* A work that is queued already may yet make news. */
+	/* A work that is queued already may yet change the epoch. */
 	if (owner->ignores_returns ||
 	    (!kb_owner_has_news(owner) && !READ_ONCE(current->task_works))) {
 		WRITE_ONCE(owner->unreported_returns, owner->unreported_returns + 1);

@@ -200,23 +200,23 @@ def test_a_wrong_hint_or_count_still_gets_an_answer(bench: Bench) -> None:
     assert guest.wait(5, sequence), "a bell without a kick makes the host look"
 
 
-def test_news_for_what_nobody_waits_for(bench: Bench) -> None:
+def test_coverage_epoch_with_relays_changes_by_itself(bench: Bench) -> None:
     control = bench.guest.control
-    assert control[HeaderWord.NEWS] == 0
-    control[HeaderWord.NEWS] = 7
+    assert control[HeaderWord.COVERAGE_EPOCH] == 0
+    control[HeaderWord.COVERAGE_EPOCH] = 7
     time.sleep(0.6)
-    assert control[HeaderWord.NEWS] == 0, "every return is to be told"
+    assert control[HeaderWord.COVERAGE_EPOCH] == 0, "every return is to be reported"
     bench.doorbell.rely_on_relays()
     seen: set[int] = set()
     end = time.monotonic() + 10
     while len(seen) < 5 and time.monotonic() < end:
-        seen.add(control[HeaderWord.NEWS])
+        seen.add(control[HeaderWord.COVERAGE_EPOCH])
         time.sleep(0.02)
     assert len(seen) == 5
     assert 0 not in seen
 
 
-def test_returns_that_are_told_later_count(bench: Bench) -> None:
+def test_unreported_returns_count_with_next_request(bench: Bench) -> None:
     guest, totals = bench.guest, bench.device.totals
     guest.trace(2)
     assert guest.call(2, Op.RETURN, arg1=10) == 0
