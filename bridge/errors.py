@@ -23,6 +23,7 @@ __all__ = [
     "GuestPoweredOffError",
     "GuestResetError",
     "GuestSetupError",
+    "GuestStoppedError",
     "ImageError",
     "IncompleteError",
     "InfrastructureError",
@@ -135,8 +136,13 @@ class GuestPoweredOffError(GuestLostError):
     """The guest was switched off or reset from inside."""
 
 
+class GuestStoppedError(GuestLostError):
+    """The guest stopped running: it sleeps, or QEMU stopped it. QEMU itself lives, so a session
+    that started from a snapshot can reset the guest."""
+
+
 class GuestResetError(GuestLostError):
-    """The guest was taken back to its ready state while a command ran in it."""
+    """The guest was reset to its ready state while a command ran in it."""
 
 
 class BootTimeoutError(GuestLostError):

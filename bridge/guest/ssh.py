@@ -325,6 +325,7 @@ class Guest:
         """
         with self._lock:
             self._forgotten += 1
+            self._lost = False
             transport, self._transport = self._transport, None
         if transport is not None:
             # Not closed in order: QEMU would wait for the guest to agree.

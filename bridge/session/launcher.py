@@ -159,11 +159,12 @@ class RunningGuest:
     def resetting(self, device: DeviceHost) -> Iterator[None]:
         """Reset the guest to its ready state, in the same QEMU; one reset at a time.
 
-        Inside, the guest takes commands again and the next reset waits.
+        Inside, the guest takes commands again and the next reset waits. A guest that had stopped
+        running (GuestStoppedError) is rescued.
 
         Raises:
             UsageError: the guest was booted.
-            GuestLostError: the guest is lost.
+            GuestLostError: the guest is lost for good.
         """
         snapshot, memory = self._state()
 
@@ -182,7 +183,6 @@ class RunningGuest:
                 time.sleep(_HANG_UP_POLL_SECONDS)
 
         with self._resetting:
-            self.machine.check()
             with self.guest.unreachable():
                 self.ready = self.machine.rewind(restore_snapshot, _RESUME_SECONDS)
             yield

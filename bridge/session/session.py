@@ -463,11 +463,12 @@ class Session:
         of the kcov device, and the region. Then the target is set up in it again. The target
         itself goes on as it is, and what the guest has covered stays counted.
 
-        A command that runs meanwhile fails with :class:`bridge.errors.GuestResetError`.
+        A command that runs meanwhile fails with :class:`bridge.errors.GuestResetError`. A guest
+        that is lost because it stopped running (GuestStoppedError) runs again.
 
         Raises:
             UsageError: the guest was booted, not started from a snapshot.
-            GuestLostError: the guest is lost.
+            GuestLostError: the guest is lost for good.
         """
         parts = self._running
         with parts.running.resetting(parts.device):

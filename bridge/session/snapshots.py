@@ -130,5 +130,5 @@ def _make(
             time.sleep(_SETTLE_SECONDS)
         # For the guest's sshd to end.
         time.sleep(_SETTLE_SECONDS)
-        machine.keep_sshd()
+        machine.preload_sshd()
         Snapshot.save(directory, machine, memory)

@@ -7,9 +7,10 @@
         ...
         machine.powerdown()
 
-The life of a machine is ``CREATED, STARTING, BOOTING, READY, STOPPING, CLOSED``; whenever QEMU or
-the guest ends unasked it is ``LOST``, and the reason is an error that :meth:`Machine.check` raises
-and every listener is given at once.
+The life of a machine is ``CREATED, STARTING, BOOTING, READY, STOPPING, CLOSED``. Whenever QEMU or
+the guest ends or stops unasked it is ``LOST``, and the reason is an error that
+:meth:`Machine.check` raises and that every listener is given at once. :meth:`Machine.rewind` leads
+through ``REWINDING`` back to ``READY``, also from ``LOST`` if QEMU itself is alive.
 """
 
 from __future__ import annotations
@@ -33,9 +34,8 @@ from bridge.errors import (
     BootTimeoutError,
     BridgeError,
     GuestLostError,
-    GuestPanicError,
-    GuestPoweredOffError,
     GuestSetupError,
+    GuestStoppedError,
     MissingDependencyError,
     QemuError,
     UnwatchableError,
@@ -51,6 +51,7 @@ from bridge.vm.config import (
     qemu_command,
 )
 from bridge.vm.console import ConsoleLog
+from bridge.vm.events import FATEFUL, NEEDS_RESET, loss_by_event, loss_by_status
 from bridge.vm.network import LOCALHOST, find_ssh_port
 from bridge.vm.process import Process, spawn
 
@@ -74,18 +75,22 @@ _GREETING_SECONDS = 30.0
 _QUIT_SECONDS = 5.0
 _DRAIN_SECONDS = 2.0
 _EVIDENCE_LINES = 25
-_PANIC_LINES = 60  # an oops and the panic that follows, with their traces
 _EVENTS_KEPT = 256
 _READ_SIZE = 64 * 1024
 _DRAIN_CHUNKS = 64
 _LOAD_SECONDS = 30.0
-_LOAD_POLL_SECONDS = 0.002
+_STATUS_POLL_SECONDS = 0.002
+_RESET_SECONDS = 10.0
+_STDERR_SECONDS = 0.5
 _STATE = "ready"
 _SSHD_SECONDS = 10.0
 _DIAL_SECONDS = 1.0
 _SEED_BYTES = 32  # guest/agent/init.c has the same
 _WARNINGS = 10
 """How often a guest may say that it is unhealthy before the log stops telling."""
+
+
+_DISK_ERROR = "BLOCK_IO_ERROR"
 
 
 class State(enum.Enum):
@@ -95,6 +100,7 @@ class State(enum.Enum):
     STARTING = "starting"
     BOOTING = "booting"
     READY = "ready"
+    REWINDING = "rewinding"
     STOPPING = "stopping"
     LOST = "lost"
     CLOSED = "closed"
@@ -144,6 +150,8 @@ class Machine:
         self._listeners: dict[int, LossListener] = {}
         self._next_listener = 0
         self._events: deque[Message] = deque(maxlen=_EVENTS_KEPT)
+        # Whether the bridge has the guest stand still; what is loaded does so until resume().
+        self._paused = memory is not None and memory.devices is not None
         # Set by start(), before another thread can know the machine:
         self._started_at = 0.0
         self._ssh_port: int | None = None
@@ -297,15 +305,19 @@ class Machine:
     def _await_load(self) -> None:
         """Until the devices have what they are to start from, if anything."""
         deadline = time.monotonic() + _LOAD_SECONDS
-        while self._qmp.execute("query-status")["status"] == "inmigrate":  # type: ignore[index]
+        while self._status() == "inmigrate":
             if time.monotonic() > deadline:
                 raise QemuError(f"QEMU does not load the devices' state within {_LOAD_SECONDS:g} s")
-            time.sleep(_LOAD_POLL_SECONDS)
+            time.sleep(_STATUS_POLL_SECONDS)
         # The region is shared, and no part of the guest's state; neither is the memory, for QEMU.
         capability = {"capability": "x-ignore-shared", "state": True}
         self._qmp.execute("migrate-set-capabilities", {"capabilities": [capability]})
 
-    def keep_sshd(self) -> None:
+    def _status(self) -> str:
+        """Ask QEMU for the guest's run state."""
+        return _run_state(self._qmp.execute("query-status"))
+
+    def preload_sshd(self) -> None:
         """Have a ready guest that is to be saved start an sshd, which listens when the guest goes
         on; until then nobody can log in.
 
@@ -368,21 +380,50 @@ class Machine:
         taken back is lost.
         """
         if self._memory is None:
-            raise UsageError("the machine was not made to be taken back")
-        self.check()
-        if self.state is not State.READY:
-            raise UsageError("the machine is not ready")
+            raise UsageError("the machine was not made to be rewound")
         started = time.monotonic()
-        self.execute("stop")
+        self._enter_rewinding()
         try:
+            if self._status() in NEEDS_RESET:
+                self._system_reset()
+            else:
+                self.execute("stop")
             restore()
             self._monitor(f"loadvm {_STATE}")
             self._loop.run(self._forget(started))
             self.resume()
         except BaseException as error:
-            self._lose(GuestLostError(f"the guest could not be taken back: {error}"))
+            self._lose(GuestLostError(f"the guest could not be reset: {error}"))
             raise
         return self.wait_ready(timeout)
+
+    def _enter_rewinding(self) -> None:
+        """From READY, or from LOST if a reset of the guest can help."""
+        with self._changed:
+            loss = self._loss
+            if isinstance(loss, GuestStoppedError) and self._process.running:
+                logger.info("resetting the guest, which was lost: %s", loss)
+            else:
+                self.check()
+                if self._state is not State.READY:
+                    raise UsageError("the machine is not ready")
+            self._loss = None
+            self._paused = True
+            self._set_state(State.REWINDING)
+
+    def _system_reset(self) -> None:
+        """Press the guest's reset button, for QEMU to let it go on later; it stands still."""
+        # A reset ends QEMU else: see qemu_command().
+        self.execute("set-action", {"reboot": "reset"})
+        try:
+            self.execute("system_reset")
+            deadline = time.monotonic() + _RESET_SECONDS
+            while self._status() in NEEDS_RESET:
+                if time.monotonic() > deadline:
+                    raise QemuError(f"QEMU did not reset the guest within {_RESET_SECONDS:g} s")
+                time.sleep(_STATUS_POLL_SECONDS)
+        finally:
+            self.execute("set-action", {"reboot": "shutdown"})
 
     async def _forget(self, started: float) -> None:
         """On the loop: what the guest said before is not of the one that goes on."""
@@ -392,7 +433,7 @@ class Machine:
             self._reports.forget()
             self._started_at = started
             self._ready = self._unhealthy = None
-            if self._state is State.READY:
+            if self._state in (State.READY, State.REWINDING):
                 self._set_state(State.BOOTING)
 
     def _monitor(self, command: str) -> str:
@@ -470,16 +511,14 @@ class Machine:
     def add_loss_listener(self, listener: LossListener) -> Callable[[], None]:
         """Have ``listener`` called with the reason when the machine is lost; at once if it was.
 
-        It is called once, on another thread, and must not block. Returns a function that takes
-        the listener away again.
+        It is called on another thread, for each loss (a rewound machine can be lost again), and
+        must not block. Returns a function that takes the listener away again.
         """
         with self._changed:
             key = self._next_listener
             self._next_listener += 1
             self._listeners[key] = listener
             loss = self._loss
-            if loss is not None:
-                del self._listeners[key]
         if loss is not None:
             listener(loss)
 
@@ -495,6 +534,9 @@ class Machine:
         """Execute a QMP command. Raises what :meth:`check` raises, and QemuError if refused."""
         self.check()
         self._require_started()
+        if command in ("stop", "cont"):
+            with self._changed:
+                self._paused = command == "stop"
         try:
             return self._qmp.execute(command, arguments, timeout=timeout)
         except QemuError:
@@ -617,24 +659,38 @@ class Machine:
         logger.debug("QEMU's event %s %s", name, data)
         with self._changed:
             self._events.append(event)
-        if name not in ("GUEST_PANICKED", "SHUTDOWN"):
+            if self._state not in (State.BOOTING, State.READY):
+                return  # rewinding: of a guest that is gone already
+            asked = self._paused
+        if name in FATEFUL:
+            # The guest's last words are in the socket by now, and say what the event does not.
+            self._drain(self._console_socket)
+            error = loss_by_event(name, data, self._console)
+            if error is not None:
+                self._lose(error)
+        elif name == "STOP":
+            self._loop.submit(self._on_stop(asked))
+
+    async def _on_stop(self, asked: bool) -> None:
+        """On the loop: find out why QEMU stopped the guest, and whether it is lost."""
+        try:
+            status = _run_state(await self._qmp.execute_on_loop("query-status"))
+        except QemuError as error:
+            logger.debug("%s", error)  # it ends, which is told in another way
             return
-        # The guest's last words are in the socket by now, and say what the event does not.
-        self._drain(self._console_socket)
-        reason = data.get("reason")
-        if name == "GUEST_PANICKED" or reason == "guest-panic" or self._console.panic is not None:
-            cause = self._console.panic or "the console does not say why"
-            error: BridgeError = GuestPanicError(
-                f"the guest kernel panicked: {cause}", evidence=self._console.tail(_PANIC_LINES)
-            )
-        elif data.get("guest") is True:
-            what = "was reset" if reason == "guest-reset" else "was switched off"
-            error = GuestPoweredOffError(
-                f"the guest {what} from inside", evidence=self._console.tail(_EVIDENCE_LINES)
-            )
-        else:
-            return  # by QMP or a signal: the end of the process tells how
-        self._lose(error)
+        if status == "internal-error":
+            # QEMU has dumped the processor's state to its stderr, which another thread reads.
+            await self._loop.until(lambda: self._process.stderr_text != "", _STDERR_SECONDS)
+        with self._changed:
+            if self._state not in (State.BOOTING, State.READY):
+                return
+            found = (each.get("data") for each in self._events if each["event"] == _DISK_ERROR)
+            disk_errors = [data for data in found if isinstance(data, dict)]
+        loss = loss_by_status(
+            status, asked=asked, stderr=self._process.stderr_text, disk_errors=disk_errors
+        )
+        if loss is not None:
+            self._lose(loss)
 
     def _on_process_end(self, process: Process) -> None:
         async def tell() -> None:
@@ -652,12 +708,11 @@ class Machine:
 
     def _lose(self, error: BridgeError) -> None:
         with self._changed:
-            if self._state not in (State.BOOTING, State.READY):
+            if self._state not in (State.BOOTING, State.READY, State.REWINDING):
                 return
             self._loss = error
             self._set_state(State.LOST)
             listeners = list(self._listeners.values())
-            self._listeners.clear()
         logger.debug("%s: lost: %s", self.config.name, error.message)
         for listener in listeners:
             try:
@@ -710,3 +765,8 @@ class Machine:
         return QemuError(
             f"QEMU {self._process.how_it_ended}", evidence=f"{said}\n{self._by_hand}", hint=hint
         )
+
+
+def _run_state(answer: object) -> str:
+    """Return the status from the answer to ``query-status``."""
+    return str(answer.get("status")) if isinstance(answer, dict) else ""

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 COMMAND_SECONDS = 10.0
 """How long QEMU may take for a command; it answers from its main loop, in microseconds."""
+
+_POLL_SECONDS = 0.01
 
 _wire = logger.getChild("wire")
 # The library logs what it raises as well; a failure is reported once, by whoever catches it.
@@ -75,6 +78,16 @@ class EventLoopThread:
     def unwatch(self, sock: socket.socket) -> None:
         """Stop watching a socket; on the loop's own thread only."""
         self._loop.remove_reader(sock)
+
+    @staticmethod
+    async def until(condition: Callable[[], bool], timeout: float) -> bool:
+        """On the loop: wait for a condition, at most ``timeout`` seconds; whether it holds."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(_POLL_SECONDS)
+        return True
 
     def stop(self) -> None:
         """Cancel what runs, end the thread. Safe to call twice."""
@@ -142,11 +155,18 @@ class Qmp:
         ``timeout`` seconds.
         """
 
-        async def execute() -> object:
-            return await asyncio.wait_for(self._client.execute(command, arguments), timeout)
+        return self._loop.run(self.execute_on_loop(command, arguments, timeout=timeout))
 
+    async def execute_on_loop(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        timeout: float = COMMAND_SECONDS,
+    ) -> object:
+        """As :meth:`execute`, for coroutines on the loop."""
         try:
-            return self._loop.run(execute())
+            return await asyncio.wait_for(self._client.execute(command, arguments), timeout)
         except TimeoutError as error:
             raise QemuError(f"QEMU does not answer to {command!r} within {timeout:g} s") from error
         except ExecuteError as error:

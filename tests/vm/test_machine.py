@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,13 +27,9 @@ from bridge.errors import (
     UsageError,
 )
 from bridge.targets import Endpoint
-from bridge.vm.accel import Accelerator
 from bridge.vm.config import MachineConfig
 from bridge.vm.machine import Ending, Machine, State
-
-TCG = Accelerator("tcg", "test")
-# Firmware that finds nothing to boot: a QEMU as any other, in a twentieth of a second.
-EMPTY = MachineConfig(TCG, memory_mib=64)
+from tests.vm.support import EMPTY, POWER_OFF, READY, RESET, TCG, boot_sector, lost
 
 
 def gone(pid: int) -> bool:
@@ -43,13 +38,6 @@ def gone(pid: int) -> bool:
 
 def open_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
-
-
-@pytest.fixture
-def machine() -> Iterator[Machine]:
-    with Machine(EMPTY) as machine:
-        machine.start()
-        yield machine
 
 
 def test_a_machine_lives_and_quits(machine: Machine) -> None:
@@ -234,43 +222,6 @@ def test_the_kcov_device_is_there_with_the_region_behind_it() -> None:
 
 # A guest of one boot sector: it speaks on both serial ports, and then it acts.
 
-RESET = bytes.fromhex("b006 baf90c ee")  # mov al, 6; mov dx, 0xcf9; out dx, al
-POWER_OFF = bytes.fromhex("ba0406 b80020 ef")  # mov dx, 0x604; mov ax, 0x2000; out dx, ax
-READY = b'noise\n{"state":"ready","kernel":"6.1.0-test","device":"/dev/kcov","uptime_ms":5}\n'
-
-
-def boot_sector(console: bytes = b"", report: bytes = b"", action: bytes = b"") -> bytes:
-    """A disk that a PC boots: 16-bit code, which writes to COM1 and COM2, acts and halts."""
-    put = bytes.fromhex("ac 84c0 7403 ee ebf8 c3")  # lodsb; until 0: out dx, al; ret
-    halt = bytes.fromhex("f4 ebfd")
-    code_size = 4 + 2 * 9 + len(action) + len(halt)
-    texts = 0x7C00 + code_size + len(put)
-    code = bytes.fromhex("31c0 8ed8")  # ds = 0
-    for port, address in ((0x3F8, texts), (0x2F8, texts + len(console) + 1)):
-        code += b"\xbe" + address.to_bytes(2, "little") + b"\xba" + port.to_bytes(2, "little")
-        code += b"\xe8" + (code_size - len(code) - 3).to_bytes(2, "little")  # call put
-    sector = code + action + halt + put + console + b"\0" + report + b"\0"
-    assert len(sector) <= 510
-    # The firmware reads no disk that is smaller than a track.
-    return (sector.ljust(510, b"\0") + b"\x55\xaa").ljust(1 << 20, b"\0")
-
-
-@pytest.fixture
-def booted(tmp_path: Path) -> Iterator[Callable[..., Machine]]:
-    """Starts a machine with such a guest."""
-    with contextlib.ExitStack() as stack:
-
-        def boot(**content: bytes) -> Machine:
-            image = tmp_path / "disk.img"
-            image.write_bytes(boot_sector(**content))
-            config = MachineConfig(TCG, memory_mib=64, image=image, boot_timeout=20)
-            machine = Machine(config, console_path=tmp_path / "console.log")
-            stack.enter_context(machine)
-            machine.start()
-            return machine
-
-        yield boot
-
 
 def test_a_guest_reports_that_it_is_ready(booted: Callable[..., Machine], tmp_path: Path) -> None:
     machine = booted(console=b"hello\r\n", report=READY)
@@ -328,20 +279,6 @@ def test_a_reset_after_the_words_of_a_panic_is_a_panic(booted: Callable[..., Mac
     with pytest.raises(GuestPanicError, match="Attempted to kill init!") as caught:
         machine.wait_ready()
     assert caught.value.evidence.endswith("end")
-
-
-def lost(machine: Machine) -> BridgeError:
-    """The reason of the loss, which is about to come."""
-    reasons: list[BridgeError] = []
-    told = threading.Event()
-
-    def listen(error: BridgeError) -> None:
-        reasons.append(error)
-        told.set()
-
-    machine.add_loss_listener(listen)
-    assert told.wait(20)
-    return reasons[0]
 
 
 def test_a_guests_disk_is_never_written(booted: Callable[..., Machine], tmp_path: Path) -> None:

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an event of QEMU, or the status of a guest that stands still, says of the guest's fate.
+
+Pure functions. The events and their members are those of ``qapi/run-state.json`` in QEMU, the
+statuses those of ``query-status``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from bridge.errors import BridgeError, GuestPanicError, GuestPoweredOffError, GuestStoppedError
+from bridge.vm.console import ConsoleLog
+
+__all__ = ["FATEFUL", "NEEDS_RESET", "loss_by_event", "loss_by_status"]
+
+FATEFUL = frozenset(
+    {
+        "GUEST_CRASHLOADED",
+        "GUEST_PANICKED",
+        "GUEST_PVSHUTDOWN",
+        "MEMORY_FAILURE",
+        "SHUTDOWN",
+        "SUSPEND",
+        "SUSPEND_DISK",
+        "WATCHDOG",
+    }
+)
+"""The events that may say that the guest is lost; STOP may too, but its status tells."""
+
+NEEDS_RESET = frozenset(
+    {"guest-panicked", "internal-error", "io-error", "shutdown", "suspended", "watchdog"}
+)
+"""The statuses in which QEMU lets a guest go on after a reset alone."""
+
+_EVIDENCE_LINES = 25
+_PANIC_LINES = 60  # an oops and the panic that follows, with their traces
+
+_RESCUE = "a session that started from a snapshot goes on after reset()"
+
+_STOPPED = {
+    "guest-panicked": "the guest kernel panicked",
+    "internal-error": "the accelerator cannot run the guest's code any further",
+    "io-error": "QEMU stopped the guest: the host failed to read or write one of its disks",
+    "paused": "QEMU stopped the guest, and the bridge did not ask for it",
+    "shutdown": "the guest was shut down",
+    "suspended": "the guest suspended itself",
+    "watchdog": "the guest's watchdog expired, and QEMU stopped the guest",
+}
+_STOPPED_HINTS = {
+    "internal-error": "if it happens again, try another --cpu, or --accel tcg",
+    "io-error": "see that the host's disk has room, TMPDIR's too, and is sound",
+}
+
+_MEMORY_FATAL = {"fatal": "QEMU cannot go on", "reset": "the guest was reset"}
+_WATCHDOG_HARMLESS = frozenset({"debug", "inject-nmi", "none"})
+
+
+def loss_by_event(name: str, data: Mapping[str, object], console: ConsoleLog) -> BridgeError | None:
+    """Return why the guest is lost after one of the :data:`FATEFUL` events, None if it is not.
+
+    Args:
+        console: what the guest has written, up to the event.
+    """
+    reason, action = data.get("reason"), str(data.get("action"))
+    panicked = name == "GUEST_PANICKED" or (
+        name == "SHUTDOWN" and (reason == "guest-panic" or console.panic is not None)
+    )
+    if panicked or name == "GUEST_CRASHLOADED":
+        cause = console.panic or "the console does not say why"
+        after = "" if panicked else "; its crash kernel is to run"
+        return GuestPanicError(
+            f"the guest kernel panicked: {cause}{after}", evidence=console.tail(_PANIC_LINES)
+        )
+    if name == "SUSPEND":
+        what = "suspended itself to memory (ACPI S3)"
+    elif name == "SUSPEND_DISK":
+        what = "suspended itself to disk (ACPI S4)"
+    elif name == "WATCHDOG" and action not in _WATCHDOG_HARMLESS:
+        what = f"did not answer to its watchdog in time (action: {action})"
+    elif name == "MEMORY_FAILURE" and action in _MEMORY_FATAL:
+        what = f"met a fault of the host's memory: {_MEMORY_FATAL[action]}"
+    elif name == "GUEST_PVSHUTDOWN" or (name == "SHUTDOWN" and data.get("guest") is True):
+        what = "was reset" if reason == "guest-reset" else "was switched off"
+        return GuestPoweredOffError(
+            f"the guest {what} from inside", evidence=console.tail(_EVIDENCE_LINES)
+        )
+    else:
+        return None  # it goes on; or QEMU ends by a command or a signal, and its end tells how
+    return GuestStoppedError(
+        f"the guest {what}", evidence=console.tail(_EVIDENCE_LINES), hint=_RESCUE
+    )
+
+
+def loss_by_status(
+    status: str, *, asked: bool, stderr: str, disk_errors: Iterable[Mapping[str, object]]
+) -> GuestStoppedError | None:
+    """Return why the guest is lost when it was told to have stopped; None if it is not.
+
+    Args:
+        status: what ``query-status`` says now.
+        asked: whether the bridge had the guest stand still when it was told.
+        stderr: what QEMU has written to its stderr.
+        disk_errors: the data of the ``BLOCK_IO_ERROR`` events.
+    """
+    if status not in _STOPPED or (status == "paused" and asked):
+        return None
+    if status == "io-error":
+        evidence = "\n".join(
+            f"{each.get('operation')} on {each.get('node-name') or each.get('device')}: "
+            f"{each.get('reason')}"
+            for each in disk_errors
+        )
+    else:
+        evidence = stderr
+    return GuestStoppedError(
+        f"{_STOPPED[status]} (status of QEMU: {status})",
+        evidence=evidence,
+        hint="; ".join(filter(None, [_STOPPED_HINTS.get(status), _RESCUE])),
+    )
