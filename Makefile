@@ -41,7 +41,7 @@ image: packages $(VENV)/installed ## build the default guest image
 
 bench: packages-test $(VENV)/installed-bench ## measure what the bridge costs, on a quiet machine (minutes): build/bench.json
 	@mkdir -p build
-	-@command -v busybox >/dev/null || .ci/install-packages --package busybox-static
+	-@.ci/install-packages bench
 	$(VENV)/bin/kcov-bridge bench -o build/bench.json --plot build/bench.svg $(ARGS)
 
 test: packages-test $(VENV)/installed-dev ## run all tests, those in virtual machines too

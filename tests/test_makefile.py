@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.cli.packages import debian_packages
+from bridge.util.packages import debian_packages
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -96,7 +96,7 @@ INSTALL = str(ROOT / ".ci" / "install-packages")
 def test_the_package_list_is_read_by_both() -> None:
     packages = debian_packages()
     assert {"qemu-system-x86", "mmdebstrap", "make", "gcc"} <= {each.name for each in packages}
-    assert {each.purpose for each in packages} == {"run", "user", "test", "make"}
+    assert {each.purpose for each in packages} == {"run", "user", "bench", "test", "make"}
     assert next(iter(debian_packages("run"))).name == "qemu-system-x86"
     # The plugin that watches the guest's kernel is compiled where it runs.
     assert {"gcc", "libc6-dev"} <= {each.name for each in debian_packages("run")}

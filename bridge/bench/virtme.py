@@ -3,7 +3,8 @@
 
 It boots the image's own kernel, with the modules that the image has of it, under the same
 accelerator and with as much memory. It is an extra (``pip install 'kcov-bridge[bench]'``) and
-needs a static busybox of the host.
+needs the host's packages of the kind "bench" in ``debian-packages.txt``. Without udev its guest
+finds no port to answer on: the answer gets lost on the console and ``vng`` ends with status 255.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from bridge.bench.commands import seconds_to_answer
 from bridge.errors import InfrastructureError, MissingDependencyError
 from bridge.guest.images import Image
 from bridge.session.session import Session
+from bridge.util.packages import debian_packages, found
 
 __all__ = ["Virtme"]
 
@@ -33,7 +35,7 @@ class Virtme:
     """virtme-ng, ready to boot a session's kernel, time after time; a context manager.
 
     The modules are read from the session's guest when this is entered. Raises
-    :class:`bridge.errors.MissingDependencyError` without virtme-ng or busybox.
+    :class:`bridge.errors.MissingDependencyError` without virtme-ng or what it needs of the host.
     """
 
     def __init__(self, session: Session, image: Image) -> None:
@@ -43,9 +45,12 @@ class Virtme:
             raise MissingDependencyError(
                 "virtme-ng is not installed", hint="pip install 'kcov-bridge[bench]'"
             )
-        if shutil.which("busybox") is None:
+        missing = [each for each in debian_packages("bench") if found(each.probe) is None]
+        if missing:
+            names = ", ".join(each.name for each in missing)
             raise MissingDependencyError(
-                "virtme-ng needs a static busybox", hint="apt-get install busybox-static"
+                f"virtme-ng needs Debian packages that are missing: {names}",
+                hint="kcov-bridge setup --bench",
             )
         self._program = program
         self._session = session

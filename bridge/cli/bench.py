@@ -31,8 +31,8 @@ examples:
   kcov-bridge bench --only signal,idle -o signal.json
   kcov-bridge bench --only consume,vms --plot bench.svg
 
-Let nothing else run on the machine meanwhile. The baseline of `ready` is virtme-ng:
-pip install 'kcov-bridge[bench]', and Debian's package busybox-static.
+Let nothing else run on the machine meanwhile. The baseline of `ready` is virtme-ng, which takes
+`pip install 'kcov-bridge[bench]'` and `kcov-bridge setup --bench`.
 """
 
 DEFAULT_OUTPUT = Path("bench.json")

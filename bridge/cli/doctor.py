@@ -25,7 +25,6 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from bridge.cli.arguments import add_settings, settings_of
-from bridge.cli.packages import apt_line, debian_packages, found
 from bridge.config import Settings
 from bridge.device import fastpath
 from bridge.errors import BridgeError
@@ -33,6 +32,7 @@ from bridge.guest import images
 from bridge.guest.images.store import resolve
 from bridge.sources.guest_kernel.plugin import build_plugin, why_not_loaded
 from bridge.util.cache import cache_directory
+from bridge.util.packages import apt_line, debian_packages, found
 from bridge.vm.accel import choose_accelerator, why_not_kvm
 
 __all__ = ["DESCRIPTION", "EPILOG", "Check", "add_arguments", "diagnose", "render", "run"]

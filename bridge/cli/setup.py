@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bridge.cli.packages import install, kinds_for_running
 from bridge.errors import MissingDependencyError
+from bridge.util.packages import install, kinds_for_running
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--print", action="store_true", help="print the line that installs them, install nothing"
     )
     parser.add_argument(
+        "--bench", action="store_true", help="also what the baseline of `bench` needs"
+    )
+    parser.add_argument(
         "--tests", action="store_true", help="also what the tests of kcov-bridge need"
     )
 
@@ -42,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         MissingDependencyError: apt-get failed; its messages are on stderr.
     """
-    kinds = (*kinds_for_running(), *(("test",) if args.tests else ()))
+    more = {"bench": args.bench, "test": args.tests}
+    kinds = (*kinds_for_running(), *(kind for kind, wanted in more.items() if wanted))
     status = install(kinds, only_print=args.print)
     if status == 0:
         print("all Debian packages that kcov-bridge needs are installed", file=sys.stderr)

@@ -3,7 +3,7 @@
 #
 # Install the Debian packages of debian-packages.txt that are missing.
 #
-#   install-packages.sh [--print] KIND...     KIND: run, user, test or make
+#   install-packages.sh [--print] KIND...     KIND: run, user, bench, test or make
 #   install-packages.sh --package PACKAGE     one package by name
 #
 # As root, or through sudo if that needs no password; else the line to run goes to stdout, as it does
