@@ -518,10 +518,11 @@ class Device(Generic[C]):
         if argument or kcov.owner is None or kcov.owner != task:
             return errno.EINVAL
         self._reset(kcov, unreported)
+        self._drop_area(kcov)
         return 0
 
     def task_exit(self, kcov: Kcov[C], task: Task, unreported: int = 0) -> Errno:
-        """``task`` is gone: an instance that it owned goes back to INIT."""
+        """``task`` is gone: an instance that it owned goes back to INIT, and keeps its area."""
         if kcov.owner is not None and kcov.owner == task:
             self._reset(kcov, unreported)
         return 0
@@ -534,7 +535,10 @@ class Device(Generic[C]):
         """
         if self.personality is not Personality.GVISOR or kcov.stream is not None:
             return errno.EPERM
-        return self.task_exit(kcov, task, unreported)
+        if kcov.owner is not None and kcov.owner == task:
+            self._reset(kcov, unreported)
+            self._drop_area(kcov)
+        return 0
 
     def release(self, kcov: Kcov[C]) -> Errno:
         """The last reference is gone: the instance ends and its areas go back."""
@@ -653,6 +657,13 @@ class Device(Generic[C]):
         self._leave_handles(kcov)
         if kcov.area is not None:
             kcov.area.bitmap_words = 0
+
+    def _drop_area(self, kcov: Kcov[C]) -> None:
+        """Leave the area to its mappings, in gVisor's personality: the next mmap makes a new one.
+
+        What DISABLE and the last close do there (``Kcov.DisableTrace``, ``Kcov.Clear``); the owner's
+        exit does not (``Kcov.OnTaskExit``), so a fork server's children need not map again.
+        """
         if self.personality is Personality.GVISOR and kcov.area is not None:
             kcov.retired.append(kcov.area)
             kcov.area = None

@@ -139,10 +139,10 @@ class Lives(RuleBasedStateMachine):
     def traces_elsewhere(self, task: int) -> bool:
         return any(model.owner == task for model in self.all)
 
-    def ends_tracing(self, model: Model) -> None:
+    def ends_tracing(self, model: Model, drops_area: bool) -> None:
         model.owner = model.bitmap_words = None
         model.news.clear()
-        if self.gvisor and model.area is not None:
+        if drops_area and model.area is not None:
             model.dropped_areas.append(model.area)
             model.area = None
 
@@ -336,7 +336,7 @@ class Lives(RuleBasedStateMachine):
         expected = errno.EINVAL
         if argument == 0 and model.owner is not None and model.owner == task:
             expected = 0
-            self.ends_tracing(model)
+            self.ends_tracing(model, drops_area=self.gvisor)
         assert self.device.disable(model.kcov, task, argument) == expected
 
     @precondition(lambda self: self.all)
@@ -344,7 +344,7 @@ class Lives(RuleBasedStateMachine):
     def task_exit(self, index: int, task: int) -> None:
         model = self.pick(index)
         if model.owner is not None and model.owner == task:
-            self.ends_tracing(model)
+            self.ends_tracing(model, drops_area=False)
         assert self.device.task_exit(model.kcov, task) == 0
 
     @precondition(lambda self: self.all)
@@ -352,7 +352,7 @@ class Lives(RuleBasedStateMachine):
     def last_close(self, index: int, task: int) -> None:
         model = self.pick(index)
         if self.gvisor and model.owner is not None and model.owner == task:
-            self.ends_tracing(model)
+            self.ends_tracing(model, drops_area=True)
         expected = 0 if self.gvisor else errno.EPERM
         assert self.device.last_close(model.kcov, task) == expected
 

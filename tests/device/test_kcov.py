@@ -478,8 +478,21 @@ class TestEnds:
         assert both.device.task_exit(kcov, ALICE) == 0
         assert kcov.mode is Mode.INIT
         assert both.device.enabled == 0
-        if both.device.personality is Personality.LINUX:
-            assert both.device.enable(kcov, BOB, 0) == 0
+        assert both.device.enable(kcov, BOB, 0) == 0
+
+    def test_exit_keeps_area_and_contents(self, both: Fixture) -> None:
+        kcov = both.traced()
+        both.coverage.covered += [1, 2]
+        assert both.device.syscall_return(kcov, ALICE, 0) == 0
+        before = kcov.area
+        assert both.device.task_exit(kcov, ALICE) == 0
+        assert kcov.area is before
+        assert both.read(kcov) == [1, 2]
+        error, offset = both.device.map(kcov, 4096, 0)
+        assert error == 0
+        assert kcov.area is before
+        assert kcov.area is not None
+        assert offset == kcov.area.offset
 
     def test_the_last_close_is_an_end_in_gvisor_alone(self, both: Fixture) -> None:
         kcov = both.traced()

@@ -25,12 +25,8 @@ int main(int argc, char **argv)
 	given = count(&kcov);
 	ok(given >= 10 && kcov.area[given], "what it left stays readable");
 	is(kcov.area[WORDS - 1], 3, "and what its parent wrote");
-	kcov_again(&kcov);
-	if (gvisor)
-		is(count(&kcov), 0, "mapped again, it is a new area");
 	is(kcov_enable(&kcov), 0, "another enables the instance");
-	if (!gvisor)
-		ok(count(&kcov) >= given, "and finds word 0 where it was");
+	ok(count(&kcov) >= given, "and finds word 0 where it was");
 	ok(traces(&kcov), "and traces");
 	is(kcov_disable(&kcov), 0, "DISABLE");
 	kcov_free(&kcov);

@@ -27,14 +27,11 @@ static void serve(int number)
 	for (int i = 0; i < INSTANCES; i++)
 		pthread_join(ids[i], NULL);
 	for (int i = 0; i < INSTANCES; i++) {
-		kcov_again(&kcovs[i]);
 		pthread_join(thread(work, &kcovs[i]), NULL);
 	}
 	if (number & 1) {
-		for (int i = 0; i < INSTANCES; i++) {
-			kcov_again(&kcovs[i]);
+		for (int i = 0; i < INSTANCES; i++)
 			ids[i] = thread(work, &kcovs[i]);
-		}
 		/* Some still at it. */
 		raise(SIGKILL);
 	}
@@ -54,8 +51,6 @@ int main(int argc, char **argv)
 		if (!pid)
 			serve(number);
 		good += wait_for(pid) == (number & 1 ? -SIGKILL : 0);
-		for (int i = 0; i < INSTANCES; i++)
-			kcov_again(&kcovs[i]);
 	}
 	is(good, CHILDREN, "each child's threads trace through the server's instances");
 	for (int i = 0; i < INSTANCES; i++) {

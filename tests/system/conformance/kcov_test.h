@@ -175,7 +175,7 @@ static inline void kcov_free(struct kcov *kcov)
 	close(kcov->fd);
 }
 
-/* After DISABLE or the owner's exit: gVisor has dropped the area, it is to be mapped again. */
+/* After DISABLE: gVisor has dropped the area, it is to be mapped again. */
 static inline void kcov_again(struct kcov *kcov)
 {
 	if (!gvisor)
