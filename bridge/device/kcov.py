@@ -661,8 +661,8 @@ class Device(Generic[C]):
     def _drop_area(self, kcov: Kcov[C]) -> None:
         """Leave the area to its mappings, in gVisor's personality: the next mmap makes a new one.
 
-        DISABLE and the last close do that there (``Kcov.DisableTrace``, ``Kcov.Clear``). The owner's
-        exit does not (``Kcov.OnTaskExit``), so a fork server's children need not map again.
+        DISABLE (``Kcov.DisableTrace``) and the last close (``Kcov.Clear``) do that there. An
+        owner's exit (``Kcov.OnTaskExit``) does not: a fork server's children need not map again.
         """
         if self.personality is Personality.GVISOR and kcov.area is not None:
             kcov.retired.append(kcov.area)
