@@ -27,7 +27,7 @@ from bridge.device.doorbell import Doorbell
 from bridge.device.ivshmem import IvshmemServer
 from bridge.device.kcov import Device, Kcov, Personality
 from bridge.device.region import Area, Region
-from tests.device.test_doorbell import WORDS, Counting, FakeGuest
+from tests.support.doorbell import WORDS, Counting, FakeGuest
 
 REGION = 1 << 20
 REQUESTS = abi.REQUESTS_OFFSET // 8

@@ -22,7 +22,7 @@ from bridge.guest.ssh import CommandResult
 from bridge.session.session import Session
 from bridge.sources.ledger import Cursor
 from bridge.targets import TARGET_ADDRESS, Endpoint
-from tests.system.conformance import complaints
+from tests.support.guests import complaints
 
 pytestmark = pytest.mark.vm
 
@@ -186,7 +186,7 @@ import os
 import sys
 from pathlib import Path
 import bridge
-from tests.system.conformance import complaints
+from tests.support.guests import complaints
 with bridge.boot(target="none", source="python", syscall_pcs=True) as session:
     session.guest.upload(Path(sys.argv[1]), "/tmp/patience", 0o755)
     session.run(["/tmp/patience", "6000"], timeout=60, stdout=lambda data: os.write(1, data))

@@ -23,7 +23,7 @@ from bridge.sources.symbolize import (
     load_blocks,
     load_kernel,
 )
-from tests.sources.guest_kernel.test_lines import addresses, link
+from tests.support.linked_kernel import addresses, link
 
 SOURCES = {
     "pkg/a.py": "a = 1\nif a:\n    b = 2\n",

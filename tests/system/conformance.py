@@ -34,6 +34,7 @@ import bridge
 from bridge.errors import RunTimeoutError
 from bridge.guest.images import build, compile_for_guest
 from bridge.session.session import Session
+from tests.support.guests import complaints, complaints_in_full
 from tests.system import reference
 
 __all__ = [
@@ -44,7 +45,6 @@ __all__ = [
     "Line",
     "Result",
     "compile_programs",
-    "complaints",
     "differences",
     "parse",
     "run_program",
@@ -69,10 +69,6 @@ KNOWN_FAILURES: dict[tuple[str, str, str], str] = {
 KNOWN_DIFFERENCES: dict[tuple[str, str], str] = {}
 """(program, rule as its line says it): why Linux' own kcov, as released, does not keep it."""
 
-_COMPLAINT = (
-    "WARNING:|BUG:|BUG [a-z]|Oops|[^n]stall|hung task|blocked for more than|refcount_t|"
-    "general protection|ODEBUG|INFO: trying to register|INFO: lockdep is turned off"
-)
 _MEMORY = {"kcov": 512, "plain": 256, "debug": 1024}
 """MiB of guest memory for each reference kernel: KASAN alone takes an eighth."""
 _REFERENCE_BOOT = 300.0
@@ -177,16 +173,6 @@ def run_program(
         return Result(program, (), f"not done after {timeout:g} s\n{so_far}", timeout)
     text = (done.stdout + done.stderr).decode(errors="replace")
     return parse(program, text, done.exit_status, done.seconds)
-
-
-def complaints(session: Session) -> str:
-    """What the guest kernel had to complain about: the lines that begin it."""
-    return session.run(f"dmesg | grep -E {_COMPLAINT!r}").text
-
-
-def _reports(session: Session) -> str:
-    """The complaints in full: the kernel's messages from the first of them on."""
-    return session.run(f"dmesg | sed -nE '/{_COMPLAINT}/,$p'").text
 
 
 def differences(
@@ -297,7 +283,7 @@ def _run_all(
             )
             results.append(result)
             print(table(results[-1:]), flush=True)
-        if kernel is not None and (reports := _reports(session)):
+        if kernel is not None and (reports := complaints_in_full(session)):
             print(f"== the guest kernel's messages\n{reports}", flush=True)
         return results, complaints(session) + (_lockdep_off(session) if kernel == "debug" else "")
 

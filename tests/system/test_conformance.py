@@ -13,6 +13,7 @@ from _pytest.mark import ParameterSet
 
 import bridge
 from bridge.session.session import Session
+from tests.support.guests import complaints
 from tests.system import conformance
 from tests.system.conformance import KNOWN_FAILURES, PERSONALITIES, PROGRAMS, Result, parse
 
@@ -54,7 +55,7 @@ def booted(personality: str, binaries: dict[str, Path]) -> Iterator[Subject]:
     ) as session:
         conformance.upload(session, binaries)
         yield Subject(session, personality, {})
-        assert conformance.complaints(session) == ""
+        assert complaints(session) == ""
         assert session.device is not None
         assert session.device.enabled == 0
         assert session.device.instances == 0

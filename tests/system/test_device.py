@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import bridge
+from tests.support.guests import complaints
 from tests.system.conformance import compile_programs, run_program, table, upload
-from tests.system.conformance import complaints as complaints
 
 pytestmark = pytest.mark.vm
 

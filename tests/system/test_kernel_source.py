@@ -30,7 +30,7 @@ from bridge.session.session import Session
 from bridge.sources.guest_kernel.plan import PlanWord
 from bridge.sources.pcs import PC_BASE
 from tests.support import run, without_plugins
-from tests.system.conformance import complaints
+from tests.support.guests import complaints
 
 pytestmark = pytest.mark.vm
 

@@ -31,7 +31,7 @@ from bridge.session.session import Session
 from bridge.sources.pcs import PC_BASE
 from bridge.vm.network import LOCALHOST
 from bridge.vm.snapshot import Snapshot
-from tests.system.conformance import complaints
+from tests.support.guests import complaints
 
 pytestmark = pytest.mark.vm
 

@@ -22,7 +22,8 @@ from bridge.guest.images import build, compile_for_guest
 from bridge.session.session import Session
 from bridge.vm.accel import Accelerator
 from bridge.vm.config import MachineConfig
-from tests.system.conformance import compile_programs, complaints, run_program, table, upload
+from tests.support.guests import complaints
+from tests.system.conformance import compile_programs, run_program, table, upload
 
 pytestmark = pytest.mark.vm
 

@@ -18,7 +18,7 @@ from bridge.sources.guest_kernel.lines import Lines, find_modules, find_vmlinux
 from bridge.sources.guest_kernel.placement import MODULES_BASE
 from bridge.sources.guest_kernel.symbols import KernelSymbols, ModuleText
 from bridge.sources.symbolize import load_kernel
-from tests.sources.guest_kernel.test_lines import RELEASE, addresses, link, link_module, loaded
+from tests.support.linked_kernel import RELEASE, addresses, link, link_module, loaded
 
 TEXT = 0xFFFF_FFFF_8100_0000
 KALLSYMS = f"""\

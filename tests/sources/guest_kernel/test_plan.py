@@ -26,9 +26,9 @@ from bridge.sources.guest_kernel.placement import ModulePlacement
 from bridge.sources.guest_kernel.plan import CpuWord, Plan, PlanWord, Ram, RangeFlag, SlotWord
 from bridge.sources.guest_kernel.source import GuestKernel, ram_offset
 from bridge.sources.guest_kernel.symbols import KernelSymbols
+from tests.support.kernel_payload import ENTRY, KERNEL, payload
 
 HEADER = Path(layout.__file__).with_name("tcg") / "plan.h"
-KERNEL = 0xFFFF_FFFF_8100_0000
 MIB = 1 << 20
 
 CONSTANTS = {
@@ -151,7 +151,6 @@ ffffffff81009000 T __noinstr_text_end
 ffffffff81009000 T last
 ffffffff81010000 T _etext
 """
-ENTRY = KERNEL + 0x2000
 R, N = RangeFlag.RECORD, RangeFlag.NOINSTR
 
 
@@ -168,16 +167,6 @@ def kernel() -> Iterator[GuestKernel]:
     kernel = GuestKernel(code(), 64 * MIB)
     yield kernel
     kernel.close()
-
-
-def payload(offset: int = 0x1400000, **cpus: int) -> list[int]:
-    words = [0] * (abi.PAGE_SIZE // abi.WORD)
-    words[abi.KernelWord.CPUS] = 1
-    words[abi.KernelWord.SYSCALL_ENTRY] = ENTRY + offset
-    words[abi.KernelWord.CPU] = cpus.get("current", 0x1000)
-    words[abi.KernelWord.CPU + 1] = cpus.get("preempt", 0x1010)
-    words[abi.KernelWord.VECTORS + 14] = KERNEL + 0x2200 + offset
-    return words
 
 
 def ranges(plan: Plan) -> list[tuple[int, int, int, RangeFlag]]:

@@ -19,7 +19,7 @@ from bridge.sources.guest_kernel.filters import KernelFilter
 from bridge.sources.guest_kernel.placement import MODULES_BASE
 from bridge.sources.guest_kernel.running import Shell, kernel_of, placement_of, read_kernel
 from bridge.sources.guest_kernel.source import GuestKernel
-from tests.sources.guest_kernel.test_plan import payload
+from tests.support.kernel_payload import payload
 
 LINKED = 0xFFFF_FFFF_8100_0000
 KALLSYMS = """\

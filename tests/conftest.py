@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: guests, and the signals that a child of a test may be sent."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from bridge.session.session import Session
+from tests.support.guests import Guests, order
+
+_GUESTS = pytest.StashKey[Guests]()
+_SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "guest(**settings): the fixture of that name is a guest with these settings of bridge.boot",
+    )
+    config.stash[_GUESTS] = Guests()
+    # A shell has its background jobs ignore SIGINT and SIGQUIT, nohup SIGHUP; children inherit it.
+    for number in _SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            handler = signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, handler)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[_GUESTS].close()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    order(items)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # What -k and -m left.
+    session.config.stash[_GUESTS].expect(session.items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    try:
+        return (yield)
+    finally:
+        item.config.stash[_GUESTS].release(item, nextitem)
+
+
+@pytest.fixture
+def guest(request: pytest.FixtureRequest) -> Session:
+    """The guest that the marker ``guest`` asks for, as new."""
+    return request.config.stash[_GUESTS].get(request.node)
