@@ -71,7 +71,8 @@ class Kind(enum.Enum):
 class Option:
     """What there is to know about one setting besides its name, type and default.
 
-    ``minimum`` and ``maximum`` are inclusive, in the unit that ``metavar`` names.
+    ``minimum`` and ``maximum`` are inclusive, in the unit that ``metavar`` names. ``file`` says of
+    a name or path that a file of this name counts, ``/`` or not.
     """
 
     kind: Kind
@@ -81,6 +82,7 @@ class Option:
     minimum: float | None = None
     maximum: float | None = None
     power_of_two: bool = False
+    file: bool = False
 
     def allowed(self) -> str:
         """What may be given, in words."""
@@ -237,6 +239,7 @@ class Settings:
             "guest image: a name from `image list`, or a disk image file of your own, which needs "
             "--ssh-key; the default image is built when it is missing",
             metavar="IMAGE",
+            file=True,
         ),
     )
     ssh_key: Path | None = field(
@@ -308,7 +311,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, option in options().items():
-            _check(name, option, getattr(self, name), f"setting {name}")
+            value = _absolute(option, getattr(self, name), f"setting {name}")
+            object.__setattr__(self, name, value)
+            _check(name, option, value, f"setting {name}")
         if self.initrd is not None and self.kernel is None:
             raise UsageError(
                 "an initrd is given without a kernel",
@@ -392,6 +397,34 @@ def _check(name: str, option: Option, value: object, where: str) -> None:
             good = isinstance(value, int) and value & (value - 1) == 0
     if not good:
         raise _wrong(where, value, option)
+
+
+def _absolute(option: Option, value: object, where: str) -> object:
+    """A path from the root on: later the working directory is perhaps another, a target's.
+
+    Text is taken for a path, and a path for text, as the setting wants it.
+    """
+    if option.kind is Kind.PATH and isinstance(value, str) and value:
+        value = Path(value)
+    elif option.kind is Kind.NAME_OR_PATH and isinstance(value, os.PathLike):
+        value = os.path.join(".", value)  # noqa: PTH118  # so that it is told from a name
+    if isinstance(value, Path):
+        relative, named = not value.is_absolute(), False
+    elif option.kind is Kind.NAME_OR_PATH and isinstance(value, str):
+        relative, named = not value.startswith("/"), "/" not in value
+    else:
+        return value
+    # A file of one's own may be given by its bare name, too, but a program is looked for in PATH.
+    if not relative or (named and not (option.file and Path(value).is_file())):
+        return value
+    try:
+        path = Path.cwd() / value
+    except OSError as error:
+        raise UsageError(
+            f"{where}: {value} is relative, and the working directory is gone",
+            hint="give the path from / on",
+        ) from error
+    return path if option.kind is Kind.PATH else str(path)
 
 
 def _path(text: str) -> Path:
@@ -518,8 +551,9 @@ def load(
         if isinstance(flag, str):
             values[name] = _from_text(name, known[name], flag, where)
         else:
-            _check(name, known[name], flag, where)
-            values[name] = flag
+            value = _absolute(known[name], flag, where)
+            _check(name, known[name], value, where)
+            values[name] = value
     return Settings(**values)  # type: ignore[arg-type]
 
 

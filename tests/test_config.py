@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -25,7 +26,7 @@ def test_defaults_need_no_file(tmp_path: Path) -> None:
     assert settings == Settings()
     assert (settings.personality, settings.accel, settings.target) == ("linux", "auto", "plan9")
     assert (settings.memory, settings.cpus, settings.region) == (256, 1, 1024)
-    assert settings.out == Path("build/run")
+    assert settings.out == Path.cwd() / "build/run"
 
 
 def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None:
@@ -140,6 +141,66 @@ def test_a_home_directory_is_filled_in(monkeypatch: pytest.MonkeyPatch, tmp_path
     settings = load(environ={}, directory=tmp_path)
     assert settings.ssh_key == tmp_path / "key"
     assert settings.out == tmp_path / "~no-such-user/x"
+
+
+def test_settings_with_relative_paths_do_not_move_with_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk.qcow2").write_text("")
+    toml(tmp_path, 'vmlinux = "debug/vmlinux"\n')
+    monkeypatch.chdir(tmp_path)
+    settings = load(
+        {
+            "out": "here",
+            "image": "disk.qcow2",
+            "ssh_key": "key",
+            "kernel": "../bzImage",
+            "initrd": "initrd",
+            "target_dir": "files",
+            "qemu": "./qemu",
+        },
+        environ={},
+    )
+    again = settings.replace(memory=300)
+    monkeypatch.chdir("/")
+    for each in (settings, again):
+        assert each.out == tmp_path / "here"
+        assert each.image == str(tmp_path / "disk.qcow2")
+        assert each.ssh_key == tmp_path / "key"
+        assert each.kernel == tmp_path / "../bzImage"
+        assert each.initrd == tmp_path / "initrd"
+        assert each.target_dir == tmp_path / "files"
+        assert each.vmlinux == tmp_path / "debug/vmlinux"
+        assert each.qemu == str(tmp_path / "qemu")
+
+
+def test_settings_names_stay_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "qemu-kvm").write_text("")
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(image="bookworm", qemu="qemu-kvm")
+    assert (settings.image, settings.qemu) == ("bookworm", "qemu-kvm")
+
+
+def test_settings_take_text_and_paths_alike(tmp_path: Path) -> None:
+    mixed: dict[str, Any] = {"out": str(tmp_path / "out"), "image": tmp_path / "disk"}
+    settings = Settings(**mixed)
+    assert settings.out == tmp_path / "out"
+    assert settings.image == str(tmp_path / "disk")
+    assert load({"image": Path("disk"), "out": tmp_path}, environ={}).image == str(
+        Path.cwd() / "disk"
+    )
+
+
+def test_settings_in_a_directory_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(UsageError, match="setting out: build/run is relative"):
+        Settings()
+    assert Settings(out=tmp_path).out == tmp_path
 
 
 def test_settings_made_by_hand_are_checked() -> None:

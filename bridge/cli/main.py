@@ -31,8 +31,9 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TextIO, cast
 
+from bridge.cli.streams import Streams, own_streams, reserve_descriptors
 from bridge.errors import BridgeError, UsageError
 
 __all__ = ["entry", "main", "make_parser"]
@@ -216,9 +217,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:
 
 
 @contextlib.contextmanager
-def _logging(verbosity: int, quiet: bool) -> Iterator[None]:
-    """Log to stderr while inside; the loggers are as before afterwards."""
-    handler = logging.StreamHandler(sys.stderr)
+def _logging(stream: TextIO, verbosity: int, quiet: bool) -> Iterator[None]:
+    """Log to ``stream`` while inside; the loggers are as before afterwards."""
+    handler = logging.StreamHandler(stream)
     if verbosity:
         handler.setFormatter(logging.Formatter("%(relativeCreated)8.0f ms %(name)s: %(message)s"))
     else:
@@ -271,33 +272,41 @@ def _signals() -> Iterator[None]:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
-def _complain(text: str) -> None:
-    print(f"{_PROGRAM}: error: {text}", file=sys.stderr)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (the process's own by default); give its exit status."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    with own_streams() as streams:
+        return _main(arguments, streams)
+
+
+def _main(arguments: Sequence[str], streams: Streams) -> int:
     verbosity = 0
+
+    def complain(text: str) -> None:
+        print(f"{_PROGRAM}: error: {text}", file=streams.err)
+        if verbosity:
+            traceback.print_exc(file=streams.err)
+
     try:
         args = _parse(arguments)
         if args is None:
             return 0
         verbosity = getattr(args, "verbose", 0)
-        with _logging(verbosity, getattr(args, "quiet", False)), _signals():
+        args.streams = streams
+        stdout = sys.stdout
+        with _logging(streams.err, verbosity, getattr(args, "quiet", False)), _signals():
             status = int(args.function(args))
-            sys.stdout.flush()
+            if not stdout.closed:
+                stdout.flush()
             return status
     except SystemExit as stop:
         # argparse ends --help and --version this way.
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
     except BridgeError as error:
-        _complain(error.report())
-        if verbosity:
-            traceback.print_exc()
+        complain(error.report())
         return error.exit_status
     except KeyboardInterrupt as interrupt:
-        print(f"{_PROGRAM}: interrupted", file=sys.stderr)
+        print(f"{_PROGRAM}: interrupted", file=streams.err)
         return getattr(interrupt, "exit_status", 128 + signal.SIGINT)
     except BrokenPipeError:
         # Else the interpreter's own flush at exit would complain about the same pipe.
@@ -307,12 +316,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         # The one place that catches everything: a defect of the bridge is a status, not a trace.
         hint = "" if verbosity else "\nhint: -v shows where this comes from"
-        _complain(f"internal error: {type(error).__name__}: {error}{hint}")
-        if verbosity:
-            traceback.print_exc()
+        complain(f"internal error: {type(error).__name__}: {error}{hint}")
         return BridgeError.exit_status
 
 
 def entry() -> None:
     """The console script: :func:`main` as a process."""
+    reserve_descriptors()
     sys.exit(main())

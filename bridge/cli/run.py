@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
     from bridge.cli.last_run import remember
 
     settings = settings_of(args)
-    out = settings.out.absolute()
+    out = settings.out
     try:
-        return runner.run(settings, args.command)
+        return runner.run(settings, args.command, args.streams)
     finally:
         remember(out)

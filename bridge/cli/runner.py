@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from bridge.cli.streams import Streams
 from bridge.config import Settings
 from bridge.errors import BridgeError, InfrastructureError, SourceError, UsageError
 from bridge.results import summary as summaries
@@ -22,9 +21,6 @@ from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.targets import DEFAULT_TARGET, MOUNT_POINT
 from bridge.util.files import remove, remove_partial
 from bridge.util.resources import guest_directory
-
-if TYPE_CHECKING:
-    from bridge.guest.ssh import Output
 
 __all__ = ["run", "shell"]
 
@@ -39,11 +35,16 @@ _WORKLOAD = guest_directory() / "workload" / "files.sh"
 _EXAMPLE = f'kcov-doc "$(find {MOUNT_POINT} -type f | head -n 1)"'
 
 
-def run(settings: Settings, command: Sequence[str] = ()) -> int:
-    """Run ``command``, or the default workload, under kcov in a fresh guest.
+def run(settings: Settings, command: Sequence[str], streams: Streams) -> int:
+    """Run ``command``, or the default workload if it is empty, under kcov in a fresh guest.
 
-    Leaves its results in ``settings.out``, also when the run is cut off. Returns the command's
-    exit status; raises the :class:`bridge.errors.BridgeError` that ended the run.
+    Leaves its results in ``settings.out``, also when the run is cut off.
+
+    Returns:
+        The command's exit status.
+
+    Raises:
+        BridgeError: what ended the run.
     """
     if not command and settings.target != DEFAULT_TARGET:
         raise UsageError(
@@ -56,13 +57,13 @@ def run(settings: Settings, command: Sequence[str] = ()) -> int:
     record = _Record(session, tuple(command) or (f"{_WORKLOAD.name} {MOUNT_POINT}",))
     try:
         with session:
-            record.exit_status = _work(session, command, record)
+            record.exit_status = _work(session, command, record, streams)
         _complain_about_the_source(session)
     except BaseException as error:
         record.failed(error)
-        record.write(out)
+        record.write(out, streams)
         raise
-    if not record.write(out):
+    if not record.write(out, streams):
         raise InfrastructureError(f"not all results could be written to {out}")
     return record.exit_status
 
@@ -73,8 +74,8 @@ def shell(settings: Settings) -> int:
         return session.guest.shell()
 
 
-def _work(session: Session, command: Sequence[str], record: _Record) -> int:
-    out, err = _to(sys.stdout.fileno()), _to(sys.stderr.fileno())
+def _work(session: Session, command: Sequence[str], record: _Record, streams: Streams) -> int:
+    out, err = streams.write_out, streams.write_err
     timeout = session.settings.timeout
     record.started = time.monotonic()
     if command:
@@ -100,17 +101,6 @@ def _complain_about_the_source(session: Session) -> None:
             evidence=f"{session.doorbell.counters.source_failures} times",
             hint="the PCs of this run are not complete",
         ) from failure
-
-
-def _to(descriptor: int) -> Output:
-    """Output as it comes, past Python's buffers and encodings."""
-
-    def write(data: bytes) -> None:
-        with open(descriptor, "wb", buffering=0, closefd=False) as file:
-            while data:
-                data = data[file.write(data) or 0 :]
-
-    return write
 
 
 def _clear(out: Path) -> None:
@@ -150,7 +140,7 @@ class _Record:
         else:
             self.error = f"{type(error).__name__}: {error}"
 
-    def write(self, out: Path) -> bool:
+    def write(self, out: Path, streams: Streams) -> bool:
         """Write whatever can be written; what cannot is in the log. Returns whether all was."""
         seconds = time.monotonic() - self.started if self.started is not None else None
         problems: list[str] = []
@@ -163,8 +153,8 @@ class _Record:
         summary = self._summary(seconds)
         with _noted("summary.json", problems):
             summaries.write(summary, out / "summary.json")
-        print(summaries.render(summary), file=sys.stderr)
-        print(f"{'results in':>12}  {out}", file=sys.stderr)
+        print(summaries.render(summary), file=streams.err)
+        print(f"{'results in':>12}  {out}", file=streams.err)
         return not problems
 
     def _summary(self, seconds: float | None) -> summaries.Summary:

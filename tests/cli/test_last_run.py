@@ -56,7 +56,7 @@ def test_run_directory_of_a_pipe_is_the_last_runs(tmp_path: Path) -> None:
 
 
 def test_run_directory_without_a_last_run_is_the_default(tmp_path: Path) -> None:
-    assert Settings().out == DEFAULT_RUN
+    assert Settings().out == DEFAULT_RUN.absolute()
     _run(tmp_path / DEFAULT_RUN, "default")
     remember(tmp_path / "no" / "results")
     assert "pkg/default.py" in _symbolize("--all").stdout
