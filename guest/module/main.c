@@ -31,6 +31,7 @@
 #include <linux/io.h>
 #include <linux/miscdevice.h>
 #include <linux/slab.h>
+#include <linux/suspend.h>
 
 #include "kcov_bridge.h"
 
@@ -240,6 +241,27 @@ static struct pci_driver kb_driver = {
 	.remove		= kb_remove,
 };
 
+/*
+ * Nothing wakes a guest of ours: it has no keys and no lid, and the host cannot tell one that is
+ * suspended to idle from one that is idle. So it does not fall asleep.
+ */
+static int kb_sleep_event(struct notifier_block *block, unsigned long event, void *data)
+{
+	switch (event) {
+	case PM_SUSPEND_PREPARE:
+	case PM_HIBERNATION_PREPARE:
+	case PM_RESTORE_PREPARE:
+		pr_info_ratelimited("refusing to sleep: nothing would wake this guest\n");
+		return notifier_from_errno(-EBUSY);
+	default:
+		return NOTIFY_DONE;
+	}
+}
+
+static struct notifier_block kb_sleep_notifier = {
+	.notifier_call	= kb_sleep_event,
+};
+
 static int __init kb_init(void)
 {
 	int err;
@@ -258,15 +280,23 @@ static int __init kb_init(void)
 		return err;
 	if (!kb_active) {
 		pr_err("no ivshmem device with a region of kcov-bridge in this machine\n");
-		pci_unregister_driver(&kb_driver);
-		return -ENODEV;
+		err = -ENODEV;
+		goto unregister;
 	}
+	err = register_pm_notifier(&kb_sleep_notifier);
+	if (err)
+		goto unregister;
 	return 0;
+
+unregister:
+	pci_unregister_driver(&kb_driver);
+	return err;
 }
 module_init(kb_init);
 
 static void __exit kb_exit(void)
 {
+	unregister_pm_notifier(&kb_sleep_notifier);
 	pci_unregister_driver(&kb_driver);
 }
 module_exit(kb_exit);

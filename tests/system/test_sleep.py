@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest that would sleep: it does not, or is lost at once and can be reset."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import bridge
+from bridge.errors import GuestStoppedError
+from bridge.guest.images import build, compile_for_guest
+from tests.support import run
+
+pytestmark = pytest.mark.vm
+
+_PROGRAM = Path(__file__).with_name("suspend.c")
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[bridge.Session]:
+    with bridge.boot(target="none", source="python") as session:
+        yield session
+
+
+@pytest.fixture(scope="module")
+def suspend(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program that suspends the guest without asking its kernel."""
+    return compile_for_guest(build(), _PROGRAM, tmp_path_factory.mktemp("programs") / "suspend")
+
+
+@pytest.mark.parametrize("state", ["mem", "freeze", "standby", "disk"])
+def test_guest_asked_to_sleep_refuses(session: bridge.Session, state: str) -> None:
+    session.reset()
+    supported = session.run("cat /sys/power/state").text.split()
+    result = session.kcov(["sh", "-c", f"echo {state} >/sys/power/state"], timeout=60)
+    assert result.exit_status != 0
+    refused = "refusing to sleep" in session.run("dmesg").text
+    assert refused == (state in supported)
+    assert session.kcov(["true"]).exit_status == 0
+
+
+def test_suspended_guest_is_lost_at_once_and_reset_rescues_it(
+    session: bridge.Session, suspend: Path
+) -> None:
+    for _ in range(2):
+        session.reset()
+        session.guest.upload(suspend, "/tmp/suspend", 0o755)
+        with pytest.raises(GuestStoppedError, match="suspended itself to memory") as caught:
+            session.kcov(["/tmp/suspend"], timeout=90)
+        assert "reset()" in caught.value.hint
+        with pytest.raises(GuestStoppedError):
+            session.run(["true"])
+    session.reset()
+    assert session.kcov(["cat", "/proc/uptime"]).exit_status == 0
+
+
+def test_run_guest_suspends_itself_ends_with_status_123(tmp_path: Path, suspend: Path) -> None:
+    """The program reaches the guest by way of the target that serves it."""
+    served = tmp_path / "served"
+    served.mkdir()
+    shutil.copy(suspend, served)
+    out = tmp_path / "out"
+    script = "cp /mnt/target/suspend /tmp && chmod +x /tmp/suspend && /tmp/suspend"
+    words = ["--source", "python", "--target-dir", str(served), "--", "sh", "-c", script]
+    done = run(out, *words)
+    assert done.returncode == 123, done.stderr
+    assert "the guest suspended itself to memory (ACPI S3)" in done.stderr
