@@ -237,14 +237,15 @@ static void kb_vma_close(struct vm_area_struct *vma)
 }
 
 /*
- * Mappings are filled at once, so a fault comes after the device is gone. A program that reads its
- * area is not to die of that: it finds one blank page everywhere. Private mappings get SIGBUS; the
- * kernel takes no bare page number in them.
+ * Mappings are filled at once, so a fault comes when one was taken away, with the device most of the
+ * time. A program that reads its area is not to die of that: it finds one blank page everywhere.
+ * Private mappings get SIGBUS, for the kernel takes no bare page frame there.
  */
 static vm_fault_t kb_vma_fault(struct vm_fault *vmf)
 {
 	struct kb_instance *inst = vmf->vma->vm_private_data;
-	unsigned long page = 0;
+	vm_fault_t result = 0;
+	unsigned long frame = vmf->pgoff;
 
 	if (!(vmf->vma->vm_flags & VM_SHARED) && vmf->vma->vm_flags & VM_MAYWRITE)
 		return VM_FAULT_SIGBUS;
@@ -252,12 +253,15 @@ static vm_fault_t kb_vma_fault(struct vm_fault *vmf)
 	if (inst->detached) {
 		if (!inst->blank_page)
 			inst->blank_page = get_zeroed_page(GFP_KERNEL);
-		page = inst->blank_page;
+		frame = virt_to_phys((void *)inst->blank_page) >> PAGE_SHIFT;
+		if (!inst->blank_page)
+			result = VM_FAULT_OOM;
 	}
+	/* Inside the lock, so that removal finds it. */
+	if (!result)
+		result = vmf_insert_pfn(vmf->vma, vmf->address, frame);
 	mutex_unlock(&inst->lock);
-	if (!page)
-		return VM_FAULT_SIGBUS;
-	return vmf_insert_pfn(vmf->vma, vmf->address, virt_to_phys((void *)page) >> PAGE_SHIFT);
+	return result;
 }
 
 static const struct vm_operations_struct kb_vm_ops = {
@@ -272,8 +276,9 @@ static void kb_instance_unmap(struct kb_instance *inst)
 {
 	lockdep_assert_held(&inst->lock);
 	/* What was written to private mappings is the program's own, and stays. */
-	if (inst->mapping)
-		unmap_mapping_range(inst->mapping, 0, 0, 0);
+	if (inst->mapping && inst->map_end)
+		unmap_mapping_range(inst->mapping, (loff_t)inst->map_start << PAGE_SHIFT,
+				    (loff_t)(inst->map_end - inst->map_start) << PAGE_SHIFT, 0);
 }
 
 /* A new mapping that removal could not find, because the kernel had not entered it yet. */
@@ -319,6 +324,7 @@ static int kb_mmap_locked(struct kb_instance *inst, struct vm_area_struct *vma)
 {
 	unsigned long length = vma->vm_end - vma->vm_start;
 	const struct kb_bridge *bridge = inst->bridge;
+	unsigned long frame;
 	u64 offset;
 	int err;
 
@@ -335,10 +341,14 @@ static int kb_mmap_locked(struct kb_instance *inst, struct vm_area_struct *vma)
 	err = kb_mapping_check_queue(inst);
 	if (err)
 		return err;
-	err = remap_pfn_range(vma, vma->vm_start, (bridge->region_start + offset) >> PAGE_SHIFT,
-			      length, vma->vm_page_prot);
+	frame = (bridge->region_start + offset) >> PAGE_SHIFT;
+	err = remap_pfn_range(vma, vma->vm_start, frame, length, vma->vm_page_prot);
 	if (err)
 		return err;
+	/* As remap_pfn_range() has it for private mappings: all of a region are told apart. */
+	vma->vm_pgoff = frame;
+	inst->map_start = inst->map_end ? min(inst->map_start, frame) : frame;
+	inst->map_end = max(inst->map_end, frame + (length >> PAGE_SHIFT));
 	vma->vm_private_data = inst;
 	vma->vm_ops = &kb_vm_ops;
 	atomic_inc(&inst->mappings);

@@ -84,6 +84,8 @@ struct kb_owner;
  *	by @lock
  * @deferred_returns: its returns that the host does not know of. Guarded by @lock
  * @mappings: vmas that map the area
+ * @map_start: page frame of the lowest page that was ever mapped. Guarded by @lock
+ * @map_end: behind that of the highest, 0: none was. Guarded by @lock
  * @timeouts: requests given up. Written by the owner
  * @skipped: returns that were not reported. Written by the owner
  * @rcu: frees it
@@ -107,6 +109,8 @@ struct kb_instance {
 	u64 deferred_exit;
 	u64 deferred_returns;
 	atomic_t mappings;
+	unsigned long map_start;
+	unsigned long map_end;
 	atomic64_t timeouts;
 	atomic64_t skipped;
 	struct rcu_head rcu;

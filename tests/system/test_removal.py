@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device goes away under the module, and the module under the device's users."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import bridge
+from bridge.guest.images import build, compile_for_guest
+from bridge.session.session import Session
+from tests.system import conformance
+
+pytestmark = pytest.mark.vm
+
+HERE = Path(__file__).parent
+ROUNDS = int(os.environ.get("KCOV_BRIDGE_REMOVALS", "10"))
+"""Removals under load, and loads of the module."""
+
+DRIVER = "/sys/bus/pci/drivers/kcov_bridge"
+MODULE = "/usr/lib/modules/$(uname -r)/extra/kcov_bridge.ko"
+STATS = "/sys/kernel/debug/kcov_bridge_stats"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("removal")
+    for path in (HERE / "removal.c", conformance.SOURCES / "kcov_test.h"):
+        shutil.copyfile(path, directory / path.name)
+    return compile_for_guest(build(), directory / "removal.c", directory / "removal")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("python", "linux", 1), ("python", "linux", 4), ("kernel", "linux", 2)],
+    ids=["1cpu", "4cpus", "kernel"],
+)
+def session(request: pytest.FixtureRequest, program: Path) -> Iterator[Session]:
+    source, personality, cpus = request.param
+    with bridge.boot(
+        target="none", source=source, personality=personality, cpus=cpus, syscall_pcs=True
+    ) as session:
+        session.guest.upload(program, "/tmp/removal", 0o755)
+        yield session
+
+
+@pytest.fixture
+def guest(session: Session) -> Iterator[Session]:
+    """The shared guest, whose kernel has nothing to complain about, before and after the test."""
+    assert conformance.complaints(session) == ""
+    yield session
+    assert conformance.complaints(session) == ""
+    assert session.device is not None
+    assert session.device.enabled == 0
+
+
+def address(session: Session) -> str:
+    return session.guest.run(f"basename {DRIVER}/0000:*", check=True).text.strip()
+
+
+@pytest.mark.parametrize("way", ["remove", "unbind"])
+def test_removal_in_use_gives_errors_and_a_rescan_a_new_device(guest: Session, way: str) -> None:
+    device = address(guest)
+    words = {
+        "remove": [f"/sys/bus/pci/devices/{device}/remove", "1", "/sys/bus/pci/rescan", "1"],
+        "unbind": [f"{DRIVER}/unbind", device, f"{DRIVER}/bind", device],
+    }[way]
+    done = guest.guest.run(
+        ["/tmp/removal", conformance.DEVICE, guest.settings.personality, *words],
+        timeout=600,
+        env={"KCOV_ROUNDS": str(ROUNDS)},
+    )
+    text = (done.stdout + done.stderr).decode(errors="replace")
+    result = conformance.parse("removal", text, done.exit_status)
+    assert result.ok, conformance.table([result])
+    assert guest.device is not None
+    assert guest.device.instances == 0
+
+
+def test_removal_under_kcov_exec_ends_the_command_as_usual(guest: Session) -> None:
+    remove = f"/sys/bus/pci/devices/{address(guest)}/remove"
+    done = guest.run(
+        f"kcov-exec -o /dev/null -- sh -c 'echo 1 >{remove}; grep State /proc/self/status'",
+        timeout=60,
+    )
+    assert "State:" in done.text
+    guest.guest.run("echo 1 >/sys/bus/pci/rescan", check=True)
+    assert guest.run("kcov-doc").exit_status == 0
+
+
+def test_unload_while_open_is_refused(guest: Session) -> None:
+    refused = guest.run(f"exec 3<{conformance.DEVICE}; rmmod kcov_bridge")
+    assert refused.exit_status != 0
+    assert "in use" in refused.stderr.decode()
+    assert guest.run("kcov-doc").exit_status == 0
+
+
+def test_module_loads_again_and_again(guest: Session) -> None:
+    """Users come and go meanwhile: they find no device, or a whole one."""
+    script = f"""
+        (while [ ! -e /tmp/enough ]; do kcov-doc >/dev/null 2>&1; done) & busy=$!
+        i=0
+        while [ $i -lt {ROUNDS} ]; do
+            until rmmod kcov_bridge 2>/dev/null; do sleep 0.01; done
+            insmod {MODULE} || exit 1
+            i=$((i + 1))
+        done
+        touch /tmp/enough; wait $busy; rm /tmp/enough
+        kcov-doc
+    """
+    done = guest.run(script, timeout=600)
+    assert done.exit_status == 0, done.stderr.decode()
+    assert "timeouts 0" in guest.run(f"cat {STATS}").text
+
+
+def test_timeout_of_zero_is_refused(guest: Session) -> None:
+    parameter = "/sys/module/kcov_bridge/parameters/timeout_ms"
+    before = guest.guest.run(f"cat {parameter}", check=True).text
+    assert guest.run(f"echo 0 >{parameter}").exit_status != 0
+    assert guest.run(f"cat {parameter}").text == before
+    loaded = guest.run(f"rmmod kcov_bridge && insmod {MODULE} timeout_ms=0")
+    assert "Invalid parameters" in loaded.stderr.decode()
+    assert "at least 1" in guest.run("dmesg | tail -n 4").text
+    guest.guest.run(f"insmod {MODULE} timeout_ms={before.strip()}", check=True)
+    assert guest.run("kcov-doc").exit_status == 0
