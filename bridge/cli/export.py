@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bridge.cli.arguments import add_run_directory, add_vmlinux
 from bridge.cli.last_run import find_run
-from bridge.sources.guest_kernel.export import FORMATS
+from bridge.results.kernel_export import FORMATS
 from bridge.util.files import write_atomically
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

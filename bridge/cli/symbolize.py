@@ -10,8 +10,9 @@ import sys
 from bridge.cli.arguments import add_run_directory, add_vmlinux
 from bridge.cli.last_run import find_run
 from bridge.errors import SourceError
+from bridge.results.run_directory import load_blocks, load_kernel
 from bridge.sources.pcs import BlockTable
-from bridge.sources.symbolize import BLOCKS_FILE, Symbolizer, load_blocks, load_kernel
+from bridge.sources.symbolize import BLOCKS_FILE, Symbolizer
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 

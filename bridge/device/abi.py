@@ -63,6 +63,7 @@ __all__ = [
     "VECTORS",
     "VERSION",
     "WORD",
+    "Comparison",
     "HeaderWord",
     "Hidden",
     "HostState",
@@ -83,6 +84,10 @@ KCOV_CMP_CONST = 1
 """In the type of a comparison: the first operand is a constant."""
 KCOV_WORDS_PER_CMP = 4
 """``KCOV_WORDS_PER_CMP`` in ``kernel/kcov.c``: type, two operands, PC."""
+
+Comparison = tuple[int, int, int, int]
+"""A record of KCOV_TRACE_CMP as it lies in an area: type, two operands, PC."""
+
 # As proposed for Linux ("kcov: add ioctl(KCOV_UNIQUE_ENABLE)", "kcov: add ioctl(KCOV_RESET_TRACE)",
 # linux-kernel, July 2025); not in its uapi header yet.
 KCOV_UNIQUE_ENABLE = 0x40086367

@@ -23,7 +23,7 @@ import errno
 import logging
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from bridge.device.abi import (
     ENOTSUPP,
@@ -35,12 +35,12 @@ from bridge.device.abi import (
     LINUX_MAX_WORDS,
     PAGE_SIZE,
     WORD,
+    Comparison,
 )
 from bridge.device.fastpath import KcovState, ReturnHandler, Totals
 from bridge.device.region import Area
 from bridge.device.streams import Stream
 from bridge.errors import SourceError
-from bridge.sources.comparisons import Comparison, ComparisonCursor
 
 __all__ = [
     "Areas",
@@ -109,6 +109,10 @@ class Coverage(Protocol[C]):
 
     def close_cursor(self, cursor: C) -> None:
         """The cursor is not used any more."""
+
+
+ComparisonCursor = Any
+"""What :class:`Comparisons` gives each reader; the device only hands it back."""
 
 
 class Comparisons(Protocol):

@@ -27,11 +27,11 @@ from bridge.device.abi import (
     SLOTS,
     VERSION,
     WORD,
+    Comparison,
     HeaderWord,
 )
 from bridge.device.fastpath import AreaWords
 from bridge.errors import RegionError, UsageError
-from bridge.sources.comparisons import Comparison
 
 __all__ = ["Area", "Region"]
 

@@ -27,10 +27,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, overload
 
-from bridge.device.abi import KCOV_WORDS_PER_CMP, PAGE_SIZE, STREAM_MASK, WORD
+from bridge.device.abi import KCOV_WORDS_PER_CMP, PAGE_SIZE, STREAM_MASK, WORD, Comparison
 from bridge.device.region import Area
 from bridge.errors import IncompleteError
-from bridge.sources.comparisons import Comparison
 
 __all__ = ["ComparisonLog", "PcLog", "Stream", "WordLog"]
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from threading import Lock, get_ident
 from typing import Any, Final, Protocol, TypeVar
 
-from bridge.device.abi import KCOV_CMP_CONST, KCOV_CMP_SIZE
+from bridge.device.abi import KCOV_CMP_CONST, KCOV_CMP_SIZE, Comparison
 from bridge.sources import PC
 
 __all__ = [
@@ -43,9 +43,6 @@ LIMIT: Final = 1 << 16
 
 STRING_BYTES: Final = frozenset({1, 2, 4, 8})
 """Lengths of bytes that are noted: those of the operands of KCOV_CMP_SIZE(0) to (3)."""
-
-Comparison = tuple[int, int, int, PC]
-"""A record as it lies in an area: type, two operands, PC."""
 
 Site = tuple[str, int]
 """Where a comparison stands: canonical path of the source file, and line."""

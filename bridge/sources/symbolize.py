@@ -13,10 +13,8 @@ import re
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
-from bridge.errors import UsageError
 from bridge.sources import PC
 from bridge.sources.pcs import BlockTable, Location
 
@@ -28,8 +26,6 @@ __all__ = [
     "BLOCKS_FILE",
     "KernelPlaces",
     "Symbolizer",
-    "load_blocks",
-    "load_kernel",
 ]
 
 BLOCKS_FILE: Final = "blocks.tsv"
@@ -165,47 +161,3 @@ class Symbolizer:
 
     def _write(self, pc: PC, location: Location, out: TextIO) -> None:
         out.write(f"{pc:#x}\n{self._prefix}{location}\n")
-
-
-def load_blocks(run: Path) -> BlockTable:
-    """The block table of a run directory.
-
-    Raises :class:`bridge.errors.UsageError` where there is none and
-    :class:`bridge.errors.SourceError` where it is damaged.
-    """
-    path = run / BLOCKS_FILE
-    if not path.is_file():
-        raise UsageError(
-            f"{run} holds no block table ({BLOCKS_FILE})",
-            hint="name the directory of a finished run with --run",
-        )
-    return BlockTable.load(path)
-
-
-def load_kernel(run: Path, vmlinux: Path | None = None) -> KernelPlaces | None:
-    """The places of the guest's kernel in a run directory; None for a run without them.
-
-    ``vmlinux`` has the kernel's debug information; by default that of Debian's package is used
-    where it is installed. Raises :class:`bridge.errors.UsageError` where it is not there and
-    :class:`bridge.errors.SourceError` where the run's files are damaged.
-    """
-    # Most runs have nothing of the kernel; the imports are not for them.
-    from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
-    from bridge.sources.guest_kernel import SYMBOLS_FILE
-    from bridge.sources.guest_kernel.symbols import KernelSymbols
-
-    if vmlinux is not None and not vmlinux.is_file():
-        raise UsageError(f"there is no file {vmlinux}")
-    if not (run / SYMBOLS_FILE).is_file():
-        return None
-    from bridge.sources.guest_kernel import export
-
-    blocks: list[PC] = []
-    if (run / KERNEL_BLOCKS_FILE).is_file():
-        blocks = [block.start for block in export.read_blocks(run / KERNEL_BLOCKS_FILE)]
-    symbols = KernelSymbols.load(run / SYMBOLS_FILE)
-    return KernelPlaces(
-        symbols,
-        blocks,
-        lines=lambda: export.lines_of(run, vmlinux, symbols),
-    )

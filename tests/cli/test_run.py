@@ -21,8 +21,8 @@ from bridge.config import Settings, load
 from bridge.errors import BootTimeoutError, GuestSetupError
 from bridge.guest.guest_image import ProjectImage
 from bridge.guest.images import Image, build
+from bridge.results.kernel_export import read_blocks
 from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
-from bridge.sources.guest_kernel.export import read_blocks
 from bridge.sources.pcs import PC_BASE, BlockTable
 from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.vm.accel import Accelerator

@@ -15,13 +15,12 @@ import pytest
 
 from bridge.cli import symbolize as command
 from bridge.errors import SourceError, UsageError
+from bridge.results.run_directory import load_blocks, load_kernel
 from bridge.sources.guest_kernel.symbols import KernelSymbols, ModuleText
 from bridge.sources.pcs import BlockTable, syscall_pc
 from bridge.sources.symbolize import (
     KernelPlaces,
     Symbolizer,
-    load_blocks,
-    load_kernel,
 )
 from tests.support.linked_kernel import addresses, link
 

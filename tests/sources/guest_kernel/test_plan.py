@@ -17,10 +17,10 @@ import pytest
 from bridge.device import abi
 from bridge.device.region import Region
 from bridge.errors import SourceError, UnwatchableError
+from bridge.results.kernel_export import read_blocks
 from bridge.sources.guest_kernel import plan as layout
 from bridge.sources.guest_kernel import plugin
 from bridge.sources.guest_kernel.code import KernelCode
-from bridge.sources.guest_kernel.export import read_blocks
 from bridge.sources.guest_kernel.filters import KernelFilter
 from bridge.sources.guest_kernel.placement import ModulePlacement
 from bridge.sources.guest_kernel.plan import CpuWord, Plan, PlanWord, Ram, RangeFlag, SlotWord

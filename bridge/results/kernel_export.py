@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from bridge.errors import BridgeError, SourceError, UsageError
+from bridge.results import summary
 from bridge.sources import PC
 from bridge.sources.guest_kernel import BLOCKS_FILE, SYMBOLS_FILE
 from bridge.sources.guest_kernel.filters import KERNEL
@@ -267,8 +268,6 @@ def lines_of(run: Path, vmlinux: Path | None, symbols: KernelSymbols) -> Lines |
 
 def _release(run: Path) -> str:
     """The kernel of a run, as its summary has it; empty where it does not say."""
-    from bridge.results import summary
-
     try:
         return str(summary.read(run / "summary.json").get("kernel") or "")
     except BridgeError:

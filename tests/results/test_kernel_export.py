@@ -13,11 +13,11 @@ import pytest
 
 from bridge.cli.main import main
 from bridge.errors import SourceError, UsageError
-from bridge.sources.guest_kernel.export import Block, drcov, lcov, rawcover, read_blocks
+from bridge.results.kernel_export import Block, drcov, lcov, rawcover, read_blocks
+from bridge.results.run_directory import load_kernel
 from bridge.sources.guest_kernel.lines import Lines, find_modules, find_vmlinux
 from bridge.sources.guest_kernel.placement import MODULES_BASE
 from bridge.sources.guest_kernel.symbols import KernelSymbols, ModuleText
-from bridge.sources.symbolize import load_kernel
 from tests.support.linked_kernel import RELEASE, addresses, link, link_module, loaded
 
 TEXT = 0xFFFF_FFFF_8100_0000
@@ -232,7 +232,7 @@ def test_a_run_without_the_kernel(
 
 
 def test_lcov_without_debug_information(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = {"format": "kcov-bridge-summary", "version": 1, "kernel": "6.1.0-none"}
+    summary = {"format": "kcov-bridge-summary", "version": 2, "kernel": "6.1.0-none"}
     (run / "summary.json").write_text(json.dumps(summary))
     arguments = ["export", "--run", str(run), "--format", "lcov"]
     assert main(arguments) == 2
@@ -246,11 +246,11 @@ def test_lcov_without_debug_information(run: Path, capsys: pytest.CaptureFixture
 def test_debug_information_that_was_not_asked_for_may_be_useless(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    summary = {"format": "kcov-bridge-summary", "version": 1, "kernel": "6.1.0-x"}
+    summary = {"format": "kcov-bridge-summary", "version": 2, "kernel": "6.1.0-x"}
     (run / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "vmlinux-6.1.0-x").write_bytes(b"")
     find = functools.partial(find_vmlinux, root=tmp_path)
-    monkeypatch.setattr("bridge.sources.guest_kernel.export.find_vmlinux", find)
+    monkeypatch.setattr("bridge.results.kernel_export.find_vmlinux", find)
     places = load_kernel(run)
     assert places is not None
     assert places.text(TEXT) == "vfs_read+0x0"
