@@ -80,17 +80,18 @@ def _work(session: Session, command: Sequence[str], record: _Record, streams: St
     record.started = time.monotonic()
     if command:
         result = session.kcov(command, timeout=timeout, stdout=out, stderr=err)
-        record.pcs += result.pcs
+        record.pcs.append(result.pcs)
         return result.exit_status
     session.put(_WORKLOAD, "/run/kcov-bridge/files.sh", 0o755)
     words = ["sh", "/run/kcov-bridge/files.sh", MOUNT_POINT]
     result = session.kcov(words, timeout=timeout, stdout=out, stderr=err)
-    record.pcs += result.pcs
+    record.pcs.append(result.pcs)
     if result.exit_status:
         return result.exit_status
     # The second one uses the device itself, in the way of the kernel's documentation.
     example = session.run(_EXAMPLE, timeout=timeout, stderr=err)
-    record.pcs += [int(word, 16) for word in example.text.split() if word.startswith("0x")]
+    words = [word for word in example.text.split() if word.startswith("0x")]
+    record.pcs.append([int(word, 16) for word in words])
     return example.exit_status
 
 
@@ -123,15 +124,15 @@ class _Record:
     def __init__(self, session: Session, command: tuple[str, ...]) -> None:
         self.session = session
         self.command = command
-        self.pcs: list[int] = []
+        self.pcs: list[Sequence[int]] = []
         self.exit_status = BridgeError.exit_status
         self.error = ""
         self.started: float | None = None
         self._ended: float | None = None
 
     def failed(self, error: BaseException) -> None:
-        """The run is cut off by this; the areas say how far it had come."""
-        self.pcs += self.session.partial_pcs
+        """The run is cut off by this; the PCs so far say how far it had come."""
+        self.pcs.append(self.session.partial_pcs)
         if isinstance(error, BridgeError):
             self.error, self.exit_status = error.message, error.exit_status
         elif isinstance(error, KeyboardInterrupt):
@@ -144,9 +145,12 @@ class _Record:
         """Write whatever can be written; what cannot is in the log. Returns whether all was."""
         seconds = time.monotonic() - self.started if self.started is not None else None
         problems: list[str] = []
-        with _noted("pcs.txt", problems):
-            text = "".join(f"{pc:#018x}\n" for pc in self.pcs)
-            (out / "pcs.txt").write_text(text, encoding="ascii")
+        with (
+            _noted("pcs.txt", problems),
+            (out / "pcs.txt").open("w", encoding="ascii") as file,
+        ):
+            for pcs in self.pcs:
+                file.writelines(f"{pc:#018x}\n" for pc in pcs)
         if (out / ".coverage").is_file():
             with _noted("the coverage reports", problems):
                 make_reports(out / ".coverage", out)

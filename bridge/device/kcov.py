@@ -39,7 +39,7 @@ from bridge.device.abi import (
 )
 from bridge.device.fastpath import KcovState, ReturnHandler, Totals
 from bridge.device.region import Area
-from bridge.device.streams import Stream
+from bridge.device.streams import AreaSource, Stream
 from bridge.errors import SourceError
 
 __all__ = [
@@ -85,14 +85,11 @@ class Mode(Enum):
     TRACE_CMP = "trace-cmp"
 
 
-class Areas(Protocol):
+class Areas(AreaSource, Protocol):
     """Where areas come from: :class:`bridge.device.region.Region`."""
 
     def has_room(self, size: int) -> bool:
         """Whether an area of ``size`` words could be had now."""
-
-    def allocate(self, size: int) -> Area | None:
-        """A zeroed area of ``size`` words, or None."""
 
     def free(self, area: Area) -> None:
         """Take an area back."""
@@ -212,6 +209,8 @@ class Device(Generic[C]):
         self._bits: dict[int, int] = {}
         self._owners: dict[Task, Kcov[C]] = {}
         self._streams: dict[int, Stream] = {}
+        self.untraced = 0
+        """Threads that should have joined a stream, and could not."""
         # In the order of their opening, as dicts keep it.
         self._open: dict[Kcov[C], None] = {}
         self.return_handler: ReturnHandler[Kcov[C]] = ReturnHandler(
@@ -467,6 +466,7 @@ class Device(Generic[C]):
         if stream is None:
             return errno.ESRCH
         stream.untraced += threads
+        self.untraced += threads
         return 0
 
     def _hand_over(self, kcov: Kcov[C]) -> None:
@@ -556,18 +556,6 @@ class Device(Generic[C]):
         kcov.size = 0
         del self._open[kcov]
         return 0
-
-    def read_areas(self) -> list[int]:
-        """The PCs that stand in the areas of the open instances, one instance after the other.
-
-        No more of each than it was given: a count that the guest made up costs no memory.
-        """
-        pcs: list[int] = []
-        for kcov in self._open:
-            self.count_watched(kcov)
-            if kcov.area is not None and not kcov.compares:
-                pcs += kcov.area.read(kcov.appended)
-        return pcs
 
     def syscall_return(self, kcov: Kcov[C], task: Task, number: int, unreported: int = 0) -> Errno:
         """Append coverage since the owner's last return to its area.

@@ -43,6 +43,8 @@ _QUEUE_SECONDS = 0.5
 """How long the doorbell's thread waits for room in that queue: well within the guest's time-out."""
 _CHUNK_WORDS = 1 << 16
 """How much of a log is read at a time."""
+_SHARE = 256
+"""No area takes more than this part of the room that is left, if a smaller one can be had."""
 _SMALLEST_AREA_WORDS = 2 * PAGE_SIZE // WORD
 
 
@@ -290,8 +292,12 @@ class ComparisonLog(Sequence[Comparison]):
         return f"<{len(self)} comparisons>"
 
 
-class Areas(Protocol):
+class AreaSource(Protocol):
     """Where areas come from: :class:`bridge.device.region.Region`."""
+
+    @property
+    def bytes_free(self) -> int:
+        """Bytes left for areas, perhaps in pieces."""
 
     def allocate(self, size: int) -> Area | None:
         """A zeroed area of ``size`` words, or None."""
@@ -325,10 +331,13 @@ class Stream:
         # The pieces of each thread that has not ended.
         self._open: dict[object, array[int]] = {}
 
-    def allocate(self, areas: Areas) -> Area | None:
-        """An area for one more thread: of the wanted size, or as large as there is room for."""
-        size = self._area_words
-        while size >= _SMALLEST_AREA_WORDS + self.bitmap_words:
+    def allocate(self, areas: AreaSource) -> Area | None:
+        """An area for one more thread; smaller, the less room there is, so that many find some."""
+        size, smallest = self._area_words, _SMALLEST_AREA_WORDS + self.bitmap_words
+        most = areas.bytes_free // _SHARE // WORD
+        while size > most and size // 2 >= smallest:
+            size //= 2
+        while size >= smallest:
             area = areas.allocate(size)
             if area is not None:
                 return area

@@ -103,6 +103,7 @@ def render(summary: Summary) -> str:
         ("system calls", f"{stats.returns:,} traced"),
         ("PCs", f"{stats.pcs:,} appended, {stats.pcs_unique:,} different{per_call}"),
         ("lost PCs", f"{stats.lost_pcs:,}" + (", the area was full" if stats.lost_pcs else "")),
+        ("untraced", f"{stats.untraced:,} processes or threads" if stats.untraced else ""),
         ("blocks", _blocks(stats)),
         ("exit status", str(summary.exit_status)),
         ("ended by", summary.error),

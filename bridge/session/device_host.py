@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import socket
@@ -17,7 +16,8 @@ from bridge.device.doorbell import Doorbell
 from bridge.device.ivshmem import IvshmemServer
 from bridge.device.kcov import Device, Personality
 from bridge.device.region import Region
-from bridge.errors import BridgeError, DoorbellError
+from bridge.device.streams import Stream
+from bridge.errors import DoorbellError
 from bridge.session.stats import InstanceStats, Stats
 from bridge.sources import Consumed
 from bridge.sources.comparisons import Comparing, ComparisonLedger
@@ -134,11 +134,13 @@ class DeviceHost:
         except (DoorbellError, TimeoutError) as error:
             logger.warning("coverage for handle %#x is lost: %s", handle, error)
 
-    def read_areas(self) -> list[int]:
-        """Return the PCs in the areas of all open instances; of a dead doorbell none."""
-        with contextlib.suppress(BridgeError, TimeoutError):
-            return self.call(self.device.read_areas)
-        return []
+    def open_stream(self, stream: Stream) -> None:
+        """Let threads of the guest trace into the stream; raises as :meth:`call`."""
+        self.call(functools.partial(self.device.open_stream, stream))
+
+    def close_stream(self, stream: Stream) -> None:
+        """End the stream, which has what its threads covered so far; raises as :meth:`call`."""
+        self.call(functools.partial(self.device.close_stream, stream))
 
     def fill(self, stats: Stats) -> None:
         """As :class:`bridge.session.stats.Measured`."""
@@ -160,6 +162,7 @@ class DeviceHost:
         stats.pcs = device.totals.appended
         stats.pcs_unique += len(device.unique)
         stats.lost_pcs = device.totals.dropped
+        stats.untraced = device.untraced
         stats.comparisons = device.totals.comparisons
         stats.lost_comparisons = device.totals.comparisons_dropped
         stats.guest_timeouts = doorbell.guest_timeouts

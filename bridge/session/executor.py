@@ -3,32 +3,49 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from bridge.device.abi import WORD
-from bridge.errors import GuestSetupError
+from bridge.device.abi import SLOTS
+from bridge.device.streams import Stream
+from bridge.errors import DoorbellError
+from bridge.session.device_host import DeviceHost
 from bridge.sources.comparisons import Comparison
 
 if TYPE_CHECKING:
-    from bridge.guest.ssh import Guest, Output
+    from bridge.guest.ssh import CommandResult, Guest, Output
 
 __all__ = ["Executor", "KcovResult", "SshExecutor"]
 
-_GUEST_DIRECTORY = "/run/kcov-bridge"
-_EVIDENCE = 4096
+logger = logging.getLogger(__name__)
+
+_AREA_WORDS = 1 << 14
+"""Size of the area of each thread that is traced; it is emptied when it is full."""
+_WATCHED_AREA_WORDS = 1 << 19
+"""The same where the guest kernel fills it by itself between two system calls."""
+_BITMAP_WORDS = 1 << 13
+"""A bit for more blocks than a kernel has that one process reaches."""
 
 
 @dataclass(frozen=True)
 class KcovResult:
-    """What a command did under kcov: its exit status, its PCs in order, its output."""
+    """What a command did under kcov: its exit status, its PCs in order, its output.
+
+    The PCs of many are read from a file when they are asked for (see
+    :class:`bridge.device.streams.PcLog`). ``untraced``: how many processes and threads were not
+    traced, because as many were traced already as can be.
+    """
 
     exit_status: int
-    pcs: list[int]
+    pcs: Sequence[int]
     stdout: bytes
     stderr: bytes
+    untraced: int = 0
 
 
 class Executor(Protocol):
@@ -56,24 +73,39 @@ class Executor(Protocol):
         Raises:
             RunTimeoutError: it did not end in time.
             GuestLostError: the guest went away.
+            IncompleteError: the PCs could not all be kept.
         """
 
     def compare(
         self, command: Sequence[str], *, follow: bool, timeout: float | None = None
-    ) -> list[Comparison]:
+    ) -> Sequence[Comparison]:
         """Run ``command`` and return what the target compares meanwhile; raises as above."""
 
 
 class SshExecutor:
-    """Runs ``kcov-exec`` over SSH.
+    """Runs ``kcov-exec`` over SSH; the PCs come by way of the device, in a stream.
 
     Args:
         guest: where the commands run.
-        cut_off: called once for a command that is cut off, before it is killed.
+        device: whose streams they trace into.
+        watched: whether the guest kernel writes into areas by itself.
+        directory: takes the unnamed files of many PCs; None for the system's temporary directory.
+        cut_off: is given the PCs of a command that did not end well.
     """
 
-    def __init__(self, guest: Guest, cut_off: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        guest: Guest,
+        device: DeviceHost,
+        *,
+        watched: bool,
+        directory: Path | None,
+        cut_off: Callable[[Sequence[int]], object],
+    ) -> None:
         self._guest = guest
+        self._device = device
+        self._watched = watched
+        self._directory = directory
         self._cut_off = cut_off
 
     def kcov(
@@ -87,50 +119,67 @@ class SshExecutor:
         stderr: Output | None = None,
     ) -> KcovResult:
         """As :class:`Executor`."""
-        file = _guest_file("pcs")
-        options = [*(["-f"] if follow else []), *(["-u"] if unique else [])]
-        words = ["kcov-exec", *options, "-b", "-o", file, "--", *command]
-        told = False
-
-        def cut_off() -> None:
-            nonlocal told
-            if not told:
-                told = True
-                self._cut_off()
-
+        stream = Stream(
+            _WATCHED_AREA_WORDS if self._watched else _AREA_WORDS,
+            bitmap_words=_BITMAP_WORDS if unique else 0,
+            directory=self._directory,
+        )
         try:
-            result = self._guest.run(
-                words, timeout=timeout, stdout=stdout, stderr=stderr, before_kill=cut_off
-            )
-            pcs = self._fetch(file)
+            result = self._run(stream, command, follow, timeout, stdout, stderr)
+            stream.check()
         except BaseException:
-            cut_off()
+            self._cut_off(stream.pcs)
             raise
-        return KcovResult(result.exit_status, pcs, result.stdout, result.stderr)
+        return KcovResult(
+            result.exit_status, stream.pcs, result.stdout, result.stderr, stream.untraced
+        )
 
     def compare(
         self, command: Sequence[str], *, follow: bool, timeout: float | None = None
-    ) -> list[Comparison]:
+    ) -> Sequence[Comparison]:
         """As :class:`Executor`."""
-        file = _guest_file("cmp")
-        options = ["-b", "-c", *(["-f"] if follow else [])]
-        self._guest.run(["kcov-exec", *options, "-o", file, "--", *command], timeout=timeout)
-        words = self._fetch(file)
-        return list(zip(words[::4], words[1::4], words[2::4], words[3::4], strict=True))
+        stream = Stream(_AREA_WORDS, comparisons=True, directory=self._directory)
+        self._run(stream, command, follow, timeout)
+        stream.check()
+        return stream.records
 
-    def _fetch(self, file: str) -> list[int]:
-        # In memory: a bridge that is killed leaves no file behind.
-        received = bytearray()
-        line = f"cat {file} && rm {file}"
-        result = self._guest.run(line, stdout=received.extend, capture=_EVIDENCE)
-        if result.exit_status:
-            raise GuestSetupError(
-                "the PCs of a command cannot be read in the guest",
-                evidence=result.stderr.decode(errors="replace"),
+    def _run(
+        self,
+        stream: Stream,
+        command: Sequence[str],
+        follow: bool,
+        timeout: float | None,
+        stdout: Output | None = None,
+        stderr: Output | None = None,
+    ) -> CommandResult:
+        """Run a command whose processes trace into ``stream``, which is finished at the end."""
+        close = functools.partial(self._device.close_stream, stream)
+
+        def close_if_possible() -> None:
+            with contextlib.suppress(DoorbellError, TimeoutError):
+                close()
+
+        options = ["-s", f"{stream.number:#x}", *(["-f"] if follow else [])]
+        try:
+            self._device.open_stream(stream)
+            result = self._guest.run(
+                ["kcov-exec", *options, "--", *command],
+                timeout=timeout,
+                stdout=stdout,
+                stderr=stderr,
+                before_kill=close_if_possible,
             )
-        return memoryview(received[: len(received) // WORD * WORD]).cast("Q").tolist()
-
-
-def _guest_file(kind: str) -> str:
-    """A name in the guest that is nobody's yet; to ask the guest for one would take a command."""
-    return f"{_GUEST_DIRECTORY}/{kind}.{os.urandom(8).hex()}"
+            close()
+        except BaseException:
+            close_if_possible()
+            raise
+        finally:
+            stream.finish()
+        if stream.untraced:
+            logger.warning(
+                "%d processes or threads were not traced: no more than %d can be at a time, and "
+                "each needs room in the region (--region)",
+                stream.untraced,
+                SLOTS - 1,
+            )
+        return result

@@ -98,7 +98,7 @@ class Session:
 
     Attributes:
         events: what happens, for those who subscribe.
-        partial_pcs: the PCs in the areas when a command under kcov was cut off.
+        partial_pcs: the PCs of the last command under kcov that was cut off.
     """
 
     def __init__(self, settings: Settings, out: str | os.PathLike[str] | None = None) -> None:
@@ -109,7 +109,7 @@ class Session:
             )
         self.settings = settings
         self.events = Events()
-        self.partial_pcs: list[int] = []
+        self.partial_pcs: Sequence[int] = ()
         self._out = Path(out).absolute() if out is not None else None
         self._entered = False
         self._basic = Stats(target=settings.target, personality=settings.personality)
@@ -205,7 +205,13 @@ class Session:
         stack.callback(running.machine.add_loss_listener(self._guest_lost))
         ready, from_snapshot = running.ready, running.snapshot is not None
         self.events.publish(Booted(ready.kernel, ready.boot_seconds, from_snapshot))
-        executor = SshExecutor(running.guest, self._keep_areas(device))
+        executor = SshExecutor(
+            running.guest,
+            device,
+            watched=watch.kernel is not None,
+            directory=out,
+            cut_off=self._keep_partial,
+        )
         return _Parts(attempt.accelerator, image, target, host, watch, device, running, executor)
 
     def _target_host(self, out: Path | None, *, measured: bool) -> TargetHost:
@@ -231,13 +237,8 @@ class Session:
             ) from error
         return self._out
 
-    def _keep_areas(self, device: DeviceHost) -> Callable[[], None]:
-        """The guest can't say any more what it found: read it where the host wrote it."""
-
-        def keep() -> None:
-            self.partial_pcs += device.read_areas()
-
-        return keep
+    def _keep_partial(self, pcs: Sequence[int]) -> None:
+        self.partial_pcs = pcs
 
     def _guest_lost(self, error: BridgeError) -> None:
         self.events.publish(GuestLost(error))
@@ -380,13 +381,14 @@ class Session:
             command: as for :meth:`run`.
             follow: trace its children and threads too.
             unique: record each PC once a process, in the order in which they came first; None:
-                where the guest kernel is a source, whose PCs else fill every area in a moment.
+                where the guest kernel is a source, whose PCs else are too many.
             timeout: seconds.
             stdout, stderr: are given the output as it comes.
 
         Raises:
             RunTimeoutError: it did not end in time.
             GuestLostError: the guest went away.
+            IncompleteError: the PCs could not all be kept.
         """
         parts = self._running
         if unique is None:
@@ -406,7 +408,7 @@ class Session:
         *,
         follow: bool = True,
         timeout: float | None = None,
-    ) -> list[Comparison]:
+    ) -> Sequence[Comparison]:
         """Run ``command`` and return what the target compares meanwhile: type, operands, PC.
 
         The command's exit status and its output are of no account.

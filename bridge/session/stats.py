@@ -63,6 +63,8 @@ class Stats:
     """How many different PCs were recorded, of all sources."""
     lost_pcs: int = 0
     """PCs dropped because the area was full."""
+    untraced: int = 0
+    """Processes and threads of commands that could not be traced."""
     comparisons: int = 0
     """Comparisons appended to areas."""
     lost_comparisons: int = 0

@@ -7,6 +7,7 @@
  * back. Where the host does not answer, that is EIO, and ENODEV once the device is gone.
  */
 
+#include <linux/err.h>
 #include <linux/mm.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
@@ -37,27 +38,42 @@ void kb_instance_free(struct kref *ref)
 	module_put(THIS_MODULE);
 }
 
-static int kb_open(struct inode *inode, struct file *file)
+/**
+ * kb_instance_new() - make an instance with a slot and one reference
+ * @bridge: the device; the caller has a reference to it, or it cannot go away
+ * @mapping: of the file that it is for, or NULL
+ *
+ * Return: the instance, or an error pointer.
+ */
+struct kb_instance *kb_instance_new(struct kb_bridge *bridge, struct address_space *mapping)
 {
-	/* The files that lead here are gone before the device is. */
-	struct kb_bridge *bridge = kb_active;
 	struct kb_instance *inst;
 	int err;
 
 	inst = kzalloc(sizeof(*inst), GFP_KERNEL);
 	if (!inst)
-		return -ENOMEM;
+		return ERR_PTR(-ENOMEM);
 	kref_init(&inst->ref);
 	kb_instance_init(inst, bridge);
-	inst->mapping = file->f_mapping;
+	inst->mapping = mapping;
 	err = kb_slot_acquire(inst);
 	if (err) {
 		kfree(inst);
-		return err;
+		return ERR_PTR(err);
 	}
 	kref_get(&bridge->ref);
 	/* An owner keeps the instance after the last close. */
 	__module_get(THIS_MODULE);
+	return inst;
+}
+
+static int kb_open(struct inode *inode, struct file *file)
+{
+	/* The files that lead here are gone before the device is. */
+	struct kb_instance *inst = kb_instance_new(kb_active, file->f_mapping);
+
+	if (IS_ERR(inst))
+		return PTR_ERR(inst);
 	file->private_data = inst;
 	return nonseekable_open(inode, file);
 }
@@ -188,6 +204,9 @@ static long kb_ioctl_locked(struct kb_instance *inst, unsigned int cmd, unsigned
 		return kb_owner_start(inst, KB_OP_UNIQUE, arg, (unsigned long)current, 0);
 	case KCOV_REMOTE_ENABLE:
 		return kb_remote_enable(inst, remote);
+	case KCOV_BRIDGE_STREAM:
+		return kb_owner_start(inst, KB_OP_STREAM, arg & ~KCOV_BRIDGE_FOLLOW,
+				      (unsigned long)current, !!(arg & KCOV_BRIDGE_FOLLOW));
 	case KCOV_RESET_TRACE:
 		return kb_request(inst, KB_OP_RESET, kb_current_id(), arg, 0, 0);
 	case KCOV_DISABLE:
@@ -397,7 +416,7 @@ static void kb_instance_detach(struct kb_instance *inst)
 
 /**
  * kb_instances_detach() - take the device away from all instances
- * @bridge: the device; its files are gone, so there will be no new instance
+ * @bridge: the device; its files are gone
  *
  * Requests under way end first. What comes later fails with ENODEV.
  */
@@ -405,6 +424,10 @@ void kb_instances_detach(struct kb_bridge *bridge)
 {
 	unsigned int slot;
 
+	/* From here on there is no new instance, of a task that is followed either. */
+	spin_lock(&bridge->slots_lock);
+	bridge->removed = true;
+	spin_unlock(&bridge->slots_lock);
 	for (slot = 0; slot < KB_SLOTS; slot++) {
 		struct kb_instance *inst;
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The tracepoints by which owners are seen: sys_exit and sched_process_exit.
+ * The tracepoints by which owners are seen: sys_exit, sched_process_exit and sched_process_fork.
  *
  * They are left alone until the first ENABLE. What the first of them costs other tasks is taken
  * away again; see kb_task_drop_trace_flag().
@@ -23,6 +23,7 @@ static bool kb_foreign_watched;
 static struct tracepoint *kb_tp_sys_enter;
 static struct tracepoint *kb_tp_sys_exit;
 static struct tracepoint *kb_tp_process_exit;
+static struct tracepoint *kb_tp_process_fork;
 
 /* Whether nobody else has a probe on the tracepoints of system calls. */
 bool kb_trace_flag_exclusive;
@@ -38,6 +39,8 @@ static void kb_tracepoint_match(struct tracepoint *tp, void *unused)
 		kb_tp_sys_exit = tp;
 	else if (!strcmp(tp->name, "sched_process_exit"))
 		kb_tp_process_exit = tp;
+	else if (!strcmp(tp->name, "sched_process_fork"))
+		kb_tp_process_fork = tp;
 }
 
 #ifdef KB_TASK_WORK_EXPORTED
@@ -66,9 +69,10 @@ static void kb_task_work_add_find(void)
 int kb_hooks_find(void)
 {
 	for_each_kernel_tracepoint(kb_tracepoint_match, NULL);
-	if (!kb_tp_sys_exit || !kb_tp_process_exit) {
+	if (!kb_tp_sys_exit || !kb_tp_process_exit || !kb_tp_process_fork) {
 		pr_err("this kernel lacks the tracepoint %s (CONFIG_FTRACE_SYSCALLS)\n",
-		       kb_tp_sys_exit ? "sched_process_exit" : "sys_exit");
+		       !kb_tp_sys_exit ? "sys_exit" :
+		       !kb_tp_process_exit ? "sched_process_exit" : "sched_process_fork");
 		return -EOPNOTSUPP;
 	}
 	kb_task_work_add_find();
@@ -184,6 +188,28 @@ static void kb_trace_flag_stop(void)
 
 /* ---- the tracepoints ----------------------------------------------------------------------- */
 
+static int kb_probes_register(void)
+{
+	int err;
+
+	err = tracepoint_probe_register(kb_tp_process_exit, kb_process_exit, NULL);
+	if (err)
+		return err;
+	err = tracepoint_probe_register(kb_tp_process_fork, kb_process_fork, NULL);
+	if (err)
+		goto no_fork;
+	err = tracepoint_probe_register(kb_tp_sys_exit, kb_sys_exit, NULL);
+	if (err)
+		goto no_sys_exit;
+	return 0;
+
+no_sys_exit:
+	tracepoint_probe_unregister(kb_tp_process_fork, kb_process_fork, NULL);
+no_fork:
+	tracepoint_probe_unregister(kb_tp_process_exit, kb_process_exit, NULL);
+	return err;
+}
+
 /**
  * kb_hooks_install() - hook the tracepoints, if they are not hooked yet
  *
@@ -195,13 +221,7 @@ int kb_hooks_install(void)
 
 	mutex_lock(&kb_hook_lock);
 	if (!kb_hooked) {
-		err = tracepoint_probe_register(kb_tp_process_exit, kb_process_exit, NULL);
-		if (!err) {
-			err = tracepoint_probe_register(kb_tp_sys_exit, kb_sys_exit, NULL);
-			if (err)
-				tracepoint_probe_unregister(kb_tp_process_exit, kb_process_exit,
-							    NULL);
-		}
+		err = kb_probes_register();
 		kb_hooked = !err;
 		if (kb_hooked)
 			kb_trace_flag_start();
@@ -218,6 +238,7 @@ void kb_hooks_remove(void)
 	mutex_lock(&kb_hook_lock);
 	if (kb_hooked) {
 		tracepoint_probe_unregister(kb_tp_sys_exit, kb_sys_exit, NULL);
+		tracepoint_probe_unregister(kb_tp_process_fork, kb_process_fork, NULL);
 		tracepoint_probe_unregister(kb_tp_process_exit, kb_process_exit, NULL);
 		kb_trace_flag_stop();
 		kb_hooked = false;

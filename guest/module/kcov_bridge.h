@@ -5,6 +5,7 @@
  *	main.c		the PCI device: probe, removal, module parameters
  *	transport.c	slots, requests and answers, a host that does not answer
  *	owners.c	tasks that trace, and what is done at the end of their system calls
+ *	follow.c	children of tasks that trace for the host
  *	hooks.c		the tracepoints by which owners are seen
  *	device.c	the files of an open descriptor: open, ioctl, mmap, close
  *	watch.c		a host that records this kernel's own code
@@ -63,12 +64,13 @@ struct kb_bridge;
 struct kb_owner;
 
 /**
- * struct kb_instance - one open descriptor
+ * struct kb_instance - one open descriptor, or a task that is followed without one
  * @ref: held by the file (mappings hold the file), each kb_owner made from it, until that is
  *	freed, and each check of a new mapping
  * @lock: held over a whole request: one at a time in a slot
  * @bridge: the device that it was opened on; holds a reference to it
- * @mapping: where its mappings are found; NULL once the file is closed. Guarded by @lock
+ * @mapping: where its mappings are found; NULL without a file, and once it is closed. Guarded by
+ *	@lock
  * @owner: who traces through this instance, or NULL. Guarded by @lock
  * @slot: fixed from open to the end
  * @detached: the device is gone, nothing will be asked any more. Guarded by @lock
@@ -126,12 +128,15 @@ struct kb_instance {
  * @task: holds a reference to it
  * @id: how the host knows the task: thread id below, a number never used before above
  * @ignores_returns: its calls are not reported: the host has no use for that
+ * @stream: number of the host's stream that it traces into, or 0
+ * @follows_children: whether its children trace into the stream as well
  * @return_work: runs at the end of a system call. This and all below belong to the task alone; who
  *	ends it when it is exiting reads @unreported_returns
  * @return_queued: whether @return_work is queued
  * @nr: number of the system call that returns
  * @coverage_epoch: the header's coverage epoch before the last return that was reported
  * @unreported_returns: how many returns there were since that the host does not know of
+ * @untraced_children: how many children should trace into the stream and cannot
  * @exit_work: runs when the task exits
  *
  * Only the task itself looks at the works, but another task may find it exiting and end the
@@ -145,11 +150,14 @@ struct kb_owner {
 	struct task_struct *task;
 	u64 id;
 	bool ignores_returns;
+	u64 stream;
+	bool follows_children;
 	struct callback_head return_work;
 	bool return_queued;
 	int nr;
 	u64 coverage_epoch;
 	u64 unreported_returns;
+	u64 untraced_children;
 	struct callback_head exit_work;
 };
 
@@ -171,7 +179,8 @@ struct kb_owner {
  * @stats_file: numbers in debugfs
  * @host_file: written by the agent when the host is another
  * @self: what is asked in the module's own name; it has a slot, and is no open descriptor
- * @slots_lock: guards the four below
+ * @slots_lock: guards the five below
+ * @removed: the device goes away: there are no new instances
  * @slots: which are taken
  * @instances: by slot
  * @zombies: slots whose release the host has not answered: not to be used again before
@@ -203,6 +212,7 @@ struct kb_bridge {
 	struct kb_instance self;
 
 	spinlock_t slots_lock;
+	bool removed;
 	DECLARE_BITMAP(slots, KB_SLOTS);
 	struct kb_instance *instances[KB_SLOTS];
 	DECLARE_BITMAP(zombies, KB_SLOTS);
@@ -265,6 +275,11 @@ void kb_instance_lock(struct kb_instance *inst);
 void kb_sys_exit(void *unused, struct pt_regs *regs, long ret);
 void kb_process_exit(void *unused, struct task_struct *task);
 
+/* follow.c */
+
+void kb_process_fork(void *unused, struct task_struct *parent, struct task_struct *child);
+void kb_untraced_report(struct kb_bridge *bridge, u64 stream, u64 tasks);
+
 /* hooks.c */
 
 extern int (*kb_task_work_add)(struct task_struct *task, struct callback_head *work,
@@ -295,6 +310,7 @@ static inline void kb_task_drop_trace_flag(void)
 
 extern const struct file_operations kb_device_fops;
 
+struct kb_instance *kb_instance_new(struct kb_bridge *bridge, struct address_space *mapping);
 void kb_instance_free(struct kref *ref);
 void kb_instances_detach(struct kb_bridge *bridge);
 

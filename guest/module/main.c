@@ -18,6 +18,10 @@
  *   close of the last descriptor	forwarded; the host says whether the owner traces on
  *   close, munmap, exit	the last reference gone: forwarded; the slot is free again
  *
+ * The host's own commands need no area in user space (KCOV_BRIDGE_STREAM): the host makes one and
+ * reads it itself, and the calling thread is the owner at once. With KCOV_BRIDGE_FOLLOW the same is
+ * done for each of its children: see follow.c.
+ *
  * What the module keeps is which task owns which instance. The device may go away at any time
  * (sysfs's remove): instances then end as far as the host is concerned, and whoever has one open
  * gets ENODEV. The one that a rescan finds is a new device; they do not belong to it.
@@ -81,6 +85,7 @@ static void kb_bridge_free(struct kref *ref)
 {
 	struct kb_bridge *bridge = container_of(ref, struct kb_bridge, ref);
 
+	mutex_destroy(&bridge->self.lock);
 	mutex_destroy(&bridge->payload_lock);
 	kfree_rcu(bridge, rcu);
 }

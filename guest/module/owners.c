@@ -153,6 +153,7 @@ static void kb_owner_fetch(struct kb_owner *owner)
 	/* Before the host looks: what is covered after its look changes the epoch again. */
 	u64 epoch = READ_ONCE(header->coverage_epoch);
 	u64 returns = owner->unreported_returns;
+	int err;
 
 	lockdep_assert_held(&inst->lock);
 	if (!kb_instance_settle(inst)) {
@@ -161,8 +162,12 @@ static void kb_owner_fetch(struct kb_owner *owner)
 		return;
 	}
 	owner->unreported_returns = 0;
-	if (!kb_request(inst, KB_OP_RETURN, owner->id, owner->nr, returns, 0))
+	err = kb_request(inst, KB_OP_RETURN, owner->id, owner->nr, returns, 0);
+	if (!err)
 		owner->coverage_epoch = epoch;
+	else if (err == -EINVAL && owner->stream)
+		/* The host's command has ended, and left this task behind. */
+		kb_owner_end(inst);
 }
 
 /* A system call of the owner is about to return to user mode. Process context, may sleep. */
@@ -202,6 +207,8 @@ static void kb_owner_exit_work(struct callback_head *head)
 	if (inst->owner == owner)
 		kb_owner_end_exiting(inst);
 	mutex_unlock(&inst->lock);
+	if (owner->untraced_children)
+		kb_untraced_report(inst->bridge, owner->stream, owner->untraced_children);
 	kb_owner_put(owner);
 }
 
@@ -300,6 +307,10 @@ int kb_owner_start(struct kb_instance *inst, enum kb_op op, u64 arg0, u64 arg1, 
 	}
 	owner->ignores_returns =
 		READ_ONCE(inst->bridge->responses[inst->slot].flags) & KB_ANSWER_SILENT;
+	if (op == KB_OP_STREAM) {
+		owner->stream = arg0;
+		owner->follows_children = arg2;
+	}
 	if (kb_kernel_watched && op != KB_OP_REMOTE)
 		kb_owner_await_recording(inst);
 	get_task_struct(owner->task);

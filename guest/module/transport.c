@@ -289,7 +289,8 @@ bool kb_instance_settle(struct kb_instance *inst)
 	done = op && !READ_ONCE(bridge->responses[inst->slot].error);
 	if (op == KB_OP_INIT && done)
 		WRITE_ONCE(inst->generation, kb_number_new());
-	else if ((op == KB_OP_ENABLE || op == KB_OP_UNIQUE || op == KB_OP_REMOTE) && done)
+	else if ((op == KB_OP_ENABLE || op == KB_OP_UNIQUE || op == KB_OP_REMOTE ||
+		  op == KB_OP_STREAM) && done)
 		kb_instance_defer_exit(inst, inst->request.task, 0);
 	else if ((op == KB_OP_DISABLE || op == KB_OP_CLOSE) && done)
 		kb_owner_end(inst);
@@ -317,9 +318,9 @@ void kb_instance_init(struct kb_instance *inst, struct kb_bridge *bridge)
 
 /**
  * kb_slot_acquire() - give an instance a slot of its own
- * @inst: the instance; its device is there
+ * @inst: the instance
  *
- * Return: 0, or -ENOMEM if all slots are taken.
+ * Return: 0, -ENOMEM if all slots are taken, or -ENODEV if the device goes away.
  */
 int kb_slot_acquire(struct kb_instance *inst)
 {
@@ -328,6 +329,10 @@ int kb_slot_acquire(struct kb_instance *inst)
 	unsigned int slot;
 
 	spin_lock(&bridge->slots_lock);
+	if (bridge->removed) {
+		spin_unlock(&bridge->slots_lock);
+		return -ENODEV;
+	}
 	for_each_set_bit(slot, bridge->zombies, KB_SLOTS) {
 		if (kb_slot_is_answered(bridge, slot, bridge->zombie_seq[slot])) {
 			__clear_bit(slot, bridge->zombies);

@@ -352,13 +352,3 @@ def test_instances_that_no_slot_names_give_way() -> None:
         assert guest.call(102, Op.ENABLE, 5) == errno.EBUSY, "the task is another's owner"
         host.words[REQUESTS + 101 * abi.SLOT_WORDS + RequestWord.GENERATION] = 0
         assert guest.call(102, Op.ENABLE, 5) == 0
-
-
-def test_a_count_that_the_guest_made_up_costs_no_memory() -> None:
-    with storm(Personality.LINUX) as host:
-        guest = FakeGuest(host.region, host.server.bell)
-        guest.trace(3)
-        assert guest.call(3, Op.RETURN) == 0
-        start = guest.answer(3, ResponseWord.AREA_OFFSET) // 8
-        host.words[start] = WORDS - 1
-        assert host.doorbell.call(host.device.read_areas) == [1]
