@@ -69,7 +69,7 @@ KNOWN_FAILURES: dict[tuple[str, str, str], str] = {
 KNOWN_DIFFERENCES: dict[tuple[str, str], str] = {}
 """(program, rule as its line says it): why Linux' own kcov, as released, does not keep it."""
 
-_MEMORY = {"kcov": 512, "plain": 256, "debug": 1024}
+_MEMORY = {"kcov": 512, "plain": 256, "debug": 1024, "nosmp": 256}
 """MiB of guest memory for each reference kernel: KASAN alone takes an eighth."""
 _REFERENCE_BOOT = 300.0
 """Seconds for a reference kernel to boot, the debugging one on a busy machine among them."""

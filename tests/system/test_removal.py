@@ -13,6 +13,7 @@ import pytest
 import bridge
 from bridge.guest.images import build, compile_for_guest
 from bridge.session.session import Session
+from tests.support.guests import complaints
 from tests.system import conformance
 
 pytestmark = pytest.mark.vm
@@ -51,9 +52,9 @@ def session(request: pytest.FixtureRequest, program: Path) -> Iterator[Session]:
 @pytest.fixture
 def guest(session: Session) -> Iterator[Session]:
     """The shared guest, whose kernel has nothing to complain about, before and after the test."""
-    assert conformance.complaints(session) == ""
+    assert complaints(session) == ""
     yield session
-    assert conformance.complaints(session) == ""
+    assert complaints(session) == ""
     assert session.device is not None
     assert session.device.enabled == 0
 

@@ -12,7 +12,9 @@ builds them; no test does, for it takes minutes. All variants are one configurat
 ``plain``
     the same without CONFIG_KCOV;
 ``debug``
-    plain, with lockdep, KASAN, debugobjects and whatever else complains.
+    plain, with lockdep, KASAN, debugobjects and whatever else complains;
+``nosmp``
+    plain, for one processor: without CONFIG_SMP, which the others have.
 
 Each has debug information in ``vmlinux.debug`` (and none in what boots) unless
 ``KCOV_BRIDGE_REFERENCE_DWARF`` is 0.
@@ -66,7 +68,7 @@ from bridge.util.cache import cache_directory, lock_file, locked
 
 __all__ = ["VARIANTS", "build"]
 
-VARIANTS = ("kcov", "plain", "debug")
+VARIANTS = ("kcov", "plain", "debug", "nosmp")
 
 _FORMAT = 1
 """Version of what is made of a configuration; a new one makes every kernel be built anew."""
@@ -87,7 +89,7 @@ _HEADERS = {"gelf.h": "libelf-dev", "openssl/opensslv.h": "libssl-dev"}
 _ROOM = 8 << 30
 """Free space in bytes for sources, one build tree with debug information, and the products."""
 
-_BOOTED = {"kcov": "vmlinux", "plain": "vmlinux", "debug": "vmlinuz"}
+_BOOTED = {"kcov": "vmlinux", "plain": "vmlinux", "debug": "vmlinuz", "nosmp": "vmlinux"}
 """What QEMU starts. Through the PVH entry of ``vmlinux`` a kernel with KASAN runs instrumented code
 before there is shadow memory, and is reset; ``vmlinuz`` unpacks itself, at a random address."""
 
@@ -164,6 +166,8 @@ def _kernel(variant: str, phases: Phases, fd: int) -> _Kernel:
 
 def _configuration(variant: str) -> str:
     names = ["base", variant]
+    if variant != "nosmp":
+        names.append("smp")
     if os.environ.get("KCOV_BRIDGE_REFERENCE_DWARF", "1") != "0":
         names.append("dwarf")
     return "".join((_HERE / f"{name}.config").read_text(encoding="utf-8") for name in names)
