@@ -25,7 +25,7 @@ from bridge.session.device_host import DeviceHost
 from bridge.util.cache import cache_directory, lock_file, locked
 from bridge.vm.config import MachineConfig, MemoryFds
 from bridge.vm.machine import Machine
-from bridge.vm.snapshot import Snapshot, fingerprint, new_memory, new_states, prune
+from bridge.vm.snapshot import Snapshot, fingerprint, new_memory, prune
 
 __all__ = ["prune_snapshots", "ready_snapshot", "remove_snapshot"]
 
@@ -112,11 +112,8 @@ def _make(
         device = stack.enter_context(DeviceHost(region_bytes))
         ram = new_memory(config.memory_mib << 20)
         stack.callback(os.close, ram)
-        states = new_states()
-        stack.callback(os.close, states)
-        memory = MemoryFds(ram, states)
         socket = stack.enter_context(device.connect())
-        machine = stack.enter_context(Machine(config, doorbell=socket, memory=memory))
+        machine = stack.enter_context(Machine(config, doorbell=socket, memory=MemoryFds(ram)))
         machine.start()
         socket.close()
         guest, _ = image.bring_up(machine, stack, lambda guest, release: None)
@@ -131,4 +128,9 @@ def _make(
         # For the guest's sshd to end.
         time.sleep(_SETTLE_SECONDS)
         machine.preload_sshd()
-        Snapshot.save(directory, machine, memory)
+
+        def give_back() -> None:
+            # A QEMU that reads through the region, which is empty, fills it with pages of zeroes.
+            device.doorbell.call(device.region.clear)
+
+        Snapshot.save(directory, machine, ram, give_back)

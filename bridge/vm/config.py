@@ -114,13 +114,16 @@ class WatchFds:
 
 @dataclass(frozen=True)
 class MemoryFds:
-    """What a machine that is saved, or starts from what was saved, is made of
-    (:mod:`bridge.vm.snapshot`): the guest's memory, a qcow2 for the devices' state that can be
-    loaded again and again, and the state to start from (None: boot).
+    """The files of a machine that will be saved, or starts from what was saved
+    (:mod:`bridge.vm.snapshot`).
+
+    ``ram`` is the guest's memory. A machine that starts from a saved one has the devices' state
+    twice: ``devices`` to start from, a file or a pipe that is read once, and ``states``, a qcow2
+    to go back to again and again. Without ``devices`` it boots, and can be saved.
     """
 
     ram: int
-    states: int
+    states: int | None = None
     devices: int | None = None
 
 
@@ -149,7 +152,7 @@ class BackendFds:
 def qemu_command(config: MachineConfig, fds: BackendFds) -> list[str]:
     """The command that starts the machine with these backends. Reads the head of ``image``."""
     chardevs = [
-        *("-chardev", f"socket,id=qmp,fd={fds.qmp}", "-mon", "chardev=qmp,mode=control"),
+        *("-chardev", f"socket,id=qmp,fd={fds.qmp}", "-qmp", "chardev:qmp"),
         *("-chardev", f"socket,id=console,fd={fds.console}", "-serial", "chardev:console"),
         *("-chardev", f"socket,id=report,fd={fds.report}", "-serial", "chardev:report"),
     ]
@@ -172,13 +175,16 @@ def qemu_command(config: MachineConfig, fds: BackendFds) -> list[str]:
 def _memory(config: MachineConfig, fds: MemoryFds) -> list[str]:
     """The guest's memory as a file of ours, and where QEMU finds the devices' state."""
     ram = f"memory-backend-file,id=ram,size={config.memory_mib}M,share=on"
-    states = "if=none,id=states,format=qcow2,file.locking=off"
     command = [
-        *("-object", f"{ram},mem-path=/proc/self/fd/{fds.ram}", "-machine", "memory-backend=ram"),
-        *("-drive", f"{states},file.filename=/proc/self/fd/{fds.states}"),
-        # As Xen has it: what xen-save-devices-state writes has no such section.
+        *("-object", f"{ram},mem-path=/proc/self/fd/{fds.ram}"),
+        # No description of the state behind it, for debuggers.
+        *("-machine", "memory-backend=ram,suppress-vmdesc=on"),
+        # Nor of the machine in front of it: the snapshot's name has that.
         *("-global", "migration.send-configuration=off"),
     ]
+    if fds.states is not None:
+        states = "if=none,id=states,format=qcow2,file.locking=off"
+        command += ["-drive", f"{states},file.filename=/proc/self/fd/{fds.states}"]
     if fds.devices is not None:
         command += ["-S", "-incoming", f"fd:{fds.devices}"]
     return command

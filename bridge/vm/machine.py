@@ -54,6 +54,7 @@ from bridge.vm.console import ConsoleLog
 from bridge.vm.events import FATEFUL, NEEDS_RESET, loss_by_event, loss_by_status
 from bridge.vm.network import LOCALHOST, find_ssh_port
 from bridge.vm.process import Process, spawn
+from bridge.vm.vmstate import SNAPSHOT_NAME, StreamReader, devices_of
 
 if TYPE_CHECKING:
     from qemu.qmp import Message
@@ -79,10 +80,11 @@ _EVENTS_KEPT = 256
 _READ_SIZE = 64 * 1024
 _DRAIN_CHUNKS = 64
 _LOAD_SECONDS = 30.0
+_SAVE_SECONDS = 60.0
 _STATUS_POLL_SECONDS = 0.002
 _RESET_SECONDS = 10.0
 _STDERR_SECONDS = 0.5
-_STATE = "ready"
+_SAVED = "saved"
 _SSHD_SECONDS = 10.0
 _DIAL_SECONDS = 1.0
 _SEED_BYTES = 32  # guest/agent/init.c has the same
@@ -309,9 +311,6 @@ class Machine:
             if time.monotonic() > deadline:
                 raise QemuError(f"QEMU does not load the devices' state within {_LOAD_SECONDS:g} s")
             time.sleep(_STATUS_POLL_SECONDS)
-        # The region is shared, and no part of the guest's state; neither is the memory, for QEMU.
-        capability = {"capability": "x-ignore-shared", "state": True}
-        self._qmp.execute("migrate-set-capabilities", {"capabilities": [capability]})
 
     def _status(self) -> str:
         """Ask QEMU for the guest's run state."""
@@ -334,17 +333,36 @@ class Machine:
             assert before is not None
             self.adopt_ready(before)
 
-    def save(self, devices: Path) -> None:
-        """Save the devices' state into a file, and into ``memory.states``.
+    def save(self, on_progress: Callable[[], object] = lambda: None) -> bytes:
+        """Save the devices' state; the guest stands still afterwards, for its memory to be copied.
 
-        The guest stands still afterwards, for its memory to be copied. Raises what
-        :meth:`execute` raises.
+        Args:
+            on_progress: see :func:`bridge.vm.vmstate.devices_of`.
+
+        Returns:
+            What a machine starts from, and what a :func:`bridge.vm.vmstate.state_disk` holds.
+
+        Raises:
+            QemuError: QEMU refuses, or its state is not understood. And what :meth:`execute`
+                raises.
         """
         self.execute("stop")
-        self.execute(
-            "xen-save-devices-state", {"filename": str(devices), "live": False}, timeout=60.0
-        )
-        self._monitor(f"savevm {_STATE}")
+        # The guest's memory is a file. The region is none, so newer versions send it all the same.
+        capability = {"capability": "x-ignore-shared", "state": True}
+        self.execute("migrate-set-capabilities", {"capabilities": [capability]})
+        reading, writing = os.pipe()
+        with StreamReader(reading, _SAVE_SECONDS) as stream:
+            try:
+                self._qmp.send_fd(writing, _SAVED)
+            finally:
+                # QEMU's end is the only one then, and its end the end of the stream.
+                os.close(writing)
+            self.execute("migrate", {"uri": f"fd:{_SAVED}"})
+            try:
+                return devices_of(stream, addresses=True, on_progress=on_progress)
+            except QemuError as error:
+                answer = self.execute("query-migrate")
+                raise QemuError(error.message, evidence=str(answer), hint=error.hint) from error
 
     def resume(self) -> None:
         """Let a guest go on that was loaded; :meth:`wait_ready` tells when it can be used.
@@ -389,7 +407,7 @@ class Machine:
             else:
                 self.execute("stop")
             restore()
-            self._monitor(f"loadvm {_STATE}")
+            self._monitor(f"loadvm {SNAPSHOT_NAME}")
             self._loop.run(self._forget(started))
             self.resume()
         except BaseException as error:

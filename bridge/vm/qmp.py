@@ -174,6 +174,21 @@ class Qmp:
         except (ExecInterruptedError, QMPError) as error:
             raise QemuError(f"QEMU ended before it answered to {command!r}") from error
 
+    def send_fd(self, fd: int, name: str) -> None:
+        """Give QEMU a copy of a descriptor, which its commands know by ``name``.
+
+        Raises :class:`bridge.errors.QemuError` as :meth:`execute` does.
+        """
+
+        async def send() -> None:
+            self._client.send_fd_scm(fd)
+
+        try:
+            self._loop.run(send())
+        except OSError as error:
+            raise QemuError(f"QEMU cannot be given a descriptor: {error}") from error
+        self.execute("getfd", {"fdname": name})
+
     async def drained(self, timeout: float) -> None:
         """On the loop: wait until everything that an ended QEMU had sent has been read."""
 

@@ -4,11 +4,12 @@
 A snapshot is a directory with
 
 * ``memory``: the guest's memory, with holes where it is zero;
-* ``devices``: the state of the devices as ``xen-save-devices-state`` writes it, which a new QEMU
-  takes as an incoming migration. It has no memory in it, so neither ours, nor the shared region;
-* ``states.qcow2``: the same, as ``savevm`` writes it. QEMU takes an incoming migration once, but
-  ``loadvm`` as often as one likes;
+* ``devices``: the state of the devices, which a new QEMU takes as an incoming migration. It has no
+  memory in it, neither the guest's nor the shared region (:mod:`bridge.vm.vmstate`);
 * ``snapshot.json``: the sizes of these.
+
+QEMU takes an incoming migration once, but ``loadvm`` as often as one likes: for that each machine
+gets the same state as a disk in memory.
 
 It appears by a rename when it is complete. Its files hold what the guest had in memory, so nobody
 but the user may read them.
@@ -22,7 +23,6 @@ import json
 import mmap
 import os
 import shutil
-import struct
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -33,20 +33,21 @@ from bridge.device import abi
 from bridge.errors import ImageError
 from bridge.vm.config import BackendFds, MachineConfig, MemoryFds, qemu_command
 from bridge.vm.machine import Machine
+from bridge.vm.vmstate import state_disk
 
-__all__ = ["KEPT", "Loading", "Snapshot", "fingerprint", "new_memory", "new_states", "prune"]
+__all__ = ["KEPT", "Loading", "Snapshot", "fingerprint", "new_memory", "prune"]
 
 KEPT = 4
 """How many snapshots the cache keeps: those used last."""
 
-_FORMAT = 1
+_FORMAT = 2
 _DESCRIPTION = "snapshot.json"
-_MEMORY, _DEVICES, _STATES = "memory", "devices", "states.qcow2"
-_FILES = (_MEMORY, _DEVICES, _STATES)
+_MEMORY, _DEVICES = "memory", "devices"
+_FILES = (_MEMORY, _DEVICES)
+_NO_STREAM = bytes(8)
 _CHUNK = 1 << 20
 _BLOCK = 64 * 1024
 _ZEROES = bytes(_BLOCK)
-_CLUSTER_BITS = 16
 
 
 def fingerprint(
@@ -95,30 +96,6 @@ def new_memory(size: int) -> int:
     return fd
 
 
-def new_states() -> int:
-    """A descriptor for an empty qcow2 in memory, to be closed by the caller.
-
-    ``docs/interop/qcow2.txt`` in QEMU: header, table of reference counts, one block of them, table
-    of the data, a cluster each. The disk itself is a cluster that nobody uses.
-    """
-    cluster = 1 << _CLUSTER_BITS
-    header = struct.pack(
-        ">4sIQIIQIIQQIIQ",
-        *(b"QFI\xfb", 2),
-        *(0, 0, _CLUSTER_BITS),  # no backing file
-        *(cluster, 0),  # bytes of the disk, not encrypted
-        *(1, 3 * cluster),  # table of the data: entries, offset
-        *(cluster, 1),  # table of reference counts: offset, clusters
-        *(0, 0),  # no snapshots
-    )
-    fd = os.memfd_create("kcov-bridge-states", os.MFD_CLOEXEC)
-    os.pwrite(fd, header, 0)
-    os.pwrite(fd, struct.pack(">Q", 2 * cluster), cluster)
-    os.pwrite(fd, struct.pack(">4H", 1, 1, 1, 1), 2 * cluster)
-    os.ftruncate(fd, 4 * cluster)
-    return fd
-
-
 class Snapshot:
     """A snapshot whose files are open, so that it stays usable when it is removed.
 
@@ -145,7 +122,7 @@ class Snapshot:
                     f"the snapshot {directory} cannot be used",
                     evidence=f"{type(error).__name__}: {error}",
                 ) from error
-            self._memory, self.devices, self._states = fds
+            self._memory, self.devices = fds
             self._size = os.fstat(self._memory).st_size
             self._extents = list(_extents(self._memory, self._size))
             self._stack = stack.pop_all()
@@ -189,20 +166,26 @@ class Snapshot:
             loading.end()
 
     def states(self) -> int:
-        """A copy of the states for one machine, in memory; to be closed by the caller."""
-        fd = os.memfd_create("kcov-bridge-states", os.MFD_CLOEXEC)
-        at, size = 0, os.fstat(self._states).st_size
-        while at < size and (sent := os.sendfile(fd, self._states, at, size - at)):
-            at += sent
-        return fd
+        """A disk in memory with the devices' state, for one machine; to be closed by the caller.
+
+        Raises OSError, and :class:`bridge.errors.QemuError` where the state is too large.
+        """
+        return state_disk(os.pread(self.devices, os.fstat(self.devices).st_size, 0))
 
     def close(self) -> None:
         """Close the files. Safe to call twice."""
         self._stack.close()
 
     @staticmethod
-    def save(directory: Path, machine: Machine, fds: MemoryFds) -> None:
+    def save(
+        directory: Path,
+        machine: Machine,
+        ram: int,
+        on_progress: Callable[[], object] = lambda: None,
+    ) -> None:
         """Save a guest, which stands still afterwards.
+
+        ``ram`` is its memory; ``on_progress`` as for :meth:`bridge.vm.machine.Machine.save`.
 
         Raises :class:`bridge.errors.ImageError` where that cannot be written, and what
         :meth:`bridge.vm.machine.Machine.save` raises.
@@ -211,9 +194,8 @@ class Snapshot:
             directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
             try:
-                machine.save(temporary / _DEVICES)
-                _copy(fds.ram, temporary / _MEMORY)
-                _copy(fds.states, temporary / _STATES)
+                (temporary / _DEVICES).write_bytes(machine.save(on_progress))
+                _copy(ram, temporary / _MEMORY)
                 sizes = {name: (temporary / name).stat().st_size for name in _FILES}
                 description = json.dumps({"format": _FORMAT, "files": sizes})
                 (temporary / _DESCRIPTION).write_text(description, encoding="utf-8")
@@ -257,6 +239,9 @@ class Loading:
                     at += pipe.write(chunk) or 0
             except ImageError as error:
                 self._error = error
+                # QEMU waits for data, not for the end of the pipe; this is no stream, and ends it.
+                with contextlib.suppress(OSError):
+                    pipe.write(_NO_STREAM)
             except BrokenPipeError:
                 pass  # QEMU is gone, or was never there; its own error says more
             except OSError as error:

@@ -18,7 +18,7 @@ from bridge.vm.agent import Ready
 from bridge.vm.config import MachineConfig, MemoryFds
 from bridge.vm.events import loss_by_status
 from bridge.vm.machine import Ending, Machine, State
-from bridge.vm.snapshot import Snapshot, new_memory, new_states
+from bridge.vm.snapshot import Snapshot, new_memory
 from tests.vm.support import READY, SUSPEND, SUSPEND_TO_DISK, TCG, boot_sector, eventually, lost
 
 MEMORY = 64 << 20
@@ -132,13 +132,12 @@ class Saved:
 
     def __init__(self, stack: ExitStack, directory: Path, config: MachineConfig) -> None:
         with ExitStack() as first:
-            fds = MemoryFds(new_memory(MEMORY), new_states())
-            first.callback(os.close, fds.ram)
-            first.callback(os.close, fds.states)
-            machine = first.enter_context(Machine(config, memory=fds))
+            ram = new_memory(MEMORY)
+            first.callback(os.close, ram)
+            machine = first.enter_context(Machine(config, memory=MemoryFds(ram)))
             machine.start()
             machine.wait_ready()
-            Snapshot.save(directory, machine, fds)
+            Snapshot.save(directory, machine, ram)
         self.snapshot = stack.enter_context(Snapshot(directory))
         self.ram, states = new_memory(MEMORY), self.snapshot.states()
         stack.callback(os.close, self.ram)

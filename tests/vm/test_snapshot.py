@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from bridge.vm.accel import Accelerator
 from bridge.vm.agent import Ready
 from bridge.vm.config import MachineConfig, MemoryFds
 from bridge.vm.machine import Machine
-from bridge.vm.snapshot import KEPT, Snapshot, fingerprint, new_memory, new_states, prune
+from bridge.vm.snapshot import KEPT, Snapshot, fingerprint, new_memory, prune
 
 TCG = Accelerator("tcg", "test")
 EMPTY = MachineConfig(TCG, memory_mib=64)
@@ -38,12 +39,20 @@ def blocks(fd: int) -> int:
     return os.fstat(fd).st_blocks
 
 
+def wait_for_firmware(machine: Machine) -> None:
+    """Until the firmware has found nothing to boot, and the processor rests."""
+    command = {"command-line": "info registers"}
+    deadline = time.monotonic() + 60
+    while "HLT=1" not in str(machine.execute("human-monitor-command", command)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.fixture
 def fds() -> Iterator[MemoryFds]:
-    fds = MemoryFds(new_memory(MEMORY), new_states())
+    fds = MemoryFds(new_memory(MEMORY))
     yield fds
     os.close(fds.ram)
-    os.close(fds.states)
 
 
 @pytest.fixture
@@ -53,7 +62,8 @@ def saved(tmp_path: Path, fds: MemoryFds) -> Path:
     os.pwrite(fds.ram, b"what was there", 32 << 20)
     with Machine(EMPTY, memory=fds) as machine:
         machine.start()
-        Snapshot.save(directory, machine, fds)
+        wait_for_firmware(machine)
+        Snapshot.save(directory, machine, fds.ram)
     return directory
 
 
@@ -87,6 +97,7 @@ def test_a_machine_that_cannot_be_taken_back_is_lost(saved: Path) -> None:
 
     with Snapshot(saved) as snapshot:
         memory, states = new_memory(MEMORY), snapshot.states()
+        snapshot.restore(memory)
         with Machine(EMPTY, memory=MemoryFds(memory, states, snapshot.devices)) as machine:
             machine.start()
             with pytest.raises(UsageError, match="not ready"):
@@ -185,7 +196,7 @@ def test_no_room_for_one(tmp_path: Path, fds: MemoryFds) -> None:
     with Machine(EMPTY, memory=fds) as machine:
         machine.start()
         with pytest.raises(ImageError, match="cannot be written") as caught:
-            Snapshot.save(tmp_path / "file" / "saved", machine, fds)
+            Snapshot.save(tmp_path / "file" / "saved", machine, fds.ram)
     assert "--no-snapshot" in caught.value.report()
 
 

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The devices' part of a QEMU migration stream, and a disk that QEMU's ``loadvm`` reads it from.
+
+QEMU has no command that saves the devices alone and that works in every version, but the stream of
+a migration has them behind the memory. What stands in front is stepped over: the memory of a saved
+guest is a file of ours, and the region that it shares with us is no part of its state.
+
+Formats: ``migration/savevm.c`` and ``migration/ram.c`` in QEMU for the stream (big-endian, the same
+since QEMU 2.4), ``docs/interop/qcow2.txt`` for the disk.
+"""
+
+from __future__ import annotations
+
+import enum
+import io
+import os
+import select
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from bridge.errors import QemuError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+__all__ = ["SNAPSHOT_NAME", "StreamReader", "devices_of", "state_disk"]
+
+SNAPSHOT_NAME = "ready"
+"""What ``loadvm`` is given for the state on a :func:`state_disk`."""
+
+_MAGIC = struct.pack(">II", 0x5145564D, 3)
+_PAGE_BYTES = 4096
+_PAGES_BETWEEN_CALLS = (16 << 20) // _PAGE_BYTES
+_COPY_BYTES = 1 << 20
+_CLUSTER_BITS = 16
+_CLUSTER = 1 << _CLUSTER_BITS
+_ENTRIES = _CLUSTER // 8
+_QCOW2_MAGIC = b"QFI\xfb"
+
+_word = struct.Struct(">Q")
+_zero_page = struct.Struct(">QB")
+
+
+class StreamReader(io.BufferedReader):
+    """The reading end of a pipe that QEMU writes a migration stream to.
+
+    Raises :class:`bridge.errors.QemuError` where QEMU pauses for longer than ``seconds``.
+    """
+
+    def __init__(self, fd: int, seconds: float) -> None:
+        super().__init__(_PatientFile(fd, seconds), _COPY_BYTES)
+
+
+class _PatientFile(io.FileIO):
+    """Waits for each part at most ``seconds``."""
+
+    def __init__(self, fd: int, seconds: float) -> None:
+        super().__init__(fd, "rb")
+        self._seconds = seconds
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int | None:
+        if not select.select([self], [], [], self._seconds)[0]:
+            raise QemuError(f"QEMU's migration stream stands still for {self._seconds:g} s")
+        return super().readinto(buffer)
+
+
+class _Section(enum.IntEnum):
+    """``QEMU_VM_*``: what a section of the stream begins with."""
+
+    START = 1
+    PART = 2
+    END = 3
+    FULL = 4
+    CONFIGURATION = 7
+    COMMAND = 8
+    FOOTER = 0x7E
+
+
+class _Ram(enum.IntFlag):
+    """``RAM_SAVE_FLAG_*``: the low bits of each record of the memory's sections."""
+
+    ZERO = 0x02
+    MEM_SIZE = 0x04
+    PAGE = 0x08
+    END = 0x10
+    CONTINUE = 0x20
+
+
+def devices_of(
+    stream: io.BufferedReader,
+    *,
+    addresses: bool,
+    on_progress: Callable[[], object] = lambda: None,
+) -> bytes:
+    """Read a migration stream to its end and return it without the memory.
+
+    Args:
+        stream: is read to its end.
+        addresses: whether the stream has the address of each block of memory, as with the
+            capability ``x-ignore-shared``.
+        on_progress: called after each 16 MiB, or a little more, of memory in the stream.
+
+    Returns:
+        A stream that QEMU takes as an incoming migration, or from a :func:`state_disk`.
+
+    Raises:
+        QemuError: the stream ends early, or has something in it that is not understood.
+    """
+    reader = _Reader(stream)
+    if reader.take(len(_MAGIC)) != _MAGIC:
+        raise QemuError("QEMU's migration stream does not begin as one")
+    while True:
+        kind = reader.byte()
+        if kind == _Section.FULL:
+            # The devices: all that is left.
+            return b"".join((_MAGIC, bytes([kind]), reader.rest()))
+        if kind in (_Section.START, _Section.PART, _Section.END):
+            reader.take(4)
+            if kind == _Section.START:
+                name = reader.text()
+                if name != "ram":
+                    raise QemuError(f"QEMU's migration stream has an unknown section: {name}")
+                reader.take(8)
+            _skip_memory(reader, addresses, on_progress)
+        elif kind == _Section.FOOTER:
+            reader.take(4)
+        elif kind == _Section.CONFIGURATION:
+            reader.take(reader.number(4))
+        elif kind == _Section.COMMAND:
+            reader.take(2)
+            reader.take(reader.number(2))
+        else:
+            raise QemuError(f"QEMU's migration stream has a section of unknown type {kind}")
+
+
+def _skip_memory(reader: _Reader, addresses: bool, on_progress: Callable[[], object]) -> None:
+    """Step over the records of one of the memory's sections."""
+    pages = 0
+    while True:
+        record = reader.number(8)
+        flags, offset = record & (_PAGE_BYTES - 1), record & ~(_PAGE_BYTES - 1)
+        if flags == _Ram.END:
+            return
+        if flags == _Ram.MEM_SIZE:
+            while offset > 0:
+                reader.text()
+                offset -= reader.number(8)
+                if addresses:
+                    reader.take(8)
+            continue
+        if flags & ~_Ram.CONTINUE not in (_Ram.ZERO, _Ram.PAGE):
+            raise QemuError(f"QEMU's migration stream has memory of unknown kind {flags:#x}")
+        if not flags & _Ram.CONTINUE:
+            reader.text()
+        reader.take(_PAGE_BYTES if flags & _Ram.PAGE else 1)
+        pages += 1 + reader.skip_zeroes()
+        if pages >= _PAGES_BETWEEN_CALLS:
+            pages = 0
+            on_progress()
+
+
+class _Reader:
+    """Reads exactly as much as is asked for."""
+
+    def __init__(self, stream: io.BufferedReader) -> None:
+        self._stream = stream
+
+    def take(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        if len(data) != size:
+            raise QemuError("QEMU's migration stream ends early")
+        return data
+
+    def byte(self) -> int:
+        return self.take(1)[0]
+
+    def number(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "big")
+
+    def text(self) -> str:
+        return self.take(self.byte()).decode(errors="replace")
+
+    def skip_zeroes(self) -> int:
+        """Step over what is buffered of records like the last one: pages of zeroes, and how many.
+
+        There are as many as an empty region has pages.
+        """
+        buffered = memoryview(self._stream.peek())
+        count = 0
+        for record, _ in _zero_page.iter_unpack(
+            buffered[: len(buffered) // _zero_page.size * _zero_page.size]
+        ):
+            if record & (_PAGE_BYTES - 1) != _Ram.ZERO | _Ram.CONTINUE:
+                break
+            count += 1
+        self.take(_zero_page.size * count)
+        return count
+
+    def rest(self) -> bytes:
+        return b"".join(iter(lambda: self._stream.read(_COPY_BYTES), b""))
+
+
+def state_disk(devices: bytes) -> int:
+    """Make a disk in memory that holds what :func:`devices_of` returned, for ``loadvm``.
+
+    An empty qcow2 of one cluster with one internal snapshot, :data:`SNAPSHOT_NAME`: what QEMU's
+    ``savevm`` leaves. Clusters, in this order: header, table of reference counts, one block of
+    them, the active L1 table, the table of snapshots, the snapshot's L1 table, its L2 table, the
+    state.
+
+    Returns:
+        A descriptor, to be closed by the caller.
+
+    Raises:
+        OSError: there is no memory.
+        QemuError: the state is larger than one L2 table and one block of reference counts allow.
+    """
+    refcount_table, refcounts, active, snapshots, l1, l2, first = range(1, 8)
+    data = -(-len(devices) // _CLUSTER)
+    clusters = first + data
+    if data > _ENTRIES or clusters > _CLUSTER // 2:
+        raise QemuError(f"the devices' state is too large: {len(devices)} bytes")
+    header = struct.pack(
+        ">4sIQIIQIIQQIIQ",
+        *(_QCOW2_MAGIC, 2),
+        *(0, 0, _CLUSTER_BITS),  # no backing file
+        *(_CLUSTER, 0),  # bytes of the disk, not encrypted
+        *(1, active * _CLUSTER),  # L1 table: entries, offset
+        *(refcount_table * _CLUSTER, 1),  # table of reference counts: offset, clusters
+        *(1, snapshots * _CLUSTER),
+    )
+    # Entry 0 of an L1 table is the disk, which is empty, entry 1 what follows it: the state.
+    identity, name = b"1", SNAPSHOT_NAME.encode()
+    entry = struct.pack(
+        ">QIHHIIQII",
+        *(l1 * _CLUSTER, 2),
+        *(len(identity), len(name)),
+        *(0, 0, 0),  # when it was made
+        *(len(devices), 0),  # bytes of the state, no extra data
+    )
+    parts = {
+        0: header,
+        refcount_table: _word.pack(refcounts * _CLUSTER),
+        refcounts: struct.pack(f">{clusters}H", *[1] * clusters),
+        snapshots: entry + identity + name,
+        l1: _word.pack(0) + _word.pack(l2 * _CLUSTER),
+        l2: b"".join(_word.pack((first + number) * _CLUSTER) for number in range(data)),
+        first: devices,
+    }
+    fd = os.memfd_create("kcov-bridge-states", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, clusters * _CLUSTER)
+        for cluster, content in parts.items():
+            at, left = cluster * _CLUSTER, memoryview(content)
+            while left:
+                written = os.pwrite(fd, left, at)
+                at, left = at + written, left[written:]
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
