@@ -311,7 +311,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, option in options().items():
-            value = _absolute(option, getattr(self, name), f"setting {name}")
+            value = _absolute(name, option, getattr(self, name), f"setting {name}")
             object.__setattr__(self, name, value)
             _check(name, option, value, f"setting {name}")
         if self.initrd is not None and self.kernel is None:
@@ -399,7 +399,7 @@ def _check(name: str, option: Option, value: object, where: str) -> None:
         raise _wrong(where, value, option)
 
 
-def _absolute(option: Option, value: object, where: str) -> object:
+def _absolute(name: str, option: Option, value: object, where: str) -> object:
     """A path from the root on: later the working directory is perhaps another, a target's.
 
     Text is taken for a path, and a path for text, as the setting wants it.
@@ -422,7 +422,7 @@ def _absolute(option: Option, value: object, where: str) -> object:
     except OSError as error:
         raise UsageError(
             f"{where}: {value} is relative, and the working directory is gone",
-            hint="give the path from / on",
+            hint=f"change to a directory that exists, or give {flag_of(name)} a path from / on",
         ) from error
     return path if option.kind is Kind.PATH else str(path)
 
@@ -551,7 +551,7 @@ def load(
         if isinstance(flag, str):
             values[name] = _from_text(name, known[name], flag, where)
         else:
-            value = _absolute(known[name], flag, where)
+            value = _absolute(name, known[name], flag, where)
             _check(name, known[name], value, where)
             values[name] = value
     return Settings(**values)  # type: ignore[arg-type]

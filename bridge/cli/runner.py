@@ -68,10 +68,10 @@ def run(settings: Settings, command: Sequence[str], streams: Streams) -> int:
     return record.exit_status
 
 
-def shell(settings: Settings) -> int:
+def shell(settings: Settings, streams: Streams) -> int:
     """Boot a guest with its target and connect the terminal to a shell in it."""
-    with Session(settings, None) as session:
-        return session.guest.shell()
+    with Session(settings) as session:
+        return session.guest.shell(stdout=streams.write_out, stderr=streams.write_err)
 
 
 def _work(session: Session, command: Sequence[str], record: _Record, streams: Streams) -> int:

@@ -33,4 +33,4 @@ def run(args: argparse.Namespace) -> int:
     """Open the shell; return its exit status."""
     from bridge.cli import runner
 
-    return runner.shell(settings_of(args))
+    return runner.shell(settings_of(args), args.streams)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from bridge.errors import InfrastructureError
+from bridge.util.descriptors import write_all
 
 __all__ = ["Streams", "own_streams", "reserve_descriptors"]
 
@@ -106,16 +106,11 @@ def _write(stream: TextIO, name: str, data: bytes) -> None:
     except (OSError, ValueError, AttributeError):
         stream.write(data.decode(errors="backslashreplace"))
         return
-    view = memoryview(data)
-    while view:
-        try:
-            view = view[os.write(descriptor, view) :]
-        except BlockingIOError:
-            # Whoever shares the terminal or pipe has made it non-blocking.
-            select.select([], [descriptor], [])
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise InfrastructureError(
-                f"the command's output cannot be written to {name}: {error.strerror}"
-            ) from error
+    try:
+        write_all(descriptor, data)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise InfrastructureError(
+            f"the command's output cannot be written to {name}: {error.strerror}"
+        ) from error

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import fcntl
+import functools
 import io
 import logging
 import os
@@ -22,7 +23,6 @@ import shlex
 import signal
 import socket
 import struct
-import sys
 import termios
 import threading
 import time
@@ -44,6 +44,7 @@ from bridge.errors import (
     RunTimeoutError,
     UsageError,
 )
+from bridge.util.descriptors import write_all
 from bridge.util.files import atomic_output
 from bridge.vm.network import LOCALHOST
 
@@ -60,6 +61,8 @@ Word = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 CAPTURE_LIMIT = 1024 * 1024
 """Bytes of stdout, and of stderr, that a result keeps: the first ones."""
 
+_TO_STDOUT: Output = functools.partial(write_all, 1)
+_TO_STDERR: Output = functools.partial(write_all, 2)
 _CONNECT_SECONDS = 30.0
 _CHANNEL_SECONDS = 30.0
 _RETRY_SECONDS = 0.1
@@ -555,13 +558,28 @@ class Guest:
 
     # A person
 
-    def shell(self, command: str | None = None) -> int:
-        """Connect this terminal (stdin and stdout) to a shell in the guest, or to a command.
+    def shell(
+        self,
+        command: str | None = None,
+        *,
+        stdin: int = 0,
+        stdout: Output = _TO_STDOUT,
+        stderr: Output = _TO_STDERR,
+    ) -> int:
+        """Connect a terminal, or any file, to a shell in the guest, or to a command.
 
-        Returns the exit status. Raises the reason when the guest is lost meanwhile.
+        Args:
+            command: a line for the guest's shell; None for the shell itself.
+            stdin: descriptor to read from; that of a terminal is set to raw meanwhile.
+            stdout, stderr: are given the output as it comes.
+
+        Returns:
+            The exit status.
+
+        Raises:
+            GuestLostError: the guest went away.
         """
         transport, forgotten = self._connected()
-        stdin = sys.stdin.fileno()
         interactive = os.isatty(stdin)
         try:
             channel = transport.open_session(timeout=_CHANNEL_SECONDS)
@@ -576,7 +594,7 @@ class Guest:
             raise self._broken(error, forgotten) from error
         with contextlib.closing(channel):
             with _raw_terminal(stdin, channel) if interactive else contextlib.nullcontext():
-                _converse(channel, stdin)
+                _converse(channel, stdin, stdout, stderr)
             channel.status_event.wait(_LOSS_SECONDS)
             if channel.exit_status < 0:
                 raise self._broken(None, forgotten)
@@ -643,7 +661,7 @@ def _feeding(channel: paramiko.Channel, stdin: BinaryIO | bytes) -> Iterator[Non
         feeder.join()
 
 
-def _converse(channel: paramiko.Channel, stdin: int) -> None:
+def _converse(channel: paramiko.Channel, stdin: int, stdout: Output, stderr: Output) -> None:
     """Copy between the terminal and the channel until the channel ends."""
     poll = select.poll()
     poll.register(stdin, select.POLLIN)
@@ -653,10 +671,10 @@ def _converse(channel: paramiko.Channel, stdin: int) -> None:
         moved = False
         while channel.recv_ready():
             moved = True
-            os.write(sys.stdout.fileno(), channel.recv(_CHUNK))
+            stdout(channel.recv(_CHUNK))
         while channel.recv_stderr_ready():
             moved = True
-            os.write(sys.stderr.fileno(), channel.recv_stderr(_CHUNK))
+            stderr(channel.recv_stderr(_CHUNK))
         if not moved and (channel.eof_received or channel.closed or channel.exit_status_ready()):
             return
         if stdin in ready:

@@ -38,7 +38,7 @@ def test_settings_given_as_flags_come_back(tmp_path: Path, monkeypatch: pytest.M
     assert settings.syscall_pcs is True
     assert settings.accel == "tcg"
     assert settings.timeout == 2.5
-    assert settings.ssh_key == Path("./some/thing")
+    assert settings.ssh_key == Path("some/thing").absolute()
     assert settings_of(parser.parse_args([])) == Settings()
 
 

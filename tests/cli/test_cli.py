@@ -42,8 +42,11 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> Callable[[Runner], None]:
 
     def replace(run: Runner) -> None:
         module = ModuleType("bridge.cli.runner")
-        module.run = run  # type: ignore[attr-defined]
-        module.shell = lambda settings: run(settings, ["shell"])  # type: ignore[attr-defined]
+        rest = {
+            "run": lambda settings, command, streams: run(settings, command),
+            "shell": lambda settings, streams: run(settings, ["shell"]),
+        }
+        vars(module).update(rest)
         monkeypatch.setitem(sys.modules, "bridge.cli.runner", module)
         monkeypatch.setattr("bridge.cli.runner", module, raising=False)
 
@@ -198,7 +201,8 @@ PROGRAM = """
             print("line")
 
     runner = types.ModuleType("bridge.cli.runner")
-    runner.run, runner.shell = run, lambda settings: flood(settings, [])
+    runner.run = lambda settings, command, streams: run(settings, command)
+    runner.shell = lambda settings, streams: flood(settings, [])
     sys.modules["bridge.cli.runner"] = bridge.cli.runner = runner
     entry()
 """

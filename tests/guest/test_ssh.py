@@ -9,7 +9,6 @@ import pty
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -494,25 +493,19 @@ def test_keys_that_are_none(tmp_path: Path, key: Path) -> None:
             Guest(1, key, line)
 
 
-def test_a_shell_for_a_person(
-    guest: Guest, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_shell_for_a_person(guest: Guest, capfd: pytest.CaptureFixture[str]) -> None:
     ours, theirs = pty.openpty()
     with os.fdopen(theirs) as terminal, os.fdopen(ours, "wb", 0) as us:
-        monkeypatch.setattr(sys, "stdin", terminal)
         threading.Timer(0.3, us.write, (b"echo $((6*7)); exit 9\n",)).start()
-        assert guest.shell() == 9
+        assert guest.shell(stdin=terminal.fileno()) == 9
     assert "42" in capfd.readouterr().out
 
 
-def test_a_shell_fed_by_a_pipe(
-    guest: Guest, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_shell_fed_by_a_pipe(guest: Guest, capfd: pytest.CaptureFixture[str]) -> None:
     reading, writing = os.pipe()
     os.write(writing, b"echo $((6*7))\necho oops >&2\nexit 4\n")
     os.close(writing)
     with os.fdopen(reading) as stdin:
-        monkeypatch.setattr(sys, "stdin", stdin)
-        assert guest.shell() == 4
+        assert guest.shell(stdin=stdin.fileno()) == 4
     out, err = capfd.readouterr()
     assert (out, err) == ("42\n", "oops\n")
