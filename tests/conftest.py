@@ -18,7 +18,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM)
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "guest(**settings): the fixture of that name is a guest with these settings of bridge.boot",
+        "guest(**settings): the fixture session has a guest with these settings of bridge.boot",
     )
     config.stash[_GUESTS] = Guests()
     # A shell has its background jobs ignore SIGINT and SIGQUIT, nohup SIGHUP; children inherit it.
@@ -51,6 +51,6 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 @pytest.fixture
-def guest(request: pytest.FixtureRequest) -> Session:
-    """The guest that the marker ``guest`` asks for, as new."""
+def session(request: pytest.FixtureRequest) -> Session:
+    """The session of the guest that the marker ``guest`` asks for, as new."""
     return request.config.stash[_GUESTS].get(request.node)

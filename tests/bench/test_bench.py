@@ -18,7 +18,6 @@ from typing import Any, cast
 
 import pytest
 
-import bridge
 from bridge import config
 from bridge.bench import ready, virtme
 from bridge.bench.commands import seconds_to_answer
@@ -485,22 +484,22 @@ def test_bench_of_a_signal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.vm
-def test_the_bridge_goes_on_after_the_floor() -> None:
+@pytest.mark.guest(target="none", source="python", syscall_pcs=True)
+def test_the_bridge_goes_on_after_the_floor(session: Session) -> None:
     """Its doorbell stands aside and comes back, with nothing missed and nothing answered twice."""
-    with bridge.boot(target="none", source="python", syscall_pcs=True) as guest:
-        for asleep in (True, False):
-            before = guest.device.totals.returns
-            with floor(guest, asleep=asleep):
-                figures = json.loads(guest.run("kcov-bench calls 1000").text)
-                assert figures["pcs"] == 0
-            assert guest.device.totals.returns == before
-            assert guest.doorbell.call(lambda: guest.region.areas_in_use) == 0
-            figures = json.loads(guest.run("kcov-bench calls 1000").text)
-            assert figures["pcs"] >= 1000
-            assert guest.device.totals.returns >= before + 1000
-        guest.doorbell.call(guest.doorbell.look_at_guest)
-        assert guest.doorbell.guest_timeouts == 0
-        assert guest.device.instances == 0
+    for asleep in (True, False):
+        before = session.device.totals.returns
+        with floor(session, asleep=asleep):
+            figures = json.loads(session.run("kcov-bench calls 1000").text)
+            assert figures["pcs"] == 0
+        assert session.device.totals.returns == before
+        assert session.doorbell.call(lambda: session.region.areas_in_use) == 0
+        figures = json.loads(session.run("kcov-bench calls 1000").text)
+        assert figures["pcs"] >= 1000
+        assert session.device.totals.returns >= before + 1000
+    session.doorbell.call(session.doorbell.look_at_guest)
+    assert session.doorbell.guest_timeouts == 0
+    assert session.device.instances == 0
 
 
 @pytest.mark.vm

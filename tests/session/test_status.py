@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-import bridge
 from bridge.errors import DoorbellError
+from bridge.session.session import Session
 from bridge.session.status import StatusServer, ask_all
 
 
@@ -63,24 +63,25 @@ def test_who_goes_away_does_no_harm() -> None:
 
 
 @pytest.mark.vm
-def test_a_running_bridge_from_outside() -> None:
+@pytest.mark.guest(target="none", source="python", syscall_pcs=True)
+def test_a_running_bridge_from_outside(session: Session) -> None:
     def ask(*options: str) -> str:
         command = [sys.executable, "-m", "bridge", "status", *options]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    with bridge.boot(target="none", source="python", syscall_pcs=True) as guest:
-        seen: list[dict[str, Any]] = []
+    lost = session.status()["lost_pcs"]
+    seen: list[dict[str, Any]] = []
 
-        def look(_: bytes) -> None:
-            if not seen:
-                seen.extend(map(json.loads, ask("--json").splitlines()))
-                guest.run("touch /tmp/seen")
+    def look(_: bytes) -> None:
+        if not seen:
+            seen.extend(map(json.loads, ask("--json").splitlines()))
+            session.run("touch /tmp/seen")
 
-        script = "echo ready; while [ ! -e /tmp/seen ]; do sleep 0.1; done"
-        guest.kcov(["sh", "-c", script], follow=False, stdout=look)
-        (status,) = [each for each in seen if each["pid"] == os.getpid()]
-        (instance,) = status["instances"]
-        assert instance["mode"] == "trace-pc"
-        assert instance["appended"] > 0
-        assert status["lost_pcs"] == 0
-        assert f"bridge {os.getpid()}: target none" in ask()
+    script = "echo ready; while [ ! -e /tmp/seen ]; do sleep 0.1; done"
+    session.kcov(["sh", "-c", script], follow=False, stdout=look)
+    (status,) = [each for each in seen if each["pid"] == os.getpid()]
+    (instance,) = status["instances"]
+    assert instance["mode"] == "trace-pc"
+    assert instance["appended"] > 0
+    assert status["lost_pcs"] == lost
+    assert f"bridge {os.getpid()}: target none" in ask()

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guests that tests share: one for each set of settings, reset between two tests.
 
-A test asks for one with the marker ``guest`` and the fixture of the same name::
+A test asks for one with the marker ``guest`` and the fixture ``session``::
 
     @pytest.mark.guest(target="none", source="python")
-    def test_hostname_is_set(guest: Session) -> None: ...
+    def test_hostname_is_set(session: Session) -> None: ...
 
-Its session starts as :func:`bridge.boot` starts one, and is as new when the test begins. A start
-takes seconds, a reset a tenth of one. :func:`order` moves tests that ask for the same settings next
-to each other; tests that ask for none stay where they are.
+The session starts as one of :func:`bridge.boot`, and its guest is as new when the test begins. A
+start takes seconds, a reset a tenth of one. :func:`order` moves tests that ask for the same
+settings next to each other; tests that ask for none stay where they are.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from bridge.session.session import Session
 __all__ = ["Guests", "complaints", "complaints_in_full", "order"]
 
 MARKER = "guest"
+FIXTURE = "session"
 ALIVE = 2
 """How many guests wait for later tests at most."""
 
@@ -52,7 +53,7 @@ def complaints_in_full(session: Session) -> str:
 def key_of(item: pytest.Item) -> Key | None:
     """The settings that a test asks for, None for one that asks for no guest."""
     marker = item.get_closest_marker(MARKER)
-    if marker is None or MARKER not in getattr(item, "fixturenames", ()):
+    if marker is None or FIXTURE not in getattr(item, "fixturenames", ()):
         return None
     return tuple(sorted(marker.kwargs.items()))
 
@@ -93,7 +94,7 @@ class Guests:
             BridgeError: it does not start.
         """
         key = key_of(item)
-        assert key is not None, f"the fixture {MARKER!r} needs the marker {MARKER!r}"
+        assert key is not None, f"the fixture {FIXTURE!r} needs the marker {MARKER!r}"
         session = self._alive.pop(key, None)
         if session is not None:
             try:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import bridge
 from bridge.guest.images import build, compile_for_guest
+from bridge.session.session import Session
 
 pytestmark = pytest.mark.vm
 
@@ -17,26 +17,26 @@ PROGRAM = Path(__file__).parent / "others.c"
 
 
 @pytest.mark.parametrize("event", ["sys_exit", "sys_enter"])
-def test_tasks_that_own_nothing(event: str, tmp_path: Path) -> None:
+@pytest.mark.guest(target="none", source="python", syscall_pcs=True, cpus=2)
+def test_tasks_that_own_nothing(session: Session, event: str, tmp_path: Path) -> None:
     """One tracepoint each: once somebody else is on either, the flags are left alone."""
     program = compile_for_guest(build(), PROGRAM, tmp_path / "others")
-    with bridge.boot(target="none", source="python", syscall_pcs=True, cpus=2) as session:
-        session.guest.upload(program, "/tmp/others", 0o755)
+    session.guest.upload(program, "/tmp/others", 0o755)
 
-        def run(*words: str) -> dict[str, int]:
-            result = session.run(["/tmp/others", *words], timeout=120)
-            print(result.text)
-            assert result.exit_status == 0, result.stderr.decode()
-            return {name: int(value) for name, value in re.findall(r"(\w+) (\d+)", result.text)}
+    def run(*words: str) -> dict[str, int]:
+        result = session.run(["/tmp/others", *words], timeout=120)
+        print(result.text)
+        assert result.exit_status == 0, result.stderr.decode()
+        return {name: int(value) for name, value in re.findall(r"(\w+) (\d+)", result.text)}
 
-        found = run("measure")
-        # The slow way in and out takes 1.3 times as long.
-        assert found["during"] < 1.15 * found["before"]
-        assert found["after"] < 1.15 * found["before"]
-        found = run("trace", event)
-        assert found["seen"] == found["calls"]
-        # Each call that the owner counted left one.
-        assert found["pcs"] >= found["made"]
-        # The tracing has ended, and the device goes on.
-        assert session.run("kcov-doc").exit_status == 0
-        assert session.run("dmesg | grep -E 'BUG|WARNING|Oops'").text == ""
+    found = run("measure")
+    # The slow way in and out takes 1.3 times as long.
+    assert found["during"] < 1.15 * found["before"]
+    assert found["after"] < 1.15 * found["before"]
+    found = run("trace", event)
+    assert found["seen"] == found["calls"]
+    # Each call that the owner counted left one.
+    assert found["pcs"] >= found["made"]
+    # The tracing has ended, and the device goes on.
+    assert session.run("kcov-doc").exit_status == 0
+    assert session.run("dmesg | grep -E 'BUG|WARNING|Oops'").text == ""

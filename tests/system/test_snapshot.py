@@ -41,10 +41,15 @@ CLOCK_SECONDS = 5.0
 
 
 @pytest.fixture
-def session() -> Iterator[Session]:
-    with bridge.boot(target="none", source="python", syscall_pcs=True) as session:
-        yield session
-        assert complaints(session) == ""
+def no_complaints(session: Session) -> Iterator[None]:
+    yield
+    assert complaints(session) == ""
+
+
+used_guest = pytest.mark.usefixtures("no_complaints")
+plain_guest = pytest.mark.guest(target="none", source="python", syscall_pcs=True)
+served_guest = pytest.mark.guest(target="plan9", source="python")
+"""With a target that the guest talks to."""
 
 
 @pytest.fixture
@@ -224,6 +229,8 @@ def test_sshd_of_a_snapshot_has_other_random_numbers_each_time() -> None:
     assert len(set(seen)) == 6
 
 
+@plain_guest
+@used_guest
 def test_the_sshd_that_was_saved_dies(session: Session) -> None:
     """Then the agent serves as it does in a guest that was booted."""
     listening = "pgrep -o -f '[s]shd: .*listener'"  # and so not the shell that runs this
@@ -242,6 +249,8 @@ def test_the_sshd_that_was_saved_dies(session: Session) -> None:
         assert session.run(listening).exit_status == 0
 
 
+@plain_guest
+@used_guest
 def test_all_that_a_guest_has_done_is_gone(session: Session) -> None:
     device, region, machine = session.device, session.region, session.machine
     assert device is not None
@@ -279,50 +288,53 @@ def test_all_that_a_guest_has_done_is_gone(session: Session) -> None:
         assert session.run("kcov-doc").exit_status == 0
 
 
-def test_many_in_a_row() -> None:
-    with bridge.boot(target="plan9", source="python") as session:
-        snapshot, machine, device = session.snapshot, session.machine, session.device
-        assert snapshot is not None
-        assert device is not None
-        wanted = digest(snapshot._memory)
-        resume = machine.resume
-        wrong: list[str] = []
-        figures: list[tuple[int, ...]] = []
+@served_guest
+def test_many_in_a_row(session: Session) -> None:
+    snapshot, machine, device = session.snapshot, session.machine, session.device
+    assert snapshot is not None
+    assert device is not None
+    wanted = digest(snapshot._memory)
+    resume = machine.resume
+    resets = session.resets
+    wrong: list[str] = []
+    figures: list[tuple[int, ...]] = []
 
-        def look_first() -> None:
-            """The last moment before the guest goes on."""
-            if len(figures) % max(1, RESETS // 20) == 0 and digest(session.memory_fd) != wanted:
-                wrong.append(f"memory after reset {len(figures)}")
-            resume()
+    def look_first() -> None:
+        """The last moment before the guest goes on."""
+        if len(figures) % max(1, RESETS // 20) == 0 and digest(session.memory_fd) != wanted:
+            wrong.append(f"memory after reset {len(figures)}")
+        resume()
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(machine, "resume", look_first)
-            for _ in range(RESETS):
-                session.run("echo x >/etc/hostname; dd if=/dev/zero of=/tmp/x bs=1M count=4")
-                result = session.kcov(["cat", "/mnt/target/README"])
-                assert result.exit_status == 0
-                assert result.pcs
-                session.reset()
-                assert session.run("cat /etc/hostname").text == "kcov-guest\n"
-                qemu = len(list(Path(f"/proc/{machine.pid}/fd").iterdir()))
-                figures.append(
-                    (descriptors(), qemu, threading.active_count(), resident("self", "RssAnon"),
-                     resident(machine.pid, "RssAnon"))
-                )  # fmt: skip
-        assert not wrong
-        assert session.resets == RESETS
-        assert device.instances == 0
-        # Once warm nothing grows.
-        first, last = figures[RESETS // 5], figures[-1]
-        print(f"after {RESETS // 5 + 1} resets {first}, after {RESETS} {last}")
-        assert abs(last[0] - first[0]) <= 4
-        assert abs(last[1] - first[1]) <= 4
-        assert abs(last[2] - first[2]) <= 4
-        assert last[3] - first[3] < 16 << 20
-        assert last[4] - first[4] < 32 << 20
-        assert complaints(session) == ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "resume", look_first)
+        for _ in range(RESETS):
+            session.run("echo x >/etc/hostname; dd if=/dev/zero of=/tmp/x bs=1M count=4")
+            result = session.kcov(["cat", "/mnt/target/README"])
+            assert result.exit_status == 0
+            assert result.pcs
+            session.reset()
+            assert session.run("cat /etc/hostname").text == "kcov-guest\n"
+            qemu = len(list(Path(f"/proc/{machine.pid}/fd").iterdir()))
+            figures.append(
+                (descriptors(), qemu, threading.active_count(), resident("self", "RssAnon"),
+                 resident(machine.pid, "RssAnon"))
+            )  # fmt: skip
+    assert not wrong
+    assert session.resets == resets + RESETS
+    assert device.instances == 0
+    # Once warm nothing grows.
+    first, last = figures[RESETS // 5], figures[-1]
+    print(f"after {RESETS // 5 + 1} resets {first}, after {RESETS} {last}")
+    assert abs(last[0] - first[0]) <= 4
+    assert abs(last[1] - first[1]) <= 4
+    assert abs(last[2] - first[2]) <= 4
+    assert last[3] - first[3] < 16 << 20
+    assert last[4] - first[4] < 32 << 20
+    assert complaints(session) == ""
 
 
+@plain_guest
+@used_guest
 def test_a_command_that_runs_fails_with_an_error_of_its_own(session: Session) -> None:
     caught: list[BaseException] = []
 
@@ -350,18 +362,18 @@ def test_a_command_that_runs_fails_with_an_error_of_its_own(session: Session) ->
     check_kcov(session)
 
 
-def test_the_target_is_there_again() -> None:
-    with bridge.boot(target="plan9", source="python") as session:
-        script = "cat /mnt/target/README; grep -c /mnt/target /proc/mounts"
-        before = session.run(script).text
-        for _ in range(3):
-            # A file that is open, and a request that is under way.
-            session.run("setsid sh -c 'exec 3</mnt/target/README; sleep 100' >/dev/null 2>&1 &")
-            session.reset()
-            assert session.run(script).text == before
-            connections = [line for line in session.machine.connections if "10.0.2.100" in line]
-            assert len(connections) == 1
-            assert any(pc >= PC_BASE for pc in session.kcov(["cat", "/mnt/target/README"]).pcs)
+@served_guest
+def test_the_target_is_there_again(session: Session) -> None:
+    script = "cat /mnt/target/README; grep -c /mnt/target /proc/mounts"
+    before = session.run(script).text
+    for _ in range(3):
+        # A file that is open, and a request that is under way.
+        session.run("setsid sh -c 'exec 3</mnt/target/README; sleep 100' >/dev/null 2>&1 &")
+        session.reset()
+        assert session.run(script).text == before
+        connections = [line for line in session.machine.connections if "10.0.2.100" in line]
+        assert len(connections) == 1
+        assert any(pc >= PC_BASE for pc in session.kcov(["cat", "/mnt/target/README"]).pcs)
 
 
 class TestTheGuestKernelAsASource:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.errors import SourceError
+from bridge.errors import InfrastructureError, SourceError
 from bridge.sources.guest_kernel.placement import (
     MODULES_BASE,
     MODULES_END,
@@ -102,7 +102,7 @@ def test_a_file_that_is_no_list(tmp_path: Path, text: str) -> None:
         ModulePlacement.load(tmp_path / "modules.json")
     with pytest.raises(SourceError, match="cannot read"):
         ModulePlacement.load(tmp_path / "none")
-    with pytest.raises(SourceError, match="cannot write"):
+    with pytest.raises(InfrastructureError, match="cannot write"):
         ModulePlacement({}).save(tmp_path / "none" / "modules.json")
 
 

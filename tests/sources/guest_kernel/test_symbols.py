@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import bridge
 from bridge.errors import SourceError
 from bridge.guest.images.store import Image, image_directory
+from bridge.session.session import Session
 from bridge.sources.guest_kernel.placement import MODULES_BASE, ModulePlacement
 from bridge.sources.guest_kernel.symbols import KernelSymbols, ModuleText, Symbol, kaslr_offset
 
@@ -212,20 +212,20 @@ def test_a_large_kernel_is_read_in_a_second() -> None:
 
 
 @pytest.mark.vm
-def test_the_symbols_of_a_guest() -> None:
-    with bridge.boot(target="plan9", source="python") as session:
-        # Longer than what is kept of an output.
-        chunks: list[bytes] = []
-        session.run("cat /proc/kallsyms", stdout=chunks.append)
-        text = b"".join(chunks).decode()
-        rows = [line.split() for line in session.run("cat /proc/modules").text.splitlines()]
-        bases = {
-            module: int(session.run(f"cat /sys/module/{module}/sections/.text").text, 16)
-            for module in ("9p", "9pnet")
-        }
-        system_map = KernelSymbols.from_system_map(
-            Image.load(image_directory(session.image.name)).system_map
-        )
+@pytest.mark.guest(target="plan9", source="python")
+def test_the_symbols_of_a_guest(session: Session) -> None:
+    # Longer than what is kept of an output.
+    chunks: list[bytes] = []
+    session.run("cat /proc/kallsyms", stdout=chunks.append)
+    text = b"".join(chunks).decode()
+    rows = [line.split() for line in session.run("cat /proc/modules").text.splitlines()]
+    bases = {
+        module: int(session.run(f"cat /sys/module/{module}/sections/.text").text, 16)
+        for module in ("9p", "9pnet")
+    }
+    system_map = KernelSymbols.from_system_map(
+        Image.load(image_directory(session.image.name)).system_map
+    )
     loaded = {row[0]: (int(row[1]), int(row[5], 16)) for row in rows}
     assert {"9p", "9pnet", "kcov_bridge"} <= set(loaded)
     for module, base in bases.items():
