@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from bridge.guest.images import build, cache_directory
+from bridge.guest.images import build
 from bridge.guest.images.store import base_directory
+from bridge.util.cache import cache_directory
 from tests.support import ROOT, sources
 
 pytestmark = pytest.mark.vm
