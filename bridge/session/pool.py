@@ -14,8 +14,10 @@ session offers; a caller that needs more gives the name of a class of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
+import pickle
 import socket
 import sys
 import traceback
@@ -52,8 +54,9 @@ class Service:
         self._session = session
 
     def kcov(self, *arguments: Any, **options: Any) -> KcovResult:
-        """As :meth:`bridge.session.session.Session.kcov`."""
-        return self._session.kcov(*arguments, **options)
+        """As :meth:`bridge.session.session.Session.kcov`; the PCs are a list."""
+        result = self._session.kcov(*arguments, **options)
+        return dataclasses.replace(result, pcs=list(result.pcs))
 
     def run(self, *arguments: Any, **options: Any) -> Any:
         """As :meth:`bridge.session.session.Session.run`."""
@@ -184,7 +187,7 @@ class Worker:
         try:
             if not self._connection.poll(seconds):
                 raise InfrastructureError(f"a worker does not answer within {seconds:g} s")
-            good, answer = self._connection.recv()
+            good, answer = pickle.loads(self._connection.recv_bytes())
         except (EOFError, OSError) as error:
             raise self._ended() from error
         if not good:
@@ -322,7 +325,7 @@ def _serve(connection: Connection) -> None:
     with Session(settings, out) as session:
         session.run(["true"])
         served = _service(service)(session)
-        connection.send((True, session.stats()))
+        connection.send_bytes(pickle.dumps((True, session.stats())))
         while True:
             try:
                 method, arguments, options = connection.recv()
@@ -331,10 +334,10 @@ def _serve(connection: Connection) -> None:
             if method.startswith("_"):
                 raise UsageError(f"{method} is nothing that a worker can be asked")
             try:
-                answer = True, getattr(served, method)(*arguments, **options)
+                answer = pickle.dumps((True, getattr(served, method)(*arguments, **options)))
             except Exception as error:
-                answer = False, _portable(error)
-            connection.send(answer)
+                answer = pickle.dumps((False, _portable(error)))
+            connection.send_bytes(answer)
 
 
 def _portable(error: Exception) -> BridgeError:
@@ -353,7 +356,7 @@ def main() -> int:
             _serve(connection)
         except Exception as error:
             failure = _portable(error)
-            connection.send((False, failure))
+            connection.send_bytes(pickle.dumps((False, failure)))
             return failure.exit_status
     return 0
 

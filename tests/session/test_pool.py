@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sessions in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from bridge.config import Settings
+from bridge.errors import InfrastructureError, RunTimeoutError, UsageError
+from bridge.session.pool import Pool, Worker
+from bridge.session.session import Session
+
+SETTINGS = Settings(target="none", source="python", syscall_pcs=True)
+
+
+class Odd:
+    """A service of a caller's own."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def double(self, number: int) -> int:
+        return 2 * number
+
+    def divide(self, number: int) -> float:
+        return 1 / number
+
+    def thread(self) -> object:
+        return threading.current_thread()
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def test_pool_that_makes_no_sense_is_refused() -> None:
+    with pytest.raises(UsageError, match="a pool of 0 workers"):
+        Pool(0, SETTINGS)
+    with pytest.raises(UsageError, match="2 workers are to share 1 settings"):
+        Pool(2, [SETTINGS])
+
+
+def test_worker_whose_session_fails_raises_what_it_raised() -> None:
+    settings = SETTINGS.replace(image="no-such-image")
+    with Worker(settings) as worker:
+        with pytest.raises(UsageError, match="no image 'no-such-image'"):
+            worker.wait_ready()
+        with pytest.raises(InfrastructureError, match="a worker exited with status 2"):
+            worker.wait_ready()
+
+
+def test_worker_that_dies_says_how() -> None:
+    with Worker(SETTINGS) as worker:
+        worker._process.send_signal(signal.SIGKILL)
+        with pytest.raises(InfrastructureError, match="was killed by SIGKILL"):
+            worker.wait_ready()
+
+
+@pytest.mark.vm
+def test_pool_shares_work_and_outlives_what_a_request_raises(tmp_path: Path) -> None:
+    with Pool(2, SETTINGS, tmp_path) as pool:
+        assert [stats.target for stats in pool.wait_ready()] == ["none", "none"]
+        assert all(worker.seconds for worker in pool.workers)
+        commands = [(["sh", "-c", f"echo {number}"],) for number in range(5)]
+        answers = dict(pool.map("kcov", commands))
+        assert {number: answer.stdout for number, answer in answers.items()} == {
+            number: f"{number}\n".encode() for number in range(5)
+        }
+        assert all(answer.pcs for answer in answers.values())
+        assert all(stats.pcs > 0 for stats in pool.all("stats")), "both have worked"
+        first = pool.workers[0]
+        with pytest.raises(RunTimeoutError):
+            first.call("run", "sleep 60", timeout=1)
+        with pytest.raises(InfrastructureError, match="AttributeError"):
+            first.call("no_such_thing")
+        with pytest.raises(UsageError, match="asked nothing"):
+            first.answer()
+        first.call("reset")
+        assert first.call("run", ["echo", "on"]).stdout == b"on\n"
+    assert (tmp_path / "0/console.log").is_file()
+    assert (tmp_path / "1/console.log").is_file()
+    assert not any(worker.running for worker in pool.workers)
+
+
+@pytest.mark.vm
+def test_worker_serves_what_its_caller_needs() -> None:
+    with Worker(SETTINGS, service=f"{__name__}:Odd") as worker:
+        assert worker.call("double", 21) == 42
+        with pytest.raises(InfrastructureError, match="ZeroDivisionError") as caught:
+            worker.call("divide", 0)
+        assert "return 1 / number" in caught.value.evidence
+        with pytest.raises(InfrastructureError, match="cannot pickle"):
+            worker.call("thread")
+        pid = worker.call("pid")
+        worker.ask("double", 1)
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(InfrastructureError, match="does not answer within"):
+            worker.answer(0.2)
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(InfrastructureError, match="was killed by SIGKILL"):
+            worker.call("double", 2)
