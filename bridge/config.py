@@ -197,6 +197,15 @@ class Settings:
             Kind.INTEGER, "virtual CPUs of the guest", metavar="N", minimum=1, maximum=255
         ),
     )
+    cpu: str = field(
+        default="",
+        metadata=_about(
+            Kind.TEXT,
+            "processor model and features, as QEMU's -cpu takes them, for example "
+            "host,-arch-capabilities; chosen by the accelerator when not given",
+            metavar="MODEL",
+        ),
+    )
     region: int = field(
         default=1024,
         metadata=_about(

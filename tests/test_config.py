@@ -101,8 +101,8 @@ def test_wrong_flag_and_variable_are_named() -> None:
         load(environ={"KCOV_BRIDGE_CPUS": "many"})
     with pytest.raises(UsageError, match="--boot-timeout"):
         load({"boot_timeout": "-1"}, environ={})
-    with pytest.raises(UsageError, match="unknown setting cpu"):
-        load({"cpu": "1"}, environ={})
+    with pytest.raises(UsageError, match="unknown setting cpuz"):
+        load({"cpuz": "1"}, environ={})
 
 
 def test_missing_config_file_and_unreadable_text(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from bridge.errors import BridgeError
 from bridge.guest import images
 from bridge.guest.images.store import resolve
 from bridge.sources.guest_kernel.plugin import build_plugin, why_not_loaded
-from bridge.util.cache import cache_directory
+from bridge.util.cache import CACHE_VARIABLE, cache_can_be_written, cache_directory
 from bridge.util.packages import apt_line, debian_packages, found
 from bridge.vm.accel import choose_accelerator, why_not_kvm
 
@@ -179,7 +179,9 @@ def _kernel(settings: Settings) -> Iterator[Check]:
     try:
         accelerator = choose_accelerator(settings.accel).name
         with tempfile.TemporaryDirectory(prefix="kcov-bridge-") as directory:
-            plugin = build_plugin(spare=Path(directory))
+            # As a run would find it: with a cache that cannot be written it makes none.
+            spare = Path(directory) if cache_can_be_written() else None
+            plugin = build_plugin(spare)
             why = why_not_loaded(qemu, plugin) if qemu else f"{settings.qemu} is not there"
     except BridgeError as error:
         yield Check(name, required, False, error.message, error.hint)
@@ -252,19 +254,33 @@ def _image(settings: Settings) -> Iterator[Check]:
             there or f"is not there; it {package.what_for}",
             "" if there else apt_line(package.name),
         )
+    yield from _cache(to_build)
+
+
+def _cache(to_build: bool) -> Iterator[Check]:
+    """Whether the cache can be written, and has room for an image."""
     cache = cache_directory()
+    writable = cache_can_be_written()
+    yield Check(
+        "cache",
+        to_build,
+        writable,
+        str(cache)
+        if writable
+        else f"{cache} cannot be written: what it holds is used, what it lacks is left out",
+        "" if writable else f"make it writable, or set {CACHE_VARIABLE} to another directory",
+    )
     existing = cache
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free >> 20
-    writable = os.access(existing, os.W_OK | os.X_OK)
-    enough = free >= _BUILD_MIB and writable
+    enough = free >= _BUILD_MIB
     yield Check(
         "disk",
         to_build,
         enough,
-        f"{free} MiB free for {cache}" if writable else f"{existing} is not writable",
-        "" if enough else f"free {_BUILD_MIB} MiB there, or set KCOV_BRIDGE_CACHE to another place",
+        f"{free} MiB free for {cache}",
+        "" if enough else f"free {_BUILD_MIB} MiB there, or set {CACHE_VARIABLE} to another place",
     )
 
 

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from bridge.config import Settings
-from bridge.errors import BootTimeoutError, GuestSetupError, ImageError, UsageError
+from bridge.errors import BootTimeoutError, CacheError, GuestSetupError, ImageError, UsageError
 from bridge.guest.images import Image, find
 from bridge.guest.images.recipe import Sources
 from bridge.guest.images.store import resolve
-from bridge.util.cache import cache_directory
+from bridge.util.cache import cache_directory, cache_errors, cache_folder
+from bridge.util.files import atomic_output
 from bridge.vm.accel import Accelerator
 from bridge.vm.agent import Ready
 from bridge.vm.config import MachineConfig
@@ -49,6 +50,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_BUILT = "/tmp/kcov-bridge"
+"""Where a guest builds its module."""
 _MODULE = "module/kcov_bridge.ko"
 _PROGRAM = "agent/kcov-exec"
 _LIBRARY = "agent/libkcovexec.so"
@@ -138,6 +141,7 @@ def _machine(settings: Settings, accelerator: Accelerator) -> MachineConfig:
         accelerator=accelerator,
         memory_mib=settings.memory,
         cpus=settings.cpus,
+        cpu=settings.cpu or None,
         boot_timeout=settings.boot_timeout,
         qemu=settings.qemu,
         sandbox=settings.sandbox,
@@ -279,20 +283,28 @@ class OwnImage:
         for name, path in files:
             digest.update(name.encode() + b"\0" + path.read_bytes())
         cached = cache_directory() / "guests" / f"{kernel}-{digest.hexdigest()[:16]}"
-        made = (_MODULE, _PROGRAM, _LIBRARY)
-        if not all((cached / Path(name).name).is_file() for name in made):
-            self._build(guest, kernel, files)
-            cached.mkdir(parents=True, exist_ok=True)
-            for name in made:
-                guest.download(f"/tmp/kcov-bridge/{name}", cached / Path(name).name)
         guest.run(["mkdir", "-p", _LIBRARY_HOME, "/run/kcov-bridge"], check=True)
-        for name, home, mode in (
+        made = (
             (_MODULE, "/tmp", 0o600),
             (_PROGRAM, _PROGRAM_HOME, 0o755),
             (_LIBRARY, _LIBRARY_HOME, 0o644),
-        ):
-            base = Path(name).name
-            guest.upload(cached / base, f"{home}/{base}", mode)
+        )
+        if all((cached / Path(name).name).is_file() for name, _, _ in made):
+            for name, home, mode in made:
+                base = Path(name).name
+                guest.upload(cached / base, f"{home}/{base}", mode)
+            return
+        self._build(guest, kernel, files)
+        for name, home, mode in made:
+            guest.run(["install", "-m", f"{mode:o}", f"{_BUILT}/{name}", home], check=True)
+        try:
+            cache_folder(cached.parent.name)
+            with cache_errors("the guest's module"), atomic_output(cached) as part:
+                part.mkdir()
+                for name, _, _ in made:
+                    guest.download(f"{_BUILT}/{name}", part / Path(name).name)
+        except (CacheError, UsageError) as error:
+            logger.warning("each guest has to build its module: %s", error.message)
 
     @staticmethod
     def _load(guest: Guest, kernel: str) -> None:
@@ -307,12 +319,12 @@ class OwnImage:
     @staticmethod
     def _build(guest: Guest, kernel: str, files: list[tuple[str, Path]]) -> None:
         logger.info("building the module for %s in the guest, once", kernel)
-        guest.run("mkdir -p /tmp/kcov-bridge/agent /tmp/kcov-bridge/module", check=True)
+        guest.run(f"mkdir -p {_BUILT}/agent {_BUILT}/module", check=True)
         for name, path in files:
-            guest.upload(path, f"/tmp/kcov-bridge/{name}")
+            guest.upload(path, f"{_BUILT}/{name}")
         tree = shlex.quote(_BUILD_TREE.format(kernel=kernel))
         script = (
-            "cd /tmp/kcov-bridge && "
+            f"cd {_BUILT} && "
             f"make -C module KDIR={tree} modules && make -C agent kcov-exec libkcovexec.so"
         )
         result = guest.run(script, timeout=_BUILD_SECONDS)

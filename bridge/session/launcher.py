@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 from bridge.config import Settings
 from bridge.errors import (
-    BootTimeoutError,
     BridgeError,
+    CacheError,
+    ImageError,
     InfrastructureError,
     MissingDependencyError,
     QemuError,
@@ -29,11 +30,11 @@ from bridge.errors import (
 from bridge.guest.guest_image import GuestImage
 from bridge.session.device_host import DeviceHost
 from bridge.session.kernel_watch import KernelWatch
-from bridge.session.snapshots import ready_snapshot, remove_snapshot
+from bridge.session.snapshots import ready_snapshot
 from bridge.session.stats import Stats
 from bridge.targets import TARGET_ADDRESS
 from bridge.targets.description import Description
-from bridge.vm.accel import Accelerator, choose_accelerator
+from bridge.vm.accel import Accelerator, choose_accelerator, next_accelerator
 from bridge.vm.agent import Ready
 from bridge.vm.config import MachineConfig, MemoryFds
 from bridge.vm.machine import Machine
@@ -94,20 +95,21 @@ def _without_kernel(settings: Settings, attempt: Attempt, error: BridgeError) ->
     return dataclasses.replace(attempt, sources=attempt.sources - {"kernel"})
 
 
-def _with_tcg(settings: Settings, attempt: Attempt, error: BridgeError) -> Attempt | None:
-    """A KVM that opens and boots nothing; the processor's flags did not tell."""
-    if not isinstance(error, BootTimeoutError) or settings.accel != "auto":
+def _other_accelerator(settings: Settings, attempt: Attempt, error: BridgeError) -> Attempt | None:
+    """A KVM that opens and runs nothing; the processor's flags did not tell."""
+    following = next_accelerator(
+        attempt.accelerator, error, wanted=settings.accel, cpu=settings.cpu
+    )
+    if following is None:
         return None
-    if attempt.accelerator.name != "kvm":
-        return None
-    accelerator = Accelerator("tcg", "nothing booted under KVM")
-    logger.warning("%s; once more with %s", error.message, accelerator)
-    return Attempt(accelerator, settings.sources(accelerator.name))
+    why = error.evidence.strip().partition("\n")[0] if isinstance(error, QemuError) else ""
+    logger.warning("%s; once more with %s", f"{error.message} ({why})" if why else error, following)
+    return Attempt(following, settings.sources(following.name))
 
 
 _FALL_BACKS: tuple[Callable[[Settings, Attempt, BridgeError], Attempt | None], ...] = (
     _without_kernel,
-    _with_tcg,
+    _other_accelerator,
 )
 """What is tried in place of an attempt that failed: the first that knows something."""
 
@@ -270,7 +272,6 @@ class Launcher:
             except BridgeError as error:
                 logger.warning("the guest does not start from its snapshot: %s", error.message)
                 logger.debug("%s", error.report())
-                remove_snapshot(snapshot)
             self._device.reset()
         return self._start(None)
 
@@ -281,11 +282,10 @@ class Launcher:
             return None
         try:
             return ready_snapshot(image, self._config, settings.region << 20, self._modules)
-        except (BootTimeoutError, MissingDependencyError):
-            # The guest would not boot either.
-            raise
-        except BridgeError as error:
-            logger.warning("there is no snapshot of the guest: %s", error.report())
+        except (CacheError, ImageError) as error:
+            # Anything else would keep the guest from booting too.
+            logger.warning("the guest is booted, not started from a snapshot: %s", error.message)
+            logger.debug("%s", error.report())
             return None
 
     def _start(self, snapshot: Snapshot | None) -> RunningGuest:

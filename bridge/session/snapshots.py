@@ -15,7 +15,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 from bridge.errors import GuestLostError, ImageError, QemuError
@@ -27,7 +26,7 @@ from bridge.vm.config import MachineConfig, MemoryFds
 from bridge.vm.machine import Machine
 from bridge.vm.snapshot import Snapshot, fingerprint, new_memory, prune
 
-__all__ = ["prune_snapshots", "ready_snapshot", "remove_snapshot"]
+__all__ = ["prune_snapshots", "ready_snapshot"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,8 @@ def ready_snapshot(
     """The ready guest of ``image`` in this machine; made now if there is no snapshot of it.
 
     ``modules`` are kernel modules that are loaded in it. Raises
-    :class:`bridge.errors.ImageError` where it cannot be written, and what keeps the guest from
+    :class:`bridge.errors.CacheError` where the cache cannot be written,
+    :class:`bridge.errors.ImageError` where the guest cannot be saved, and what keeps it from
     becoming ready.
     """
     name = f"{image.name}-{fingerprint(config, region_bytes, modules)}"
@@ -60,13 +60,6 @@ def ready_snapshot(
     with locked(lock_file(f"snapshot-{image.name}"), f"the snapshot {name}", logger.info):
         with contextlib.suppress(ImageError):
             return Snapshot(directory)
-        # A QEMU that dies of it would do so each time.
-        refused = lock_file(f"no-snapshot-{name}")
-        if refused.is_file():
-            raise ImageError(
-                f"this QEMU died when it was to make one: {refused.read_text().strip()}",
-                hint=f"remove {refused} to have it tried again, or set --no-snapshot",
-            )
         # What a process left that was killed in the middle of it.
         for left in _folder().glob(f".{image.name}-*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -75,20 +68,10 @@ def ready_snapshot(
         try:
             _make(directory, image, config, region_bytes, modules)
         except OSError as error:
-            raise ImageError(f"no snapshot could be made: {error}") from error
-        except (QemuError, GuestLostError) as error:
-            if any(crash in error.message for crash in ("SIGABRT", "SIGSEGV")):
-                with contextlib.suppress(OSError):
-                    refused.write_text(f"{error.message}\n")
-            raise
+            raise ImageError(f"the guest cannot be saved: {error}") from error
         prune_snapshots()
         logger.debug("the snapshot %s took %.1f s", directory, time.monotonic() - started)
         return Snapshot(directory)
-
-
-def remove_snapshot(snapshot: Snapshot) -> None:
-    """Throw a snapshot away that is not good."""
-    shutil.rmtree(snapshot.directory, ignore_errors=True)
 
 
 def prune_snapshots() -> None:
@@ -107,7 +90,7 @@ def _make(
     region_bytes: int,
     modules: Sequence[str],
 ) -> None:
-    config = replace(config, endpoints=(), gate=None, plugin=None)
+    config = config.identity
     with ExitStack() as stack:
         device = stack.enter_context(DeviceHost(region_bytes))
         ram = new_memory(config.memory_mib << 20)
@@ -127,10 +110,17 @@ def _make(
             time.sleep(_SETTLE_SECONDS)
         # For the guest's sshd to end.
         time.sleep(_SETTLE_SECONDS)
-        machine.preload_sshd()
 
         def give_back() -> None:
             # A QEMU that reads through the region, which is empty, fills it with pages of zeroes.
             device.doorbell.call(device.region.clear)
 
-        Snapshot.save(directory, machine, ram, give_back)
+        try:
+            machine.preload_sshd()
+            Snapshot.save(directory, machine, ram, give_back)
+        except (QemuError, GuestLostError) as error:
+            raise ImageError(
+                f"the guest cannot be saved: {error.message}",
+                evidence=error.evidence,
+                hint="--no-snapshot spares the attempt",
+            ) from error

@@ -18,6 +18,7 @@ from bridge.errors import CacheError
 
 __all__ = [
     "CACHE_VARIABLE",
+    "cache_can_be_written",
     "cache_directory",
     "cache_errors",
     "cache_folder",
@@ -39,6 +40,14 @@ def cache_directory() -> Path:
     if base and Path(base).is_absolute():
         return Path(base) / "kcov-bridge"
     return Path.home() / ".cache" / "kcov-bridge"
+
+
+def cache_can_be_written() -> bool:
+    """Return whether new things can be put into the cache; made if it is missing."""
+    place = cache_directory()
+    while not place.exists():
+        place = place.parent
+    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
 
 
 def cache_folder(kind: str, *, private: bool = False) -> Path:

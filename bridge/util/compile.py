@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bridge.errors import InfrastructureError, MissingDependencyError
-from bridge.util.cache import cache_directory, cache_errors, cache_folder
+from bridge.util.cache import cache_directory, cache_errors
 from bridge.util.files import atomic_output
 
 __all__ = ["COMPILER_REMEDY", "CProgram"]
@@ -56,8 +56,8 @@ class CProgram:
         if spare is not None:
             self.compile(spare / file)
             return spare / file
-        cache_folder(self.folder)
         with cache_errors(self.name):
+            cached.parent.mkdir(parents=True, exist_ok=True)
             self._compile(cached)
         return cached
 

@@ -16,12 +16,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bridge.errors import MissingDependencyError, UsageError
+from bridge.errors import (
+    BootTimeoutError,
+    BridgeError,
+    GuestStoppedError,
+    MissingDependencyError,
+    QemuError,
+    UsageError,
+)
 
-__all__ = ["ACCELERATORS", "Accelerator", "choose_accelerator", "why_not_kvm"]
+__all__ = ["ACCELERATORS", "Accelerator", "choose_accelerator", "next_accelerator", "why_not_kvm"]
 
 ACCELERATORS = ("auto", "kvm", "tcg")
 """What a person can ask for."""
+
+_CAREFUL_CPU = "host,-arch-capabilities"
+"""QEMU copies the host's IA32_ARCH_CAPABILITIES (MSR 0x10a), which not every KVM lets it set; it
+aborts then. ``docs/system/cpu-models-x86.rst.inc`` in QEMU says what the feature is."""
 
 _KVM_API_VERSION = 12
 _KVM_GET_API_VERSION = 0xAE00
@@ -31,10 +42,14 @@ _KVM_CREATE_VM = 0xAE01
 
 @dataclass(frozen=True)
 class Accelerator:
-    """QEMU's ``-accel``, and in one line why it was chosen."""
+    """QEMU's ``-accel``, and in one line why it was chosen.
+
+    ``cpu`` is the ``-cpu`` that it needs, None for the usual one.
+    """
 
     name: Literal["kvm", "tcg"]
     reason: str
+    cpu: str | None = None
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"
@@ -65,6 +80,37 @@ def choose_accelerator(
             hint=f"{remedy}, or run without KVM: --accel tcg",
         )
     return Accelerator("tcg", f"no KVM: {reason}")
+
+
+def next_accelerator(
+    current: Accelerator, error: BridgeError, *, wanted: str = "auto", cpu: str = ""
+) -> Accelerator | None:
+    """Return what to try after a guest did not start; None if there is nothing more.
+
+    A QEMU that ends by itself under KVM is tried once more with a processor that lacks what hosts
+    and hypervisors below them most often disagree about. Then, and if nothing boots or KVM cannot
+    run the guest's code, it is TCG, unless KVM was asked for.
+
+    Args:
+        error: how the attempt with ``current`` ended.
+        wanted: the setting ``accel``.
+        cpu: the setting ``cpu``; it is used as it is or not at all.
+    """
+    if current.name != "kvm" or not isinstance(
+        error, (BootTimeoutError, GuestStoppedError, QemuError)
+    ):
+        return None
+    if isinstance(error, QemuError) and current.cpu is None and not cpu:
+        return Accelerator("kvm", "without arch-capabilities", _CAREFUL_CPU)
+    if wanted == "kvm" or cpu.split(",")[0] == "host":
+        return None
+    if isinstance(error, BootTimeoutError):
+        reason = "nothing booted under KVM"
+    elif isinstance(error, GuestStoppedError):
+        reason = "KVM cannot run the guest's code"
+    else:
+        reason = "QEMU does not start under KVM"
+    return Accelerator("tcg", reason)
 
 
 def why_not_kvm(

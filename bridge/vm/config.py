@@ -8,8 +8,9 @@ path lies in the file system, and nobody else can connect.
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from bridge.device.abi import VECTORS
 from bridge.errors import UsageError
@@ -42,9 +43,16 @@ _QCOW2_MAGIC = b"QFI\xfb"
 """``docs/interop/qcow2.txt`` in QEMU."""
 
 
+_WIRING = {"wiring": True}
+"""The metadata of fields of :class:`MachineConfig` that are no part of what the machine is."""
+
+
 @dataclass(frozen=True)
 class MachineConfig:
     """A virtual machine, as far as it is decided before it starts.
+
+    Most fields say what the machine is; a snapshot fits that machine alone. The others are wiring:
+    they differ between runs, are in no device's state, and :attr:`identity` is without them.
 
     ``disk`` is a read-only image (virtio, ``/dev/vda``); ``image`` a user's own raw or qcow2 disk
     (virtio as well), of which the guest gets a throw-away copy-on-write view: it is never written.
@@ -65,29 +73,42 @@ class MachineConfig:
     memory_mib: int = 256
     cpus: int = 1
     cpu: str | None = None
-    endpoints: tuple[Endpoint, ...] = ()
-    coverage_epoch: EpochWord | None = None
-    gate: Path | None = None
+    endpoints: tuple[Endpoint, ...] = field(default=(), metadata=_WIRING)
+    coverage_epoch: EpochWord | None = field(default=None, metadata=_WIRING)
+    gate: Path | None = field(default=None, metadata=_WIRING)
     network: bool = True
-    ssh_port: int = 0
-    boot_timeout: float | None = None
+    ssh_port: int = field(default=0, metadata=_WIRING)
+    boot_timeout: float | None = field(default=None, metadata=_WIRING)
     qemu: str = DEFAULT_QEMU
     sandbox: bool = True
-    plugin: Path | None = None
+    plugin: Path | None = field(default=None, metadata=_WIRING)
     extra_args: tuple[str, ...] = ()
-    name: str = field(default="kcov-bridge")
+    name: str = field(default="kcov-bridge", metadata=_WIRING)
 
     def __post_init__(self) -> None:
         if self.memory_mib < 32:
             raise UsageError(f"{self.memory_mib} MiB of guest memory boot no kernel")
         if self.cpus < 1:
-            raise UsageError(f"a machine with {self.cpus} processors makes no sense")
+            raise UsageError(f"a machine has at least one processor, not {self.cpus}")
         if self.initrd is not None and self.kernel is None:
             raise UsageError("an initrd needs a kernel")
         for what in ("kernel", "initrd", "disk", "image"):
             path = getattr(self, what)
             if path is not None and not path.is_file():
                 raise UsageError(f"the {what} {path} is not there, or is not a file")
+
+    @property
+    def identity(self) -> MachineConfig:
+        """The same machine without its wiring."""
+        wiring: dict[str, Any] = {
+            each.name: each.default for each in fields(self) if each.metadata == _WIRING
+        }
+        return replace(self, **wiring)
+
+    @property
+    def cpu_model(self) -> str:
+        """QEMU's ``-cpu``."""
+        return self.cpu or self.accelerator.cpu or _CPU[self.accelerator.name]
 
     @property
     def boot_seconds(self) -> float:
@@ -206,7 +227,7 @@ def _machine(config: MachineConfig) -> list[str]:
         # What a server has no use for costs boot time: every device is probed by the firmware.
         *("-machine", "q35,hpet=off,sata=off,smbus=off,vmport=off,usb=off"),
         *("-accel", config.accelerator.name),
-        *("-cpu", config.cpu or _CPU[config.accelerator.name]),
+        *("-cpu", config.cpu_model),
         *("-m", str(config.memory_mib), "-smp", str(config.cpus)),
         # A guest that panics, reboots or switches itself off ends QEMU, which tells why.
         *("-action", "panic=shutdown,reboot=shutdown,shutdown=poweroff"),

@@ -26,7 +26,6 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from bridge.device import abi
@@ -58,15 +57,16 @@ def fingerprint(
 ) -> str:
     """What a snapshot of a machine depends on: 16 hex digits.
 
-    That is QEMU's command line, but for what differs between runs and is in no device's state
-    (descriptors, the plugin, the ends of the network), the files that it names and QEMU itself,
-    the kernel modules that are loaded, the region and its layout, and the host's processor (the
-    text of /proc/cpuinfo if it is not to be read from there), which gives the guest its clock's
-    pace, and under KVM its features.
+    That is QEMU's command line without wiring (:attr:`MachineConfig.identity`), the files that it
+    names and QEMU itself, the kernel modules that are loaded, the region and its layout, and the
+    host's processor (the text of /proc/cpuinfo if it is not to be read from there), which gives the
+    guest its clock's pace, and under KVM its features; under KVM the host's kernel too.
     """
-    plain = replace(config, endpoints=(), coverage_epoch=None, gate=None, ssh_port=0, plugin=None)
     fds = BackendFds(0, 0, 0, 0, memory=MemoryFds(0, 0))
-    parts = [str(_FORMAT), *qemu_command(plain, fds)]
+    parts = [str(_FORMAT), *qemu_command(config.identity, fds)]
+    if config.accelerator.name == "kvm":
+        # KVM keeps a part of the devices' state, in a form of its own.
+        parts.append(os.uname().release)
     program = shutil.which(config.qemu)
     for file in (program, config.kernel, config.initrd, config.disk):
         if file is not None:
@@ -115,8 +115,9 @@ class Snapshot:
                     if size != data["files"][name]:
                         raise ValueError(f"{name} has {size} bytes")
                     fds.append(fd)
-                # That it was used: see prune().
-                os.utime(directory)
+                # That it was used: see prune(), which finds nothing to do in a read-only cache.
+                with contextlib.suppress(OSError):
+                    os.utime(directory)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ImageError(
                     f"the snapshot {directory} cannot be used",

@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from bridge.errors import MissingDependencyError, UsageError
-from bridge.vm.accel import Accelerator, choose_accelerator, why_not_kvm
+from bridge.errors import (
+    BootTimeoutError,
+    BridgeError,
+    GuestPanicError,
+    GuestStoppedError,
+    MissingDependencyError,
+    QemuError,
+    UsageError,
+)
+from bridge.vm.accel import Accelerator, choose_accelerator, next_accelerator, why_not_kvm
 
 PLAIN = "processor\t: 0\nflags\t\t: fpu vme de pse tsc msr\nbugs\t\t:\n"
 
@@ -77,3 +85,65 @@ def test_on_this_machine_the_choice_has_a_reason() -> None:
     chosen = choose_accelerator("auto")
     assert chosen.reason
     assert (chosen.name == "kvm") == (why_not_kvm() is None)
+
+
+KVM = Accelerator("kvm", "test")
+CAREFUL = Accelerator("kvm", "test", "host,-arch-capabilities")
+DIED = QemuError("QEMU was killed by SIGABRT")
+STOPPED = GuestStoppedError("internal-error")
+LATE = BootTimeoutError("not ready")
+
+
+@pytest.mark.parametrize(
+    ("current", "error", "name", "cpu"),
+    [
+        (KVM, DIED, "kvm", "host,-arch-capabilities"),
+        (CAREFUL, DIED, "tcg", None),
+        (KVM, LATE, "tcg", None),
+        (KVM, STOPPED, "tcg", None),
+        (CAREFUL, STOPPED, "tcg", None),
+    ],
+)
+def test_next_accelerator_kvm_fails_says_what_to_try(
+    current: Accelerator, error: BridgeError, name: str, cpu: str | None
+) -> None:
+    following = next_accelerator(current, error)
+    assert following is not None
+    assert (following.name, following.cpu) == (name, cpu)
+    assert following.reason
+    assert "\n" not in str(following)
+
+
+def test_next_accelerator_kvm_asked_for_stays_kvm() -> None:
+    assert next_accelerator(KVM, DIED, wanted="kvm") is not None
+    for current, error in ((CAREFUL, DIED), (KVM, LATE), (KVM, STOPPED)):
+        assert next_accelerator(current, error, wanted="kvm") is None
+
+
+def test_next_accelerator_cpu_asked_for_is_used_or_nothing() -> None:
+    assert next_accelerator(KVM, DIED, cpu="host") is None
+    assert next_accelerator(KVM, DIED, cpu="host,-vmx") is None
+    following = next_accelerator(KVM, DIED, cpu="qemu64")
+    assert following is not None
+    assert following.name == "tcg"
+
+
+@pytest.mark.parametrize(
+    "error", [UsageError("x"), MissingDependencyError("x"), GuestPanicError("x")]
+)
+def test_next_accelerator_other_failure_is_the_answer(error: BridgeError) -> None:
+    assert next_accelerator(KVM, error) is None
+
+
+@pytest.mark.parametrize("error", [DIED, LATE, STOPPED])
+def test_next_accelerator_tcg_fails_there_is_no_other(error: BridgeError) -> None:
+    assert next_accelerator(Accelerator("tcg", "test"), error) is None
+
+
+def test_next_accelerator_attempts_come_to_an_end() -> None:
+    current: Accelerator | None = KVM
+    tried = []
+    while current is not None:
+        tried.append((current.name, current.cpu))
+        current = next_accelerator(current, DIED)
+    assert tried == [("kvm", None), ("kvm", "host,-arch-capabilities"), ("tcg", None)]
