@@ -121,9 +121,13 @@ def boot(out: str | os.PathLike[str] | None = None, **settings: Any) -> Session:
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        # Defined in pyproject.toml, and by that in what is installed.
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("kcov-bridge")
+        try:
+            return version("kcov-bridge")
+        except PackageNotFoundError:
+            return "(not installed)"
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES.get(name, "bridge.errors")), name)

@@ -29,10 +29,10 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 from typing import Any, Protocol, TextIO, cast
 
+import bridge
 from bridge.cli.streams import Streams, own_streams, reserve_descriptors
 from bridge.errors import BridgeError, UsageError
 
@@ -150,13 +150,6 @@ def _fill(name: str, parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(function=module.run)
 
 
-def _version() -> str:
-    try:
-        return version(_PROGRAM)
-    except PackageNotFoundError:
-        return "(not installed)"
-
-
 def make_parser(*, complete: bool = False) -> argparse.ArgumentParser:
     """Return the parser of the command.
 
@@ -169,7 +162,7 @@ def make_parser(*, complete: bool = False) -> argparse.ArgumentParser:
         "coverage of\nthe host code that serves them, and of the guest kernel itself.",
         epilog=_EPILOG,
     )
-    parser.add_argument("--version", action="version", version=f"{_PROGRAM} {_version()}")
+    parser.add_argument("--version", action="version", version=f"{_PROGRAM} {bridge.__version__}")
     _add_common(parser)
     commands = parser.add_subparsers(dest="subcommand", metavar="COMMAND")
     for name, text in _SUBCOMMANDS.items():

@@ -13,13 +13,13 @@ import importlib
 import logging
 import socket
 import threading
-import traceback
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from bridge.errors import TargetError
 from bridge.targets import DEFAULT_TARGET, MOUNT_POINT, TARGET_ADDRESS, Endpoint
+from bridge.targets.thread import foreign, traceback_of
 from bridge.targets.tree import Entry, built_in, read_directory
 
 __all__ = ["GUEST_PORT", "Plan9Target"]
@@ -44,22 +44,21 @@ _MAX_MESSAGE = 16 << 20
 class _WholeMessages(asyncio.Protocol):
     """Hands a 9P server protocol one whole message at a time.
 
-    TCP cuts a stream where it likes, while pyroute2's server takes each piece it receives for a
-    row of whole messages: it drops a request that comes in two segments, and its client waits for
-    the answer for ever: ``dd bs=8192 of=FILE`` on the mount hangs in the guest. So the messages
-    are put together here, before the server sees them.
+    TCP may cut a message in two. pyroute2's server takes each piece for whole messages and drops
+    the rest, and its client waits for ever: ``dd bs=8192 of=FILE`` on the mount hangs in the guest.
+    So messages are put together here, before the server sees them.
     """
 
     def __init__(self, inner: asyncio.Protocol, open_now: set[asyncio.Transport]) -> None:
         self._inner = inner
         self._open = open_now
         self._buffer = bytearray()
-        self._transport: asyncio.Transport | None = None
+        self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        self._open.add(transport)
+        # A server of streams is given nothing else.
+        self._transport = cast(asyncio.Transport, transport)
+        self._open.add(self._transport)
         self._inner.connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
@@ -69,7 +68,6 @@ class _WholeMessages(asyncio.Protocol):
             if not _HEADER_SIZE <= size <= _MAX_MESSAGE:
                 _log.warning("a client sent a 9P message of size %d; its connection is cut", size)
                 self._buffer.clear()
-                assert self._transport is not None
                 self._transport.abort()
                 return
             if len(self._buffer) < size:
@@ -79,8 +77,7 @@ class _WholeMessages(asyncio.Protocol):
             self._inner.data_received(message)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._transport is not None:
-            self._open.discard(self._transport)
+        self._open.discard(self._transport)
         self._inner.connection_lost(exc)
 
 
@@ -101,7 +98,7 @@ class Plan9Target:
         self._endpoints: tuple[Endpoint, ...] = ()
         self._raised_count = 0
         # Written by the thread before it ends, read after it was joined.
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         # Both belong to the thread's loop; set before start() returns.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
@@ -145,17 +142,15 @@ class Plan9Target:
         )
         self._thread = thread
         thread.start()
-        try:
-            started.result(_START_SECONDS)
-        except TimeoutError as error:
-            self._thread = None  # stuck in the server's code, which nothing can interrupt
-            raise TargetError(f"the 9P server did not start in {_START_SECONDS:g} s") from error
-        except Exception as error:
-            self.stop()
-            raise TargetError(
-                f"the 9P server raised {type(error).__name__} on start: {error}",
-                evidence="".join(traceback.format_exception(error)),
-            ) from error
+        with foreign("the 9P server", "on start"):
+            try:
+                started.result(_START_SECONDS)
+            except TimeoutError as error:
+                self._thread = None  # stuck in the server's code, which nothing can interrupt
+                raise TargetError(f"the 9P server did not start in {_START_SECONDS:g} s") from error
+            except BaseException:
+                self.stop()
+                raise
         self._endpoints = (Endpoint("9p", host_port=port, guest_port=GUEST_PORT),)
 
     def stop(self) -> None:
@@ -180,7 +175,7 @@ class Plan9Target:
         if failure is not None:
             raise TargetError(
                 f"the 9P server ended by itself: {type(failure).__name__}: {failure}",
-                evidence="".join(traceback.format_exception(failure)),
+                evidence=traceback_of(failure),
             ) from failure
 
     def _run(
@@ -189,7 +184,7 @@ class Plan9Target:
         with listener:
             try:
                 asyncio.run(self._serve(listener, entries, started))
-            except Exception as error:
+            except BaseException as error:
                 # Who waits for the start gets it; later there is nobody to raise it to.
                 if not started.done():
                     started.set_exception(error)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from bridge.errors import BridgeError, TargetError
 
-__all__ = ["TargetThread", "foreign", "raised"]
+__all__ = ["TargetThread", "foreign", "raised", "traceback_of"]
 
 T = TypeVar("T")
 
@@ -33,8 +33,13 @@ def raised(who: str, when: str, error: BaseException) -> TargetError:
         text = "(its text cannot be had)"
     return TargetError(
         f"{who} raised {type(error).__name__} {when}" + (f": {text}" if text else ""),
-        evidence="".join(traceback.format_exception(error)),
+        evidence=traceback_of(error),
     )
+
+
+def traceback_of(error: BaseException) -> str:
+    """Return an error with its traceback, as evidence."""
+    return "".join(traceback.format_exception(error))
 
 
 @contextlib.contextmanager
