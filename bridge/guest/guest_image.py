@@ -292,7 +292,7 @@ class OwnImage:
         if all((cached / Path(name).name).is_file() for name, _, _ in made):
             for name, home, mode in made:
                 base = Path(name).name
-                guest.upload(cached / base, f"{home}/{base}", mode)
+                guest.put(cached / base, f"{home}/{base}", mode)
             return
         self._build(guest, kernel, files)
         for name, home, mode in made:
@@ -302,7 +302,7 @@ class OwnImage:
             with cache_errors("the guest's module"), atomic_output(cached) as part:
                 part.mkdir()
                 for name, _, _ in made:
-                    guest.download(f"{_BUILT}/{name}", part / Path(name).name)
+                    guest.get(f"{_BUILT}/{name}", part / Path(name).name)
         except (CacheError, UsageError) as error:
             logger.warning("each guest has to build its module: %s", error.message)
 
@@ -321,7 +321,7 @@ class OwnImage:
         logger.info("building the module for %s in the guest, once", kernel)
         guest.run(f"mkdir -p {_BUILT}/agent {_BUILT}/module", check=True)
         for name, path in files:
-            guest.upload(path, f"{_BUILT}/{name}")
+            guest.put(path, f"{_BUILT}/{name}")
         tree = shlex.quote(_BUILD_TREE.format(kernel=kernel))
         script = (
             f"cd {_BUILT} && "

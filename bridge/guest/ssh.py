@@ -552,10 +552,6 @@ class Guest:
         except OSError as error:
             raise UsageError(f"{local} cannot be written: {error.strerror or error}") from error
 
-    # Until all callers have the new names.
-    upload = put
-    download = get
-
     # A person
 
     def shell(

@@ -79,7 +79,7 @@ def main(rounds: int = 9) -> str:
         program = Path(directory, "instances")
         compile_for_guest(build(), Path(__file__).with_name("instances.c"), program)
         with bridge.boot(target="plan9", syscall_pcs=True) as guest:
-            guest.guest.upload(program, PROGRAM, 0o755)
+            guest.guest.put(program, PROGRAM, 0o755)
             found = signals(guest, rounds)
             # The first use of anything is not the instances' own.
             held_memory(guest)

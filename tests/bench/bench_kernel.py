@@ -78,7 +78,7 @@ def _run(session: Session, before: str = "", share: int = 1) -> dict[str, float]
     """
     with tempfile.TemporaryDirectory(prefix="kcov-bridge-") as directory:
         loop = compile_for_guest(build(), _LOOP, Path(directory) / "loop")
-        session.guest.upload(loop, "/tmp/loop", 0o755)
+        session.put(loop, "/tmp/loop", 0o755)
     seconds = {}
     for name, (command, count) in WORK.items():
         work = command.format(count // share)

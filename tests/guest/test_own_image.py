@@ -153,7 +153,7 @@ def test_it_boots_and_gets_the_device_and_its_kernel_is_watched(
 
 def _one_openat(guest: Session) -> list[int]:
     """The PCs of one openat(2)."""
-    guest.guest.upload(PROGRAM, "/tmp/one_openat.c")
+    guest.guest.put(PROGRAM, "/tmp/one_openat.c")
     guest.guest.run("gcc -O2 -o /tmp/one_openat /tmp/one_openat.c", check=True)
     assert guest.ready is not None
     found = guest.guest.run(f"/tmp/one_openat {guest.ready.device} /etc/hostname", check=True)

@@ -360,28 +360,28 @@ def test_files_come_and_go_whole(guest: Guest, tmp_path: Path) -> None:
     data = os.urandom(1_000_000)
     local, remote, back = (tmp_path / name for name in ("local", "re mote'$", "back"))
     local.write_bytes(data)
-    guest.upload(local, str(remote), mode=0o750)
+    guest.put(local, str(remote), mode=0o750)
     assert remote.read_bytes() == data
     assert remote.stat().st_mode & 0o777 == 0o750
-    guest.download(str(remote), back)
+    guest.get(str(remote), back)
     assert back.read_bytes() == data
-    guest.upload(b"", str(remote))
+    guest.put(b"", str(remote))
     assert remote.read_bytes() == b""
     assert not list(tmp_path.glob(".back*"))
 
 
 def test_files_that_cannot_be(guest: Guest, tmp_path: Path) -> None:
     with pytest.raises(GuestSetupError, match="cannot write /no/such/file") as caught:
-        guest.upload(b"x", "/no/such/file")
+        guest.put(b"x", "/no/such/file")
     assert caught.value.evidence
     with pytest.raises(GuestSetupError, match="cannot read /no/such/file") as caught:
-        guest.download("/no/such/file", tmp_path / "back")
+        guest.get("/no/such/file", tmp_path / "back")
     assert "No such file" in caught.value.evidence
     assert not [*tmp_path.glob("back"), *tmp_path.glob(".back*")]
     with pytest.raises(UsageError, match="cannot be read"):
-        guest.upload(tmp_path / "none", "/tmp/x")
+        guest.put(tmp_path / "none", "/tmp/x")
     with pytest.raises(UsageError, match="cannot be written"):
-        guest.download("/etc/hostname", tmp_path / "none" / "back")
+        guest.get("/etc/hostname", tmp_path / "none" / "back")
 
 
 @pytest.mark.parametrize("alive", [True, False])

@@ -86,7 +86,7 @@ def session(patience: Path) -> Iterator[Session]:
     with bridge.boot(
         target="tests.session.test_host_faults:Moody", source="python", syscall_pcs=True
     ) as session:
-        session.guest.upload(patience, "/tmp/patience", 0o755)
+        session.put(patience, "/tmp/patience", 0o755)
         yield session
         assert complaints(session) == ""
 
@@ -188,7 +188,7 @@ from pathlib import Path
 import bridge
 from tests.support.guests import complaints
 with bridge.boot(target="none", source="python", syscall_pcs=True) as session:
-    session.guest.upload(Path(sys.argv[1]), "/tmp/patience", 0o755)
+    session.put(Path(sys.argv[1]), "/tmp/patience", 0o755)
     session.run(["/tmp/patience", "6000"], timeout=60, stdout=lambda data: os.write(1, data))
     print(session.run(["/tmp/patience", "200"], timeout=60).text.replace("\\n", " "), flush=True)
     print("complaints:", complaints(session))

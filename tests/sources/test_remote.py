@@ -265,7 +265,7 @@ def test_a_guest_gets_what_is_done_on_its_behalf(
         tmp_path / "remote",
     )
     with bridge.boot(target="handle_target:Target", source="python") as guest:
-        guest.guest.upload(program, "/tmp/remote", 0o755)
+        guest.guest.put(program, "/tmp/remote", 0o755)
         result = guest.run(f"/tmp/remote {TARGET_ADDRESS} 80 mumcu", timeout=60)
         assert result.exit_status == 0, result.stderr
         rows = [row.split() for row in result.text.splitlines()]

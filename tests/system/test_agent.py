@@ -41,7 +41,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     # A region of 64 MiB holds sixteen areas of the size that kcov-exec makes by default.
     settings = Settings(target="none", source="python", syscall_pcs=True, region=64)
     with Session(settings, out) as session:
-        session.guest.upload(program, "/usr/local/bin/follow", 0o755)
+        session.put(program, "/usr/local/bin/follow", 0o755)
         yield session
 
 

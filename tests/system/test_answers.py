@@ -164,10 +164,10 @@ def test_answers(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ) as session:
         assert session.doorbell is not None
         assert session.device is not None
-        session.guest.upload(program, "/tmp/answers", 0o755)
+        session.put(program, "/tmp/answers", 0o755)
         pcs = tmp_path / "pcs"
         pcs.write_text("".join(f"{pc:x}\n" for pc in branches(session, f"answers_{kind}.py", text)))
-        session.guest.upload(pcs, "/tmp/pcs", 0o644)
+        session.put(pcs, "/tmp/pcs", 0o644)
         before = session.doorbell.counters.requests
         words = ["/tmp/answers", TARGET_ADDRESS, "80", "/tmp/pcs"]
         result = session.run([*words, str(THREADS), str(calls), SEED], timeout=120 + calls / 500)

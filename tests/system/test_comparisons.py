@@ -40,7 +40,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_it_is_refused(program: Path, comparisons: bool, personality: str, error: int) -> None:
     with bridge.boot(target="plan9", comparisons=comparisons, personality=personality) as session:
-        session.guest.upload(program, "/tmp/compare", 0o755)
+        session.put(program, "/tmp/compare", 0o755)
         result = session.run(f"/tmp/compare {WORDS} {FILE}", timeout=60)
         assert result.text == f"errno {error}\n", result.stderr.decode()
         assert session.run("kcov-exec -c -- true").exit_status == 125
@@ -55,7 +55,7 @@ def session(program: Path) -> Iterator[Session]:
     before = take_away_pyroute2()
     try:
         with bridge.boot(target="plan9", source="python", comparisons=True) as session:
-            session.guest.upload(program, "/tmp/compare", 0o755)
+            session.put(program, "/tmp/compare", 0o755)
             yield session
     finally:
         take_away_pyroute2()

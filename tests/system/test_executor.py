@@ -44,7 +44,7 @@ def session(request: pytest.FixtureRequest, programs: dict[str, Path]) -> Iterat
         target="plan9", source="python", syscall_pcs=True, cpus=request.param
     ) as session:
         for name, program in programs.items():
-            session.guest.upload(program, f"/tmp/{name}", 0o755)
+            session.put(program, f"/tmp/{name}", 0o755)
         yield session
 
 

@@ -162,7 +162,7 @@ def test_another_kernel_in_the_place_of_this_one(tmp_path: Path) -> None:
             (image.vmlinuz, "kernel"),
             (image.initrd, "initrd"),
         ):
-            session.guest.upload(local, f"/tmp/{name}", 0o755)
+            session.put(local, f"/tmp/{name}", 0o755)
         # It never ends: there is nobody left to say so.
         session.run("setsid /tmp/kexec /tmp/kernel /tmp/initrd </dev/null >/dev/ttyS0 2>&1 &")
         offsets: list[int | None] = [kernel.offset]

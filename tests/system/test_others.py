@@ -21,7 +21,7 @@ PROGRAM = Path(__file__).parent / "others.c"
 def test_tasks_that_own_nothing(session: Session, event: str, tmp_path: Path) -> None:
     """One tracepoint each: once somebody else is on either, the flags are left alone."""
     program = compile_for_guest(build(), PROGRAM, tmp_path / "others")
-    session.guest.upload(program, "/tmp/others", 0o755)
+    session.put(program, "/tmp/others", 0o755)
 
     def run(*words: str) -> dict[str, int]:
         result = session.run(["/tmp/others", *words], timeout=120)

@@ -45,7 +45,7 @@ def session(request: pytest.FixtureRequest, program: Path) -> Iterator[Session]:
     with bridge.boot(
         target="none", source=source, personality=personality, cpus=cpus, syscall_pcs=True
     ) as session:
-        session.guest.upload(program, "/tmp/removal", 0o755)
+        session.put(program, "/tmp/removal", 0o755)
         yield session
 
 

@@ -47,7 +47,7 @@ def test_suspended_guest_is_lost_at_once_and_reset_rescues_it(
 ) -> None:
     for _ in range(2):
         session.reset()
-        session.guest.upload(suspend, "/tmp/suspend", 0o755)
+        session.put(suspend, "/tmp/suspend", 0o755)
         with pytest.raises(GuestStoppedError, match="suspended itself to memory") as caught:
             session.kcov(["/tmp/suspend"], timeout=90)
         assert "reset()" in caught.value.hint

@@ -57,7 +57,7 @@ def own_memory() -> int:
 
 def program(name: str, session: Session, directory: Path) -> None:
     built = compile_for_guest(build(), HERE / f"{name}.c", directory / name)
-    session.guest.upload(built, f"/tmp/{name}", 0o755)
+    session.put(built, f"/tmp/{name}", 0o755)
 
 
 @pytest.mark.parametrize("personality", ["linux", "gvisor"])

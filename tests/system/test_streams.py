@@ -63,7 +63,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     settings = Settings(target="none", source="python", syscall_pcs=True, region=64)
     with Session(settings, out) as session:
         for program in (follow, ways, static):
-            session.guest.upload(program, f"/usr/local/bin/{program.name}", 0o755)
+            session.put(program, f"/usr/local/bin/{program.name}", 0o755)
         yield session
 
 
@@ -132,8 +132,8 @@ def test_program_with_address_sanitizer_runs_and_is_traced(
         image, Path(__file__).with_name("follow.c"), tmp_path / "follow-asan", flags=flags
     )
     libraries = base_directory(image.recipe, image.base_fingerprint) / "build-root" / "usr" / "lib"
-    session.guest.upload(program, "/usr/local/bin/follow-asan", 0o755)
-    session.guest.upload(next(libraries.rglob("libasan.so.?")), "/usr/lib/libasan.so.8", 0o644)
+    session.put(program, "/usr/local/bin/follow-asan", 0o755)
+    session.put(next(libraries.rglob("libasan.so.?")), "/usr/lib/libasan.so.8", 0o644)
     # LeakSanitizer needs ptrace, which it says where it is not there.
     result = session.kcov(["env", "ASAN_OPTIONS=detect_leaks=0", "follow-asan", "calls"])
     assert (result.exit_status, result.stderr) == (0, b"")

@@ -141,9 +141,9 @@ def test_a_timeout_kills_what_runs_in_the_guest(booted: Booted) -> None:
 def test_files_go_there_and_back(booted: Booted, tmp_path: Path) -> None:
     data = os.urandom(1_000_000)
     (tmp_path / "there").write_bytes(data)
-    booted.guest.upload(tmp_path / "there", "/run/there", 0o700)
+    booted.guest.put(tmp_path / "there", "/run/there", 0o700)
     assert booted.guest.run("stat -c %a:%s /run/there").text == "700:1000000\n"
-    booted.guest.download("/run/there", tmp_path / "back")
+    booted.guest.get("/run/there", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == data
 
 

@@ -111,8 +111,8 @@ def main() -> int:
         program = compile_for_guest(build(), SOURCE, Path(directory) / "oracle")
         known = Path(directory) / "addresses"
         known.write_bytes(addresses(image, symbols))
-        session.guest.upload(program, "/tmp/oracle", 0o755)
-        session.guest.upload(known, "/tmp/addresses")
+        session.put(program, "/tmp/oracle", 0o755)
+        session.put(known, "/tmp/addresses")
         devices = ("/sys/kernel/debug/kcov", "/sys/kernel/debug/kcov_bridge")
         result = session.run(
             ["/tmp/oracle", *devices, "/tmp/addresses", str(arguments.calls), str(arguments.busy)],

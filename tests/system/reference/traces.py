@@ -28,13 +28,13 @@ def record(session: Session, device: str, rounds: int) -> list[Trace]:
     """Each kind of call ``rounds`` times, in turn, through this device of the guest."""
     with tempfile.TemporaryDirectory(prefix="kcov-bridge-") as directory:
         program = compile_for_guest(build(), SOURCE, Path(directory) / "calls")
-        session.guest.upload(program, "/tmp/calls", 0o755)
+        session.put(program, "/tmp/calls", 0o755)
         result = session.guest.run(
             ["/tmp/calls", device, "/tmp/traces", str(rounds)], timeout=1800, check=True
         )
         names = result.text.split()
         local = Path(directory) / "traces"
-        session.guest.download("/tmp/traces", local)
+        session.get("/tmp/traces", local)
         words = array("Q", local.read_bytes())
     traces = []
     at = 0
