@@ -18,10 +18,13 @@ ANSWERS ?= 10000000
 # What packages are for: building images takes one more where this is not root.
 KINDS := run $(if $(filter 0,$(shell id -u)),,user)
 
+# What ruff formats.
+SOURCES := bridge tests examples docs setup.py
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help run image bench test test-unit test-all storm answers executor kills conformance reference lint format venv packages packages-test clean distclean
+.PHONY: help run image bench test test-unit test-all storm answers executor kills conformance reference lint docs dist format venv packages packages-test clean distclean
 
 help: ## this help
 	@awk -F ' ## ' '/^[a-z-]+:.* ## / { split($$1, name, ":"); printf "make %-11s %s\n", name[1], $$2 }' \
@@ -87,9 +90,16 @@ reference: packages-test $(VENV)/installed-dev ## ask a kernel built with kcov (
 lint: $(VENV)/installed-dev ## run the linters alone
 	$(VENV)/bin/python -m pytest -q tests/test_lint.py
 
+docs: $(VENV)/installed-dev ## build the API reference into build/docs
+	$(VENV)/bin/python docs/api.py build/docs
+	@echo "open build/docs/index.html"
+
+dist: $(VENV)/installed-dev ## build the wheel and the source distribution into dist/
+	$(VENV)/bin/python -m build
+
 format: $(VENV)/installed-dev ## format the Python sources
-	$(VENV)/bin/ruff check --fix --quiet bridge tests
-	$(VENV)/bin/ruff format bridge tests
+	$(VENV)/bin/ruff check --fix --quiet $(SOURCES)
+	$(VENV)/bin/ruff format $(SOURCES)
 
 venv: $(VENV)/installed-dev ## make .venv with everything for work on the project
 

@@ -154,15 +154,29 @@ def test_metadata_names_every_licence_and_ships_its_text(wheel: Path) -> None:
     assert "Operating System :: POSIX :: Linux" in head.get_all("Classifier", [])
 
 
-def test_installed_wheel_runs_a_command_in_a_guest(programs: Path, elsewhere: Path) -> None:
-    image = build()
-    path = _call(programs / "kcov-bridge", "image", "path", cwd=elsewhere).stdout.strip()
-    assert Path(path) == image.directory, "the same sources make the same image"
-    done = _call(programs / "kcov-bridge", "run", "--source", "python", cwd=elsewhere)
-    summary = json.loads((elsewhere / "build" / "run" / "summary.json").read_text())
+def test_readme_quick_start_works_in_an_empty_directory(wheel: Path, tmp_path: Path) -> None:
+    """Each line of it, with the wheel in the place of a package from a registry."""
+    build()
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = page.split("## Quick start as a command\n")[1]
+    (block, *_) = re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    assert block.count("pip install kcov-bridge ") == 1
+    block = block.replace("pip install kcov-bridge ", f"pip install --quiet {wheel} ")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = _call("bash", "-euo", "pipefail", "-c", block, cwd=tmp_path, env={"PATH": path})
+    summary = json.loads((tmp_path / "build" / "run" / "summary.json").read_text())
     assert summary["exit_status"] == 0, done.stderr
     assert summary["pcs"] > 100
     assert summary["lost_pcs"] == 0
+    places = done.stdout.splitlines()[-10:]
+    assert places[0].startswith("0x")
+    assert re.search(r":\d+\.\d+,|\+0x", places[1])
+
+
+def test_installed_wheel_finds_the_checkouts_image(programs: Path, elsewhere: Path) -> None:
+    """The same sources have the same fingerprint, so nothing is built again."""
+    path = _call(programs / "kcov-bridge", "image", "path", cwd=elsewhere).stdout.strip()
+    assert Path(path) == build().directory
 
 
 LIBRARY = """

@@ -263,7 +263,7 @@ class Machine:
         if shutil.which(self.config.qemu) is None:
             raise MissingDependencyError(
                 f"QEMU ({self.config.qemu}) is not installed, or not an executable file",
-                hint="install it: the Debian package is qemu-system-x86",
+                hint="`kcov-bridge setup` installs Debian's; --qemu PROGRAM names another",
             )
         self._started_at = time.monotonic()
         self._process = spawn(

@@ -182,7 +182,7 @@ def test_page_names_only_what_exists(page: str) -> None:
             words = words[1:]
         if words[:1] == ["make"] and len(words) > 1 and re.fullmatch("[a-z-]+", words[1]):
             wrong += [f"make {words[1]}"] if words[1] not in TARGETS else []
-        if words[:1] != ["kcov-bridge"] or len(words) < 2 or words[1].startswith("-"):
+        if words[:1] != ["kcov-bridge"] or len(words) < 2 or not words[1].islower():
             continue
         if words[1] not in COMMANDS:
             wrong.append(line)

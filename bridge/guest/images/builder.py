@@ -684,7 +684,7 @@ def _require_programs() -> None:
     if missing:
         raise MissingDependencyError(
             f"building an image needs: {', '.join(missing)}",
-            hint=f"on Debian: apt-get install {' '.join(missing)}",
+            hint="`kcov-bridge setup` installs them on Debian",
         )
 
 

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples and the README's library quick start, as their pages say to run them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+pytestmark = pytest.mark.vm
+
+EXAMPLES = ROOT / "examples"
+
+
+def _blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page in one language."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of ``examples/``, since they leave results where they run."""
+    return Path(shutil.copytree(EXAMPLES, tmp_path_factory.mktemp("copy") / "examples"))
+
+
+def _shell(block: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block],
+        cwd=cwd,
+        env={**os.environ, "PATH": path},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def _block_that_has(word: str) -> str:
+    (found,) = [block for block in _blocks(EXAMPLES / "README.md", "sh") if word in block]
+    return found
+
+
+def test_example_target_is_covered_by_a_guest_that_uses_it(directory: Path) -> None:
+    done = _shell(_block_that_has("key_value_target"), directory)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "stored"
+    assert any(line.startswith("key_value.py:") for line in lines)
+
+
+def test_example_program_prints_pcs_of_the_target(directory: Path) -> None:
+    done = _shell(_block_that_has("run_program"), directory)
+    lines = done.stdout.splitlines()
+    assert lines
+    for line in lines:
+        assert re.fullmatch(r"0x[0-9a-f]{16} pyroute2/plan9/\S+:\d+\.\d+,\d+\.\d+", line), line
+
+
+def test_example_script_tells_what_each_command_reached_first(directory: Path) -> None:
+    done = _shell(_block_that_has("new_blocks"), directory)
+    heads = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
+    assert len(heads) == 2
+    for head, command in zip(heads, ("ls /mnt/target", "cat /mnt/target/README"), strict=True):
+        match = re.fullmatch(rf"{command}: status 0, (\d+) new blocks", head)
+        assert match
+        assert int(match[1]) > 0
+
+
+def test_example_commands_are_all_run_by_these_tests() -> None:
+    assert len(_blocks(EXAMPLES / "README.md", "sh")) == 3
+    page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\w+\.(?:py|c)\b", page))
+    assert named == {path.name for path in EXAMPLES.iterdir()} - {"README.md"}
+
+
+def test_readme_library_quick_start_prints_status_and_places(tmp_path: Path) -> None:
+    (block,) = _blocks(ROOT / "README.md", "python")
+    (tmp_path / "quick.py").write_text(block)
+    done = _shell("python quick.py", tmp_path)
+    first, *places = done.stdout.splitlines()
+    status, count = map(int, first.split())
+    assert status == 0
+    assert count > 0
+    assert len(places) == 5
+    assert all(re.match(r"0x[0-9a-f]{16} \S", place) for place in places)
