@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# Plain `make` prints help, made from the comments after ##.
+# Plain `make` prints help, made from the comments after ## and the headings after ##@.
 
 VENV ?= .venv
 OUT ?= build/run
@@ -26,8 +26,9 @@ SOURCES := bridge tests examples docs setup.py
 .SUFFIXES:
 .PHONY: help run image bench test test-unit test-all storm answers executor kills conformance reference lint docs dist format venv packages packages-test clean distclean
 
-help: ## this help
-	@awk -F ' ## ' '/^[a-z-]+:.* ## / { split($$1, name, ":"); printf "make %-11s %s\n", name[1], $$2 }' \
+help: ## print this help
+	@awk -F ' ## ' '/^##@/ { print "\n" substr($$0, 5) } \
+		/^[a-z-]+:.* ## / { split($$1, name, ":"); printf "make %-11s %s\n", name[1], $$2 }' \
 		$(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo 'Variables: OUT=$(OUT) (where `make run` puts its results), ARGS="..." (more arguments for'
@@ -36,32 +37,36 @@ help: ## this help
 	@echo '  make test ARGS="-k config"'
 	@echo '  make conformance ARGS="--kernel debug"   (with lockdep, KASAN, ...; built as by reference)'
 
-run: packages $(VENV)/installed ## install what is missing, boot a guest, run the default workload under kcov
+##@ Use
+
+run: packages $(VENV)/installed ## install what is missing, boot a guest and run the default workload under kcov
 	$(VENV)/bin/kcov-bridge run --out $(OUT) $(ARGS)
 
 image: packages $(VENV)/installed ## build the default guest image
 	$(VENV)/bin/kcov-bridge image build $(ARGS)
 
-bench: packages-test $(VENV)/installed-bench ## measure what the bridge costs, on a quiet machine (minutes): build/bench.json
+bench: packages-test $(VENV)/installed-bench ## measure what the bridge costs; needs a quiet machine and minutes: build/bench.json
 	@mkdir -p build
 	-@.ci/install-packages bench
 	$(VENV)/bin/kcov-bridge bench -o build/bench.json --plot build/bench.svg $(ARGS)
 
-test: packages-test $(VENV)/installed-dev ## run all tests, those in virtual machines too
+##@ Test
+
+test: packages-test $(VENV)/installed-dev ## run all tests; boots virtual machines (many minutes without KVM)
 	@mkdir -p build
 	@status=0; $(VENV)/bin/python -m pytest $(ARGS) || status=$$?; \
 		echo $$status >build/test.status; exit $$status
 
-test-unit: packages-test $(VENV)/installed-dev ## run the tests that need no virtual machine (seconds)
+test-unit: packages-test $(VENV)/installed-dev ## run the tests that need no virtual machine (a minute or two)
 	$(VENV)/bin/python -m pytest -m 'not vm and not bench' $(ARGS)
 
-executor: packages-test $(VENV)/installed-dev ## run a fuzzer's kind of client for 100,000 system calls
+executor: packages-test $(VENV)/installed-dev ## run a client like a fuzzer's for 100,000 system calls
 	KCOV_BRIDGE_EXECUTOR=100000 $(VENV)/bin/python -m pytest tests/system/test_executor.py -k an_executor $(ARGS)
 
-kills: packages-test $(VENV)/installed-dev ## kill 200 runs at random moments: is anything left?
+kills: packages-test $(VENV)/installed-dev ## kill 200 runs at random moments and check that nothing is left
 	KCOV_BRIDGE_KILLS=200 $(VENV)/bin/python -m pytest tests/cli/test_kills.py $(ARGS)
 
-test-all: packages-test ## run the tests that need no virtual machine, on each Python of PYTHONS that is found
+test-all: packages-test ## run test-unit on each Python of PYTHONS that is found
 	@found=; for version in $(PYTHONS); do \
 		for python in "$$(command -v python$$version)" "$$HOME"/.pyenv/versions/$$version.*/bin/python; do \
 			"$$python" -c '' 2>/dev/null || continue; \
@@ -75,19 +80,21 @@ test-all: packages-test ## run the tests that need no virtual machine, on each P
 	[ -n "$$found" ] || { echo "none of Python $(PYTHONS) is here"; exit 2; }; \
 	echo "passed on Python$$found"
 
-storm: packages-test $(VENV)/installed-dev ## let a hostile guest scribble ten million times (a minute or two)
+storm: packages-test $(VENV)/installed-dev ## let a hostile guest scribble over the region ten million times (minutes)
 	KCOV_BRIDGE_STORM=$(STORM) $(VENV)/bin/python -m pytest -s tests/system/test_storm.py $(ARGS)
 
-answers: packages-test $(VENV)/installed-dev ## is what answered a call in its area, ten million times (minutes)
+answers: packages-test $(VENV)/installed-dev ## check ten million times that a call finds its own PCs (minutes)
 	KCOV_BRIDGE_ANSWERS=$(ANSWERS) $(VENV)/bin/python -m pytest -s tests/system/test_answers.py $(ARGS)
 
-conformance: packages-test $(VENV)/installed-dev ## run kcov's rules in guests: linux and gvisor, on 1 and 4 vCPUs
+conformance: packages-test $(VENV)/installed-dev ## check kcov's rules in guests: linux and gvisor, on 1 and 4 vCPUs
 	$(VENV)/bin/python -m tests.system.conformance $(ARGS)
 
-reference: packages-test $(VENV)/installed-dev ## ask a kernel built with kcov (many minutes; no part of the tests)
+reference: packages-test $(VENV)/installed-dev ## check the same rules on a kernel built with kcov (many minutes)
 	$(VENV)/bin/python -m tests.system.conformance --reference $(ARGS)
 
-lint: $(VENV)/installed-dev ## run the linters alone
+##@ Develop
+
+lint: $(VENV)/installed-dev ## run the linters
 	$(VENV)/bin/python -m pytest -q tests/test_lint.py
 
 docs: $(VENV)/installed-dev ## build the API reference into build/docs
@@ -101,7 +108,7 @@ format: $(VENV)/installed-dev ## format the Python sources
 	$(VENV)/bin/ruff check --fix --quiet $(SOURCES)
 	$(VENV)/bin/ruff format $(SOURCES)
 
-venv: $(VENV)/installed-dev ## make .venv with everything for work on the project
+venv: $(VENV)/installed-dev ## make .venv with all that development needs
 
 packages:
 	@.ci/install-packages $(KINDS)
@@ -122,7 +129,7 @@ $(VENV)/installed-bench: pyproject.toml .ci/make-venv bridge/device/fastpath/com
 	.ci/make-venv $(VENV) bench
 	@touch $(VENV)/installed $@
 
-clean: ## remove what was built here (images in the cache stay: kcov-bridge image rm)
+clean: ## remove what was built here; images in the cache stay (kcov-bridge image rm --all)
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find bridge tests -name __pycache__ -type d -prune -exec rm -rf {} +
 

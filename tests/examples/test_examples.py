@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, sources
 
 pytestmark = pytest.mark.vm
 
@@ -80,7 +80,7 @@ def test_example_commands_are_all_run_by_these_tests() -> None:
     assert len(_blocks(EXAMPLES / "README.md", "sh")) == 3
     page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\w+\.(?:py|c)\b", page))
-    assert named == {path.name for path in EXAMPLES.iterdir()} - {"README.md"}
+    assert named == {path.name for path in sources() if path.parent == EXAMPLES} - {"README.md"}
 
 
 def test_readme_library_quick_start_prints_status_and_places(tmp_path: Path) -> None:
