@@ -117,15 +117,17 @@ packages-test:
 	@.ci/install-packages $(KINDS) test
 
 # Stamps: a second `make run` asks neither apt nor pip.
-$(VENV)/installed: pyproject.toml .ci/make-venv bridge/device/fastpath/compiled.pyx
+COMPILED := bridge/device/fastpath/compiled.pyx bridge/sources/python/tracer/compiled.pyx
+
+$(VENV)/installed: pyproject.toml .ci/make-venv $(COMPILED)
 	.ci/make-venv $(VENV)
 	@touch $@
 
-$(VENV)/installed-dev: pyproject.toml .ci/make-venv bridge/device/fastpath/compiled.pyx
+$(VENV)/installed-dev: pyproject.toml .ci/make-venv $(COMPILED)
 	.ci/make-venv $(VENV) dev
 	@touch $(VENV)/installed $@
 
-$(VENV)/installed-bench: pyproject.toml .ci/make-venv bridge/device/fastpath/compiled.pyx
+$(VENV)/installed-bench: pyproject.toml .ci/make-venv $(COMPILED)
 	.ci/make-venv $(VENV) bench
 	@touch $(VENV)/installed $@
 

@@ -198,14 +198,16 @@ def test_c_sources_compile_without_a_warning(name: str, tmp_path: Path) -> None:
     )
 
 
-def test_the_compiled_part_compiles_without_a_warning(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["bridge/device/fastpath/compiled.pyx", "bridge/sources/python/tracer/compiled.pyx"],
+)
+def test_the_compiled_part_compiles_without_a_warning(tmp_path: Path, name: str) -> None:
     headers = sysconfig.get_path("include")
     if not Path(headers, "Python.h").is_file():
         pytest.skip("this Python has no headers, so nothing is compiled for it")
     made = tmp_path / "compiled.c"
-    check(
-        tool("cython"), "-Wextra", "-Werror", "bridge/device/fastpath/compiled.pyx", "-o", str(made)
-    )
+    check(tool("cython"), "-Wextra", "-Werror", name, "-o", str(made))
     compiler = shutil.which("gcc")
     assert compiler is not None, "gcc is missing: make packages-test"
     check(

@@ -3,7 +3,7 @@
 
 ``consume`` asks which blocks were covered since the last time, by how many those are and by how
 many files the target has: by the source's ``consume()``, and by coverage.py's public ``get_data()``
-and ``lines()``, on the same measurement. ``target`` times Python code that
+and ``lines()``, of a coverage.py that measures the same. ``target`` times Python code that
 answers requests, under the source with a look after each request, and under plain coverage.py
 without any.
 """
@@ -60,7 +60,14 @@ def _measure_size(bench: Bench, files: int, directory: Path) -> None:
         sys.path.insert(0, str(directory))
         stack.callback(sys.path.remove, str(directory))
         stack.callback(_forget, name)
-        source = PythonSource([name], data_file=directory / f"coverage{files}")
+        # First, so that the source goes on beside it.
+        measurement = coverage.Coverage(
+            data_file=str(directory / f"coverage{files}"), config_file=False, source_pkgs=[name]
+        )
+        measurement.set_option("run:disable_warnings", ["module-not-imported"])
+        measurement.start()
+        stack.callback(measurement.stop)
+        source = PythonSource([name], data_file=None)
         source.start()
         stack.callback(source.stop)
         modules = [importlib.import_module(f"{name}.m{number}") for number in range(files)]
@@ -70,8 +77,6 @@ def _measure_size(bench: Bench, files: int, directory: Path) -> None:
         # Neighbours are in different files, as far as there are so many.
         functions = [function for group in zip(*per_module, strict=True) for function in group]
         paths = [str(Path(str(module.__file__)).resolve()) for module in modules]
-        measurement = source._coverage
-        assert measurement is not None
         turns = cycle(functions)
         source.consume()
         gc.collect()

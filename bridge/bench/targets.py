@@ -31,18 +31,15 @@ class CoveredTarget(NoTarget):
 def cover_before_each_look(source: PythonSource) -> None:
     """From now on a line of the target is new at each ``consume()``.
 
-    The line is put where coverage.py's C tracer puts it, at its cost or less: with code of the
-    target that really runs, each call would also wait for that.
+    The line is noted where the tracer notes it, at its cost or less: with code of the target that
+    really runs, each call would also wait for that.
     """
     text = _COVERED.read_text(encoding="utf-8").splitlines()
-    line = 1 + text.index("    return 42")
-    path = str(_COVERED.resolve())
-    tap = source._tap
-    assert tap is not None
+    cover = source.line_recorder(_COVERED, 1 + text.index("    return 42"))
     consume = source.consume
 
     def cover_and_consume() -> list[int]:
-        tap._data[path] = {line}
+        cover()
         return consume()
 
     source.consume = cover_and_consume  # type: ignore[method-assign]

@@ -125,15 +125,6 @@ def _python() -> Iterator[Check]:
         fits = requirement.specifier.contains(version, prereleases=True)
         detail = version if fits else f"{version} is there, {requirement.specifier} is needed"
         yield Check(name, True, fits, detail, "" if fits else remedy)
-    if importlib.util.find_spec("coverage") is not None:
-        compiled = importlib.util.find_spec("coverage.tracer") is not None
-        yield Check(
-            "coverage.py's C tracer",
-            True,
-            compiled,
-            "compiled in" if compiled else "this coverage.py is pure Python",
-            "" if compiled else "pip install --force-reinstall --only-binary :all: coverage",
-        )
 
 
 def _compiled() -> Iterator[Check]:

@@ -115,13 +115,13 @@ ComparisonCursor = Any
 class Comparisons(Protocol):
     """Where records come from: :class:`bridge.sources.comparisons.ComparisonLedger`."""
 
-    def open_cursor(self) -> ComparisonCursor:
+    def open_cursor(self) -> Any:
         """As :class:`Coverage`."""
 
-    def collect(self, cursor: ComparisonCursor) -> tuple[Sequence[Comparison], int]:
+    def collect(self, cursor: Any) -> tuple[Sequence[Comparison], int]:
         """The comparisons since the cursor's last collect, and how many more were dropped."""
 
-    def close_cursor(self, cursor: ComparisonCursor) -> None:
+    def close_cursor(self, cursor: Any) -> None:
         """As :class:`Coverage`."""
 
 
@@ -173,7 +173,7 @@ class Kcov(KcovState[Area, C], Generic[C]):
         self.mode = Mode.DISABLED
         self.size = 0
         self.retired: list[Area] = []
-        self.comparing: ComparisonCursor | None = None
+        self.comparing: Any = None
         self.compares = False
         self.handles: tuple[int, ...] = ()
         self.stream: Stream | None = None
@@ -608,7 +608,7 @@ class Device(Generic[C]):
         kcov: Kcov[C],
         area: Area,
         comparisons: Comparisons,
-        cursor: ComparisonCursor,
+        cursor: Any,
         unreported: int,
     ) -> None:
         """:meth:`syscall_return` in mode TRACE_CMP."""

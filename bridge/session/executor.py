@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from bridge.device.abi import SLOTS
+from bridge.device.abi import SLOTS, Comparison
 from bridge.device.streams import Stream
 from bridge.errors import DoorbellError
 from bridge.session.device_host import DeviceHost
-from bridge.sources.comparisons import Comparison
 
 if TYPE_CHECKING:
     from bridge.guest.ssh import CommandResult, Guest, Output

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from bridge.config import Settings
+from bridge.device.abi import Comparison
 from bridge.device.doorbell import Doorbell
 from bridge.device.kcov import Device, Personality
 from bridge.device.region import Region
@@ -44,7 +45,6 @@ from bridge.session.launcher import Attempt, Launcher, RunningGuest, first_attem
 from bridge.session.stats import Measured, Stats
 from bridge.session.status import StatusServer
 from bridge.session.target_host import InProcessTarget, TargetHost, stop_target
-from bridge.sources.comparisons import Comparison
 from bridge.sources.guest_kernel.source import GuestKernel
 from bridge.sources.ledger import Cursor
 from bridge.sources.pcs import BlockTable, Location

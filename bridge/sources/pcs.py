@@ -135,6 +135,11 @@ class FileBlocks:
             return None
         return self.pc(index)
 
+    def line_ranges(self) -> list[tuple[int, int]]:
+        """The first and the last line of each block, in the order of the text."""
+        numbers = self._numbers()
+        return list(zip(numbers[::4], numbers[2::4], strict=True))
+
     def line_pcs(self) -> list[PC]:
         """The PC of each line, by line number; 0 for a line without a block."""
         numbers = self._numbers()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Coverage on behalf of somebody: what KCOV_REMOTE_ENABLE is on the host's side.
+"""Coverage on behalf of a handle: the host's side of KCOV_REMOTE_ENABLE.
 
 A program in the guest enables handles with KCOV_REMOTE_ENABLE. A target that knows on whose behalf
 it works marks that work with the handle::
@@ -10,12 +10,15 @@ it works marks that work with the handle::
         with handle(usb_handle(bus)):
             self.parse(data)
 
-What the functions called inside the block cover, on this thread, goes to the instance that enabled
-the handle and to no other: it is in its area when the block ends. Where nobody enabled it, it goes
-to nobody (as in Linux, ``kcov_remote_start``), but to the coverage report all the same. The
-block's own function is not kept apart, and the block must not be left by ``await``.
+What this thread runs inside the block goes to the instance that enabled the handle and to no other:
+it is in its area when the block ends. Where nobody enabled it, it goes to nobody (as in Linux,
+``kcov_remote_start``), but to the coverage report all the same. The block must not be left by
+``await``, nor by a switch to another greenlet.
 
-Outside a session, and in one whose target has no Python to cover, a block does nothing.
+On a thread that no session measures, in a process that the target forked, and where the target has
+no Python to cover, a block does nothing.
+
+``bridge.sources.remote`` is the import path for targets, and stays.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,8 +41,10 @@ _SUBSYSTEM_SHIFT = 56
 _USB = 1
 _INSTANCES = 1 << 32
 
-_lock = threading.Lock()  # guards the writing of _serving
-_serving: tuple[PythonSource, Deliver] | None = None
+_lock = threading.Lock()  # guards the writing of _servings
+# Each session's source and where its coverage goes. A block belongs to those that measure its
+# thread. Replaced, never changed.
+_servings: tuple[tuple[PythonSource, Deliver], ...] = ()
 
 
 def common_handle(instance: int) -> int:
@@ -60,30 +66,30 @@ def usb_handle(bus: int) -> int:
 
 @contextlib.contextmanager
 def handle(value: int) -> Iterator[None]:
-    """What is called inside the block belongs to the handle ``value``."""
-    serving = _serving
-    if serving is None:
-        yield
-        return
-    source, deliver = serving
-    pcs: Sequence[int] = ()
+    """Mark what this thread runs inside the block as done on behalf of the handle ``value``."""
+    diverted: list[tuple[Deliver, Sequence[int]]] = []
     try:
-        with source.divert() as pcs:
+        with ExitStack() as stack:
+            for source, deliver in _servings:
+                if source.measures_this_thread:
+                    diverted.append((deliver, stack.enter_context(source.divert())))
             yield
     finally:
         # Also of a block that raises: what ran until then did run.
-        if pcs:
-            deliver(value, pcs)
+        for deliver, pcs in diverted:
+            if pcs:
+                deliver(value, pcs)
 
 
 @contextlib.contextmanager
 def serving(source: PythonSource, deliver: Deliver) -> Iterator[None]:
-    """While inside, blocks of :func:`handle` in this process have their coverage delivered."""
-    global _serving
+    """While inside, blocks of :func:`handle` on the source's threads have their PCs delivered."""
+    global _servings
+    entry = (source, deliver)
     with _lock:
-        before, _serving = _serving, (source, deliver)
+        _servings = (*_servings, entry)
     try:
         yield
     finally:
         with _lock:
-            _serving = before
+            _servings = tuple(each for each in _servings if each is not entry)

@@ -37,6 +37,7 @@ SUITE = (
     "tests/device/test_doorbell.py",
     "tests/device/test_doorbell_fuzz.py",
     "tests/sources/test_ledger.py",
+    "tests/sources/python/test_hooks.py",
     "tests/sources/python/test_source.py",
     "tests/sources/python/test_comparisons.py",
     "tests/session/test_isolated.py",

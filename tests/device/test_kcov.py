@@ -14,10 +14,11 @@ from bridge.device.abi import (
     KCOV_TRACE_CMP,
     KCOV_TRACE_PC,
     LINUX_MAX_WORDS,
+    Comparison,
 )
 from bridge.device.kcov import Device, Kcov, Mode, Personality
 from bridge.device.region import Area, Region
-from bridge.sources.comparisons import Comparison, ComparisonCursor
+from bridge.sources.comparisons import ComparisonCursor
 
 WORDS = 512
 """One page: right for both personalities."""

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from bridge.device import streams
-from bridge.device.abi import ENOTSUPP, FOLLOW_FLAG, KCOV_TRACE_PC
+from bridge.device.abi import ENOTSUPP, FOLLOW_FLAG, KCOV_TRACE_PC, Comparison
 from bridge.device.kcov import Device, Kcov, Mode, Personality
 from bridge.device.region import Area, Region
 from bridge.device.streams import PcLog, Stream, WordLog
 from bridge.errors import IncompleteError
-from bridge.sources.comparisons import Comparison, ComparisonCursor
+from bridge.sources.comparisons import ComparisonCursor
 
 ALICE, BOB, CAROL = 0x1_0000_0064, 0x2_0000_0065, 0x3_0000_0066
 AREA_WORDS = 2048

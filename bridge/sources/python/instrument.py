@@ -13,12 +13,12 @@ when it is imported, before it is compiled:
 ``x < y``                ``lt(*pair(x, y, site))``
 =======================  ===========================================================
 
-The helpers (:data:`bridge.sources.comparisons.HELPERS`, under longer names) return what they are
-given, ``lt`` is ``operator.lt``, which is built in. So each operand is evaluated once and in its
-place, the operator is applied once to the same objects, no frame is added that a traceback could
-show, and await, yield and ``:=`` stay in the function that they are in. Whatever cannot be had in
-this way is left alone: in a chain, comparisons of two operands that are no literals; operators but
-``== != < <= > >=``; annotations.
+The helpers (:data:`bridge.sources.python.recorder.HELPERS`, under longer names) return what they
+are given, ``lt`` is ``operator.lt``, which is built in. So each operand is evaluated once and in
+its place, the operator is applied once to the same objects, no frame is added that a traceback
+could show, and await, yield and ``:=`` stay in the function that they are in. Whatever cannot be
+had in this way is left alone: in a chain, comparisons of two operands that are no literals;
+operators but ``== != < <= > >=``; annotations.
 
 New code has the line of the comparison, where there is code anyway: lines, and so the coverage,
 are the same.
@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from types import CodeType, ModuleType
 from typing import Any, Final
 
-from bridge.sources.comparisons import HELPERS, number_of, site_at
+from bridge.sources.python.recorder import HELPERS, number_of, site_at
 
 __all__ = ["compile_instrumented", "instrumenting"]
 
@@ -66,7 +66,7 @@ _ANNOTATIONS: Final = frozenset({"annotation", "returns"})
 _CONDITIONS: Final = frozenset({"test", "ifs", "guard"})
 
 _LONG_NAME: Final = "__kcov_bridge_{}__"
-"""Of a helper, as :data:`bridge.sources.comparisons.HELPERS` has it."""
+"""Of a helper, as :data:`bridge.sources.python.recorder.HELPERS` has it."""
 
 
 @contextmanager

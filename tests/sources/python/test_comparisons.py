@@ -25,19 +25,13 @@ import pyroute2
 import pytest
 
 from bridge.config import Settings
-from bridge.device.abi import KCOV_CMP_CONST, KCOV_CMP_SIZE
+from bridge.device.abi import KCOV_CMP_CONST, KCOV_CMP_SIZE, Comparison
+from bridge.device.records import comparison_record
 from bridge.errors import UsageError
 from bridge.session.session import Session
-from bridge.sources.comparisons import (
-    HELPERS,
-    LIMIT,
-    Comparison,
-    ComparisonLedger,
-    Recorder,
-    comparison,
-    number_of,
-)
+from bridge.sources.comparisons import LIMIT, ComparisonLedger
 from bridge.sources.python.instrument import compile_instrumented, instrumenting
+from bridge.sources.python.recorder import HELPERS, Recorder, number_of
 from bridge.sources.python.source import PythonSource
 
 CONST = KCOV_CMP_CONST
@@ -62,7 +56,7 @@ def taken(recorder: Recorder) -> list[tuple[int, int, int]]:
     """What was noted, as type and operands."""
     noted, lost = recorder.take()
     assert lost == 0
-    records = [comparison(note, 0) for note in noted]
+    records = [comparison_record(left, right, const, 0) for _, left, right, const in noted]
     return [record[:3] for record in records if record is not None]
 
 

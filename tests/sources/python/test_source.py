@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
-import atexit
 import gc
 import importlib
 import json
@@ -16,92 +16,23 @@ import sys
 import textwrap
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from itertools import count
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
-import coverage
 import pytest
 
-from bridge.device.fastpath import LineDrain, plain
 from bridge.errors import SourceError
 from bridge.sources import Source
 from bridge.sources.pcs import BlockTable
-from bridge.sources.python import source as python_source
 from bridge.sources.python.blocks import find_blocks
+from bridge.sources.python.hooks import MEASURING
 from bridge.sources.python.source import PythonSource
+from tests.sources.python.support import MakePackage, MakeSource, executed, places
 
 ROOT = Path(__file__).resolve().parents[3]
 DATA = Path(__file__).resolve().parents[3] / "tests" / "data" / "python"
-
-MakePackage = Callable[..., str]
-MakeSource = Callable[..., PythonSource]
-
-_numbers = count()
-
-
-@pytest.fixture
-def make_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakePackage]:
-    """Writes a package of a new name with the given files, and makes it importable."""
-    made = []
-    root = tmp_path / "packages"
-    root.mkdir()
-    monkeypatch.syspath_prepend(root)
-
-    def make(files: dict[str, str | bytes] | None = None, **modules: str) -> str:
-        name = f"covered{next(_numbers)}"
-        made.append(name)
-        texts = {"__init__.py": "", **(files or {})}
-        texts.update({f"{module}.py": textwrap.dedent(text) for module, text in modules.items()})
-        for file, text in texts.items():
-            path = root / name / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(text.encode() if isinstance(text, str) else text)
-        importlib.invalidate_caches()
-        return name
-
-    yield make
-    for module in list(sys.modules):
-        if module.partition(".")[0] in made:
-            del sys.modules[module]
-
-
-@pytest.fixture
-def make_source(tmp_path: Path) -> Iterator[MakeSource]:
-    """Makes sources that are stopped at the end of the test, started or not."""
-    made: list[PythonSource] = []
-
-    def make(*packages: str, data_file: Path | None = None) -> PythonSource:
-        source = PythonSource(packages, data_file=data_file or tmp_path / ".coverage")
-        made.append(source)
-        return source
-
-    yield make
-    for source in reversed(made):
-        source.stop()
-
-
-def places(source: PythonSource, pcs: list[int] | None = None) -> list[str]:
-    """What consume() gives, as ``module:first line`` of each block."""
-    found = []
-    for pc in source.consume() if pcs is None else pcs:
-        location = source.table.lookup(pc)
-        assert location is not None
-        found.append(f"{Path(location.file).stem}:{location.block.start_line}")
-    return found
-
-
-def executed(data_file: Path | None) -> dict[str, list[int]]:
-    """The lines in a coverage file."""
-    assert data_file is not None
-    data = coverage.CoverageData(basename=str(data_file))
-    data.read()
-    try:
-        return {file: sorted(data.lines(file) or []) for file in data.measured_files()}
-    finally:
-        data.close(force=True)
 
 
 LOOP = """
@@ -195,87 +126,6 @@ def test_frames_that_live_through_a_consume_go_on_to_count(
         assert places(source) == ["loop:17"]
 
     asyncio.run(waits())
-
-
-def test_only_what_is_new_or_running_is_looked_at(
-    make_package: MakePackage, make_source: MakeSource
-) -> None:
-    """After a consume no file stays behind that no frame refers to."""
-    name = make_package({f"m{n}.py": "def f():\n    return 1\n" for n in range(300)})
-    source = make_source(name)
-    source.start()
-    functions = [importlib.import_module(f"{name}.m{n}").f for n in range(300)]
-    assert len(source.consume()) == 300
-    source.consume()
-    tap = source._tap
-    assert tap is not None
-    assert len(tap._data) <= 2
-    for function in functions:
-        function()
-    assert len(source.consume()) == 300
-    source.consume()
-    assert len(tap._data) <= 2
-    assert tap.apart == 0
-
-
-class Racing(dict[str, set[int]]):
-    """Collector data from which a tracer takes a set just when it is to be removed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held: list[set[int]] = []
-
-    def __delitem__(self, path: str) -> None:
-        self.held.append(self[path])
-        self[path].add(77)
-        super().__delitem__(path)
-
-
-def lines_themselves(path: str) -> tuple[str, list[int]]:
-    """The lines of a file, as if their numbers were PCs."""
-    return path, list(range(100))
-
-
-def test_a_frame_that_takes_a_set_while_it_is_removed_loses_nothing() -> None:
-    """The race itself cannot be made to happen; this is what it would look like.
-
-    The compiled tap never lets go of the interpreter lock between the two.
-    """
-    data = Racing()
-    tap = plain.LineDrain(data, lines_themselves)
-    data["a.py"] = {1, 2}
-    assert tap.drain() == [1, 2]
-    assert data == {}
-    assert tap.drain() == [77]
-    data.held[0].add(3)
-    data["a.py"] = {3, 4}
-    assert tap.drain() == [3, 4]
-    data.held.clear()
-    tap.drain()
-    data.held.clear()
-    tap.drain()
-    assert tap.apart == 0
-    tap.put_back()
-    assert data == {"a.py": {1, 2, 3, 4, 77}}
-
-
-class Busy(set[int]):
-    """A set to which another thread adds a line just when it has been copied."""
-
-    def copy(self) -> set[int]:
-        taken = set(self)
-        self.update({1, 99})
-        return taken
-
-
-def test_a_line_that_is_added_during_a_consume_comes_with_the_next_one() -> None:
-    """The moment between copying and subtracting is too short to be hit on purpose."""
-    data: dict[str, set[int]] = {"a.py": Busy({1, 2})}
-    tap = plain.LineDrain(data, lines_themselves)
-    assert tap.drain() == [1, 2]
-    assert tap.drain() == [99]
-    tap.put_back()
-    assert data["a.py"] >= {1, 2, 99}
 
 
 def measure(mode: str, data_file: Path, package: str, module: str) -> dict[str, Any]:
@@ -589,43 +439,38 @@ def test_what_was_not_consumed_before_the_stop_comes_after_it(
 
 @pytest.mark.filterwarnings("error")
 def test_many_sources_one_after_the_other_leave_nothing_behind(
-    make_package: MakePackage, make_source: MakeSource, caplog: pytest.LogCaptureFixture
+    make_package: MakePackage, caplog: pytest.LogCaptureFixture
 ) -> None:
     name = make_package(loop=LOOP)
-    measurements = weakref.WeakSet[coverage.Coverage]()
+    sources = weakref.WeakSet[PythonSource]()
+    functions = (sys.settrace, _thread.start_new_thread, subprocess._fork_exec, os.execv)  # type: ignore[attr-defined]
+    gc.collect()
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
     for turn in range(25):
-        source = make_source(name)
+        source = PythonSource([name], data_file=None)
+        sources.add(source)
         source.start()
         loop = importlib.import_module(f"{name}.loop")
         source.consume()
-        assert source._coverage is not None
-        measurements.add(source._coverage)
         loop.call(1)
         assert places(source) == [f"loop:{CALL_TEST}", f"loop:{CALL_ONE}"], turn
+        assert sys.settrace is not functions[0]
         source.stop()
-    # coverage.py's exit handler would keep each of them. The tracer that is still set on this
-    # thread keeps the last one until the next event.
+    del source
     gc.collect()
-    assert len(measurements) <= 1
-    assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors + 1
+    assert not sources
+    assert MEASURING.feeds == []
+    # The memory is gone with the sources, and what was replaced is back.
+    assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors
+    assert functions == (
+        sys.settrace,
+        _thread.start_new_thread,
+        subprocess._fork_exec,  # type: ignore[attr-defined]
+        os.execv,
+    )
     # From the second time on the package was there before, and the log says so each time.
     assert caplog.text.count("imported before the measurement") == 24
     assert f"{name}.loop" in caplog.text
-
-
-def test_only_one_source_runs_at_a_time(make_package: MakePackage, make_source: MakeSource) -> None:
-    name = make_package(loop=LOOP)
-    first, second = make_source(name), make_source(name)
-    first.start()
-    with pytest.raises(SourceError, match="is covering Python code already") as caught:
-        second.start()
-    assert "stop it first" in caught.value.hint
-    importlib.import_module(f"{name}.loop")
-    assert first.consume()
-    first.stop()
-    second.start()
-    assert PythonSource._running is second
 
 
 @pytest.mark.parametrize(
@@ -642,93 +487,13 @@ def test_only_one_source_runs_at_a_time(make_package: MakePackage, make_source: 
 def test_packages_that_cannot_be_covered(
     make_source: MakeSource, packages: tuple[str, ...], message: str
 ) -> None:
-    before = list(coverage.collector.Collector._collectors)
+    before = sys.gettrace()
     with pytest.raises(SourceError, match=message):
         make_source(*packages).start()
-    assert PythonSource._running is None
-    assert coverage.collector.Collector._collectors == before
+    assert sys.gettrace() is before
+    assert MEASURING.feeds == []
 
 
-@pytest.fixture
-def untried() -> Iterator[None]:
-    """The self-check of a process runs again, and once more after the test."""
-    python_source._try_out.cache_clear()
-    yield
-    python_source._try_out.cache_clear()
-
-
-@pytest.mark.usefixtures("untried")
-def test_without_the_c_tracer_it_says_so(
-    make_source: MakeSource, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("coverage.core.CTRACER_FILE", None)
-    with pytest.raises(
-        SourceError, match="measures with PyTracer, not with its C tracer"
-    ) as caught:
-        make_source("json").start()
-    assert "install coverage.py" in caught.value.hint
-    assert PythonSource._running is None
-
-
-@pytest.mark.usefixtures("untried")
-@pytest.mark.parametrize("core", ["sysmon", "pytrace"])
-def test_the_environment_does_not_choose_the_core(
-    make_package: MakePackage,
-    make_source: MakeSource,
-    monkeypatch: pytest.MonkeyPatch,
-    core: str,
-) -> None:
-    monkeypatch.setenv("COVERAGE_CORE", core)
-    name = make_package(loop=LOOP)
-    source = make_source(name)
-    source.start()
-    loop = importlib.import_module(f"{name}.loop")
-    for _ in range(3):
-        loop.call(1)
-        assert f"loop:{CALL_ONE}" in places(source)
-
-
-@pytest.mark.usefixtures("untried")
-def test_a_coverage_that_keeps_its_data_otherwise_is_refused(
-    make_source: MakeSource, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Other(dict[str, set[int]]):
-        pass
-
-    original = coverage.collector.Collector.reset
-    before = list(coverage.collector.Collector._collectors)
-
-    def reset(collector: Any) -> None:
-        original(collector)
-        collector.data = Other()
-
-    monkeypatch.setattr("coverage.collector.Collector.reset", reset)
-    with pytest.raises(SourceError, match="does not keep lines as it is expected"):
-        make_source("json").start()
-    assert coverage.collector.Collector._collectors == before
-
-
-@pytest.mark.usefixtures("untried")
-def test_the_self_check_notices_lines_that_do_not_come_again(
-    make_source: MakeSource, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As with a tracer that reports each line once only."""
-
-    class Once(LineDrain):
-        seen: ClassVar[set[int]] = set()
-
-        def drain(self) -> list[int]:
-            news = [pc for pc in super().drain() if pc not in self.seen]
-            self.seen.update(news)
-            return news
-
-    monkeypatch.setattr(python_source, "LineDrain", Once)
-    with pytest.raises(SourceError, match="consuming does not work") as caught:
-        make_source("json").start()
-    assert "lines [" in caught.value.evidence
-
-
-@pytest.mark.usefixtures("untried")
 def test_a_python_without_its_lock_is_refused(
     make_source: MakeSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -747,7 +512,7 @@ def test_a_data_file_that_cannot_be_written_is_an_error_after_the_end(
     (tmp_path / "taken").mkdir()
     with pytest.raises(SourceError, match="cannot write the coverage data"):
         source.stop()
-    assert PythonSource._running is None
+    assert MEASURING.feeds == []
     assert "loop:2" in places(source)
     source.stop()
 
@@ -763,29 +528,6 @@ def test_a_data_file_is_replaced(
         assert sorted(Path(file).name for file in executed(source.data_file)) == files
         package = tmp_path / "packages" / name
         (package / "loop.py").rename(package / "other.py") if "loop.py" in files else None
-
-
-def test_code_under_test_that_measures_itself_is_reported(
-    make_package: MakePackage, make_source: MakeSource
-) -> None:
-    before = list(coverage.collector.Collector._collectors)
-    name = make_package(loop=LOOP)
-    source = make_source(name)
-    source.start()
-    loop = importlib.import_module(f"{name}.loop")
-    loop.call(1)
-    inner = coverage.Coverage(data_file=None, config_file=False)
-    inner.start()
-    try:
-        loop.call(0)
-        with pytest.raises(SourceError, match=r"another coverage\.py was started"):
-            source.stop()
-        assert source.consume()
-        assert executed(source.data_file)
-    finally:
-        inner.stop()
-        atexit.unregister(inner._atexit)
-    assert coverage.collector.Collector._collectors == before
 
 
 # Not pytrace: it does not go on after another measurement, whoever made that.

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a source's tracers are installed: its thread, and all that is started from there.
+
+A thread is measured for a source where it has called :meth:`Measuring.begin`, or was started by a
+thread that is. So are the processes that such a thread forks, and the Python programs that it
+starts. The interpreter has no list of these, so the functions that start them are replaced while a
+source measures: they do what they did, and pass the tracing on.
+
+``sys.settrace()`` is replaced too. A thread has one trace function, which others want as well: a
+debugger, the coverage.py of a test run. On a measured thread theirs is called after the tracer's
+own, so both see every event, and ``sys.settrace(None)`` ends theirs alone.
+"""
+
+from __future__ import annotations
+
+import _posixsubprocess
+import _thread
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from . import tracer
+from .lines import MISSED, LineMemory
+from .tracer import Feed, Group, View
+
+__all__ = ["LINES_VARIABLE", "MEASURING", "Measuring", "attach"]
+
+LINES_VARIABLE: Final = "KCOV_BRIDGE_LINES"
+"""Tells a Python program that a target starts where to write its lines: paths, ``:`` between."""
+
+_STARTUP: Final = str(Path(__file__).resolve().with_name("startup"))
+"""A directory with a ``sitecustomize`` that calls :func:`attach`."""
+
+
+class Measuring:
+    """What is measured in this process. There is one, for there is one interpreter."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._groups: list[Group] = []
+        self._feeds: list[Feed] = []
+        self._replaced: list[tuple[Any, str, Any, Any]] = []
+        os.register_at_fork(after_in_child=self._after_fork)
+
+    def begin(self, feed: Feed) -> None:
+        """Measure this thread, and all that it starts from now on, for one more feed."""
+        with self._lock:
+            if not self._feeds:
+                self._replace()
+            self._feeds.append(feed)
+            group = tracer.current()
+            feeds = (*group.feeds, feed) if group is not None else (feed,)
+            tracer.install(self._group(feeds))
+
+    def end(self, feed: Feed) -> None:
+        """End the measurement for a feed: at once on this thread, elsewhere at the next event."""
+        feed.memory.end()
+        tracer.uninstall()
+        with self._lock:
+            self._groups = [group for group in self._groups if not group.stale]
+            if feed in self._feeds:
+                self._feeds.remove(feed)
+            if not self._feeds:
+                self._put_back()
+
+    @property
+    def feeds(self) -> list[Feed]:
+        """Those that measure in this process."""
+        return list(self._feeds)
+
+    def measures(self, feed: Feed) -> bool:
+        """Whether this thread is measured for a feed."""
+        group = tracer.current()
+        return group is not None and feed in group.feeds
+
+    def _group(self, feeds: Sequence[Feed]) -> Group:
+        for group in self._groups:
+            if group.feeds == tuple(feeds):
+                return group
+        group = Group(feeds)
+        self._groups.append(group)
+        return group
+
+    def _after_fork(self) -> None:
+        # Another thread may have held it.
+        self._lock = threading.Lock()
+
+    # What is replaced
+
+    def _replace(self) -> None:
+        self._put(sys, "settrace", lambda real: tracer.chain)
+        self._put(sys, "gettrace", lambda real: tracer.chained)
+        for name in ("start_new_thread", "start_new", "start_joinable_thread"):
+            self._put(_thread, name, _starting_thread)
+        for name in ("_start_new_thread", "_start_joinable_thread"):
+            self._put(threading, name, _starting_thread)
+        self._put(_posixsubprocess, "fork_exec", _starting_program)
+        self._put(subprocess, "_fork_exec", _starting_program)
+        for name in ("execve", "posix_spawn", "posix_spawnp"):
+            self._put(os, name, _with_environment)
+        self._put(os, "execv", lambda real: _execv)
+        collector = getattr(sys.modules.get("coverage.collector"), "Collector", None)
+        for name in ("_start_tracer", "resume"):
+            self._put(collector, name, _setting_trace)
+
+    def _put(self, holder: Any, name: str, replacement: Callable[[Any], Any]) -> None:
+        real = getattr(holder, name, None)
+        if real is not None:
+            ours = replacement(real)
+            setattr(holder, name, ours)
+            self._replaced.append((holder, name, real, ours))
+
+    def _put_back(self) -> None:
+        while self._replaced:
+            holder, name, real, ours = self._replaced.pop()
+            # Somebody else (gevent) may have replaced it since.
+            if getattr(holder, name, None) is ours:
+                setattr(holder, name, real)
+
+
+class _Heir:
+    """The function of a thread that a measured one has started."""
+
+    __slots__ = ("_function", "_group")
+
+    def __init__(self, group: Group, function: Callable[..., object]) -> None:
+        self._group = group
+        self._function = function
+
+    def __call__(self, *args: Any, **keywords: Any) -> object:
+        group = self._group.alive()
+        if group is not None:
+            tracer.install(group)
+        return self._function(*args, **keywords)
+
+
+def _starting_thread(real: Callable[..., Any]) -> Callable[..., Any]:
+    def start(function: Any, *args: Any, **keywords: Any) -> Any:
+        group = tracer.current()
+        if group is not None and callable(function):
+            function = _Heir(group, function)
+        return real(function, *args, **keywords)
+
+    return start
+
+
+def _starting_program(real: Callable[..., Any]) -> Callable[..., Any]:
+    # The sixth argument is the environment, as a list or None, on all Pythons that have it.
+    def fork_exec(*args: Any) -> Any:
+        group = tracer.current()
+        if group is not None and len(args) > 5:
+            args = (*args[:5], _environment_list(args[5], group), *args[6:])
+        return real(*args)
+
+    return fork_exec
+
+
+def _with_environment(real: Callable[..., Any]) -> Callable[..., Any]:
+    def start(path: Any, argv: Any, env: Any, *args: Any, **keywords: Any) -> Any:
+        group = tracer.current()
+        if group is not None and isinstance(env, Mapping):
+            env = _environment(env, group)
+        return real(path, argv, env, *args, **keywords)
+
+    return start
+
+
+def _execv(path: Any, argv: Any) -> Any:
+    return os.execve(path, argv, os.environ)
+
+
+def _setting_trace(real: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of coverage.py's collector that sets a trace function in C."""
+
+    def method(collector: Any, *args: Any, **keywords: Any) -> Any:
+        group = tracer.current()
+        try:
+            return real(collector, *args, **keywords)
+        finally:
+            if group is not None:
+                tracer.install(group)
+
+    return method
+
+
+def _environment(env: Mapping[Any, Any], group: Group) -> dict[bytes, bytes]:
+    """An environment with which a Python program writes to the feeds of a group."""
+    result = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
+    paths = [feed.memory.path for feed in group.feeds if feed.memory.descriptor >= 0]
+    result[LINES_VARIABLE.encode()] = os.fsencode(os.pathsep.join(paths))
+    startup = os.fsencode(_STARTUP)
+    before = result.get(b"PYTHONPATH", b"")
+    if startup not in before.split(b":"):
+        result[b"PYTHONPATH"] = startup + (b":" + before if before else b"")
+    return result
+
+
+def _environment_list(env: Sequence[bytes] | None, group: Group) -> list[bytes]:
+    if env is None:
+        pairs: Mapping[Any, Any] = os.environ
+    else:
+        pairs = dict(entry.split(b"=", 1) for entry in env if b"=" in entry[1:])
+    return [name + b"=" + value for name, value in _environment(pairs, group).items()]
+
+
+MEASURING: Final = Measuring()
+
+
+def attach(paths: str) -> None:
+    """Write the lines of this program to the memories that :data:`LINES_VARIABLE` names."""
+    for path in paths.split(os.pathsep):
+        try:
+            memory = LineMemory.attach(path)
+        except (OSError, ValueError):
+            # The source has ended, or is out of reach.
+            continue
+        if not memory.active:
+            memory.close()
+            continue
+        MEASURING.begin(attached_feed(memory))
+
+
+def attached_feed(memory: LineMemory) -> Feed:
+    """A feed that writes to memory which another process reads."""
+
+    def unknown(path: str) -> View | None:
+        if path.endswith((".py", ".pyw")):
+            memory.buffer[MISSED] = 1
+        return None
+
+    feed = Feed(memory, unknown)
+    feed.add(memory, [file.path for file in memory.files], [0] * len(memory.files), 1)
+    return feed

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which lines have run, in memory that several processes share.
+
+Forked children of a target, and Python programs that it starts, cover code for the same guest. So
+what has run is no object of one process: it is bytes of a memfd. A process stores 1 where a line
+has run; the bridge looks, and stores 0 again for what it has given to the guest. No lock is
+needed: each byte means one thing, and a store of 1 can be repeated.
+
+The layout, little-endian, everything that is counted in bytes:
+
+======================  =========================================================
+0                       :data:`MAGIC`, which names the version of the layout too
+8                       ``ACTIVE``: 1 while the source measures
+9                       ``NEWS``: 1 where some ``dirty`` byte may be 1
+10                      ``MISSED``: 1 where a process ran a file that is not here
+16, 24                  u64: where the index begins, and its length
+64                      ``dirty``: a byte for each file
+then, for each file     ``block_of``: u32 for each line: number of its block, or 0
+                        ``taken``: for each line, whether it ever ran
+                        ``hit``: for each block, whether it ran since the last look
+======================  =========================================================
+
+The index is JSON: see :class:`Index`. Stores come in the order taken, hit, dirty, NEWS; a look
+clears in the opposite one, each level before it reads the next.
+
+This module, ``hooks`` and ``tracer`` are also used in programs that a target starts, which may not
+have this project: they import nothing but the standard library and each other.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["ACTIVE", "DIRTY", "MISSED", "NEWS", "FileLines", "LineMemory"]
+
+MAGIC: Final = b"kcovln01"
+ACTIVE: Final = 8
+NEWS: Final = 9
+MISSED: Final = 10
+DIRTY: Final = 64
+_INDEX: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class FileLines:
+    """Where a file's bytes are. ``lines`` counts from 0, so it is one more than the last line."""
+
+    path: str
+    lines: int
+    blocks: int
+    block_of: int
+    taken: int
+    hit: int
+
+
+class LineMemory:
+    """The memory of one source; made by :meth:`create`, opened elsewhere by :meth:`attach`.
+
+    ``roots`` are the directories and files below which code belongs to the source.
+    """
+
+    def __init__(
+        self,
+        descriptor: int,
+        path: str,
+        buffer: mmap.mmap,
+        files: list[FileLines],
+        roots: Sequence[str],
+    ) -> None:
+        self.descriptor = descriptor
+        self.path = path
+        """How another process of this user opens the memory, as long as the source measures."""
+        self.buffer = buffer
+        self.files = files
+        self.roots = tuple(roots)
+
+    @classmethod
+    def create(
+        cls, files: Sequence[tuple[str, Sequence[tuple[int, int]]]], roots: Sequence[str] = ()
+    ) -> LineMemory:
+        """New memory for files: path, and first and last line of each block in order.
+
+        Raises OSError.
+        """
+        laid_out = []
+        end = _aligned(DIRTY + len(files))
+        for path, blocks in files:
+            lines = blocks[-1][1] + 1 if blocks else 1
+            block_of, taken = end, end + 4 * lines
+            hit = _aligned(taken + lines)
+            end = _aligned(hit + len(blocks))
+            laid_out.append(FileLines(path, lines, len(blocks), block_of, taken, hit))
+        index = json.dumps(
+            {
+                "roots": list(roots),
+                "files": [
+                    [file.path, file.lines, file.blocks, file.block_of, file.taken, file.hit]
+                    for file in laid_out
+                ],
+            }
+        ).encode()
+        descriptor = os.memfd_create("kcov-bridge-lines", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(descriptor, end + len(index))
+            buffer = mmap.mmap(descriptor, end + len(index))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        for file, (_, blocks) in zip(laid_out, files, strict=True):
+            numbers = array("I", bytes(4 * file.lines))
+            for number, (first, last) in enumerate(blocks, 1):
+                for line in range(first, last + 1):
+                    numbers[line] = number
+            buffer[file.block_of : file.block_of + 4 * file.lines] = numbers.tobytes()
+        buffer[end : end + len(index)] = index
+        buffer[_INDEX : _INDEX + 8] = end.to_bytes(8, "little")
+        buffer[_INDEX + 8 : _INDEX + 16] = len(index).to_bytes(8, "little")
+        buffer[ACTIVE] = 1
+        buffer[: len(MAGIC)] = MAGIC
+        path = f"/proc/{os.getpid()}/fd/{descriptor}"
+        return cls(descriptor, path, buffer, laid_out, roots)
+
+    @classmethod
+    def attach(cls, path: str) -> LineMemory:
+        """The memory that another process made. Raises OSError and ValueError."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            buffer = mmap.mmap(descriptor, 0)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if buffer[: len(MAGIC)] != MAGIC:
+            os.close(descriptor)
+            raise ValueError(f"{path} holds no lines of this version")
+        at = int.from_bytes(buffer[_INDEX : _INDEX + 8], "little")
+        length = int.from_bytes(buffer[_INDEX + 8 : _INDEX + 16], "little")
+        index = json.loads(buffer[at : at + length])
+        files = [FileLines(*file) for file in index["files"]]
+        return cls(descriptor, path, buffer, files, index["roots"])
+
+    @property
+    def active(self) -> bool:
+        """Whether lines are still recorded, in any process."""
+        return self.buffer[ACTIVE] != 0
+
+    def end(self) -> None:
+        """No process records any more. The bytes stay readable."""
+        self.buffer[ACTIVE] = 0
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the descriptor: nobody can attach any more. Safe to call twice."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def covers(self, path: str) -> bool:
+        """Whether a source file, by its canonical path, lies below one of the roots."""
+        return any(path == root or path.startswith(root + os.sep) for root in self.roots)
+
+    def lines_run(self, file: FileLines) -> list[int]:
+        """The lines of a file that ever ran."""
+        taken = self.buffer[file.taken : file.taken + file.lines]
+        return [line for line, ran in enumerate(taken) if ran]
+
+
+def _aligned(offset: int) -> int:
+    """Up to the next multiple of 8: blocks are looked at eight at a time."""
+    return (offset + 7) & ~7

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""See plain.py."""
+
+from .plain import Apart, Feed, Group, View, chain, chained, current, install, uninstall
+
+__all__ = ["Apart", "Feed", "Group", "View", "chain", "chained", "current", "install", "uninstall"]

@@ -1,0 +1,563 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
+# cython: freethreading_compatible=False
+"""The tracer, compiled: plain.py says what and why."""
+
+from cpython.buffer cimport (
+    PyBUF_SIMPLE,
+    PyBUF_WRITABLE,
+    PyBuffer_Release,
+    PyObject_GetBuffer,
+)
+from cpython.dict cimport PyDict_GetItemWithError
+from cpython.list cimport PyList_GET_ITEM, PyList_Append
+from cpython.mem cimport PyMem_Calloc, PyMem_Free
+from cpython.object cimport PyObject
+from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+import sys
+from operator import attrgetter
+
+from .. import lines as _layout
+from .plain import canonical
+
+__all__ = ["Apart", "Feed", "Group", "View", "chain", "chained", "current", "install", "uninstall"]
+
+cdef extern from *:
+    """
+    #include <frameobject.h>
+    #define kb_order() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+    /* Each byte is stored once, after those before it. */
+    #define kb_store(place, value) __atomic_store_n((place), (value), __ATOMIC_RELEASE)
+    #define kb_load(place) __atomic_load_n((place), __ATOMIC_ACQUIRE)
+    """
+    ctypedef struct PyFrameObject
+    ctypedef struct PyCodeObject:
+        PyObject *co_filename
+    ctypedef int (*Py_tracefunc)(PyObject *, PyFrameObject *, int, PyObject *) noexcept
+    ctypedef struct PyThreadState:
+        Py_tracefunc c_tracefunc
+        PyObject *c_traceobj
+    int PyTrace_CALL
+    int PyTrace_LINE
+    PyThreadState *PyThreadState_Get()
+    void PyEval_SetTrace(Py_tracefunc function, PyObject *of)
+    PyCodeObject *PyFrame_GetCode(PyFrameObject *frame)
+    int PyFrame_GetLineNumber(PyFrameObject *frame)
+    object PyFrame_GetGlobals(PyFrameObject *frame)
+    void PyErr_Fetch(PyObject **kind, PyObject **value, PyObject **trace)
+    void PyErr_Restore(PyObject *kind, PyObject *value, PyObject *trace)
+    void Py_XINCREF(PyObject *of)
+    void Py_XDECREF(PyObject *of)
+    void kb_order() nogil
+    void kb_store(uint8_t *place, int value) nogil
+    int kb_load(const uint8_t *place) nogil
+
+cdef Py_ssize_t _ACTIVE = _layout.ACTIVE
+cdef Py_ssize_t _NEWS = _layout.NEWS
+cdef Py_ssize_t _DIRTY = _layout.DIRTY
+
+# That of the interpreter, whatever hooks have put in its place since.
+_settrace = sys.settrace
+_gettrace = sys.gettrace
+
+
+cdef class _Memory:
+    """The bytes of a memory, held as long as this is."""
+
+    cdef Py_buffer _held
+    cdef uint8_t *base
+    cdef bint _holds
+    cdef list views
+
+    def __cinit__(self):
+        self._holds = False
+        self.base = NULL
+
+    def __init__(self, buffer):
+        PyObject_GetBuffer(buffer, &self._held, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        self._holds = True
+        self.base = <uint8_t *>self._held.buf
+        self.views = []
+
+    def __dealloc__(self):
+        if self._holds:
+            PyBuffer_Release(&self._held)
+
+
+cdef class View:
+    cdef readonly object feed
+    cdef readonly object name
+    cdef object _path
+    cdef object _first
+    cdef Py_ssize_t _step
+    cdef list _pcs  # made when they are first asked for
+    cdef _Memory _memory
+    cdef uint8_t *base
+    cdef uint8_t *dirty
+    cdef uint8_t *taken
+    cdef uint8_t *hit
+    cdef const uint32_t *block_of
+    cdef Py_ssize_t lines, blocks
+    cdef uint8_t *_covered
+    cdef Py_ssize_t covered_blocks
+
+    def __cinit__(self):
+        self._covered = NULL
+
+    def __init__(self, feed, _Memory memory, file, Py_ssize_t index, name, first_pc, step):
+        self.feed = feed
+        self.name = name
+        self._path = file.path
+        self._first = first_pc
+        self._step = step
+        self._memory = memory
+        self.base = memory.base
+        self.dirty = memory.base + _DIRTY + index
+        self.taken = memory.base + <Py_ssize_t>file.taken
+        self.hit = memory.base + <Py_ssize_t>file.hit
+        self.block_of = <const uint32_t *>(memory.base + <Py_ssize_t>file.block_of)
+        self.lines = file.lines
+        self.blocks = file.blocks
+        self._covered = <uint8_t *>PyMem_Calloc(self.blocks + 1, 1)
+        if self._covered == NULL:
+            raise MemoryError
+        if memory._held.len < <Py_ssize_t>file.hit + self.blocks:
+            raise ValueError(f"the lines of {file.path} are not all in their memory")
+
+    def __dealloc__(self):
+        PyMem_Free(self._covered)
+
+    cdef inline bint note(self, Py_ssize_t line) noexcept:
+        """Note that a line has run; false where there is no room for it."""
+        cdef uint32_t block
+        if not 0 <= line < self.lines:
+            return False
+        kb_store(self.taken + line, 1)
+        block = self.block_of[line]
+        # Bounded, for other processes can write here.
+        if 0 < block <= self.blocks:
+            kb_store(self.hit + block - 1, 1)
+            kb_store(self.dirty, 1)
+            kb_store(self.base + _NEWS, 1)
+        return True
+
+    def record(self, Py_ssize_t line):
+        if not self.note(line):
+            self.feed.note_beyond(self._path, line)
+
+    cdef list pcs(self):
+        if self._pcs is None:
+            self._pcs = [self._first + number * self._step for number in range(self.blocks)]
+        return self._pcs
+
+    cdef int give(self, Py_ssize_t block, list out) except -1:
+        if not self._covered[block]:
+            self._covered[block] = 1
+            self.covered_blocks += 1
+        PyList_Append(out, <object>PyList_GET_ITEM(self._pcs, block))
+        return 0
+
+    cdef int take_into(self, list out) except -1:
+        cdef Py_ssize_t at = 0
+        cdef Py_ssize_t within
+        self.pcs()
+        while at < self.blocks:
+            # Eight at a time: the memory goes on to the next multiple of eight.
+            if (<uint64_t *>(self.hit + at))[0]:
+                for within in range(at, min(at + 8, self.blocks)):
+                    if kb_load(self.hit + within):
+                        kb_store(self.hit + within, 0)
+                        self.give(within, out)
+            at += 8
+        return 0
+
+    def take(self):
+        cdef list out = []
+        self.take_into(out)
+        return out
+
+    def adopt(self, set lines):
+        cdef Py_ssize_t line
+        cdef list out = []
+        blocks = set()
+        for each in lines:
+            line = each
+            if not 0 <= line < self.lines:
+                self.feed.note_beyond(self._path, line)
+                continue
+            kb_store(self.taken + line, 1)
+            if 0 < self.block_of[line] <= self.blocks:
+                blocks.add(self.block_of[line] - 1)
+        self.pcs()
+        for block in sorted(blocks):
+            self.give(block, out)
+        return out
+
+
+_name_of = attrgetter("name")
+
+
+cdef class Feed:
+    cdef readonly object memory
+    cdef readonly dict beyond
+    cdef object _unknown
+    cdef dict _views
+    cdef list _memories
+    cdef uint8_t *base
+    cdef list _dirty
+
+    def __init__(self, memory, unknown):
+        cdef _Memory held = _Memory(memory.buffer)
+        self.memory = memory
+        self.beyond = {}
+        self._unknown = unknown
+        self._views = {}
+        self._memories = [held]
+        self._dirty = []
+        self.base = held.base
+
+    def add(self, memory, names, first_pcs, step):
+        cdef _Memory held
+        held = self._memories[0] if memory is self.memory else _Memory(memory.buffer)
+        if held._held.len < _DIRTY + ((len(memory.files) + 7) & ~7):
+            raise ValueError("the memory is too short")
+        for index, (file, name, pc) in enumerate(zip(memory.files, names, first_pcs, strict=True)):
+            view = View(self, held, file, index, name, pc, step)
+            held.views.append(view)
+            self._views[file.path] = view
+        if memory is not self.memory:
+            self._memories.append(held)
+        return held.views
+
+    @property
+    def active(self):
+        return self.base[_ACTIVE] != 0
+
+    @property
+    def covered(self):
+        cdef _Memory held
+        cdef View view
+        cdef Py_ssize_t covered = 0
+        for held in self._memories:
+            for view in held.views:
+                covered += view.covered_blocks
+        return covered
+
+    def view(self, path):
+        try:
+            return self._views[path]
+        except KeyError:
+            if not self.memory.covers(path):
+                return None
+            view = self._views[path] = self._unknown(path)
+            return view
+
+    def note_beyond(self, path, line):
+        self.beyond.setdefault(path, set()).add(line)
+
+    def drain(self):
+        cdef list out = []
+        cdef list dirty = self._dirty
+        cdef _Memory held
+        cdef View view
+        cdef uint8_t *flags
+        cdef Py_ssize_t at, within, files
+        for held in self._memories:
+            if not kb_load(held.base + _NEWS):
+                continue
+            kb_store(held.base + _NEWS, 0)
+            kb_order()
+            flags = held.base + _DIRTY
+            files = len(held.views)
+            at = 0
+            while at < files:
+                if (<uint64_t *>(flags + at))[0]:
+                    for within in range(at, min(at + 8, files)):
+                        if kb_load(flags + within):
+                            kb_store(flags + within, 0)
+                            PyList_Append(dirty, <object>PyList_GET_ITEM(held.views, within))
+                at += 8
+        if not dirty:
+            return out
+        # What was stored before a byte that was just cleared is seen below.
+        kb_order()
+        if len(self._memories) > 1:
+            dirty.sort(key=_name_of)
+        for view in dirty:
+            view.take_into(out)
+        dirty.clear()
+        return out
+
+
+cdef class Group:
+    cdef readonly tuple feeds
+    cdef dict _views
+
+    def __init__(self, feeds):
+        self.feeds = tuple(feeds)
+        self._views = {}
+        for feed in self.feeds:
+            if type(feed) is not Feed:
+                raise TypeError(f"{feed!r} is no feed")
+
+    cdef inline bint ended(self) noexcept:
+        cdef Py_ssize_t at
+        for at in range(PyTuple_GET_SIZE(self.feeds)):
+            if not (<Feed>PyTuple_GET_ITEM(self.feeds, at)).base[_ACTIVE]:
+                return True
+        return False
+
+    @property
+    def stale(self):
+        return self.ended()
+
+    def alive(self):
+        if not self.ended():
+            return self
+        feeds = [feed for feed in self.feeds if feed.active]
+        return Group(feeds) if feeds else None
+
+    def views(self, filename, file=None):
+        views = self._views.get(filename)
+        if views is None:
+            views = ()
+            path = canonical(filename, file)
+            if path:
+                found = [feed.view(path) for feed in self.feeds]
+                views = tuple([view for view in found if view is not None])
+                self._views[filename] = views
+        return views
+
+
+cdef class Apart:
+    cdef dict _lines
+    cdef Apart _outer
+
+    def __init__(self):
+        self._lines = {}
+
+    cpdef note(self, View view, set lines):
+        self._lines.setdefault(view, set()).update(lines)
+
+    def give(self, feed):
+        cdef list pcs = []
+        for view in sorted([each for each in self._lines if each.feed is feed], key=_name_of):
+            pcs += view.adopt(self._lines[view])
+        for view, lines in self._lines.items():
+            if view.feed is feed:
+                continue
+            if self._outer is not None:
+                self._outer.note(view, lines)
+            else:
+                for line in lines:
+                    view.record(line)
+        return pcs
+
+    def keep(self):
+        return _Keeping(self)
+
+
+cdef class _Keeping:
+    """The context manager of Apart.keep(): the thread's tracer writes to the Apart meanwhile."""
+
+    cdef Apart _apart
+    cdef ThreadTracer _tracer
+
+    def __init__(self, Apart apart):
+        self._apart = apart
+
+    def __enter__(self):
+        self._tracer = _tracer()
+        if self._tracer is not None:
+            self._apart._outer, self._tracer.apart = self._tracer.apart, self._apart
+
+    def __exit__(self, *_):
+        if self._tracer is not None:
+            self._tracer.apart = self._apart._outer
+
+
+cdef class ThreadTracer:
+    """The trace function of one thread, and the one that it has taken the place of."""
+
+    cdef Group group
+    cdef Apart apart
+    cdef Py_tracefunc function
+    cdef PyObject *of
+    # What was looked up last; the reference keeps the address from being used again.
+    cdef PyCodeObject *code
+    cdef tuple views
+
+    def __cinit__(self):
+        self.function = NULL
+        self.of = NULL
+        self.code = NULL
+
+    def __dealloc__(self):
+        Py_XDECREF(<PyObject *>self.code)
+        Py_XDECREF(self.of)
+
+    def __call__(self, frame, event, arg):
+        # Somebody has called sys.settrace() with what sys.gettrace() once gave.
+        _set(self)
+        return self
+
+    cdef void chain_to(self, PyThreadState *state) noexcept:
+        """Go on with the trace function that has taken the place of this one."""
+        cdef PyObject *before = self.of
+        Py_XINCREF(state.c_traceobj)
+        self.function = state.c_tracefunc
+        self.of = state.c_traceobj
+        Py_XDECREF(before)
+
+    cdef void switch(self, Group group) noexcept:
+        self.group = group
+        Py_XDECREF(<PyObject *>self.code)
+        self.code = NULL
+        self.views = None
+
+    cdef int line(self, PyFrameObject *frame) except -1:
+        cdef PyCodeObject *code = PyFrame_GetCode(frame)
+        cdef PyObject *known
+        cdef Py_ssize_t at, number
+        cdef View view
+        if code != self.code:
+            known = PyDict_GetItemWithError(self.group._views, <object>code.co_filename)
+            if known != NULL:
+                self.views = <tuple>known
+            else:
+                try:
+                    file = PyFrame_GetGlobals(frame).get("__file__")
+                    self.views = self.group.views(<object>code.co_filename, file)
+                except BaseException:
+                    Py_XDECREF(<PyObject *>code)
+                    raise
+            Py_XDECREF(<PyObject *>self.code)
+            self.code = code
+        else:
+            Py_XDECREF(<PyObject *>code)
+        for at in range(PyTuple_GET_SIZE(self.views)):
+            view = <View>PyTuple_GET_ITEM(self.views, at)
+            number = PyFrame_GetLineNumber(frame)
+            if self.apart is not None:
+                self.apart.note(view, {number})
+            elif not view.note(number):
+                view.feed.note_beyond(view._path, number)
+        return 0
+
+
+cdef int _trace(PyObject *of, PyFrameObject *frame, int what, PyObject *arg) noexcept:
+    """What the interpreter calls at each event of a thread that is measured."""
+    cdef ThreadTracer tracer = <ThreadTracer>of
+    cdef PyThreadState *state
+    cdef Py_tracefunc function
+    cdef PyObject *kind = NULL
+    cdef PyObject *value = NULL
+    cdef PyObject *trace = NULL
+    cdef int status
+    if tracer.group.ended() and not _stay(tracer):
+        function = tracer.function
+        PyEval_SetTrace(function, tracer.of)
+        return function(tracer.of, frame, what, arg) if function != NULL else 0
+    if what == PyTrace_LINE:
+        _line(tracer, frame)
+    function = tracer.function
+    if function == NULL:
+        return 0
+    status = function(tracer.of, frame, what, arg)
+    state = PyThreadState_Get()
+    if state.c_tracefunc != _trace:
+        # It has ended its tracing, or put another one in its place (coverage.py does both).
+        PyErr_Fetch(&kind, &value, &trace)
+        tracer.chain_to(state)
+        PyEval_SetTrace(_trace, <PyObject *>tracer)
+        PyErr_Restore(kind, value, trace)
+    return status
+
+
+cdef void _line(ThreadTracer tracer, PyFrameObject *frame) noexcept:
+    """Never raises in the code that is traced."""
+    try:
+        tracer.line(frame)
+    except Exception as error:
+        sys.unraisablehook(_Unraisable(error))
+
+
+cdef class _Unraisable:
+    cdef readonly object exc_type, exc_value, exc_traceback, err_msg, object
+
+    def __init__(self, error):
+        self.exc_type = type(error)
+        self.exc_value = error
+        self.exc_traceback = error.__traceback__
+        self.err_msg = "a line was not recorded"
+
+
+cdef bint _stay(ThreadTracer tracer) noexcept:
+    """Forget the feeds that have ended; whether there are others."""
+    try:
+        group = tracer.group.alive()
+        if group is None:
+            return False
+        tracer.switch(group)
+        return True
+    except Exception:
+        return False
+
+
+cdef ThreadTracer _tracer():
+    """That of this thread, or None."""
+    cdef PyThreadState *state = PyThreadState_Get()
+    if state.c_tracefunc == _trace:
+        return <ThreadTracer>state.c_traceobj
+    return None
+
+
+cdef int _set(ThreadTracer tracer) except -1:
+    """Put a tracer in the place of what traces this thread now, and chain that to it."""
+    cdef PyThreadState *state = PyThreadState_Get()
+    if state.c_tracefunc != _trace:
+        tracer.chain_to(state)
+        if tracer.of == <PyObject *>tracer:
+            # By way of sys.settrace(): there is nothing behind it.
+            Py_XDECREF(tracer.of)
+            tracer.of = NULL
+            tracer.function = NULL
+        PyEval_SetTrace(_trace, <PyObject *>tracer)
+    return 0
+
+
+def install(Group group not None):
+    cdef ThreadTracer tracer = _tracer()
+    if tracer is None:
+        tracer = ThreadTracer()
+        tracer.switch(group)
+        _set(tracer)
+    else:
+        tracer.switch(group)
+
+
+def uninstall():
+    cdef ThreadTracer tracer = _tracer()
+    if tracer is not None and tracer.group.ended() and not _stay(tracer):
+        PyEval_SetTrace(tracer.function, tracer.of)
+
+
+def current():
+    cdef ThreadTracer tracer = _tracer()
+    return None if tracer is None else tracer.group.alive()
+
+
+def chain(function):
+    cdef ThreadTracer tracer = _tracer()
+    _settrace(function)
+    if tracer is not None:
+        _set(tracer)
+
+
+def chained():
+    cdef ThreadTracer tracer = _tracer()
+    if tracer is None:
+        return _gettrace()
+    return None if tracer.of == NULL else <object>tracer.of

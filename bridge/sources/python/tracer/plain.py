@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tracer in Python: the definition, and what runs without a C compiler.
+
+A line is booked on the file of the code object that runs it, looked up at each event. Nothing
+depends on events coming in pairs, as a stack of frames would: greenlets may switch, and an
+exception may be thrown into a coroutine (of which Python 3.11 shows no call), as they like.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from types import FrameType
+from typing import Any
+
+from ..lines import ACTIVE, DIRTY, NEWS, LineMemory
+
+__all__ = [
+    "Apart",
+    "Feed",
+    "Group",
+    "View",
+    "canonical",
+    "chain",
+    "chained",
+    "current",
+    "install",
+    "uninstall",
+]
+
+# Those of the interpreter, whatever hooks have put in their place since.
+_settrace = sys.settrace
+_gettrace: Callable[[], Any] = sys.gettrace
+
+
+def canonical(filename: str, file: object = None) -> str:
+    """The path of a source file as coverage.py names it; "" for what is no file.
+
+    Args:
+        filename: of the code object.
+        file: ``__file__`` of its module, which is right where compiled code was moved.
+    """
+    if not filename or filename.startswith("<"):
+        return ""
+    if isinstance(file, str | os.PathLike):
+        other = os.fspath(file)
+        if isinstance(other, str) and Path(other).name == Path(filename).name:
+            filename = other
+    return os.path.realpath(filename)
+
+
+class View:
+    """A file in the memory of a feed."""
+
+    __slots__ = ("_block_of", "_buffer", "_dirty", "_file", "covered", "feed", "first_pc", "name")
+
+    def __init__(
+        self, feed: Feed, memory: LineMemory, index: int, name: str, first_pc: int, step: int
+    ) -> None:
+        """The file number ``index`` of the memory; block i has the PC ``first_pc + i * step``."""
+        self.feed = feed
+        self.name = name
+        self.first_pc = range(first_pc, first_pc + step * memory.files[index].blocks, step)
+        self._file = file = memory.files[index]
+        self._buffer = memory.buffer
+        self._dirty = DIRTY + index
+        self._block_of = memoryview(memory.buffer)[
+            file.block_of : file.block_of + 4 * file.lines
+        ].cast("I")
+        self.covered: set[int] = set()
+
+    def record(self, line: int) -> None:
+        """Note that a line has run. The order of the stores matters: see :mod:`..lines`."""
+        file = self._file
+        if not 0 <= line < file.lines:
+            # The file has changed since it was read, or code was compiled in its name.
+            self.feed.note_beyond(file.path, line)
+            return
+        buffer = self._buffer
+        buffer[file.taken + line] = 1
+        block = self._block_of[line]
+        if block:
+            buffer[file.hit + block - 1] = 1
+            buffer[self._dirty] = 1
+            buffer[NEWS] = 1
+
+    def take(self) -> list[int]:
+        """The PCs of the blocks that ran since the last look; forgets them."""
+        buffer, start, end = self._buffer, self._file.hit, self._file.hit + self._file.blocks
+        pcs = []
+        at = buffer.find(b"\1", start, end)
+        while at >= 0:
+            buffer[at] = 0
+            pcs.append(self.first_pc[at - start])
+            at = buffer.find(b"\1", at + 1, end)
+        self.covered.update(pcs)
+        return pcs
+
+    def adopt(self, lines: set[int]) -> list[int]:
+        """The PCs of lines that were kept apart; they count as run, and are not given again."""
+        file = self._file
+        blocks = set()
+        for line in lines:
+            if not 0 <= line < file.lines:
+                self.feed.note_beyond(file.path, line)
+                continue
+            self._buffer[file.taken + line] = 1
+            if self._block_of[line]:
+                blocks.add(self._block_of[line] - 1)
+        pcs = [self.first_pc[block] for block in sorted(blocks)]
+        self.covered.update(pcs)
+        return pcs
+
+
+class Feed:
+    """What the tracers of one source write, and the source reads.
+
+    Args:
+        unknown: called with the canonical path of a file that is not here and lies below a root;
+            gives its view, or None. It runs inside a trace function, on any thread.
+    """
+
+    def __init__(self, memory: LineMemory, unknown: Callable[[str], View | None]) -> None:
+        self.memory = memory
+        self._unknown = unknown
+        self._views: dict[str, View | None] = {}
+        # Of each memory: the views by number, the first memory first.
+        self._memories: list[tuple[LineMemory, list[View]]] = []
+        self._fence = Lock()
+        self.beyond: dict[str, set[int]] = {}
+
+    def add(
+        self, memory: LineMemory, names: Sequence[str], first_pcs: Sequence[int], step: int
+    ) -> list[View]:
+        """Views of all files of a memory, which must be sorted by name."""
+        views = [
+            View(self, memory, index, name, pc, step)
+            for index, (name, pc) in enumerate(zip(names, first_pcs, strict=True))
+        ]
+        for file, view in zip(memory.files, views, strict=True):
+            self._views[file.path] = view
+        self._memories.append((memory, views))
+        return views
+
+    @property
+    def active(self) -> bool:
+        """Whether lines are recorded."""
+        return self.memory.buffer[ACTIVE] != 0
+
+    @property
+    def covered(self) -> int:
+        """How many different PCs have been given."""
+        return sum(len(view.covered) for _, views in self._memories for view in views)
+
+    def view(self, path: str) -> View | None:
+        """The view of a file by its canonical path; None where it is not covered."""
+        try:
+            return self._views[path]
+        except KeyError:
+            if not self.memory.covers(path):
+                return None
+            view = self._views[path] = self._unknown(path)
+            return view
+
+    def note_beyond(self, path: str, line: int) -> None:
+        """Keep a line that no view has room for, for the report."""
+        self.beyond.setdefault(path, set()).add(line)
+
+    def drain(self) -> list[int]:
+        """The PCs of the blocks that ran since the last call, by file name, then in order."""
+        dirty: list[View] = []
+        for memory, views in self._memories:
+            buffer = memory.buffer
+            if not buffer[NEWS]:
+                continue
+            buffer[NEWS] = 0
+            with self._fence:
+                pass
+            end = DIRTY + len(views)
+            at = buffer.find(b"\1", DIRTY, end)
+            while at >= 0:
+                buffer[at] = 0
+                dirty.append(views[at - DIRTY])
+                at = buffer.find(b"\1", at + 1, end)
+        if not dirty:
+            return []
+        with self._fence:
+            # A full barrier: what was stored before a byte that was just cleared is seen below.
+            pass
+        if len(self._memories) > 1:
+            dirty.sort(key=lambda view: view.name)
+        return [pc for view in dirty for pc in view.take()]
+
+
+class Group:
+    """The feeds that a thread writes to; the same object for all threads with the same ones."""
+
+    __slots__ = ("_views", "feeds")
+
+    def __init__(self, feeds: Sequence[Feed]) -> None:
+        self.feeds = tuple(feeds)
+        self._views: dict[str, tuple[View, ...]] = {}
+
+    @property
+    def stale(self) -> bool:
+        """Whether a feed has ended."""
+        return not all(feed.active for feed in self.feeds)
+
+    def alive(self) -> Group | None:
+        """The group without the feeds that have ended; None where that leaves none."""
+        feeds = [feed for feed in self.feeds if feed.active]
+        return (self if len(feeds) == len(self.feeds) else Group(feeds)) if feeds else None
+
+    def views(self, filename: str, file: object = None) -> tuple[View, ...]:
+        """The views of a file by the name that a code object has for it."""
+        views = self._views.get(filename)
+        if views is None:
+            path = canonical(filename, file)
+            views = ()
+            if path:
+                found = [feed.view(path) for feed in self.feeds]
+                views = tuple(view for view in found if view is not None)
+                self._views[filename] = views
+        return views
+
+
+class Apart:
+    """Lines that are kept apart, of one thread."""
+
+    __slots__ = ("_lines", "_outer")
+
+    def __init__(self) -> None:
+        self._lines: dict[View, set[int]] = {}
+        self._outer: Apart | None = None
+
+    def note(self, view: View, lines: set[int]) -> None:
+        """Keep lines of a file."""
+        self._lines.setdefault(view, set()).update(lines)
+
+    def give(self, feed: Feed) -> list[int]:
+        """The PCs of the lines of a feed's files, by file name, then in order.
+
+        The lines of other feeds go where they would have gone without this.
+        """
+        ours = sorted((v for v in self._lines if v.feed is feed), key=lambda view: view.name)
+        pcs = [pc for view in ours for pc in view.adopt(self._lines[view])]
+        for view, lines in self._lines.items():
+            if view.feed is feed:
+                continue
+            if self._outer is not None:
+                self._outer.note(view, lines)
+            else:
+                for line in lines:
+                    view.record(line)
+        return pcs
+
+    @contextmanager
+    def keep(self) -> Iterator[None]:
+        """Inside, what this thread runs is kept here. Blocks nest."""
+        tracer = _gettrace()
+        if not isinstance(tracer, _ThreadTracer):
+            yield
+            return
+        self._outer, tracer.apart = tracer.apart, self
+        try:
+            yield
+        finally:
+            tracer.apart = self._outer
+
+
+class _ThreadTracer:
+    """The trace function of one thread, and the one that it has taken the place of."""
+
+    def __init__(self, group: Group, chained: Any) -> None:
+        self.group = group
+        self.chained = chained
+        self.apart: Apart | None = None
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
+        if self.group.stale and self.leave():
+            return self.chained(frame, event, arg) if self.chained is not None else None
+        if self.chained is not None:
+            local = self.chained(frame, event, arg)
+            if _gettrace() is not self:
+                # It is gone, or has put another in its place (coverage.py does both).
+                self.chained = _gettrace()
+                _settrace(self)
+            return _both(self, local)
+        if event == "line":
+            self.line(frame, event, arg)
+        code = frame.f_code.co_filename
+        return self.line if self.group.views(code, frame.f_globals.get("__file__")) else None
+
+    def line(self, frame: FrameType, event: str, arg: object) -> Any:
+        """The local trace function of a frame whose code is covered."""
+        if event != "line" or (self.group.stale and self.leave()):
+            return self.line
+        views = self.group.views(frame.f_code.co_filename, frame.f_globals.get("__file__"))
+        for view in views:
+            if self.apart is None:
+                view.record(frame.f_lineno)
+            else:
+                self.apart.note(view, {frame.f_lineno})
+        return self.line
+
+    def leave(self) -> bool:
+        """Forget the feeds that have ended; whether that was the end of this tracer."""
+        group = self.group.alive()
+        if group is not None:
+            self.group = group
+            return False
+        if _gettrace() is self:
+            _settrace(self.chained)
+        return True
+
+
+def _both(tracer: _ThreadTracer, local: Any) -> Callable[[FrameType, str, object], Any]:
+    """A local trace function that notes the line and goes on with another one."""
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal local
+        tracer.line(frame, event, arg)
+        if local is not None:
+            local = local(frame, event, arg)
+        return trace
+
+    return trace
+
+
+def install(group: Group) -> None:
+    """Have this thread write to the feeds of a group alone, from its next line on."""
+    tracer = _gettrace()
+    if isinstance(tracer, _ThreadTracer):
+        tracer.group = group
+    else:
+        _settrace(_ThreadTracer(group, tracer))
+
+
+def uninstall() -> None:
+    """End the tracing of this thread, unless it goes on for other feeds."""
+    tracer = _gettrace()
+    if isinstance(tracer, _ThreadTracer):
+        tracer.leave()
+
+
+def current() -> Group | None:
+    """What this thread writes to; None where it is not measured."""
+    tracer = _gettrace()
+    return tracer.group.alive() if isinstance(tracer, _ThreadTracer) else None
+
+
+def chain(function: Any) -> None:
+    """As ``sys.settrace()`` on a thread that is measured and stays so."""
+    tracer = _gettrace()
+    if isinstance(tracer, _ThreadTracer):
+        tracer.chained = function
+    else:
+        _settrace(function)
+
+
+def chained() -> Any:
+    """As ``sys.gettrace()``, which does not show this tracer."""
+    tracer = _gettrace()
+    return tracer.chained if isinstance(tracer, _ThreadTracer) else tracer
