@@ -502,7 +502,11 @@ class Device(Generic[C]):
     def _watched_returns(self, kcov: Kcov[C]) -> None:
         """As :meth:`count_watched`, while the owner waits, so that the watcher writes nothing."""
         self.count_watched(kcov)
-        if kcov.stream is not None and kcov.area is not None and 2 * kcov.area.count > kcov.size:
+        area = kcov.area
+        if kcov.stream is None or area is None:
+            return
+        # The watcher has the owner report when it is half full.
+        if 2 * (area.count + 1) >= area.size - area.bitmap_words:
             self._hand_over(kcov)
 
     def reset_trace(self, kcov: Kcov[C], task: Task, argument: int) -> Errno:

@@ -34,6 +34,9 @@ from tests.support.guests import complaints
 
 pytestmark = pytest.mark.vm
 
+AREA_WORDS = 1 << 19
+"""Of a thread that is traced for the host."""
+
 LOOP = "for i in $(seq 10); do {}; done >/dev/null"
 
 
@@ -82,6 +85,18 @@ def test_repeats_and_order_are_kept(session: Session) -> None:
     assert len(result.pcs) > 2 * len(set(result.pcs))
     once = session.kcov(["true"], follow=False)
     assert len(once.pcs) == len(set(once.pcs))
+
+
+def test_trace_longer_than_the_area_is_whole(session: Session) -> None:
+    lost = session.status()["lost_pcs"]
+    script = "i=0; while [ $i -lt 400 ]; do read line </etc/passwd; i=$((i+1)); done"
+    result = session.kcov(["sh", "-c", script], unique=False)
+    assert result.exit_status == 0, result.stderr.decode()
+    assert len(result.pcs) > 3 * AREA_WORDS
+    assert session.status()["lost_pcs"] == lost
+    # One process, in its own order: each of the files is opened by the same blocks.
+    opened = [name for name in functions(session, result.pcs) if name == "do_filp_open"]
+    assert len(opened) >= 400
 
 
 def test_owners_on_two_processors_have_their_own(session: Session) -> None:

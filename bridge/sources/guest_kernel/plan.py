@@ -16,13 +16,13 @@ import time
 from collections.abc import Sequence
 from enum import IntEnum, IntFlag
 
-from bridge.device.abi import REQUESTS_OFFSET, SLOT_WORDS, SLOTS, WORD, RequestWord
+from bridge.device.abi import REQUESTS_OFFSET, SLOT_WORDS, SLOTS, WORD, HeaderWord, RequestWord
 from bridge.errors import SourceError
 
 __all__ = ["CpuWord", "Plan", "PlanWord", "Ram", "RangeFlag", "SlotWord"]
 
 MAGIC = 0x4E414C50564F434B  # "KCOVPLAN" in memory
-VERSION = 2
+VERSION = 3
 CPUS = 256
 VECTORS = 256
 RANGES = 65536
@@ -69,6 +69,8 @@ class PlanWord(IntEnum):
     RAM_BYTES = 4
     BARRIERS = 5
     """1: the bridge can make the plugin's threads pass a memory barrier."""
+    COVERAGE_EPOCH = 6
+    """Where the region's word of that name is: the plugin writes it when an area is half full."""
     WANT = 8
     EPOCH = 9
     RANGES_EPOCH = 10
@@ -156,6 +158,7 @@ class Plan:
         words[PlanWord.HIDDEN] = REQUESTS_OFFSET + RequestWord.HIDDEN * WORD
         words[PlanWord.HIDDEN_STRIDE] = SLOT_WORDS * WORD
         words[PlanWord.RAM_BYTES] = memory
+        words[PlanWord.COVERAGE_EPOCH] = HeaderWord.COVERAGE_EPOCH * WORD
         words[PlanWord.MARKER_OFFSET] = NOWHERE
         words[PlanWord.BARRIERS] = _barrier_everywhere()
         words[PlanWord.EPOCH] = 1

@@ -29,6 +29,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "plan.h"
@@ -101,7 +102,7 @@ struct owner {
 	_Atomic uint64_t *hidden;
 	/* The slot's area as of the vCPU's epoch, inside the region: NULL: none. */
 	uint64_t *area, *bitmap;
-	uint64_t most, bitmap_bits;
+	uint64_t most, half, bitmap_bits;
 	/* The block before, in this task and context. */
 	const struct block *before;
 	bool resumed;
@@ -267,6 +268,23 @@ static void first_time(struct block *block)
 }
 
 /*
+ * Has owners report their next return, as coverage_epoch_value() in bridge/device/coverage_epoch.py does: the
+ * bridge empties an area that is half full, where it is one that it reads itself. 0: they report each
+ * return.
+ */
+static void announce(void)
+{
+	uint64_t *epoch = (uint64_t *)(region + plan->coverage_epoch);
+	struct timespec now;
+
+	if (!load(epoch))
+		return;
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	store(epoch, ((uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec) << 23 |
+			     (uint64_t)getpid() << 1 | 1);
+}
+
+/*
  * As Area.append() in bridge/device/region.py: every value from the area is bounded.
  *
  * The bridge takes an area away by changing slot and epoch, and then waits until no vCPU is busy
@@ -308,6 +326,8 @@ static bool append(unsigned int index, uint64_t epoch, struct owner *owner, stru
 		__atomic_store_n(&area[count + 1], block->pc, __ATOMIC_RELAXED);
 		__atomic_store_n(&area[0], count + 1, __ATOMIC_RELEASE);
 		owner->slot->appended++;
+		if (unlikely(count == owner->half))
+			announce();
 		if (unlikely(!atomic_load_explicit(&block->seen, memory_order_relaxed)))
 			first_time(block);
 	} else {
@@ -330,6 +350,7 @@ static void find_area(struct owner *owner)
 		return;
 	owner->area = (uint64_t *)(region + at) + bitmap;
 	owner->most = words - bitmap - 1;
+	owner->half = owner->most / 2;
 	if (bitmap) {
 		owner->bitmap = (uint64_t *)(region + at);
 		owner->bitmap_bits = bitmap * 64;

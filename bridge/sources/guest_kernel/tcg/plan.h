@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 #define PLAN_MAGIC		0x4e414c50564f434bULL	/* "KCOVPLAN" */
-#define PLAN_VERSION		2
+#define PLAN_VERSION		3
 #define PLAN_CPUS		256
 #define PLAN_SLOTS		1024
 #define PLAN_VECTORS		256
@@ -63,7 +63,8 @@ struct plan_header {
 	uint64_t hidden_stride;
 	uint64_t ram_bytes;	/* the guest's memory */
 	uint64_t barriers;	/* 1: the bridge can make other processes' threads pass a barrier */
-	uint64_t pad0[2];
+	uint64_t coverage_epoch;	/* where COVERAGE_EPOCH (bridge/device/abi.py) is in the region */
+	uint64_t pad0[1];
 	/* Written by the bridge. */
 	uint64_t want;		/* 1: watch the kernel's blocks, 0: run at full speed */
 	uint64_t epoch;		/* changes with slots and cpus */
