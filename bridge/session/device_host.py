@@ -138,6 +138,15 @@ class DeviceHost:
         """Let threads of the guest trace into the stream; raises as :meth:`call`."""
         self.call(functools.partial(self.device.open_stream, stream))
 
+    def guest_gave_up(self) -> int:
+        """Return how often the guest went on without an answer; raises as :meth:`call`."""
+
+        def look() -> int:
+            self.doorbell.look_at_guest()
+            return self.doorbell.guest_timeouts + self.doorbell.guest_skipped
+
+        return self.call(look)
+
     def close_stream(self, stream: Stream) -> None:
         """End the stream, which has what its threads covered so far; raises as :meth:`call`."""
         self.call(functools.partial(self.device.close_stream, stream))

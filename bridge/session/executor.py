@@ -160,6 +160,7 @@ class SshExecutor:
 
         options = ["-s", f"{stream.number:#x}", *(["-f"] if follow else [])]
         try:
+            gave_up = self._device.guest_gave_up()
             self._device.open_stream(stream)
             result = self._guest.run(
                 ["kcov-exec", *options, "--", *command],
@@ -169,11 +170,18 @@ class SshExecutor:
                 before_kill=close_if_possible,
             )
             close()
+            gave_up = self._device.guest_gave_up() - gave_up
         except BaseException:
             close_if_possible()
             raise
         finally:
             stream.finish()
+        if gave_up > 0:
+            logger.warning(
+                "PCs may be missing: the guest did not wait for the host any longer %d times; "
+                "is this machine overloaded?",
+                gave_up,
+            )
         if stream.untraced:
             logger.warning(
                 "%d processes or threads were not traced: no more than %d can be at a time, and "

@@ -89,14 +89,15 @@ def test_repeats_and_order_are_kept(session: Session) -> None:
 
 def test_trace_longer_than_the_area_is_whole(session: Session) -> None:
     lost = session.status()["lost_pcs"]
-    script = "i=0; while [ $i -lt 400 ]; do read line </etc/passwd; i=$((i+1)); done"
+    times = 150
+    script = f"i=0; while [ $i -lt {times} ]; do read line </etc/passwd; i=$((i+1)); done"
     result = session.kcov(["sh", "-c", script], unique=False)
     assert result.exit_status == 0, result.stderr.decode()
-    assert len(result.pcs) > 3 * AREA_WORDS
+    assert len(result.pcs) > AREA_WORDS
     assert session.status()["lost_pcs"] == lost
-    # One process, in its own order: each of the files is opened by the same blocks.
-    opened = [name for name in functions(session, result.pcs) if name == "do_filp_open"]
-    assert len(opened) >= 400
+    # Whole from the first file that was opened to the last.
+    first = next(pc for pc in result.pcs if functions(session, [pc]) == ["do_filp_open"])
+    assert result.pcs.count(first) >= times
 
 
 def test_owners_on_two_processors_have_their_own(session: Session) -> None:
