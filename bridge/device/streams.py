@@ -115,6 +115,11 @@ class WordLog:
                 self.lost += self._length - whole
                 self._length = whole
 
+    def restore(self, words: array[int]) -> None:
+        """Hold these words and no others, in memory."""
+        self._memory = bytearray(words.tobytes())
+        self._length = len(words)
+
     def read(self, start: int, stop: int) -> array[int]:
         """The words from number ``start`` up to ``stop``, after :meth:`finish`. Raises OSError."""
         words = array("Q")
@@ -211,7 +216,7 @@ class _Segments:
 class PcLog(Sequence[int]):
     """The PCs of one command, process by process; read where they are kept, not all in memory.
 
-    A slice is a list. Equal to any sequence of the same numbers.
+    A slice is a list. Equal to any sequence of the same numbers. A pickled one is in memory.
     """
 
     def __init__(self, segments: _Segments) -> None:
@@ -253,6 +258,9 @@ class PcLog(Sequence[int]):
     def __repr__(self) -> str:
         return f"<{len(self)} PCs>"
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restore, (PcLog, self._segments.read(0, len(self)))
+
     def chunks(self) -> Iterator[array[int]]:
         """All PCs, some ten thousand at a time."""
         for start in range(0, len(self), _CHUNK_WORDS):
@@ -290,6 +298,18 @@ class ComparisonLog(Sequence[Comparison]):
 
     def __repr__(self) -> str:
         return f"<{len(self)} comparisons>"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restore, (ComparisonLog, array("Q", self._words))
+
+
+def _restore(kind: type[PcLog] | type[ComparisonLog], words: array[int]) -> object:
+    """A log that was pickled."""
+    log = WordLog()
+    log.restore(words)
+    segments = _Segments(log)
+    segments.add(0, len(words))
+    return kind(segments)
 
 
 class AreaSource(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import resource
 from array import array
 from collections.abc import Iterator, Sequence
@@ -278,6 +279,7 @@ def test_stream_of_comparisons(region: Region) -> None:
     assert len(records) == 2000, "an area of 1024 words holds 255 at a time"
     assert list(records) == [(6, 1, 2, 0xF1), (6, 3, 4, 0xF2)] * 1000
     assert records[-1] == records[1999] == (6, 3, 4, 0xF2)
+    assert pickle.loads(pickle.dumps(records))[3] == records[3]
     assert records[1:3] == [(6, 3, 4, 0xF2), (6, 1, 2, 0xF1)]
     with pytest.raises(IndexError):
         records[2000]
@@ -397,6 +399,18 @@ def test_pc_log_is_a_sequence(small: None, host: Host) -> None:
     for index in (16, -17):
         with pytest.raises(IndexError):
             pcs[index]
+
+
+def test_pickled_log_is_whole_elsewhere(small: None, host: Host) -> None:
+    stream = host.stream()
+    kcov = host.join(stream, ALICE)
+    host.cover(kcov, *range(100))
+    host.end(kcov)
+    pcs = pickle.loads(pickle.dumps(host.pcs(stream)))
+    assert isinstance(pcs, PcLog)
+    assert pcs == list(range(100))
+    assert pcs[98:] == [98, 99]
+    assert pickle.loads(pickle.dumps(host.pcs(host.stream()))) == []
 
 
 def test_empty_pc_log(host: Host) -> None:
