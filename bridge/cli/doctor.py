@@ -172,7 +172,7 @@ def _kernel(settings: Settings) -> Iterator[Check]:
         with tempfile.TemporaryDirectory(prefix="kcov-bridge-") as directory:
             # As a run would find it: with a cache that cannot be written it makes none.
             spare = Path(directory) if cache_can_be_written() else None
-            plugin = build_plugin(spare)
+            plugin = build_plugin(settings.qemu, spare)
             why = why_not_loaded(qemu, plugin) if qemu else f"{settings.qemu} is not there"
     except BridgeError as error:
         yield Check(name, required, False, error.message, error.hint)

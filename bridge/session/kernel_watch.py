@@ -134,7 +134,7 @@ class GuestKernelWatch:
 
         self._settings = settings
         self._by_name = settings.source != "auto"
-        plugin = build_plugin()
+        plugin = build_plugin(settings.qemu)
         self.plugin: Path | None = plugin
         if not self._by_name:
             _probe(settings.qemu, plugin)

@@ -250,7 +250,7 @@ def test_a_run_and_its_exports(tmp_path: Path) -> None:
 def test_a_plugin_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "broken.so"
     broken.write_text("no object file")
-    monkeypatch.setattr("bridge.sources.guest_kernel.plugin.build_plugin", lambda: broken)
+    monkeypatch.setattr("bridge.sources.guest_kernel.plugin.build_plugin", lambda qemu: broken)
     with (
         pytest.raises(UnwatchableError, match="cannot load the plugin") as caught,
         bridge.boot(target="none", source="kernel"),

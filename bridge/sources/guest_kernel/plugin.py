@@ -3,11 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import re
+import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
-from bridge.errors import InfrastructureError, UnwatchableError
+from bridge.errors import BridgeError, InfrastructureError, UnwatchableError
+from bridge.util.cache import cache_directory, cache_folder
 from bridge.util.compile import CProgram
+from bridge.util.files import atomic_output
 
 __all__ = ["PLUGIN", "build_plugin", "why_not_loaded"]
 
@@ -23,7 +30,13 @@ PLUGIN = CProgram(
     folder="plugins",
     suffix=".so",
 )
-"""It fits every QEMU from 7.2 on: it finds out at load time which plugin API it meets."""
+"""It finds out at load time which version of the plugin API it meets, up to 6."""
+
+_NEWEST_API = 7
+"""The newest version of the plugin API that the plugin knows the callbacks of."""
+
+_TOO_OLD = re.compile(r"supports only a minimum version of (\d+)")
+"""``plugin_load`` in QEMU's ``plugins/loader.c``, of a plugin made for an older API."""
 
 _GREETING = "kcov_tcg: the bridge starts it"
 """What the plugin answers to a QEMU that was not told where the plan is: it was loaded."""
@@ -33,17 +46,25 @@ _PROBE_SECONDS = 30.0
 _SOURCE_REMEDY = "or leave the guest kernel out: --source python"
 
 
-def build_plugin(spare: Path | None = None) -> Path:
-    """Return the compiled plugin, from the cache if it is there.
+def build_plugin(qemu: str, spare: Path | None = None) -> Path:
+    """Return the plugin that this QEMU loads, from the cache if it is there.
+
+    A QEMU that loads none gets one all the same: :func:`why_not_loaded` says why not.
 
     Args:
+        qemu: the program.
         spare: see :meth:`bridge.util.compile.CProgram.build`.
 
     Raises:
         UnwatchableError: it cannot be compiled, or not be kept; the guest kernel can be left out.
     """
     try:
-        return PLUGIN.build(spare)
+        plugin = PLUGIN.build(spare)
+        too_old = _TOO_OLD.search(why_not_loaded(qemu, plugin) or "")
+        if too_old is None or int(too_old[1]) > _NEWEST_API:
+            return plugin
+        flags = (*PLUGIN.flags, f"-DPLUGIN_API={too_old[1]}")
+        return replace(PLUGIN, flags=flags).build(spare)
     except InfrastructureError as error:
         raise UnwatchableError(
             error.message,
@@ -53,7 +74,41 @@ def build_plugin(spare: Path | None = None) -> Path:
 
 
 def why_not_loaded(qemu: str, plugin: Path) -> str | None:
-    """What keeps this QEMU from loading the plugin, in its own words; None when nothing does."""
+    """What keeps this QEMU from loading the plugin, in its own words; None when nothing does.
+
+    Where that depends on nothing but the two files, the answer is kept in the cache.
+    """
+    answer = _answer_file(qemu, plugin)
+    if answer is not None:
+        with contextlib.suppress(OSError, UnicodeError):
+            return answer.read_text(encoding="utf-8") or None
+    why = _try(qemu, plugin)
+    if answer is not None and (why is None or _TOO_OLD.search(why)):
+        # Not kept in a cache that cannot be written: it is asked for again.
+        with contextlib.suppress(OSError, BridgeError):
+            cache_folder(PLUGIN.folder)
+            with atomic_output(answer) as part:
+                part.write_text(why or "", encoding="utf-8")
+    return why
+
+
+def _answer_file(qemu: str, plugin: Path) -> Path | None:
+    """Where the cache has the answer of these two files; None for a plugin that is not in it."""
+    program = shutil.which(qemu)
+    if program is None or plugin.parent != cache_directory() / PLUGIN.folder:
+        return None
+    digest = hashlib.sha256()
+    try:
+        for path in (Path(program).resolve(), plugin.resolve()):
+            status = path.stat()
+            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    except OSError:
+        return None
+    return cache_directory() / PLUGIN.folder / f"loads-{digest.hexdigest()[:16]}"
+
+
+def _try(qemu: str, plugin: Path) -> str | None:
+    """Have QEMU load the plugin."""
     machine = ("-machine", "none", "-nodefaults", "-display", "none")
     try:
         done = subprocess.run(

@@ -99,7 +99,7 @@ def test_the_plugin_compiles_without_a_warning(tmp_path: Path) -> None:
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UnwatchableError, match="C compiler") as caught:
-        plugin.build_plugin()
+        plugin.build_plugin("qemu-system-x86_64")
     assert "gcc and libc6-dev" in caught.value.hint
 
 
@@ -111,7 +111,7 @@ def test_a_compiler_that_compiles_nothing(monkeypatch: pytest.MonkeyPatch, tmp_p
     compiler.write_text("#!/bin/sh\necho 'kcov_tcg.c:1: stdio.h: No such file' >&2\nexit 1\n")
     compiler.chmod(0o755)
     with pytest.raises(UnwatchableError, match="does not compile") as caught:
-        plugin.build_plugin()
+        plugin.build_plugin("qemu-system-x86_64")
     assert "stdio.h" in caught.value.evidence
     assert "gcc and libc6-dev" in caught.value.hint
     assert not list((tmp_path / "cache" / "plugins").iterdir())

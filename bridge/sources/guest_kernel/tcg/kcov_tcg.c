@@ -146,6 +146,7 @@ static struct owner owners[PLAN_SLOTS];
 
 static qemu_plugin_id_t plugin_id;
 static bool insn_data_copies;
+static any_cb trans_cb;
 /* The bridge uses membarrier(2), and it concerns this process. */
 static bool expedited;
 static void *insn_data_symbol;
@@ -160,9 +161,16 @@ static uint64_t vectors[PLAN_VECTORS];
 /* Where calls of __schedule() return to, in schedule() and a few for preemption, in this kernel. */
 static uint64_t after_switch[16], syscall_entry;
 
+/* The version of the plugin API whose callbacks have no id of the plugin any more. */
+#define API_WITHOUT_ID	7
+
+#ifdef PLUGIN_API
+/* No symbol tells this version from the one before: the bridge knows what QEMU asks for. */
+EXPORTED int qemu_plugin_version = PLUGIN_API;
+#else
 /*
- * QEMU reads this after it has loaded the file, so the constructor below can still choose. What
- * is used here is the same in all versions, but a QEMU may refuse old ones.
+ * QEMU reads this after it has loaded the file, so the constructor below can still choose. A QEMU may
+ * refuse old versions.
  */
 EXPORTED int qemu_plugin_version = 1;
 
@@ -186,6 +194,7 @@ static void choose_version(void)
 			if (dlsym(RTLD_DEFAULT, since[i].symbol))
 				qemu_plugin_version = since[i].version;
 }
+#endif
 
 /* ---- the bridge's words -------------------------------------------------------------------- */
 
@@ -694,7 +703,7 @@ static struct block *intern(const struct block *wanted)
 	return block;
 }
 
-static void reset_done(qemu_plugin_id_t id);
+static void reset_done(void);
 
 /* Begins or ends to watch, if the bridge wants that; on a vCPU's thread. */
 static void follow_plan(void)
@@ -704,7 +713,7 @@ static void follow_plan(void)
 	if (load(&plan->want) == load(&plan->have))
 		atomic_store(&resetting, false);
 	else if (!atomic_exchange(&resetting, true))
-		qemu_plugin_reset(plugin_id, reset_done);
+		qemu_plugin_reset(plugin_id, reset_done, NULL);
 }
 
 /* All code that runs from here on is watched: tell the owner. */
@@ -718,14 +727,12 @@ static void marker_runs(unsigned int index, void *data)
 		atomic_store(vcpu->owner->hidden, PLAN_HIDDEN_SEEN);
 }
 
-static void vcpu_idles(qemu_plugin_id_t id, unsigned int index)
+static void vcpu_idles(void)
 {
-	(void)id;
-	(void)index;
 	follow_plan();
 }
 
-static void translates(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
+static void translates(struct qemu_plugin_tb *tb)
 {
 	uint64_t start = qemu_plugin_tb_vaddr(tb);
 	size_t n = qemu_plugin_tb_n_insns(tb);
@@ -736,7 +743,6 @@ static void translates(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 	uint8_t code[15];
 	size_t size;
 
-	(void)id;
 	if (start < KERNEL_START || !n)
 		return;
 	size = insn_data(qemu_plugin_tb_get_insn(tb, 0), code, sizeof(code));
@@ -790,7 +796,13 @@ static void translates(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 		qemu_plugin_register_vcpu_tb_exec_cb(tb, block_runs, QEMU_PLUGIN_CB_NO_REGS, found);
 }
 
-static void reset_done(qemu_plugin_id_t id)
+static void translates_with_id(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
+{
+	(void)id;
+	translates(tb);
+}
+
+static void reset_done(void)
 {
 	store(&plan->have, load(&plan->want));
 	store(&plan->resets, plan->resets + 1);
@@ -799,8 +811,8 @@ static void reset_done(qemu_plugin_id_t id)
 	for (unsigned int i = 0; i < PLAN_CPUS; i++)
 		vcpus[i].epoch = 0;
 	if (plan->have)
-		qemu_plugin_register_vcpu_tb_trans_cb(id, translates);
-	qemu_plugin_register_vcpu_idle_cb(id, vcpu_idles);
+		qemu_plugin_register_vcpu_tb_trans_cb(plugin_id, trans_cb, NULL);
+	qemu_plugin_register_vcpu_idle_cb(plugin_id, vcpu_idles, NULL);
 	follow_plan();
 }
 
@@ -850,6 +862,8 @@ int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, 
 	if (!ranges || !insn_data_symbol)
 		return refuse("out of memory, or not loaded by QEMU");
 	insn_data_copies = qemu_plugin_version >= 3;
+	trans_cb = info->version.cur >= API_WITHOUT_ID ? (any_cb)translates :
+							 (any_cb)translates_with_id;
 	cpus = (void *)((uint8_t *)plan + PLAN_CPUS_OFFSET);
 	slots = (void *)((uint8_t *)plan + PLAN_SLOTS_OFFSET);
 	blocks = (void *)((uint8_t *)plan + PLAN_BLOCKS_OFFSET);
@@ -858,6 +872,6 @@ int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, 
 		    !syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED, 0, 0);
 	store(&plan->expedited, expedited);
 	store(&plan->api, info->version.cur);
-	qemu_plugin_register_vcpu_idle_cb(id, vcpu_idles);
+	qemu_plugin_register_vcpu_idle_cb(id, vcpu_idles, NULL);
 	return 0;
 }

@@ -1,9 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * What kcov_tcg.c uses of QEMU's plugin API. Distributions ship QEMU without its header, so the
- * few functions are declared here; they have been the same since API version 1 (QEMU 4.2) but for
- * qemu_plugin_insn_data(), whose arguments changed with version 3 (include/qemu/qemu-plugin.h,
- * plugins/loader.c in QEMU).
+ * few functions are declared here (include/qemu/qemu-plugin.h, plugins/loader.c in QEMU). Two things
+ * are not the same in all API versions from 1 (QEMU 4.2) to 7 (QEMU 11.1):
+ *
+ * - qemu_plugin_insn_data() copies since version 3;
+ * - since version 7 callbacks get data of the plugin's, behind all other arguments, and not the
+ *   plugin's id, which was the first. Who registers one gives the data as one more argument, which
+ *   older versions do not look at.
  */
 #ifndef QEMU_PLUGIN_API_H
 #define QEMU_PLUGIN_API_H
@@ -38,14 +42,13 @@ enum qemu_plugin_cb_flags {
 	QEMU_PLUGIN_CB_NO_REGS,
 };
 
-typedef void (*simple_cb)(qemu_plugin_id_t id);
-typedef void (*vcpu_cb)(qemu_plugin_id_t id, unsigned int vcpu);
-typedef void (*tb_trans_cb)(qemu_plugin_id_t id, struct qemu_plugin_tb *tb);
+/* A callback whose arguments differ between versions. */
+typedef void (*any_cb)(void);
 typedef void (*tb_exec_cb)(unsigned int vcpu, void *data);
 
-void qemu_plugin_reset(qemu_plugin_id_t id, simple_cb cb);
-void qemu_plugin_register_vcpu_idle_cb(qemu_plugin_id_t id, vcpu_cb cb);
-void qemu_plugin_register_vcpu_tb_trans_cb(qemu_plugin_id_t id, tb_trans_cb cb);
+void qemu_plugin_reset(qemu_plugin_id_t id, any_cb cb, void *data);
+void qemu_plugin_register_vcpu_idle_cb(qemu_plugin_id_t id, any_cb cb, void *data);
+void qemu_plugin_register_vcpu_tb_trans_cb(qemu_plugin_id_t id, any_cb cb, void *data);
 void qemu_plugin_register_vcpu_tb_exec_cb(struct qemu_plugin_tb *tb, tb_exec_cb cb,
 					  enum qemu_plugin_cb_flags flags, void *data);
 size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *tb);
