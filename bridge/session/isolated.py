@@ -33,7 +33,7 @@ from bridge.sources.pcs import BlockTable
 from bridge.sources.remote import Deliver
 from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.targets.description import Description
-from bridge.targets.thread import TargetThread
+from bridge.targets.thread import TargetThread, foreign
 from bridge.vm.process import Process, spawn
 
 if TYPE_CHECKING:
@@ -190,7 +190,8 @@ class IsolatedTarget:
             # Imported here, for a run that isolates nothing.
             from bridge.sources.python.source import block_table
 
-            self.table = block_table(tuple(answer["packages"]))
+            with foreign(f"the target {self.name}", "while its packages were looked for"):
+                self.table = block_table(tuple(answer["packages"]))
             server = threading.Thread(
                 target=self._serve_handles,
                 args=(_Channel(asked), deliver),

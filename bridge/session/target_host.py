@@ -124,7 +124,8 @@ class InProcessTarget:
         thread, source, target = self.thread, self.source, self.target
         who = f"the target {self.name}"
         if source is not None:
-            thread.call(source.start)
+            # Which imports packages that others lie in.
+            thread.call_foreign(who, "while its packages were looked for", source.start)
             # In the reverse order: the source writes .coverage, and its table is whole then.
             if self._out is not None:
                 self._stack.callback(source.table.save, self._out / BLOCKS_FILE)

@@ -88,6 +88,22 @@ def test_run_target_that_exits_when_it_is_made_is_a_failure(
 
 
 @pytest.mark.parametrize("isolate", [(), ("--isolate",)], ids=["in-process", "isolated"])
+def test_run_package_that_exits_when_it_is_imported_is_a_failure(
+    tmp_path: Path, isolate: tuple[str, ...]
+) -> None:
+    """Which happens before the start, to find what lies in it."""
+    name = target(tmp_path)
+    source = tmp_path / "mine_target.py"
+    source.write_text(source.read_text().replace('("colorsys",)', '("outer.inner",)'))
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "outer/__init__.py").write_text("import sys\nsys.exit(0)\n")
+    (tmp_path / "outer/inner.py").write_text("")
+    result = mine(tmp_path / "out", name, *isolate, cwd=tmp_path)
+    assert result.returncode == 125, result.stderr
+    assert "raised SystemExit while its packages were looked for: 0" in result.stderr
+
+
+@pytest.mark.parametrize("isolate", [(), ("--isolate",)], ids=["in-process", "isolated"])
 def test_run_target_that_exits_on_stop_is_a_failure_with_its_results(
     image: Image, tmp_path: Path, isolate: tuple[str, ...]
 ) -> None:
