@@ -776,7 +776,7 @@ class Machine:
                 hint=PLUGIN_REMEDY,
             )
         hint = "the last line starts the same machine by hand"
-        if "cannot set up guest memory" in said:
+        if "cannot set up guest memory" in said or "phys-bits too low" in said:
             hint = f"there are no {self.config.memory_mib} MiB for a guest; take less: --memory MIB"
         elif self.config.sandbox and "-sandbox" in said:
             hint = "this QEMU was built without seccomp; run it without its sandbox: --no-sandbox"

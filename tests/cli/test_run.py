@@ -281,7 +281,7 @@ class TestWhatIsMissing:
         for options in (QUICK, ["--target", "none", "--source", "kernel"]):
             result = run(tmp_path, "--memory", str(1 << 20), *options, "--", "true")
             assert result.returncode == 125
-            assert "has no 1048576 MiB to give to a guest" in result.stderr
+            assert "there are no 1048576 MiB for a guest; take less: --memory MIB" in result.stderr
 
     def test_a_broken_image(
         self, image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
