@@ -98,9 +98,9 @@ def _work(session: Session, command: Sequence[str], record: _Record, streams: St
 def _complain_about_the_source(session: Session) -> None:
     if (failure := session.doorbell.failure) is not None:
         raise SourceError(
-            f"the coverage source raised {type(failure).__name__}: {failure}",
+            f"the PCs of this run are incomplete: the coverage source raised "
+            f"{type(failure).__name__}: {failure}",
             evidence=f"{session.doorbell.counters.source_failures} times",
-            hint="the PCs of this run are not complete",
         ) from failure
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports that coverage.py itself makes from a run's ``.coverage`` data: HTML pages and LCOV."""
+"""HTML and LCOV reports, made by coverage.py from a run's ``.coverage`` data."""
 
 from __future__ import annotations
 
@@ -71,10 +71,12 @@ def _make(what: str, data_file: Path, destination: Path, make: Callable[[Path], 
 
 
 def make_html(data_file: Path, directory: Path) -> None:
-    """Make HTML pages in ``directory``, which is replaced, from coverage data.
+    """Replace ``directory`` with HTML pages made from coverage data.
 
-    A source file that is gone or can't be parsed any more is left out with a warning in the log.
-    Raises :class:`InfrastructureError`; ``directory`` is then as it was.
+    A source file that is gone or cannot be parsed is left out with a warning.
+
+    Raises:
+        InfrastructureError: the report cannot be made; ``directory`` is as it was.
     """
     measured = _loaded(data_file)
     _make(
@@ -86,7 +88,7 @@ def make_html(data_file: Path, directory: Path) -> None:
 
 
 def make_lcov(data_file: Path, file: Path) -> None:
-    """Make an LCOV file, which is replaced, with absolute paths; errors as :func:`make_html`."""
+    """Replace ``file`` with an LCOV report of absolute paths; raises as :func:`make_html`."""
     measured = _loaded(data_file)
 
     def make(made: Path) -> None:
@@ -106,9 +108,10 @@ def _with_absolute_path(line: str) -> str:
 
 
 def make_reports(data_file: Path, directory: Path) -> tuple[Path, Path]:
-    """Make ``html/`` and ``lcov.info`` in a run's directory; give their paths.
+    """Make ``html/`` and ``lcov.info`` in a run's directory; return their paths.
 
-    Raises :class:`InfrastructureError`.
+    Raises:
+        InfrastructureError: a report cannot be made.
     """
     html, lcov = directory / HTML_DIRECTORY, directory / LCOV_FILE
     make_html(data_file, html)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A target in a process of its own: one that dies or hangs does not take the device with it.
 
-The process runs coverage source and target just as the bridge itself would (``python -m
-bridge.session.isolated``); two sockets connect it. On the first the bridge asks, and is answered at
-once by a thread that is not measured: what was covered, and in the end to stop. On the second the
-process asks: that coverage on behalf of a handle goes into an area. A message is a kind (one byte),
-a length (eight bytes, little-endian) and that many bytes.
+The process (``python -m bridge.session.isolated``) runs source and target as the bridge would.
+Two sockets connect it. On the first the bridge asks what was covered, and at the end to stop; a
+thread that is not measured answers at once. On the second the process asks: to have coverage on
+behalf of a handle appended to an area. A message is a kind (one byte), a length (eight bytes,
+little-endian) and that many bytes.
 
-The source answers in :data:`CONSUME_SECONDS`, or raises once and gives nothing until an answer has
-come after all; so the guest goes on, without PCs, whatever the target does.
+The source answers within :data:`CONSUME_SECONDS`. If not, it raises once, and gives nothing until a
+late answer comes; so the guest goes on, without PCs, whatever the target does.
 """
 
 from __future__ import annotations
@@ -204,10 +204,11 @@ class IsolatedTarget:
             return description
 
     def consume(self) -> Sequence[int]:
-        """The PCs covered since the last call, in the order the process gives them.
+        """Return the PCs covered since the last call, in the order of the process.
 
-        Raises :class:`bridge.errors.SourceError` once when the process is dead or does not answer
-        in time; then gives nothing, until it answers.
+        Raises:
+            SourceError: the process is dead, or does not answer in time; raised once, then there
+                is nothing until it answers.
         """
         with self._lock:
             running = self._running
@@ -275,7 +276,7 @@ class IsolatedTarget:
         fill_blocks(stats, self)
 
     def _serve_handles(self, channel: _Channel, deliver: Deliver) -> None:
-        """Put coverage on behalf of handles into areas, and say when it is there."""
+        """Append coverage on behalf of handles to areas, and confirm it."""
         with contextlib.suppress(EOFError, OSError, ValueError):
             while True:
                 _, payload = channel.receive()

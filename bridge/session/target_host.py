@@ -105,18 +105,22 @@ class InProcessTarget:
         self._stack = ExitStack()
         self._stack.callback(self.thread.close)
         try:
-            self.target: Target = self.thread.call(lambda: create_target(target, directory))
-            self.name = self.target.name
+            made = self.thread.call(lambda: create_target(target, directory))
+            self.target: Target = made
+            who, when = f"the target {target}", "when asked for its name and packages"
+            self.name, packages = self.thread.call_foreign(
+                who, when, lambda: (str(made.name), made.packages)
+            )
             self.source: PythonSource | None = None
-            if measured and self.target.packages:
+            if measured and packages:
                 from bridge.sources.python.source import PythonSource
 
                 data_file = out / ".coverage" if out is not None else None
-                self.source = PythonSource(
-                    self.target.packages, data_file=data_file, comparisons=comparisons
-                )
+                self.source = PythonSource(packages, data_file=data_file, comparisons=comparisons)
         except BaseException:
-            self._stack.close()
+            # A thread that is stuck says less than what it was left for.
+            with suppress(TargetError):
+                self._stack.close()
             raise
 
     def start(self, deliver: Deliver) -> Description:

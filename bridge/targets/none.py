@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No target: for runs in which only the guest, or nothing on the host, is of interest."""
+"""No target: for runs that cover the guest alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["NoTarget"]
 
 
 class NoTarget:
-    """A target that serves nothing and needs nothing."""
+    """A target that serves nothing."""
 
     name = "none"
     packages: tuple[str, ...] = ()
@@ -21,10 +21,10 @@ class NoTarget:
     guest_teardown = ""
 
     def __init__(self, directory: Path | None = None) -> None:
-        """``directory`` is taken for the sake of the interface and not used."""
+        """``directory`` is ignored."""
 
     def start(self) -> None:
-        """Nothing to start."""
+        """Do nothing."""
 
     def stop(self) -> None:
-        """Nothing to stop."""
+        """Do nothing."""

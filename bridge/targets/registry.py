@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Targets by name: those that come with the bridge, and anyone's own as ``module:Class``.
+"""Targets by name: built-in ones, and your own as ``module:Class``.
 
-A target of your own is a class (or any callable) in a module that Python finds, in the working
-directory too. It is called with one argument, the setting ``target_dir`` (a
-:class:`pathlib.Path` or ``None``), and what it returns keeps the protocol
-:class:`bridge.targets.Target`. Its module must not import the code under test at the top: import
-it in ``start()``, when the measurement is on.
+A target of your own is a class, or any callable, in a module that Python finds; the working
+directory counts too. It is called with one argument, the setting ``target_dir`` (a
+:class:`pathlib.Path` or ``None``), and returns a :class:`bridge.targets.Target`. Its module must
+not import the code under test at its top level: ``start()`` does that, while it is measured.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ _MEMBERS = (
 
 
 def names() -> tuple[str, ...]:
-    """The names of the targets that come with the bridge."""
+    """Return the names of the built-in targets."""
     return tuple(_BUILT_IN)
 
 
@@ -83,8 +82,8 @@ def _own(name: str, directory: Path | None) -> Target:
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise UsageError(f"target {name} is not written as module:Class")
-    # An installed command does not look into the working directory by itself. Last, so that
-    # nothing there hides a module of someone else.
+    # An installed command does not search the working directory. Last, so that nothing there hides
+    # an installed module.
     here = os.getcwd()  # noqa: PTH109
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)
@@ -96,7 +95,7 @@ def _own(name: str, directory: Path | None) -> Target:
                 raise
             raise UsageError(
                 f"target {name}: there is no module {error.name}",
-                hint="it is looked for in the working directory and in this Python's packages",
+                hint="the working directory and this Python's packages were searched",
             ) from error
     factory: Any = module
     for part in attribute.split("."):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trees of files for targets that serve files: a copy of a directory, or a small tree made here."""
+"""Trees of files for file servers: a copy of a directory, or a small built-in one."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class Entry:
 
 
 def _pattern(size: int) -> bytes:
-    """``size`` bytes in which no two places look alike nearby, the same each time."""
+    """Return ``size`` bytes that are the same each time and differ from place to place."""
     lines = (f"{number:07d}\n".encode() for number in range(size // 8 + 1))
     return b"".join(lines)[:size]
 
 
 def built_in() -> tuple[Entry, ...]:
-    """A small tree: directories in depth and breadth, files from 0 to 100,000 bytes.
+    """Return a small tree: directories in depth and breadth, files from 0 to 100,000 bytes.
 
-    Sizes stand around what readers and servers cut at: a line, a page, 8 KiB. The files in
-    ``scratch`` are there to be written to.
+    Sizes lie around limits of readers and servers: a line, a page, 8 KiB. The files in ``scratch``
+    are meant to be written to.
     """
     sizes = (0, 1, 64, 4095, 4096, 4097, 8192, 8193, 100_000)
     entries = [Entry("README", b"Files to read, and in scratch/ files to write.\n")]
@@ -59,10 +59,12 @@ def built_in() -> tuple[Entry, ...]:
 
 
 def read_directory(directory: Path) -> tuple[Entry, ...]:
-    """A copy of what is in a directory, parents before children, in sorted order.
+    """Return a copy of what is in a directory, parents before children, in sorted order.
 
-    Symbolic links, devices and names that are not ASCII are left out with a warning. Raises
-    :class:`UsageError` for what is no directory, cannot be read, or is too big.
+    Symbolic links, devices and names that are not ASCII are left out with a warning.
+
+    Raises:
+        UsageError: it is no directory, cannot be read, or is too big.
     """
     if not directory.is_dir():
         raise UsageError(f"{directory} is no directory")

@@ -129,8 +129,9 @@ def test_run_failure_of_the_command_is_not_hidden_by_the_targets(
     assert "SystemExit on stop" in result.stderr
 
 
-def test_run_interrupt_of_the_user_ends_a_target_that_hangs_on_start(tmp_path: Path) -> None:
-    name = target(tmp_path, start="print('hangs', flush=True); time.sleep(1000)")
+@pytest.mark.parametrize("where", ["made", "start"])
+def test_run_interrupt_of_the_user_ends_a_target_that_hangs(tmp_path: Path, where: str) -> None:
+    name = target(tmp_path, **{where: "print('hangs', flush=True); time.sleep(1000)"})
     out = tmp_path / "out"
     options = ("--target", name, "--source", "python", "--", "true")
     with nothing_left(out), start(out, *options, cwd=tmp_path) as process:
