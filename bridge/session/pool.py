@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import os
 import pickle
 import socket
@@ -42,6 +43,8 @@ __all__ = ["DEFAULT_SERVICE", "Pool", "Service", "Worker"]
 DEFAULT_SERVICE = "bridge.session.pool:Service"
 """The class whose methods can be asked for, as ``module:Class``."""
 
+_LAST = 1 << 62
+"""The number of an answer that is the last."""
 _READY_SECONDS = 600.0
 _ANSWER_SECONDS = 120.0
 _END_SECONDS = 30.0
@@ -102,7 +105,9 @@ class Worker:
         self._begun = perf_counter()
         self.stats: Stats | None = None
         self.seconds: float | None = None
-        self._due = 0
+        # Requests are numbered from 1 on; 0 is the start.
+        self._asked = 0
+        self._answered = 0
         ours, theirs = socket.socketpair()
         with theirs:
             self._connection: Connection = Connection(ours.detach())
@@ -145,7 +150,7 @@ class Worker:
             InfrastructureError: the process ended, or the time is up.
         """
         if self.stats is None:
-            stats = self._receive(seconds)
+            stats = self._receive(0, seconds)
             self.seconds = perf_counter() - self._begun
             self.stats = stats
         return self.stats
@@ -157,24 +162,27 @@ class Worker:
             self._connection.send((method, arguments, options))
         except OSError as error:
             raise self._ended() from error
-        self._due += 1
+        self._asked += 1
 
     def answer(self, seconds: float = _ANSWER_SECONDS) -> Any:
         """Return the answer to the oldest request that has none yet.
+
+        An answer that comes after the time is up is dropped.
 
         Raises:
             BridgeError: what the request raised.
             InfrastructureError: the process ended, the time is up, or the request raised
                 something that is no BridgeError.
         """
-        if not self._due:
+        if self._answered == self._asked:
             raise UsageError("the worker was asked nothing")
-        self._due -= 1
-        return self._receive(seconds)
+        self._answered += 1
+        return self._receive(self._answered, seconds)
 
     def call(self, method: str, *arguments: object, **options: object) -> Any:
-        """Ask, and return the answer."""
+        """Ask, and return the answer; answers to requests before are dropped."""
         self.ask(method, *arguments, **options)
+        self._answered = self._asked - 1
         return self.answer()
 
     def close(self) -> None:
@@ -183,13 +191,16 @@ class Worker:
         if not self._process.wait(_END_SECONDS):
             self._process.kill()
 
-    def _receive(self, seconds: float) -> Any:
-        try:
-            if not self._connection.poll(seconds):
-                raise InfrastructureError(f"a worker does not answer within {seconds:g} s")
-            good, answer = pickle.loads(self._connection.recv_bytes())
-        except (EOFError, OSError) as error:
-            raise self._ended() from error
+    def _receive(self, number: int, seconds: float) -> Any:
+        deadline = monotonic() + seconds
+        answered = -1
+        while answered < number:
+            try:
+                if not self._connection.poll(max(0.0, deadline - monotonic())):
+                    raise InfrastructureError(f"a worker does not answer within {seconds:g} s")
+                answered, good, answer = pickle.loads(self._connection.recv_bytes())
+            except (EOFError, OSError) as error:
+                raise self._ended() from error
         if not good:
             raise answer
         return answer
@@ -325,18 +336,19 @@ def _serve(connection: Connection) -> None:
     with Session(settings, out) as session:
         session.run(["true"])
         served = _service(service)(session)
-        connection.send_bytes(pickle.dumps((True, session.stats())))
-        while True:
+        connection.send_bytes(pickle.dumps((0, True, session.stats())))
+        for number in itertools.count(1):
             try:
                 method, arguments, options = connection.recv()
             except (EOFError, ConnectionError):
                 return
-            if method.startswith("_"):
-                raise UsageError(f"{method} is nothing that a worker can be asked")
             try:
-                answer = pickle.dumps((True, getattr(served, method)(*arguments, **options)))
+                if method.startswith("_"):
+                    raise UsageError(f"{method} is nothing that a worker can be asked")
+                result = getattr(served, method)(*arguments, **options)
+                answer = pickle.dumps((number, True, result))
             except Exception as error:
-                answer = pickle.dumps((False, _portable(error)))
+                answer = pickle.dumps((number, False, _portable(error)))
             connection.send_bytes(answer)
 
 
@@ -356,7 +368,8 @@ def main() -> int:
             _serve(connection)
         except Exception as error:
             failure = _portable(error)
-            connection.send_bytes(pickle.dumps((False, failure)))
+            # In place of whatever it was to answer.
+            connection.send_bytes(pickle.dumps((_LAST, False, failure)))
             return failure.exit_status
     return 0
 

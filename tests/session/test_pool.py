@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,9 @@ class Odd:
 
     def thread(self) -> object:
         return threading.current_thread()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
 
     def pid(self) -> int:
         return os.getpid()
@@ -95,6 +99,10 @@ def test_worker_serves_what_its_caller_needs() -> None:
         assert "return 1 / number" in caught.value.evidence
         with pytest.raises(InfrastructureError, match="cannot pickle"):
             worker.call("thread")
+        worker.ask("sleep", 2)
+        with pytest.raises(InfrastructureError, match=r"does not answer within 0\.1 s"):
+            worker.answer(0.1)
+        assert worker.call("double", 4) == 8, "not the answer that came late"
         pid = worker.call("pid")
         worker.ask("double", 1)
         os.kill(pid, signal.SIGSTOP)
