@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -70,19 +71,19 @@ _COMPILER = frozenset({"gcc", "libc6-dev"})
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked for."""
+    """One thing that a run needs or can use."""
 
     name: str
     required: bool
     found: bool
     detail: str
-    """What was found, or why it does not do."""
+    """What was found, or why it will not do."""
     remedy: str = ""
     """How to get it; empty where it is there."""
 
 
 def _output(*command: str) -> str | None:
-    """What a program prints; ``None`` if it does not run, fails or hangs."""
+    """Return what a program prints; None if it does not run, fails or hangs."""
     try:
         done = subprocess.run(
             command,
@@ -98,6 +99,12 @@ def _output(*command: str) -> str | None:
     return done.stdout
 
 
+def _platform() -> Iterator[Check]:
+    found = f"{platform.system()} on {platform.machine()}"
+    fits = found == "Linux on x86_64"
+    yield Check("system", True, fits, found, "" if fits else "use Linux on x86_64")
+
+
 def _python() -> Iterator[Check]:
     detail = ".".join(map(str, sys.version_info[:3]))
     yield Check(
@@ -110,7 +117,9 @@ def _python() -> Iterator[Check]:
     try:
         lines = importlib.metadata.requires("kcov-bridge") or []
     except importlib.metadata.PackageNotFoundError:
-        yield Check("kcov-bridge", True, False, "is not installed in this Python", "make venv")
+        yield Check(
+            "kcov-bridge", True, False, "is not installed in this Python", "pip install kcov-bridge"
+        )
         return
     for requirement in map(Requirement, lines):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
@@ -128,7 +137,7 @@ def _python() -> Iterator[Check]:
 
 
 def _compiled() -> Iterator[Check]:
-    """The compiled part of the bridge itself, without which a signal takes twice as long."""
+    """Check for the compiled part of the bridge; without it a signal takes twice as long."""
     if fastpath.COMPILED:
         yield Check("compiled part", False, True, "is used")
     else:
@@ -142,7 +151,7 @@ def _qemu(settings: Settings) -> Iterator[Check]:
     path = shutil.which(settings.qemu)
     remedy = apt_line("qemu-system-x86")
     if path is None:
-        yield Check("QEMU", True, False, f"{settings.qemu} is not there", remedy)
+        yield Check("QEMU", True, False, f"{settings.qemu} is not found", remedy)
         return
     banner = _output(path, "--version")
     if banner is None:
@@ -163,7 +172,7 @@ def _qemu(settings: Settings) -> Iterator[Check]:
 
 
 def _kernel(settings: Settings) -> Iterator[Check]:
-    """Whether the guest's kernel can be watched: compiler, a QEMU that loads the plugin, TCG."""
+    """Check that the guest kernel can be watched: compiler, QEMU with plugins, TCG."""
     name = "guest kernel's coverage"
     required = settings.source in ("kernel", "kernel,python", "python,kernel")
     qemu = shutil.which(settings.qemu)
@@ -173,7 +182,7 @@ def _kernel(settings: Settings) -> Iterator[Check]:
             # As a run would find it: with a cache that cannot be written it makes none.
             spare = Path(directory) if cache_can_be_written() else None
             plugin = build_plugin(settings.qemu, spare)
-            why = why_not_loaded(qemu, plugin) if qemu else f"{settings.qemu} is not there"
+            why = why_not_loaded(qemu, plugin) if qemu else f"{settings.qemu} is not found"
     except BridgeError as error:
         yield Check(name, required, False, error.message, error.hint)
         return
@@ -182,7 +191,7 @@ def _kernel(settings: Settings) -> Iterator[Check]:
         remedy = "use a QEMU with TCG plugins, as Debian's is: --qemu PROGRAM"
         yield Check(name, required, False, detail, remedy)
     elif accelerator != "tcg":
-        yield Check(name, required, False, "KVM hides the guest's code", "ask for --accel tcg")
+        yield Check(name, required, False, "KVM hides the guest's code", "--accel tcg shows it")
     else:
         yield Check(name, required, True, "works under TCG")
 
@@ -202,7 +211,7 @@ def _accelerator(settings: Settings) -> Iterator[Check]:
 
 
 def _guest_image(settings: Settings) -> tuple[Check, bool]:
-    """The image that a run would boot, and whether it would have to be built first."""
+    """Check the image that a run would boot; also say whether a run would build it first."""
     name = "guest image"
     if settings.image is None:
         try:
@@ -221,9 +230,13 @@ def _guest_image(settings: Settings) -> tuple[Check, bool]:
             return Check(name, True, False, error.message, "kcov-bridge image list"), False
     for what, file in (("disk image", path), ("SSH key", settings.ssh_key)):
         if file is None or not file.is_file():
-            how = "give a disk image of your own with its key: --image FILE --ssh-key FILE"
+            how = "a disk image of your own comes with its key: --image FILE --ssh-key FILE"
             return Check(
-                name, True, False, f"there is no {what}{f' {file}' if file else ''}", how
+                name,
+                True,
+                False,
+                f"the {what} {file} does not exist" if file else f"no {what} is given",
+                how,
             ), False
     return Check(name, True, True, str(path)), False
 
@@ -242,7 +255,7 @@ def _image(settings: Settings) -> Iterator[Check]:
             and package.name not in _COMPILER
             and not (package.purpose == "user" and os.geteuid() == 0),
             there is not None,
-            there or f"is not there; it {package.what_for}",
+            there or f"is missing; it {package.what_for}",
             "" if there else apt_line(package.name),
         )
     yield from _cache(to_build)
@@ -301,6 +314,7 @@ def _memory(settings: Settings) -> Iterator[Check]:
 def diagnose(settings: Settings) -> tuple[Check, ...]:
     """Look for everything that a run with these settings needs."""
     parts: tuple[Callable[[], Iterator[Check]], ...] = (
+        _platform,
         _python,
         _compiled,
         lambda: _qemu(settings),
@@ -323,7 +337,9 @@ def render(checks: tuple[Check, ...]) -> str:
             lines.append(f"{'':>7}  {'':<{width}}  -> {check.remedy}")
     missing = sum(check.required and not check.found for check in checks)
     lines.append("")
-    lines.append("all that is required is there" if not missing else f"{missing} required missing")
+    lines.append(
+        "all that is required is there" if not missing else f"{missing} required, and missing"
+    )
     if any(check.required and not check.found and "apt-get" in check.remedy for check in checks):
         lines.append("`kcov-bridge setup` installs the Debian packages that are missing")
     return "\n".join(lines)

@@ -54,37 +54,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command = commands.add_parser(
         "build",
         help="build the image, or find it already built",
-        description="Builds the guest image and prints its directory. What is built already is "
-        "used again: a change in guest/ takes seconds, only the first time and --force a minute.",
+        description="Build the guest image and print its directory. Layers that are built already "
+        "are used again: a change in guest/ takes seconds; the first time and --force, minutes.",
     )
     _add_recipe(command)
     command.add_argument(
-        "--force", action="store_true", help="build all anew, with the newest packages"
+        "--force", action="store_true", help="build all layers again, with the newest packages"
     )
     command.add_argument(
         "--mirror",
         metavar="URI",
-        help="where packages come from, as mmdebstrap takes it (or KCOV_BRIDGE_MIRROR)",
+        help="where Debian packages come from, in mmdebstrap's form (or KCOV_BRIDGE_MIRROR)",
     )
     command.set_defaults(image_function=_build)
 
-    command = commands.add_parser("list", help="list the images that are built")
-    command.add_argument("--json", action="store_true", help="as JSON, for scripts")
+    command = commands.add_parser(
+        "list",
+        help="list the images that are built",
+        description="List the images that are built; * marks the one that a run boots.",
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON array")
     command.set_defaults(image_function=_list)
 
     command = commands.add_parser(
-        "path", help="print an image's directory", description="Prints an image's directory."
+        "path", help="print an image's directory", description="Print an image's directory."
     )
     command.add_argument(
-        "name", nargs="?", help="the image, or the beginning of its name (default: the current one)"
+        "name", nargs="?", help="image, or the beginning of its name (default: the current one)"
     )
     command.add_argument("--recipe", default=DEFAULT_RECIPE, help=argparse.SUPPRESS)
     command.set_defaults(image_function=_path)
 
-    command = commands.add_parser("rm", help="remove images")
-    command.add_argument("names", nargs="*", metavar="NAME", help="or the beginning of a name")
+    command = commands.add_parser(
+        "rm", help="remove images", description="Remove images, and the snapshots made of them."
+    )
     command.add_argument(
-        "--all", action="store_true", help="all images, and the build roots kept for the next ones"
+        "names", nargs="*", metavar="NAME", help="image, or the beginning of its name"
+    )
+    command.add_argument(
+        "--all",
+        action="store_true",
+        help="remove all images, and the build roots kept for new ones",
     )
     command.set_defaults(image_function=_rm)
 
@@ -100,14 +110,14 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
         "--recipe",
         "--suite",
         default=DEFAULT_RECIPE,
-        help=f"a recipe of images/ (default: {DEFAULT_RECIPE})",
+        help=f"what to build the image from (default: {DEFAULT_RECIPE})",
     )
     command.add_argument(
         "--include",
         action="append",
         default=[],
         metavar="PACKAGE",
-        help="one more Debian package for the guest; may be repeated",
+        help="add a Debian package to the guest; may be repeated",
     )
 
 
@@ -120,7 +130,7 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _make_snapshot(image: Image) -> None:
-    """For the machine that the settings ask for. The image is good without one."""
+    """Make a snapshot for the machine of the settings; an image without one is good as well."""
     try:
         settings = config.load()
         if settings.snapshot:
@@ -129,7 +139,7 @@ def _make_snapshot(image: Image) -> None:
             modules = create_target(settings.target, settings.target_dir).guest_modules
             ready_snapshot(guest, machine, settings.region << 20, modules).close()
     except BridgeError as error:
-        logger.warning("there is no snapshot of the guest yet: %s", error.report())
+        logger.warning("no snapshot could be made, so guests boot: %s", error.report())
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -177,7 +187,7 @@ def _path(args: argparse.Namespace) -> int:
     current = find(args.recipe)
     if current is None:
         raise UsageError(
-            "the image is not built, or guest/ or images/ changed since",
+            "the current image is not built: it never was, or guest/ or images/ changed since",
             hint="build it: kcov-bridge image build",
         )
     print(current.directory)
@@ -186,7 +196,10 @@ def _path(args: argparse.Namespace) -> int:
 
 def _rm(args: argparse.Namespace) -> int:
     if args.all == bool(args.names):
-        raise UsageError("name the images to remove, or --all")
+        raise UsageError(
+            "no image to remove is named" if not args.all else "--all takes no names",
+            hint="`kcov-bridge image list` shows the names; --all removes all",
+        )
     directories: list[Path] = [resolve(name) for name in args.names]
     if args.all:
         directories = [image.directory for image in list_images()]
