@@ -163,6 +163,8 @@ class Doorbell(Generic[C]):
         self._guest_counts = (0, 0)
         self._epoch_changes = 0
         self._relayed = False
+        self._coverage_epoch = 0
+        self._answered_by_relay = False
         self._stopping = False
         self._poller: ReturnPoller[Kcov[C]] = ReturnPoller(
             region.control,
@@ -189,7 +191,17 @@ class Doorbell(Generic[C]):
         changes it a few times a second for the rest. Without this call every return is reported.
         """
         self._relayed = True
-        self._control[HeaderWord.COVERAGE_EPOCH] = coverage_epoch_value()
+        self._coverage_epoch = coverage_epoch_value()
+        self._control[HeaderWord.COVERAGE_EPOCH] = self._coverage_epoch
+
+    @property
+    def target_answered(self) -> bool:
+        """Whether a relay has passed anything from the target to the guest.
+
+        Relays alone write ``COVERAGE_EPOCH`` but the doorbell; a hostile guest can, too.
+        """
+        found = self._control[HeaderWord.COVERAGE_EPOCH]
+        return self._answered_by_relay or (self._relayed and found != self._coverage_epoch)
 
     def start(self) -> None:
         """Start to answer, and tell the guest so."""
@@ -351,7 +363,12 @@ class Doorbell(Generic[C]):
             self._epoch_changes -= 1
             self._epoch = self._epoch + 2 & (2**63 - 1)
         control[HeaderWord.HOST_EPOCH] = self._epoch
-        control[HeaderWord.COVERAGE_EPOCH] = coverage_epoch_value() if self._relayed else 0
+        if self._relayed:
+            self._answered_by_relay = self.target_answered
+            self._coverage_epoch = coverage_epoch_value()
+        else:
+            self._coverage_epoch = 0
+        control[HeaderWord.COVERAGE_EPOCH] = self._coverage_epoch
         if self._kernel is not None:
             self._kernel.tick()
         self._scan()

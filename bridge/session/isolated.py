@@ -133,6 +133,8 @@ class IsolatedTarget:
         self._arguments = (target, str(directory or ""), str(out or ""))
         self._out = out
         self._covered: set[int] = set()
+        self.given = 0
+        """How many PCs :meth:`consume` has given."""
         # Under _lock: one conversation at a time.
         self._lock = threading.Lock()
         self._running: _Running | None = None
@@ -238,6 +240,7 @@ class IsolatedTarget:
             running.owed -= 1
             pcs = array("Q", payload)
             self._covered.update(pcs)
+            self.given += len(pcs)
             return pcs
 
     def stop(self) -> None:

@@ -179,6 +179,10 @@ class Session:
         # After the doorbell: coverage.py measures the threads that start after the source.
         stack.push(functools.partial(stop_target, host))
         target = host.start(device.deliver)
+        if source is not None:
+            # What the target covers of itself when it starts is nobody's yet.
+            source.consume()
+            stack.callback(_warn_of_silence, device, source, source.given)
         # A target without endpoints has ways to the guest that nobody here knows of.
         relayed = source is None or bool(target.endpoints)
         coverage_epoch = device.rely_on_relays() if relayed and not settings.syscall_pcs else None
@@ -529,3 +533,21 @@ def _tear_down(running: RunningGuest, target: Description) -> None:
             running.guest.run(target.guest_teardown, timeout=_TEAR_DOWN_SECONDS)
         except BridgeError as error:
             logger.debug("the target was not taken down in the guest: %s", error)
+
+
+def _warn_of_silence(
+    device: DeviceHost,
+    source: PythonSource | IsolatedTarget,
+    before: int,
+) -> None:
+    """Say so where the target answered the guest and no line of its packages ran for it."""
+    if not device.doorbell.target_answered or source.given > before:
+        return
+    with contextlib.suppress(BridgeError):
+        if source.consume():
+            return
+        logger.warning(
+            "the target answered the guest, but no line of its packages ran where the source "
+            "measures: "
+            'see "What is measured" in docs/targets.md',
+        )

@@ -73,6 +73,8 @@ class PythonSource:
         self.packages = tuple(packages)
         # Now: the target may change the working directory.
         self.data_file = data_file.absolute() if data_file is not None else None
+        self.given = 0
+        """How many PCs :meth:`consume` has given."""
         self._table = BlockTable()
         self._files = PackageFiles({}, ())
         self._started = False
@@ -162,9 +164,11 @@ class PythonSource:
         """
         with self._lock:
             if self._rest:
-                rest, self._rest = self._rest, []
-                return rest
-            return self._feed.drain() if self._feed is not None else []
+                pcs, self._rest = self._rest, []
+            else:
+                pcs = self._feed.drain() if self._feed is not None else []
+            self.given += len(pcs)
+            return pcs
 
     def line_recorder(self, path: Path, line: int) -> Callable[[], None]:
         """A function that notes a line of a covered file as run, for benchmarks.
