@@ -6,10 +6,19 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from bridge.session.session import Session
 from tests.support.guests import Guests, order
+
+# How long an example takes says how busy the machine is, not what is wrong.
+hypothesis.settings.register_profile(
+    "busy machine",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("busy machine")
 
 _GUESTS = pytest.StashKey[Guests]()
 _SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -208,10 +208,13 @@ PROGRAM = """
 """
 
 
-def start(*arguments: str, cleanup: float = 0) -> subprocess.Popen[str]:
+def start(
+    *arguments: str, cleanup: float = 0, wrapper: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """Start the command; ``wrapper`` is a command that becomes it."""
     program = textwrap.dedent(PROGRAM).replace("{cleanup}", str(cleanup))
     return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
+        [*wrapper, sys.executable, "-c", program, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -232,6 +235,21 @@ def test_a_signal_ends_it_after_cleaning_up(number: signal.Signals, status: int)
     assert out == "cleaned up\n"
     assert err.endswith("kcov-bridge: interrupted\n")
     assert "Traceback" not in err
+
+
+def test_signal_ignored_at_start_stays_ignored() -> None:
+    """As a shell's background jobs ignore SIGINT."""
+    with start("run", wrapper=("sh", "-c", "trap '' INT HUP; exec \"$@\"", "sh")) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        for number in (signal.SIGINT, signal.SIGHUP):
+            process.send_signal(number)
+        # Delivered in the order of their numbers, if at once: each of the two comes before.
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert out == "cleaned up\n"
+    assert "once more to give that up" not in err
 
 
 def test_a_second_signal_does_not_disturb_the_clean_up() -> None:

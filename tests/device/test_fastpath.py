@@ -64,7 +64,8 @@ def test_suite_with_plain_classes_passes() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "not vm and not bench", *SUITE],
         cwd=ROOT,
-        env={**os.environ, "KCOV_BRIDGE_PLAIN": "1"},
+        # The lives of devices are the longest, and what is above them is the same code.
+        env={"KCOV_BRIDGE_LIVES": "40", **os.environ, "KCOV_BRIDGE_PLAIN": "1"},
         capture_output=True,
         text=True,
         timeout=600,

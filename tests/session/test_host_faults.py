@@ -17,12 +17,12 @@ import pytest
 
 import bridge
 from bridge.device import abi
-from bridge.guest.images import build, compile_for_guest
 from bridge.guest.ssh import CommandResult
 from bridge.session.session import Session
 from bridge.sources.ledger import Cursor
 from bridge.targets import TARGET_ADDRESS, Endpoint
 from tests.support.guests import complaints
+from tests.support.programs import guest_program
 
 pytestmark = pytest.mark.vm
 
@@ -76,9 +76,9 @@ class Moody:
 
 
 @pytest.fixture(scope="module")
-def patience(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def patience() -> Path:
     source = ROOT / "tests/system/patience.c"
-    return compile_for_guest(build(), source, tmp_path_factory.mktemp("patience") / "patience")
+    return guest_program(source)
 
 
 @pytest.fixture(scope="module")

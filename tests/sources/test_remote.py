@@ -15,11 +15,11 @@ import coverage
 import pytest
 
 import bridge
-from bridge.guest.images import build, compile_for_guest
 from bridge.sources import remote
 from bridge.sources.pcs import Location
 from bridge.sources.python.source import PythonSource
 from bridge.targets import TARGET_ADDRESS
+from tests.support.programs import guest_program
 
 CODE = """
     def leaf(n):
@@ -259,11 +259,7 @@ def test_a_guest_gets_what_is_done_on_its_behalf(
     (tmp_path / "handle_server.py").write_text(textwrap.dedent(SERVER))
     (tmp_path / "handle_target.py").write_text(textwrap.dedent(TARGET))
     monkeypatch.syspath_prepend(tmp_path)
-    program = compile_for_guest(
-        build(),
-        Path(__file__).resolve().parents[1] / "system" / "remote.c",
-        tmp_path / "remote",
-    )
+    program = guest_program(Path(__file__).resolve().parents[1] / "system" / "remote.c")
     with bridge.boot(target="handle_target:Target", source="python") as guest:
         guest.guest.put(program, "/tmp/remote", 0o755)
         result = guest.run(f"/tmp/remote {TARGET_ADDRESS} 80 mumcu", timeout=60)

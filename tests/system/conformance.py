@@ -24,7 +24,6 @@ import io
 import re
 import sys
 import tarfile
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,9 +31,9 @@ from pathlib import Path
 
 import bridge
 from bridge.errors import RunTimeoutError
-from bridge.guest.images import build, compile_for_guest
 from bridge.session.session import Session
 from tests.support.guests import complaints, complaints_in_full
+from tests.support.programs import guest_program
 from tests.system import reference
 
 __all__ = [
@@ -137,10 +136,9 @@ def parse(program: str, text: str, exit_status: int, seconds: float = 0.0) -> Re
     return Result(program, tuple(lines), problem, seconds)
 
 
-def compile_programs(out: Path, programs: Sequence[str] = PROGRAMS) -> dict[str, Path]:
-    """Compile the programs for the default guest, into the directory ``out``."""
-    image = build()
-    return {name: compile_for_guest(image, SOURCES / f"{name}.c", out / name) for name in programs}
+def compile_programs(programs: Sequence[str] = PROGRAMS) -> dict[str, Path]:
+    """Compile the programs for the default guest."""
+    return {name: guest_program(SOURCES / f"{name}.c") for name in programs}
 
 
 def upload(session: Session, binaries: dict[str, Path]) -> None:
@@ -369,45 +367,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no such program: {', '.join(unknown)}; there are {', '.join(PROGRAMS)}")
     good = True
     summary: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="kcov-bridge-") as directory:
-        binaries = compile_programs(Path(directory), programs)
-        if arguments.reference:
-            good, summary = _reference(binaries, arguments.cpus or (1, 4), arguments.rounds)
-            print("\n".join(["==", *summary]))
-            return 0 if good else 1
-        for personality in arguments.personality or PERSONALITIES:
-            for cpus in arguments.cpus or (1, 4):
-                where = f"{personality}, {cpus} vCPU"
-                if arguments.kernel:
-                    where += f", kernel {arguments.kernel}"
-                print(f"== {where}", flush=True)
-                results, dmesg = _run_all(
-                    binaries, arguments.kernel, personality, cpus, arguments.rounds
-                )
-                lines = [line for result in results for line in result.lines]
-                found = {(personality, r.program, rule) for r in results for rule in r.failed}
-                known = {
-                    key
-                    for key in KNOWN_FAILURES
-                    if key[0] == personality and key[1] in {r.program for r in results}
-                }
-                failed = [f"{name}: {rule}" for _, name, rule in sorted(found - known)]
-                failed += [f"{name}: kept after all: {rule}" for _, name, rule in known - found]
-                failed += [f"{r.program}: {r.problem}" for r in results if r.problem]
-                if dmesg:
-                    failed.append(f"the guest kernel complains: {dmesg}")
-                good = good and not failed
-                skipped = sum(line.skip is not None for line in lines)
-                summary.append(
-                    f"{where}: {len(results)} programs, {len(lines)} rules, "
-                    f"{sum(line.ok for line in lines) - skipped} ok, {skipped} skipped, "
-                    f"{len(known & found)} differ by decision, {len(failed)} failed"
-                )
-                summary += [f"  {line}" for line in failed]
-                summary += [
-                    f"  differs: {key[1]}: {key[2]} ({KNOWN_FAILURES[key]})"
-                    for key in sorted(known & found)
-                ]
+    binaries = compile_programs(programs)
+    if arguments.reference:
+        good, summary = _reference(binaries, arguments.cpus or (1, 4), arguments.rounds)
+        print("\n".join(["==", *summary]))
+        return 0 if good else 1
+    for personality in arguments.personality or PERSONALITIES:
+        for cpus in arguments.cpus or (1, 4):
+            where = f"{personality}, {cpus} vCPU"
+            if arguments.kernel:
+                where += f", kernel {arguments.kernel}"
+            print(f"== {where}", flush=True)
+            results, dmesg = _run_all(
+                binaries, arguments.kernel, personality, cpus, arguments.rounds
+            )
+            lines = [line for result in results for line in result.lines]
+            found = {(personality, r.program, rule) for r in results for rule in r.failed}
+            known = {
+                key
+                for key in KNOWN_FAILURES
+                if key[0] == personality and key[1] in {r.program for r in results}
+            }
+            failed = [f"{name}: {rule}" for _, name, rule in sorted(found - known)]
+            failed += [f"{name}: kept after all: {rule}" for _, name, rule in known - found]
+            failed += [f"{r.program}: {r.problem}" for r in results if r.problem]
+            if dmesg:
+                failed.append(f"the guest kernel complains: {dmesg}")
+            good = good and not failed
+            skipped = sum(line.skip is not None for line in lines)
+            summary.append(
+                f"{where}: {len(results)} programs, {len(lines)} rules, "
+                f"{sum(line.ok for line in lines) - skipped} ok, {skipped} skipped, "
+                f"{len(known & found)} differ by decision, {len(failed)} failed"
+            )
+            summary += [f"  {line}" for line in failed]
+            summary += [
+                f"  differs: {key[1]}: {key[2]} ({KNOWN_FAILURES[key]})"
+                for key in sorted(known & found)
+            ]
     print("\n".join(["==", *summary]))
     return 0 if good else 1
 

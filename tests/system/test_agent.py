@@ -16,13 +16,14 @@ import pytest
 
 from bridge.config import Settings
 from bridge.errors import BridgeError, GuestPoweredOffError, GuestSetupError
-from bridge.guest.images import build, compile_for_guest
+from bridge.guest.images import build
 from bridge.guest.ssh import CommandResult, Guest
 from bridge.session.session import Session
 from bridge.sources.pcs import syscall_pc
 from bridge.vm.accel import choose_accelerator
 from bridge.vm.config import MachineConfig
 from bridge.vm.machine import Machine
+from tests.support.programs import guest_program
 
 pytestmark = pytest.mark.vm
 
@@ -37,7 +38,7 @@ THREADS = 100
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     out = tmp_path_factory.mktemp("agent")
-    program = compile_for_guest(build(), Path(__file__).with_name("follow.c"), out / "follow")
+    program = guest_program(Path(__file__).with_name("follow.c"))
     # A region of 64 MiB holds sixteen areas of the size that kcov-exec makes by default.
     settings = Settings(target="none", source="python", syscall_pcs=True, region=64)
     with Session(settings, out) as session:

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 import bridge
-from bridge.guest.images import build, compile_for_guest
 from bridge.session.session import Session
 from bridge.targets import TARGET_ADDRESS
+from tests.support.programs import guest_program
 
 pytestmark = pytest.mark.vm
 
@@ -153,7 +153,7 @@ def test_answers(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / f"answers_target_{kind}.py").write_text(TARGET.replace("@KIND@", kind))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    program = compile_for_guest(build(), PROGRAM, tmp_path / "answers")
+    program = guest_program(PROGRAM)
     calls = CALLS // 10 if kind == "always" else CALLS
     with bridge.boot(
         target=f"answers_target_{kind}:Target",

@@ -14,9 +14,9 @@ import pytest
 import bridge
 from bridge.device.abi import ENOTSUPP, KCOV_CMP_CONST, KCOV_CMP_SIZE
 from bridge.errors import UsageError
-from bridge.guest.images import build, compile_for_guest
 from bridge.session.session import Session
 from bridge.sources.pcs import Location
+from tests.support.programs import guest_program
 
 pytestmark = pytest.mark.vm
 
@@ -29,9 +29,8 @@ RERROR, TWALK, TOPEN, TREAD, TCLUNK, TSTAT = 107, 110, 112, 116, 120, 124
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("programs")
-    return compile_for_guest(build(), HERE / "compare.c", directory / "compare")
+def program() -> Path:
+    return guest_program(HERE / "compare.c")
 
 
 # First: in one process only one target can be under coverage at a time.

@@ -40,8 +40,8 @@ class Subject:
 
 
 @pytest.fixture(scope="module")
-def binaries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return conformance.compile_programs(tmp_path_factory.mktemp("conformance"))
+def binaries() -> dict[str, Path]:
+    return conformance.compile_programs()
 
 
 @contextmanager

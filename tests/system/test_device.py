@@ -20,9 +20,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def binaries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def binaries() -> dict[str, Path]:
     programs = ["calls_append", "mmap_shared", "owner_ends"]
-    return compile_programs(tmp_path_factory.mktemp("programs"), programs)
+    return compile_programs(programs)
 
 
 def test_the_module_goes_and_comes_back(session: Session, binaries: dict[str, Path]) -> None:

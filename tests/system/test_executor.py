@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 import bridge
-from bridge.guest.images import build, compile_for_guest
 from bridge.session.session import Session
 from bridge.sources.pcs import SYSCALL_SLOTS, Location, syscall_pc
+from tests.support.programs import guest_program
 
 pytestmark = pytest.mark.vm
 
@@ -28,14 +28,9 @@ MOUNT = "/mnt/target"
 COMPLAINTS = r"WARNING:|BUG:|Oops|\bstall|soft lockup|hung task|refcount_t|general protection"
 
 
-def compiled(directory: Path, name: str) -> Path:
-    return compile_for_guest(build(), HERE / f"{name}.c", directory / name)
-
-
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    directory = tmp_path_factory.mktemp("programs")
-    return {name: compiled(directory, name) for name in ("executor", "eight")}
+def programs() -> dict[str, Path]:
+    return {name: guest_program(HERE / f"{name}.c") for name in ("executor", "eight")}
 
 
 @pytest.fixture(scope="module", params=[1, 4], ids=["1cpu", "4cpus"])

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bridge.guest.images import build, compile_for_guest
 from bridge.session.session import Session
+from tests.support.programs import guest_program
 
 pytestmark = pytest.mark.vm
 
@@ -20,7 +20,7 @@ PROGRAM = Path(__file__).parent / "others.c"
 @pytest.mark.guest(target="none", source="python", syscall_pcs=True, cpus=2)
 def test_tasks_that_own_nothing(session: Session, event: str, tmp_path: Path) -> None:
     """One tracepoint each: once somebody else is on either, the flags are left alone."""
-    program = compile_for_guest(build(), PROGRAM, tmp_path / "others")
+    program = guest_program(PROGRAM)
     session.put(program, "/tmp/others", 0o755)
 
     def run(*words: str) -> dict[str, int]:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import bridge
-from bridge.guest.images import build, compile_for_guest
 from bridge.session.session import Session
 from tests.support.guests import complaints
+from tests.support.programs import guest_program
 from tests.system import conformance
 
 pytestmark = pytest.mark.vm
@@ -32,7 +32,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("removal")
     for path in (HERE / "removal.c", conformance.SOURCES / "kcov_test.h"):
         shutil.copyfile(path, directory / path.name)
-    return compile_for_guest(build(), directory / "removal.c", directory / "removal")
+    return guest_program(directory / "removal.c")
 
 
 @pytest.fixture(

@@ -11,8 +11,8 @@ import pytest
 
 import bridge
 from bridge.errors import GuestStoppedError
-from bridge.guest.images import build, compile_for_guest
 from tests.support import run
+from tests.support.programs import guest_program
 
 pytestmark = pytest.mark.vm
 
@@ -26,9 +26,9 @@ def session() -> Iterator[bridge.Session]:
 
 
 @pytest.fixture(scope="module")
-def suspend(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def suspend() -> Path:
     """A program that suspends the guest without asking its kernel."""
-    return compile_for_guest(build(), _PROGRAM, tmp_path_factory.mktemp("programs") / "suspend")
+    return guest_program(_PROGRAM)
 
 
 @pytest.mark.parametrize("state", ["mem", "freeze", "standby", "disk"])

@@ -18,11 +18,11 @@ import pytest
 import bridge
 from bridge.config import Settings
 from bridge.guest.guest_image import ProjectImage
-from bridge.guest.images import build, compile_for_guest
 from bridge.session.session import Session
 from bridge.vm.accel import Accelerator
 from bridge.vm.config import MachineConfig
 from tests.support.guests import complaints
+from tests.support.programs import guest_program
 from tests.system.conformance import compile_programs, run_program, table, upload
 
 pytestmark = pytest.mark.vm
@@ -55,15 +55,12 @@ def own_memory() -> int:
     return int(kilobytes) << 10
 
 
-def program(name: str, session: Session, directory: Path) -> None:
-    built = compile_for_guest(build(), HERE / f"{name}.c", directory / name)
-    session.put(built, f"/tmp/{name}", 0o755)
+def program(name: str, session: Session) -> None:
+    session.put(guest_program(HERE / f"{name}.c"), f"/tmp/{name}", 0o755)
 
 
 @pytest.mark.parametrize("personality", ["linux", "gvisor"])
-def test_a_storm(
-    personality: str, open_memory: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_storm(personality: str, open_memory: None, caplog: pytest.LogCaptureFixture) -> None:
     linux = personality == "linux"
     # A small region, so that what the guest touches is not the host's memory.
     guest = bridge.boot(
@@ -78,8 +75,8 @@ def test_a_storm(
         doorbell, device = session.doorbell, session.device
         assert doorbell is not None
         assert device is not None
-        program("storm", session, tmp_path)
-        upload(session, compile_programs(tmp_path, AFTERWARDS))
+        program("storm", session)
+        upload(session, compile_programs(AFTERWARDS))
         said, held = len(caplog.records), own_memory()
 
         # The second personality is for what is its own; a quarter will do.

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""C programs for the default guest, each compiled once and kept in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from bridge.guest.images import build, compile_for_guest
+from bridge.util.cache import cache_directory
+
+__all__ = ["guest_program"]
+
+_FLAGS = ("-O2", "-Wall", "-Wextra", "-Werror")
+
+
+def guest_program(source: Path, *, flags: Sequence[str] = _FLAGS) -> Path:
+    """Return ``source`` compiled for the default guest; headers beside it are found.
+
+    Raises:
+        ImageError: it does not compile; with the compiler's messages.
+    """
+    image = build()
+    made_of = hashlib.sha256(repr((image.base_fingerprint, tuple(flags))).encode())
+    for path in (source, *sorted(source.parent.glob("*.h"))):
+        made_of.update(path.name.encode() + b"\0" + path.read_bytes())
+    folder = cache_directory() / "tests" / "programs"
+    program = folder / f"{source.stem}-{made_of.hexdigest()[:16]}"
+    if not program.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        made = folder / f".{program.name}.{os.getpid()}"
+        try:
+            compile_for_guest(image, source, made, flags=flags)
+            made.rename(program)
+        finally:
+            made.unlink(missing_ok=True)
+    return program
