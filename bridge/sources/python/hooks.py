@@ -162,8 +162,9 @@ def _starting_program(real: Callable[..., Any]) -> Callable[..., Any]:
 def _with_environment(real: Callable[..., Any]) -> Callable[..., Any]:
     def start(path: Any, argv: Any, env: Any, *args: Any, **keywords: Any) -> Any:
         group = tracer.current()
-        if group is not None and isinstance(env, Mapping):
-            env = _environment(env, group)
+        if group is not None and (env is None or isinstance(env, Mapping)):
+            # None is this process's own environment, for posix_spawn() from Python 3.13 on.
+            env = _environment(os.environ if env is None else env, group)
         return real(path, argv, env, *args, **keywords)
 
     return start
