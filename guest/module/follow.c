@@ -81,9 +81,13 @@ static int kb_child_work_queue(struct task_struct *task, struct kb_bridge *bridg
 
 	if (!child)
 		return -ENOMEM;
+	/* Removal may just have ended the parent's ownership. */
+	if (!kref_get_unless_zero(&bridge->ref)) {
+		kfree(child);
+		return -ENODEV;
+	}
 	child->bridge = bridge;
 	child->stream = stream;
-	kref_get(&bridge->ref);
 	__module_get(THIS_MODULE);
 	init_task_work(&child->work, kb_child_work);
 	if (!kb_task_work_add(task, &child->work, TWA_RESUME))
