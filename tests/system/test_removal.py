@@ -93,6 +93,18 @@ def test_removal_under_kcov_exec_ends_the_command_as_usual(guest: Session) -> No
     assert guest.run("kcov-doc").exit_status == 0
 
 
+def test_removal_while_children_are_followed_leaves_them_untraced(guest: Session) -> None:
+    remove = f"/sys/bus/pci/devices/{address(guest)}/remove"
+    forks = "i=0; while [ $i -lt 100 ]; do (:); i=$((i+1)); done"
+    script = f"({forks}) & ({forks}) & {forks}; echo 1 >{remove}; {forks}; wait; echo done"
+    result = guest.kcov(["sh", "-c", script], timeout=600)
+    assert (result.exit_status, result.stdout, result.stderr) == (0, b"done\n", b"")
+    guest.guest.run("echo 1 >/sys/bus/pci/rescan", check=True)
+    assert guest.kcov(["true"]).exit_status == 0
+    assert guest.device is not None
+    assert guest.device.instances == 0
+
+
 def test_unload_while_open_is_refused(guest: Session) -> None:
     refused = guest.run(f"exec 3<{conformance.DEVICE}; rmmod kcov_bridge")
     assert refused.exit_status != 0
