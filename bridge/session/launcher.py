@@ -30,7 +30,7 @@ from bridge.errors import (
 from bridge.guest.guest_image import GuestImage
 from bridge.session.device_host import DeviceHost
 from bridge.session.kernel_watch import KernelWatch
-from bridge.session.snapshots import ready_snapshot
+from bridge.session.snapshots import ready_snapshot, remove_if_damaged
 from bridge.session.stats import Stats
 from bridge.targets import TARGET_ADDRESS
 from bridge.targets.description import Description
@@ -270,7 +270,10 @@ class Launcher:
             except (MissingDependencyError, UnwatchableError, UsageError):
                 raise
             except BridgeError as error:
-                logger.warning("the guest does not start from its snapshot: %s", error.message)
+                damaged = " (it was damaged, and is removed)" if remove_if_damaged(snapshot) else ""
+                logger.warning(
+                    "the guest does not start from its snapshot%s: %s", damaged, error.message
+                )
                 logger.debug("%s", error.report())
             self._device.reset()
         return self._start(None)

@@ -26,7 +26,7 @@ from bridge.vm.config import MachineConfig, MemoryFds
 from bridge.vm.machine import Machine
 from bridge.vm.snapshot import Snapshot, fingerprint, new_memory, prune
 
-__all__ = ["prune_snapshots", "ready_snapshot"]
+__all__ = ["prune_snapshots", "ready_snapshot", "remove_if_damaged"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,18 @@ def ready_snapshot(
         prune_snapshots()
         logger.debug("the snapshot %s took %.1f s", directory, time.monotonic() - started)
         return Snapshot(directory)
+
+
+def remove_if_damaged(snapshot: Snapshot) -> bool:
+    """Remove a snapshot if its files are damaged; a run that lacks something is no reason to.
+
+    Returns:
+        Whether it was damaged.
+    """
+    damaged = snapshot.damaged
+    if damaged:
+        shutil.rmtree(snapshot.directory, ignore_errors=True)
+    return damaged
 
 
 def prune_snapshots() -> None:

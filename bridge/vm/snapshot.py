@@ -6,7 +6,7 @@ A snapshot is a directory with
 * ``memory``: the guest's memory, with holes where it is zero;
 * ``devices``: the state of the devices, which a new QEMU takes as an incoming migration. It has no
   memory in it, neither the guest's nor the shared region (:mod:`bridge.vm.vmstate`);
-* ``snapshot.json``: the sizes of these.
+* ``snapshot.json``: the sizes of these, and their checksums.
 
 QEMU takes an incoming migration once, but ``loadvm`` as often as one likes: for that each machine
 gets the same state as a disk in memory.
@@ -23,13 +23,13 @@ import json
 import mmap
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bridge.device import abi
 from bridge.errors import ImageError
+from bridge.util.files import atomic_output
 from bridge.vm.config import BackendFds, MachineConfig, MemoryFds, qemu_command
 from bridge.vm.machine import Machine
 from bridge.vm.vmstate import state_disk
@@ -177,6 +177,16 @@ class Snapshot:
         """Close the files. Safe to call twice."""
         self._stack.close()
 
+    @property
+    def damaged(self) -> bool:
+        """Whether its files do not hold what was saved; reads them all, or False if that fails."""
+        try:
+            text = (self.directory / _DESCRIPTION).read_text(encoding="utf-8")
+            saved = json.loads(text).get("sha256", {})
+            return any(saved[name] != _sha256(self.directory / name) for name in saved)
+        except (OSError, ValueError, AttributeError, TypeError):
+            return False
+
     @staticmethod
     def save(
         directory: Path,
@@ -193,22 +203,19 @@ class Snapshot:
         """
         try:
             directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-            try:
-                (temporary / _DEVICES).write_bytes(machine.save(on_progress))
-                _copy(ram, temporary / _MEMORY)
-                sizes = {name: (temporary / name).stat().st_size for name in _FILES}
-                description = json.dumps({"format": _FORMAT, "files": sizes})
-                (temporary / _DESCRIPTION).write_text(description, encoding="utf-8")
+            # One that is there cannot be used, or nobody would make another.
+            with atomic_output(directory, durable=True) as part:
+                part.mkdir(mode=0o700)
+                (part / _DEVICES).write_bytes(machine.save(on_progress))
+                _copy(ram, part / _MEMORY)
+                description = {
+                    "format": _FORMAT,
+                    "files": {name: (part / name).stat().st_size for name in _FILES},
+                    "sha256": {name: _sha256(part / name) for name in _FILES},
+                }
+                (part / _DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
                 for name in (*_FILES, _DESCRIPTION):
-                    (temporary / name).chmod(0o600)
-                    with (temporary / name).open("rb") as file:
-                        os.fsync(file.fileno())
-                # One that is there cannot be used, or nobody would make another.
-                shutil.rmtree(directory, ignore_errors=True)
-                temporary.rename(directory)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+                    (part / name).chmod(0o600)
         except OSError as error:
             raise ImageError(
                 f"the snapshot {directory} cannot be written: {error.strerror}",
@@ -274,6 +281,11 @@ def prune(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> No
             kept += 1
             if kept > KEPT or not wanted(path.name):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:

@@ -179,6 +179,19 @@ def test_one_that_is_not_whole_is_refused(saved: Path) -> None:
         Snapshot(saved.parent / "no such")
 
 
+@pytest.mark.parametrize("name", ["memory", "devices"])
+def test_snapshot_content_changed_is_damaged(saved: Path, name: str) -> None:
+    with Snapshot(saved) as snapshot:
+        assert not snapshot.damaged
+        with (saved / name).open("r+b") as file:
+            file.seek(100)
+            file.write(b"something else")
+        assert snapshot.damaged
+        assert snapshots.remove_if_damaged(snapshot)
+        assert not saved.exists()
+        assert not snapshot.damaged, "what is gone is not damaged"
+
+
 def test_one_that_does_not_load_ends_qemu(saved: Path) -> None:
     devices = saved / "devices"
     devices.write_bytes(devices.read_bytes()[:1000] + bytes(devices.stat().st_size - 1000))
