@@ -241,6 +241,10 @@ class Hidden(IntEnum):
     YES = 1
     SEEN = 2
     """As YES; written by the plugin in QEMU, which watches the owner from now on."""
+    EXIT = 3
+    """As YES, until the work that the owner does before user mode is done: the plugin ends it."""
+    EXIT_LATER = 4
+    """As NO, and as EXIT from where that work begins."""
 
 
 class ResponseWord(IntEnum):

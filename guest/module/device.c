@@ -220,6 +220,7 @@ static long kb_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 {
 	struct kb_instance *inst = file->private_data;
 	struct kb_remote *remote = NULL;
+	bool due;
 	long err;
 
 	if (cmd == KCOV_REMOTE_ENABLE) {
@@ -227,6 +228,7 @@ static long kb_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 		if (!remote)
 			return -ENOMEM;
 	}
+	due = kb_exit_work_is_due();
 	kb_recording_pause_current();
 	kb_instance_lock(inst);
 	if (kb_instance_settle(inst))
@@ -235,7 +237,7 @@ static long kb_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 		err = kb_instance_error(inst);
 	mutex_unlock(&inst->lock);
 	kfree(remote);
-	kb_recording_resume_current();
+	kb_recording_resume_operation(due);
 	return err;
 }
 
@@ -377,13 +379,15 @@ static int kb_mmap_locked(struct kb_instance *inst, struct vm_area_struct *vma)
 static int kb_mmap(struct file *file, struct vm_area_struct *vma)
 {
 	struct kb_instance *inst = file->private_data;
+	bool due;
 	int err;
 
+	due = kb_exit_work_is_due();
 	kb_recording_pause_current();
 	kb_instance_lock(inst);
 	err = kb_mmap_locked(inst, vma);
 	mutex_unlock(&inst->lock);
-	kb_recording_resume_current();
+	kb_recording_resume_operation(due);
 	return err;
 }
 

@@ -49,9 +49,11 @@
 #include <linux/pci.h>
 #include <linux/rcupdate.h>
 #include <linux/sched.h>
+#include <linux/sched/signal.h>
 #include <linux/spinlock.h>
 #include <linux/task_work.h>
 #include <linux/tracepoint.h>
+#include <asm/fpu/api.h>
 #include <uapi/linux/kcov.h>
 
 #include "kcov_bridge_abi.h"
@@ -133,6 +135,7 @@ struct kb_instance {
  * @return_work: runs at the end of a system call. This and all below belong to the task alone; who
  *	ends it when it is exiting reads @unreported_returns
  * @return_queued: whether @return_work is queued
+ * @return_alone: whether the task has nothing to do before user mode but for @return_work
  * @nr: number of the system call that returns
  * @coverage_epoch: the header's coverage epoch before the last return that was reported
  * @unreported_returns: how many returns there were since that the host does not know of
@@ -154,6 +157,7 @@ struct kb_owner {
 	bool follows_children;
 	struct callback_head return_work;
 	bool return_queued;
+	bool return_alone;
 	int nr;
 	u64 coverage_epoch;
 	u64 unreported_returns;
@@ -355,7 +359,52 @@ static inline void kb_recording_resume(const struct kb_instance *inst)
 	kb_instance_set_hidden(inst, KB_HIDDEN_NO);
 }
 
-/* The two above, for whoever it is that uses the device. */
+/*
+ * What the task has to do before it goes back to user mode, and would have to do without the module
+ * as well: works of others, what a signal asks for, a stop for its tracer.
+ */
+static inline bool kb_exit_work_is_due(void)
+{
+	return READ_ONCE(current->task_works) || test_thread_flag(TIF_NOTIFY_RESUME) ||
+	       signal_pending(current) || current->ptrace;
+}
+
+/*
+ * Whether the work at the exit is the module's alone, if it queues one for the owner. There may be
+ * some already, because the module slept in the owner's system call.
+ */
+static inline bool kb_exit_work_is_own(const struct kb_instance *inst)
+{
+	if (READ_ONCE(*READ_ONCE(inst->hidden)) == KB_HIDDEN_EXIT_LATER)
+		return !signal_pending(current) && !current->ptrace;
+	return !kb_exit_work_is_due();
+}
+
+/* A task that has slept loads its floating-point registers at the exit: that is done here. */
+static inline void kb_fpu_load(void)
+{
+#ifdef KB_SWITCH_FPU_EXPORTED
+	local_irq_disable();
+	if (test_thread_flag(TIF_NEED_FPU_LOAD))
+		switch_fpu_return();
+	local_irq_enable();
+#endif
+}
+
+/*
+ * As kb_recording_resume(), for an owner that is about to go back to user mode: with @caused what
+ * it has to do first is the module's work too, because the module queued a work, or slept.
+ */
+static inline void kb_recording_resume_at_exit(const struct kb_instance *inst, bool caused)
+{
+	if (!READ_ONCE(kb_kernel_watched))
+		return;
+	kb_fpu_load();
+	barrier();
+	kb_instance_set_hidden(inst, caused ? KB_HIDDEN_EXIT : KB_HIDDEN_NO);
+}
+
+/* As kb_recording_pause(), for whoever it is that uses the device. */
 static inline void kb_recording_pause_current(void)
 {
 	struct kb_owner *owner;
@@ -369,17 +418,35 @@ static inline void kb_recording_pause_current(void)
 	rcu_read_unlock();
 }
 
-static inline void kb_recording_resume_current(void)
+static inline void kb_hidden_set_current(enum kb_hidden hidden)
 {
 	struct kb_owner *owner;
 
-	if (!READ_ONCE(kb_kernel_watched))
-		return;
 	rcu_read_lock();
 	owner = kb_owner_of(current);
 	if (owner)
-		kb_recording_resume(owner->inst);
+		kb_instance_set_hidden(owner->inst, hidden);
 	rcu_read_unlock();
+}
+
+/* As kb_recording_resume(), for whoever it is that uses the device. */
+static inline void kb_recording_resume_current(void)
+{
+	if (READ_ONCE(kb_kernel_watched))
+		kb_hidden_set_current(KB_HIDDEN_NO);
+}
+
+/*
+ * The same at the end of an operation, after which the system call has its own way to go: @due is
+ * kb_exit_work_is_due() from before. Where there is work at the exit now, the module has slept.
+ */
+static inline void kb_recording_resume_operation(bool due)
+{
+	if (!READ_ONCE(kb_kernel_watched))
+		return;
+	kb_fpu_load();
+	kb_hidden_set_current(!due && test_thread_flag(TIF_NOTIFY_RESUME) ? KB_HIDDEN_EXIT_LATER :
+									    KB_HIDDEN_NO);
 }
 
 #endif /* KCOV_BRIDGE_H */

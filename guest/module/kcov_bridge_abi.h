@@ -105,6 +105,10 @@ enum kb_hidden {
 	KB_HIDDEN_NO	= 0,
 	KB_HIDDEN_YES	= 1,
 	KB_HIDDEN_SEEN	= 2,	/* written by the plugin in QEMU: it watches the owner from now on */
+	/* Until the work before user mode is done; the plugin writes NO then. */
+	KB_HIDDEN_EXIT	= 3,
+	/* As NO; the plugin writes EXIT where that work begins. */
+	KB_HIDDEN_EXIT_LATER = 4,
 };
 
 struct kb_response {

@@ -11,7 +11,6 @@
  */
 
 #include <linux/hashtable.h>
-#include <linux/sched/signal.h>
 #include <linux/sched/task.h>
 #include <linux/slab.h>
 #include <asm/syscall.h>
@@ -179,8 +178,10 @@ static void kb_owner_return_work(struct callback_head *head)
 	/*
 	 * Works run in the reverse order of their queueing: what the call left for its end, as
 	 * close() leaves the last reference to a file, would come after us. Let it go first.
+	 * task_work_run() goes on until there is none, so nobody is to be told.
 	 */
-	if (head->next && !kb_task_work_add(current, head, TWA_RESUME)) {
+	if (head->next && !kb_task_work_add(current, head, TWA_NONE)) {
+		owner->return_alone = false;
 		kb_recording_resume(inst);
 		return;
 	}
@@ -192,7 +193,8 @@ static void kb_owner_return_work(struct callback_head *head)
 			kb_owner_fetch(owner);
 		else
 			WRITE_ONCE(owner->unreported_returns, owner->unreported_returns + 1);
-		kb_recording_resume(inst);
+		/* A signal is the task's own: it comes next, or it is what had this work run. */
+		kb_recording_resume_at_exit(inst, owner->return_alone && !signal_pending(current));
 	}
 	mutex_unlock(&inst->lock);
 	kb_owner_put(owner);
@@ -239,14 +241,19 @@ void kb_sys_exit(void *unused, struct pt_regs *regs, long ret)
 	/* Ended by another task just now. */
 	if (!kref_get_unless_zero(&owner->ref))
 		return;
+	owner->return_alone = kb_exit_work_is_own(owner->inst);
 	kb_recording_pause(owner->inst);
 	owner->nr = syscall_get_nr(current, regs);
 	owner->return_queued = true;
 	if (kb_task_work_add(current, &owner->return_work, TWA_RESUME)) {
 		owner->return_queued = false;
-		kb_recording_resume(owner->inst);
-		kb_owner_put(owner);
+		owner->return_alone = false;
 	}
+	/* All up to the work is the module's, if nothing else would have it run. */
+	if (!owner->return_alone)
+		kb_recording_resume(owner->inst);
+	if (!owner->return_queued)
+		kb_owner_put(owner);
 }
 
 /**

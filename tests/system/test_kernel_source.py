@@ -34,9 +34,9 @@ from tests.support.guests import complaints
 
 pytestmark = pytest.mark.vm
 
+DEVICE = "/sys/kernel/debug/kcov"
 AREA_WORDS = 1 << 19
 """Of a thread that is traced for the host."""
-
 LOOP = "for i in $(seq 10); do {}; done >/dev/null"
 
 
@@ -78,6 +78,40 @@ def test_one_trace_across_the_machines_boundary(session: Session) -> None:
     # What Linux' kcov leaves out, and what is ours.
     assert not {"__schedule", "entry_SYSCALL_64", "asm_exc_page_fault"} & set(names)
     assert not [name for name in names if name.startswith("kb_")]
+
+
+def has_no_work_of_the_modules(session: Session, program: Path) -> None:
+    session.guest.upload(program, "/tmp/exit_work", 0o755)
+    text = session.guest.run(["/tmp/exit_work", DEVICE], timeout=120, check=True).text
+    traces = {int(pcs): int(n) for pcs, n in (line.split() for line in text.splitlines())}
+    assert sum(traces.values()) == 300
+    # The guest's other tasks interrupt some; the module had its work in half of all.
+    assert max(traces.values()) >= 285, traces
+
+
+@pytest.fixture(scope="module")
+def exit_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = Path(__file__).with_name("exit_work.c")
+    return compile_for_guest(build(), source, tmp_path_factory.mktemp("work") / "exit_work")
+
+
+def test_work_that_waiting_for_the_host_causes_is_in_no_trace(exit_work: Path) -> None:
+    """No return is reported; only RESET_TRACE waits."""
+    with bridge.boot(target="none", source="kernel") as session:
+        has_no_work_of_the_modules(session, exit_work)
+
+
+def test_work_that_a_reported_return_causes_is_in_no_trace(
+    session: Session, exit_work: Path
+) -> None:
+    has_no_work_of_the_modules(session, exit_work)
+
+
+def test_work_that_the_call_itself_leaves_for_its_end_is_in_the_trace(session: Session) -> None:
+    result = session.kcov(["cat", "/mnt/target/README"], follow=False, unique=False)
+    names = functions(session, result.pcs)
+    # The last reference to a file is put by a task work.
+    assert {"task_work_run", "__fput", "v9fs_dir_release"} <= set(names)
 
 
 def test_repeats_and_order_are_kept(session: Session) -> None:

@@ -45,6 +45,23 @@ _LEAVES = (
 """What ``context_switch()`` (kernel/sched/core.c in Linux) calls first after
 ``kcov_prepare_switch()``, which a kernel without kcov lacks."""
 
+_EXIT_WORK = (
+    "task_work_run",
+    "blkcg_maybe_throttle_current",
+    "mem_cgroup_handle_over_high",
+    "__rseq_handle_notify_resume",
+)
+"""What ``resume_user_mode_work()`` (include/linux/resume_user_mode.h in Linux) calls."""
+
+_EXIT_DONE = (
+    "arch_do_signal_or_restart",
+    "fire_user_return_notifiers",
+    "native_tss_update_io_bitmap",
+    "fpregs_assert_state_consistent",
+    "switch_fpu_return",
+)
+"""What ``exit_to_user_mode_prepare()`` (kernel/entry/common.c in Linux) calls besides."""
+
 
 class KernelCode:
     """The code of one kernel and of the modules that come and go.
@@ -71,7 +88,7 @@ class KernelCode:
             lines.belong_to(symbols)
         self.syscall_entry = self._needed("entry_SYSCALL_64")
         kernel = union((start, end) for start, end, module in symbols.texts() if not module)
-        noinstr = union(
+        entry, noinstr = (
             (self._needed(f"__{name}_text_start"), self._needed(f"__{name}_text_end"))
             for name in ("entry", "noinstr")
         )
@@ -81,11 +98,15 @@ class KernelCode:
             kernel,
             {
                 RangeFlag.RECORD: recorded,
-                RangeFlag.NOINSTR: noinstr,
+                RangeFlag.NOINSTR: union([entry, noinstr]),
                 RangeFlag.SWITCHES: self._functions("__schedule"),
                 RangeFlag.LEAVES: union(itertools.chain(*map(self._functions, _LEAVES))),
                 RangeFlag.SWITCHED: self._functions("finish_task_switch*"),
                 RangeFlag.COUNTS: union(itertools.chain(*map(self._functions, _COUNTS))),
+                RangeFlag.EXIT_WORK: union(itertools.chain(*map(self._functions, _EXIT_WORK))),
+                RangeFlag.EXIT_DONE: union(
+                    itertools.chain([entry], *map(self._functions, _EXIT_DONE))
+                ),
             },
         )
 

@@ -22,7 +22,7 @@ from bridge.errors import SourceError
 __all__ = ["CpuWord", "Plan", "PlanWord", "Ram", "RangeFlag", "SlotWord"]
 
 MAGIC = 0x4E414C50564F434B  # "KCOVPLAN" in memory
-VERSION = 3
+VERSION = 4
 CPUS = 256
 VECTORS = 256
 RANGES = 65536
@@ -133,6 +133,8 @@ class RangeFlag(IntFlag):
     SWITCHED = 8
     LEAVES = 16
     COUNTS = 32
+    EXIT_WORK = 64
+    EXIT_DONE = 128
 
 
 class Plan:

@@ -47,7 +47,10 @@ CONSTANTS = {
     "PLAN_BYTES": layout.BYTES,
     "PLAN_NOWHERE": layout.NOWHERE,
     "PLAN_MARKER_BYTES": layout.MARKER_BYTES,
+    "PLAN_HIDDEN_NO": abi.Hidden.NO,
     "PLAN_HIDDEN_SEEN": abi.Hidden.SEEN,
+    "PLAN_HIDDEN_EXIT": abi.Hidden.EXIT,
+    "PLAN_HIDDEN_EXIT_LATER": abi.Hidden.EXIT_LATER,
     "PLAN_RAM_FOUND": Ram.FOUND,
     "PLAN_RAM_REFUSED": Ram.REFUSED,
     "sizeof(struct plan_cpu)": layout.CPU_WORDS * abi.WORD,
@@ -195,7 +198,7 @@ def test_a_kernel_that_was_moved(kernel: GuestKernel) -> None:
         (start - offset - KERNEL, end - offset - KERNEL, flags) for start, end, _, flags in found
     ] == [
         (0, 0x2000, R),
-        (0x2000, 0x3000, R | N),
+        (0x2000, 0x3000, R | N | RangeFlag.EXIT_DONE),
         (0x3000, 0x4000, R),
         (0x4000, 0x4100, R | RangeFlag.SWITCHES),
         (0x4100, 0x4200, R | RangeFlag.SWITCHED),

@@ -69,9 +69,11 @@ enum block_flags {
 	LEAVES		= 4096,
 	COUNTS		= 8192,
 	AFTER_SWITCH	= 16384,
+	EXIT_WORK	= 32768,
+	EXIT_DONE	= 65536,
 	SPECIAL		= NOINSTR | INTERRUPT | EXCEPTION | SYSCALL | RETURNS | SWITCHES |
 			  SWITCHED | CALLS_SWITCH | LEAVES | COUNTS |
-			  AFTER_SWITCH,
+			  AFTER_SWITCH | EXIT_WORK | EXIT_DONE,
 };
 
 /*
@@ -423,6 +425,22 @@ static void go_back(struct owner *owner)
 	owner->interrupt = owner->broken[owner->depth].outer;
 }
 
+/*
+ * The work before the owner goes back to user mode, where the guest's module caused it: hidden from
+ * where that begins to where it is done.
+ */
+static void hide_exit_work(struct owner *owner, uint32_t flags)
+{
+	uint64_t hidden = atomic_load_explicit(owner->hidden, memory_order_relaxed);
+
+	if (flags & (EXIT_DONE | SYSCALL)) {
+		if (hidden == PLAN_HIDDEN_EXIT || hidden == PLAN_HIDDEN_EXIT_LATER)
+			atomic_store(owner->hidden, PLAN_HIDDEN_NO);
+	} else if (flags & EXIT_WORK && hidden == PLAN_HIDDEN_EXIT_LATER) {
+		atomic_store(owner->hidden, PLAN_HIDDEN_EXIT);
+	}
+}
+
 /* What tells own work from that of interrupts, beside preempt_count. */
 static void special(struct owner *owner, const struct block *block)
 {
@@ -490,6 +508,8 @@ static bool is_own(struct owner *owner, const struct block *block, uint32_t pree
 	/* in_task() */
 	if (preempt & (HARD_OR_NMI | SERVING_SOFTIRQ))
 		return false;
+	if (block->flags & (EXIT_WORK | EXIT_DONE | SYSCALL) && !owner->depth && !owner->scheduling)
+		hide_exit_work(owner, block->flags);
 	/* The way back from an interrupt is not the task's own either. */
 	return !(block->flags & NOINSTR && owner->depth && owner->depth <= DEPTH &&
 		 owner->broken[owner->depth - 1].interrupt);
@@ -512,7 +532,7 @@ static void owner_runs(unsigned int index, struct vcpu *vcpu, struct block *bloc
 	owner->before = block;
 	owner->resumed = false;
 	if (!(block->flags & RECORD) || owner->switching ||
-	    atomic_load_explicit(owner->hidden, memory_order_relaxed))
+	    atomic_load_explicit(owner->hidden, memory_order_relaxed) & PLAN_HIDDEN_MASK)
 		return;
 	if (before && unlikely(goes_on(before, block, resumed)))
 		return;
@@ -774,6 +794,8 @@ static void translates(struct qemu_plugin_tb *tb)
 		if (range->flags & PLAN_LEAVES && start == range->start)
 			block.flags |= LEAVES;
 		block.flags |= range->flags & PLAN_COUNTS ? COUNTS : 0;
+		block.flags |= range->flags & PLAN_EXIT_WORK ? EXIT_WORK : 0;
+		block.flags |= range->flags & PLAN_EXIT_DONE ? EXIT_DONE : 0;
 		if (calls_switch(block.end, code, size)) {
 			block.flags |= CALLS_SWITCH;
 			is_after_switch(block.end, true);

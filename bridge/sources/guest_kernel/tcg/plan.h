@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 #define PLAN_MAGIC		0x4e414c50564f434bULL	/* "KCOVPLAN" */
-#define PLAN_VERSION		3
+#define PLAN_VERSION		4
 #define PLAN_CPUS		256
 #define PLAN_SLOTS		1024
 #define PLAN_VECTORS		256
@@ -31,8 +31,15 @@
 /* Nothing: of plan_cpu.current and .preempt, and of plan_header.marker_offset. */
 #define PLAN_NOWHERE		UINT64_MAX
 
-/* Written into a slot's hidden flag once its owner is watched. */
-#define PLAN_HIDDEN_SEEN	2
+/* A slot's hidden word; enum kb_hidden in guest/module/kcov_bridge_abi.h. */
+enum plan_hidden {
+	PLAN_HIDDEN_NO		= 0,
+	PLAN_HIDDEN_SEEN	= 2,	/* written by the plugin once the owner is watched */
+	PLAN_HIDDEN_EXIT	= 3,	/* until the work at the exit is done: the plugin writes NO then */
+	PLAN_HIDDEN_EXIT_LATER	= 4,	/* not yet: the plugin writes EXIT where that work begins */
+	/* The bits that hide. */
+	PLAN_HIDDEN_MASK	= 3,
+};
 
 enum plan_ram {
 	PLAN_RAM_FOUND	= 1,
@@ -52,6 +59,10 @@ enum plan_range_flags {
 	PLAN_SWITCHED	= 8,
 	/* What runs in each interrupt, while preempt_count says that it is one. */
 	PLAN_COUNTS	= 32,
+	/* Called for the work that a task has to do before it goes back to user mode ... */
+	PLAN_EXIT_WORK	= 64,
+	/* ... and what runs once that is done, or when a signal is delivered. */
+	PLAN_EXIT_DONE	= 128,
 };
 
 struct plan_header {
