@@ -81,7 +81,7 @@ def test_one_trace_across_the_machines_boundary(session: Session) -> None:
 
 
 def has_no_work_of_the_modules(session: Session, program: Path) -> None:
-    session.guest.upload(program, "/tmp/exit_work", 0o755)
+    session.guest.put(program, "/tmp/exit_work", 0o755)
     text = session.guest.run(["/tmp/exit_work", DEVICE], timeout=120, check=True).text
     traces = {int(pcs): int(n) for pcs, n in (line.split() for line in text.splitlines())}
     assert sum(traces.values()) == 300
