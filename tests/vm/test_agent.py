@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bridge.vm.agent import LINE_LIMIT, Ready, ReportReader, Unhealthy, parse_report
@@ -88,6 +88,7 @@ def test_a_line_that_never_ends_takes_no_memory() -> None:
     assert reader.ignored == 1
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.binary(max_size=400) | st.just(line(READY)), max_size=20))
 def test_no_bytes_make_it_raise(chunks: list[bytes]) -> None:
     reader = ReportReader()
@@ -103,6 +104,7 @@ json_values = st.recursive(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.dictionaries(st.sampled_from([*READY, "what", "why"]), json_values)
     | st.fixed_dictionaries({"state": st.just("ready")}, optional={"uptime_ms": json_values})
