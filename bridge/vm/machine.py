@@ -210,6 +210,12 @@ class Machine:
         return self._process.pid
 
     @property
+    def stderr(self) -> str:
+        """What QEMU has written to its standard error."""
+        self._require_started()
+        return self._process.stderr_text
+
+    @property
     def console(self) -> ConsoleLog:
         """What the guest wrote to its console."""
         self._require_started()

@@ -260,6 +260,7 @@ class _Builder:
             self._make_build_root(build_root, temporary, commands)
             release, version = self._unpack_kernel(build_root, temporary)
             modules = _Modules(build_root.root / "kernel" / "lib" / "modules" / release)
+            modules.require((*self.recipe.boot_modules, *self.recipe.modules))
             ModulePlacement(modules.text_sizes()).save(temporary / "modules.json")
             self._make_boot_archive(build_root, modules, temporary)
             packages = self._make_root(build_root, modules, release, temporary, commands)
@@ -583,22 +584,72 @@ class _Modules:
             self._needs[path] = needs.split()
         builtin = (directory / "modules.builtin").read_text(encoding="utf-8")
         self._builtin = {_module_name(path) for path in builtin.split()}
+        self._before: dict[str, list[str]] = {}
+        self._after: dict[str, list[str]] = {}
+        for words in self._words("modules.softdep", "softdep"):
+            where = None
+            for word in words[1:]:
+                if word in ("pre:", "post:"):
+                    where = self._before if word == "pre:" else self._after
+                elif where is not None:
+                    where.setdefault(_module_name(words[0]), []).append(word)
+        self._aliases: dict[str, list[str]] = {}
+        for words in self._words("modules.alias", "alias"):
+            self._aliases.setdefault(_module_name(words[0]), []).append(_module_name(words[-1]))
+
+    def _words(self, file: str, keyword: str) -> Iterator[list[str]]:
+        """The words behind the keyword of each such line of a file of depmod's."""
+        path = self._directory / file
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            words = line.split()
+            if words[:1] == [keyword] and len(words) > 2:
+                yield words[1:]
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raise :class:`bridge.errors.ImageError`, which names all that the kernel does not have."""
+        known = self._builtin | set(self._paths)
+        missing = [name for name in names if _module_name(name) not in known]
+        if missing:
+            raise ImageError(
+                f"the kernel {self._directory.name} has no module {', '.join(missing)}",
+                hint="take them out of the recipe, or choose another kernel in it",
+            )
 
     def closure(self, names: Iterable[str]) -> list[Path]:
         """The files of these modules and of all that they need, in an order to load them.
 
+        What a module asks for softly (modules.softdep) is part of it where the kernel has it.
+
         Raises :class:`bridge.errors.ImageError` for one that the kernel does not have.
         """
+        names = list(names)
+        self.require(names)
         order: dict[str, None] = {}
+        seen: set[str] = set()
         for name in names:
-            if name in self._builtin:
-                continue
-            if name not in self._paths:
-                raise ImageError(f"the kernel {self._directory.name} has no module {name}")
-            # modules.dep lists what a module needs with the one to be loaded first at the end.
-            for path in (*reversed(self._needs[self._paths[name]]), self._paths[name]):
-                order.setdefault(path)
+            self._add(_module_name(name), order, seen)
         return [self._directory / path for path in order]
+
+    def _add(self, name: str, order: dict[str, None], seen: set[str]) -> None:
+        """Put a module behind what it needs, and what it wants after it behind it."""
+        if name in seen or name not in self._paths:
+            return
+        seen.add(name)
+        for wanted in self._before.get(name, ()):
+            self._add_wanted(wanted, order, seen)
+        # modules.dep lists what a module needs with the one to be loaded first at the end.
+        for path in reversed(self._needs[self._paths[name]]):
+            self._add(_module_name(path), order, seen)
+            order.setdefault(path)
+        order.setdefault(self._paths[name])
+        for wanted in self._after.get(name, ()):
+            self._add_wanted(wanted, order, seen)
+
+    def _add_wanted(self, wanted: str, order: dict[str, None], seen: set[str]) -> None:
+        """What is wanted softly is a module, or an alias of one or more; or it is not there."""
+        name = _module_name(wanted)
+        for each in [name] if name in self._paths else self._aliases.get(name, []):
+            self._add(each, order, seen)
 
     def text_sizes(self) -> dict[str, int]:
         """The bytes of text that each module keeps while it is loaded, by its name."""
