@@ -58,7 +58,7 @@ def test_build_plugin_makes_one_that_it_loads(qemu: str) -> None:
 
 def test_a_guest_starts_from_a_snapshot_without_a_warning(session: Session) -> None:
     assert session.snapshot is not None
-    assert session.run("uname -s").text == "Linux"
+    assert session.run("uname -s").text.strip() == "Linux"
     assert session.machine.stderr == ""
 
 

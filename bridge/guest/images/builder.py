@@ -606,7 +606,7 @@ class _Modules:
                 yield words[1:]
 
     def require(self, names: Iterable[str]) -> None:
-        """Raise :class:`bridge.errors.ImageError`, which names all that the kernel does not have."""
+        """Raise :class:`bridge.errors.ImageError` that names all that the kernel does not have."""
         known = self._builtin | set(self._paths)
         missing = [name for name in names if _module_name(name) not in known]
         if missing:
