@@ -24,7 +24,7 @@ from tests.support import ROOT, sources
 
 pytestmark = pytest.mark.vm
 
-COMPILED = re.compile(r"bridge/device/fastpath/compiled\..*\.so")
+COMPILED = re.compile(r"bridge/(?:\w+/)+compiled\..*\.so")
 
 
 def _call(
