@@ -194,7 +194,7 @@ def test_c_sources_compile_without_a_warning(name: str, tmp_path: Path) -> None:
     defined = LAYOUT_FLAGS if name == "bridge/bench/floor.c" else ()
     check(
         *(compiler, "-std=gnu11", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", *defined),
-        *("-c", name, "-o", str(tmp_path / "out.o")),
+        *("-I", "tests/system/conformance", "-c", name, "-o", str(tmp_path / "out.o")),
     )
 
 

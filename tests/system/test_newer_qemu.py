@@ -88,7 +88,7 @@ def test_reset_takes_the_guest_back_again_and_again(session: Session) -> None:
 
 
 def test_each_rule_is_kept(qemu: str, tmp_path: Path) -> None:
-    binaries = conformance.compile_programs(tmp_path)
+    binaries = conformance.compile_programs()
     with bridge.boot(target="none", source="python", syscall_pcs=True, qemu=qemu) as session:
         conformance.upload(session, binaries)
         results = [

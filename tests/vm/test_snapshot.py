@@ -43,7 +43,7 @@ def blocks(fd: int) -> int:
 
 def wait_for_firmware(machine: Machine) -> None:
     """Until the firmware has found nothing to boot, and the processor rests."""
-    command = {"command-line": "info registers"}
+    command: dict[str, object] = {"command-line": "info registers"}
     deadline = time.monotonic() + 60
     while "HLT=1" not in str(machine.execute("human-monitor-command", command)):
         assert time.monotonic() < deadline

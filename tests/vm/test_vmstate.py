@@ -7,6 +7,7 @@ import io
 import os
 import struct
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 
@@ -55,8 +56,8 @@ def part(content: bytes, kind: int = 2) -> bytes:
     return bytes([kind]) + b"\0\0\0\x02" + content + word(END) + FOOTER
 
 
-def stream(content: bytes) -> io.BufferedReader:
-    return io.BufferedReader(io.BytesIO(content))  # type: ignore[arg-type]
+def stream(content: bytes, size: int = io.DEFAULT_BUFFER_SIZE) -> io.BufferedReader:
+    return cast(io.BufferedReader, io.BufferedReader(io.BytesIO(content), size))
 
 
 class TestDevicesOf:
@@ -79,7 +80,7 @@ class TestDevicesOf:
     def test_progress_is_told_each_16_mib(self) -> None:
         told = []
         content = MAGIC + setup() + part(pages(zeroes=16 << 10, filled=0)) + DEVICES
-        reader = io.BufferedReader(io.BytesIO(content), 4096)  # type: ignore[arg-type]
+        reader = stream(content, 4096)
         devices_of(reader, addresses=True, on_progress=lambda: told.append(reader.tell()))
         assert len(told) in (3, 4)
 

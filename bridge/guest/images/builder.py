@@ -612,7 +612,8 @@ class _Modules:
         if missing:
             raise ImageError(
                 f"the kernel {self._directory.name} has no module {', '.join(missing)}",
-                hint="take them out of the recipe, or choose another kernel in it",
+                hint="take them out of the recipe's `modules`, or set another `kernel` there, "
+                "then `kcov-bridge image build --recipe NAME`",
             )
 
     def closure(self, names: Iterable[str]) -> list[Path]:
