@@ -32,6 +32,7 @@ from bridge.errors import BridgeError
 from bridge.guest import images
 from bridge.guest.images.store import resolve
 from bridge.sources.guest_kernel.plugin import build_plugin, why_not_loaded
+from bridge.sources.python import tracer
 from bridge.util.cache import CACHE_VARIABLE, cache_can_be_written, cache_directory
 from bridge.util.packages import apt_line, debian_packages, found
 from bridge.vm.accel import choose_accelerator, why_not_kvm
@@ -137,14 +138,18 @@ def _python() -> Iterator[Check]:
 
 
 def _compiled() -> Iterator[Check]:
-    """Check for the compiled part of the bridge; without it a signal takes twice as long."""
-    if fastpath.COMPILED:
-        yield Check("compiled part", False, True, "is used")
-    else:
-        remedy = f"{apt_line('gcc', 'python3-dev')}, then pip install kcov-bridge once more"
-        if os.environ.get(fastpath.PLAIN_VARIABLE):
-            remedy = f"unset {fastpath.PLAIN_VARIABLE}"
-        yield Check("compiled part", False, False, f"not used: {fastpath.WHY_PLAIN}", remedy)
+    """Check for the compiled parts; without them a signal and the target take longer."""
+    remedy = f"{apt_line('gcc', 'python3-dev')}, then pip install kcov-bridge once more"
+    if os.environ.get(fastpath.PLAIN_VARIABLE, "0") not in ("", "0"):
+        remedy = f"unset {fastpath.PLAIN_VARIABLE}"
+    for name, why_plain in (
+        ("compiled fastpath", fastpath.WHY_PLAIN),
+        ("compiled tracer", tracer.WHY_PLAIN),
+    ):
+        if why_plain:
+            yield Check(name, False, False, f"not used: {why_plain}", remedy)
+        else:
+            yield Check(name, False, True, "is used")
 
 
 def _qemu(settings: Settings) -> Iterator[Check]:

@@ -15,6 +15,8 @@ from bridge.cli import doctor
 from bridge.cli.doctor import Check, diagnose, render
 from bridge.cli.main import main
 from bridge.config import Settings
+from bridge.device import fastpath
+from bridge.sources.python import tracer
 from tests.support import without_plugins
 
 
@@ -252,3 +254,18 @@ def test_the_text() -> None:
     assert lines[3] == "     no  luxury  is not there"
     assert lines[-1] == "1 required, and missing"
     assert render(checks[:1]).endswith("all that is required is there")
+
+
+def test_doctor_names_each_compiled_part_that_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(fastpath.PLAIN_VARIABLE, raising=False)
+    monkeypatch.setattr(fastpath, "WHY_PLAIN", "")
+    monkeypatch.setattr(tracer, "WHY_PLAIN", "it is older than its source")
+    checks = by_name()
+    assert checks["compiled fastpath"].found
+    missing = checks["compiled tracer"]
+    assert not missing.found
+    assert not missing.required
+    assert "older than its source" in missing.detail
+    assert "pip install kcov-bridge once more" in missing.remedy
+    monkeypatch.setenv(fastpath.PLAIN_VARIABLE, "1")
+    assert by_name()["compiled tracer"].remedy == f"unset {fastpath.PLAIN_VARIABLE}"

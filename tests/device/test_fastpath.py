@@ -58,6 +58,40 @@ def test_fastpath_with_compiler_is_compiled() -> None:
         assert fastpath.COMPILED, fastpath.WHY_PLAIN
 
 
+STALE = """
+import sys
+
+class Stale:
+    def find_spec(self, name, path, target=None):
+        if name == package + ".compiled":
+            raise failure
+
+package, failure = sys.argv[1], {failure}
+sys.meta_path.insert(0, Stale())
+__import__(package)
+module = sys.modules[package]
+assert not module.COMPILED
+assert module.WHY_PLAIN == str(failure), module.WHY_PLAIN
+for name in module.__all__:
+    value = getattr(module, name)
+    assert getattr(value, "__module__", "").endswith(".plain") or name.isupper(), value
+"""
+
+
+@pytest.mark.parametrize("package", ["bridge.device.fastpath", "bridge.sources.python.tracer"])
+@pytest.mark.parametrize("failure", ["ImportError('no such file')", "AttributeError('OLD')"])
+def test_compiled_part_that_fails_to_load_gives_way_to_plain(package: str, failure: str) -> None:
+    """As one that is older than its source does, or none."""
+    environment = {name: os.environ[name] for name in os.environ if name != fastpath.PLAIN_VARIABLE}
+    done = subprocess.run(
+        [sys.executable, "-c", STALE.replace("{failure}", failure), package],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_suite_with_plain_classes_passes() -> None:
     if not fastpath.COMPILED:
         pytest.skip("this run is with the plain classes itself")
@@ -127,77 +161,8 @@ def test_area_words_of_wrong_size_raises(kind: ModuleType, size: int) -> None:
         kind.AreaWords(memoryview(bytearray(64)).cast("Q"), size)
 
 
-paths = st.sampled_from(["a.py", "b.py", "z.py", "none.py"])
-line_sets = st.dictionaries(
-    paths, st.sets(st.one_of(st.integers(0, 220), st.integers(0, 2**80)), max_size=40), max_size=4
-)
-
-
-def find(path: str) -> tuple[str, list[int]] | None:
-    """Files of 200 lines with a block of three lines in each four; z.py comes first."""
-    if path == "none.py":
-        return None
-    base = 1000 * ord(path[0])
-    return ("0" if path == "z.py" else path), [
-        0 if line % 4 == 0 else base + line // 4 for line in range(200)
-    ]
-
-
-@both
-@given(st.lists(st.tuples(line_sets, st.sets(paths), st.booleans()), max_size=10))
-def test_line_drain_compiled_drains_as_plain(
-    steps: list[tuple[dict[str, set[int]], set[str], bool]],
-) -> None:
-    """Steps of lines that frames add, which sets they hold on to, and how it is looked at."""
-    datas: list[dict[str, set[int]]] = [{}, {}]
-    drains = [kind.LineDrain(data, find) for kind, data in zip(KINDS, datas, strict=True)]
-    held: list[list[set[int]]] = [[], []]
-    for lines, kept, adopt in steps:
-        given_: list[list[int]] = []
-        for number, (data, drain) in enumerate(zip(datas, drains, strict=True)):
-            if adopt:
-                given_.append(drain.adopt({path: set(each) for path, each in lines.items()}))
-                continue
-            held[number] = []
-            for path, each in lines.items():
-                data.setdefault(path, set()).update(each)
-                if path in kept:
-                    held[number].append(data[path])
-            given_.append(drain.drain())
-            assert not any(data.values())
-            assert set(data) == kept & set(lines)
-        assert given_[0] == given_[1]
-        assert len(set(given_[1])) == len(given_[1])
-        assert drains[0].covered == drains[1].covered
-    held.clear()
-    for drain in drains:
-        drain.put_back()
-    assert {path: each for path, each in datas[0].items() if each} == {
-        path: each for path, each in datas[1].items() if each
-    }
-
-
-@each_kind
-def test_drain_after_failing_find_loses_nothing(kind: ModuleType) -> None:
-    def fail(path: str) -> tuple[str, list[int]]:
-        if fails:
-            raise RuntimeError
-        return path, list(range(10))
-
-    fails = True
-    data = {"a.py": {1, 2}, "b.py": {3}}
-    drain = kind.LineDrain(data, fail)
-    for _ in range(2):
-        with pytest.raises(RuntimeError):
-            drain.drain()
-    fails = False
-    assert drain.drain() == [1, 2, 3]
-    drain.put_back()
-    assert data == {"a.py": {1, 2}, "b.py": {3}}
-
-
 def test_classes_plain_and_compiled_have_the_same_names() -> None:
-    names = set(plain.__all__) - {"Collector", "FindLines", "LineSets"}
+    names = set(plain.__all__) - {"Collector"}
     assert names <= set(fastpath.__all__)
     for kind in KINDS[1:]:
         assert set(kind.__all__) == names

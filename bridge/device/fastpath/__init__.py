@@ -9,16 +9,14 @@ run against both. ``KCOV_BRIDGE_PLAIN=1`` in the environment selects the plain o
 from __future__ import annotations
 
 import os
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-from bridge.device.fastpath.plain import Collector, FindLines, LineSets
+from bridge.device.fastpath.plain import Collector
 
 if TYPE_CHECKING:
     from bridge.device.fastpath.plain import (
         AreaWords,
         KcovState,
-        LineDrain,
         ReturnHandler,
         ReturnPoller,
         Totals,
@@ -30,10 +28,7 @@ __all__ = [
     "WHY_PLAIN",
     "AreaWords",
     "Collector",
-    "FindLines",
     "KcovState",
-    "LineDrain",
-    "LineSets",
     "ReturnHandler",
     "ReturnPoller",
     "Totals",
@@ -41,26 +36,32 @@ __all__ = [
 
 PLAIN_VARIABLE = "KCOV_BRIDGE_PLAIN"
 """The environment variable that selects the plain classes, unless it is 0 or empty."""
-WHY_PLAIN: str
+WHY_PLAIN = ""
 """Why the plain classes are used; empty if the compiled ones are."""
 
 if os.environ.get(PLAIN_VARIABLE, "0") not in ("", "0"):
     WHY_PLAIN = f"{PLAIN_VARIABLE} is set"
-else:
+elif not TYPE_CHECKING:
     try:
-        import_module("bridge.device.fastpath.compiled")
-        WHY_PLAIN = ""
-    except ImportError as error:
+        from bridge.device.fastpath.compiled import (
+            AreaWords,
+            KcovState,
+            ReturnHandler,
+            ReturnPoller,
+            Totals,
+        )
+    except (ImportError, AttributeError) as error:
+        # None was built, or one that is older than its source and looks for names that are gone.
         WHY_PLAIN = str(error)
 
 COMPILED = not WHY_PLAIN
 """Whether the compiled classes are used."""
 
-if not TYPE_CHECKING:
-    _classes = import_module("bridge.device.fastpath." + ("compiled" if COMPILED else "plain"))
-    AreaWords = _classes.AreaWords
-    KcovState = _classes.KcovState
-    LineDrain = _classes.LineDrain
-    ReturnHandler = _classes.ReturnHandler
-    ReturnPoller = _classes.ReturnPoller
-    Totals = _classes.Totals
+if not (COMPILED or TYPE_CHECKING):
+    from bridge.device.fastpath.plain import (
+        AreaWords,
+        KcovState,
+        ReturnHandler,
+        ReturnPoller,
+        Totals,
+    )

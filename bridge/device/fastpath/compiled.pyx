@@ -3,9 +3,7 @@
 # cython: freethreading_compatible=False
 """What is done for each signal, compiled: bridge/device/fastpath/plain.py says what and why.
 
-ReturnPoller.poll() alone releases the interpreter lock. Where a comment calls a stretch atomic,
-nothing in it runs Python code or allocates an object that the garbage collector tracks: a
-collection may run Python code.
+ReturnPoller.poll() alone releases the interpreter lock.
 """
 
 from cpython.buffer cimport (
@@ -17,21 +15,19 @@ from cpython.buffer cimport (
     PyObject_CheckBuffer,
     PyObject_GetBuffer,
 )
-from cpython.dict cimport PyDict_DelItem, PyDict_GetItemWithError, PyDict_Next, PyDict_SetItem
-from cpython.list cimport PyList_Append, PyList_GET_ITEM, PyList_GET_SIZE
-from cpython.mem cimport PyMem_Calloc, PyMem_Free
+from cpython.dict cimport PyDict_GetItemWithError, PyDict_SetItem
+from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.object cimport PyObject
-from cpython.set cimport PySet_Add, PySet_Clear
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from cpython.set cimport PySet_Add
+from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 import errno
-from operator import attrgetter
 
 from bridge.device import abi
 
-__all__ = ["AreaWords", "KcovState", "LineDrain", "ReturnHandler", "ReturnPoller", "Totals"]
+__all__ = ["AreaWords", "KcovState", "ReturnHandler", "ReturnPoller", "Totals"]
 
 cdef extern from *:
     """
@@ -49,17 +45,10 @@ cdef extern from *:
     #else
     #define kb_pause() ((void)0)
     #endif
-    #define kb_lowest(word) __builtin_ctzll(word)
-    #define kb_ones(word) __builtin_popcountll(word)
     """
     uint64_t kb_read(const uint64_t *word) nogil
     void kb_write(uint64_t *word, uint64_t value) nogil
     void kb_pause() nogil
-    int kb_lowest(uint64_t word) nogil
-    int kb_ones(uint64_t word) nogil
-    Py_ssize_t Py_REFCNT(PyObject *of)
-    int PySet_CheckExact(PyObject *of)
-    long PyLong_AsLongAndOverflow(object number, int *overflow) except? -1
 
 
 # The layout, from its one definition.
@@ -219,191 +208,6 @@ cdef class Totals:
     cdef public uint64_t dropped
     cdef public uint64_t comparisons
     cdef public uint64_t comparisons_dropped
-
-
-cdef class _File:
-    """What is known of a file's lines: those that ran, and of which blocks."""
-
-    cdef readonly str name
-    cdef list pcs
-    cdef Py_ssize_t lines
-    cdef uint32_t *block  # of each line: its number in pcs and 1 more, or 0
-    cdef uint8_t *taken  # of each line, whether it ever ran
-    cdef uint64_t *hit  # a bit for each block, of those to be given
-    cdef uint64_t *covered  # likewise, of those ever given
-    cdef Py_ssize_t first, last  # the words of hit that have bits
-    cdef set beyond  # lines that ran and are none of the file that was read
-    cdef bint fresh
-
-    def __cinit__(self):
-        self.block = NULL
-        self.taken = NULL
-        self.hit = NULL
-        self.covered = NULL
-
-    def __init__(self, str path, found):
-        cdef Py_ssize_t line, words
-        cdef dict numbers
-        self.name, line_pcs = (path, []) if found is None else found
-        self.pcs = sorted(set(line_pcs) - {0})
-        numbers = {pc: number for number, pc in enumerate(self.pcs, 1)}
-        self.lines = len(line_pcs)
-        self.beyond = set()
-        words = len(self.pcs) // 64 + 1
-        self.block = <uint32_t *>PyMem_Calloc(self.lines + 1, sizeof(uint32_t))
-        self.taken = <uint8_t *>PyMem_Calloc(self.lines + 1, 1)
-        self.hit = <uint64_t *>PyMem_Calloc(words, 8)
-        self.covered = <uint64_t *>PyMem_Calloc(words, 8)
-        if not self.block or not self.taken or not self.hit or not self.covered:
-            raise MemoryError
-        for line in range(self.lines):
-            self.block[line] = numbers.get(line_pcs[line], 0)
-        self.first = words
-        self.last = -1
-
-    def __dealloc__(self):
-        PyMem_Free(self.block)
-        PyMem_Free(self.taken)
-        PyMem_Free(self.hit)
-        PyMem_Free(self.covered)
-
-    cdef int take(self, set lines) except -1:
-        """Note all lines of a set."""
-        cdef Py_ssize_t line, word
-        cdef int overflow = 0
-        cdef uint32_t block
-        for each in lines:
-            if type(each) is not int:
-                self.beyond.add(each)
-                continue
-            line = PyLong_AsLongAndOverflow(each, &overflow)
-            if not 0 <= line < self.lines:
-                self.beyond.add(each)
-                continue
-            self.taken[line] = 1
-            block = self.block[line]
-            if block:
-                word = (block - 1) >> 6
-                self.hit[word] |= <uint64_t>1 << ((block - 1) & 63)
-                if word < self.first:
-                    self.first = word
-                if word > self.last:
-                    self.last = word
-        return 0
-
-    cdef Py_ssize_t give(self, list out) except -1:
-        """Append the PCs of the blocks that were noted; how many are given for the first time."""
-        cdef Py_ssize_t word = self.first
-        cdef Py_ssize_t last = self.last
-        cdef Py_ssize_t new = 0
-        cdef uint64_t bits
-        self.last = -1
-        while word <= last:
-            bits = self.hit[word]
-            self.hit[word] = 0
-            new += kb_ones(bits & ~self.covered[word])
-            self.covered[word] |= bits
-            while bits:
-                PyList_Append(out, <object>PyList_GET_ITEM(self.pcs, 64 * word + kb_lowest(bits)))
-                bits &= bits - 1
-            word += 1
-        self.first = len(self.pcs) // 64 + 1
-        return new
-
-    cdef set all_lines(self):
-        return self.beyond | {line for line in range(self.lines) if self.taken[line]}
-
-
-_name_of = attrgetter("name")
-
-
-cdef class LineDrain:
-    cdef readonly dict _data
-    cdef object _find
-    cdef dict _files  # path: _File
-    cdef list _fresh  # files of which blocks are to be given
-    cdef list _gone  # paths to be removed from the data
-    cdef list _unknown  # paths that no _File is known of
-    cdef readonly Py_ssize_t covered
-
-    def __init__(self, dict data, find):
-        self._data = data
-        self._find = find
-        self._files = {}
-        self._fresh = []
-        self._gone = []
-        self._unknown = []
-        self.covered = 0
-
-    @property
-    def apart(self):
-        return 0
-
-    def drain(self):
-        return self._drain(self._data, True)
-
-    def adopt(self, dict sets):
-        return self._drain(sets, False)
-
-    def put_back(self):
-        cdef _File file
-        for path, file in self._files.items():
-            self._data.setdefault(path, set()).update(file.all_lines())
-
-    cdef list _drain(self, dict data, bint remove):
-        cdef list pcs = []
-        cdef _File file
-        while True:
-            self._sweep(data, remove)
-            if not self._unknown:
-                break
-            # Their lines stay where they are meanwhile.
-            while self._unknown:
-                path = self._unknown[len(self._unknown) - 1]
-                if path not in self._files:
-                    self._files[path] = _File(path, self._find(path))
-                self._unknown.pop()
-        if len(self._fresh) > 1:
-            self._fresh.sort(key=_name_of)
-        for file in self._fresh:
-            self.covered += file.give(pcs)
-            file.fresh = False
-        self._fresh.clear()
-        return pcs
-
-    cdef int _sweep(self, dict data, bint remove) except -1:
-        """Note all lines of files that are known, and empty their sets.
-
-        Atomic, so that a frame can neither add a line to a set that was looked at and is about to
-        be emptied, nor take one that nobody had a reference to and is about to go.
-        """
-        cdef PyObject *path = NULL
-        cdef PyObject *lines = NULL
-        cdef PyObject *known
-        cdef Py_ssize_t at = 0
-        cdef Py_ssize_t references
-        cdef _File file
-        while PyDict_Next(data, &at, &path, &lines):
-            references = Py_REFCNT(lines)
-            if not PySet_CheckExact(lines):
-                raise TypeError("the collector's data has something else than sets")
-            if len(<set>lines):
-                known = PyDict_GetItemWithError(self._files, <object>path)
-                if known == NULL:
-                    PyList_Append(self._unknown, <object>path)
-                    continue
-                file = <_File>known
-                file.take(<set>lines)
-                if not file.fresh:
-                    file.fresh = True
-                    PyList_Append(self._fresh, file)
-                if not (remove and references == 1):
-                    PySet_Clear(<set>lines)
-            if remove and references == 1:
-                PyList_Append(self._gone, <object>path)
-        while PyList_GET_SIZE(self._gone):
-            PyDict_DelItem(data, self._gone.pop())
-        return 0
 
 
 cdef class ReturnHandler:

@@ -11,22 +11,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING or os.environ.get("KCOV_BRIDGE_PLAIN", "0") not in ("", "0"):
+if TYPE_CHECKING:
     from .plain import Apart, Feed, Group, View, chain, chained, current, install, uninstall
-
-    COMPILED = False
-else:
-    try:
-        from .compiled import Apart, Feed, Group, View, chain, chained, current, install, uninstall
-
-        COMPILED = True
-    except ImportError:
-        from .plain import Apart, Feed, Group, View, chain, chained, current, install, uninstall
-
-        COMPILED = False
 
 __all__ = [
     "COMPILED",
+    "WHY_PLAIN",
     "Apart",
     "Feed",
     "Group",
@@ -37,3 +27,21 @@ __all__ = [
     "install",
     "uninstall",
 ]
+
+WHY_PLAIN = ""
+"""Why the plain classes are used; empty if the compiled ones are."""
+
+if os.environ.get("KCOV_BRIDGE_PLAIN", "0") not in ("", "0"):
+    WHY_PLAIN = "KCOV_BRIDGE_PLAIN is set"
+elif not TYPE_CHECKING:
+    try:
+        from .compiled import Apart, Feed, Group, View, chain, chained, current, install, uninstall
+    except (ImportError, AttributeError) as error:
+        # None was built, or one that is older than its source and looks for names that are gone.
+        WHY_PLAIN = str(error)
+
+COMPILED = not WHY_PLAIN
+"""Whether the compiled classes are used."""
+
+if not (COMPILED or TYPE_CHECKING):
+    from .plain import Apart, Feed, Group, View, chain, chained, current, install, uninstall
