@@ -131,6 +131,8 @@ class Doorbell(Generic[C]):
     this one for gone. ``guest_timeouts`` and
     ``guest_skipped`` are what the guest counted, as of :meth:`look_at_guest` or :meth:`stop`:
     signals that it gave up waiting for, and returns it did not signal, knowing the host gone.
+    ``target_answered`` says, likewise, whether a relay has passed anything from the target to the
+    guest.
     """
 
     def __init__(
@@ -148,6 +150,7 @@ class Doorbell(Generic[C]):
         self.failure: BaseException | None = None
         self.guest_timeouts = 0
         self.guest_skipped = 0
+        self.target_answered = False
         self._device = device
         self._kernel = kernel
         self._flags = Answer.SILENT if silent else Answer(0)
@@ -164,7 +167,6 @@ class Doorbell(Generic[C]):
         self._epoch_changes = 0
         self._relayed = False
         self._coverage_epoch = 0
-        self._answered_by_relay = False
         self._stopping = False
         self._poller: ReturnPoller[Kcov[C]] = ReturnPoller(
             region.control,
@@ -193,15 +195,6 @@ class Doorbell(Generic[C]):
         self._relayed = True
         self._coverage_epoch = coverage_epoch_value()
         self._control[HeaderWord.COVERAGE_EPOCH] = self._coverage_epoch
-
-    @property
-    def target_answered(self) -> bool:
-        """Whether a relay has passed anything from the target to the guest.
-
-        Relays alone write ``COVERAGE_EPOCH`` but the doorbell; a hostile guest can, too.
-        """
-        found = self._control[HeaderWord.COVERAGE_EPOCH]
-        return self._answered_by_relay or (self._relayed and found != self._coverage_epoch)
 
     def start(self) -> None:
         """Start to answer, and tell the guest so."""
@@ -250,6 +243,7 @@ class Doorbell(Generic[C]):
         for slot, kcov in self.instances():
             self._device.release(kcov)
             self._slots[slot] = None
+        self._look_for_answers()
         self._region.clear()
         # In place: they are the compiled part's too.
         self._handled[:] = self._answered[:] = [0] * SLOTS
@@ -263,9 +257,22 @@ class Doorbell(Generic[C]):
         return [(slot, kcov) for slot, kcov in enumerate(self._slots) if kcov is not None]
 
     def look_at_guest(self) -> None:
-        """Read what the guest says about itself, bounded by nothing but 64 bits: for people."""
+        """Read what the guest says about itself, bounded by nothing but 64 bits: for people.
+
+        On the doorbell's thread (see :meth:`call`).
+        """
         self.guest_timeouts = self._control[HeaderWord.GUEST_TIMEOUTS]
         self.guest_skipped = self._control[HeaderWord.GUEST_SKIPPED]
+        self._look_for_answers()
+
+    def _look_for_answers(self) -> None:
+        """Note whether a relay, or a hostile guest, has written ``COVERAGE_EPOCH``."""
+        # It is 0 after a reset, which no relay writes.
+        if self._relayed and self._control[HeaderWord.COVERAGE_EPOCH] not in (
+            0,
+            self._coverage_epoch,
+        ):
+            self.target_answered = True
 
     def _run(self) -> None:
         control = self._control
@@ -364,7 +371,7 @@ class Doorbell(Generic[C]):
             self._epoch = self._epoch + 2 & (2**63 - 1)
         control[HeaderWord.HOST_EPOCH] = self._epoch
         if self._relayed:
-            self._answered_by_relay = self.target_answered
+            self._look_for_answers()
             self._coverage_epoch = coverage_epoch_value()
         else:
             self._coverage_epoch = 0

@@ -8,7 +8,6 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from types import TracebackType
 from typing import TypeVar
 
 from bridge.device.abi import WORD, HeaderWord
@@ -92,12 +91,7 @@ class DeviceHost:
     def __enter__(self) -> DeviceHost:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -176,6 +170,7 @@ class DeviceHost:
         stats.lost_comparisons = device.totals.comparisons_dropped
         stats.guest_timeouts = doorbell.guest_timeouts
         stats.guest_skipped = doorbell.guest_skipped
+        stats.target_answered = doorbell.target_answered
         stats.source_failures = doorbell.counters.source_failures
         if self._closed:
             return

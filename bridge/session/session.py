@@ -541,10 +541,9 @@ def _warn_of_silence(
     before: int,
 ) -> None:
     """Say so where the target answered the guest and no line of its packages ran for it."""
-    if not device.doorbell.target_answered or source.given > before:
-        return
-    with contextlib.suppress(BridgeError):
-        if source.consume():
+    with contextlib.suppress(BridgeError, TimeoutError):
+        device.call(device.doorbell.look_at_guest)
+        if not device.doorbell.target_answered or source.given > before or source.consume():
             return
         logger.warning(
             "the target answered the guest, but no line of its packages ran where the source "

@@ -75,6 +75,9 @@ class Stats:
     """Returns that the guest did not report because it took the host for gone."""
     source_failures: int = 0
     """How often a source raised."""
+    target_answered: bool = False
+    """Whether the target answered the guest through a relay; always False with ``syscall_pcs`` and
+    for a target without endpoints."""
 
     blocks_total: int = 0
     """Basic blocks that the target's sources could cover."""

@@ -14,6 +14,7 @@ import pytest
 
 from bridge.device import abi
 from bridge.device.abi import HeaderWord, Op, ResponseWord
+from bridge.device.coverage_epoch import coverage_epoch_value
 from bridge.device.doorbell import Doorbell
 from bridge.device.ivshmem import IvshmemServer
 from bridge.device.kcov import Device, Personality
@@ -136,6 +137,26 @@ def test_coverage_epoch_with_relays_changes_by_itself(bench: Bench) -> None:
         time.sleep(0.02)
     assert len(seen) == 5
     assert 0 not in seen
+
+
+def test_target_answered_is_what_relays_write_alone(bench: Bench) -> None:
+    control, doorbell = bench.guest.control, bench.doorbell
+
+    def answered() -> bool:
+        doorbell.call(doorbell.look_at_guest)
+        return doorbell.target_answered
+
+    assert not answered()
+    doorbell.rely_on_relays()
+    for _ in range(3):
+        # The doorbell writes twice meanwhile.
+        time.sleep(0.6)
+        assert not answered()
+        doorbell.call(doorbell.reset)
+    control[HeaderWord.COVERAGE_EPOCH] = coverage_epoch_value()
+    doorbell.call(doorbell.reset)
+    time.sleep(0.6)
+    assert answered()
 
 
 def test_unreported_returns_count_with_next_request(bench: Bench) -> None:
