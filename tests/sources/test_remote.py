@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -85,15 +86,24 @@ def load(name: str) -> ModuleType:
     return __import__(name)
 
 
+@contextmanager
+def measuring(module: str, directory: Path) -> Iterator[tuple[PythonSource, ModuleType]]:
+    """A source that measures the module, on this thread, and the module; its import is consumed."""
+    source = PythonSource([module], data_file=directory / ".coverage")
+    source.start()
+    try:
+        code = load(module)
+        source.consume()
+        yield source, code
+    finally:
+        source.stop()
+
+
 def test_what_is_called_inside_goes_to_the_handle_alone(module: str, tmp_path: Path) -> None:
     delivered: list[tuple[int, list[int]]] = []
 
     def check() -> None:
-        source = PythonSource([module], data_file=tmp_path / ".coverage")
-        source.start()
-        try:
-            code = load(module)
-            source.consume()
+        with measuring(module, tmp_path) as (source, code):
             with remote.serving(source, lambda value, pcs: delivered.append((value, list(pcs)))):
                 assert code.marked(remote.handle, 7) == 0
             ((value, pcs),) = delivered
@@ -103,8 +113,6 @@ def test_what_is_called_inside_goes_to_the_handle_alone(module: str, tmp_path: P
             assert line("with handle") in left
             assert line("return leaf(n)") not in left
             assert line("return 0") not in left
-        finally:
-            source.stop()
 
     on_a_thread(check)
     data = coverage.CoverageData(str(tmp_path / ".coverage"))
@@ -117,11 +125,7 @@ def test_blocks_nest_raise_and_leave_generators_alone(module: str, tmp_path: Pat
     delivered: dict[int, list[int]] = {}
 
     def check() -> None:
-        source = PythonSource([module], data_file=tmp_path / ".coverage")
-        source.start()
-        try:
-            code = load(module)
-            source.consume()
+        with measuring(module, tmp_path) as (source, code):
             with remote.serving(source, lambda value, pcs: delivered.update({value: list(pcs)})):
                 with remote.handle(1):
                     code.leaf(0)
@@ -135,8 +139,6 @@ def test_blocks_nest_raise_and_leave_generators_alone(module: str, tmp_path: Pat
             assert line("yield n") in lines_of(source, delivered[1])
             # Entered anew after the block, the generator counts for everybody again.
             assert lines_of(source, source.consume()) >= {line("for n in")}
-        finally:
-            source.stop()
 
     on_a_thread(check)
 
@@ -145,19 +147,13 @@ def test_other_threads_go_on_for_everybody(module: str, tmp_path: Path) -> None:
     delivered: list[int] = []
 
     def check() -> None:
-        source = PythonSource([module], data_file=tmp_path / ".coverage")
-        source.start()
-        try:
-            code = load(module)
-            source.consume()
+        with measuring(module, tmp_path) as (source, code):
             with remote.serving(source, lambda _, pcs: delivered.extend(pcs)), remote.handle(5):
                 other = threading.Thread(target=code.inside, args=(1,))
                 other.start()
                 other.join()
             assert line("return leaf(n)") in lines_of(source, source.consume())
             assert delivered == []
-        finally:
-            source.stop()
 
     on_a_thread(check)
 

@@ -29,7 +29,6 @@ from ctypes import (
 )
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
 from bridge.errors import MissingDependencyError, SourceError, UsageError
@@ -243,12 +242,7 @@ class DebugFile:
     def __enter__(self) -> DebugFile:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bridge.device import abi
-from bridge.device.region import Region
+from bridge.device.region import Area, Region
 from bridge.errors import SourceError, UnwatchableError
 from bridge.results.kernel_export import read_blocks
 from bridge.sources.guest_kernel import plan as layout
@@ -170,6 +170,16 @@ def kernel() -> Iterator[GuestKernel]:
     kernel = GuestKernel(code(), 64 * MIB)
     yield kernel
     kernel.close()
+
+
+@pytest.fixture
+def area() -> Iterator[Area]:
+    """An area of 512 words."""
+    region = Region(MIB)
+    area = region.allocate(512)
+    assert area is not None
+    yield area
+    region.close()
 
 
 def ranges(plan: Plan) -> list[tuple[int, int, int, RangeFlag]]:
@@ -375,103 +385,79 @@ def test_too_many_pieces(kernel: GuestKernel) -> None:
         kernel.plan.set_code(pieces, [], 0)
 
 
-def test_owners(kernel: GuestKernel) -> None:
-    region = Region(MIB)
-    try:
-        area = region.allocate(512)
-        assert area is not None
-        words = kernel.plan.words
-        at = layout.SLOTS_OFFSET // abi.WORD + 7 * layout.PLAN_SLOT_WORDS
-        kernel.attach(7, area, 0xFFFF_8880_0000_1000)
-        assert words[at + SlotWord.TASK] == 0, "nothing is known of the kernel yet"
-        kernel.describe(payload())
-        kernel.attach(7, area, 0xFFFF_8880_0000_1000)
-        assert words[at : at + 4].tolist() == [0xFFFF_8880_0000_1000, area.offset, 512, 0]
-        assert words[PlanWord.SLOTS] == 8
-        assert words[PlanWord.WANT] == 1
-        words[at + SlotWord.APPENDED], words[at + SlotWord.DROPPED] = 5, 3
-        assert kernel.counts(7) == (5, 3)
-        epoch = words[PlanWord.EPOCH]
-        assert kernel.detach(7) == (5, 3)
-        assert words[at + SlotWord.TASK] == 0
-        assert words[PlanWord.EPOCH] != epoch
-        assert kernel.detach(7) == (0, 0)
-    finally:
-        region.close()
+def test_owners(kernel: GuestKernel, area: Area) -> None:
+    words = kernel.plan.words
+    at = layout.SLOTS_OFFSET // abi.WORD + 7 * layout.PLAN_SLOT_WORDS
+    kernel.attach(7, area, 0xFFFF_8880_0000_1000)
+    assert words[at + SlotWord.TASK] == 0, "nothing is known of the kernel yet"
+    kernel.describe(payload())
+    kernel.attach(7, area, 0xFFFF_8880_0000_1000)
+    assert words[at : at + 4].tolist() == [0xFFFF_8880_0000_1000, area.offset, 512, 0]
+    assert words[PlanWord.SLOTS] == 8
+    assert words[PlanWord.WANT] == 1
+    words[at + SlotWord.APPENDED], words[at + SlotWord.DROPPED] = 5, 3
+    assert kernel.counts(7) == (5, 3)
+    epoch = words[PlanWord.EPOCH]
+    assert kernel.detach(7) == (5, 3)
+    assert words[at + SlotWord.TASK] == 0
+    assert words[PlanWord.EPOCH] != epoch
+    assert kernel.detach(7) == (0, 0)
 
 
-def test_a_kernel_that_goes(kernel: GuestKernel) -> None:
+def test_a_kernel_that_goes(kernel: GuestKernel, area: Area) -> None:
     """By a reboot or kexec: its tasks are nobody's, but what they were given counts."""
-    region = Region(MIB)
-    try:
-        area = region.allocate(512)
-        assert area is not None
-        words = kernel.plan.words
-        at = layout.SLOTS_OFFSET // abi.WORD + 7 * layout.PLAN_SLOT_WORDS
-        assert kernel.describe(payload()) == 0
-        kernel.attach(7, area, 0xFFFF_8880_0000_1000)
-        words[at + SlotWord.APPENDED], words[at + SlotWord.DROPPED] = 5, 3
-        gone = payload()
-        gone[abi.KernelWord.CPUS] = 0
-        assert kernel.describe(gone) == 0
-        assert kernel.offset is None
-        assert words[at + SlotWord.TASK] == 0
-        assert words[PlanWord.WANT] == 0
-        assert cpu(kernel.plan, 0) == [layout.NOWHERE, layout.NOWHERE]
-        assert kernel.counts(7) == (5, 3)
-        kernel.attach(7, area, 0xFFFF_8880_0000_1000)
-        assert words[at + SlotWord.TASK] == 0, "it has no owners"
-        # The next one, before the host has learned that the old owners are no more.
-        assert kernel.describe(payload(0x2400000)) == 0
-        assert kernel.offset == 0x2400000
-        assert words[at + SlotWord.TASK] == 0
-        assert kernel.detach(7) == (5, 3)
-        assert kernel.detach(7) == (0, 0)
-    finally:
-        region.close()
+    words = kernel.plan.words
+    at = layout.SLOTS_OFFSET // abi.WORD + 7 * layout.PLAN_SLOT_WORDS
+    assert kernel.describe(payload()) == 0
+    kernel.attach(7, area, 0xFFFF_8880_0000_1000)
+    words[at + SlotWord.APPENDED], words[at + SlotWord.DROPPED] = 5, 3
+    gone = payload()
+    gone[abi.KernelWord.CPUS] = 0
+    assert kernel.describe(gone) == 0
+    assert kernel.offset is None
+    assert words[at + SlotWord.TASK] == 0
+    assert words[PlanWord.WANT] == 0
+    assert cpu(kernel.plan, 0) == [layout.NOWHERE, layout.NOWHERE]
+    assert kernel.counts(7) == (5, 3)
+    kernel.attach(7, area, 0xFFFF_8880_0000_1000)
+    assert words[at + SlotWord.TASK] == 0, "it has no owners"
+    # The next one, before the host has learned that the old owners are no more.
+    assert kernel.describe(payload(0x2400000)) == 0
+    assert kernel.offset == 0x2400000
+    assert words[at + SlotWord.TASK] == 0
+    assert kernel.detach(7) == (5, 3)
+    assert kernel.detach(7) == (0, 0)
 
 
 def test_an_area_is_not_given_away_while_it_is_written_to(
-    kernel: GuestKernel, monkeypatch: pytest.MonkeyPatch
+    kernel: GuestKernel, area: Area, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layout, "_BUSY_SECONDS", 0.05)
     kernel.describe(payload())
-    region = Region(MIB)
-    try:
-        area = region.allocate(512)
-        assert area is not None
-        kernel.attach(3, area, 0x1000)
-        busy = layout.CPUS_OFFSET // abi.WORD + 2 * layout.CPU_WORDS + CpuWord.BUSY
-        kernel.plan.words[busy] = 4
-        with pytest.raises(SourceError, match="stands still"):
-            kernel.detach(3)
-    finally:
-        region.close()
+    kernel.attach(3, area, 0x1000)
+    busy = layout.CPUS_OFFSET // abi.WORD + 2 * layout.CPU_WORDS + CpuWord.BUSY
+    kernel.plan.words[busy] = 4
+    with pytest.raises(SourceError, match="stands still"):
+        kernel.detach(3)
 
 
 def test_the_kernel_is_left_alone_while_nobody_traces(
-    kernel: GuestKernel, monkeypatch: pytest.MonkeyPatch
+    kernel: GuestKernel, area: Area, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     kernel.describe(payload())
-    region = Region(MIB)
-    try:
-        area = region.allocate(512)
-        assert area is not None
-        want = PlanWord.WANT
-        for _ in range(2):
-            kernel.attach(3, area, 0x1000)
-            kernel.tick()
-            assert kernel.plan.words[want] == 1
-            kernel.detach(3)
-            kernel.tick()
-            assert kernel.plan.words[want] == 1, "the next may come at once"
-            now[0] += 3
-            kernel.tick()
-            assert kernel.plan.words[want] == 0
-    finally:
-        region.close()
+    want = PlanWord.WANT
+    for _ in range(2):
+        kernel.attach(3, area, 0x1000)
+        kernel.tick()
+        assert kernel.plan.words[want] == 1
+        kernel.detach(3)
+        kernel.tick()
+        assert kernel.plan.words[want] == 1, "the next may come at once"
+        now[0] += 3
+        kernel.tick()
+        assert kernel.plan.words[want] == 0
 
 
 def test_blocks_that_were_seen(kernel: GuestKernel, tmp_path: Path) -> None:
