@@ -41,6 +41,15 @@ def image() -> Image:
     return build()
 
 
+@pytest.fixture
+def copied_image(image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the image in a cache of its own, to be spoiled."""
+    monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(tmp_path / "cache"))
+    copy = tmp_path / "cache" / "images" / image.name
+    shutil.copytree(image.directory, copy)
+    return copy
+
+
 def summary(out: Path) -> dict[str, object]:
     data = json.loads((out / "summary.json").read_text())
     assert isinstance(data, dict)
@@ -283,28 +292,18 @@ class TestWhatIsMissing:
             assert result.returncode == 125
             assert "there are no 1048576 MiB for a guest; take less: --memory MIB" in result.stderr
 
-    def test_a_broken_image(
-        self, image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(tmp_path / "cache"))
-        copy = tmp_path / "cache" / "images" / image.name
-        shutil.copytree(image.directory, copy)
-        with (copy / "root.squashfs").open("r+b") as file:
+    def test_a_broken_image(self, copied_image: Path, tmp_path: Path) -> None:
+        with (copied_image / "root.squashfs").open("r+b") as file:
             file.truncate(1_000_000)
-        result = run(tmp_path / "run", "--image", image.name, *QUICK, "--", "true")
+        result = run(tmp_path / "run", "--image", copied_image.name, *QUICK, "--", "true")
         assert result.returncode == 125
         assert "root.squashfs: 1000000 bytes instead of" in result.stderr
         assert "image rm" in result.stderr
 
-    def test_a_root_that_is_garbage(
-        self, image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(tmp_path / "cache"))
-        copy = tmp_path / "cache" / "images" / image.name
-        shutil.copytree(image.directory, copy)
-        size = (copy / "root.squashfs").stat().st_size
-        (copy / "root.squashfs").write_bytes(bytes(size))
-        result = run(tmp_path / "run", "--image", image.name, *QUICK, "--", "true")
+    def test_a_root_that_is_garbage(self, copied_image: Path, tmp_path: Path) -> None:
+        size = (copied_image / "root.squashfs").stat().st_size
+        (copied_image / "root.squashfs").write_bytes(bytes(size))
+        result = run(tmp_path / "run", "--image", copied_image.name, *QUICK, "--", "true")
         assert result.returncode in (123, 125)
         assert "  | " in result.stderr, "the console's end is the evidence"
 
