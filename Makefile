@@ -15,6 +15,9 @@ PYTHONS ?= 3.11 3.12 3.13
 STORM ?= 10000000
 ANSWERS ?= 10000000
 
+# The Debian release of `make test-on`.
+RELEASE ?=
+
 # What packages are for: building images takes one more where this is not root.
 KINDS := run $(if $(filter 0,$(shell id -u)),,user)
 
@@ -24,7 +27,7 @@ SOURCES := bridge tests examples docs setup.py
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help run image bench test test-unit test-all storm answers executor kills conformance reference lint docs dist format venv packages packages-test clean distclean
+.PHONY: help run image bench test test-unit test-all test-on storm answers executor kills conformance reference lint docs dist format venv packages packages-test clean distclean
 
 help: ## print this help
 	@awk -F ' ## ' '/^##@/ { print "\n" substr($$0, 5) } \
@@ -35,6 +38,7 @@ help: ## print this help
 	@echo 'run or for pytest), VENV=$(VENV), PYTHON=PROGRAM. Examples:'
 	@echo '  make run ARGS="--memory 512 -- ls -l /mnt/target"'
 	@echo '  make test ARGS="-k config"'
+	@echo '  make test-on RELEASE=trixie STEPS=run   (STEPS="run test" if not said; ARGS for the tests)'
 	@echo '  make conformance ARGS="--kernel debug"   (with lockdep, KASAN, ...; built as by reference)'
 
 ##@ Use
@@ -79,6 +83,9 @@ test-all: packages-test ## run test-unit on each Python of PYTHONS that is found
 	done; \
 	[ -n "$$found" ] || { echo "none of Python $(PYTHONS) is here"; exit 2; }; \
 	echo "passed on Python$$found"
+
+test-on: ## run "make run" and the tests in a clean root of RELEASE=trixie, or another; needs root
+	@.ci/test-on $(RELEASE)
 
 storm: packages-test $(VENV)/installed-dev ## let a hostile guest scribble over the region ten million times (minutes)
 	KCOV_BRIDGE_STORM=$(STORM) $(VENV)/bin/python -m pytest -s tests/system/test_storm.py $(ARGS)

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -207,3 +210,85 @@ def test_ci_ends_with_pytests_line_and_status(tmp_path: Path) -> None:
     done = sh(str(tmp_path / ".ci" / "run"), cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout.splitlines()[-1] == "make test ended before pytest did (exit status 2)"
+
+
+TEST_ON = str(ROOT / ".ci" / "test-on")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps", "said"),
+    [
+        ((), "run", "which release? One of: bookworm trixie forky sid"),
+        (("",), "run", "which release?"),
+        (("trixie", "sid"), "run", "which release?"),
+        (("woody",), "run", "woody is no release that is tried"),
+        (("--inside",), "run", "--inside is no release that is tried"),
+        (("trixie",), "run tests", "tests is no step; STEPS is made of: run test"),
+    ],
+)
+def test_test_on_wrong_arguments_change_nothing(
+    tmp_path: Path, arguments: tuple[str, ...], steps: str, said: str
+) -> None:
+    cache = tmp_path / "cache"
+    done = sh(TEST_ON, *arguments, STEPS=steps, KCOV_BRIDGE_CACHE=str(cache))
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not cache.exists()
+
+
+def test_test_on_without_root_says_what_to_run(tmp_path: Path) -> None:
+    path = tools(tmp_path / "bin", "bash", "dirname", "env")
+    script(tmp_path / "bin", "id", "echo 1000")
+    done = sh(TEST_ON, "trixie", path=path, KCOV_BRIDGE_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 2
+    assert done.stderr.endswith("sudo make test-on RELEASE=trixie\n")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_test_on_hands_the_release_on() -> None:
+    assert sh("make", "-n", "test-on", "RELEASE=sid").stdout == ".ci/test-on sid\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, as test-on does")
+def test_test_on_interrupted_leaves_nothing(tmp_path: Path) -> None:
+    """Ctrl-C while the root is made: its processes and files go."""
+    cache, begun = tmp_path / "cache", tmp_path / "begun"
+    sleep = f"300.{os.getpid()}"
+    # In mmdebstrap's place: what is made has a file, and a child waits longer than the test.
+    script(
+        tmp_path / "bin",
+        "mmdebstrap",
+        f'for last in "$@"; do :; done\nmkdir "$last"\nsleep {sleep} &\ntouch {begun}\nwait',
+    )
+    environment = {key: text for key, text in os.environ.items() if key != "KCOV_BRIDGE_MIRROR"}
+    environment |= {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "KCOV_BRIDGE_CACHE": str(cache),
+        "STEPS": "run",
+    }
+    with subprocess.Popen(
+        [TEST_ON, "trixie"],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not begun.exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert running(sleep)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
+    assert not running(sleep)
+    assert [path.name for path in (cache / "tests" / "roots").iterdir()] == ["trixie.lock"]
+
+
+def running(argument: str) -> bool:
+    """Whether some process has this argument."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if argument.encode() in path.read_bytes().split(b"\0"):
+                return True
+    return False
