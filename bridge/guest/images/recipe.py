@@ -20,9 +20,9 @@ from bridge.util.resources import source_root
 
 __all__ = ["BASE_FORMAT", "IMAGE_FORMAT", "Recipe", "Sources", "recipes"]
 
-BASE_FORMAT = 2
+BASE_FORMAT = 3
 """Version of what the builder makes of a recipe; a new one makes every base be built anew. 2: bases
-have ``modules.json``."""
+have ``modules.json``; 3: they have the modules that ``modules.softdep`` names."""
 
 IMAGE_FORMAT = 1
 """Version of an image's files and manifest; a new one makes every image be built anew."""
