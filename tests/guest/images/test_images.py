@@ -467,7 +467,8 @@ def test_a_missing_program_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(MissingDependencyError) as caught:
         build(progress=lambda line: None)
-    assert "mmdebstrap" in caught.value.hint
+    assert "mmdebstrap" in caught.value.message
+    assert "kcov-bridge setup" in caught.value.hint
     assert not list(cache.rglob(".tmp-*"))
 
 
