@@ -299,7 +299,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [
         record.getMessage()
         for record in caplog.records
-        if (record.name, record.levelname) == ("bridge.session.session", "WARNING")
+        if (record.name, record.levelname) == ("bridge.session.launcher", "WARNING")
     ]
 
 
@@ -335,7 +335,7 @@ def test_by_default_it_goes_without_the_kernel_where_it_must(
     everything: dict[str, Any] = {"target": "none", "accel": "tcg", "qemu": "/nowhere/qemu"}
     monkeypatch.setenv("PATH", str(tmp_path))
     with (
-        pytest.raises(UnwatchableError, match="needs a C compiler"),
+        pytest.raises(UnwatchableError, match="has no C compiler"),
         bridge.boot(source="kernel", **everything),
     ):
         pass
@@ -343,7 +343,7 @@ def test_by_default_it_goes_without_the_kernel_where_it_must(
     with pytest.raises(MissingDependencyError, match="/nowhere/qemu"), bridge.boot(**everything):
         pass
     (said,) = warnings(caplog)
-    assert "needs a C compiler" in said
+    assert "has no C compiler" in said
     assert "install gcc and libc6-dev" in said
 
 
