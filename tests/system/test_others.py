@@ -29,10 +29,16 @@ def test_tasks_that_own_nothing(session: Session, event: str, tmp_path: Path) ->
         assert result.exit_status == 0, result.stderr.decode()
         return {name: int(value) for name, value in re.findall(r"(\w+) (\d+)", result.text)}
 
-    found = run("measure")
-    # The slow way in and out takes 1.3 times as long.
-    assert found["during"] < 1.15 * found["before"]
-    assert found["after"] < 1.15 * found["before"]
+    # The slow way in and out takes 1.3 times as long, each time: the least of a few rounds tells,
+    # also on a busy machine.
+    least = run("measure")
+    for _ in range(5):
+        if max(least["during"], least["after"]) < 1.15 * least["before"]:
+            break
+        again = run("measure")
+        least = {name: min(value, again[name]) for name, value in least.items()}
+    assert least["during"] < 1.15 * least["before"]
+    assert least["after"] < 1.15 * least["before"]
     found = run("trace", event)
     assert found["seen"] == found["calls"]
     # Each call that the owner counted left one.
