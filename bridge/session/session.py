@@ -176,7 +176,7 @@ class Session:
         stack.callback(device.close)
         self._measured.append(device)
         stack.enter_context(StatusServer(self.status))
-        # After the doorbell: coverage.py measures the threads that start after the source.
+        # After the doorbell, whose thread must not be measured.
         stack.push(functools.partial(stop_target, host))
         target = host.start(device.deliver)
         if source is not None:

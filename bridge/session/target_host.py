@@ -2,7 +2,7 @@
 """A target and the source that covers it, in this process.
 
 Both live on one thread, the target's: the target is made on it, then the source starts, so that
-coverage.py measures this thread and all that it starts, then the target starts. The end goes the
+the source measures this thread and all that it starts, then the target starts. The end goes the
 other way.
 """
 

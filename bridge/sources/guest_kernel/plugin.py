@@ -30,7 +30,7 @@ PLUGIN = CProgram(
     folder="plugins",
     suffix=".so",
 )
-"""It finds out at load time which version of the plugin API it meets, up to 6."""
+"""It finds out at load time which version of the plugin API it meets, from 1 on."""
 
 _NEWEST_API = 7
 """The newest version of the plugin API that the plugin knows the callbacks of."""
