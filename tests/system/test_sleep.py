@@ -61,7 +61,7 @@ def test_run_guest_suspends_itself_ends_with_status_123(tmp_path: Path, suspend:
     """The program reaches the guest by way of the target that serves it."""
     served = tmp_path / "served"
     served.mkdir()
-    shutil.copy(suspend, served)
+    shutil.copy(suspend, served / "suspend")
     out = tmp_path / "out"
     script = "cp /mnt/target/suspend /tmp && chmod +x /tmp/suspend && /tmp/suspend"
     words = ["--source", "python", "--target-dir", str(served), "--", "sh", "-c", script]
