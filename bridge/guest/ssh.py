@@ -198,8 +198,10 @@ class Guest:
         self._key = _private_key(key)
         self._host_key = _public_key(host_key) if host_key is not None else None
         self._watched = watched
-        self._lock = threading.Lock()  # guards the three below
+        self._lock = threading.Lock()  # guards the four below
+        # Set as soon as there is something to close; commands use it once it is logged in.
         self._transport: paramiko.Transport | None = None
+        self._logged_in = False
         self._lost = False
         self._forgotten = 0
         # Held by who connects anew after forget(), and while nobody may.
@@ -273,11 +275,14 @@ class Guest:
                     hint="was the image built anew while the machine ran?",
                 )
             transport.auth_publickey(self._user, self._key)
+            with self._lock:
+                # close() or forget() may have come meanwhile.
+                self._logged_in = self._transport is transport
             stack.pop_all()
 
     def _adopt(self, transport: paramiko.Transport | None) -> None:
         with self._lock:
-            self._transport = transport
+            self._transport, self._logged_in = transport, False
             lost = self._lost
         if lost and transport is not None:
             transport.close()
@@ -328,7 +333,7 @@ class Guest:
         """
         with self._lock:
             self._forgotten += 1
-            self._lost = False
+            self._lost = self._logged_in = False
             transport, self._transport = self._transport, None
         if transport is not None:
             # Not closed in order: QEMU would wait for the guest to agree.
@@ -347,6 +352,7 @@ class Guest:
         """Close the connection; commands that still run get an error. Safe to call twice."""
         self._stack.close()
         with self._lock:
+            self._logged_in = False
             transport, self._transport = self._transport, None
         if transport is not None:
             transport.close()
@@ -436,19 +442,21 @@ class Guest:
     def _connected(self) -> tuple[paramiko.Transport, int]:
         """The connection, made anew if the guest was forgotten since."""
         self._check()
-        with self._lock:
-            transport, forgotten = self._transport, self._forgotten
+        transport, forgotten = self._usable()
         if transport is None and forgotten:
             with self._logging_in:
-                with self._lock:
-                    transport, forgotten = self._transport, self._forgotten
+                transport, forgotten = self._usable()
                 if transport is None:
                     self.connect()
-                    with self._lock:
-                        transport, forgotten = self._transport, self._forgotten
+                    transport, forgotten = self._usable()
         if transport is None:
             raise UsageError("there is no connection to the guest")
         return transport, forgotten
+
+    def _usable(self) -> tuple[paramiko.Transport | None, int]:
+        """The connection once it is logged in, and how often the guest was forgotten before."""
+        with self._lock:
+            return self._transport if self._logged_in else None, self._forgotten
 
     @staticmethod
     def _pump(

@@ -50,6 +50,7 @@ class Server:
     def __init__(self, host_key: paramiko.PKey, client_key: paramiko.PKey) -> None:
         self.host_key = host_key
         self.client_key = client_key
+        self.greeting_seconds = 0.0
         self.processes: list[subprocess.Popen[bytes]] = []
         self.transports: list[paramiko.Transport] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -66,6 +67,7 @@ class Server:
             transport = paramiko.Transport(connection)
             transport.add_server_key(self.host_key)
             self.transports.append(transport)
+            time.sleep(self.greeting_seconds)
             with contextlib.suppress(paramiko.SSHException, EOFError):
                 transport.start_server(threading.Event(), Session(self))
 
@@ -401,6 +403,25 @@ def test_a_connection_made_before_is_used_if_it_is_good(
         assert transport is not None
         assert isinstance(transport.sock, socket.socket)
         assert (transport.sock.getsockname() == ours) == alive
+
+
+def test_run_while_another_thread_logs_in_waits_for_it(server: Server, key: Path) -> None:
+    with Guest(server.port, key, public_line(server.host_key)) as guest:
+        guest.connect()
+        guest.forget()
+        server.greeting_seconds = 0.5
+        statuses: list[int] = []
+        threads = [
+            threading.Thread(target=lambda: statuses.append(guest.run("exit 3").exit_status))
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.1)  # the first one is within its login when the next one comes
+        for thread in threads:
+            thread.join(20)
+        assert statuses == [3] * 4
+        assert len(server.transports) == 2
 
 
 def test_a_wrong_key_is_refused(server: Server, tmp_path: Path) -> None:
