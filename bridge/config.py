@@ -245,8 +245,8 @@ class Settings:
         default=None,
         metadata=_about(
             Kind.NAME_OR_PATH,
-            "guest image: a name from `image list`, or a disk image file of your own, which needs "
-            "--ssh-key; the default image is built when it is missing",
+            "guest image: a recipe (`trixie`), whose image is built when it is missing, a name "
+            "from `image list`, or a disk image file of your own, which needs --ssh-key",
             metavar="IMAGE",
             file=True,
         ),

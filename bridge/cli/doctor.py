@@ -30,6 +30,7 @@ from bridge.config import Settings
 from bridge.device import fastpath
 from bridge.errors import BridgeError
 from bridge.guest import images
+from bridge.guest.images.recipe import DEFAULT_RECIPE, is_recipe
 from bridge.guest.images.store import resolve
 from bridge.sources.guest_kernel.plugin import build_plugin, why_not_loaded
 from bridge.sources.python import tracer
@@ -218,19 +219,22 @@ def _accelerator(settings: Settings) -> Iterator[Check]:
 def _guest_image(settings: Settings) -> tuple[Check, bool]:
     """Check the image that a run would boot; also say whether a run would build it first."""
     name = "guest image"
-    if settings.image is None:
-        try:
-            image = images.find()
-        except BridgeError as error:
-            return Check(name, True, False, error.message, "kcov-bridge image build"), True
-        if image is None:
-            how = "kcov-bridge image build (run does it by itself)"
-            return Check(name, False, False, "not built yet, or older than its sources", how), True
+    wanted = settings.image or DEFAULT_RECIPE
+    build = "kcov-bridge image build"
+    try:
+        recipe = settings.ssh_key is None and is_recipe(wanted)
+        image = images.find(wanted) if recipe else None
+    except BridgeError as error:
+        return Check(name, True, False, error.message, build), True
+    if image is not None:
         return Check(name, True, True, str(image.directory)), False
-    path = Path(settings.image)
+    if recipe:
+        how = f"{build} (run does it by itself)"
+        return Check(name, False, False, "not built yet, or older than its sources", how), True
+    path = Path(wanted)
     if settings.ssh_key is None and not path.is_file():
         try:
-            return Check(name, True, True, str(resolve(settings.image))), False
+            return Check(name, True, True, str(resolve(wanted))), False
         except BridgeError as error:
             return Check(name, True, False, error.message, "kcov-bridge image list"), False
     for what, file in (("disk image", path), ("SSH key", settings.ssh_key)):

@@ -14,6 +14,7 @@ from bridge import config
 from bridge.errors import BridgeError, ImageError, UsageError
 from bridge.guest.guest_image import ProjectImage
 from bridge.guest.images import Image, build, find, list_images
+from bridge.guest.images.recipe import DEFAULT_RECIPE, is_recipe
 from bridge.guest.images.store import (
     base_directories,
     broken_images,
@@ -42,9 +43,6 @@ examples:
   ls -l "$(kcov-bridge image path)"
   kcov-bridge image rm --all
 """
-
-DEFAULT_RECIPE = "bookworm"
-"""The recipe that is meant where none is named."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command.add_argument(
         "name", nargs="?", help="image, or the beginning of its name (default: the current one)"
     )
-    command.add_argument("--recipe", default=DEFAULT_RECIPE, help=argparse.SUPPRESS)
+    command.add_argument("--recipe", help=argparse.SUPPRESS)
     command.set_defaults(image_function=_path)
 
     command = commands.add_parser(
@@ -109,8 +107,9 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--recipe",
         "--suite",
-        default=DEFAULT_RECIPE,
-        help=f"what to build the image from (default: {DEFAULT_RECIPE})",
+        metavar="RECIPE",
+        help="what to build the image from, a file of images/ (default: the recipe that the "
+        f"setting `image` names, or {DEFAULT_RECIPE})",
     )
     command.add_argument(
         "--include",
@@ -123,10 +122,16 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 
 def _build(args: argparse.Namespace) -> int:
     include = [name for names in args.include for name in names.split(",") if name]
-    image = build(args.recipe, force=args.force, include=include, mirror=args.mirror)
+    image = build(args.recipe or _recipe(), force=args.force, include=include, mirror=args.mirror)
     _make_snapshot(image)
     print(image.directory)
     return 0
+
+
+def _recipe() -> str:
+    """The recipe of the image that a run with the present settings boots."""
+    name = config.load().image or DEFAULT_RECIPE
+    return name if is_recipe(name) else DEFAULT_RECIPE
 
 
 def _make_snapshot(image: Image) -> None:
@@ -145,7 +150,7 @@ def _make_snapshot(image: Image) -> None:
 def _list(args: argparse.Namespace) -> int:
     images = list_images()
     try:
-        current = find(DEFAULT_RECIPE)
+        current = find(_recipe())
     except ImageError:
         current = None  # broken, which the list shows, or installed without sources
     if args.json:
@@ -184,7 +189,7 @@ def _path(args: argparse.Namespace) -> int:
         image.check()
         print(image.directory)
         return 0
-    current = find(args.recipe)
+    current = find(args.recipe or _recipe())
     if current is None:
         raise UsageError(
             "the current image is not built: it never was, or guest/ or images/ changed since",

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 from bridge.config import Settings
 from bridge.errors import BootTimeoutError, CacheError, GuestSetupError, ImageError, UsageError
 from bridge.guest.images import Image, find
-from bridge.guest.images.recipe import Sources
+from bridge.guest.images.recipe import DEFAULT_RECIPE, Sources, is_recipe
 from bridge.guest.images.store import resolve
 from bridge.util.cache import cache_directory, cache_errors, cache_folder
 from bridge.util.files import atomic_output
@@ -101,38 +101,39 @@ class GuestImage(Protocol):
 
 
 def find_guest_image(settings: Settings) -> GuestImage:
-    """The image that the settings ask for; the default one is built if it is not there.
+    """The image that the settings ask for; that of a recipe is built if it is not there.
 
     Raises :class:`bridge.errors.UsageError` for one that does not exist and
     :class:`bridge.errors.ImageError` for one that is broken or cannot be built.
     """
     if settings.image is not None and settings.ssh_key is not None:
         return OwnImage(Path(settings.image), settings.ssh_key)
-    if settings.image is not None and Path(settings.image).is_file():
-        raise UsageError(
-            f"the disk image {settings.image} is given without a key",
-            hint="--ssh-key FILE names the private key that its root accepts",
-        )
     if settings.ssh_key is not None:
         raise UsageError(
             "an SSH key is given without a disk image of your own",
             hint="give both, --image FILE --ssh-key FILE",
         )
-    if settings.image is not None:
-        found = Image.load(resolve(settings.image))
-        found.check()
-        return ProjectImage(found)
-    return ProjectImage(_default_image())
+    name = settings.image or DEFAULT_RECIPE
+    if is_recipe(name):
+        return ProjectImage(_current_image(name))
+    if Path(name).is_file():
+        raise UsageError(
+            f"the disk image {name} is given without a key",
+            hint="--ssh-key FILE names the private key that its root accepts",
+        )
+    found = Image.load(resolve(name))
+    found.check()
+    return ProjectImage(found)
 
 
-def _default_image() -> Image:
-    """The default image, built if it is not there."""
+def _current_image(recipe: str) -> Image:
+    """The image of a recipe's sources as they are now, built if it is not there."""
     with contextlib.suppress(ImageError):
-        if (image := find()) is not None:
+        if (image := find(recipe)) is not None:
             return image
     from bridge.guest.images.builder import build
 
-    return build()
+    return build(recipe)
 
 
 def _machine(settings: Settings, accelerator: Accelerator) -> MachineConfig:

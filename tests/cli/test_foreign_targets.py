@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from bridge.guest.images import Image, build
+from bridge.guest.images import Image
 from tests.support import COMMAND, nothing_left, run, start
+from tests.support.programs import guest_image
 
 pytestmark = pytest.mark.vm
 
@@ -40,7 +41,7 @@ class Target:
 
 @pytest.fixture(scope="module")
 def image() -> Image:
-    return build()
+    return guest_image()
 
 
 def target(directory: Path, made: str = "pass", start: str = "pass", stop: str = "pass") -> str:

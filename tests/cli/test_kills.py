@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from bridge.guest.images import build
 from tests.support import held_by, start, started_by, still_there, wait_until_gone
+from tests.support.programs import guest_image
 
 KILLS = int(os.environ.get("KCOV_BRIDGE_KILLS", "10"))
 SEED = int(os.environ.get("KCOV_BRIDGE_KILLS_SEED", random.SystemRandom().getrandbits(32)))
@@ -83,7 +83,7 @@ def kill_one(directory: Path, moment: float, when_ready: bool, *arguments: str) 
 
 @pytest.mark.vm
 def test_nothing_is_left_of_a_run_that_is_killed(tmp_path: Path) -> None:
-    build()
+    guest_image()
     moments = random.Random(SEED)
     runs = [
         (

@@ -20,7 +20,7 @@ import bridge
 from bridge.config import Settings, load
 from bridge.errors import BootTimeoutError, GuestSetupError
 from bridge.guest.guest_image import ProjectImage
-from bridge.guest.images import Image, build
+from bridge.guest.images import Image
 from bridge.results.kernel_export import read_blocks
 from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
 from bridge.sources.pcs import PC_BASE, BlockTable
@@ -28,6 +28,7 @@ from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.vm.accel import Accelerator
 from bridge.vm.config import MachineConfig
 from tests.support import COMMAND, ROOT, nothing_left, qemu_of, run, start, wait_until_gone
+from tests.support.programs import guest_image
 
 pytestmark = pytest.mark.vm
 
@@ -38,7 +39,7 @@ QUICK = ["--target", "none", "--syscall-pcs", *PYTHON]
 
 @pytest.fixture(scope="module")
 def image() -> Image:
-    return build()
+    return guest_image()
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ class TestTheDefaultRun:
             ["kernel", "python"] if values["accel"] == "tcg" else ["python"]
         )
         assert isinstance(values["boot_seconds"], float)
-        assert values["kernel"] == build().kernel_release
+        assert values["kernel"] == guest_image().kernel_release
         assert "console" not in result.stderr
 
     def test_its_pcs_are_the_blocks_that_coverage_saw(

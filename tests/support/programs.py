@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""C programs for the default guest, each compiled once and kept in the cache."""
+"""The image that tests boot, and C programs for it, each compiled once and kept in the cache."""
 
 from __future__ import annotations
 
@@ -8,21 +8,31 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from bridge.guest.images import build, compile_for_guest
+from bridge.guest.images import Image, build, compile_for_guest
+from bridge.guest.images.recipe import DEFAULT_RECIPE
 from bridge.util.cache import cache_directory
 
-__all__ = ["guest_program"]
+__all__ = ["guest_image", "guest_program"]
 
 _FLAGS = ("-O2", "-Wall", "-Wextra", "-Werror")
 
 
-def guest_program(source: Path, *, flags: Sequence[str] = _FLAGS) -> Path:
-    """Return ``source`` compiled for the default guest; headers beside it are found.
+def guest_image() -> Image:
+    """Return the image that a test boots: the recipe that ``KCOV_BRIDGE_IMAGE`` names, or the
+    default; built if it is not there."""
+    return build(os.environ.get("KCOV_BRIDGE_IMAGE") or DEFAULT_RECIPE)
+
+
+def guest_program(
+    source: Path, *, image: Image | None = None, flags: Sequence[str] = _FLAGS
+) -> Path:
+    """Return ``source`` compiled for an image, :func:`guest_image` by default; headers beside it
+    are found.
 
     Raises:
         ImageError: it does not compile; with the compiler's messages.
     """
-    image = build()
+    image = image or guest_image()
     made_of = hashlib.sha256(repr((image.base_fingerprint, tuple(flags))).encode())
     for path in (source, *sorted(source.parent.glob("*.h"))):
         made_of.update(path.name.encode() + b"\0" + path.read_bytes())

@@ -16,14 +16,13 @@ import pytest
 
 from bridge.config import Settings
 from bridge.errors import BridgeError, GuestPoweredOffError, GuestSetupError
-from bridge.guest.images import build
 from bridge.guest.ssh import CommandResult, Guest
 from bridge.session.session import Session
 from bridge.sources.pcs import syscall_pc
 from bridge.vm.accel import choose_accelerator
 from bridge.vm.config import MachineConfig
 from bridge.vm.machine import Machine
-from tests.support.programs import guest_program
+from tests.support.programs import guest_image, guest_program
 
 pytestmark = pytest.mark.vm
 
@@ -187,14 +186,14 @@ def test_writes_go_to_memory(session: Session) -> None:
     result = run(session, "echo x >> /etc/hosts && rm /bin/ls && echo > /dev/vda")
     assert result.exit_status != 0
     assert "I/O error" in result.stderr.decode(), "the disk is read-only"
-    build().check(contents=True)
+    guest_image().check(contents=True)
     run(session, "sed -i '$d' /etc/hosts")
 
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[tuple[Machine, Guest]]:
     """A machine without the kcov device."""
-    image = build()
+    image = guest_image()
     config = MachineConfig(
         accelerator=choose_accelerator("auto"),
         kernel=image.kernel,
@@ -217,7 +216,7 @@ def test_a_guest_without_the_device_says_so_and_still_serves_ssh(
         vm.wait_ready()
     assert "No such device" in caught.value.report()
     guest.connect()
-    assert guest.run(["uname", "-r"], timeout=30).text.strip() == build().kernel_release
+    assert guest.run(["uname", "-r"], timeout=30).text.strip() == guest_image().kernel_release
 
 
 def test_the_power_button_ends_the_guest(machine: tuple[Machine, Guest]) -> None:

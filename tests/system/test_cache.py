@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bridge.guest.images import build
 from tests.support import COMMAND, ROOT
+from tests.support.programs import guest_image
 
 pytestmark = pytest.mark.vm
 
@@ -22,7 +22,7 @@ RUN = ("run", "--target", "none")
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the image alone."""
-    image = build()
+    image = guest_image()
     cache = tmp_path_factory.mktemp("cache")
     shutil.copytree(image.directory, cache / "images" / image.name, copy_function=os.link)
     return cache

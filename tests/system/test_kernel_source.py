@@ -24,13 +24,14 @@ from bridge.errors import (
     UnwatchableError,
     UsageError,
 )
-from bridge.guest.images import build, compile_for_guest
+from bridge.guest.images import compile_for_guest
 from bridge.guest.ssh import Guest
 from bridge.session.session import Session
 from bridge.sources.guest_kernel.plan import PlanWord
 from bridge.sources.pcs import PC_BASE
 from tests.support import run, without_plugins
 from tests.support.guests import complaints
+from tests.support.programs import guest_image
 
 pytestmark = pytest.mark.vm
 
@@ -92,7 +93,7 @@ def has_no_work_of_the_modules(session: Session, program: Path) -> None:
 @pytest.fixture(scope="module")
 def exit_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = Path(__file__).with_name("exit_work.c")
-    return compile_for_guest(build(), source, tmp_path_factory.mktemp("work") / "exit_work")
+    return compile_for_guest(guest_image(), source, tmp_path_factory.mktemp("work") / "exit_work")
 
 
 def test_work_that_waiting_for_the_host_causes_is_in_no_trace(exit_work: Path) -> None:
@@ -197,7 +198,7 @@ def test_nothing_is_watched_once_nobody_traces(session: Session) -> None:
 
 def test_another_kernel_in_the_place_of_this_one(tmp_path: Path) -> None:
     """kexec out of a task that traces, then a reboot out of one."""
-    image = build()
+    image = guest_image()
     program = compile_for_guest(image, Path(__file__).with_name("kexec.c"), tmp_path / "kexec")
     command = ["stat", "/etc/passwd"]
     with bridge.boot(target="none", source="kernel", memory=512) as session:
@@ -331,7 +332,7 @@ def test_by_default_it_goes_without_the_kernel_where_it_must(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As far as to QEMU, which is not there."""
-    build()
+    guest_image()
     everything: dict[str, Any] = {"target": "none", "accel": "tcg", "qemu": "/nowhere/qemu"}
     monkeypatch.setenv("PATH", str(tmp_path))
     with (

@@ -24,7 +24,6 @@ from bridge.device.abi import AREAS_OFFSET
 from bridge.device.region import Region
 from bridge.errors import GuestResetError, UsageError
 from bridge.guest.guest_image import ProjectImage
-from bridge.guest.images import build
 from bridge.guest.ssh import Guest
 from bridge.session import snapshots
 from bridge.session.session import Session
@@ -32,6 +31,7 @@ from bridge.sources.pcs import PC_BASE
 from bridge.vm.network import LOCALHOST
 from bridge.vm.snapshot import Snapshot
 from tests.support.guests import complaints
+from tests.support.programs import guest_image
 
 pytestmark = pytest.mark.vm
 
@@ -55,7 +55,7 @@ served_guest = pytest.mark.guest(target="plan9", source="python")
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache with the image and without snapshots."""
-    image = build()
+    image = guest_image()
     cache = tmp_path / "cache"
     shutil.copytree(image.directory, cache / "images" / image.name, copy_function=os.link)
     monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(cache))

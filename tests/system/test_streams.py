@@ -17,10 +17,11 @@ import pytest
 from bridge.config import Settings
 from bridge.device import streams
 from bridge.errors import IncompleteError, RunTimeoutError
-from bridge.guest.images import build, compile_for_guest
+from bridge.guest.images import compile_for_guest
 from bridge.guest.images.store import base_directory
 from bridge.session.session import Session
 from bridge.sources.pcs import syscall_pc
+from tests.support.programs import guest_image
 
 pytestmark = pytest.mark.vm
 
@@ -55,10 +56,10 @@ WAYS = (
 def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     out = tmp_path_factory.mktemp("streams")
     here = Path(__file__)
-    follow = compile_for_guest(build(), here.with_name("follow.c"), out / "follow")
-    ways = compile_for_guest(build(), here.with_name("ways.c"), out / "ways")
+    follow = compile_for_guest(guest_image(), here.with_name("follow.c"), out / "follow")
+    ways = compile_for_guest(guest_image(), here.with_name("ways.c"), out / "ways")
     static = compile_for_guest(
-        build(), here.with_name("ways.c"), out / "ways-static", flags=("-O2", "-static")
+        guest_image(), here.with_name("ways.c"), out / "ways-static", flags=("-O2", "-static")
     )
     settings = Settings(target="none", source="python", syscall_pcs=True, region=64)
     with Session(settings, out) as session:
@@ -128,7 +129,7 @@ def test_environment_and_descriptors_are_those_of_a_run_without_kcov(session: Se
 def test_program_with_address_sanitizer_runs_and_is_traced(
     session: Session, tmp_path: Path
 ) -> None:
-    image = build()
+    image = guest_image()
     flags = ("-O1", "-fsanitize=address")
     program = compile_for_guest(
         image, Path(__file__).with_name("follow.c"), tmp_path / "follow-asan", flags=flags

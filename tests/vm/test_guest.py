@@ -23,13 +23,14 @@ from bridge.errors import (
     GuestPoweredOffError,
     RunTimeoutError,
 )
-from bridge.guest.images import Image, build
+from bridge.guest.images import Image
 from bridge.guest.ssh import Guest
 from bridge.targets import TARGET_ADDRESS, Endpoint
 from bridge.vm.accel import choose_accelerator
 from bridge.vm.agent import Ready
 from bridge.vm.config import MachineConfig
 from bridge.vm.machine import Ending, Machine, State
+from tests.support.programs import guest_image
 
 pytestmark = pytest.mark.vm
 
@@ -48,7 +49,7 @@ class Booted:
 
 @pytest.fixture(scope="module")
 def image() -> Image:
-    return build()
+    return guest_image()
 
 
 @contextlib.contextmanager

@@ -6,8 +6,9 @@ the image's own Debian release, so the host's do not matter; the host gives mmde
 and QEMU to boot the result once. Nothing needs root: where this process is not root, mmdebstrap
 and the build root run in a user namespace.
 
-Everything is made in a temporary directory beside its destination and renamed into place. Whoever
-builds holds the recipe's lock, so a temporary directory that another finds is a dead one.
+Everything is made in a temporary directory beside its destination and renamed into place
+(:func:`bridge.util.files.atomic_output`). Whoever builds holds the recipe's lock, so a temporary
+directory that another finds is a dead one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import lzma
 import os
 import re
@@ -34,7 +36,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from bridge.errors import ImageError, MissingDependencyError
 from bridge.guest.images.archive import EPOCH, Entry, normalise_tar, read_tree, write_newc
 from bridge.guest.images.command import Commands, Phases, Progress, disk_full, print_progress
-from bridge.guest.images.recipe import Recipe, Sources
+from bridge.guest.images.recipe import DEFAULT_RECIPE, Recipe, Sources
 from bridge.guest.images.store import (
     FILES,
     MANIFEST,
@@ -43,13 +45,16 @@ from bridge.guest.images.store import (
     Image,
     base_directory,
     image_directory,
-    remove_tree,
+    refuse_mounts,
     sha256_of,
 )
 from bridge.sources.guest_kernel.placement import ModulePlacement, core_text_size
 from bridge.util.cache import cache_directory, lock_file, locked
+from bridge.util.files import atomic_output, remove
 
 __all__ = ["build", "compile_for_guest"]
+
+logger = logging.getLogger(__name__)
 
 _BASE_BYTES = 2 << 30
 """Free space in bytes that a base needs while it is built: measured 1.6 GiB at the peak."""
@@ -61,12 +66,15 @@ _BOOT_SECONDS = 120.0
 _SYMBOLS_BYTES = 32 << 20
 """Room for the kernel's symbol table as text: Debian 12's takes 5 MiB."""
 
+_ANY_FINGERPRINT = "[0-9a-f]" * 12
+"""A pattern for the fingerprints in the names of bases and images."""
+
 _PROGRAM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _BOUND_DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 
 
 def build(
-    recipe: str = "bookworm",
+    recipe: str = DEFAULT_RECIPE,
     *,
     force: bool = False,
     include: Iterable[str] = (),
@@ -254,7 +262,7 @@ class _Builder:
             return base
         _require_programs()
         _require_room(_BASE_BYTES)
-        with self._temporary(directory) as temporary:
+        with _new_directory(directory) as temporary:
             commands = self._commands(temporary)
             build_root = _BuildRoot(temporary / "build-root", commands)
             self._make_build_root(build_root, temporary, commands)
@@ -267,7 +275,6 @@ class _Builder:
             shutil.rmtree(build_root.root / "kernel")
             record = {"kernel_release": release, "kernel_version": version, "packages": packages}
             _write_json(temporary / "base.json", record)
-            _replace(temporary, directory)
         base = _Base.load(directory, fingerprint)
         assert base is not None  # it was written a moment ago
         return base
@@ -444,7 +451,7 @@ class _Builder:
     def image(self, base: _Base, directory: Path) -> Image:
         """The image on top of a base."""
         _require_room(_IMAGE_BYTES)
-        with self._temporary(directory) as temporary:
+        with _new_directory(directory) as temporary:
             commands = self._commands(temporary)
             build_root = _BuildRoot(base.build_root, commands)
             for name in ("vmlinux", "vmlinuz", "root.squashfs"):
@@ -482,7 +489,6 @@ class _Builder:
                 },
             )
             _write_json(temporary / MANIFEST, image.manifest())
-            _replace(temporary, directory)
         return image
 
     def _own_packages(self) -> tuple[str, ...]:
@@ -553,22 +559,6 @@ class _Builder:
 
     def _commands(self, temporary: Path) -> Commands:
         return Commands(temporary / "build.log", self.phases, (self._lock_fd,))
-
-    @contextlib.contextmanager
-    def _temporary(self, destination: Path) -> Iterator[Path]:
-        """A directory beside the destination, gone afterwards unless it was renamed; those of dead
-        builds of this recipe go too."""
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".tmp-{self.recipe.name}-"
-        for dead in destination.parent.glob(f"{prefix}*"):
-            remove_tree(dead)
-        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
-        temporary.chmod(0o755)
-        try:
-            yield temporary
-        finally:
-            if temporary.exists():
-                remove_tree(temporary)
 
 
 class _Modules:
@@ -773,11 +763,28 @@ def _write_json(path: Path, data: object) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
-def _replace(temporary: Path, directory: Path) -> None:
-    """Renames a finished directory into place, over an older one if need be."""
-    if directory.exists():
-        remove_tree(directory)
-    for path in temporary.iterdir():
-        if path.is_dir() and path.name.startswith("mmdebstrap-"):
-            shutil.rmtree(path)
-    temporary.rename(directory)
+@contextlib.contextmanager
+def _new_directory(destination: Path) -> Iterator[Path]:
+    """Give an empty directory, which becomes ``destination`` at the end, in place of an older one.
+
+    What killed builds of the same recipe left is removed. The recipe's lock must be held.
+
+    Raises:
+        ImageError: something is mounted in the older one.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    refuse_mounts(destination)
+    recipe = destination.name.rpartition("-")[0]
+    for left in destination.parent.glob(f".{recipe}-{_ANY_FINGERPRINT}.*"):
+        refuse_mounts(left)
+        try:
+            remove(left)
+        except OSError as error:
+            # Without root, what a user namespace's root made may be another user's.
+            logger.warning("what is left of a dead build cannot be removed: %s", error)
+    with atomic_output(destination) as directory:
+        directory.mkdir()
+        # A user namespace's root is another user, and mmdebstrap's has to come through.
+        directory.parent.chmod(0o755)
+        directory.chmod(0o755)
+        yield directory

@@ -18,7 +18,18 @@ from pathlib import Path
 from bridge.errors import ImageError, UsageError
 from bridge.util.resources import source_root
 
-__all__ = ["BASE_FORMAT", "IMAGE_FORMAT", "Recipe", "Sources", "recipes"]
+__all__ = [
+    "BASE_FORMAT",
+    "DEFAULT_RECIPE",
+    "IMAGE_FORMAT",
+    "Recipe",
+    "Sources",
+    "is_recipe",
+    "recipes",
+]
+
+DEFAULT_RECIPE = "bookworm"
+"""The recipe of the image that a run boots if its settings name none; images/README.md says why."""
 
 BASE_FORMAT = 3
 """Version of what the builder makes of a recipe; a new one makes every base be built anew. 2: bases
@@ -106,6 +117,15 @@ class Recipe:
 def recipes(directory: Path) -> list[str]:
     """The names of the recipes in a directory, sorted."""
     return sorted(path.stem for path in directory.glob("*.toml"))
+
+
+def is_recipe(name: str) -> bool:
+    """Return whether the source tree has a recipe of this name.
+
+    Raises:
+        InfrastructureError: there is no source tree.
+    """
+    return name in recipes(Sources.find().recipes)
 
 
 @dataclass(frozen=True)

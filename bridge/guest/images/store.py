@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import Any
 
 from bridge.errors import ImageError, UsageError
-from bridge.guest.images.recipe import IMAGE_FORMAT, Recipe, Sources
+from bridge.guest.images.recipe import DEFAULT_RECIPE, IMAGE_FORMAT, Recipe, Sources
 from bridge.util.cache import cache_directory
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "find",
     "image_directory",
     "list_images",
+    "refuse_mounts",
     "remove",
     "remove_tree",
     "resolve",
@@ -284,7 +285,7 @@ def base_directory(recipe: str, fingerprint: str) -> Path:
     return cache_directory() / "bases" / f"{recipe}-{fingerprint}"
 
 
-def find(recipe: str = "bookworm", *, include: Iterable[str] = ()) -> Image | None:
+def find(recipe: str = DEFAULT_RECIPE, *, include: Iterable[str] = ()) -> Image | None:
     """The image of a recipe as it stands in the source tree now, None if it is not built yet.
 
     Raises :class:`bridge.errors.ImageError` for a broken one and
@@ -357,13 +358,7 @@ def remove_tree(directory: Path) -> None:
     It disappears by a rename first, so that nobody finds half of it. Raises
     :class:`bridge.errors.ImageError`.
     """
-    mounts = _mounts_below(directory)
-    if mounts:
-        raise ImageError(
-            f"{directory} can't be removed: something is mounted in it",
-            evidence="\n".join(mounts),
-            hint="unmount it and try again",
-        )
+    refuse_mounts(directory)
     doomed = directory.with_name(f".rm-{directory.name}-{os.getpid()}")
     try:
         directory.rename(doomed)
@@ -372,6 +367,20 @@ def remove_tree(directory: Path) -> None:
         return  # somebody else removed it at the same time
     except OSError as error:
         raise ImageError(f"{directory} can't be removed: {error}") from error
+
+
+def refuse_mounts(directory: Path) -> None:
+    """Raise :class:`bridge.errors.ImageError` if something is mounted below ``directory``.
+
+    Removing the directory would remove what is in the mount.
+    """
+    mounts = _mounts_below(directory)
+    if mounts:
+        raise ImageError(
+            f"{directory} can't be removed: something is mounted in it",
+            evidence="\n".join(mounts),
+            hint="unmount it and try again",
+        )
 
 
 def _directories(kind: str) -> list[Path]:

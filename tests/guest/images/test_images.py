@@ -19,7 +19,9 @@ from pathlib import Path
 import pytest
 
 from bridge.cli import image as image_command
+from bridge.config import Settings
 from bridge.errors import ImageError, MissingDependencyError, UsageError
+from bridge.guest.guest_image import find_guest_image
 from bridge.guest.images import (
     Image,
     build,
@@ -60,15 +62,16 @@ def sources(tmp_path: Path) -> Sources:
 
 def fake_image(cache: Path, name: str = "bookworm-000000000000") -> Image:
     """Something that has all an image's files."""
+    recipe, _, fingerprint = name.rpartition("-")
     directory = cache / "images" / name
     directory.mkdir(parents=True)
     for file in FILES:
         (directory / file).write_bytes(file.encode())
     image = Image(
         directory=directory,
-        recipe="bookworm",
-        suite="bookworm",
-        fingerprint=name.partition("-")[2],
+        recipe=recipe,
+        suite=recipe,
+        fingerprint=fingerprint,
         base_fingerprint="1",
         agent_fingerprint="2",
         kernel_release="6.1.0-0-amd64",
@@ -447,6 +450,33 @@ def test_image_list_path_and_rm(cache: Path, capsys: pytest.CaptureFixture[str])
     assert list((cache / "images").iterdir()) == []
 
 
+def test_image_named_as_a_recipe_is_its_current_image(cache: Path) -> None:
+    sources = Sources.find()
+    recipe = Recipe.load("trixie", sources.recipes)
+    fake_image(cache, "trixie-000000000000")
+    current = fake_image(cache, f"trixie-{sources.fingerprint(recipe)}")
+    assert find_guest_image(Settings(image="trixie")).name == current.name
+    assert find_guest_image(Settings(image="trixie-0")).name == "trixie-000000000000"
+
+
+def test_image_path_follows_the_setting(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = Sources.find()
+    made = {
+        name: fake_image(
+            cache, f"{name}-{sources.fingerprint(Recipe.load(name, sources.recipes))}"
+        ).directory
+        for name in recipes(sources.recipes)
+    }
+    for name, directory in made.items():
+        monkeypatch.setenv("KCOV_BRIDGE_IMAGE", name)
+        assert command("path") == 0
+        assert capsys.readouterr().out == f"{directory}\n"
+        assert command("list") == 0
+        assert f"* {directory.name} " in capsys.readouterr().out
+
+
 def test_image_build_refuses_before_it_works(cache: Path) -> None:
     with pytest.raises(UsageError):
         command("build", "--recipe", "no-such-recipe")
@@ -469,7 +499,7 @@ def test_a_missing_program_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch
         build(progress=lambda line: None)
     assert "mmdebstrap" in caught.value.message
     assert "kcov-bridge setup" in caught.value.hint
-    assert not list(cache.rglob(".tmp-*"))
+    assert not list(cache.rglob(".bookworm-*"))
 
 
 # Real builds
@@ -535,10 +565,13 @@ def test_an_interrupted_build_leaves_nothing(cache_with_base: Path) -> None:
 @pytest.mark.vm
 def test_all_but_the_keys_is_reproducible(cache_with_base: Path) -> None:
     """Two agent layers over one base; images/README.md says how to compare bases."""
-    dead = cache_with_base / "images" / ".tmp-bookworm-dead"
+    dead = cache_with_base / "images" / ".bookworm-0123456789ab.x_dead"
     dead.mkdir(parents=True)
+    another = dead.with_name(".bookworm-slim-0123456789ab.x_busy")
+    another.mkdir()
     first = build()
     assert not dead.exists(), "what a dead build left is removed"
+    assert another.exists(), "but not what belongs to another recipe"
     copy = cache_with_base / "first"
     shutil.copytree(first.directory, copy)
     remove(first.name)

@@ -49,8 +49,8 @@ from bridge.guest.images.builder import (
     _BuildRoot,
     _link,
     _make_keys,
+    _new_directory,
     _recipe_lock,
-    _replace,
     _write_json,
 )
 from bridge.guest.images.command import Commands, Phases, Progress, disk_full, print_progress
@@ -306,13 +306,11 @@ def _image(
             f"the build root of the image {default.name} is gone",
             hint="build the image again: kcov-bridge image build --force",
         )
-    directory.parent.mkdir(parents=True, exist_ok=True)
     with (
         _recipe_lock(default.recipe, progress) as fd,
-        tempfile.TemporaryDirectory(prefix=".tmp-reference-", dir=directory.parent) as name,
+        tempfile.TemporaryDirectory(prefix="kcov-bridge-") as name,
+        _new_directory(directory) as temporary,
     ):
-        temporary = Path(name) / "image"
-        temporary.mkdir()
         commands = Commands(temporary / "build.log", phases, (fd,))
         phases.begin(f"compiling the module and the agent for the kernel {variant}")
         module = _module(sources, kernel, Path(name), commands)
@@ -347,7 +345,6 @@ def _image(
             },
         )
         _write_json(temporary / MANIFEST, image.manifest())
-        _replace(temporary, directory)
     progress(f"{image.name} is ready: kernel {image.kernel_release}, {phases.elapsed:.0f} s")
     return image
 
