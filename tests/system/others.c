@@ -92,6 +92,16 @@ static pid_t start_owner(int busy)
 	_exit(0);
 }
 
+/* Ends this program if the owner ends without it. */
+static void await_owner(pid_t pid)
+{
+	while (!shared->ready) {
+		if (waitpid(pid, NULL, WNOHANG) == pid)
+			errx(2, "the owner failed");
+		usleep(1000);
+	}
+}
+
 static void end_owner(pid_t pid)
 {
 	int status;
@@ -118,8 +128,7 @@ static void trace(const char *event)
 	pid_t owner;
 
 	owner = start_owner(1);
-	while (!shared->ready)
-		usleep(1000);
+	await_owner(owner);
 	/* Its first calls since the tracepoint was hooked. */
 	for (int i = 0; i < 100; i++)
 		syscall(SYS_getppid);
@@ -149,8 +158,7 @@ static void measure(void)
 	double before = quickest(), during;
 	pid_t owner = start_owner(0);
 
-	while (!shared->ready)
-		usleep(1000);
+	await_owner(owner);
 	during = quickest();
 	end_owner(owner);
 	printf("before %.0f\nduring %.0f\nafter %.0f\n", before, during, quickest());

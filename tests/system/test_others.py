@@ -14,6 +14,8 @@ from tests.support.programs import guest_program
 pytestmark = pytest.mark.vm
 
 PROGRAM = Path(__file__).parent / "others.c"
+WHERE = """for task in $(pidof others); do
+echo; grep -E 'Pid|State' /proc/$task/status; cat /proc/$task/syscall /proc/$task/stack; done"""
 
 
 @pytest.mark.parametrize("event", ["sys_exit", "sys_enter"])
@@ -23,8 +25,12 @@ def test_tasks_that_own_nothing(session: Session, event: str, tmp_path: Path) ->
     program = guest_program(PROGRAM)
     session.put(program, "/tmp/others", 0o755)
 
+    def look() -> None:
+        """Show where the program hangs."""
+        print(session.run(WHERE, timeout=30).text)
+
     def run(*words: str) -> dict[str, int]:
-        result = session.run(["/tmp/others", *words], timeout=120)
+        result = session.guest.run(["/tmp/others", *words], timeout=120, before_kill=look)
         print(result.text)
         assert result.exit_status == 0, result.stderr.decode()
         return {name: int(value) for name, value in re.findall(r"(\w+) (\d+)", result.text)}
