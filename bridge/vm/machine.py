@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A virtual machine from start to end: QEMU's process, its control connection, the guest's reports.
+"""A virtual machine from start to end: QEMU's process, its QMP connection, the guest's reports.
 
     with Machine(config, doorbell=server.connect(), console_path=path) as machine:
         machine.start()
@@ -7,10 +7,10 @@
         ...
         machine.powerdown()
 
-The life of a machine is ``CREATED, STARTING, BOOTING, READY, STOPPING, CLOSED``. Whenever QEMU or
-the guest ends or stops unasked it is ``LOST``, and the reason is an error that
-:meth:`Machine.check` raises and that every listener is given at once. :meth:`Machine.rewind` leads
-through ``REWINDING`` back to ``READY``, also from ``LOST`` if QEMU itself is alive.
+The states of a machine are ``CREATED, STARTING, BOOTING, READY, STOPPING, CLOSED``, in this order.
+It is ``LOST`` when QEMU or the guest ends or stops without a request. The reason is an error that
+:meth:`Machine.check` raises and that each listener gets at once. :meth:`Machine.rewind` leads
+through ``REWINDING`` back to ``READY``, also from ``LOST`` if QEMU is alive.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ LossListener = Callable[[BridgeError], None]
 PLUGIN_REMEDY = (
     "install a QEMU with TCG plugins, 7.2 or newer, or leave the kernel out: --source python"
 )
-"""What helps where QEMU does not load the plugin that watches the guest kernel."""
+"""The hint if QEMU does not load the plugin that watches the guest kernel."""
 
 _GREETING_SECONDS = 30.0
 _QUIT_SECONDS = 5.0
@@ -87,16 +87,16 @@ _STDERR_SECONDS = 0.5
 _SAVED = "saved"
 _SSHD_SECONDS = 10.0
 _DIAL_SECONDS = 1.0
-_SEED_BYTES = 32  # guest/agent/init.c has the same
+_SEED_BYTES = 32  # guest/agent/init-host.c has the same
 _WARNINGS = 10
-"""How often a guest may say that it is unhealthy before the log stops telling."""
+"""How many reports of an unhealthy guest are logged."""
 
 
 _DISK_ERROR = "BLOCK_IO_ERROR"
 
 
 class State(enum.Enum):
-    """Where a machine is in its life."""
+    """The state of a machine."""
 
     CREATED = "created"
     STARTING = "starting"
@@ -109,7 +109,7 @@ class State(enum.Enum):
 
 
 class Ending(enum.Enum):
-    """Which of the ways to stop a machine it took."""
+    """How a machine was stopped."""
 
     POWERDOWN = "powerdown"
     QUIT = "quit"
@@ -120,13 +120,16 @@ class Ending(enum.Enum):
 class Machine:
     """One QEMU and the guest in it.
 
-    ``doorbell`` is the socket that QEMU's ivshmem device speaks to; it stays the caller's, who
-    must have sent the handshake before :meth:`start` and may close it afterwards.
-    ``console_path`` is where the console's output goes; ``watch`` what the plugin of
-    ``config.plugin`` needs, and stays the caller's. With ``memory``, the caller's too, the guest
-    can be saved (:meth:`save`), and one that starts from what was saved can be taken back to it
-    (:meth:`rewind`). All methods but the constructor and :meth:`start` may be called from any
-    thread.
+    After the constructor and :meth:`start`, any thread may call any method. Descriptors and sockets
+    that are passed in remain the caller's.
+
+    Args:
+        doorbell: the socket for QEMU's ivshmem device. The caller sends the handshake before
+            :meth:`start`, and may close the socket afterwards.
+        console_path: the file for the console's output.
+        watch: the memory that the plugin ``config.plugin`` shares with the bridge.
+        memory: makes it possible to save the guest (:meth:`save`), and to return a guest that was
+            started from a snapshot to it (:meth:`rewind`).
     """
 
     def __init__(
@@ -152,9 +155,9 @@ class Machine:
         self._listeners: dict[int, LossListener] = {}
         self._next_listener = 0
         self._events: deque[Message] = deque(maxlen=_EVENTS_KEPT)
-        # Whether the bridge has the guest stand still; what is loaded does so until resume().
+        # Whether the bridge has paused the guest. A loaded guest is paused until resume().
         self._paused = memory is not None and memory.devices is not None
-        # Set by start(), before another thread can know the machine:
+        # Set by start(), before another thread knows the machine:
         self._started_at = 0.0
         self._ssh_port: int | None = None
         self._dialed: socket.socket | None = None
@@ -176,23 +179,23 @@ class Machine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # What it is
+    # Properties
 
     @property
     def state(self) -> State:
-        """Where it is in its life."""
+        """The machine's state."""
         with self._changed:
             return self._state
 
     @property
     def loss(self) -> BridgeError | None:
-        """Why the machine was lost, None as long as it was not."""
+        """Why the machine was lost; None if it was not."""
         with self._changed:
             return self._loss
 
     @property
     def events(self) -> tuple[Message, ...]:
-        """The last events that QEMU told of."""
+        """The last events of QEMU."""
         with self._changed:
             return tuple(self._events)
 
@@ -205,39 +208,42 @@ class Machine:
 
     @property
     def pid(self) -> int:
-        """QEMU's process."""
+        """The id of QEMU's process."""
         self._require_started()
         return self._process.pid
 
     @property
     def stderr(self) -> str:
-        """What QEMU has written to its standard error."""
+        """QEMU's stderr so far."""
         self._require_started()
         return self._process.stderr_text
 
     @property
     def console(self) -> ConsoleLog:
-        """What the guest wrote to its console."""
+        """The guest's console output."""
         self._require_started()
         return self._console
 
     @property
     def ignored_reports(self) -> int:
-        """How many lines of the report channel were no report."""
+        """How many lines on the report port were no report."""
         return self._reports.ignored
 
-    # Its life
+    # Start, save, rewind, stop
 
     def start(self) -> None:
-        """Start QEMU; the guest boots when this returns, or stands still where it was saved.
+        """Start QEMU. Afterwards the guest boots, or is paused where it was saved.
 
-        Raises :class:`bridge.errors.MissingDependencyError` when QEMU is not there or lacks a
-        device, :class:`bridge.errors.UnwatchableError` when it cannot load the plugin,
-        :class:`bridge.errors.UsageError` for an SSH port that is taken, and
-        :class:`bridge.errors.QemuError` when QEMU ends by itself; nothing is left running then.
+        If this fails, nothing is left running.
+
+        Raises:
+            MissingDependencyError: QEMU is not installed, or lacks a device.
+            UnwatchableError: QEMU cannot load the plugin.
+            UsageError: the SSH port is taken, or the machine was started before.
+            QemuError: QEMU ended by itself.
         """
         if self.state is not State.CREATED:
-            raise UsageError("a machine is started once")
+            raise UsageError("a machine can be started only once")
         self._enter(State.STARTING)
         try:
             with contextlib.ExitStack() as stack:
@@ -279,10 +285,10 @@ class Machine:
             on_end=self._on_process_end,
         )
         stack.callback(self._process.kill)
-        # Only QEMU may hold its ends: its death must be the end of file on ours.
+        # Only QEMU may hold its ends, so that we read the end of file when it dies.
         for sock in theirs:
             sock.close()
-        # Not before: asyncio takes as long to import as QEMU to start.
+        # Imported now, while QEMU starts: importing asyncio takes as long.
         from bridge.vm.qmp import EventLoopThread, Qmp
 
         self._loop = EventLoopThread(f"{self.config.name}-loop")
@@ -307,15 +313,15 @@ class Machine:
             raise self._why_it_did_not_start(error) from error
         self._enter(State.BOOTING)
         if not self._process.running:
-            # It ended between its greeting and the line above, when nobody was to be told yet.
+            # It ended before the line above, in a state in which the loss is not recorded.
             self._lose(self._why_it_ended())
 
     def _await_load(self) -> None:
-        """Until the devices have what they are to start from, if anything."""
+        """Wait until QEMU has loaded the devices' state, if there is one."""
         deadline = time.monotonic() + _LOAD_SECONDS
         while self._status() == "inmigrate":
             if time.monotonic() > deadline:
-                raise QemuError(f"QEMU does not load the devices' state within {_LOAD_SECONDS:g} s")
+                raise QemuError(f"QEMU did not load the devices' state within {_LOAD_SECONDS:g} s")
             time.sleep(_STATUS_POLL_SECONDS)
 
     def _status(self) -> str:
@@ -323,10 +329,10 @@ class Machine:
         return _run_state(self._qmp.execute("query-status"))
 
     def preload_sshd(self) -> None:
-        """Have a ready guest that is to be saved start an sshd, which listens when the guest goes
-        on; until then nobody can log in.
+        """Start an sshd in a ready guest before it is saved.
 
-        Without it, as with the agent of an older image, the agent starts one for each connection.
+        The sshd is paused until :meth:`resume`; until then nobody can log in. An older agent does
+        not answer; it starts an sshd for each connection.
         """
         if self.state is not State.READY:
             raise UsageError("the machine is not ready")
@@ -340,20 +346,20 @@ class Machine:
             self.adopt_ready(before)
 
     def save(self, on_progress: Callable[[], object] = lambda: None) -> bytes:
-        """Save the devices' state; the guest stands still afterwards, for its memory to be copied.
+        """Pause the guest, so that its memory can be copied, and return the devices' state.
 
         Args:
             on_progress: see :func:`bridge.vm.vmstate.devices_of`.
 
         Returns:
-            What a machine starts from, and what a :func:`bridge.vm.vmstate.state_disk` holds.
+            The state that a machine starts from, also for :func:`bridge.vm.vmstate.state_disk`.
 
         Raises:
             QemuError: QEMU refuses, or its state is not understood. And what :meth:`execute`
                 raises.
         """
         self.execute("stop")
-        # The guest's memory is a file. The region is none, so newer versions send it all the same.
+        # The guest's memory is a file, so it is left out. The region is none: newer QEMUs send it.
         capability = {"capability": "x-ignore-shared", "state": True}
         self.execute("migrate-set-capabilities", {"capabilities": [capability]})
         reading, writing = os.pipe()
@@ -361,7 +367,7 @@ class Machine:
             try:
                 self._qmp.send_fd(writing, _SAVED)
             finally:
-                # QEMU's end is the only one then, and its end the end of the stream.
+                # QEMU then has the only writing end, so closing it ends the stream.
                 os.close(writing)
             self.execute("migrate", {"uri": f"fd:{_SAVED}"})
             try:
@@ -371,40 +377,45 @@ class Machine:
                 raise QemuError(error.message, evidence=str(answer), hint=error.hint) from error
 
     def resume(self) -> None:
-        """Let a guest go on that was loaded; :meth:`wait_ready` tells when it can be used.
+        """Continue a loaded guest; :meth:`wait_ready` returns when it can be used.
 
-        Its agent is told the time, and given random numbers, so that no two guests that start from
-        one state have the same.
+        The agent gets the time and random bytes, so that guests from one snapshot differ in both.
         """
         self.execute("cont")
         seconds, rest = divmod(time.time_ns(), 10**9)
         seed = os.urandom(_SEED_BYTES).hex()
-        # A few bytes into a socket that QEMU reads: there is room.
+        # QEMU reads from the socket, so there is room for a few bytes.
         self._report_socket.send(f"resume {seconds} {rest} {seed}\n".encode())
 
     def dial(self) -> None:
-        """Connect to the SSH port now, so that the guest's sshd can begin while we do other things.
+        """Connect to the SSH port now, so that the guest's sshd starts while we do other things.
 
-        The connection is the next :meth:`dialed`'s; where it does not come to be there is none.
+        :meth:`dialed` returns the connection, or None if it failed.
         """
         with contextlib.suppress(OSError):
             self._dialed = socket.create_connection((LOCALHOST, self.ssh_port), _DIAL_SECONDS)
             self._stack.callback(self._dialed.close)
 
     def dialed(self) -> socket.socket | None:
-        """What :meth:`dial` has made, once: whoever takes it sees to its end."""
+        """Return the connection of :meth:`dial` once; the caller closes it."""
         sock, self._dialed = self._dialed, None
         return sock
 
     def rewind(self, restore: Callable[[], object], timeout: float | None = None) -> Ready:
-        """Take the guest back to ``memory.states``, and wait until it is ready again.
+        """Return the guest to ``memory.states``, and wait until it is ready again.
 
-        ``restore`` is called while the guest stands still, and has to bring its memory back.
-        ``timeout`` as for :meth:`wait_ready`. Raises what that raises; a guest that could not be
-        taken back is lost.
+        If this fails, the guest is lost.
+
+        Args:
+            restore: restores the guest's memory; called while the guest is paused.
+            timeout: as for :meth:`wait_ready`.
+
+        Raises:
+            UsageError: the machine has no ``memory``, or is not ready. And what
+                :meth:`wait_ready` raises.
         """
         if self._memory is None:
-            raise UsageError("the machine was not made to be rewound")
+            raise UsageError("this machine cannot be rewound: it was not started from a snapshot")
         started = time.monotonic()
         self._enter_rewinding()
         try:
@@ -422,7 +433,7 @@ class Machine:
         return self.wait_ready(timeout)
 
     def _enter_rewinding(self) -> None:
-        """From READY, or from LOST if a reset of the guest can help."""
+        """Enter REWINDING from READY, or from LOST if a reset of the guest can help."""
         with self._changed:
             loss = self._loss
             if isinstance(loss, GuestStoppedError) and self._process.running:
@@ -436,8 +447,8 @@ class Machine:
             self._set_state(State.REWINDING)
 
     def _system_reset(self) -> None:
-        """Press the guest's reset button, for QEMU to let it go on later; it stands still."""
-        # A reset ends QEMU else: see qemu_command().
+        """Reset the guest, so that QEMU can continue it later; it remains paused."""
+        # Otherwise a reset ends QEMU: see qemu_command().
         self.execute("set-action", {"reboot": "reset"})
         try:
             self.execute("system_reset")
@@ -450,7 +461,7 @@ class Machine:
             self.execute("set-action", {"reboot": "shutdown"})
 
     async def _forget(self, started: float) -> None:
-        """On the loop: what the guest said before is not of the one that goes on."""
+        """Discard, on the loop, what the guest sent before it was rewound."""
         self._drain(self._console_socket)
         self._drain(self._report_socket)
         with self._changed:
@@ -461,15 +472,15 @@ class Machine:
                 self._set_state(State.BOOTING)
 
     def _monitor(self, command: str) -> str:
-        """A command for people, where QMP has none; raises QemuError for what it complains of."""
+        """Execute a command of the human monitor. Raises QemuError if its answer is an error."""
         answer = str(self.execute("human-monitor-command", {"command-line": command}, timeout=60.0))
         if "Error" in answer:
-            raise QemuError(f"QEMU cannot carry out {command!r}", evidence=answer)
+            raise QemuError(f"QEMU failed to carry out {command!r}", evidence=answer)
         return answer
 
     @property
     def connections(self) -> list[str]:
-        """The connections of the guest's network now, a line of ``info usernet`` each."""
+        """The current connections of the guest's network, each a line of ``info usernet``."""
         if not self.config.network:
             return []
         lines = self._monitor("info usernet").splitlines()
@@ -478,10 +489,13 @@ class Machine:
     def wait_ready(self, timeout: float | None = None) -> Ready:
         """Wait until the guest's agent reports that the guest is ready.
 
-        ``timeout`` in seconds; None for the config's. Raises
-        :class:`bridge.errors.BootTimeoutError` with the end of the console,
-        :class:`bridge.errors.GuestSetupError` when the agent reports that something failed, and at
-        once what :meth:`check` raises when the machine is lost meanwhile.
+        Args:
+            timeout: seconds from now; None for ``config.boot_seconds`` from QEMU's start.
+
+        Raises:
+            BootTimeoutError: there was no report in time; the evidence is the end of the console.
+            GuestSetupError: the agent reports that something failed. And, at once, what
+                :meth:`check` raises if the machine is lost meanwhile.
         """
         seconds = self.config.boot_seconds if timeout is None else timeout
         deadline = self._started_at + seconds if timeout is None else time.monotonic() + seconds
@@ -503,40 +517,43 @@ class Machine:
         raise BootTimeoutError(
             f"the guest was not ready after {seconds:g} s under {accelerator.name}",
             evidence=self._console.tail(_EVIDENCE_LINES) or "(the console is empty)",
-            hint="allow it more time with --boot-timeout SECONDS, or run without KVM: --accel tcg"
+            hint="allow more time with --boot-timeout SECONDS, or run without KVM: --accel tcg"
             if accelerator.name == "kvm"
-            else "allow it more time with --boot-timeout SECONDS; the console shows what it "
+            else "allow more time with --boot-timeout SECONDS; the console shows what the guest "
             "waits for",
         )
 
     def adopt_ready(self, ready: Ready) -> None:
-        """The guest is ready: said by who found out, for guests without the agent."""
+        """Declare the guest ready; for guests without the agent."""
         with self._changed:
             self._ready = ready
             if self._state is State.BOOTING:
                 self._set_state(State.READY)
 
     def check(self) -> None:
-        """Raise the reason if the machine was lost; return if it was not.
+        """Raise the reason if the machine was lost; otherwise do nothing.
 
-        Raises :class:`bridge.errors.GuestPanicError`, :class:`bridge.errors.GuestPoweredOffError`,
-        :class:`bridge.errors.GuestLostError` (QEMU ended while the guest was ready) or
-        :class:`bridge.errors.QemuError` (QEMU ended before), and
-        :class:`bridge.errors.UsageError` for a machine that is not started or is closed.
+        Raises:
+            GuestPanicError: the guest kernel panicked.
+            GuestPoweredOffError: the guest was powered off or reset from inside.
+            GuestStoppedError: the guest stopped and cannot continue.
+            GuestLostError: QEMU ended while the guest was ready.
+            QemuError: QEMU ended before the guest was ready.
+            UsageError: the machine has not been started, or is closed.
         """
         with self._changed:
             loss, state = self._loss, self._state
         if loss is not None:
-            # A fresh one for each caller: a raised exception carries its traceback.
+            # Each caller gets a new exception, because a raised one carries its traceback.
             raise type(loss)(loss.message, evidence=loss.evidence, hint=loss.hint)
         if state in (State.CREATED, State.CLOSED):
             raise UsageError(f"the machine is {state.value}")
 
     def add_loss_listener(self, listener: LossListener) -> Callable[[], None]:
-        """Have ``listener`` called with the reason when the machine is lost; at once if it was.
+        """Call ``listener`` with the reason whenever the machine is lost; at once if it was.
 
-        It is called on another thread, for each loss (a rewound machine can be lost again), and
-        must not block. Returns a function that takes the listener away again.
+        The call comes on another thread, once for each loss (a rewound machine can be lost again),
+        and must not block. Returns a function that removes the listener.
         """
         with self._changed:
             key = self._next_listener
@@ -555,7 +572,7 @@ class Machine:
     def execute(
         self, command: str, arguments: dict[str, object] | None = None, *, timeout: float = 10.0
     ) -> object:
-        """Execute a QMP command. Raises what :meth:`check` raises, and QemuError if refused."""
+        """Execute a QMP command. Raises what :meth:`check` raises, and QemuError if it fails."""
         self.check()
         self._require_started()
         if command in ("stop", "cont"):
@@ -568,10 +585,10 @@ class Machine:
             raise
 
     def powerdown(self, timeout: float = 15.0) -> Ending:
-        """Stop the machine the kindest way that works; says which it was.
+        """Stop the machine in the gentlest way that works, and return which it was.
 
-        A ready guest is asked to switch itself off and has ``timeout`` seconds for it; then, or
-        else, QEMU is told to quit; in the end it is killed.
+        A ready guest is asked to power off within ``timeout`` seconds. If that fails, QEMU is asked
+        to quit, and finally killed.
         """
         with self._changed:
             state = self._state
@@ -596,12 +613,12 @@ class Machine:
             self._qmp.execute(command, timeout=2.0)
         except QemuError as error:
             logger.debug("%s", error)
-            # QEMU may have ended faster than it answered, which is what was wanted.
+            # QEMU may have ended before it answered, which is what was wanted.
             return self._process.wait(0.1)
         return True
 
     def close(self) -> None:
-        """End QEMU and release everything. Safe to call at any time, more than once."""
+        """End QEMU and release everything. Safe to call at any time, and more than once."""
         with self._closing:
             if self.state is State.CLOSED:
                 return
@@ -638,7 +655,7 @@ class Machine:
     # Events and reports, on the loop's thread
 
     def _read(self, sock: socket.socket) -> bool:
-        """Take what the guest sent, a chunk at most; whether there may be more."""
+        """Read a chunk of what the guest sent. Returns whether there may be more."""
         try:
             chunk = sock.recv(_READ_SIZE)
         except BlockingIOError:
@@ -655,7 +672,7 @@ class Machine:
         return True
 
     def _drain(self, sock: socket.socket) -> None:
-        # A guest that never stops writing does not keep the loop.
+        # The limit keeps a guest that never stops writing from blocking the loop.
         for _ in range(_DRAIN_CHUNKS):
             if not self._read(sock):
                 break
@@ -684,10 +701,10 @@ class Machine:
         with self._changed:
             self._events.append(event)
             if self._state not in (State.BOOTING, State.READY):
-                return  # rewinding: of a guest that is gone already
+                return  # while rewinding: an event of the guest from before
             asked = self._paused
         if name in FATEFUL:
-            # The guest's last words are in the socket by now, and say what the event does not.
+            # The guest's last output is in the socket by now, and says more than the event.
             self._drain(self._console_socket)
             error = loss_by_event(name, data, self._console)
             if error is not None:
@@ -696,14 +713,14 @@ class Machine:
             self._loop.submit(self._on_stop(asked))
 
     async def _on_stop(self, asked: bool) -> None:
-        """On the loop: find out why QEMU stopped the guest, and whether it is lost."""
+        """Find out, on the loop, why QEMU stopped the guest, and whether it is lost."""
         try:
             status = _run_state(await self._qmp.execute_on_loop("query-status"))
         except QemuError as error:
-            logger.debug("%s", error)  # it ends, which is told in another way
+            logger.debug("%s", error)  # QEMU ends, which _on_process_end() handles
             return
         if status == "internal-error":
-            # QEMU has dumped the processor's state to its stderr, which another thread reads.
+            # QEMU dumps the processor's state to its stderr, which another thread reads.
             await self._loop.until(lambda: self._process.stderr_text != "", _STDERR_SECONDS)
         with self._changed:
             if self._state not in (State.BOOTING, State.READY):
@@ -718,7 +735,7 @@ class Machine:
 
     def _on_process_end(self, process: Process) -> None:
         async def tell() -> None:
-            # QEMU's last events explain its end, so they come first.
+            # QEMU's last events explain its end, so handle them first.
             await self._qmp.drained(_DRAIN_SECONDS)
             self._drain(self._console_socket)
             self._drain(self._report_socket)
@@ -727,7 +744,7 @@ class Machine:
         with self._changed:
             if self._state in (State.STARTING, State.STOPPING, State.CLOSED, State.LOST):
                 return
-        with contextlib.suppress(RuntimeError):  # the loop was stopped: close() is at work
+        with contextlib.suppress(RuntimeError):  # close() has stopped the loop
             self._loop.submit(tell())
 
     def _lose(self, error: BridgeError) -> None:
@@ -752,7 +769,7 @@ class Machine:
         return QemuError(
             f"QEMU {process.how_it_ended} while the guest booted",
             evidence=f"{evidence}\n{self._by_hand}",
-            hint="the last line starts the same machine by hand",
+            hint="the last line is the command that starts the same machine by hand",
         )
 
     @property
@@ -767,11 +784,11 @@ class Machine:
             return UsageError(
                 f"the SSH port {self.config.ssh_port} is taken",
                 evidence=said,
-                hint="MachineConfig.ssh_port 0 has QEMU take a free port",
+                hint="MachineConfig.ssh_port 0 takes a free port",
             )
         if "is not a valid device model name" in said and not self.config.extra_args:
             return MissingDependencyError(
-                "this QEMU lacks a device that the machine is made of",
+                "this QEMU lacks a device that the machine needs",
                 evidence=said,
                 hint="install a complete QEMU, 7.2 or newer",
             )
@@ -781,7 +798,7 @@ class Machine:
                 evidence=said,
                 hint=PLUGIN_REMEDY,
             )
-        hint = "the last line starts the same machine by hand"
+        hint = "the last line is the command that starts the same machine by hand"
         if "cannot set up guest memory" in said or "phys-bits too low" in said:
             hint = f"there are no {self.config.memory_mib} MiB for a guest; take less: --memory MIB"
         elif self.config.sandbox and "-sandbox" in said:

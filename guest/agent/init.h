@@ -1,0 +1,111 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What the parts of kcov-init share.
+ *
+ *	init.c			the order of a boot: main, the initramfs's part, the guest's part
+ *	init-initramfs.c	from the boot modules to the guest's root
+ *	init-setup.c		file systems, network, module and kcov device
+ *	init-ssh.c		connections to SSH, with and without a daemon
+ *	init-host.c		what the host asks for on the report port
+ *	init-report.c		what the host is told there
+ *	init-power.c		the power button, and the end of the guest
+ *	init-util.c		files, mounts, modules, time
+ *
+ * Process 1 has one thread. The report port and the SSH daemon are state of the file that owns
+ * them; everything else is passed on.
+ */
+#ifndef KCOV_BRIDGE_AGENT_INIT_H
+#define KCOV_BRIDGE_AGENT_INIT_H
+
+#include <poll.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <sys/types.h>
+
+/* The path of this program in the guest; bridge/guest/images/builder.py has the same. */
+#define SELF "/usr/sbin/kcov-init"
+
+/* How long the disk or the network interface may take to appear after its driver is loaded. */
+#define DEVICE_WAIT_MS 5000
+
+#define MAX_POWER_BUTTONS 8
+
+/* ---- init-initramfs.c ---------------------------------------------------------------------- */
+
+/* True in the initramfs, false in the guest's root. */
+bool in_initramfs(void);
+/* Loads what /modules/load names. */
+void load_boot_modules(void);
+/* Writes the kernel's symbols to the second disk and powers off; for the image's builder. */
+__attribute__((noreturn)) void dump_symbols(void);
+/* Mounts the guest's root at /root: the squashfs, what the guest writes, and the agent's files. */
+void mount_root(void);
+/* Makes /root the root and executes this program there. */
+__attribute__((noreturn)) void switch_root(void);
+
+/* ---- init-setup.c -------------------------------------------------------------------------- */
+
+/* Mounts /proc, /sys and /dev; opens the console as the standard streams. */
+void open_console(void);
+/* Mounts the guest's other file systems; sets host name and environment. */
+void set_up_environment(void);
+/* Brings lo and eth0 up. Returns NULL, or what is wrong. */
+const char *set_up_network(void);
+/* Loads kcov_bridge.ko and opens the kcov device once. Returns the device's path, or NULL with
+ * what is wrong in *what and *why. */
+const char *set_up_device(const char **what, char *why, size_t size);
+
+/* ---- init-ssh.c ---------------------------------------------------------------------------- */
+
+/* Listens for SSH. Returns false with what is wrong in why. */
+bool ssh_listen(char *why, size_t size);
+/* The socket to poll for connections, or -1 while the daemon listens or nothing does. */
+int ssh_listener(void);
+/* Accepts a connection and gives it to an sshd of its own. */
+void ssh_serve(void);
+/* Starts an sshd that listens, and stops it there until ssh_daemon_continue(). */
+void ssh_daemon_start(void);
+void ssh_daemon_continue(void);
+/* Listens here again if the process that ended was the daemon. */
+void ssh_child_ended(pid_t pid);
+
+/* ---- init-host.c --------------------------------------------------------------------------- */
+
+/* Carries out what the host wrote to the report port. device: the kcov device, or NULL. */
+void host_read_requests(const char *device);
+
+/* ---- init-report.c ------------------------------------------------------------------------- */
+
+void report_open(void);
+/* The report port, or -1. */
+int report_port(void);
+void report_ready(const char *device);
+void report_unhealthy(const char *what, const char *why);
+void report_stopping(const char *why);
+
+/* ---- init-power.c -------------------------------------------------------------------------- */
+
+/* Opens every input device that has a power key. Returns how many, MAX_POWER_BUTTONS at most. */
+size_t power_buttons_open(struct pollfd *buttons);
+bool power_button_pressed(int fd);
+/* Ends all processes, then the guest. how: as for reboot(2). */
+__attribute__((noreturn)) void stop_guest(int how, const char *why);
+/* The programs poweroff and reboot. Returns the exit status. */
+int ask_for_stop(const char *name, int argc, char **argv);
+
+/* ---- init-util.c --------------------------------------------------------------------------- */
+
+/* Prints a line to the console. */
+__attribute__((format(printf, 1, 2))) void say(const char *format, ...);
+void sleep_ms(long ms);
+long uptime_ms(void);
+/* Reads a small file into a string; a file that can't be read gives an empty string. */
+void read_text(const char *path, char *text, size_t size);
+/* True if the kernel's command line has this word. */
+bool kernel_argument(const char *word);
+/* Mounts a file system that has no device; creates the directory. */
+bool mount_at(const char *type, const char *at, unsigned long flags, const char *options);
+/* Loads a module unless it is loaded. Returns 0 or an errno. */
+int load_module(const char *path, const char *parameters);
+
+#endif
