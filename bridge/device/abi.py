@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two interfaces of the bridge, each fact defined here once.
+"""The two interfaces of the bridge.
 
 * kcov's own: ioctl numbers, modes and limits, from ``include/uapi/linux/kcov.h`` and
   ``kernel/kcov.c`` in Linux, and ``pkg/sentry/kernel/kcov.go`` in gVisor;
-* the layout of the shared region, as the guest module's ``kcov_bridge_abi.h`` has it too
+* the layout of the shared region, which the guest module's ``kcov_bridge_abi.h`` repeats
   (``tests/device/test_abi.py`` compiles that header and compares).
 
-The region is an array of little-endian 64-bit words, so that each field is read and written by
-one aligned access that cannot tear::
+The region is an array of little-endian 64-bit words, so each field is read and written by one
+aligned access that cannot tear::
 
-    page 0                     header: written by the host, but for the words named GUEST
+    page 0                     header: written by the host, except for the words named GUEST
     REQUESTS_OFFSET            one request of 64 bytes for each slot, written by the guest
     RESPONSES_OFFSET           one response of 64 bytes for each slot, written by the host
     PAYLOAD_OFFSET             what does not fit into a request: one page, written by the guest
@@ -20,8 +20,8 @@ the slot's request, sets its ``SEQ`` to a new value, moves the header's ``KICK``
 header says that the host is awake, rings the doorbell. The host carries the operation out, fills
 the response and sets its ``SEQ`` to the request's, which hands both back to the guest.
 
-A return of the owner is such a request only where ``COVERAGE_EPOCH`` says that there may be
-something for it; the next request says how many were not reported (the argument *unreported*).
+An owner's return is such a request only if ``COVERAGE_EPOCH`` says that there may be coverage for
+it; the next request says how many returns were not reported (the argument *unreported*).
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ KCOV_RESET_TRACE = 0x6368
 
 # The bridge's own: the calling thread traces into a stream of the host's.
 KCOV_BRIDGE_STREAM = 0x63E0
-"""Argument: the stream's number, with FOLLOW_FLAG where children are to trace into it as well."""
+"""Argument: the stream's number, with FOLLOW_FLAG if children are to trace into it as well."""
 FOLLOW_FLAG = 1 << 63
 STREAM_MASK = FOLLOW_FLAG - 1
 """The bits of a stream's number."""
@@ -129,7 +129,7 @@ AREAS_OFFSET = PAYLOAD_OFFSET + PAGE_SIZE
 PCI_VENDOR_ID = 0x1AF4
 PCI_DEVICE_ID = 0x1110
 HOST_PEER = 1
-"""The bridge's peer id; QEMU's own is 0, which snapshots demand."""
+"""The bridge's peer id. QEMU's own is 0, which snapshots require."""
 VECTORS = 1
 
 
@@ -145,33 +145,33 @@ class HeaderWord(IntEnum):
     REGION_BYTES = 6
     HOST_PEER = 7
     HOST_EPOCH = 8
-    """Changes each time a host takes the region over; 0 while none has."""
+    """Changes each time a host takes over the region; 0 without a host."""
     HOST_STATE = 9
     """A :class:`HostState`."""
     KICK = 16
     """GUEST: a count of requests above ``KICK_SLOT_BITS`` bits that name the slot of the last."""
     GUEST_TIMEOUTS = 24
-    """GUEST: signals given up because the host did not answer in time."""
+    """GUEST: requests given up because the host did not answer in time."""
     GUEST_SKIPPED = 25
-    """GUEST: system call returns not signalled because the host was known to be gone."""
+    """GUEST: system call returns not reported because the host was known to be gone."""
     COVERAGE_EPOCH = 32
-    """Changes to a value that it never had whenever something may have been covered. The host and
-    its relays (``bridge/vm/relay.py``) write it. An owner reports only returns that find another
-    value than the last reported one did. 0: every return is to be reported."""
+    """Changes to a new value, never used before, whenever something may have been covered. The host
+    and its relays (``bridge/vm/relay.py``) write it. An owner reports a return only if the value
+    differs from that at the last reported one. 0: every return is reported."""
 
 
 KICK_SLOT_BITS = 16
 
 
 class HostState(IntEnum):
-    """Whether a request needs the doorbell to be seen."""
+    """Whether the guest must ring the doorbell after a request."""
 
     ASLEEP = 0
     AWAKE = 1
 
 
 class Op(IntEnum):
-    """What the guest asks for. Arguments are ARG0..ARG2 of the request."""
+    """The operations that the guest requests. Arguments are ARG0..ARG2 of the request."""
 
     INIT = 1
     """KCOV_INIT_TRACE; ARG0 = size in words."""
@@ -182,12 +182,12 @@ class Op(IntEnum):
     DISABLE = 4
     """KCOV_DISABLE; ARG0 = the ioctl's argument, ARG1 = unreported."""
     EXIT = 5
-    """The task TASK is gone; ARG1 = unreported."""
+    """The task TASK has ended; ARG1 = unreported."""
     RELEASE = 6
-    """The last reference to the instance is gone; no mapping is left."""
+    """The last reference to the instance has gone; no mapping is left."""
     RETURN = 7
     """A system call of the owner is about to return to user mode; ARG0 = its number, ARG1 =
-    unreported: how many returned since the owner's last request without one of their own."""
+    unreported: how many returns since the owner's last request were not reported."""
     RESET = 8
     """KCOV_RESET_TRACE; ARG0 = the ioctl's argument."""
     UNIQUE = 9
@@ -200,11 +200,11 @@ class Op(IntEnum):
     unreported."""
     KERNEL = 12
     """In the module's own slot, which is no instance: the payload describes the kernel, see
-    :class:`KernelWord`; the answer 0 says that the host watches it. Without CPUS the kernel ends:
-    by a reboot, or for another that runs from now on."""
+    :class:`KernelWord`; the answer 0 says that the host watches it. If CPUS is 0, the kernel ends:
+    by a reboot, or because another one runs from now on."""
     MODULE = 13
-    """Likewise: a module's code comes (ARG0 = 1) or goes (0); ARG1 = its address, ARG2 = bytes;
-    the payload: its name."""
+    """In the module's own slot: a module's code was loaded (ARG0 = 1) or unloaded (0); ARG1 = its
+    address, ARG2 = its size in bytes; the payload: its name."""
     STREAM = 14
     """KCOV_BRIDGE_STREAM, or a child of a thread that is followed: TASK traces into an area of the
     host's choice; ARG0 = number of the stream, ARG1 as for ENABLE."""
@@ -214,7 +214,7 @@ class Op(IntEnum):
 
 
 UNREPORTED_MASK = (1 << 32) - 1
-"""The bits of *unreported* that count: no guest makes more returns between two requests."""
+"""The bits of *unreported* that are used; no guest makes more returns between two requests."""
 
 
 class RequestWord(IntEnum):
@@ -223,28 +223,28 @@ class RequestWord(IntEnum):
     SEQ = 0
     OP = 1
     GENERATION = 2
-    """Different for every open of the device, so that a slot's next instance is told apart."""
+    """Differs for each open of the device, and so tells a slot's instances apart."""
     TASK = 3
     """Names a guest thread; the low 32 bits are its thread id."""
     ARG0 = 4
     ARG1 = 5
     ARG2 = 6
     HIDDEN = 7
-    """Not of the request: a :class:`Hidden`; while it is not NO, the owner runs the module's code,
-    not its own."""
+    """No part of the request: a :class:`Hidden`. Unless it is NO, the owner runs the module's code
+    instead of its own."""
 
 
 class Hidden(IntEnum):
-    """What the owner's code is, to a host that watches it."""
+    """Whether the owner runs code that a watching host must not record."""
 
     NO = 0
     YES = 1
     SEEN = 2
-    """As YES; written by the plugin in QEMU, which watches the owner from now on."""
+    """Like YES; written by the plugin in QEMU, which watches the owner from now on."""
     EXIT = 3
-    """As YES, until the work that the owner does before user mode is done: the plugin ends it."""
+    """Like YES, until the owner's work before user mode is done; the plugin ends it."""
     EXIT_LATER = 4
-    """As NO, and as EXIT from where that work begins."""
+    """Like NO until that work begins, then like EXIT."""
 
 
 class ResponseWord(IntEnum):
@@ -256,7 +256,7 @@ class ResponseWord(IntEnum):
     AREA_OFFSET = 2
     """MAP: where the area starts in the region, bytes."""
     APPENDED = 3
-    """PCs that the instance has been given so far."""
+    """PCs that the instance has got so far."""
     DROPPED = 4
     """PCs that did not fit into its area so far."""
     FLAGS = 5
@@ -264,10 +264,10 @@ class ResponseWord(IntEnum):
 
 
 class Answer(IntFlag):
-    """What else the guest is to know."""
+    """Flags of an answer."""
 
     SILENT = 1
-    """To an ENABLE: the host needs no RETURN of this owner."""
+    """To an ENABLE: the owner need not send RETURN."""
 
 
 class KernelWord(IntEnum):
@@ -276,9 +276,9 @@ class KernelWord(IntEnum):
     CPUS = 0
     SYSCALL_ENTRY = 1
     MARKER = 2
-    """The function with the sign by which the plugin in QEMU finds this kernel's memory ..."""
+    """The function by whose code the plugin in QEMU finds this kernel's memory ..."""
     MARKER_PHYSICAL = 3
-    """... and where it lies."""
+    """... and its physical address."""
     CPU = 8
     """By APIC id two physical addresses: of current_task and of preempt_count; 0: no CPU."""
     VECTORS = 136

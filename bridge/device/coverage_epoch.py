@@ -15,7 +15,7 @@ __all__ = ["coverage_epoch_value"]
 def coverage_epoch_value() -> int:
     """Return a value for the coverage epoch: never 0, and never one that it had before.
 
-    A clock above the process id keeps the values of all writers apart. It comes round after half
-    an hour; the doorbell sets the word several times a second.
+    A value is a clock above the process id, so the values of two writers differ. The clock wraps
+    after half an hour, while the doorbell sets the word several times a second.
     """
     return (time.monotonic_ns() << 23 | os.getpid() << 1 | 1) & (1 << 64) - 1

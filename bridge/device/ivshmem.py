@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ivshmem server that QEMU connects to.
 
-QEMU is given one end of a socket pair and finds an ivshmem server on the other
+QEMU gets one end of a socket pair and finds an ivshmem server on the other
 (``docs/specs/ivshmem-spec.txt`` in QEMU): protocol version, its peer id, the region's memfd, then
 an eventfd for each vector of each peer. The bridge is the server and peer 1 at once: a guest that
 writes ``1 << 16`` into the device's doorbell register signals the eventfd
@@ -44,9 +44,9 @@ class IvshmemServer:
         return fd
 
     def connect(self) -> socket.socket:
-        """Return a socket for QEMU's chardev; all that QEMU reads at its start waits in it.
+        """Return a socket for QEMU's chardev that holds all that QEMU reads at its start.
 
-        The caller closes it once QEMU has it.
+        The caller closes it once QEMU has inherited it.
 
         Raises:
             DoorbellError: QEMU could not be told about the region.

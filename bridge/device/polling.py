@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When the doorbell polls for the next request, and when it sleeps.
+"""Decide when the doorbell polls for the next request, and when it sleeps.
 
-Waking up costs ten times what answering costs, so after a request the loop polls for the next one.
-A loop that polls uses a processor, though, which the target or another guest may need. The names
-are those of KVM's halt polling (``Documentation/virt/kvm/halt-polling.rst`` in Linux), which has to
-decide the same. There the time to poll grows and shrinks; here it is fixed, and the pause after
-polls that failed grows and shrinks.
+Waking up takes ten times as long as answering, so after a request the loop polls for the next one.
+But polling uses a processor that the target or another guest may need. The names are those of KVM's
+halt polling (``Documentation/virt/kvm/halt-polling.rst`` in Linux), which decides the same. There
+the time to poll grows and shrinks; here it is fixed, and the pause after failed polls grows and
+shrinks.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from collections.abc import Callable
 __all__ = ["PREEMPTED_NS", "CpuContention", "PollPolicy"]
 
 PREEMPTED_NS = 100_000
-"""A longer gap between two looks of a loop that polls means that another thread had its processor
-or the interpreter lock: Linux gives no thread less than some hundred microseconds."""
+"""If the gap between two looks of a polling loop is longer, another thread had its processor or the
+interpreter lock: Linux gives each thread some hundred microseconds at least."""
 MAX_PAUSE_NS = 50_000_000
-"""The pause after a poll that was preempted, and the longest after polls that failed."""
+"""The pause after a preempted poll, and the longest pause after failed polls."""
 MIN_PAUSE_NS = 4_000_000
-"""The shortest pause after a poll that failed."""
+"""The shortest pause after a failed poll."""
 FREE_FAILURES = 2
-"""How many polls in a row may fail without a pause, unless the processors are contended: a guest's
-burst of calls ends with one."""
+"""How many polls in a row may fail without a pause if the processors are not contended. Each burst
+of calls ends with a failed poll."""
 CLOSE_POLLS = 5
-"""A request is worth a poll if the one before came at most this many times ``poll_ns`` earlier."""
+"""A poll follows a request if the previous one came at most this many times ``poll_ns`` earlier."""
 
 
 class CpuContention:
-    """Says whether more threads want a processor than this machine has, at the moment.
+    """Tells whether more threads are runnable than this machine has processors.
 
     The caller's own thread counts as one.
     """
@@ -44,7 +44,7 @@ class CpuContention:
             stack.callback(os.close, self._fd)
 
     def cpu_contended(self) -> bool:
-        """Whether it is so; True if the system does not tell."""
+        """Return whether they are; True if the system does not say."""
         try:
             # proc_loadavg(5): three averages, then runnable/all.
             runnable = int(os.pread(self._fd, 64, 0).split()[3].partition(b"/")[0])
@@ -56,23 +56,23 @@ class CpuContention:
 class PollPolicy:
     """Decides how long the doorbell polls. All times are in nanoseconds, of one monotonic clock.
 
-    A poll starts after a request that closely followed the one before, and lasts until ``poll_ns``
-    after the last request. A pause, without polls, follows
+    A poll starts after a request that closely followed the previous one, and lasts until
+    ``poll_ns`` after the last request. A poll fails if it sees no request. A pause without polls
+    follows
 
-    * a poll that was preempted while the processors are contended;
-    * a poll that failed, which is one that saw no request, while they are contended, or after more
-      than ``FREE_FAILURES`` of them. The pause doubles with each failure and halves with each
-      success.
+    * a preempted poll, if the processors are contended;
+    * a failed poll, if they are contended or more than ``FREE_FAILURES`` polls in a row failed. The
+      pause doubles with each failure and halves with each success.
 
     Args:
-        poll_ns: how long to poll after a request; 0: not at all. It may be changed at any time.
-        cpu_contended: whether more threads want a processor than there are.
+        poll_ns: how long to poll after a request; 0: never. It may be changed at any time.
+        cpu_contended: tells whether more threads are runnable than there are processors.
     """
 
     def __init__(self, poll_ns: int, cpu_contended: Callable[[], bool]) -> None:
         self.poll_ns = poll_ns
         self.poll_until = 0
-        """When the current poll ends; 0: there is none."""
+        """When the current poll ends; 0 without a poll."""
         self.looked = 0
         """When the loop last looked for requests, or served one."""
         self._cpu_contended = cpu_contended
@@ -83,11 +83,11 @@ class PollPolicy:
 
     @property
     def paused(self) -> bool:
-        """Whether no poll would have started when the loop last looked."""
+        """Whether polling was paused when the loop last looked."""
         return self.looked <= self._paused_until
 
     def served(self, now: int) -> bool:
-        """Note that a request was served now, by other means than :meth:`polled`.
+        """Note that a request was served now, outside of a poll.
 
         Returns:
             Whether a poll starts.
@@ -102,12 +102,12 @@ class PollPolicy:
         return starts
 
     def polled(self, requests: int, looked: int, until: int) -> None:
-        """Note how a part of a poll went.
+        """Note the result of a part of a poll.
 
         Args:
-            requests: how many were served.
-            looked: when the last look was, or the last request was served.
-            until: when the poll ends now.
+            requests: how many requests were served.
+            looked: the time of the last look, or of the last served request.
+            until: the new end of the poll.
         """
         self.looked = looked
         if requests:
@@ -116,7 +116,7 @@ class PollPolicy:
             self._succeed()
 
     def keep_polling(self, now: int) -> bool:
-        """Whether the loop polls now. If not, there is no poll any more, and it sleeps next."""
+        """Return whether to go on polling. If not, the poll has ended, and the loop sleeps next."""
         if not self.poll_until:
             return False
         if now < self.poll_until:

@@ -9,20 +9,20 @@ __all__ = ["comparison_record"]
 
 
 def comparison_record(left: int, right: int, constant: int, pc: int) -> Comparison | None:
-    """The record of a comparison.
+    """Return the record of a comparison.
 
     The size is the smallest that holds both operands, signed if one is negative. Operands are cut
-    to it and filled up with zeros, as the arguments of ``__sanitizer_cov_trace_cmp1`` to ``cmp8``
-    in Linux' ``kernel/kcov.c`` are.
+    to it and zero-extended, like the arguments of ``__sanitizer_cov_trace_cmp1`` to ``cmp8`` in
+    Linux' ``kernel/kcov.c``.
 
     Args:
-        constant: KCOV_CMP_CONST where ``left`` is a literal, or 0.
+        constant: KCOV_CMP_CONST if ``left`` is a literal, otherwise 0.
 
     Returns:
-        None where 64 bits cannot hold both operands with their signs.
+        The record; None if 64 bits cannot hold both operands with their signs.
     """
     low, high = (left, right) if left < right else (right, left)
-    # With a sign, -1 - low has the bits of a low below zero but for that of the sign.
+    # -1 - low has the bits of a negative low, except for the sign.
     bits = high.bit_length() if low >= 0 else max((-1 - low).bit_length(), high.bit_length()) + 1
     for log, size in enumerate((8, 16, 32, 64)):
         if bits <= size:

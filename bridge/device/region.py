@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shared region: the memory that the guest sees as the BAR of its ivshmem device.
 
-The only module that touches raw shared memory. Everything behind ``AREAS_OFFSET`` is handed out
-in whole pages as :class:`Area`; every view is made with bounds that the host chose itself, so no
-value that a guest writes can move an access elsewhere.
+This module makes every view of shared memory, with bounds that the host chose itself, so no value
+that a guest writes can move an access elsewhere. Everything after ``AREAS_OFFSET`` is handed out in
+whole pages as :class:`Area`.
 """
 
 from __future__ import annotations
@@ -40,11 +40,13 @@ _MAX_BYTES = 1 << 40
 
 
 class Area(AreaWords):
-    """One kcov area: word 0 is the number of PCs, the PCs follow. Or comparisons, of four words.
+    """One kcov area: a count, then that many PCs, or comparisons of four words each.
 
-    ``offset`` and ``bytes`` are where it lies in the region (bytes, whole pages); ``size`` is its
-    number of words, which may be smaller than its pages. ``bitmap_words`` words at its start are a
-    bitmap (:meth:`unseen`); count and PCs come behind it.
+    Attributes:
+        offset: its place in the region, in bytes.
+        bytes: its length in whole pages.
+        size: its number of words, which may be smaller than its pages.
+        bitmap_words: words of the bitmap before the count; see :meth:`unseen`.
     """
 
     __slots__ = ("_memory", "bytes", "offset")
@@ -59,15 +61,15 @@ class Area(AreaWords):
 
     @property
     def count(self) -> int:
-        """The count as it stands: whatever the guest wrote, 0 to 2**64-1."""
+        """The current count: whatever the guest wrote, 0 to 2**64-1."""
         value: int = self._words[self.bitmap_words]
         return value
 
     def append_comparisons(self, comparisons: Sequence[Comparison]) -> int:
-        """Append records after those that word 0 counts; returns how many fitted.
+        """Append records after those that word 0 counts, and return how many fitted.
 
-        As ``write_comp_data`` in Linux' ``kernel/kcov.c``: a record fits where its last word does;
-        where word 0 points outside the area nothing is written.
+        Like ``write_comp_data`` in Linux' ``kernel/kcov.c``, it writes only whole records, and
+        nothing if word 0 points outside the area.
         """
         words = self._words
         count = words[0]
@@ -81,17 +83,19 @@ class Area(AreaWords):
         return fitting
 
     def unseen(self, pcs: Sequence[int], numbers: dict[int, int]) -> list[int]:
-        """Those of ``pcs`` whose bit in the bitmap is not set yet; it is set now.
+        """Return the PCs whose bits in the bitmap were not set, and set them.
 
-        ``numbers`` gives each PC its bit, for as long as the device lives; new PCs are added to
-        it. A PC whose bit lies behind the bitmap is always new. As
-        ``__sanitizer_cov_trace_pc_guard`` in the patches for Linux.
+        Like ``__sanitizer_cov_trace_pc_guard`` in the patches for Linux, a PC whose bit lies after
+        the bitmap is always new.
+
+        Args:
+            numbers: the bit of each PC, for as long as the device lives; new PCs are added.
         """
         words = self._words
         bits = self.bitmap_words * 64
         new = []
         for pc in pcs:
-            # Even ones from 2 on: the odd ones are the guest kernel's, see tcg/kcov_tcg.c.
+            # Even numbers from 2 on; the guest kernel has the odd ones, see tcg/kcov_tcg.c.
             number = numbers.setdefault(pc, 2 * len(numbers) + 2)
             if number < bits:
                 index, bit = number >> 6, 1 << (number & 63)
@@ -107,16 +111,19 @@ class Area(AreaWords):
         head = self.bitmap_words
         pages = head * WORD // PAGE_SIZE * PAGE_SIZE
         if pages:
-            # However large the guest chose it, this takes neither time nor memory.
+            # This takes neither time nor memory, however large a bitmap the guest chose.
             self._memory.madvise(mmap.MADV_REMOVE, self.offset, pages)
         rest = pages // WORD
-        # With the count behind the bitmap.
+        # The count after the bitmap is cleared with it.
         self._words[rest : head + 1] = memoryview(bytes((head + 1 - rest) * WORD)).cast("Q")
 
     def take(self, each: int = 1) -> bytes:
-        """Hand over the words that the count counts, as far as they lie inside, and set it to 0.
+        """Return the words that the count counts, limited to the area, and set the count to 0.
 
-        ``each`` is the number of words of what it counts. The bitmap stays.
+        The bitmap remains.
+
+        Args:
+            each: words per counted item.
         """
         head = self.bitmap_words
         words = self._words
@@ -126,7 +133,7 @@ class Area(AreaWords):
         return taken
 
     def read(self, most: int | None = None) -> list[int]:
-        """The PCs that the count counts, as far as they lie inside the area: ``most`` at most."""
+        """Return the PCs that the count counts, limited to the area and to ``most``."""
         head = self.bitmap_words
         count = min(self.count, self.size - 1 - head)
         if most is not None:
@@ -135,13 +142,14 @@ class Area(AreaWords):
 
 
 class Region:
-    """A memfd of ``size`` bytes (a power of two), mapped, with its header written.
+    """A mapped memfd of ``size`` bytes (a power of two), with its header written.
 
-    It is sealed against resizing, so that no process which holds the descriptor can make an
-    access fault. Pages exist only once they are touched: a large region costs address space.
+    It is sealed against resizing, so no process that has the descriptor can make an access fault.
+    Pages exist only once they are touched, so a large region costs only address space.
 
-    Raises :class:`bridge.errors.UsageError` for an impossible size and
-    :class:`bridge.errors.RegionError` where the system has no room.
+    Raises:
+        UsageError: the size is impossible.
+        RegionError: the system has no room.
     """
 
     def __init__(self, size: int) -> None:
@@ -182,13 +190,13 @@ class Region:
             HeaderWord.AREAS_OFFSET: AREAS_OFFSET,
             HeaderWord.REGION_BYTES: size,
             HeaderWord.HOST_PEER: HOST_PEER,
-            # Last: what is found behind it is whole.
+            # Last: a guest that finds it finds a complete header.
             HeaderWord.MAGIC: MAGIC,
         }
         self.restore_header()
 
     def restore_header(self) -> int:
-        """Write the header's words about the layout where they differ; returns how many did."""
+        """Rewrite the header's words about the layout that differ, and return how many did."""
         control = self.control
         different = 0
         for word, value in self._layout.items():
@@ -199,12 +207,12 @@ class Region:
 
     @property
     def path(self) -> str:
-        """Where other processes of the same user can open the region's memory."""
+        """The path by which other processes of the same user can open the region's memory."""
         return f"/proc/{os.getpid()}/fd/{self.fd}"
 
     @property
     def areas_in_use(self) -> int:
-        """How many areas are handed out."""
+        """How many areas are in use."""
         return len(self._areas)
 
     @property
@@ -213,12 +221,12 @@ class Region:
         return sum(length for _, length in self._free)
 
     def has_room(self, size: int) -> bool:
-        """Whether an area of ``size`` words could be had now."""
+        """Return whether an area of ``size`` words can be allocated now."""
         need = _page_bytes(size)
         return any(length >= need for _, length in self._free)
 
     def allocate(self, size: int) -> Area | None:
-        """An area of ``size`` words (at least 1), all zero; None where there is no room."""
+        """Return a zeroed area of ``size`` words (at least 1); None if there is no room."""
         if size < 1:
             raise ValueError(f"an area has at least one word, not {size}")
         need = _page_bytes(size)
@@ -229,7 +237,7 @@ class Region:
                 del self._free[index]
             else:
                 self._free[index] = (offset + need, length - need)
-            # Zeroed when it was freed, but a guest can write wherever it likes.
+            # It was zeroed when it was freed, but a guest can write anywhere.
             self._map.madvise(mmap.MADV_REMOVE, offset, need)
             words = self._bytes[offset : offset + size * WORD].cast("Q")
             area = Area(self._map, words, offset, size, need)
@@ -238,7 +246,7 @@ class Region:
         return None
 
     def free(self, area: Area) -> None:
-        """Take an area back. Its pages are given back to the system, which also zeroes them."""
+        """Free an area. Its pages go back to the system, which also zeroes them."""
         if self._areas.pop(area.offset, None) is not area:
             raise ValueError("not an area of this region, or freed before")
         area.release()
@@ -260,9 +268,10 @@ class Region:
         free[first : index + 2] = merged
 
     def clear(self) -> None:
-        """Make all of it zero but the header, whatever a guest has written; no area is in use.
+        """Zero everything except the header, whatever a guest has written.
 
-        Raises ValueError where one is.
+        Raises:
+            ValueError: an area is in use.
         """
         if self._areas:
             raise ValueError("there are areas in use")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several packages need and none of them owns: files, the cache, compiled helpers.
+"""Helpers that several packages share: files, the cache, compiled programs, Debian packages.
 
-Imports the standard library and :mod:`bridge.errors`, nothing else.
+They import only the standard library and :mod:`bridge.errors`.
 """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cache: where it is, how to write into it, and its locks.
+"""The cache: its place, writing into it, and its locks.
 
-Everything in it can be made again. Where it can be read but not written (mounted read-only,
-another user's), what it holds is used; whoever would have to make something gets a
-:class:`bridge.errors.CacheError` and goes on without it if that is possible.
+Everything in the cache can be made again. If it is readable but not writable (mounted read-only, or
+another user's), its contents are used. Code that would have to make something gets a
+:class:`bridge.errors.CacheError`, and continues without it if possible.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def cache_directory() -> Path:
 
 
 def cache_can_be_written() -> bool:
-    """Return whether new things can be put into the cache; made if it is missing."""
+    """Return whether the cache is writable, or can be made if it is missing."""
     place = cache_directory()
     while not place.exists():
         place = place.parent
@@ -51,11 +51,11 @@ def cache_can_be_written() -> bool:
 
 
 def cache_folder(kind: str, *, private: bool = False) -> Path:
-    """Return a folder of the cache, made if it is missing.
+    """Return a folder of the cache, and make it if it is missing.
 
     Args:
         kind: its name in the cache.
-        private: make it for this user alone.
+        private: make it for this user only.
 
     Raises:
         CacheError: it is missing and cannot be made.
@@ -74,26 +74,26 @@ def cache_errors(what: str) -> Iterator[None]:
     except OSError as error:
         raise CacheError(
             f"cannot write {what} into the cache {cache_directory()}: {error.strerror or error}",
-            hint=f"make the cache writable and see that its disk has room, or set {CACHE_VARIABLE} "
-            "to another directory",
+            hint="make the cache writable and check that its disk has room, "
+            f"or set {CACHE_VARIABLE} to another directory",
         ) from error
 
 
 def lock_file(name: str) -> Path:
-    """Return the file whose lock guards what is called ``name`` in the cache."""
+    """Return the lock file for ``name`` in the cache."""
     return cache_directory() / "locks" / name
 
 
 @contextlib.contextmanager
 def locked(path: Path, what: str, progress: Callable[[str], object]) -> Iterator[int]:
-    """Hold an exclusive lock on a file while inside; give its descriptor.
+    """Hold an exclusive lock on a file; yield its descriptor.
 
-    The lock goes with the last process that has the descriptor, so it cannot be left behind.
+    The lock ends with the last process that has the descriptor, so no lock can be left behind.
 
     Args:
-        path: the file, made if it is missing: see :func:`lock_file`.
-        what: what the lock guards, for the line that says who is waited for.
-        progress: takes that line.
+        path: the file (see :func:`lock_file`), made if it is missing.
+        what: what the lock guards, for the message of a process that waits.
+        progress: takes that message.
 
     Raises:
         CacheError: the file cannot be made or opened.
@@ -108,7 +108,7 @@ def locked(path: Path, what: str, progress: Callable[[str], object]) -> Iterator
             holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
             progress(f"waiting for process {holder}, which is making {what}")
             fcntl.flock(fd, fcntl.LOCK_EX)
-        # Who holds it, for those that wait; a full disk is no reason to stop.
+        # The holder's id is for processes that wait; on a full disk it is left out.
         with contextlib.suppress(OSError):
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)

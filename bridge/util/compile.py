@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small C programs that are compiled for this machine when first needed, and kept in the cache."""
+"""Small C programs, compiled for this machine on first use and kept in the cache."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class CProgram:
     """A C program of one source file.
 
     Attributes:
-        name: what it is called in error messages, with its article.
+        name: its name in error messages, with an article.
         source: the file to compile.
-        flags: the compiler's, without ``-o``.
+        flags: the compiler's flags, without ``-o``.
         includes: other files that the source includes.
-        folder: the folder of the cache that keeps it.
-        suffix: what its file's name ends in.
+        folder: the folder of the cache for the compiled program.
+        suffix: the end of the compiled file's name.
     """
 
     name: str
@@ -39,10 +39,10 @@ class CProgram:
     suffix: str = ""
 
     def build(self, spare: Path | None = None) -> Path:
-        """Return the compiled program; it is taken from the cache if nothing it is made of changed.
+        """Return the compiled program, from the cache if source, flags and compiler are the same.
 
         Args:
-            spare: a directory to compile into what is not in the cache, which is left alone then.
+            spare: a directory to compile into instead of the cache, if it is not in the cache.
 
         Raises:
             MissingDependencyError: there is no C compiler.
@@ -62,7 +62,7 @@ class CProgram:
         return cached
 
     def compile(self, output: Path, *flags: str) -> None:
-        """Compile it to ``output``, with more flags; nothing is there if that fails.
+        """Compile it to ``output``, with additional flags. A failure leaves no file.
 
         Raises:
             MissingDependencyError: there is no C compiler.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing to file descriptors that others may have in their hands, too."""
+"""Writing to file descriptors that other processes may share."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def write_all(descriptor: int, data: bytes) -> None:
         try:
             view = view[os.write(descriptor, view) :]
         except BlockingIOError:
-            # Whoever shares the terminal or pipe has made it non-blocking.
+            # Another process that shares the terminal or pipe has made it non-blocking.
             select.select([], [descriptor], [])

@@ -17,15 +17,15 @@ __all__ = ["atomic_output", "remove", "remove_partial", "sync", "write_atomicall
 
 @contextlib.contextmanager
 def atomic_output(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """Give the name of a file or directory to create, which replaces ``path`` at the end.
+    """Yield the name of a file or directory to create, which replaces ``path`` at the end.
 
-    The name lies in a private directory beside ``path``, called ``.NAME.…``; it is removed
-    afterwards, and by :func:`remove_partial` if this process was killed. After an exception
-    ``path`` is as it was. A directory replaces what was there in two steps: for a moment there is
-    none. A file never replaces a directory.
+    The name is in a private directory ``.NAME.…`` beside ``path``, which is removed afterwards, or
+    by :func:`remove_partial` if this process was killed. After an exception ``path`` is unchanged.
+    A directory replaces an old one in two steps, so for a moment there is none. A file never
+    replaces a directory.
 
     Args:
-        durable: have the new content on disk before it gets its name.
+        durable: write the new content to the disk before it gets its name.
 
     Raises:
         OSError: the directory of ``path`` cannot be written, or nothing was created.
@@ -43,7 +43,7 @@ def atomic_output(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a file whole or not at all; text is encoded as UTF-8.
+    """Write a file, whole or not at all. Text is encoded as UTF-8.
 
     Raises:
         InfrastructureError: the file cannot be written.
@@ -59,7 +59,7 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a symbolic link, or a directory with all that is in it; or nothing.
+    """Remove a file, a symbolic link or a directory tree, if it exists.
 
     Raises:
         OSError: it cannot be removed.
@@ -71,7 +71,7 @@ def remove(path: Path) -> None:
 
 
 def remove_partial(path: Path) -> None:
-    """Remove what processes that were killed left of :func:`atomic_output` for ``path``.
+    """Remove what killed processes left behind of :func:`atomic_output` for ``path``.
 
     Raises:
         OSError: it cannot be removed.
@@ -84,10 +84,10 @@ def remove_partial(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or a directory with all that is in it, on disk.
+    """Write a file or a directory tree to the disk (fsync).
 
     Raises:
-        OSError: the disk failed, or there is nothing of this name.
+        OSError: the disk failed, or the path does not exist.
     """
     if _is_directory(path):
         for entry in path.iterdir():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Debian packages that the bridge needs, which of them are missing, and how to get those."""
+"""The Debian packages that the bridge needs: which are missing, and how to install them."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def debian_packages(purpose: str | None = None) -> tuple[Package, ...]:
 
 
 def kinds_for_running() -> tuple[str, ...]:
-    """Return the purposes whose packages this user needs to run the bridge."""
+    """Return the purposes of the packages that this user needs to run the bridge."""
     return ("run",) if os.geteuid() == 0 else ("run", "user")
 
 
 def found(probe: str) -> str | None:
-    """Return where a package's probe is, a program on PATH or a file; None if it is missing."""
+    """Find a package's probe: a program on PATH, or a file. None if it is missing."""
     if probe.startswith("/"):
         return probe if Path(probe).exists() else None
     return shutil.which(probe) or shutil.which(probe, path=_SBIN)
@@ -54,12 +54,12 @@ def apt_line(*packages: str) -> str:
 
 
 def install(kinds: Sequence[str], *, only_print: bool = False) -> int:
-    """Install the missing packages of these purposes; progress goes to stderr.
+    """Install the missing packages of these purposes, with progress on stderr.
 
-    Where that takes a password, or ``only_print`` is set, the line to run goes to stdout instead.
+    If a password would be needed, or with ``only_print``, print the command to stdout instead.
 
     Returns:
-        0 if nothing is missing now, 2 if something is to be done by hand, else apt-get's status.
+        0 if nothing is missing now, 2 if the user must run the command, otherwise apt-get's status.
     """
     script = [str(_HERE / "install-packages.sh"), *(["--print"] if only_print else []), *kinds]
     done = subprocess.run(["sh", *script], stdin=subprocess.DEVNULL, check=False)

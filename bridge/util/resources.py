@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that travel with the package but are no Python: ``guest/`` and ``images/``.
+"""Data files of the package: ``guest/`` and ``images/``.
 
-In a checkout (and an editable installation of it) they lie at its top; an installed package has a
-copy in ``bridge/_data``, which ``setup.py`` puts there.
+A checkout, and an editable installation of it, has them at its top. An installed package has a copy
+in ``bridge/_data``, which ``setup.py`` makes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def source_root() -> Path:
     Raises:
         InfrastructureError: they are missing, so this installation is damaged.
     """
-    # Real directories: compilers read them. So no importlib.resources, which also takes 2 ms.
+    # Compilers need real directories, so importlib.resources (which also takes 2 ms) is not used.
     package = Path(__file__).resolve().parents[1]
     for root in (package / _DATA, package.parent):
         if (root / "guest").is_dir() and (root / "images").is_dir():

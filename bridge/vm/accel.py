@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which accelerator QEMU is to use, and why.
+"""Choose QEMU's accelerator, and say why.
 
-That /dev/kvm opens and makes a VM does not mean that a stock kernel boots: a KVM without the
-processor's help (no ``vmx``, no ``svm`` in /proc/cpuinfo: a nested software KVM) runs the firmware
-and then nothing. So the processor's flags count too, and the boot watchdog
-(:mod:`bridge.vm.machine`) watches over the rest.
+A KVM that opens and makes a VM may still boot no stock kernel: without hardware support (a nested
+software KVM, neither ``vmx`` nor ``svm`` in /proc/cpuinfo) it runs the firmware and then hangs. So
+the processor's flags are checked as well, and the boot timeout (:mod:`bridge.vm.machine`) detects
+what remains.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from bridge.errors import (
 __all__ = ["ACCELERATORS", "Accelerator", "choose_accelerator", "next_accelerator", "why_not_kvm"]
 
 ACCELERATORS = ("auto", "kvm", "tcg")
-"""What a person can ask for."""
+"""The values of the setting ``accel``."""
 
 _CAREFUL_CPU = "host,-arch-capabilities"
-"""QEMU copies the host's IA32_ARCH_CAPABILITIES (MSR 0x10a), which not every KVM lets it set; it
-aborts then. ``docs/system/cpu-models-x86.rst.inc`` in QEMU says what the feature is."""
+"""QEMU copies the host's IA32_ARCH_CAPABILITIES (MSR 0x10a) and aborts where KVM refuses to set it.
+``docs/system/cpu-models-x86.rst.inc`` in QEMU describes the feature."""
 
 _KVM_API_VERSION = 12
 _KVM_GET_API_VERSION = 0xAE00
@@ -44,7 +44,8 @@ _KVM_CREATE_VM = 0xAE01
 class Accelerator:
     """QEMU's ``-accel``, and in one line why it was chosen.
 
-    ``cpu`` is the ``-cpu`` that it needs, None for the usual one.
+    Attributes:
+        cpu: the ``-cpu`` that it needs; None for the usual one.
     """
 
     name: Literal["kvm", "tcg"]
@@ -58,25 +59,30 @@ class Accelerator:
 def choose_accelerator(
     wanted: str = "auto", *, device: Path = Path("/dev/kvm"), cpuinfo: str | None = None
 ) -> Accelerator:
-    """KVM where a stock kernel can really boot under it, TCG elsewhere, or what was asked for.
+    """Choose KVM if a stock kernel can boot under it, otherwise TCG; or the one that is wanted.
 
-    ``cpuinfo`` is the text of /proc/cpuinfo if it is not to be read from there. Raises
-    :class:`bridge.errors.UsageError` for a word that is not one of :data:`ACCELERATORS`, and
-    :class:`bridge.errors.MissingDependencyError` when KVM was asked for and cannot work.
+    Args:
+        wanted: one of :data:`ACCELERATORS`.
+        cpuinfo: the text of /proc/cpuinfo; None to read that file.
+
+    Raises:
+        UsageError: ``wanted`` is something else.
+        MissingDependencyError: KVM is wanted and cannot work.
     """
     if wanted not in ACCELERATORS:
         raise UsageError(
-            f"no accelerator is called {wanted!r}", hint=f"one of {', '.join(ACCELERATORS)}"
+            f"there is no accelerator {wanted!r}",
+            hint=f"--accel takes one of {', '.join(ACCELERATORS)}",
         )
     if wanted == "tcg":
-        return Accelerator("tcg", "asked for")
+        return Accelerator("tcg", "requested")
     obstacle = why_not_kvm(device=device, cpuinfo=cpuinfo)
     if obstacle is None:
         return Accelerator("kvm", "hardware virtualisation works here")
     reason, remedy = obstacle
     if wanted == "kvm":
         raise MissingDependencyError(
-            f"KVM was asked for and cannot work: {reason}",
+            f"KVM was requested, but cannot work: {reason}",
             hint=f"{remedy}, or run without KVM: --accel tcg",
         )
     return Accelerator("tcg", f"no KVM: {reason}")
@@ -87,14 +93,14 @@ def next_accelerator(
 ) -> Accelerator | None:
     """Return what to try after a guest did not start; None if there is nothing more.
 
-    A QEMU that ends by itself under KVM is tried once more with a processor that lacks what hosts
-    and hypervisors below them most often disagree about. Then, and if nothing boots or KVM cannot
-    run the guest's code, it is TCG, unless KVM was asked for.
+    If QEMU ends by itself under KVM, it is started once more without the processor feature that
+    KVM most often refuses. After that, or if nothing boots or KVM cannot run the guest's code, the
+    answer is TCG, unless KVM was requested.
 
     Args:
         error: how the attempt with ``current`` ended.
         wanted: the setting ``accel``.
-        cpu: the setting ``cpu``; it is used as it is or not at all.
+        cpu: the setting ``cpu``, which is never changed.
     """
     if current.name != "kvm" or not isinstance(
         error, (BootTimeoutError, GuestStoppedError, QemuError)
@@ -116,15 +122,15 @@ def next_accelerator(
 def why_not_kvm(
     *, device: Path = Path("/dev/kvm"), cpuinfo: str | None = None
 ) -> tuple[str, str] | None:
-    """What keeps KVM from working, and the remedy; None when nothing does."""
+    """Return what keeps KVM from working and the remedy; None if nothing does."""
     try:
         fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return f"there is no {device}", "load the kernel module kvm_intel or kvm_amd"
     except PermissionError:
-        return f"{device} may not be opened", "add the user to the group kvm"
+        return f"this user may not open {device}", "add the user to the group kvm"
     except OSError as error:
-        return f"{device} does not open: {error.strerror}", "look at the kernel's log"
+        return f"{device} cannot be opened: {error.strerror}", "read the kernel's log (dmesg)"
     try:
         return _why_not_kvm_fd(fd, device, cpuinfo)
     finally:
@@ -135,18 +141,18 @@ def _why_not_kvm_fd(fd: int, device: Path, cpuinfo: str | None) -> tuple[str, st
     try:
         version = fcntl.ioctl(fd, _KVM_GET_API_VERSION)
     except OSError as error:
-        return f"{device} is not KVM: {error.strerror}", "look at the kernel's log"
+        return f"{device} is not KVM: {error.strerror}", "read the kernel's log (dmesg)"
     if version != _KVM_API_VERSION:
         return f"{device} speaks API version {version}, not {_KVM_API_VERSION}", "update the kernel"
     text = Path("/proc/cpuinfo").read_text() if cpuinfo is None else cpuinfo
     flags = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
     if flags is None or not {"vmx", "svm"} & set(flags.group(1).split()):
         return (
-            f"{device} is there, but the processor shows neither vmx nor svm",
-            "switch (nested) virtualisation on for this machine",
+            f"{device} exists, but the processor has neither vmx nor svm",
+            "enable (nested) virtualisation for this machine",
         )
     try:
         os.close(fcntl.ioctl(fd, _KVM_CREATE_VM, 0))
     except OSError as error:
-        return f"{device} makes no VM: {error.strerror}", "look at the kernel's log"
+        return f"{device} cannot create a VM: {error.strerror}", "read the kernel's log (dmesg)"
     return None

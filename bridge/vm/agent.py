@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the guest's agent reports on the second serial port: JSON, one object a line.
+"""Reports of the guest's agent on the second serial port: JSON, one object a line.
 
 ``{"state":"ready","kernel":…,"device":…,"uptime_ms":…,"mem_available_kib":…}`` or
-``{"state":"unhealthy","what":…,"why":…}``. The guest is not trusted: a line has a limit, whatever
-is not a report is counted and dropped, and every text is cut and cleaned before it is shown.
+``{"state":"unhealthy","what":…,"why":…}``. The guest is not trusted: the length of a line is
+limited, a line that is no report is counted and dropped, and each text is cut and cleaned before
+it is shown.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from bridge.vm.console import plain_text
 __all__ = ["LINE_LIMIT", "Ready", "Report", "ReportReader", "Unhealthy", "parse_report"]
 
 LINE_LIMIT = 4096
-"""Bytes of one report."""
+"""Bytes of a report at most."""
 
 _TEXT_LIMIT = 512
 _NUMBER_LIMIT = 1 << 62
@@ -26,9 +27,12 @@ _NUMBER_LIMIT = 1 << 62
 class Ready:
     """The guest is set up.
 
-    ``kernel`` is its release, ``device`` the path of the kcov device. ``uptime_ms``: milliseconds
-    since the kernel started; ``mem_available_kib``: what the guest has left (KiB).
-    ``boot_seconds`` is the host's own measure, from the start of QEMU to this report.
+    Attributes:
+        kernel: the kernel's release.
+        device: the path of the kcov device.
+        uptime_ms: milliseconds since the kernel started.
+        mem_available_kib: KiB of memory that the guest has left.
+        boot_seconds: from the start of QEMU to this report, by the host's clock.
     """
 
     kernel: str
@@ -40,7 +44,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Unhealthy:
-    """The guest runs but could not be set up: ``what`` failed, and ``why``."""
+    """The guest runs, but setting it up failed: at ``what``, and ``why``."""
 
     what: str
     why: str
@@ -64,7 +68,7 @@ def _number(value: object) -> int:
 
 
 def parse_report(line: bytes) -> Report | None:
-    """A report, or None for a line that is none. Never raises."""
+    """Return the report in a line, None if it is no report. Never raises."""
     if len(line) > LINE_LIMIT:
         return None
     try:
@@ -86,9 +90,10 @@ def parse_report(line: bytes) -> Report | None:
 
 
 class ReportReader:
-    """Cuts the guest's bytes into lines and those into reports. For one thread.
+    """Parses the guest's bytes into reports. For one thread.
 
-    ``ignored`` counts the lines that were no report.
+    Attributes:
+        ignored: how many lines were no report.
     """
 
     def __init__(self) -> None:
@@ -97,7 +102,7 @@ class ReportReader:
         self._too_long = False
 
     def feed(self, chunk: bytes) -> list[Report]:
-        """The reports that these bytes complete. Never raises; keeps at most one line."""
+        """Return the reports that these bytes complete. Never raises; keeps at most one line."""
         reports: list[Report] = []
         *ended, rest = chunk.split(b"\n")
         for piece in ended:
@@ -109,7 +114,7 @@ class ReportReader:
         return reports
 
     def forget(self) -> None:
-        """Drop the line that has begun."""
+        """Drop the incomplete line."""
         self._line.clear()
         self._too_long = False
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a machine is made of, and QEMU's command line for it: pure functions of the two.
+"""The settings of a virtual machine, and QEMU's command line for it.
 
-Sockets are made before QEMU starts and their descriptors handed over, so that nothing races, no
-path lies in the file system, and nobody else can connect.
+Sockets are made before QEMU starts and QEMU inherits their descriptors, so there is no race, no
+path in the file system, and nobody else can connect.
 """
 
 from __future__ import annotations
@@ -31,37 +31,44 @@ __all__ = [
 DEFAULT_QEMU = "qemu-system-x86_64"
 
 _CPU = {"kvm": "host", "tcg": "max,la57=off"}
-"""Five-level paging costs TCG a level on every walk and gives a small guest nothing."""
+"""Five-level paging would cost TCG one more level on each page walk; a small guest needs four."""
 
 _BOOT_SECONDS = {"kvm": 20.0, "tcg": 60.0}
 
 _KERNEL_ARGUMENTS = {"console": "ttyS0", "panic": "-1"}
-"""Needed to see the console, and to end (reboot at once, which ends QEMU) after a panic; given
-unless ``cmdline`` says otherwise."""
+"""The console on the first serial port, and a reboot right after a panic, which ends QEMU. Each is
+added unless ``cmdline`` sets it."""
 
 _QCOW2_MAGIC = b"QFI\xfb"
 """``docs/interop/qcow2.txt`` in QEMU."""
 
 
 _WIRING = {"wiring": True}
-"""The metadata of fields of :class:`MachineConfig` that are no part of what the machine is."""
+"""The metadata of the fields of :class:`MachineConfig` that are wiring."""
 
 
 @dataclass(frozen=True)
 class MachineConfig:
-    """A virtual machine, as far as it is decided before it starts.
+    """The settings of a virtual machine.
 
-    Most fields say what the machine is; a snapshot fits that machine alone. The others are wiring:
-    they differ between runs, are in no device's state, and :attr:`identity` is without them.
+    Most fields are the machine's identity: a snapshot fits only a machine with the same values.
+    The others are wiring: they differ between runs and are part of no device's state.
 
-    ``disk`` is a read-only image (virtio, ``/dev/vda``); ``image`` a user's own raw or qcow2 disk
-    (virtio as well), of which the guest gets a throw-away copy-on-write view: it is never written.
-    ``boot_timeout`` in seconds, None for the accelerator's default; ``cpu`` is QEMU's ``-cpu``,
-    None for the accelerator's default. ``ssh_port`` 0 takes a free port. ``sandbox`` False is for
-    a QEMU built without seccomp. ``plugin`` watches the guest kernel
-    (:mod:`bridge.sources.guest_kernel`). ``coverage_epoch`` is for the relays to ``endpoints``,
-    and ``gate`` resets them (:class:`bridge.vm.network.RelayGate`). Raises
-    :class:`bridge.errors.UsageError` for what makes no sense.
+    Attributes:
+        disk: a read-only image (virtio, ``/dev/vda``).
+        image: a user's own raw or qcow2 disk (virtio). The guest gets a temporary copy-on-write
+            view of it; the file is never written.
+        cpu: QEMU's ``-cpu``; None for the accelerator's default.
+        endpoints: the target's servers that the guest can reach.
+        coverage_epoch: the word that the relays to ``endpoints`` change.
+        gate: resets these relays (:class:`bridge.vm.network.RelayGate`).
+        ssh_port: the port of 127.0.0.1 for SSH; 0 for a free one.
+        boot_timeout: seconds; None for the accelerator's default.
+        sandbox: False for a QEMU that was built without seccomp.
+        plugin: watches the guest kernel (:mod:`bridge.sources.guest_kernel`).
+
+    Raises:
+        UsageError: a value is impossible, or a file is missing.
     """
 
     accelerator: Accelerator
@@ -87,15 +94,17 @@ class MachineConfig:
 
     def __post_init__(self) -> None:
         if self.memory_mib < 32:
-            raise UsageError(f"{self.memory_mib} MiB of guest memory boot no kernel")
+            raise UsageError(
+                f"{self.memory_mib} MiB of guest memory are too little", hint="32 MiB is the least"
+            )
         if self.cpus < 1:
-            raise UsageError(f"a machine has at least one processor, not {self.cpus}")
+            raise UsageError(f"a machine needs at least one vCPU, not {self.cpus}")
         if self.initrd is not None and self.kernel is None:
             raise UsageError("an initrd needs a kernel")
         for what in ("kernel", "initrd", "disk", "image"):
             path = getattr(self, what)
             if path is not None and not path.is_file():
-                raise UsageError(f"the {what} {path} is not there, or is not a file")
+                raise UsageError(f"the {what} {path} does not exist, or is not a file")
 
     @property
     def identity(self) -> MachineConfig:
@@ -119,7 +128,7 @@ class MachineConfig:
 
     @property
     def kernel_cmdline(self) -> str:
-        """``cmdline``, and what the bridge needs where it does not say otherwise."""
+        """``cmdline``, with what the bridge needs and ``cmdline`` does not set."""
         given = {word.partition("=")[0] for word in self.cmdline.split()}
         needed = [f"{key}={value}" for key, value in _KERNEL_ARGUMENTS.items() if key not in given]
         return " ".join([*needed, *self.cmdline.split()])
@@ -135,12 +144,15 @@ class WatchFds:
 
 @dataclass(frozen=True)
 class MemoryFds:
-    """The files of a machine that will be saved, or starts from what was saved
-    (:mod:`bridge.vm.snapshot`).
+    """The files of a machine that is saved to, or started from, a snapshot.
 
-    ``ram`` is the guest's memory. A machine that starts from a saved one has the devices' state
-    twice: ``devices`` to start from, a file or a pipe that is read once, and ``states``, a qcow2
-    to go back to again and again. Without ``devices`` it boots, and can be saved.
+    A machine that starts from a snapshot gets the devices' state twice; without ``devices`` it
+    boots and can be saved. See :mod:`bridge.vm.snapshot`.
+
+    Attributes:
+        ram: the guest's memory.
+        states: a qcow2 with the devices' state, for each later reset.
+        devices: a file or pipe with the devices' state, read once at the start.
     """
 
     ram: int
@@ -150,7 +162,7 @@ class MemoryFds:
 
 @dataclass(frozen=True)
 class BackendFds:
-    """QEMU's ends of the socket pairs. ``doorbell`` None leaves the ivshmem device out."""
+    """QEMU's ends of the socket pairs. There is no ivshmem device if ``doorbell`` is None."""
 
     qmp: int
     console: int
@@ -161,7 +173,7 @@ class BackendFds:
 
     @property
     def all(self) -> tuple[int, ...]:
-        """What QEMU must inherit."""
+        """The descriptors that QEMU must inherit."""
         fds = [self.qmp, self.console, self.report, self.doorbell]
         if self.watch is not None:
             fds += [self.watch.plan, self.watch.region]
@@ -171,14 +183,14 @@ class BackendFds:
 
 
 def qemu_command(config: MachineConfig, fds: BackendFds) -> list[str]:
-    """The command that starts the machine with these backends. Reads the head of ``image``."""
+    """Return the command that starts the machine. Reads the first bytes of ``image``."""
     chardevs = [
         *("-chardev", f"socket,id=qmp,fd={fds.qmp}", "-qmp", "chardev:qmp"),
         *("-chardev", f"socket,id=console,fd={fds.console}", "-serial", "chardev:console"),
         *("-chardev", f"socket,id=report,fd={fds.report}", "-serial", "chardev:report"),
     ]
     if fds.doorbell is not None:
-        # master=on: without it the device forbids snapshots.
+        # The device forbids snapshots unless it is master=on.
         chardevs += ["-chardev", f"socket,id=kcov,fd={fds.doorbell}"]
         chardevs += ["-device", f"ivshmem-doorbell,chardev=kcov,vectors={VECTORS},master=on"]
     if fds.watch is not None:
@@ -187,20 +199,20 @@ def qemu_command(config: MachineConfig, fds: BackendFds) -> list[str]:
         chardevs += ["-plugin", f"file={_escaped(config.plugin)},{given}"]
     if fds.memory is not None:
         if fds.memory.devices is not None:
-            # What was loaded from them is in the guest's memory by then.
+            # The saved memory already holds what would be loaded from them.
             config = replace(config, kernel=None, initrd=None)
         chardevs += _memory(config, fds.memory)
     return [*_machine(config), *chardevs, *_disks(config), *_network(config), *config.extra_args]
 
 
 def _memory(config: MachineConfig, fds: MemoryFds) -> list[str]:
-    """The guest's memory as a file of ours, and where QEMU finds the devices' state."""
+    """Return the options for the guest's memory, a file of ours, and for the devices' state."""
     ram = f"memory-backend-file,id=ram,size={config.memory_mib}M,share=on"
     command = [
         *("-object", f"{ram},mem-path=/proc/self/fd/{fds.ram}"),
-        # No description of the state behind it, for debuggers.
+        # Leave out the description of the state that follows it, for debuggers.
         *("-machine", "memory-backend=ram,suppress-vmdesc=on"),
-        # Nor of the machine in front of it: the snapshot's name has that.
+        # Leave out the machine's description before it: the snapshot's name has that.
         *("-global", "migration.send-configuration=off"),
     ]
     if fds.states is not None:
@@ -212,7 +224,7 @@ def _memory(config: MachineConfig, fds: MemoryFds) -> list[str]:
 
 
 def paste_command(config: MachineConfig) -> str:
-    """The same machine for a person's shell: the console on the terminal, no kcov device."""
+    """Return the command to paste into a shell: console on the terminal, no kcov device."""
     console = ["-serial", "mon:stdio", "-serial", "null"]
     return shlex.join(
         [*_machine(config), *console, *_disks(config), *_network(config), *config.extra_args]
@@ -224,18 +236,18 @@ def _machine(config: MachineConfig) -> list[str]:
         config.qemu,
         *("-name", f"{_escaped(config.name)},debug-threads=on"),
         *("-nodefaults", "-no-user-config", "-display", "none"),
-        # What a server has no use for costs boot time: every device is probed by the firmware.
+        # Unused devices cost boot time, because the firmware probes each one.
         *("-machine", "q35,hpet=off,sata=off,smbus=off,vmport=off,usb=off"),
         *("-accel", config.accelerator.name),
         *("-cpu", config.cpu_model),
         *("-m", str(config.memory_mib), "-smp", str(config.cpus)),
-        # A guest that panics, reboots or switches itself off ends QEMU, which tells why.
+        # QEMU ends, and reports why, when the guest panics, reboots or powers off.
         *("-action", "panic=shutdown,reboot=shutdown,shutdown=poweroff"),
         *("-device", "pvpanic-pci", "-device", "virtio-rng-pci"),
     ]
     if config.sandbox:
-        # A relay is a child of QEMU's, for which libslirp calls setsid(). QEMU's sandbox counts
-        # that as elevating privileges; what it would forbid besides, no_new_privs does (launch.py).
+        # Relays are children of QEMU. libslirp calls setsid() for them, which the sandbox counts as
+        # elevating privileges; no_new_privs (launch.py) forbids what else it would forbid.
         relays = config.network and config.endpoints
         allowed = "allow" if relays else "deny"
         denied = "obsolete=deny,resourcecontrol=deny"
@@ -264,7 +276,7 @@ def _network(config: MachineConfig) -> list[str]:
         return ["-nic", "none"]
     return [
         *("-netdev", _netdev(config)),
-        # An empty romfile: the firmware has no boot ROM to copy and to run.
+        # With an empty romfile the firmware has no boot ROM to copy and run.
         *("-device", "virtio-net-pci,netdev=net,romfile="),
     ]
 
@@ -285,5 +297,5 @@ def _image_format(image: Path) -> str:
 
 
 def _escaped(value: str | Path) -> str:
-    """A value inside one of QEMU's comma-separated options."""
+    """Escape a value inside one of QEMU's comma-separated options."""
     return str(value).replace(",", ",,")

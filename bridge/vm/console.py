@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guest's serial console: a bounded record on disk, its end in memory, and what it tells.
+"""The guest's serial console: a bounded file, the last part in memory, and the reason of a panic.
 
-The guest writes what it likes, as much as it likes: the file stops growing at a limit, and what
-people are shown has no control characters left.
+The guest is not trusted: the file stops growing at a limit, and control characters are removed
+from text that people are shown.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FILE_LIMIT = 16 * 1024 * 1024
 """Bytes of console output that are written to the file as they come."""
 
 TAIL_LIMIT = 64 * 1024
-"""Bytes of console output that are kept in memory, and looked at in a file: the last ones."""
+"""Bytes at the end of the console output that are kept in memory, and read from a file."""
 
 _ESCAPES = re.compile(
     r"\x1b\][^\x07\x1b]{0,256}(?:\x07|\x1b\\)?"  # operating system command: titles
@@ -30,7 +30,7 @@ _PANIC = re.compile(r"Kernel panic - not syncing:? ?([^\n]*)")
 
 
 def plain_text(raw: bytes) -> str:
-    """Console output without escape sequences and control characters, lines ended by newlines."""
+    """Return console output without escape sequences and control characters."""
     text = raw.decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n")
     return _CONTROLS.sub("", _ESCAPES.sub("", text))
 
@@ -41,7 +41,7 @@ def _last_lines(raw: bytes, lines: int) -> str:
 
 
 def tail_of_file(path: Path, lines: int = 20) -> str:
-    """The last lines of a console file that are not blank; "" when there is no such file."""
+    """Return the last non-blank lines of a console file; "" if there is no such file."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - TAIL_LIMIT))
@@ -51,15 +51,15 @@ def tail_of_file(path: Path, lines: int = 20) -> str:
 
 
 def find_panic(text: str) -> str | None:
-    """The reason that the guest kernel gave for a panic, None when there was none in the text."""
+    """Return the reason of a kernel panic in the text; None if there is no panic."""
     match = _PANIC.search(text)
     return (match.group(1).strip() or "no reason given") if match else None
 
 
 class ConsoleLog:
-    """What the guest wrote to its console, on disk and, the end of it, in memory.
+    """The guest's console output: in a file if there is a ``path``, its end in memory.
 
-    Any thread may call any method. ``path`` None keeps no file.
+    Any thread may call any method.
     """
 
     def __init__(self, path: Path | None, *, limit: int = FILE_LIMIT) -> None:
@@ -72,10 +72,10 @@ class ConsoleLog:
         self._panic: str | None = None
 
     def feed(self, chunk: bytes) -> None:
-        """Take what the guest wrote. A full disk loses the file's end, not the run."""
+        """Add what the guest wrote. On a full disk the file ends early, and the run continues."""
         with self._lock:
             if self._panic is None:
-                # The words may have come in two pieces: look at the last line's start as well.
+                # The message may have come in two pieces, so search the previous piece as well.
                 self._panic = find_panic(plain_text(bytes(self._tail[-256:]) + chunk))
             room = max(0, self._limit - self._size)
             self._size += len(chunk)
@@ -100,20 +100,20 @@ class ConsoleLog:
 
     @property
     def panic(self) -> str | None:
-        """The reason of the guest kernel's panic, if the console told of one."""
+        """The reason of the guest kernel's panic; None if the console shows no panic."""
         with self._lock:
             if self._panic is None:
                 return None
-            # It was perhaps seen before its line was complete.
+            # Its line may have been incomplete when it was found.
             return find_panic(plain_text(bytes(self._tail))) or self._panic
 
     def tail(self, lines: int = 20) -> str:
-        """The last lines that are not blank."""
+        """Return the last non-blank lines."""
         with self._lock:
             return _last_lines(bytes(self._tail), lines)
 
     def close(self) -> None:
-        """Close the file; of one that was cut, the end follows a line that says so. Idempotent."""
+        """Close the file; if it was cut, append a note and the last output first. Idempotent."""
         with self._lock:
             left_out = self._size - self._limit
             if left_out > 0:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an event of QEMU, or the status of a guest that stands still, says of the guest's fate.
+"""Decide from QEMU's events and status whether the guest is lost, and why.
 
 Pure functions. The events and their members are those of ``qapi/run-state.json`` in QEMU, the
 statuses those of ``query-status``.
@@ -26,33 +26,33 @@ FATEFUL = frozenset(
         "WATCHDOG",
     }
 )
-"""The events that may say that the guest is lost; STOP may too, but its status tells."""
+"""The events that may mean that the guest is lost. After STOP the status tells."""
 
 NEEDS_RESET = frozenset(
     {"guest-panicked", "internal-error", "io-error", "shutdown", "suspended", "watchdog"}
 )
-"""The statuses in which QEMU lets a guest go on after a reset alone."""
+"""The statuses in which QEMU continues a guest only after a reset."""
 
 _EVIDENCE_LINES = 25
 _PANIC_LINES = 60  # an oops and the panic that follows, with their traces
 
-_RESCUE = "a session that started from a snapshot goes on after reset()"
+_RESCUE = "a session that started from a snapshot continues after reset()"
 
 _STOPPED = {
     "guest-panicked": "the guest kernel panicked",
     "internal-error": "the accelerator cannot run the guest's code any further",
     "io-error": "QEMU stopped the guest: the host failed to read or write one of its disks",
-    "paused": "QEMU stopped the guest, and the bridge did not ask for it",
+    "paused": "QEMU stopped the guest without a request of the bridge",
     "shutdown": "the guest was shut down",
     "suspended": "the guest suspended itself",
     "watchdog": "the guest's watchdog expired, and QEMU stopped the guest",
 }
 _STOPPED_HINTS = {
     "internal-error": "if it happens again, try another --cpu, or --accel tcg",
-    "io-error": "see that the host's disk has room, TMPDIR's too, and is sound",
+    "io-error": "check that the host's disks, also that of TMPDIR, have room and work",
 }
 
-_MEMORY_FATAL = {"fatal": "QEMU cannot go on", "reset": "the guest was reset"}
+_MEMORY_FATAL = {"fatal": "QEMU cannot continue", "reset": "the guest was reset"}
 _WATCHDOG_HARMLESS = frozenset({"debug", "inject-nmi", "none"})
 
 
@@ -60,7 +60,7 @@ def loss_by_event(name: str, data: Mapping[str, object], console: ConsoleLog) ->
     """Return why the guest is lost after one of the :data:`FATEFUL` events, None if it is not.
 
     Args:
-        console: what the guest has written, up to the event.
+        console: the guest's output up to the event.
     """
     reason, action = data.get("reason"), str(data.get("action"))
     panicked = name == "GUEST_PANICKED" or (
@@ -68,7 +68,7 @@ def loss_by_event(name: str, data: Mapping[str, object], console: ConsoleLog) ->
     )
     if panicked or name == "GUEST_CRASHLOADED":
         cause = console.panic or "the console does not say why"
-        after = "" if panicked else "; its crash kernel is to run"
+        after = "" if panicked else "; its crash kernel runs next"
         return GuestPanicError(
             f"the guest kernel panicked: {cause}{after}", evidence=console.tail(_PANIC_LINES)
         )
@@ -79,14 +79,14 @@ def loss_by_event(name: str, data: Mapping[str, object], console: ConsoleLog) ->
     elif name == "WATCHDOG" and action not in _WATCHDOG_HARMLESS:
         what = f"did not answer to its watchdog in time (action: {action})"
     elif name == "MEMORY_FAILURE" and action in _MEMORY_FATAL:
-        what = f"met a fault of the host's memory: {_MEMORY_FATAL[action]}"
+        what = f"met a fault in the host's memory: {_MEMORY_FATAL[action]}"
     elif name == "GUEST_PVSHUTDOWN" or (name == "SHUTDOWN" and data.get("guest") is True):
         what = "was reset" if reason == "guest-reset" else "was switched off"
         return GuestPoweredOffError(
             f"the guest {what} from inside", evidence=console.tail(_EVIDENCE_LINES)
         )
     else:
-        return None  # it goes on; or QEMU ends by a command or a signal, and its end tells how
+        return None  # the guest continues, or QEMU ends and its exit status says why
     return GuestStoppedError(
         f"the guest {what}", evidence=console.tail(_EVIDENCE_LINES), hint=_RESCUE
     )
@@ -95,12 +95,12 @@ def loss_by_event(name: str, data: Mapping[str, object], console: ConsoleLog) ->
 def loss_by_status(
     status: str, *, asked: bool, stderr: str, disk_errors: Iterable[Mapping[str, object]]
 ) -> GuestStoppedError | None:
-    """Return why the guest is lost when it was told to have stopped; None if it is not.
+    """Return why the guest is lost after QEMU's event STOP; None if it is not.
 
     Args:
-        status: what ``query-status`` says now.
-        asked: whether the bridge had the guest stand still when it was told.
-        stderr: what QEMU has written to its stderr.
+        status: the answer to ``query-status``, after the event.
+        asked: whether the bridge had paused the guest when the event came.
+        stderr: QEMU's stderr so far.
         disk_errors: the data of the ``BLOCK_IO_ERROR`` events.
     """
     if status not in _STOPPED or (status == "paused" and asked):

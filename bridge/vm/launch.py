@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Become another program, one that dies with its parent and gains no privileges.
+"""Execute a program that dies with its parent and gains no privileges.
 
 Run as a script, by :mod:`bridge.vm.process`:
 
 ``launch.py PARENT ERROR_FD -- PROGRAM [ARGUMENT ...]``
 
-A function between fork and exec (``preexec_fn``) is unsafe in a process with threads, so the
-parent-death signal is asked for here, in a fresh interpreter, and survives the exec. ``ERROR_FD``
-is the writing end of a pipe: it carries the errno of a failed exec and is closed by one that
-works. Imports nothing but the standard library, so that ``-I -S`` starts it in a few milliseconds.
+A function between fork and exec (``preexec_fn``) is unsafe in a process with threads, so a fresh
+interpreter requests the parent-death signal here, and the exec preserves it. ``ERROR_FD`` is the
+writing end of a pipe: a failed exec writes its errno there, a successful one closes it. The script
+imports only the standard library, so that ``-I -S`` starts it in a few milliseconds.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     ):
         os.write(error_fd, b"%d" % ctypes.get_errno())
         return 126
-    # A parent that died before the call above sends no signal any more.
+    # There is no signal if the parent died before the call above.
     if os.getppid() != parent:
         return 126
     try:

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guest's network: QEMU's user network, closed but for SSH and the targets.
+"""The guest's network: QEMU's user network, open only for SSH and the targets.
 
-``restrict=on`` cuts the guest off from the host and from the world. Open are only
+``restrict=on`` cuts the guest off from the host and from the world, except for
 
 * a port of 127.0.0.1 on the host, forwarded to the guest's sshd, and
-* for each endpoint of a target, ``TARGET_ADDRESS:guest_port`` in the guest, for which QEMU starts
-  :mod:`bridge.vm.relay` once per connection; that connects to ``127.0.0.1:host_port``.
+* for each endpoint of a target, ``TARGET_ADDRESS:guest_port`` in the guest: QEMU starts
+  :mod:`bridge.vm.relay` for each connection, which connects to ``127.0.0.1:host_port``.
 
-QEMU can forward a guest's connection to a chardev as well, without a program between; but a
-chardev is one connection for the life of the VM, so a second client, or a second mount after the
-first, would find it taken.
+QEMU can also forward a guest's connection to a chardev, without a program between. But a chardev
+is one connection for the life of the VM, so a second client or a second mount would find it taken.
 """
 
 from __future__ import annotations
@@ -48,17 +47,17 @@ _HOST_FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+(\S+)\s+(\d+)\s+(\S+)\s
 
 @dataclass(frozen=True)
 class EpochWord:
-    """Where relays find the region's coverage epoch: a file, and the word's offset in bytes."""
+    """The place of the region's coverage epoch: a file, and the word's offset in bytes."""
 
     file: str
     offset: int
 
 
 class RelayGate:
-    """Resets all relays at once, and with each both of its connections.
+    """Resets all relays at once, each with both of its connections.
 
     The relays are children of QEMU, unknown to this process. Each opens ``path``, a pipe of this
-    process, and ends as soon as the pipe can be read. Nobody reads it, so all of them see it.
+    process, and ends as soon as the pipe is readable. Nobody reads from it, so all relays see that.
     """
 
     def __init__(self) -> None:
@@ -75,7 +74,7 @@ class RelayGate:
         self._writing = writing
 
     def close(self) -> None:
-        """Close the pipe, which ends the relays too; to be called once."""
+        """Close the pipe, which also ends the relays. Call it once."""
         os.close(self._writing)
         os.close(self._reading)
 
@@ -83,7 +82,7 @@ class RelayGate:
 def relay_command(
     endpoint: Endpoint, epoch: EpochWord | None = None, gate: Path | None = None
 ) -> list[str]:
-    """Return what QEMU runs for a connection to an endpoint; ``epoch`` is the word it changes."""
+    """Return the command that QEMU runs for each connection to an endpoint."""
     command = [sys.executable, "-I", "-S", str(_RELAY), str(endpoint.host_port)]
     if gate is not None:
         command += ["--gate", str(gate)]
@@ -101,12 +100,15 @@ def netdev_option(
     coverage_epoch: EpochWord | None = None,
     gate: Path | None = None,
 ) -> str:
-    """The value of QEMU's ``-netdev`` for a network called ``name``.
+    """Return the value of QEMU's ``-netdev`` for a network called ``name``.
 
-    ``ssh_port`` 0 lets the kernel choose a free port, which :func:`find_ssh_port` finds out.
-    ``coverage_epoch`` and ``gate`` are for the relays. Raises
-    :class:`bridge.errors.UsageError` for an impossible port, and for two endpoints at one guest
-    port.
+    Args:
+        ssh_port: with 0 the kernel chooses a free port; see :func:`find_ssh_port`.
+        coverage_epoch: the word that the relays change.
+        gate: the pipe that resets the relays.
+
+    Raises:
+        UsageError: a port is impossible, or two endpoints have the same guest port.
     """
     parts = [f"user,id={name},restrict=on,ipv6=off"]
     if ssh:
@@ -118,7 +120,7 @@ def netdev_option(
         _check_port(f"the host port of endpoint {endpoint.name!r}", endpoint.host_port)
         if other := taken.get(endpoint.guest_port):
             raise UsageError(
-                f"the endpoints {other.name!r} and {endpoint.name!r} both want guest port "
+                f"the endpoints {other.name!r} and {endpoint.name!r} have the same guest port "
                 f"{endpoint.guest_port}"
             )
         taken[endpoint.guest_port] = endpoint
@@ -129,15 +131,18 @@ def netdev_option(
 
 def _check_port(what: str, port: int, *, lowest: int = 1) -> None:
     if not lowest <= port <= 65535:
-        raise UsageError(f"{what} is {port}", hint=f"a port lies in {lowest}-65535")
+        raise UsageError(
+            f"{what} cannot be {port}", hint=f"a port is a number from {lowest} to 65535"
+        )
 
 
 def find_ssh_port(info_usernet: str) -> int:
-    """The host's port for SSH, from the answer to QEMU's ``info usernet``.
+    """Return the host's port for SSH, from the answer to QEMU's ``info usernet``.
 
-    Raises :class:`bridge.errors.QemuError` when it tells of none.
+    Raises:
+        QemuError: the answer has none.
     """
     for address, port, _, guest_port in _HOST_FORWARD.findall(info_usernet):
         if address == LOCALHOST and int(guest_port) == SSH_GUEST_PORT:
             return int(port)
-    raise QemuError("QEMU does not tell which port it forwards to SSH", evidence=info_usernet)
+    raise QemuError("QEMU does not report the port that it forwards to SSH", evidence=info_usernet)

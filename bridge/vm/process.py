@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one door for programs that run beside the bridge.
+"""Start the programs that run beside the bridge.
 
-A program started here dies with the bridge, whatever kills the bridge (parent-death signal), does
-not see the terminal's Ctrl-C (a session of its own), inherits exactly the file descriptors it was
-given, and leaves the end of its stderr as evidence.
+A program started here dies with the bridge, whatever kills the bridge (parent-death signal), is
+not reached by the terminal's Ctrl-C (a session of its own), inherits exactly the file descriptors
+that it was given, and leaves the end of its stderr as evidence.
 
-The kernel sends the parent-death signal when the *thread* that forked ends, not the process. So
-all forks are made by one thread that lives as long as the process.
+The kernel sends the parent-death signal when the forking *thread* ends, not the process. So one
+thread, which lives as long as the process, makes all forks.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ __all__ = ["STDERR_LIMIT", "Process", "spawn"]
 logger = logging.getLogger(__name__)
 
 STDERR_LIMIT = 64 * 1024
-"""Bytes of a program's stderr that are kept: the last ones."""
+"""Bytes at the end of a program's stderr that are kept."""
 
 _LAUNCHER = Path(__file__).with_name("launch.py")
 
 
 class Process:
-    """A running program. Made by :func:`spawn`; ends with :meth:`kill`, at the latest.
+    """A running program, made by :func:`spawn`. :meth:`kill` ends it at the latest.
 
-    ``on_end`` is called once, on a thread of this object, when the program has ended and its
+    ``on_end`` is called once, on a thread of this object, after the program has ended and its
     stderr has been read.
     """
 
@@ -67,7 +67,7 @@ class Process:
 
     @property
     def running(self) -> bool:
-        """Whether the program has not ended yet."""
+        """Whether the program still runs."""
         return not self._ended.is_set()
 
     @property
@@ -77,17 +77,17 @@ class Process:
 
     @property
     def stderr_text(self) -> str:
-        """The last :data:`STDERR_LIMIT` bytes of stderr, as far as read."""
+        """The last :data:`STDERR_LIMIT` bytes of stderr, as far as they were read."""
         return bytes(self._stderr).decode(errors="replace")
 
     @property
     def command(self) -> str:
-        """The command as it can be pasted into a shell."""
+        """The command, to paste into a shell."""
         return shlex.join(self.argv)
 
     @property
     def how_it_ended(self) -> str:
-        """In words: ``exited with status 1``, ``was killed by SIGKILL``, ``is still running``."""
+        """``exited with status 1``, ``was killed by SIGKILL``, or ``is still running``."""
         code = self.returncode
         if code is None:
             return "is still running"
@@ -99,21 +99,22 @@ class Process:
             return f"was killed by signal {-code}"
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the end, at most ``timeout`` seconds; whether it came."""
+        """Wait for the end, at most ``timeout`` seconds. Returns whether the program ended."""
         return self._ended.wait(timeout)
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal; nothing happens when the program has ended."""
+        """Send a signal, unless the program has ended."""
         with self._pidfd_lock:
             if self._pidfd is not None:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self._pidfd, number)
 
     def kill(self, timeout: float = 10.0) -> None:
-        """SIGKILL, and wait until the program is gone. Safe to call on one that has ended.
+        """Kill the program and wait until it is gone. Does nothing after its end.
 
-        Raises :class:`bridge.errors.InfrastructureError` when it is still there after ``timeout``
-        seconds: the kernel holds it, in a system call that cannot be interrupted.
+        Raises:
+            InfrastructureError: it still exists after ``timeout`` seconds, because the kernel
+                holds it in a system call that cannot be interrupted.
         """
         self.send_signal(signal.SIGKILL)
         if not self._ended.wait(timeout):
@@ -141,7 +142,7 @@ class Process:
                 poll.unregister(pipe.fileno())
             if self._pidfd in ready:
                 break
-        # What it wrote before it ended is in the pipe; a child of it may hold the other end open.
+        # The pipe still holds its last output; a child of it may keep the other end open.
         while self._read_stderr(pipe.fileno(), end_is_empty=True):
             pass
         pipe.close()
@@ -155,7 +156,7 @@ class Process:
             self._on_end(self)
 
     def _read_stderr(self, fd: int, *, end_is_empty: bool = False) -> bool:
-        """Read once; False at the end of the pipe (or when it is empty, if asked so)."""
+        """Read once; False at the pipe's end, with ``end_is_empty`` also if it is empty."""
         try:
             chunk = os.read(fd, STDERR_LIMIT)
         except BlockingIOError:
@@ -172,22 +173,29 @@ def spawn(
     env: Mapping[str, str] | None = None,
     on_end: Callable[[Process], None] | None = None,
 ) -> Process:
-    """Start a program; it runs (the exec has succeeded) when this returns.
+    """Start a program and return once its exec has succeeded.
 
-    stdin and stdout are /dev/null. ``name`` is what messages call it: its file name if not given.
-    Raises :class:`bridge.errors.MissingDependencyError` when there is no such program, and
-    :class:`bridge.errors.InfrastructureError` when it cannot be started.
+    Its stdin and stdout are /dev/null.
+
+    Args:
+        name: the program's name in messages; "" for its file name.
+        pass_fds: the descriptors that it inherits.
+        on_end: see :class:`Process`.
+
+    Raises:
+        MissingDependencyError: there is no such program.
+        InfrastructureError: it cannot be started.
     """
     command = [str(word) for word in argv]
     name = name or Path(command[0]).name
     if shutil.which(command[0]) is None:
-        raise MissingDependencyError(f"{command[0]} is not installed, or not an executable file")
+        raise MissingDependencyError(f"{command[0]} is not installed, or is not an executable file")
     order = _Order(command, name, tuple(pass_fds), env, on_end)
     _spawner().put(order)
     try:
         return order.result.result()
     except BaseException:
-        # The wait was interrupted (Ctrl-C): nobody will own what is being born.
+        # The wait was interrupted (Ctrl-C), so nobody will own the program.
         order.result.add_done_callback(_end_orphan)
         raise
 
@@ -198,7 +206,7 @@ def _end_orphan(result: Future[Process]) -> None:
 
 
 class _Order:
-    """What :func:`spawn` asks of the forking thread."""
+    """A request of :func:`spawn` to the forking thread."""
 
     def __init__(
         self,
@@ -242,7 +250,7 @@ class _Order:
             raise InfrastructureError(
                 f"{self.name} could not be started: {reason}",
                 evidence=shlex.join(self.command),
-                hint="is there memory left?" if int(failure) == errno.ENOMEM else "",
+                hint="free some memory" if int(failure) == errno.ENOMEM else "",
             )
         logger.debug("started %s (pid %d): %s", self.name, popen.pid, shlex.join(self.command))
         return Process(popen, self.command, self.name, self.on_end)
@@ -253,7 +261,7 @@ _orders: SimpleQueue[_Order] | None = None
 
 
 def _spawner() -> SimpleQueue[_Order]:
-    """The queue of the forking thread, which is started with the first order."""
+    """Return the queue of the forking thread, which the first call starts."""
     global _orders
     with _spawner_lock:
         if _orders is None:
@@ -275,7 +283,7 @@ def _serve_orders(orders: SimpleQueue[_Order]) -> None:
 
 
 def _after_fork_in_child() -> None:
-    # A fork copies no thread but the caller's: the child needs a forking thread of its own.
+    # A fork copies only the calling thread, so the child needs a forking thread of its own.
     global _orders, _spawner_lock
     _orders = None
     _spawner_lock = threading.Lock()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QMP for threads: qemu.qmp's asyncio client on an event loop that has a thread of its own."""
+"""QMP for threads: the asyncio client of qemu.qmp on an event loop with its own thread."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 COMMAND_SECONDS = 10.0
-"""How long QEMU may take for a command; it answers from its main loop, in microseconds."""
+"""How long QEMU may take for a command. Its main loop usually answers in microseconds."""
 
 _POLL_SECONDS = 0.01
 
 _wire = logger.getChild("wire")
-# The library logs what it raises as well; a failure is reported once, by whoever catches it.
+# The library logs what it raises, too; whoever catches a failure reports it, once.
 _wire.setLevel(logging.CRITICAL)
 
 
@@ -55,7 +55,7 @@ class EventLoopThread:
             self._loop.close()
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine on the loop; any thread may call. Raises RuntimeError when stopped."""
+        """Run a coroutine on the loop, from any thread. Raises RuntimeError if it was stopped."""
         try:
             return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         except RuntimeError:
@@ -63,7 +63,7 @@ class EventLoopThread:
             raise
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the loop and wait for it; an interrupted wait cancels it."""
+        """Run a coroutine on the loop and wait for it. An interrupt of the wait cancels it."""
         future = self.submit(coroutine)
         try:
             return future.result()
@@ -72,16 +72,16 @@ class EventLoopThread:
             raise
 
     def watch(self, sock: socket.socket, callback: Callable[[], object]) -> None:
-        """Call back on the loop whenever the socket can be read."""
+        """Call back on the loop whenever the socket is readable."""
         self._loop.call_soon_threadsafe(self._loop.add_reader, sock, callback)
 
     def unwatch(self, sock: socket.socket) -> None:
-        """Stop watching a socket; on the loop's own thread only."""
+        """Stop watching a socket. Only for the loop's thread."""
         self._loop.remove_reader(sock)
 
     @staticmethod
     async def until(condition: Callable[[], bool], timeout: float) -> bool:
-        """On the loop: wait for a condition, at most ``timeout`` seconds; whether it holds."""
+        """Wait on the loop for a condition, ``timeout`` seconds at most; True if it holds."""
         deadline = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > deadline:
@@ -90,7 +90,7 @@ class EventLoopThread:
         return True
 
     def stop(self) -> None:
-        """Cancel what runs, end the thread. Safe to call twice."""
+        """Cancel what runs and end the thread. Safe to call twice."""
         if not self._thread.is_alive():
             return
         self.submit(self._cancel_all()).result()
@@ -109,7 +109,7 @@ class Qmp:
     """A QMP connection over a connected socket, which it owns from then on.
 
     ``on_event`` is called on the loop's thread with each event, in order, before the answer to
-    any later command. Methods are for other threads.
+    any later command. The methods are for other threads, unless they say otherwise.
     """
 
     def __init__(
@@ -123,13 +123,14 @@ class Qmp:
             on_event(event)
             return False
 
-        # A filter that lets nothing through: the library's own queue and history never end.
+        # The filter drops every event: the library's own queue and history have no limit.
         self._client.events.event_filter = observe
 
     def connect(self, sock: socket.socket, timeout: float) -> None:
-        """Wait for QEMU's greeting, at most ``timeout`` seconds, and agree on capabilities.
+        """Wait for QEMU's greeting, at most ``timeout`` seconds, and negotiate capabilities.
 
-        Raises :class:`bridge.errors.QemuError`.
+        Raises:
+            QemuError: there is no greeting, or QEMU closed the socket.
         """
 
         async def connect() -> None:
@@ -138,9 +139,9 @@ class Qmp:
         try:
             self._loop.run(connect())
         except TimeoutError as error:
-            raise QemuError(f"QEMU says nothing on its control socket for {timeout:g} s") from error
+            raise QemuError(f"QEMU sent no greeting on its QMP socket for {timeout:g} s") from error
         except ConnectError as error:
-            raise QemuError(f"QEMU closed its control socket: {error}") from error
+            raise QemuError(f"QEMU closed its QMP socket: {error}") from error
 
     def execute(
         self,
@@ -151,10 +152,9 @@ class Qmp:
     ) -> object:
         """Execute a QMP command and return its value.
 
-        Raises :class:`bridge.errors.QemuError` when QEMU refuses, ends, or does not answer within
-        ``timeout`` seconds.
+        Raises:
+            QemuError: QEMU refuses, ends, or does not answer within ``timeout`` seconds.
         """
-
         return self._loop.run(self.execute_on_loop(command, arguments, timeout=timeout))
 
     async def execute_on_loop(
@@ -164,20 +164,21 @@ class Qmp:
         *,
         timeout: float = COMMAND_SECONDS,
     ) -> object:
-        """As :meth:`execute`, for coroutines on the loop."""
+        """Do the same as :meth:`execute` in a coroutine on the loop."""
         try:
             return await asyncio.wait_for(self._client.execute(command, arguments), timeout)
         except TimeoutError as error:
-            raise QemuError(f"QEMU does not answer to {command!r} within {timeout:g} s") from error
+            raise QemuError(f"QEMU did not answer {command!r} within {timeout:g} s") from error
         except ExecuteError as error:
-            raise QemuError(f"QEMU refuses {command!r}: {error}") from error
+            raise QemuError(f"QEMU refused {command!r}: {error}") from error
         except (ExecInterruptedError, QMPError) as error:
-            raise QemuError(f"QEMU ended before it answered to {command!r}") from error
+            raise QemuError(f"QEMU ended before it answered {command!r}") from error
 
     def send_fd(self, fd: int, name: str) -> None:
-        """Give QEMU a copy of a descriptor, which its commands know by ``name``.
+        """Send QEMU a copy of a descriptor, which its commands then know by ``name``.
 
-        Raises :class:`bridge.errors.QemuError` as :meth:`execute` does.
+        Raises:
+            QemuError: as from :meth:`execute`.
         """
 
         async def send() -> None:
@@ -186,11 +187,11 @@ class Qmp:
         try:
             self._loop.run(send())
         except OSError as error:
-            raise QemuError(f"QEMU cannot be given a descriptor: {error}") from error
+            raise QemuError(f"a descriptor could not be sent to QEMU: {error}") from error
         self.execute("getfd", {"fdname": name})
 
     async def drained(self, timeout: float) -> None:
-        """On the loop: wait until everything that an ended QEMU had sent has been read."""
+        """Wait on the loop until everything that an ended QEMU had sent has been read."""
 
         async def drain() -> None:
             while self._client.runstate in (Runstate.CONNECTING, Runstate.RUNNING):
@@ -199,16 +200,16 @@ class Qmp:
         try:
             await asyncio.wait_for(drain(), timeout)
         except TimeoutError:
-            logger.debug("the control socket stayed open after QEMU's end")
+            logger.debug("the QMP socket stayed open after QEMU's end")
 
     def disconnect(self) -> None:
-        """Close the connection. Safe to call on one that is closed, broken or was never open."""
+        """Close the connection. Safe to call if it is closed, broken or was never open."""
 
         async def disconnect() -> None:
             try:
                 await self._client.disconnect()
             except (QMPError, EOFError, OSError) as error:
-                # How the connection had ended before: no news by now.
-                logger.debug("the control connection had ended: %r", error)
+                # The error is how the connection had ended before, which is known by now.
+                logger.debug("the QMP connection had ended: %r", error)
 
         self._loop.run(disconnect())

@@ -10,9 +10,9 @@ word resets the connection.
 
 QEMU's user network starts this for each connection to a target's address (:mod:`bridge.vm.network`)
 with a socket as stdin, stdout and stderr. It ends when both directions have ended or when either
-connection breaks; QEMU's end breaks it, since QEMU's side of the socket closes then. It resets both
-connections as soon as the pipe GATE can be read or has no writer. It imports the standard library
-and one file of the bridge, by its path, so that ``-I -S`` starts it in a few milliseconds.
+connection breaks; the end of QEMU closes QEMU's side of the socket. It resets both connections as
+soon as the pipe GATE is readable or has no writer. It imports the standard library and one file of
+the bridge, by its path, so that ``-I -S`` starts it in a few milliseconds.
 """
 
 import errno
@@ -27,22 +27,22 @@ from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 
 CHUNK = 256 * 1024
-"""Bytes read at once: enough that a big transfer costs few system calls."""
+"""Bytes read at once, so that a big transfer costs few system calls."""
 
 LOCALHOST = "127.0.0.1"
 
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
-"""Seconds, seconds, count: notices a peer that vanished after it had closed its half."""
+"""Seconds, seconds, count. Detects a peer that vanished after it had closed its half."""
 
 NO_LINGER = struct.pack("ii", 1, 0)
-"""``struct linger``: closing resets the connection, which tells the peer that it broke."""
+"""``struct linger``: closing resets the connection, so the peer learns that it broke."""
 
 
 ChangeEpoch = Callable[[], object]
 
 
 def _load_coverage_epoch_value() -> Callable[[], int]:
-    """Load the function that the doorbell uses too, without the package that it lies in."""
+    """Load the function that the doorbell also uses, without importing its package."""
     name = "coverage_epoch"
     module = types.ModuleType(name)
     here = __file__.rpartition("/")[0]  # an absolute path; pathlib takes long to import
@@ -52,7 +52,7 @@ def _load_coverage_epoch_value() -> Callable[[], int]:
 
 
 def epoch_writer(file: str, offset: int) -> ChangeEpoch:
-    """Map the word at ``offset`` and return what changes it. Raises OSError."""
+    """Map the word at ``offset`` and return the function that changes it. Raises OSError."""
     new_value = _load_coverage_epoch_value()
     start = offset // mmap.PAGESIZE * mmap.PAGESIZE
     fd = os.open(file, os.O_RDWR | os.O_CLOEXEC)
@@ -69,9 +69,9 @@ def epoch_writer(file: str, offset: int) -> ChangeEpoch:
 
 
 class Direction:
-    """From one socket to the other: what was read and is not written yet, and whether it ended.
+    """One direction, from a socket to the other: bytes read but not yet written, and its end.
 
-    ``change_epoch`` is called when something was read, or the end, before any of it is written.
+    ``change_epoch`` is called after data or the end was read, before any of it is passed on.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Direction:
         self.done = False
 
     def move(self) -> None:
-        """Carry what can be carried without waiting. Raises OSError for a broken connection."""
+        """Carry what can be carried without waiting. Raises OSError if a connection broke."""
         if self.done:
             return
         try:
@@ -98,7 +98,7 @@ class Direction:
                     self.sink.shutdown(socket.SHUT_WR)
                     return
                 self.pending = self.buffer[:size]
-            # Nearly always all of it goes at once, so try before asking poll.
+            # Nearly always all of it can be sent at once, so try before polling.
             self.pending = self.pending[self.sink.send(self.pending) :]
         except BlockingIOError:
             pass
@@ -118,8 +118,7 @@ class End:
         mask = 0 if self.reads.done or self.reads.pending else select.POLLIN
         if self.writes.pending:
             mask |= select.POLLOUT
-        # A hang-up is reported whether asked for or not, for ever: look away when there is
-        # nothing left to do on this side.
+        # poll reports a hang-up again and again, so unregister when nothing is left to do here.
         return -1 if mask == 0 and self.hung_up else mask
 
     def handle(self, events: int) -> None:
@@ -141,8 +140,12 @@ def relay(
 ) -> None:
     """Copy between two connected sockets until both directions have ended.
 
-    ``change_epoch`` is called before anything from the host is passed to the guest. Raises OSError
-    when one of the connections breaks, or the descriptor ``gate`` says that it is to break.
+    Args:
+        change_epoch: called before anything from the host is passed to the guest.
+        gate: a pipe; the connections are reset when it is readable or has no writer.
+
+    Raises:
+        OSError: a connection broke, or is to be reset.
     """
     for sock in (guest, host):
         sock.setblocking(False)
@@ -176,7 +179,7 @@ def relay(
 
 def main(argv: list[str]) -> int:
     guest = socket.socket(fileno=os.dup(0))
-    # 0, 1 and 2 are the connection itself: nothing that Python prints may get into it.
+    # 0, 1 and 2 are the connection; nothing that Python prints may get into it.
     nowhere = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(nowhere, fd)

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A ready guest on disk: to start from instead of booting, and to go back to.
+"""A ready guest on disk, to start from instead of booting, and to return to.
 
 A snapshot is a directory with
 
 * ``memory``: the guest's memory, with holes where it is zero;
-* ``devices``: the state of the devices, which a new QEMU takes as an incoming migration. It has no
-  memory in it, neither the guest's nor the shared region (:mod:`bridge.vm.vmstate`);
-* ``snapshot.json``: the sizes of these, and their checksums.
+* ``devices``: the state of the devices, which a new QEMU takes as an incoming migration. It holds
+  neither the guest's memory nor the shared region (:mod:`bridge.vm.vmstate`);
+* ``snapshot.json``: the sizes of these files, and their checksums.
 
-QEMU takes an incoming migration once, but ``loadvm`` as often as one likes: for that each machine
-gets the same state as a disk in memory.
+QEMU takes an incoming migration once, but ``loadvm`` any number of times. So each machine also gets
+the same state as a disk in memory.
 
-It appears by a rename when it is complete. Its files hold what the guest had in memory, so nobody
-but the user may read them.
+A snapshot appears by a rename once it is complete. Only the user may read its files, because they
+hold the guest's memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from bridge.vm.vmstate import state_disk
 __all__ = ["KEPT", "Loading", "Snapshot", "fingerprint", "new_memory", "prune"]
 
 KEPT = 4
-"""How many snapshots the cache keeps: those used last."""
+"""How many snapshots the cache keeps: the ones used last."""
 
 _FORMAT = 2
 _DESCRIPTION = "snapshot.json"
@@ -55,17 +55,21 @@ def fingerprint(
     modules: Sequence[str] = (),
     cpuinfo: str | None = None,
 ) -> str:
-    """What a snapshot of a machine depends on: 16 hex digits.
+    """Return a hash of everything that a snapshot of a machine depends on: 16 hex digits.
 
     That is QEMU's command line without wiring (:attr:`MachineConfig.identity`), the files that it
-    names and QEMU itself, the kernel modules that are loaded, the region and its layout, and the
-    host's processor (the text of /proc/cpuinfo if it is not to be read from there), which gives the
-    guest its clock's pace, and under KVM its features; under KVM the host's kernel too.
+    names, QEMU itself, the loaded kernel modules, the region and its layout, and the host's
+    processor, which sets the pace of the guest's clock and, under KVM, its features. Under KVM it
+    is also the host's kernel.
+
+    Args:
+        modules: the kernel modules that the guest loads.
+        cpuinfo: the text of /proc/cpuinfo; None to read that file.
     """
     fds = BackendFds(0, 0, 0, 0, memory=MemoryFds(0, 0))
     parts = [str(_FORMAT), *qemu_command(config.identity, fds)]
     if config.accelerator.name == "kvm":
-        # KVM keeps a part of the devices' state, in a form of its own.
+        # KVM keeps a part of the devices' state in a format of its own.
         parts.append(os.uname().release)
     program = shutil.which(config.qemu)
     for file in (program, config.kernel, config.initrd, config.disk):
@@ -83,9 +87,13 @@ def fingerprint(
 
 
 def new_memory(size: int) -> int:
-    """A descriptor for the memory of a guest, ``size`` bytes of zero, to be closed by the caller.
+    """Create the memory of a guest, ``size`` bytes of zero.
 
-    Raises OSError.
+    Returns:
+        A descriptor, which the caller closes.
+
+    Raises:
+        OSError: there is no memory.
     """
     fd = os.memfd_create("kcov-bridge-guest", os.MFD_CLOEXEC)
     try:
@@ -97,9 +105,10 @@ def new_memory(size: int) -> int:
 
 
 class Snapshot:
-    """A snapshot whose files are open, so that it stays usable when it is removed.
+    """A snapshot whose files are open, so that it remains usable after its removal.
 
-    Raises :class:`bridge.errors.ImageError` where there is none, or a broken one.
+    Raises:
+        ImageError: there is no snapshot in the directory, or it is broken.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -115,7 +124,7 @@ class Snapshot:
                     if size != data["files"][name]:
                         raise ValueError(f"{name} has {size} bytes")
                     fds.append(fd)
-                # That it was used: see prune(), which finds nothing to do in a read-only cache.
+                # Mark it as used, for prune(). In a read-only cache there is nothing to prune.
                 with contextlib.suppress(OSError):
                     os.utime(directory)
             except (OSError, ValueError, KeyError, TypeError) as error:
@@ -135,9 +144,10 @@ class Snapshot:
         self.close()
 
     def restore(self, ram: int) -> None:
-        """Make the guest's memory what it was. ``ram`` is of :func:`new_memory`.
+        """Restore the guest's memory into ``ram``, a descriptor of :func:`new_memory`.
 
-        Raises :class:`bridge.errors.ImageError`.
+        Raises:
+            ImageError: the saved memory cannot be read.
         """
         try:
             with mmap.mmap(ram, self._size) as mapping:
@@ -159,7 +169,7 @@ class Snapshot:
 
     @contextlib.contextmanager
     def loading(self, ram: int) -> Iterator[Loading]:
-        """While inside, :meth:`restore` is at work on a thread, for QEMU to start meanwhile."""
+        """Run :meth:`restore` on a thread, so that QEMU can start meanwhile; end it on exit."""
         loading = Loading(self, ram)
         try:
             yield loading
@@ -167,9 +177,11 @@ class Snapshot:
             loading.end()
 
     def states(self) -> int:
-        """A disk in memory with the devices' state, for one machine; to be closed by the caller.
+        """Return a disk in memory with the devices' state, for one machine; the caller closes it.
 
-        Raises OSError, and :class:`bridge.errors.QemuError` where the state is too large.
+        Raises:
+            OSError: there is no memory.
+            QemuError: the state is too large.
         """
         return state_disk(os.pread(self.devices, os.fstat(self.devices).st_size, 0))
 
@@ -179,7 +191,7 @@ class Snapshot:
 
     @property
     def damaged(self) -> bool:
-        """Whether its files do not hold what was saved; reads them all, or False if that fails."""
+        """Whether its files differ from what was saved. Reads them all; False if it cannot."""
         try:
             text = (self.directory / _DESCRIPTION).read_text(encoding="utf-8")
             saved = json.loads(text).get("sha256", {})
@@ -194,16 +206,19 @@ class Snapshot:
         ram: int,
         on_progress: Callable[[], object] = lambda: None,
     ) -> None:
-        """Save a guest, which stands still afterwards.
+        """Save a guest, which is paused afterwards.
 
-        ``ram`` is its memory; ``on_progress`` as for :meth:`bridge.vm.machine.Machine.save`.
+        Args:
+            ram: the guest's memory.
+            on_progress: as for :meth:`bridge.vm.machine.Machine.save`.
 
-        Raises :class:`bridge.errors.ImageError` where that cannot be written, and what
-        :meth:`bridge.vm.machine.Machine.save` raises.
+        Raises:
+            ImageError: the files cannot be written. And what
+                :meth:`bridge.vm.machine.Machine.save` raises.
         """
         try:
             directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # One that is there cannot be used, or nobody would make another.
+            # An existing snapshot was found unusable, so it is replaced.
             with atomic_output(directory, durable=True) as part:
                 part.mkdir(mode=0o700)
                 (part / _DEVICES).write_bytes(machine.save(on_progress))
@@ -219,15 +234,16 @@ class Snapshot:
         except OSError as error:
             raise ImageError(
                 f"the snapshot {directory} cannot be written: {error.strerror}",
-                hint="make room, or switch snapshots off: --no-snapshot",
+                hint="make room, or do without snapshots: --no-snapshot",
             ) from error
 
 
 class Loading:
-    """The restoring of a guest's memory, on a thread; made by :meth:`Snapshot.loading`.
+    """Restores a guest's memory on a thread; made by :meth:`Snapshot.loading`.
 
-    ``devices`` is a pipe with the devices' state, which QEMU is to read: nothing comes before the
-    memory is there, for the devices look into it.
+    Attributes:
+        devices: a pipe from which QEMU reads the devices' state. The data comes after the memory
+            is complete, because the devices look into it.
     """
 
     def __init__(self, snapshot: Snapshot, ram: int) -> None:
@@ -247,21 +263,21 @@ class Loading:
                     at += pipe.write(chunk) or 0
             except ImageError as error:
                 self._error = error
-                # QEMU waits for data, not for the end of the pipe; this is no stream, and ends it.
+                # QEMU ignores the end of the pipe, so send what is no stream: that ends QEMU.
                 with contextlib.suppress(OSError):
                     pipe.write(_NO_STREAM)
             except BrokenPipeError:
-                pass  # QEMU is gone, or was never there; its own error says more
+                pass  # QEMU has ended, or never started; its own error says more
             except OSError as error:
                 self._error = ImageError(f"{snapshot.directory} cannot be read: {error}")
 
     def check(self) -> None:
-        """Raise :class:`bridge.errors.ImageError` if it has failed, in which case QEMU did too."""
+        """Raise :class:`bridge.errors.ImageError` if it failed; QEMU has failed then, too."""
         if self._error is not None:
             raise self._error
 
     def end(self) -> None:
-        """Close the pipe, and wait until nobody uses the memory. Safe to call twice."""
+        """Close the pipe, and wait until the thread has ended. Safe to call twice."""
         if self.devices >= 0:
             os.close(self.devices)
             self.devices = -1
@@ -269,7 +285,7 @@ class Loading:
 
 
 def prune(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
-    """Remove the snapshots in ``folder`` that were not used for longest, and all not wanted."""
+    """Remove the unwanted snapshots in ``folder``, and all but the last used :data:`KEPT`."""
     found: list[tuple[float, Path]] = []
     with contextlib.suppress(FileNotFoundError):
         for path in folder.iterdir():
@@ -289,19 +305,19 @@ def _sha256(path: Path) -> str:
 
 
 def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where a file has data: (start, end)."""
+    """Yield the parts of a file that have data: (start, end)."""
     end = 0
     while end < size:
         try:
             start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError:  # ENXIO: none any more
+        except OSError:  # ENXIO: no more data
             return
         end = os.lseek(fd, start, os.SEEK_HOLE)
         yield start, end
 
 
 def _copy(source: int, path: Path) -> None:
-    """Copy a file, blocks of zero as holes."""
+    """Copy a file; blocks of zeros become holes."""
     size = os.fstat(source).st_size
     with path.open("wb") as file:
         file.truncate(size)

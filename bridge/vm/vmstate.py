@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The devices' part of a QEMU migration stream, and a disk that QEMU's ``loadvm`` reads it from.
 
-QEMU has no command that saves the devices alone and that works in every version, but the stream of
-a migration has them behind the memory. What stands in front is stepped over: the memory of a saved
-guest is a file of ours, and the region that it shares with us is no part of its state.
+QEMU has no command that saves only the devices and works in every version, but a migration stream
+has them after the memory. The memory is skipped: a saved guest's memory is a file of ours, and the
+region that it shares with us is no part of its state.
 
 Formats: ``migration/savevm.c`` and ``migration/ram.c`` in QEMU for the stream (big-endian, the same
 since QEMU 2.4), ``docs/interop/qcow2.txt`` for the disk.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["SNAPSHOT_NAME", "StreamReader", "devices_of", "state_disk"]
 
 SNAPSHOT_NAME = "ready"
-"""What ``loadvm`` is given for the state on a :func:`state_disk`."""
+"""The name that ``loadvm`` gets for the state on a :func:`state_disk`."""
 
 _MAGIC = struct.pack(">II", 0x5145564D, 3)
 _PAGE_BYTES = 4096
@@ -45,7 +45,8 @@ _zero_page = struct.Struct(">QB")
 class StreamReader(io.BufferedReader):
     """The reading end of a pipe that QEMU writes a migration stream to.
 
-    Raises :class:`bridge.errors.QemuError` where QEMU pauses for longer than ``seconds``.
+    Raises:
+        QemuError: QEMU writes nothing for ``seconds``.
     """
 
     def __init__(self, fd: int, seconds: float) -> None:
@@ -53,7 +54,7 @@ class StreamReader(io.BufferedReader):
 
 
 class _PatientFile(io.FileIO):
-    """Waits for each part at most ``seconds``."""
+    """A file that waits for each part at most ``seconds``."""
 
     def __init__(self, fd: int, seconds: float) -> None:
         super().__init__(fd, "rb")
@@ -61,12 +62,12 @@ class _PatientFile(io.FileIO):
 
     def readinto(self, buffer: WriteableBuffer, /) -> int | None:
         if not select.select([self], [], [], self._seconds)[0]:
-            raise QemuError(f"QEMU's migration stream stands still for {self._seconds:g} s")
+            raise QemuError(f"QEMU's migration stream has stalled for {self._seconds:g} s")
         return super().readinto(buffer)
 
 
 class _Section(enum.IntEnum):
-    """``QEMU_VM_*``: what a section of the stream begins with."""
+    """``QEMU_VM_*``: the first byte of a section of the stream."""
 
     START = 1
     PART = 2
@@ -96,24 +97,23 @@ def devices_of(
     """Read a migration stream to its end and return it without the memory.
 
     Args:
-        stream: is read to its end.
         addresses: whether the stream has the address of each block of memory, as with the
             capability ``x-ignore-shared``.
-        on_progress: called after each 16 MiB, or a little more, of memory in the stream.
+        on_progress: called about every 16 MiB of memory in the stream.
 
     Returns:
         A stream that QEMU takes as an incoming migration, or from a :func:`state_disk`.
 
     Raises:
-        QemuError: the stream ends early, or has something in it that is not understood.
+        QemuError: the stream ends early, or has a part that is not understood.
     """
     reader = _Reader(stream)
     if reader.take(len(_MAGIC)) != _MAGIC:
-        raise QemuError("QEMU's migration stream does not begin as one")
+        raise QemuError("QEMU sent no migration stream")
     while True:
         kind = reader.byte()
         if kind == _Section.FULL:
-            # The devices: all that is left.
+            # The devices are all that is left.
             return b"".join((_MAGIC, bytes([kind]), reader.rest()))
         if kind in (_Section.START, _Section.PART, _Section.END):
             reader.take(4)
@@ -135,7 +135,7 @@ def devices_of(
 
 
 def _skip_memory(reader: _Reader, addresses: bool, on_progress: Callable[[], object]) -> None:
-    """Step over the records of one of the memory's sections."""
+    """Skip the records of one of the memory's sections."""
     pages = 0
     while True:
         record = reader.number(8)
@@ -161,7 +161,7 @@ def _skip_memory(reader: _Reader, addresses: bool, on_progress: Callable[[], obj
 
 
 class _Reader:
-    """Reads exactly as much as is asked for."""
+    """Reads exact numbers of bytes from a stream."""
 
     def __init__(self, stream: io.BufferedReader) -> None:
         self._stream = stream
@@ -182,9 +182,9 @@ class _Reader:
         return self.take(self.byte()).decode(errors="replace")
 
     def skip_zeroes(self) -> int:
-        """Step over what is buffered of records like the last one: pages of zeroes, and how many.
+        """Skip the buffered records that are pages of zeros, and return how many there were.
 
-        There are as many as an empty region has pages.
+        An empty region has one for each of its pages.
         """
         buffered = memoryview(self._stream.peek())
         count = 0
@@ -204,13 +204,13 @@ class _Reader:
 def state_disk(devices: bytes) -> int:
     """Make a disk in memory that holds what :func:`devices_of` returned, for ``loadvm``.
 
-    An empty qcow2 of one cluster with one internal snapshot, :data:`SNAPSHOT_NAME`: what QEMU's
-    ``savevm`` leaves. Clusters, in this order: header, table of reference counts, one block of
-    them, the active L1 table, the table of snapshots, the snapshot's L1 table, its L2 table, the
-    state.
+    The disk is an empty qcow2 of one cluster with one internal snapshot, :data:`SNAPSHOT_NAME`, as
+    QEMU's ``savevm`` leaves it. Its clusters, in this order: header, table of reference counts, one
+    block of them, the active L1 table, the table of snapshots, the snapshot's L1 table, its L2
+    table, the state.
 
     Returns:
-        A descriptor, to be closed by the caller.
+        A descriptor, which the caller closes.
 
     Raises:
         OSError: there is no memory.
@@ -230,7 +230,7 @@ def state_disk(devices: bytes) -> int:
         *(refcount_table * _CLUSTER, 1),  # table of reference counts: offset, clusters
         *(1, snapshots * _CLUSTER),
     )
-    # Entry 0 of an L1 table is the disk, which is empty, entry 1 what follows it: the state.
+    # Entry 0 of the L1 table is the disk, which is empty; entry 1 is the state, which follows it.
     identity, name = b"1", SNAPSHOT_NAME.encode()
     entry = struct.pack(
         ">QIHHIIQII",

@@ -147,7 +147,7 @@ def test_hint_that_asks_for_another_setting_names_it(hint: Hint) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["choose another, or none to have a free one chosen", "allow it more time", "leave it away"],
+    ["choose another, or none to have a free one chosen", "allow more time", "leave it away"],
 )
 def test_hint_without_a_way_to_follow_it_is_noticed(text: str) -> None:
     assert _IMPERATIVE.search(text)

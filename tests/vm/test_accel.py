@@ -23,7 +23,7 @@ PLAIN = "processor\t: 0\nflags\t\t: fpu vme de pse tsc msr\nbugs\t\t:\n"
 
 
 def test_tcg_is_taken_when_asked_for() -> None:
-    assert choose_accelerator("tcg") == Accelerator("tcg", "asked for")
+    assert choose_accelerator("tcg") == Accelerator("tcg", "requested")
 
 
 def test_an_unknown_word_is_the_users_mistake() -> None:

@@ -47,7 +47,7 @@ def test_guest_crash_kernel_takes_over_is_a_panic(booted: Callable[..., Machine]
     machine = booted("-device", "pvpanic", report=READY, action=bytes.fromhex("ba0505 b002 ee"))
     reason = lost(machine)
     assert isinstance(reason, GuestPanicError)
-    assert "its crash kernel is to run" in reason.message
+    assert "its crash kernel runs next" in reason.message
 
 
 @pytest.mark.parametrize("action", ["reset", "pause", "poweroff"])
@@ -105,7 +105,7 @@ def test_guest_memory_fails_is_lost_at_once(booted: Callable[..., Machine]) -> N
     machine._monitor("mce 0 1 0xb200000000000000 0 0 0")
     reason = lost(machine)
     assert isinstance(reason, GuestStoppedError)
-    assert "fault of the host's memory: the guest was reset" in reason.message
+    assert "fault in the host's memory: the guest was reset" in reason.message
 
 
 def test_stop_that_nobody_asked_for_is_a_loss(machine: Machine) -> None:
@@ -113,7 +113,7 @@ def test_stop_that_nobody_asked_for_is_a_loss(machine: Machine) -> None:
     machine._qmp.execute("stop")  # behind the machine's back
     reason = lost(machine)
     assert isinstance(reason, GuestStoppedError)
-    assert "did not ask for it" in reason.message
+    assert "without a request of the bridge" in reason.message
 
 
 def test_stop_that_was_asked_for_is_no_loss(machine: Machine) -> None:

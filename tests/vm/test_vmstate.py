@@ -116,7 +116,7 @@ class TestStreamReader:
         os.write(writing, b"some")
         with StreamReader(reading, 0.05) as reader:
             assert reader.read(4) == b"some"
-            with pytest.raises(QemuError, match=r"stands still for 0\.05 s"):
+            with pytest.raises(QemuError, match=r"has stalled for 0\.05 s"):
                 reader.read(1)
 
 
