@@ -10,12 +10,14 @@ import hypothesis
 import pytest
 
 from bridge.session.session import Session
+from tests.support.examples import examples
 from tests.support.guests import Guests, order
 
 # How long an example takes says how busy the machine is, not what is wrong.
 hypothesis.settings.register_profile(
     "busy machine",
     deadline=None,
+    max_examples=examples(50),
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("busy machine")

@@ -61,7 +61,7 @@ def _check(session: Session) -> None:
 def _measure_signal(bench: Bench) -> None:
     FLOOR.build()
     settings = bench.settings(target=COVERED_TARGET, syscall_pcs=True)
-    count = 3_000 if bench.quick else 10_000
+    count = 1_000 if bench.quick else 10_000
     bench.progress("booting a guest")
     with Session(settings, None) as session:
         assert isinstance(session.source, PythonSource)
@@ -107,7 +107,7 @@ def _series(taken: Mapping[str, list[_Figures]], way: str, state: str, part: str
 
 def _measure_idle(bench: Bench) -> None:
     settings = bench.settings(target=COVERED_TARGET, syscall_pcs=False)
-    count = 3_000 if bench.quick else 10_000
+    count = 1_000 if bench.quick else 10_000
     bench.progress("booting a guest")
     with Session(settings, None) as session:
 

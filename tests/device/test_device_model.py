@@ -29,6 +29,7 @@ from bridge.device import abi
 from bridge.device.kcov import Device, Kcov, Mode, Personality
 from bridge.device.region import Region
 from bridge.sources.ledger import Cursor, Ledger
+from tests.support.examples import examples
 
 REGION = 1 << 20
 PAGE = 4096
@@ -469,7 +470,7 @@ def test_any_life_is_as_the_contract_says(personality: Personality) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=int(os.environ.get("KCOV_BRIDGE_LIVES", "200")),
+            max_examples=examples(60),
             stateful_step_count=60,
             deadline=None,
             derandomize=True,

@@ -28,6 +28,7 @@ from bridge.device.ivshmem import IvshmemServer
 from bridge.device.kcov import Device, Kcov, Personality
 from bridge.device.region import Area, Region
 from tests.support.doorbell import WORDS, Counting, FakeGuest
+from tests.support.examples import examples
 
 REGION = 1 << 20
 REQUESTS = abi.REQUESTS_OFFSET // 8
@@ -228,7 +229,7 @@ actions = st.one_of(
 @pytest.mark.parametrize("personality", list(Personality), ids=lambda which: which.value)
 def test_whatever_the_guest_writes(personality: Personality) -> None:
     @settings(
-        max_examples=80,
+        max_examples=examples(30),
         deadline=None,
         derandomize=True,
         database=None,

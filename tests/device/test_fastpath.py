@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from bridge.device import abi, fastpath
 from bridge.device.abi import HeaderWord, Op, RequestWord, ResponseWord
 from bridge.device.fastpath import plain
+from tests.support.examples import VARIABLE
 
 KINDS: list[ModuleType] = [plain]
 with contextlib.suppress(ImportError):
@@ -36,14 +37,11 @@ SUITE = (
     "tests/device/test_device_model.py",
     "tests/device/test_doorbell.py",
     "tests/device/test_doorbell_fuzz.py",
-    "tests/sources/test_ledger.py",
     "tests/sources/python/test_hooks.py",
     "tests/sources/python/test_source.py",
-    "tests/sources/python/test_comparisons.py",
-    "tests/session/test_isolated.py",
     "tests/sources/test_remote.py",
 )
-"""Who uses the classes, without a virtual machine."""
+"""Tests whose subject calls the classes itself, without a virtual machine."""
 
 
 def can_be_compiled() -> bool:
@@ -98,8 +96,8 @@ def test_suite_with_plain_classes_passes() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "not vm and not bench", *SUITE],
         cwd=ROOT,
-        # The lives of devices are the longest, and what is above them is the same code.
-        env={"KCOV_BRIDGE_LIVES": "40", **os.environ, "KCOV_BRIDGE_PLAIN": "1"},
+        # What is above the classes is the same code.
+        env={VARIABLE: "0.3", **os.environ, fastpath.PLAIN_VARIABLE: "1"},
         capture_output=True,
         text=True,
         timeout=600,

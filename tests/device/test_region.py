@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from bridge.device.abi import AREAS_OFFSET, MAGIC, PAGE_SIZE, WORD, HeaderWord
 from bridge.device.region import Area, Region
 from bridge.errors import RegionError, UsageError
+from tests.support.examples import examples
 
 MIB = 1 << 20
 
@@ -117,7 +118,7 @@ def _words(region: Region, area: Area) -> list[int]:
     return [int.from_bytes(data[i : i + 8], "little") for i in range(0, len(data), 8)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(100))
 @given(
     size=st.integers(1, 1200),
     count=st.one_of(st.integers(0, 1300), st.integers(0, 2**64 - 1)),
@@ -149,7 +150,7 @@ def test_append_as_a_model_and_never_outside(size: int, count: int, pcs: list[in
         region.close()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(30))
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 60_000)), max_size=60))
 def test_any_order_of_taking_and_giving_back(steps: list[tuple[bool, int]]) -> None:
     region = Region(2 * MIB)

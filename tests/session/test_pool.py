@@ -104,8 +104,8 @@ def test_worker_serves_what_its_caller_needs() -> None:
             worker.answer(0.1)
         assert worker.call("double", 4) == 8, "not the answer that came late"
         pid = worker.call("pid")
-        worker.ask("double", 1)
         os.kill(pid, signal.SIGSTOP)
+        worker.ask("double", 1)
         with pytest.raises(InfrastructureError, match="does not answer within"):
             worker.answer(0.2)
         os.kill(pid, signal.SIGKILL)

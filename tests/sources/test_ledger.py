@@ -11,6 +11,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from bridge.errors import SourceError
 from bridge.sources import PC
 from bridge.sources.ledger import Cursor, Ledger
+from tests.support.examples import examples
 
 
 class Fountain:
@@ -116,7 +117,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedgerMachine = LedgerMachine.TestCase
-TestLedgerMachine.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestLedgerMachine.settings = settings(
+    max_examples=examples(50), stateful_step_count=40, deadline=None
+)
 
 
 def test_coverage_from_before_is_dropped_for_a_new_cursor() -> None:

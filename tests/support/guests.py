@@ -14,6 +14,7 @@ settings next to each other; tests that ask for none stay where they are.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -24,12 +25,15 @@ import bridge
 from bridge.errors import BridgeError
 from bridge.session.session import Session
 
-__all__ = ["Guests", "complaints", "complaints_in_full", "order"]
+__all__ = ["SEVERAL_CPUS", "Guests", "complaints", "complaints_in_full", "order"]
 
 MARKER = "guest"
 FIXTURE = "session"
 ALIVE = 2
 """How many guests wait for later tests at most."""
+
+SEVERAL_CPUS = min(4, max(2, os.cpu_count() or 1))
+"""The processors of a guest that is to have several: those beyond the machine's only wait."""
 
 Key = tuple[tuple[str, object], ...]
 """The settings of a guest, sorted."""

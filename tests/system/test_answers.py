@@ -23,7 +23,7 @@ from tests.support.programs import guest_program
 pytestmark = pytest.mark.vm
 
 PROGRAM = Path(__file__).parent / "answers.c"
-CALLS = int(os.environ.get("KCOV_BRIDGE_ANSWERS", "30000"))
+CALLS = int(os.environ.get("KCOV_BRIDGE_ANSWERS", "10000"))
 SEED = os.environ.get("KCOV_BRIDGE_ANSWERS_SEED", "1")
 THREADS = 3
 BRANCHES = 64

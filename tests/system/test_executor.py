@@ -18,12 +18,13 @@ import pytest
 import bridge
 from bridge.session.session import Session
 from bridge.sources.pcs import SYSCALL_SLOTS, Location, syscall_pc
+from tests.support.guests import SEVERAL_CPUS
 from tests.support.programs import guest_program
 
 pytestmark = pytest.mark.vm
 
 HERE = Path(__file__).parent
-CALLS = int(os.environ.get("KCOV_BRIDGE_EXECUTOR", "10000"))
+CALLS = int(os.environ.get("KCOV_BRIDGE_EXECUTOR", "2000"))
 MOUNT = "/mnt/target"
 COMPLAINTS = r"WARNING:|BUG:|Oops|\bstall|soft lockup|hung task|refcount_t|general protection"
 
@@ -33,7 +34,7 @@ def programs() -> dict[str, Path]:
     return {name: guest_program(HERE / f"{name}.c") for name in ("executor", "eight")}
 
 
-@pytest.fixture(scope="module", params=[1, 4], ids=["1cpu", "4cpus"])
+@pytest.fixture(scope="module", params=[1, SEVERAL_CPUS], ids=["1cpu", "several-cpus"])
 def session(request: pytest.FixtureRequest, programs: dict[str, Path]) -> Iterator[Session]:
     with bridge.boot(
         target="plan9", source="python", syscall_pcs=True, cpus=request.param

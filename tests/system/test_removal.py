@@ -12,7 +12,7 @@ import pytest
 
 import bridge
 from bridge.session.session import Session
-from tests.support.guests import complaints
+from tests.support.guests import SEVERAL_CPUS, complaints
 from tests.support.programs import guest_program
 from tests.system import conformance
 
@@ -37,7 +37,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(
     scope="module",
-    params=[("python", "linux", 4), ("kernel", "gvisor", 1)],
+    params=[("python", "linux", SEVERAL_CPUS), ("kernel", "gvisor", 1)],
     ids=["python", "kernel"],
 )
 def session(request: pytest.FixtureRequest, program: Path) -> Iterator[Session]:

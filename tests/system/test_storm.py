@@ -28,7 +28,7 @@ from tests.system.conformance import compile_programs, run_program, table, uploa
 pytestmark = pytest.mark.vm
 
 HERE = Path(__file__).parent
-MUTATIONS = int(os.environ.get("KCOV_BRIDGE_STORM", "1000000"))
+MUTATIONS = int(os.environ.get("KCOV_BRIDGE_STORM", "300000"))
 SEED = int(os.environ.get("KCOV_BRIDGE_STORM_SEED", "1"))
 AFTERWARDS = ["calls_append", "mmap_shared", "owner_ends", "threads", "area_reuse"]
 """What a fresh instance must be good for after the storm."""

@@ -30,6 +30,7 @@ from bridge.sources.python.blocks import find_blocks
 from bridge.sources.python.hooks import MEASURING
 from bridge.sources.python.source import PythonSource
 from tests.sources.python.support import MakePackage, MakeSource, executed, places
+from tests.support.examples import examples
 
 ROOT = Path(__file__).resolve().parents[3]
 DATA = Path(__file__).resolve().parents[3] / "tests" / "data" / "python"
@@ -170,7 +171,7 @@ def test_consumed_bit_by_bit_or_not_the_lines_are_the_same(
 def test_none_is_lost_or_invented_while_other_threads_run(
     make_package: MakePackage, make_source: MakeSource
 ) -> None:
-    """A call that has ended is in the next consume, and nothing else is, many thousand times."""
+    """A call that has ended is in the next consume, and nothing else is, a thousand times."""
     text = "".join(f"def f{n}():\n    return {n}\n" for n in range(40))
     noise = (
         "def noise(stop):\n"
@@ -217,7 +218,7 @@ def test_none_is_lost_or_invented_while_other_threads_run(
     try:
         for thread in threads:
             thread.start()
-        for step in range(3000):
+        for step in range(examples(1000)):
             jobs.put(step % 40)
             done.get()
             seen = [quiet[place] for place in places(source) if place in quiet]
