@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from bridge.cli.streams import Streams
 from bridge.config import Settings
 from bridge.errors import BridgeError, InfrastructureError, SourceError, UsageError
 from bridge.results import summary as summaries
-from bridge.results.coverage_files import HTML_DIRECTORY, LCOV_FILE, make_reports
+from bridge.results.coverage_files import HTML_DIRECTORY, LCOV_FILE, make_html, make_lcov
 from bridge.session.session import Session
 from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
 from bridge.sources.guest_kernel import SYMBOLS_FILE
@@ -58,7 +59,7 @@ def run(settings: Settings, command: Sequence[str], streams: Streams) -> int:
     try:
         with session:
             record.exit_status = _work(session, command, record, streams)
-        _complain_about_the_source(session)
+        _check_complete(session)
     except BaseException as error:
         record.failed(error)
         record.write(out, streams)
@@ -95,13 +96,25 @@ def _work(session: Session, command: Sequence[str], record: _Record, streams: St
     return example.exit_status
 
 
-def _complain_about_the_source(session: Session) -> None:
-    if (failure := session.doorbell.failure) is not None:
+def _check_complete(session: Session) -> None:
+    """Raise what made the session lose PCs without ending it."""
+    doorbell, stats = session.doorbell, session.stats()
+    if (failure := doorbell.failure) is not None:
+        if isinstance(failure, BridgeError):
+            reason, evidence = failure.message, failure.evidence
+        else:
+            reason = f"the coverage source raised {type(failure).__name__}: {failure}"
+            evidence = "".join(traceback.format_exception(failure))
+        counts = f"failures of sources: {stats.source_failures}"
+        if stats.tracer_faults:
+            counts += f", faults of the tracer: {stats.tracer_faults}"
         raise SourceError(
-            f"the PCs of this run are incomplete: the coverage source raised "
-            f"{type(failure).__name__}: {failure}",
-            evidence=f"{session.doorbell.counters.source_failures} times",
+            f"the PCs of this run are incomplete: {reason}", evidence=f"{evidence}\n{counts}"
         ) from failure
+    if stats.problem:
+        raise InfrastructureError(
+            f"the PCs of this run may be incomplete, and so are its figures: {stats.problem}"
+        )
 
 
 def _clear(out: Path) -> None:
@@ -142,23 +155,35 @@ class _Record:
             self.error = f"{type(error).__name__}: {error}"
 
     def write(self, out: Path, streams: Streams) -> bool:
-        """Write whatever can be written; what cannot is in the log. Returns whether all was."""
+        """Write whatever can be written and log the rest; return whether all was written.
+
+        A signal that asks the command to end skips what is being written, not the summary.
+        """
         seconds = time.monotonic() - self.started if self.started is not None else None
         problems: list[str] = []
-        with (
-            _noted("pcs.txt", problems),
-            (out / "pcs.txt").open("w", encoding="ascii") as file,
-        ):
-            for pcs in self.pcs:
-                file.writelines(f"{pc:#018x}\n" for pc in pcs)
-        if (out / ".coverage").is_file():
-            with _noted("the coverage reports", problems):
-                make_reports(out / ".coverage", out)
-        summary = self._summary(seconds)
-        with _noted("summary.json", problems):
-            summaries.write(summary, out / "summary.json")
-        print(summaries.render(summary), file=streams.err)
-        print(f"{'results in':>12}  {out}", file=streams.err)
+        try:
+            with (
+                _noted("pcs.txt", problems),
+                (out / "pcs.txt").open("w", encoding="ascii") as file,
+            ):
+                for pcs in self.pcs:
+                    file.writelines(f"{pc:#018x}\n" for pc in pcs)
+            data_file = out / ".coverage"
+            if data_file.is_file():
+                with _noted("the HTML report", problems):
+                    make_html(data_file, out / HTML_DIRECTORY)
+                with _noted("the LCOV report", problems):
+                    make_lcov(data_file, out / LCOV_FILE)
+        except KeyboardInterrupt as error:
+            self.failed(error)
+            raise
+        finally:
+            summary = self._summary(seconds)
+            with _noted("summary.json", problems):
+                summaries.write(summary, out / "summary.json")
+            with _noted("the summary on stderr", problems):
+                print(summaries.render(summary), file=streams.err)
+                print(f"{'results in':>12}  {out}", file=streams.err)
         return not problems
 
     def _summary(self, seconds: float | None) -> summaries.Summary:
@@ -173,12 +198,16 @@ class _Record:
 
 @contextlib.contextmanager
 def _noted(what: str, problems: list[str]) -> Iterator[None]:
-    """A failure to write one result must not hide the others, nor what ended the run."""
+    """A failure to write one result hides neither the others nor what ended the run."""
     try:
         yield
-    except BridgeError as error:
+    except BrokenPipeError:
+        # Whoever read the stream has gone away.
+        raise
+    except Exception as error:
         problems.append(what)
-        logger.error("%s could not be written: %s", what, error.report())
-    except OSError as error:
-        problems.append(what)
-        logger.error("%s could not be written: %s", what, error.strerror)
+        if isinstance(error, BridgeError):
+            reason = error.report()
+        else:
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        logger.error("%s could not be written: %s", what, reason)

@@ -47,8 +47,11 @@ def _text(status: dict[str, Any]) -> str:
         f"Linux {status['kernel'] or '(booting)'}",
         f"  {status['returns']:,} returns, {status['pcs']:,} PCs, {status['lost_pcs']:,} lost, "
         f"{status['guest_timeouts']} time-outs, {status['guest_skipped']} skipped, "
-        f"{status['source_failures']} failures of sources",
+        f"{status['source_failures']} failures of sources, "
+        f"{status['tracer_faults']} faults of the tracer",
     ]
+    if status["problem"]:
+        lines.append(f"  some figures are old or missing: {status['problem']}")
     if status["instances"]:
         lines.append("  slot   owner  mode          words    appended     dropped")
     lines += [

@@ -18,6 +18,7 @@ import select
 import struct
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -127,7 +128,8 @@ class Doorbell(Generic[C]):
     ``poll_seconds`` is how long the loop polls for the next request before it sleeps on the bell;
     ``polling`` is the :class:`bridge.device.polling.PollPolicy` that decides when it does.
     ``failure`` is the first exception that a source raised; the guest gets no PCs then, and goes
-    on. ``epoch`` (not 0) tells the guest that a new host has come; it grows when the guest takes
+    on. ``ended_by`` is the exception that ended the thread, which is a defect of the bridge.
+    ``epoch`` (not 0) tells the guest that a new host has come; it grows when the guest takes
     this one for gone. ``guest_timeouts`` and
     ``guest_skipped`` are what the guest counted, as of :meth:`look_at_guest` or :meth:`stop`:
     signals that it gave up waiting for, and returns it did not signal, knowing the host gone.
@@ -148,6 +150,7 @@ class Doorbell(Generic[C]):
     ) -> None:
         self.counters = DoorbellCounters()
         self.failure: BaseException | None = None
+        self.ended_by: BaseException | None = None
         self.guest_timeouts = 0
         self.guest_skipped = 0
         self.target_answered = False
@@ -184,7 +187,7 @@ class Doorbell(Generic[C]):
             self._stack = stack.pop_all()
         # Taken and let go for its memory barrier alone: see _sleep().
         self._barrier = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="kcov-doorbell", daemon=True)
+        self._thread = threading.Thread(target=self._thread_run, name="kcov-doorbell", daemon=True)
 
     def rely_on_relays(self) -> None:
         """Let owners report only returns that find ``COVERAGE_EPOCH`` changed.
@@ -224,11 +227,21 @@ class Doorbell(Generic[C]):
         :class:`bridge.errors.DoorbellError` when the thread does not run.
         """
         if not self._thread.is_alive():
-            raise DoorbellError("the doorbell's thread does not run")
+            raise self._not_running()
         future: Future[object] = Future()
         self._calls.append((function, future))
         self._awaken()
         return cast(T, future.result(timeout))
+
+    def _not_running(self) -> DoorbellError:
+        """The error for a call that nobody answers."""
+        error = self.ended_by
+        if error is None:
+            return DoorbellError("the doorbell's thread does not run")
+        return DoorbellError(
+            f"the doorbell ended by itself: {type(error).__name__}: {error}",
+            evidence="".join(traceback.format_exception(error)),
+        )
 
     def _awaken(self) -> None:
         """Make the thread look at what there is to do, whether it sleeps or polls."""
@@ -273,6 +286,15 @@ class Doorbell(Generic[C]):
             self._coverage_epoch,
         ):
             self.target_answered = True
+
+    def _thread_run(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:
+            self.ended_by = error
+            logger.exception("the doorbell ended by itself; the guest gets no PCs any more")
+            while self._calls:
+                self._calls.popleft()[1].set_exception(self._not_running())
 
     def _run(self) -> None:
         control = self._control
@@ -555,7 +577,7 @@ class Doorbell(Generic[C]):
         self.counters.source_failures += 1
         if self.failure is None:
             self.failure = failure
-            logger.error("a coverage source failed; the guest gets no PCs from it: %r", failure)
+            logger.error("a coverage source failed; PCs of it are missing: %r", failure)
 
     def _source_failed(self, failure: BaseException) -> int:
         """Nothing that a source does may end the loop or hang a guest."""

@@ -16,7 +16,7 @@ from bridge.util.files import atomic_output
 if TYPE_CHECKING:
     import coverage
 
-__all__ = ["HTML_DIRECTORY", "LCOV_FILE", "make_html", "make_lcov", "make_reports"]
+__all__ = ["HTML_DIRECTORY", "LCOV_FILE", "make_html", "make_lcov"]
 
 _log = logging.getLogger(__name__)
 
@@ -105,15 +105,3 @@ def _with_absolute_path(line: str) -> str:
     if not line.startswith("SF:"):
         return line
     return f"SF:{Path(line.removeprefix('SF:').rstrip()).absolute()}\n"
-
-
-def make_reports(data_file: Path, directory: Path) -> tuple[Path, Path]:
-    """Make ``html/`` and ``lcov.info`` in a run's directory; return their paths.
-
-    Raises:
-        InfrastructureError: a report cannot be made.
-    """
-    html, lcov = directory / HTML_DIRECTORY, directory / LCOV_FILE
-    make_html(data_file, html)
-    make_lcov(data_file, lcov)
-    return html, lcov

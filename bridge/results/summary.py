@@ -104,7 +104,9 @@ def render(summary: Summary) -> str:
         ("PCs", f"{stats.pcs:,} appended, {stats.pcs_unique:,} different{per_call}"),
         ("lost PCs", f"{stats.lost_pcs:,}" + (", the area was full" if stats.lost_pcs else "")),
         ("untraced", f"{stats.untraced:,} processes or threads" if stats.untraced else ""),
+        ("faults", f"{stats.tracer_faults:,} of the tracer" if stats.tracer_faults else ""),
         ("blocks", _blocks(stats)),
+        ("figures", f"some are old or missing: {stats.problem}" if stats.problem else ""),
         ("exit status", str(summary.exit_status)),
         ("ended by", summary.error),
     ]

@@ -16,7 +16,7 @@ from bridge.device.ivshmem import IvshmemServer
 from bridge.device.kcov import Device, Personality
 from bridge.device.region import Region
 from bridge.device.streams import Stream
-from bridge.errors import DoorbellError
+from bridge.errors import DoorbellError, SourceError
 from bridge.session.stats import InstanceStats, Stats
 from bridge.sources import Consumed
 from bridge.sources.comparisons import Comparing, ComparisonLedger
@@ -68,9 +68,10 @@ class DeviceHost:
             stack.callback(self.region.close)
             self._server = IvshmemServer(self.region)
             stack.callback(self._server.close)
+            self._ledger = Ledger([source] if source is not None else [], self._source_failed)
             self.device: Device[Cursor] = Device(
                 self.region,
-                Ledger([source] if source is not None else [], self._source_failed),
+                self._ledger,
                 personality,
                 syscall_pc if syscall_pcs else None,
                 kernel,
@@ -96,8 +97,10 @@ class DeviceHost:
 
     def close(self) -> None:
         """Stop the doorbell and give the region back. Safe to call twice."""
-        self._stack.close()
-        self._closed = True
+        try:
+            self._stack.close()
+        finally:
+            self._closed = True
 
     def connect(self) -> socket.socket:
         """As :meth:`bridge.device.ivshmem.IvshmemServer.connect`."""
@@ -126,7 +129,15 @@ class DeviceHost:
         try:
             self.call(functools.partial(self.device.remote_coverage, handle, pcs))
         except (DoorbellError, TimeoutError) as error:
-            logger.warning("coverage for handle %#x is lost: %s", handle, error)
+            reason = str(error) or "the doorbell does not answer"
+            self._source_failed(SourceError(f"coverage for handle {handle:#x} is lost: {reason}"))
+
+    def consume(self) -> None:
+        """Consume the source for whoever traces now; raises as :meth:`call`.
+
+        What the source raises counts as its failure.
+        """
+        self.call(self._ledger.drain)
 
     def open_stream(self, stream: Stream) -> None:
         """Let threads of the guest trace into the stream; raises as :meth:`call`."""
@@ -146,11 +157,18 @@ class DeviceHost:
         self.call(functools.partial(self.device.close_stream, stream))
 
     def fill(self, stats: Stats) -> None:
-        """As :class:`bridge.session.stats.Measured`."""
+        """As :class:`bridge.session.stats.Measured`.
+
+        Where the doorbell does not answer, the figures are those of its last work.
+        """
         if self._closed:
             self._fill(stats)
-        else:
+            return
+        try:
             self.call(functools.partial(self._look, stats))
+        except (DoorbellError, TimeoutError) as error:
+            stats.problem = str(error) or "the doorbell does not answer"
+            self._fill(stats)
 
     def _look(self, stats: Stats) -> None:
         self.doorbell.look_at_guest()

@@ -135,6 +135,8 @@ class IsolatedTarget:
         self._covered: set[int] = set()
         self.given = 0
         """How many PCs :meth:`consume` has given."""
+        self.tracer_faults = 0
+        """As :class:`bridge.sources.python.source.PythonSource`, as of the last answer with it."""
         # Under _lock: one conversation at a time.
         self._lock = threading.Lock()
         self._running: _Running | None = None
@@ -209,8 +211,8 @@ class IsolatedTarget:
         """Return the PCs covered since the last call, in the order of the process.
 
         Raises:
-            SourceError: the process is dead, or does not answer in time; raised once, then there
-                is nothing until it answers.
+            SourceError: the process is dead, or does not answer in time: raised once, then there
+                is nothing until it answers. Or the source in the process has raised something.
         """
         with self._lock:
             running = self._running
@@ -226,7 +228,7 @@ class IsolatedTarget:
                 else:
                     # An answer is due since a call before: take it if it is there.
                     channel.socket.settimeout(0.001)
-                _, payload = channel.receive()
+                kind, payload = channel.receive()
             except TimeoutError as error:
                 if quiet:
                     return ()
@@ -238,6 +240,10 @@ class IsolatedTarget:
                 message, evidence, _ = running.failure(self.name)
                 raise SourceError(message, evidence=evidence) from error
             running.owed -= 1
+            if kind == _FAILED:
+                failure = json.loads(payload)
+                self.tracer_faults = failure["faults"]
+                raise SourceError(failure["message"], evidence=failure["evidence"])
             pcs = array("Q", payload)
             self._covered.update(pcs)
             self.given += len(pcs)
@@ -269,6 +275,7 @@ class IsolatedTarget:
                     channel.send(_STOP)
                 done = running.conclude(self.name, _DONE)
                 self._covered.update(done["rest"])
+                self.tracer_faults = done["faults"]
                 if self._out is not None:
                     # With the files that appeared at run time.
                     self.table = BlockTable.load(self._out / BLOCKS_FILE)
@@ -323,7 +330,8 @@ def _target_process(answers: _Channel, asks: _Channel, host: InProcessTarget) ->
     ready.set()
     stop.wait()
     host.stop()
-    answers.send(_DONE, json.dumps({"rest": source.consume()}).encode())
+    done = {"rest": source.consume(), "faults": source.tracer_faults}
+    answers.send(_DONE, json.dumps(done).encode())
 
 
 def _serve(channel: _Channel, source: PythonSource, stop: threading.Event) -> None:
@@ -333,7 +341,12 @@ def _serve(channel: _Channel, source: PythonSource, stop: threading.Event) -> No
             kind, _ = channel.receive()
             if kind == _STOP:
                 break
-            channel.send(_CONSUME, array("Q", source.consume()).tobytes())
+            try:
+                answer = _CONSUME, array("Q", source.consume()).tobytes()
+            except Exception as error:
+                failure = {**_failure("", error), "faults": source.tracer_faults}
+                answer = _FAILED, json.dumps(failure).encode()
+            channel.send(*answer)
     except (EOFError, OSError, ValueError) as error:
         logger.debug("the bridge is gone: %s", error)
     stop.set()
@@ -367,7 +380,8 @@ def _failure(name: str, error: BaseException) -> dict[str, object]:
     if isinstance(error, BridgeError):
         message, evidence, hint = error.message, error.evidence, error.hint
     else:
-        message = f"the process of the target {name} raised {type(error).__name__}: {error}"
+        who = f"the process of the target {name}" if name else "the source"
+        message = f"{who} raised {type(error).__name__}: {error}"
         evidence, hint = "".join(traceback.format_exception(error)), ""
     usage = isinstance(error, UsageError)
     return {"message": message, "evidence": evidence, "hint": hint, "usage": usage}

@@ -181,7 +181,7 @@ class Session:
         target = host.start(device.deliver)
         if source is not None:
             # What the target covers of itself when it starts is nobody's yet.
-            source.consume()
+            device.consume()
             stack.callback(_warn_of_silence, device, source, source.given)
         # A target without endpoints has ways to the guest that nobody here knows of.
         relayed = source is None or bool(target.endpoints)
@@ -333,17 +333,18 @@ class Session:
     def stats(self) -> Stats:
         """Return the figures up to now; at any time, also after the end.
 
-        Raises:
-            DoorbellError: the doorbell ended by itself.
-            TimeoutError: it does not answer.
+        Where a component cannot tell, its figures are old or missing, and ``problem`` says why.
         """
         stats = dataclasses.replace(self._basic, sources=[], instances=[])
         for component in tuple(self._measured):
-            component.fill(stats)
+            try:
+                component.fill(stats)
+            except Exception as error:
+                stats.problem = str(error) or type(error).__name__
         return stats
 
     def status(self) -> dict[str, Any]:
-        """Return what ``kcov-bridge status`` shows; raises as :meth:`stats`."""
+        """Return what ``kcov-bridge status`` shows."""
         return {"pid": os.getpid(), **self.stats().as_dict()}
 
     # Work in the guest
@@ -543,7 +544,10 @@ def _warn_of_silence(
     """Say so where the target answered the guest and no line of its packages ran for it."""
     with contextlib.suppress(BridgeError, TimeoutError):
         device.call(device.doorbell.look_at_guest)
-        if not device.doorbell.target_answered or source.given > before or source.consume():
+        if not device.doorbell.target_answered:
+            return
+        device.consume()
+        if source.given > before:
             return
         logger.warning(
             "the target answered the guest, but no line of its packages ran where the source "

@@ -75,6 +75,8 @@ class Stats:
     """Returns that the guest did not report because it took the host for gone."""
     source_failures: int = 0
     """How often a source raised."""
+    tracer_faults: int = 0
+    """How often the tracer of the target's code failed; each time a line may be missing."""
     target_answered: bool = False
     """Whether the target answered the guest through a relay; always False with ``syscall_pcs`` and
     for a target without endpoints."""
@@ -88,6 +90,8 @@ class Stats:
 
     instances: list[InstanceStats] = field(default_factory=list)
     """The kcov instances that are open now."""
+    problem: str = ""
+    """Why some figures are missing or old; empty if they are complete."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as JSON can hold them."""
@@ -100,7 +104,5 @@ class Measured(Protocol):
     def fill(self, stats: Stats) -> None:
         """Enter the component's figures, at any time from its construction on, closed or not.
 
-        Raises:
-            DoorbellError: the doorbell ended by itself.
-            TimeoutError: the doorbell does not answer.
+        Where they cannot be had, enter those that are known, and why in ``stats.problem``.
         """

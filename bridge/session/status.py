@@ -17,8 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bridge.errors import BridgeError
-
 __all__ = ["StatusServer", "ask_all"]
 
 _NAME = "kcov-bridge-status/"
@@ -71,7 +69,7 @@ class StatusServer:
     def _answer(self) -> Status:
         try:
             return self._describe()
-        except (BridgeError, TimeoutError) as error:
+        except Exception as error:
             return {"error": str(error) or type(error).__name__}
 
 

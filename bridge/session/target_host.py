@@ -75,6 +75,7 @@ def fill_blocks(stats: Stats, source: PythonSource | IsolatedTarget | None) -> N
         stats.sources = sorted({*stats.sources, "python"})
         stats.blocks_total = source.blocks_total
         stats.blocks_covered = source.blocks_covered
+        stats.tracer_faults = source.tracer_faults
 
 
 class InProcessTarget:

@@ -37,6 +37,7 @@ SUITE = (
     "tests/device/test_device_model.py",
     "tests/device/test_doorbell.py",
     "tests/device/test_doorbell_fuzz.py",
+    "tests/sources/python/test_faults.py",
     "tests/sources/python/test_hooks.py",
     "tests/sources/python/test_source.py",
     "tests/sources/test_remote.py",

@@ -173,7 +173,9 @@ def test_the_text_of_a_run_that_never_booted() -> None:
 
 def test_html_and_lcov_from_real_data(data_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    html, lcov = coverage_files.make_reports(data_file, out)
+    html, lcov = out / "html", out / "lcov.info"
+    coverage_files.make_html(data_file, html)
+    coverage_files.make_lcov(data_file, lcov)
     assert "measured.py" in (html / "index.html").read_text()
     lines = lcov.read_text().splitlines()
     assert f"SF:{tmp_path / 'source' / 'measured.py'}" in lines
@@ -196,7 +198,8 @@ def test_settings_of_a_project_around_do_not_matter(
 ) -> None:
     (tmp_path / ".coveragerc").write_text("[run]\ndata_file = nowhere\n[report]\nomit = *\n")
     monkeypatch.chdir(tmp_path)
-    html, _ = coverage_files.make_reports(data_file, tmp_path / "out")
+    html = tmp_path / "out"
+    coverage_files.make_html(data_file, html)
     assert (html / "index.html").is_file()
 
 

@@ -214,6 +214,31 @@ def test_nothing_to_isolate(tmp_path: Path) -> None:
         IsolatedTarget("none", None, tmp_path).start(nowhere)
 
 
+def test_isolated_target_with_a_fault_of_the_tracer_raises_it_and_gives_the_pcs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_name = "type('NoName', (str,), {'__hash__': lambda self: 1 // 0})"
+    code = "compile('a = 1', '', 'exec')"
+    name = own_target(
+        tmp_path, monkeypatch, f"exec({code}.replace(co_filename={no_name}('bad.py')))"
+    )
+    isolated = IsolatedTarget(name, None, tmp_path)
+    target = isolated.start(nowhere)
+    try:
+        isolated.consume()
+        assert tell(target, b"x")() == b"."
+        with pytest.raises(SourceError, match="the tracer failed: ZeroDivisionError") as raised:
+            isolated.consume()
+        assert f"of process {isolated.pid}" in str(raised.value)
+        places = {str(isolated.table.lookup(pc)) for pc in isolated.consume()}
+        assert any(place.startswith("own_service.py:") for place in places)
+        faults = isolated.tracer_faults
+        assert faults > 0
+    finally:
+        isolated.stop()
+    assert isolated.tracer_faults >= faults
+
+
 @pytest.mark.vm
 def test_in_a_guest(tmp_path: Path) -> None:
     with bridge.boot(out=tmp_path, isolate=True) as guest:

@@ -132,9 +132,13 @@ class _Heir:
         self._function = function
 
     def __call__(self, *args: Any, **keywords: Any) -> object:
-        group = self._group.alive()
-        if group is not None:
-            tracer.install(group)
+        try:
+            group = self._group.alive()
+            if group is not None:
+                tracer.install(group)
+        except BaseException as error:
+            # The thread runs all the same.
+            tracer.note_fault(self._group.feeds, error)
         return self._function(*args, **keywords)
 
 

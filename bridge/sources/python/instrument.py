@@ -84,7 +84,9 @@ def instrumenting(packages: Sequence[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.meta_path.remove(finder)
+        # The target may have put another list there.
+        if finder in sys.meta_path:
+            sys.meta_path.remove(finder)
 
 
 def compile_instrumented(source: str | bytes, path: str, optimize: int = -1) -> CodeType:

@@ -9,12 +9,16 @@ needed: each byte means one thing, and a store of 1 can be repeated.
 The layout, little-endian, everything that is counted in bytes:
 
 ======================  =========================================================
-0                       :data:`MAGIC`, which names the version of the layout too
+0                       ``MAGIC``, which names the version of the layout too
 8                       ``ACTIVE``: 1 while the source measures
 9                       ``NEWS``: 1 where some ``dirty`` byte may be 1
 10                      ``MISSED``: 1 where a process ran a file that is not here
+11                      ``FAULTED``: whether the tracer failed, see :mod:`.faults`
 16, 24                  u64: where the index begins, and its length
-64                      ``dirty``: a byte for each file
+32                      u64: the number of faults
+40                      u16: the length of the first fault's text
+64                      the text of the first fault
+512                     ``dirty``: a byte for each file
 then, for each file     ``block_of``: u32 for each line: number of its block, or 0
                         ``taken``: for each line, whether it ever ran
                         ``hit``: for each block, whether it ran since the last look
@@ -37,13 +41,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from . import faults
+from .faults import ACTIVE, MAGIC, NEWS
+
 __all__ = ["ACTIVE", "DIRTY", "MISSED", "NEWS", "FileLines", "LineMemory"]
 
-MAGIC: Final = b"kcovln01"
-ACTIVE: Final = 8
-NEWS: Final = 9
 MISSED: Final = 10
-DIRTY: Final = 64
+DIRTY: Final = faults.TEXT + faults.TEXT_LIMIT
 _INDEX: Final = 16
 
 

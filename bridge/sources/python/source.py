@@ -28,6 +28,7 @@ from bridge.device.records import comparison_record
 from bridge.errors import SourceError
 from bridge.sources import PC
 from bridge.sources.pcs import SLOT_BYTES, BlockTable
+from bridge.sources.python import faults
 from bridge.sources.python.hooks import MEASURING
 from bridge.sources.python.instrument import instrumenting
 from bridge.sources.python.lines import MISSED, LineMemory
@@ -157,18 +158,35 @@ class PythonSource:
         MEASURING.begin(self._feed)
 
     def consume(self) -> list[PC]:
-        """The PCs of the blocks covered since the last call, each once, and forget them.
+        """Return the PCs of the blocks covered since the last call, each once, and forget them.
 
         Sorted by file name and, within a file, in the order of the text. Lines without a block
         give no PC and are kept for the data file alone.
+
+        Raises:
+            SourceError: the tracer failed for the first time, in whatever process. Raised once;
+                the next call gives the PCs.
         """
         with self._lock:
             if self._rest:
                 pcs, self._rest = self._rest, []
             else:
-                pcs = self._feed.drain() if self._feed is not None else []
+                try:
+                    pcs = self._feed.drain() if self._feed is not None else []
+                except faults.Faulted:
+                    raise self._fault() from None
             self.given += len(pcs)
             return pcs
+
+    @property
+    def tracer_faults(self) -> int:
+        """How often the tracer failed, in all processes; each time a line may be missing."""
+        return faults.read(self._feed.memory.buffer)[0] if self._feed is not None else 0
+
+    def _fault(self) -> SourceError:
+        """The first fault of the tracer, as an error."""
+        text = faults.read(self._feed.memory.buffer)[1] if self._feed is not None else ""
+        return SourceError(f"the tracer failed: {text or 'there was no memory to keep the reason'}")
 
     def line_recorder(self, path: Path, line: int) -> Callable[[], None]:
         """A function that notes a line of a covered file as run, for benchmarks.
@@ -255,10 +273,12 @@ class PythonSource:
         next line. In a forked child of the process that started the source it does nothing.
 
         Raises:
-            SourceError: the data file cannot be written; the measurement has ended also then.
+            SourceError: the data file cannot be written, or the tracer has failed and
+                :meth:`consume` did not say so; the measurement has ended also then.
         """
         if os.getpid() != self._pid:
             return
+        fault: SourceError | None = None
         with self._lock:
             feed = self._feed
             if feed is None or not self._running:
@@ -270,7 +290,11 @@ class PythonSource:
             if self._recorder is not None:
                 self._recorder.record(False)
             self._instrumenting.close()
-            self._rest = feed.drain()
+            try:
+                self._rest = feed.drain()
+            except faults.Faulted:
+                fault = self._fault()
+                self._rest = feed.drain()
         if feed.memory.buffer[MISSED]:
             _log.warning(
                 "a process that the target started ran files of %s that appeared during the "
@@ -278,6 +302,8 @@ class PythonSource:
                 ", ".join(self.packages),
             )
         self._write(feed)
+        if fault is not None:
+            raise fault
 
     def _write(self, feed: Feed) -> None:
         if self.data_file is None:

@@ -2,7 +2,7 @@
 """Measures a Python program that a target has started; see ../hooks.py.
 
 It comes first on PYTHONPATH, takes itself off ``sys.path`` again, and runs the ``sitecustomize``
-that would have run without it. Nothing that goes wrong here may reach the program.
+that would have run without it. What goes wrong here reaches the source, not the program.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import os
 import sys
 import types
 from importlib import import_module
-from importlib.machinery import PathFinder
+from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
 
 
@@ -47,6 +47,21 @@ def _go_on() -> None:
         spec.loader.exec_module(module)
 
 
-with contextlib.suppress(Exception):
+def _tell(error: BaseException) -> None:
+    """Note in the sources' memories that this program is not measured."""
+    # By its path: what the program has put in the place of other modules may be the reason.
+    path = str(Path(__file__).resolve().parents[1] / "faults.py")
+    faults = types.ModuleType("faults")
+    SourceFileLoader("faults", path).exec_module(faults)
+    text = f"a program is not measured: {faults.describe(error)}"
+    for memory in os.environ["KCOV_BRIDGE_LINES"].split(os.pathsep):
+        faults.note_in(memory, text)
+
+
+try:
     _begin()
+except BaseException as failure:
+    # The source may have ended, or be out of reach.
+    with contextlib.suppress(BaseException):
+        _tell(failure)
 _go_on()

@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from .plain import note_fault
+
 if TYPE_CHECKING:
     from .plain import Apart, Feed, Group, View, chain, chained, current, install, uninstall
 
@@ -25,6 +27,7 @@ __all__ = [
     "chained",
     "current",
     "install",
+    "note_fault",
     "uninstall",
 ]
 

@@ -19,8 +19,9 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 import sys
 from operator import attrgetter
 
+from .. import faults as _faults
 from .. import lines as _layout
-from .plain import canonical
+from .plain import canonical, keep_fault
 
 __all__ = ["Apart", "Feed", "Group", "View", "chain", "chained", "current", "install", "uninstall"]
 
@@ -31,6 +32,7 @@ cdef extern from *:
     /* Each byte is stored once, after those before it. */
     #define kb_store(place, value) __atomic_store_n((place), (value), __ATOMIC_RELEASE)
     #define kb_load(place) __atomic_load_n((place), __ATOMIC_ACQUIRE)
+    #define kb_count(place) __atomic_fetch_add((uint64_t *)(place), 1, __ATOMIC_RELAXED)
     """
     ctypedef struct PyFrameObject
     ctypedef struct PyCodeObject:
@@ -53,10 +55,15 @@ cdef extern from *:
     void kb_order() nogil
     void kb_store(uint8_t *place, int value) nogil
     int kb_load(const uint8_t *place) nogil
+    void kb_count(uint8_t *place) nogil
 
 cdef Py_ssize_t _ACTIVE = _layout.ACTIVE
 cdef Py_ssize_t _NEWS = _layout.NEWS
 cdef Py_ssize_t _DIRTY = _layout.DIRTY
+cdef Py_ssize_t _FAULTED = _faults.FAULTED
+cdef Py_ssize_t _FAULTS = _faults.FAULTS
+cdef int _TO_TELL = _faults.TO_TELL
+cdef int _TOLD = _faults.TOLD
 
 # That of the interpreter, whatever hooks have put in its place since.
 _settrace = sys.settrace
@@ -267,6 +274,10 @@ cdef class Feed:
         for held in self._memories:
             if not kb_load(held.base + _NEWS):
                 continue
+            if kb_load(held.base + _FAULTED) == _TO_TELL:
+                kb_store(held.base + _FAULTED, _TOLD)
+                dirty.clear()
+                raise _faults.Faulted
             kb_store(held.base + _NEWS, 0)
             kb_order()
             flags = held.base + _DIRTY
@@ -302,7 +313,16 @@ cdef class Group:
             if type(feed) is not Feed:
                 raise TypeError(f"{feed!r} is no feed")
 
+    cdef bint lasts(self) noexcept:
+        """Whether some feed has not ended."""
+        cdef Py_ssize_t at
+        for at in range(PyTuple_GET_SIZE(self.feeds)):
+            if (<Feed>PyTuple_GET_ITEM(self.feeds, at)).base[_ACTIVE]:
+                return True
+        return False
+
     cdef inline bint ended(self) noexcept:
+        """Whether some feed has ended."""
         cdef Py_ssize_t at
         for at in range(PyTuple_GET_SIZE(self.feeds)):
             if not (<Feed>PyTuple_GET_ITEM(self.feeds, at)).base[_ACTIVE]:
@@ -423,16 +443,16 @@ cdef class ThreadTracer:
         cdef Py_ssize_t at, number
         cdef View view
         if code != self.code:
-            known = PyDict_GetItemWithError(self.group._views, <object>code.co_filename)
-            if known != NULL:
-                self.views = <tuple>known
-            else:
-                try:
+            try:
+                known = PyDict_GetItemWithError(self.group._views, <object>code.co_filename)
+                if known != NULL:
+                    self.views = <tuple>known
+                else:
                     file = PyFrame_GetGlobals(frame).get("__file__")
                     self.views = self.group.views(<object>code.co_filename, file)
-                except BaseException:
-                    Py_XDECREF(<PyObject *>code)
-                    raise
+            except BaseException:
+                Py_XDECREF(<PyObject *>code)
+                raise
             Py_XDECREF(<PyObject *>self.code)
             self.code = code
         else:
@@ -456,12 +476,12 @@ cdef int _trace(PyObject *of, PyFrameObject *frame, int what, PyObject *arg) noe
     cdef PyObject *value = NULL
     cdef PyObject *trace = NULL
     cdef int status
-    if tracer.group.ended() and not _stay(tracer):
+    if tracer.group.ended() and not _stay(tracer, frame):
         function = tracer.function
         PyEval_SetTrace(function, tracer.of)
         return function(tracer.of, frame, what, arg) if function != NULL else 0
-    if what == PyTrace_LINE:
-        _line(tracer, frame)
+    if what == PyTrace_LINE and _line(tracer, frame) < 0:
+        return -1
     function = tracer.function
     if function == NULL:
         return 0
@@ -476,34 +496,58 @@ cdef int _trace(PyObject *of, PyFrameObject *frame, int what, PyObject *arg) noe
     return status
 
 
-cdef void _line(ThreadTracer tracer, PyFrameObject *frame) noexcept:
-    """Never raises in the code that is traced."""
+cdef int _line(ThreadTracer tracer, PyFrameObject *frame) except -1:
+    """Note a line; raise nothing in the code that is traced but what was meant for it."""
     try:
         tracer.line(frame)
-    except Exception as error:
-        sys.unraisablehook(_Unraisable(error))
+    except KeyboardInterrupt as error:
+        _fault(tracer, frame, error)
+        raise
+    except BaseException as error:
+        _fault(tracer, frame, error)
+    return 0
 
 
-cdef class _Unraisable:
-    cdef readonly object exc_type, exc_value, exc_traceback, err_msg, object
+cdef void _fault(ThreadTracer tracer, PyFrameObject *frame, error) noexcept:
+    """As plain.note_fault(); what must not fail needs no memory."""
+    cdef Py_ssize_t at
+    cdef tuple feeds = tracer.group.feeds
+    cdef uint8_t *base
+    cdef PyCodeObject *code = NULL
+    for at in range(PyTuple_GET_SIZE(feeds)):
+        kb_count((<Feed>PyTuple_GET_ITEM(feeds, at)).base + _FAULTS)
+    try:
+        if frame == NULL:
+            keep_fault(feeds, error)
+        else:
+            code = PyFrame_GetCode(frame)
+            keep_fault(feeds, error, <object>code.co_filename, PyFrame_GetLineNumber(frame))
+    except BaseException:
+        # The count is there, only its reason is missing.
+        pass
+    Py_XDECREF(<PyObject *>code)
+    for at in range(PyTuple_GET_SIZE(feeds)):
+        base = (<Feed>PyTuple_GET_ITEM(feeds, at)).base
+        if not kb_load(base + _FAULTED):
+            kb_store(base + _FAULTED, _TO_TELL)
+        kb_store(base + _NEWS, 1)
 
-    def __init__(self, error):
-        self.exc_type = type(error)
-        self.exc_value = error
-        self.exc_traceback = error.__traceback__
-        self.err_msg = "a line was not recorded"
 
+cdef bint _stay(ThreadTracer tracer, PyFrameObject *frame) noexcept:
+    """Forget the feeds that have ended; return whether there are others.
 
-cdef bint _stay(ThreadTracer tracer) noexcept:
-    """Forget the feeds that have ended; whether there are others."""
+    Where that fails, the tracer goes on for all of them, so nothing is lost.
+    """
+    if not tracer.group.lasts():
+        return False
     try:
         group = tracer.group.alive()
         if group is None:
             return False
         tracer.switch(group)
-        return True
-    except Exception:
-        return False
+    except BaseException as error:
+        _fault(tracer, frame, error)
+    return True
 
 
 cdef ThreadTracer _tracer():
@@ -540,7 +584,7 @@ def install(Group group not None):
 
 def uninstall():
     cdef ThreadTracer tracer = _tracer()
-    if tracer is not None and tracer.group.ended() and not _stay(tracer):
+    if tracer is not None and tracer.group.ended() and not _stay(tracer, NULL):
         PyEval_SetTrace(tracer.function, tracer.of)
 
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from types import FrameType
 from typing import Any
 
+from .. import faults
 from ..lines import ACTIVE, DIRTY, NEWS, LineMemory
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "chained",
     "current",
     "install",
+    "note_fault",
     "uninstall",
 ]
 
@@ -51,6 +53,33 @@ def canonical(filename: str, file: object = None) -> str:
         if isinstance(other, str) and Path(other).name == Path(filename).name:
             filename = other
     return os.path.realpath(filename)
+
+
+def keep_fault(
+    feeds: Sequence[Feed], error: BaseException, filename: object = None, line: int = 0
+) -> None:
+    """Keep the text of a fault; see :func:`bridge.sources.python.faults.describe`."""
+    text = faults.describe(error, filename, line)
+    for feed in feeds:
+        faults.keep(feed.memory.buffer, text)
+
+
+def note_fault(
+    feeds: Sequence[Feed], error: BaseException, filename: object = None, line: int = 0
+) -> None:
+    """Note that a line may be lost, and why; raise nothing.
+
+    Args:
+        feeds: whose line it is.
+        error, filename, line: as for :func:`bridge.sources.python.faults.describe`.
+    """
+    for feed in feeds:
+        faults.count(feed.memory.buffer)
+    # The count is there; without memory its reason is missing.
+    with suppress(BaseException):
+        keep_fault(feeds, error, filename, line)
+    for feed in feeds:
+        faults.report(feed.memory.buffer)
 
 
 class View:
@@ -171,12 +200,19 @@ class Feed:
         self.beyond.setdefault(path, set()).add(line)
 
     def drain(self) -> list[int]:
-        """The PCs of the blocks that ran since the last call, by file name, then in order."""
+        """Return the PCs of the blocks that ran since the last call, by file name, then in order.
+
+        Raises:
+            Faulted: the tracer failed for the first time; the PCs are there for the next call.
+        """
         dirty: list[View] = []
         for memory, views in self._memories:
             buffer = memory.buffer
             if not buffer[NEWS]:
                 continue
+            if buffer[faults.FAULTED] == faults.TO_TELL:
+                buffer[faults.FAULTED] = faults.TOLD
+                raise faults.Faulted
             buffer[NEWS] = 0
             with self._fence:
                 pass
@@ -281,10 +317,15 @@ class _ThreadTracer:
         self.apart: Apart | None = None
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
-        if self.group.stale and self.leave():
+        if self.group.stale and self.leave(frame):
             return self.chained(frame, event, arg) if self.chained is not None else None
         if self.chained is not None:
-            local = self.chained(frame, event, arg)
+            try:
+                local = self.chained(frame, event, arg)
+            except BaseException as error:
+                # The interpreter ends the tracing of a thread whose trace function raises.
+                self.fault(error, frame)
+                raise
             if _gettrace() is not self:
                 # It is gone, or has put another in its place (coverage.py does both).
                 self.chained = _gettrace()
@@ -292,27 +333,55 @@ class _ThreadTracer:
             return _both(self, local)
         if event == "line":
             self.line(frame, event, arg)
-        code = frame.f_code.co_filename
-        return self.line if self.group.views(code, frame.f_globals.get("__file__")) else None
+        return None if self.views(frame) == () else self.line
+
+    def views(self, frame: FrameType) -> tuple[View, ...] | None:
+        """The views of a frame's file; None if they cannot be had now."""
+        try:
+            return self.group.views(frame.f_code.co_filename, frame.f_globals.get("__file__"))
+        except KeyboardInterrupt as error:
+            # It came for the code that is traced.
+            self.fault(error, frame)
+            raise
+        except BaseException as error:
+            self.fault(error, frame)
+            return None
 
     def line(self, frame: FrameType, event: str, arg: object) -> Any:
         """The local trace function of a frame whose code is covered."""
-        if event != "line" or (self.group.stale and self.leave()):
+        if event != "line" or (self.group.stale and self.leave(frame)):
             return self.line
-        views = self.group.views(frame.f_code.co_filename, frame.f_globals.get("__file__"))
-        for view in views:
-            if self.apart is None:
-                view.record(frame.f_lineno)
-            else:
-                self.apart.note(view, {frame.f_lineno})
+        for view in self.views(frame) or ():
+            try:
+                if self.apart is None:
+                    view.record(frame.f_lineno)
+                else:
+                    self.apart.note(view, {frame.f_lineno})
+            except Exception as error:
+                self.fault(error, frame)
         return self.line
 
-    def leave(self) -> bool:
-        """Forget the feeds that have ended; whether that was the end of this tracer."""
-        group = self.group.alive()
-        if group is not None:
-            self.group = group
-            return False
+    def fault(self, error: BaseException, frame: FrameType | None) -> None:
+        """Note that a line may be lost."""
+        if frame is None:
+            note_fault(self.group.feeds, error)
+        else:
+            note_fault(self.group.feeds, error, frame.f_code.co_filename, frame.f_lineno)
+
+    def leave(self, frame: FrameType | None = None) -> bool:
+        """Forget the feeds that have ended; return whether that was the end of this tracer.
+
+        Where that fails, the tracer goes on for all of them, so nothing is lost.
+        """
+        if any(feed.active for feed in self.group.feeds):
+            try:
+                group = self.group.alive()
+            except BaseException as error:
+                self.fault(error, frame)
+                return False
+            if group is not None:
+                self.group = group
+                return False
         if _gettrace() is self:
             _settrace(self.chained)
         return True
@@ -325,7 +394,11 @@ def _both(tracer: _ThreadTracer, local: Any) -> Callable[[FrameType, str, object
         nonlocal local
         tracer.line(frame, event, arg)
         if local is not None:
-            local = local(frame, event, arg)
+            try:
+                local = local(frame, event, arg)
+            except BaseException as error:
+                tracer.fault(error, frame)
+                raise
         return trace
 
     return trace
