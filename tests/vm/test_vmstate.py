@@ -93,7 +93,7 @@ class TestDevicesOf:
     @pytest.mark.parametrize(
         ("content", "why"),
         [
-            (b"QEMU who?", "does not begin"),
+            (b"QEMU who?", "sent no migration stream"),
             (MAGIC + b"\x55", "unknown type 85"),
             (MAGIC + start("block"), "unknown section: block"),
             (MAGIC + start() + word(0x40) + bytes(100), "unknown kind 0x40"),
