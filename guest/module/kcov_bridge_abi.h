@@ -131,7 +131,7 @@ enum kb_answer {
 struct kb_kernel {
 	__u64 cpus;
 	__u64 syscall_entry;
-	/* The function kb_marker(), by which the plugin finds this kernel's memory. */
+	/* The 64 bytes with the marker, by which the plugin finds this kernel's memory. */
 	__u64 marker;
 	__u64 marker_physical;
 	__u64 pad[4];

@@ -5,6 +5,7 @@
  * the module's own.
  */
 
+#include <linux/align.h>
 #include <linux/io.h>
 #include <linux/ktime.h>
 #include <linux/reboot.h>
@@ -19,11 +20,14 @@
 /* Whether the host records this kernel's code. */
 bool kb_kernel_watched;
 
+/* PLAN_MARKER_BYTES: the plugin expects the marker within so many bytes of the reported address. */
+#define KB_MARKER_BYTES	64
+
 /*
  * A sign to the plugin: a NOP that nobody else writes, first in a block of its own. Within one page,
  * so that its physical address is known.
  */
-static noinline notrace __aligned(64) void kb_marker(void)
+static noinline notrace __aligned(KB_MARKER_BYTES) void kb_marker(void)
 {
 	asm volatile("jmp 1f\n1: .byte 0x0f, 0x1f, 0x80, 'k', 'c', 'o', 'v'" : : : "memory");
 }
@@ -79,6 +83,8 @@ static void kb_kernel_describe(struct kb_kernel *kernel)
 	struct desc_ptr table;
 	const gate_desc *gates;
 	unsigned int cpu, vector;
+	/* With CONFIG_CALL_PADDING the padding is aligned, and the function comes after it. */
+	unsigned long marker = ALIGN_DOWN((unsigned long)kb_marker, KB_MARKER_BYTES);
 
 	memset(kernel, 0, sizeof(*kernel));
 	for_each_possible_cpu(cpu) {
@@ -91,8 +97,8 @@ static void kb_kernel_describe(struct kb_kernel *kernel)
 	}
 	kernel->cpus = num_possible_cpus();
 	kernel->syscall_entry = __rdmsr(MSR_LSTAR);
-	kernel->marker = (unsigned long)kb_marker;
-	kernel->marker_physical = slow_virt_to_phys(kb_marker);
+	kernel->marker = marker;
+	kernel->marker_physical = slow_virt_to_phys((void *)marker);
 	store_idt(&table);
 	gates = (const gate_desc *)table.address;
 	for (vector = 0; vector < ARRAY_SIZE(kernel->vectors); vector++)

@@ -285,7 +285,7 @@ class _Builder:
         # the one package that names it.
         hook = (
             f"set -e; image=$(apt-cache show --no-all-versions {self.recipe.kernel}"
-            r" | sed -n 's/^Depends: *\(linux-image-[^ ,]*\).*/\1/p'); "
+            r" | sed -n 's/^Depends:.* \(linux-image-[^ ,]*\).*/\1/p'); "
             'headers="linux-headers-${image#linux-image-}"; '
             "apt-get install --yes --no-install-recommends $headers; "
             "mkdir /kernel; cd /kernel; apt-get download $image"
@@ -444,7 +444,16 @@ class _Builder:
                 *([self.mirror] if self.mirror else []),
             ]
             env = {**os.environ, "TMPDIR": scratch, "SOURCE_DATE_EPOCH": str(EPOCH), "LC_ALL": "C"}
-            commands.run(command, what=f"installing packages of {self.recipe.suite}", env=env)
+            what = f"installing packages of {self.recipe.suite}"
+            try:
+                commands.run(command, what=what, env=env)
+            except ImageError as error:
+                if not error.hint and "is expired" in error.evidence:
+                    error.hint = (
+                        "the mirror's index is older than Debian allows; to use it all the same: "
+                        f"--mirror 'deb [check-valid-until=no] URI {self.recipe.suite} main'"
+                    )
+                raise
 
     # -- the image ---------------------------------------------------------------------------
 
