@@ -21,11 +21,14 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from threading import get_ident
+from types import FrameType
 from typing import Any, Final
 
 from . import tracer
 from .lines import MISSED, LineMemory
 from .tracer import Feed, Group, View
+from .tracer.plain import interpreters_gettrace
 
 __all__ = ["LINES_VARIABLE", "MEASURING", "Measuring", "attach"]
 
@@ -44,6 +47,8 @@ class Measuring:
         self._groups: list[Group] = []
         self._feeds: list[Feed] = []
         self._replaced: list[tuple[Any, str, Any, Any]] = []
+        self.threads: dict[int, Group] = {}
+        """The threads that are measured, by their identifiers, and some that have ended."""
         os.register_at_fork(after_in_child=self._after_fork)
 
     def begin(self, feed: Feed) -> None:
@@ -54,14 +59,20 @@ class Measuring:
             self._feeds.append(feed)
             group = tracer.current()
             feeds = (*group.feeds, feed) if group is not None else (feed,)
-            tracer.install(self._group(feeds))
+            group = self._group(feeds)
+            self.threads[get_ident()] = group
+            tracer.install(group)
 
     def end(self, feed: Feed) -> None:
         """End the measurement for a feed: at once on this thread, elsewhere at the next event."""
+        self._check_tracer([feed])
         feed.memory.end()
         tracer.uninstall()
         with self._lock:
             self._groups = [group for group in self._groups if not group.stale]
+            for thread, group in list(self.threads.items()):
+                if group.alive() is None:
+                    self.threads.pop(thread, None)
             if feed in self._feeds:
                 self._feeds.remove(feed)
             if not self._feeds:
@@ -76,6 +87,36 @@ class Measuring:
         """Whether this thread is measured for a feed."""
         group = tracer.current()
         return group is not None and feed in group.feeds
+
+    def thread_ends(self, name: str) -> None:
+        """Forget this thread, which is about to end; threading has forgotten its name."""
+        group = self.threads.get(get_ident())
+        if group is not None:
+            self._check_tracer([feed for feed in group.feeds if feed.active], name)
+            self.threads.pop(get_ident(), None)
+
+    def _check_tracer(self, feeds: Sequence[Feed], name: str = "") -> None:
+        """Note a fault if this thread should write to feeds and does not any more."""
+        group = self.threads.get(get_ident())
+        if group is None:
+            return
+        now = tracer.current()
+        lost = [
+            feed for feed in feeds if feed in group.feeds and (now is None or feed not in now.feeds)
+        ]
+        if lost:
+            who = f"the thread {name}" if name else "the thread"
+            reason = f"{who} was not measured to its end: its trace function was replaced"
+            tracer.note_fault(lost, TracerReplaced(reason))
+
+    def groups_by_thread(self) -> dict[int, Group]:
+        """What each thread writes to that is measured and runs."""
+        running = sys._current_frames()
+        return {
+            thread: alive
+            for thread, group in list(self.threads.items())
+            if thread in running and (alive := group.alive()) is not None
+        }
 
     def _group(self, feeds: Sequence[Feed]) -> Group:
         for group in self._groups:
@@ -94,6 +135,7 @@ class Measuring:
     def _replace(self) -> None:
         self._put(sys, "settrace", lambda real: tracer.chain)
         self._put(sys, "gettrace", lambda real: tracer.chained)
+        self._put(sys, "_settraceallthreads", _setting_all_traces)
         for name in ("start_new_thread", "start_new", "start_joinable_thread"):
             self._put(_thread, name, _starting_thread)
         for name in ("_start_new_thread", "_start_joinable_thread"):
@@ -122,6 +164,10 @@ class Measuring:
                 setattr(holder, name, real)
 
 
+class TracerReplaced(Exception):
+    """Code under test set a trace function in a way that :class:`Measuring` does not see."""
+
+
 class _Heir:
     """The function of a thread that a measured one has started."""
 
@@ -135,11 +181,16 @@ class _Heir:
         try:
             group = self._group.alive()
             if group is not None:
+                MEASURING.threads[get_ident()] = group
                 tracer.install(group)
         except BaseException as error:
             # The thread runs all the same.
             tracer.note_fault(self._group.feeds, error)
-        return self._function(*args, **keywords)
+        try:
+            return self._function(*args, **keywords)
+        finally:
+            thread = getattr(self._function, "__self__", None)
+            MEASURING.thread_ends(thread.name if isinstance(thread, threading.Thread) else "")
 
 
 def _starting_thread(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -190,6 +241,30 @@ def _setting_trace(real: Callable[..., Any]) -> Callable[..., Any]:
                 tracer.install(group)
 
     return method
+
+
+def _setting_all_traces(real: Callable[..., Any]) -> Callable[..., Any]:
+    """``threading.settrace_all_threads()``, which replaces the tracers of other threads too."""
+
+    def set_all(function: Any) -> None:
+        here = tracer.current()
+        groups = MEASURING.groups_by_thread()
+
+        def resume(frame: FrameType, event: str, arg: object) -> Any:
+            # At the first call on each thread; the running trace function may be replaced.
+            tracer.chain(function)
+            group = groups.get(get_ident())
+            if group is not None and (group := group.alive()) is not None:
+                tracer.install(group)
+            following = function if tracer.COMPILED else interpreters_gettrace()
+            return following(frame, event, arg) if following is not None else None
+
+        real(resume if groups else function)
+        tracer.chain(function)
+        if here is not None:
+            tracer.install(here)
+
+    return set_all
 
 
 def _environment(env: Mapping[Any, Any], group: Group) -> dict[bytes, bytes]:

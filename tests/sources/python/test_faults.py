@@ -272,3 +272,36 @@ def test_stop_after_the_target_removed_all_finders_writes_the_data(
     finally:
         sys.meta_path[:] = [each for each in before if type(each).__name__ != "_Finder"]
     assert any(path.endswith("work.py") for path in executed(tmp_path / ".coverage"))
+
+
+@pytest.mark.parametrize("in_new_thread", [False, True])
+def test_tracer_that_was_replaced_past_the_hooks_is_told_at_the_end(
+    make_package: MakePackage,
+    make_source: MakeSource,
+    on_target: TargetThread,
+    in_new_thread: bool,
+) -> None:
+    """Code that had a reference to the interpreter's own settrace() before the measurement."""
+    settrace = sys.settrace
+    name = make_package(work=WORK)
+    source = make_source(name)
+    on_target(source.start)
+    work = on_target(importlib.import_module, f"{name}.work")
+    source.consume()
+
+    def replace() -> None:
+        settrace(None)
+        work.blue()
+
+    def start() -> None:
+        thread = threading.Thread(target=replace, name="handler")
+        thread.start()
+        thread.join()
+
+    on_target(start if in_new_thread else replace)
+    told = "TracerReplaced: the thread handler was" if in_new_thread else "the thread was"
+    told += " not measured to its end: its trace function was replaced"
+    if not in_new_thread:
+        assert places(source) == []
+    with pytest.raises(SourceError, match=told):
+        on_target(source.consume if in_new_thread else source.stop)

@@ -9,6 +9,7 @@ import importlib
 import logging
 import multiprocessing
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -469,3 +470,45 @@ def test_lines_after_an_exception_that_is_thrown_in_are_covered_on_every_python(
     assert on_target(lambda: asyncio.run(module.answer("stop"))) == "cancelled"
     found = [int(place.partition(":")[2]) for place in places(source)]
     assert found == [6, 7, 9, 10, 11, 15, 17, 21, 24]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="settrace_all_threads() is of Python 3.12")
+@pytest.mark.parametrize("with_function", [False, True])
+def test_threads_after_settrace_all_threads_are_still_measured(
+    started: tuple[Any, PythonSource], on_target: TargetThread, with_function: bool
+) -> None:
+    """It replaces the trace functions of all threads, not only of the one that calls it."""
+    work, source = started
+    seen: list[str] = []
+
+    def trace(frame: FrameType, event: str, arg: object) -> None:
+        seen.append(frame.f_code.co_name)
+
+    requests: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[object] = queue.SimpleQueue()
+
+    def serve() -> None:
+        while (request := requests.get()) is not None:
+            answers.put(request())
+
+    def begin() -> threading.Thread:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        return thread
+
+    thread = on_target(begin)
+    set_all: Any = getattr(threading, "settrace_all_threads")  # noqa: B009 - not in Python 3.11
+    try:
+        on_target(set_all, trace if with_function else None)
+        for _ in range(2):
+            on_target(work.red)
+            assert of_work(source) == [RED]
+            requests.put(work.blue)
+            assert answers.get(timeout=60) == 2
+            assert of_work(source) == [BLUE]
+        assert ("red" in seen, "blue" in seen) == (with_function, with_function)
+    finally:
+        on_target(set_all, None)
+        sys.settrace(None)
+        requests.put(None)
+        thread.join()

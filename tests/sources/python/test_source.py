@@ -28,8 +28,9 @@ from bridge.sources import Source
 from bridge.sources.pcs import BlockTable
 from bridge.sources.python.blocks import find_blocks
 from bridge.sources.python.hooks import MEASURING
+from bridge.sources.python.packages import find_packages
 from bridge.sources.python.source import PythonSource
-from tests.sources.python.support import MakePackage, MakeSource, executed, places
+from tests.sources.python.support import MakePackage, MakeSource, TargetThread, executed, places
 from tests.support.examples import examples
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -586,3 +587,77 @@ def test_it_stacks_on_a_coverage_that_runs_already(
     lines = next(v for k, v in executed(tmp_path / "outer").items() if k.endswith("main.py"))
     assert {6, 9} <= set(lines)
     assert any(k.endswith("loop.py") and v for k, v in executed(tmp_path / "inner").items())
+
+
+SHORT = """
+    def first():
+        a = 1
+        return a
+"""
+LONG = """
+    pad = 0
+
+    def nothing():
+        return 0
+
+    def second():
+        b = 2
+        return b
+"""
+
+
+@pytest.mark.parametrize("way", ["relative names", "moved code"])
+def test_files_of_one_name_are_told_apart(
+    make_package: MakePackage,
+    make_source: MakeSource,
+    on_target: TargetThread,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+) -> None:
+    """The name in compiled code is ``m.py`` for both files, or a file that is not there."""
+    name = make_package(
+        {"one/__init__.py": "", "two/__init__.py": ""},
+        **{"one/m": SHORT, "two/m": LONG},
+    )
+    (package,) = find_packages([name]).roots[0][:1]
+    source = make_source(name)
+    on_target(source.start)
+    functions = {}
+    for folder, function in (("one", "first"), ("two", "second")):
+        path = Path(package, folder, "m.py")
+        monkeypatch.chdir(path.parent)
+        relative = way == "relative names"
+        namespace: dict[str, Any] = {"__file__": "m.py" if relative else str(path)}
+        code = compile(path.read_text(), "m.py" if relative else "/not/here/m.py", "exec")
+        on_target(exec, code, namespace)
+        functions[folder] = namespace[function]
+    source.consume()
+    monkeypatch.chdir("/")
+    found = []
+    for folder in ("one", "two", "one"):
+        on_target(functions[folder])
+        (pc,) = source.consume()
+        found.append(str(source.table.lookup(pc)).partition(name)[2])
+    assert found[0].startswith("/one/m.py:3"), found
+    assert found[1].startswith("/two/m.py:8"), found
+    assert found[2] == found[0]
+
+
+def test_code_that_is_run_in_the_module_of_another_file_stays_of_its_own(
+    make_package: MakePackage, make_source: MakeSource, on_target: TargetThread
+) -> None:
+    """``exec()`` of a file in globals whose ``__file__`` has the same last part."""
+    name = make_package(
+        {"one/__init__.py": "", "two/__init__.py": ""},
+        **{"one/m": SHORT, "two/m": LONG},
+    )
+    (package,) = find_packages([name]).roots[0][:1]
+    source = make_source(name)
+    on_target(source.start)
+    one = on_target(importlib.import_module, f"{name}.one.m")
+    path = Path(package, "two", "m.py")
+    on_target(exec, compile(path.read_text(), str(path), "exec"), vars(one))
+    source.consume()
+    on_target(one.second)
+    (pc,) = source.consume()
+    assert "/two/m.py:8" in str(source.table.lookup(pc))

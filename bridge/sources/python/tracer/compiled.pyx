@@ -21,7 +21,7 @@ from operator import attrgetter
 
 from .. import faults as _faults
 from .. import lines as _layout
-from .plain import canonical, keep_fault
+from .plain import CodeViews, canonical, is_settled, keep_fault
 
 __all__ = ["Apart", "Feed", "Group", "View", "chain", "chained", "current", "install", "uninstall"]
 
@@ -305,10 +305,12 @@ cdef class Feed:
 cdef class Group:
     cdef readonly tuple feeds
     cdef dict _views
+    cdef object _code_views
 
     def __init__(self, feeds):
         self.feeds = tuple(feeds)
         self._views = {}
+        self._code_views = CodeViews()
         for feed in self.feeds:
             if type(feed) is not Feed:
                 raise TypeError(f"{feed!r} is no feed")
@@ -339,14 +341,18 @@ cdef class Group:
         feeds = [feed for feed in self.feeds if feed.active]
         return Group(feeds) if feeds else None
 
-    def views(self, filename, file=None):
+    def views(self, code, file=None):
+        filename = code.co_filename
         views = self._views.get(filename)
         if views is None:
-            views = ()
+            views = self._code_views.get(code)
+        if views is None:
             path = canonical(filename, file)
-            if path:
-                found = [feed.view(path) for feed in self.feeds]
-                views = tuple([view for view in found if view is not None])
+            found = [feed.view(path) for feed in self.feeds] if path else []
+            views = tuple([view for view in found if view is not None])
+            if not is_settled(filename, file):
+                self._code_views.put(code, views)
+            elif path:
                 self._views[filename] = views
         return views
 
@@ -449,7 +455,7 @@ cdef class ThreadTracer:
                     self.views = <tuple>known
                 else:
                     file = PyFrame_GetGlobals(frame).get("__file__")
-                    self.views = self.group.views(<object>code.co_filename, file)
+                    self.views = self.group.views(<object>code, file)
             except BaseException:
                 Py_XDECREF(<PyObject *>code)
                 raise

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from .. import faults
@@ -30,17 +31,18 @@ __all__ = [
     "chained",
     "current",
     "install",
+    "interpreters_gettrace",
     "note_fault",
     "uninstall",
 ]
 
 # Those of the interpreter, whatever hooks have put in their place since.
 _settrace = sys.settrace
-_gettrace: Callable[[], Any] = sys.gettrace
+interpreters_gettrace: Callable[[], Any] = sys.gettrace
 
 
 def canonical(filename: str, file: object = None) -> str:
-    """The path of a source file as coverage.py names it; "" for what is no file.
+    """Return the path of a source file as coverage.py names it; "" for what is no file.
 
     Args:
         filename: of the code object.
@@ -48,11 +50,57 @@ def canonical(filename: str, file: object = None) -> str:
     """
     if not filename or filename.startswith("<"):
         return ""
-    if isinstance(file, str | os.PathLike):
-        other = os.fspath(file)
-        if isinstance(other, str) and Path(other).name == Path(filename).name:
-            filename = other
-    return os.path.realpath(filename)
+    return os.path.realpath(_moved(filename, file) or filename)
+
+
+def is_settled(filename: str, file: object = None) -> bool:
+    """Whether a file name means one file, whatever module and working directory it is used in."""
+    return filename.startswith(("/", "<")) and _moved(filename, file) is None
+
+
+def _moved(filename: str, file: object) -> str | None:
+    """The path of a module whose code has the name of a file that is elsewhere or nowhere."""
+    if not isinstance(file, str | os.PathLike) or file == filename:
+        return None
+    path = os.fspath(file)
+    if not isinstance(path, str) or Path(path).name != Path(filename).name:
+        return None
+    return None if filename.startswith("/") and Path(filename).exists() else path
+
+
+class CodeViews:
+    """The views of code whose file name does not say which file it is.
+
+    The name is relative, or compiled code was moved. The file is the one that the name means when
+    the code first runs; code inside that code belongs to the same file.
+    """
+
+    __slots__ = ("_known",)
+
+    def __init__(self) -> None:
+        # By the code's identity, for equal code may be of two files.
+        self._known: dict[int, tuple[weakref.ref[CodeType], tuple[View, ...]]] = {}
+
+    def get(self, code: CodeType) -> tuple[View, ...] | None:
+        """The views of some code, or None if it never ran."""
+        known = self._known.get(id(code))
+        return known[1] if known is not None and known[0]() is code else None
+
+    def put(self, code: CodeType, views: tuple[View, ...]) -> None:
+        """Remember the views of some code and of all code in it."""
+        known = self._known
+        todo = [code]
+        while todo:
+            each = todo.pop()
+            number = id(each)
+
+            def forget(gone: weakref.ref[CodeType], number: int = number) -> None:
+                # Not if other code has got the number since.
+                if number in known and known[number][0] is gone:
+                    del known[number]
+
+            known[number] = (weakref.ref(each, forget), views)
+            todo += [constant for constant in each.co_consts if isinstance(constant, CodeType)]
 
 
 def keep_fault(
@@ -235,11 +283,12 @@ class Feed:
 class Group:
     """The feeds that a thread writes to; the same object for all threads with the same ones."""
 
-    __slots__ = ("_views", "feeds")
+    __slots__ = ("_code_views", "_views", "feeds")
 
     def __init__(self, feeds: Sequence[Feed]) -> None:
         self.feeds = tuple(feeds)
         self._views: dict[str, tuple[View, ...]] = {}
+        self._code_views = CodeViews()
 
     @property
     def stale(self) -> bool:
@@ -251,15 +300,19 @@ class Group:
         feeds = [feed for feed in self.feeds if feed.active]
         return (self if len(feeds) == len(self.feeds) else Group(feeds)) if feeds else None
 
-    def views(self, filename: str, file: object = None) -> tuple[View, ...]:
-        """The views of a file by the name that a code object has for it."""
+    def views(self, code: CodeType, file: object = None) -> tuple[View, ...]:
+        """The views of the file of a code object; ``file`` as for :func:`canonical`."""
+        filename = code.co_filename
         views = self._views.get(filename)
         if views is None:
+            views = self._code_views.get(code)
+        if views is None:
             path = canonical(filename, file)
-            views = ()
-            if path:
-                found = [feed.view(path) for feed in self.feeds]
-                views = tuple(view for view in found if view is not None)
+            found = [feed.view(path) for feed in self.feeds] if path else []
+            views = tuple(view for view in found if view is not None)
+            if not is_settled(filename, file):
+                self._code_views.put(code, views)
+            elif path:
                 self._views[filename] = views
         return views
 
@@ -297,7 +350,7 @@ class Apart:
     @contextmanager
     def keep(self) -> Iterator[None]:
         """Inside, what this thread runs is kept here. Blocks nest."""
-        tracer = _gettrace()
+        tracer = interpreters_gettrace()
         if not isinstance(tracer, _ThreadTracer):
             yield
             return
@@ -326,9 +379,9 @@ class _ThreadTracer:
                 # The interpreter ends the tracing of a thread whose trace function raises.
                 self.fault(error, frame)
                 raise
-            if _gettrace() is not self:
+            if interpreters_gettrace() is not self:
                 # It is gone, or has put another in its place (coverage.py does both).
-                self.chained = _gettrace()
+                self.chained = interpreters_gettrace()
                 _settrace(self)
             return _both(self, local)
         if event == "line":
@@ -338,7 +391,7 @@ class _ThreadTracer:
     def views(self, frame: FrameType) -> tuple[View, ...] | None:
         """The views of a frame's file; None if they cannot be had now."""
         try:
-            return self.group.views(frame.f_code.co_filename, frame.f_globals.get("__file__"))
+            return self.group.views(frame.f_code, frame.f_globals.get("__file__"))
         except KeyboardInterrupt as error:
             # It came for the code that is traced.
             self.fault(error, frame)
@@ -382,7 +435,7 @@ class _ThreadTracer:
             if group is not None:
                 self.group = group
                 return False
-        if _gettrace() is self:
+        if interpreters_gettrace() is self:
             _settrace(self.chained)
         return True
 
@@ -406,7 +459,7 @@ def _both(tracer: _ThreadTracer, local: Any) -> Callable[[FrameType, str, object
 
 def install(group: Group) -> None:
     """Have this thread write to the feeds of a group alone, from its next line on."""
-    tracer = _gettrace()
+    tracer = interpreters_gettrace()
     if isinstance(tracer, _ThreadTracer):
         tracer.group = group
     else:
@@ -415,20 +468,20 @@ def install(group: Group) -> None:
 
 def uninstall() -> None:
     """End the tracing of this thread, unless it goes on for other feeds."""
-    tracer = _gettrace()
+    tracer = interpreters_gettrace()
     if isinstance(tracer, _ThreadTracer):
         tracer.leave()
 
 
 def current() -> Group | None:
     """What this thread writes to; None where it is not measured."""
-    tracer = _gettrace()
+    tracer = interpreters_gettrace()
     return tracer.group.alive() if isinstance(tracer, _ThreadTracer) else None
 
 
 def chain(function: Any) -> None:
     """As ``sys.settrace()`` on a thread that is measured and stays so."""
-    tracer = _gettrace()
+    tracer = interpreters_gettrace()
     if isinstance(tracer, _ThreadTracer):
         tracer.chained = function
     else:
@@ -437,5 +490,5 @@ def chain(function: Any) -> None:
 
 def chained() -> Any:
     """As ``sys.gettrace()``, which does not show this tracer."""
-    tracer = _gettrace()
+    tracer = interpreters_gettrace()
     return tracer.chained if isinstance(tracer, _ThreadTracer) else tracer
