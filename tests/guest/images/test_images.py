@@ -505,16 +505,30 @@ def test_a_missing_program_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch
 # Real builds
 
 
+@pytest.fixture(scope="module")
+def copied_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with a copy of the user's base, so that only the agent is built."""
+    image = build()
+    base = base_directory(image.recipe, image.base_fingerprint)
+    copied = tmp_path_factory.mktemp("cache")
+    (copied / "bases").mkdir()
+    command = ["cp", "--archive", "--reflink=auto", str(base), str(copied / "bases")]
+    subprocess.run(command, check=True)
+    return copied
+
+
 @pytest.fixture
-def cache_with_base(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of its own that has the user's base in it, so that only the agent is built."""
-    with monkeypatch.context() as context:
-        context.delenv("KCOV_BRIDGE_CACHE")
-        image = build()
-        base = base_directory(image.recipe, image.base_fingerprint)
-    (cache / "bases").mkdir(parents=True)
-    subprocess.run(["cp", "-a", str(base), str(cache / "bases")], check=True)
-    return cache
+def cache_with_any_image(copied_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That cache, with an image that an earlier test may have built in it."""
+    monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(copied_base))
+    return cache_directory()
+
+
+@pytest.fixture
+def cache_with_base(cache_with_any_image: Path) -> Path:
+    """That cache without an image."""
+    shutil.rmtree(cache_with_any_image / "images", ignore_errors=True)
+    return cache_with_any_image
 
 
 BUILDER = "from bridge.guest.images import build; print(build().directory)"
@@ -606,7 +620,7 @@ def test_the_image_is_small_private_and_whole() -> None:
 
 
 @pytest.mark.vm
-def test_a_broken_image_is_built_again(cache_with_base: Path) -> None:
+def test_a_broken_image_is_built_again(cache_with_any_image: Path) -> None:
     image = build()
     (image.directory / "initrd.img").unlink()
     with pytest.raises(ImageError):
