@@ -364,27 +364,6 @@ class TestWhatIsMissing:
         assert "-- CMD" in result.stderr
 
 
-def test_the_readme_is_true(image: Image, tmp_path: Path) -> None:
-    """The README's library example, as it stands there."""
-    (library,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    example = subprocess.run(
-        [sys.executable, "-c", library],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        timeout=120,
-    )
-    assert example.returncode == 0, example.stderr
-    first, *blocks = example.stdout.splitlines()
-    status, count = map(int, first.split())
-    assert status == 0
-    assert count > 50
-    assert len(blocks) == 5
-    place = r"0xf\w+ (\S+\+0x\w+( \[\w+\])?|pyroute2/plan9/\w+\.py:\S+)"
-    assert all(re.fullmatch(place, line) for line in blocks), blocks
-
-
 def test_a_target_of_ones_own(image: Image, tmp_path: Path) -> None:
     """The target of docs/targets.md, used from a guest."""
     (target,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/targets.md").read_text(), re.S)

@@ -110,6 +110,10 @@ def test_kvm_aborts_with_the_cpu_that_was_asked_for_is_the_answer(
 
 def test_cpu_setting_is_the_guests_processor() -> None:
     with bridge.boot(
-        target="none", source="python", accel="tcg", cpu="qemu64,model-id=Of the test"
+        target="none",
+        source="python",
+        accel="tcg",
+        cpu="qemu64,model-id=Of the test",
+        snapshot=False,
     ) as session:
         assert "model name\t: Of the test\n" in session.run(["cat", "/proc/cpuinfo"]).text
