@@ -7,6 +7,7 @@ import argparse
 import json
 from typing import Any
 
+from bridge.session.stats import Stats
 from bridge.session.status import ask_all
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
@@ -42,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
 def _text(status: dict[str, Any]) -> str:
     if "error" in status:
         return f"a bridge that cannot tell: {status['error']}"
+    # A bridge of another version may leave figures out.
+    status = Stats().as_dict() | status
     lines = [
         f"bridge {status['pid']}: target {status['target']}, {status['accel']}, "
         f"Linux {status['kernel'] or '(booting)'}",

@@ -39,6 +39,17 @@ def test_a_bridge_in_trouble_says_so() -> None:
         assert {"error": "the doorbell's thread does not run"} in ask_all()
 
 
+def test_status_of_a_bridge_that_knows_fewer_figures_is_shown() -> None:
+    def describe() -> dict[str, object]:
+        return {"pid": os.getpid(), "returns": 12345}
+
+    with StatusServer(describe):
+        command = [sys.executable, "-m", "bridge", "status"]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"bridge {os.getpid()}:" in shown
+    assert "12,345 returns, 0 PCs" in shown
+
+
 def test_one_that_never_answers_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bridge.session.status._SECONDS", 0.2)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as mute:
