@@ -2,10 +2,9 @@
 """The doorbell: the loop that answers the guest's requests.
 
 The loop trusts nothing that it reads: a request is an op code, three ids and three numbers, each
-bounded by the host's own tables; whatever fails becomes an errno, and is counted. Nor does it
-trust that what it wrote still stands there: a few times a second it repairs the words that are the
-host's and looks at all slots, so that a guest that scribbled over the region, or over the hints
-that wake the loop, is served again once it stops.
+bounded by the host's own tables, and each failure becomes an errno and is counted. The guest may
+also overwrite what the host wrote. So a few times a second the loop repairs the host's words and
+looks at all slots: a guest that scribbled over the region is served again once it stops.
 """
 
 from __future__ import annotations
@@ -75,29 +74,29 @@ _MAX_ERRNO = 4095
 _OPENING = frozenset(
     {Op.INIT, Op.MAP, Op.ENABLE, Op.DISABLE, Op.RESET, Op.UNIQUE, Op.REMOTE, Op.STREAM}
 )
-"""What can be the first request of an instance: the host learns of an open by it."""
+"""The possible first requests of an instance, by which the host learns of an open."""
 _IN_THE_WAY = frozenset({errno.ENOMEM, errno.EBUSY, errno.EEXIST})
-"""What an instance is told because of what others hold."""
+"""Errors that are due to what other instances hold."""
 _REPAIR_NS = 250_000_000
-"""How often the region is repaired: well within the time that the guest waits for an answer."""
+"""The time between two repairs of the region, well below the guest's time-out."""
 _EPOCH_CHANGES = 8
-"""How many repairs in a row change the epoch for a guest that takes the host for gone."""
+"""How many repairs in a row change the epoch for a guest that believes the host gone."""
 
 
 class KernelListener(Protocol):
-    """Who is told about the guest's kernel: ``bridge.sources.guest_kernel``.
+    """Learns about the guest's kernel: ``bridge.sources.guest_kernel``.
 
-    All of it is the guest's word, and called on the doorbell's thread.
+    All of it comes from the guest and is not to be trusted. Called on the doorbell's thread.
     """
 
     def describe(self, payload: Sequence[int], /) -> int:
-        """The words of KERNEL's payload; returns an errno."""
+        """Take the words of KERNEL's payload; return an errno."""
 
     def module(self, name: str, comes: bool, start: int, size: int, /) -> int:
-        """A module's code comes or goes; returns an errno."""
+        """Note that a module's code was loaded or unloaded; return an errno."""
 
     def tick(self) -> None:
-        """Called a few times a second."""
+        """Do periodic work; called a few times a second."""
 
 
 @dataclass(slots=True)
@@ -121,7 +120,7 @@ class DoorbellCounters:
 
 
 class Doorbell(Generic[C]):
-    """The thread that turns requests in the region into calls on the device.
+    """The thread that turns requests in the region into calls of the device.
 
     ``kernel`` is told what the guest says about its kernel; ``silent``: owners need not tell of
     their returns, because no source is consumed at them.
@@ -200,14 +199,14 @@ class Doorbell(Generic[C]):
         self._control[HeaderWord.COVERAGE_EPOCH] = self._coverage_epoch
 
     def start(self) -> None:
-        """Start to answer, and tell the guest so."""
+        """Start to answer the guest, and show it so in the header."""
         self._control[HeaderWord.COVERAGE_EPOCH] = 0
         self._control[HeaderWord.HOST_STATE] = HostState.ASLEEP
         self._control[HeaderWord.HOST_EPOCH] = self._epoch
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop to answer and join the thread. Safe to call twice."""
+        """Stop answering and join the thread. Safe to call twice."""
         if self._stopping:
             return
         self._stopping = True
@@ -221,10 +220,14 @@ class Doorbell(Generic[C]):
         self._stack.close()
 
     def call(self, function: Callable[[], T], timeout: float = 5.0) -> T:
-        """Run ``function`` on the doorbell's thread, which alone may touch the device.
+        """Run ``function`` on the doorbell's thread, the only one that may use the device.
 
-        ``timeout`` in seconds. Raises what the function raises, TimeoutError, and
-        :class:`bridge.errors.DoorbellError` when the thread does not run.
+        Args:
+            timeout: seconds to wait for its result.
+
+        Raises:
+            DoorbellError: the thread does not run.
+            TimeoutError: there is no result in time. And what the function raises.
         """
         if not self._thread.is_alive():
             raise self._not_running()
@@ -244,21 +247,21 @@ class Doorbell(Generic[C]):
         )
 
     def _awaken(self) -> None:
-        """Make the thread look at what there is to do, whether it sleeps or polls."""
+        """Make the thread look for work, whether it sleeps or polls."""
         self._poller.interrupt()
         os.eventfd_write(self._wake, 1)
 
     def reset(self) -> None:
-        """Forget the guest, which stands still and goes on as another: on the doorbell's thread.
+        """Forget the guest, which is paused and will be rewound; on the doorbell's thread.
 
-        All instances end, the region is as at the beginning, and the epoch is a new one.
+        All instances end, the region is as at the start, and the epoch is a new one.
         """
         for slot, kcov in self.instances():
             self._device.release(kcov)
             self._slots[slot] = None
         self._look_for_answers()
         self._region.clear()
-        # In place: they are the compiled part's too.
+        # In place, because the compiled part shares these lists.
         self._handled[:] = self._answered[:] = [0] * SLOTS
         self._guest_counts = (0, 0)
         self._epoch_changes = 0
@@ -266,11 +269,11 @@ class Doorbell(Generic[C]):
         self._control[HeaderWord.HOST_EPOCH] = self._epoch
 
     def instances(self) -> list[tuple[int, Kcov[C]]]:
-        """The open instances with their slots; on the doorbell's thread (see :meth:`call`)."""
+        """Return the open instances with their slots; on the doorbell's thread (:meth:`call`)."""
         return [(slot, kcov) for slot, kcov in enumerate(self._slots) if kcov is not None]
 
     def look_at_guest(self) -> None:
-        """Read what the guest says about itself, bounded by nothing but 64 bits: for people.
+        """Read the guest's own counters, which may hold any value; they are only shown to people.
 
         On the doorbell's thread (see :meth:`call`).
         """
@@ -310,7 +313,7 @@ class Doorbell(Generic[C]):
             while not self._stopping:
                 kick = control[_KICK]
                 if calls:
-                    # First, or a guest that kicks without end would keep them waiting.
+                    # First, because a guest that kicks without end must not delay the calls.
                     self._call_next()
                     polling.looked = clock()
                 elif kick != last:
@@ -338,17 +341,19 @@ class Doorbell(Generic[C]):
                         self._repair(now)
                         polling.looked = clock()
                 else:
-                    # In a pause of polling, the next request's bell is to wake it up again.
+                    # While polling is paused, the next request must ring the bell.
                     self._sleep(epoll, last, not polling.paused)
 
     def _sleep(self, epoll: select.epoll, last: int, awake_then: bool) -> None:
         """Sleep until the guest rings, unless it kicked in the meantime.
 
-        ``awake_then``: the guest need not ring after that, until the next sleep.
         The guest writes KICK and then reads HOST_STATE; we write HOST_STATE and then read KICK.
-        With a full barrier between the two on either side, at least one sees the other's write:
-        no kick is slept through. Taking a lock is a locked instruction, so a full barrier, on
-        x86; the guest has its own in the compare-and-exchange that moves KICK.
+        Both have a full barrier between the two, so at least one sees the other's write, and no
+        kick is missed. On x86, taking a lock is a locked instruction and so a full barrier; the
+        guest has one in the compare-and-exchange that moves KICK.
+
+        Args:
+            awake_then: whether the guest need not ring after this sleep, until the next one.
         """
         control = self._control
         now = time.perf_counter_ns()
@@ -358,7 +363,7 @@ class Doorbell(Generic[C]):
         with self._barrier:
             pass
         if control[HeaderWord.KICK] == last:
-            # Not for ever: the guest may have overwritten what says that it has to ring.
+            # The time limit helps if the guest overwrote HOST_STATE and does not ring.
             events = [fd for fd, _ in epoll.poll(_REPAIR_NS / 1e9)]
             if self._wake in events:
                 with contextlib.suppress(BlockingIOError):
@@ -367,7 +372,7 @@ class Doorbell(Generic[C]):
                 self.counters.wakeups += 1
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._bell)
-                # A bell without a kick: a guest that lost count, or one that plays with it.
+                # A bell without a kick comes from a confused or hostile guest.
                 if control[HeaderWord.KICK] == last:
                     self._scan()
         if awake_then and self.polling.poll_ns:
@@ -381,9 +386,9 @@ class Doorbell(Generic[C]):
         counters.repaired += self._region.restore_header()
         counts = (control[HeaderWord.GUEST_TIMEOUTS], control[HeaderWord.GUEST_SKIPPED])
         if counts != self._guest_counts:
-            # The guest takes the host for gone until a lost answer turns up, which it never does
-            # where the request was overwritten. A new epoch says that the host is here; more than
-            # one, because the guest counts before it looks at the epoch.
+            # The guest believes the host gone until the missing answer arrives, which never happens
+            # if the request was overwritten. A new epoch tells it that the host is here. Several
+            # follow, because the guest counts before it looks at the epoch.
             self._guest_counts = counts
             self._epoch_changes = _EPOCH_CHANGES
         elif control[HeaderWord.HOST_EPOCH] != self._epoch:
@@ -463,7 +468,7 @@ class Doorbell(Generic[C]):
 
     def _answer_flags(self, op: int) -> Answer:
         if op == Op.STREAM:
-            # At its returns an area is emptied before it is full.
+            # Its returns are needed to empty the area before it is full.
             return Answer(0)
         return Answer.SILENT if op == Op.REMOTE else self._flags
 
@@ -477,7 +482,7 @@ class Doorbell(Generic[C]):
         if op == Op.UNTRACED:
             return device.count_untraced(args[0], args[1] & UNREPORTED_MASK)
         if kcov is not None and kcov.generation != generation:
-            # Its release was lost: the slot belongs to a new open now.
+            # Its release was lost, and the slot belongs to a new open now.
             device.release(kcov)
             kcov = self._slots[slot] = None
         if op == Op.RELEASE:
@@ -530,7 +535,7 @@ class Doorbell(Generic[C]):
         return errno.EINVAL
 
     def _hear_kernel(self, op: int, args: tuple[int, int, int]) -> int:
-        """The guest's module describes its kernel."""
+        """Pass on what the guest's module says about its kernel."""
         if self._kernel is None:
             return errno.EOPNOTSUPP
         payload = self._control[_PAYLOAD : _PAYLOAD + PAGE_SIZE // WORD]
@@ -543,13 +548,11 @@ class Doorbell(Generic[C]):
             return self._source_failed(failure)
 
     def _reclaim(self, asking: int) -> int:
-        """End the instances whose slots do not name them any more, but for the slot ``asking``.
+        """End the instances that their slots no longer name, except in the slot ``asking``.
 
-        Returns how many there were.
-
-        The slot's next request would end them, but a slot that nobody uses has none. Requests that
-        the guest's module did not write leave such instances: they hold room, or go by the name
-        of a task that is another's.
+        Returns how many there were. The slot's next request would end such an instance, but there
+        may be none. They come from requests that the guest's module did not write, and hold room,
+        handles or the name of another task.
         """
         generations = self._control[
             _REQUESTS + RequestWord.GENERATION : _RESPONSES : SLOT_WORDS
@@ -564,7 +567,10 @@ class Doorbell(Generic[C]):
         return ended
 
     def _handles(self, count: int) -> list[int] | None:
-        """The payload of a REMOTE request: None if unreadable, one too many for any more."""
+        """Return the payload of a REMOTE request, cut after one handle too many.
+
+        None if the guest could not read the argument.
+        """
         if count == _UNREADABLE:
             return None
         handles: list[int] = self._control[
@@ -580,6 +586,6 @@ class Doorbell(Generic[C]):
             logger.error("a coverage source failed; PCs of it are missing: %r", failure)
 
     def _source_failed(self, failure: BaseException) -> int:
-        """Nothing that a source does may end the loop or hang a guest."""
+        """Turn what a source raised into an errno: it must not end the loop or hang the guest."""
         self.source_failed(failure)
         return errno.EIO

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kcov device: one :class:`Kcov` per open descriptor, and the :class:`Device` that holds them.
 
-Pure logic, without a VM or a socket. Every method answers with an errno (0 for success), as the
-ioctl, the mmap or the exit in the guest is to end. Two personalities:
+Pure logic, without a VM or a socket. Most methods return an errno (0 for success), which is how the
+ioctl, mmap or exit in the guest ends. Two personalities:
 
 * ``linux`` follows ``kernel/kcov.c`` in Linux,
 * ``gvisor`` follows ``pkg/sentry/kernel/kcov.go`` in gVisor.
@@ -14,7 +14,7 @@ The life of an instance::
                                ▲                   │
                                └── DISABLE, exit ──┘       release ends it from any mode
 
-Not thread-safe: the doorbell's thread alone calls in.
+Not thread-safe: only the doorbell's thread calls the methods.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ __all__ = [
 
 Errno = int
 Task = int
-"""Names a guest thread: never 0, and different for every thread that was made an owner."""
+"""Names a guest thread: never 0, and unique among all threads that ever became owners."""
 
 C = TypeVar("C")
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ _SUBSYSTEM_USB = 0x01 << 56
 
 
 class Personality(Enum):
-    """Which kcov the device behaves like where the two differ."""
+    """The kcov whose behaviour the device has where the two differ."""
 
     LINUX = "linux"
     GVISOR = "gvisor"
@@ -86,71 +86,73 @@ class Mode(Enum):
 
 
 class Areas(AreaSource, Protocol):
-    """Where areas come from: :class:`bridge.device.region.Region`."""
+    """The provider of areas: :class:`bridge.device.region.Region`."""
 
     def has_room(self, size: int) -> bool:
-        """Whether an area of ``size`` words could be had now."""
+        """Return whether an area of ``size`` words can be allocated now."""
 
     def free(self, area: Area) -> None:
-        """Take an area back."""
+        """Free an area."""
 
 
 class Coverage(Protocol[C]):
-    """Where PCs come from: :class:`bridge.sources.ledger.Ledger`."""
+    """The provider of PCs: :class:`bridge.sources.ledger.Ledger`."""
 
     def open_cursor(self) -> C:
-        """A cursor that stands at now: what was covered before is not for its owner."""
+        """Return a cursor that begins now: earlier coverage is not for its owner."""
 
     def collect(self, cursor: C) -> Sequence[int]:
-        """What was covered since the cursor's last collect, each block once."""
+        """Return what was covered since the cursor's last collect, each block once."""
 
     def close_cursor(self, cursor: C) -> None:
-        """The cursor is not used any more."""
+        """Close a cursor; it is not used any more."""
 
 
 ComparisonCursor = Any
-"""What :class:`Comparisons` gives each reader; the device only hands it back."""
+"""A reader's cursor of :class:`Comparisons`; the device only hands it back."""
 
 
 class Comparisons(Protocol):
-    """Where records come from: :class:`bridge.sources.comparisons.ComparisonLedger`."""
+    """The provider of records: :class:`bridge.sources.comparisons.ComparisonLedger`."""
 
     def open_cursor(self) -> Any:
-        """As :class:`Coverage`."""
+        """See :class:`Coverage`."""
 
     def collect(self, cursor: Any) -> tuple[Sequence[Comparison], int]:
-        """The comparisons since the cursor's last collect, and how many more were dropped."""
+        """Return the comparisons since the last collect, and how many more were dropped."""
 
     def close_cursor(self, cursor: Any) -> None:
-        """As :class:`Coverage`."""
+        """See :class:`Coverage`."""
 
 
 class Watcher(Protocol):
-    """Who writes PCs into areas by itself: :class:`bridge.sources.guest_kernel.source.GuestKernel`.
+    """Writes PCs into areas by itself: :class:`bridge.sources.guest_kernel.source.GuestKernel`.
 
     Instances are named by their slots.
     """
 
     def attach(self, slot: int, area: Area, task: int) -> None:
-        """The task with this address in the guest traces into the area from now on."""
+        """Let the task with this address in the guest trace into the area from now on."""
 
     def counts(self, slot: int) -> tuple[int, int]:
-        """PCs appended and dropped since :meth:`attach`."""
+        """Return the PCs appended and dropped since :meth:`attach`."""
 
     def detach(self, slot: int) -> tuple[int, int]:
-        """Nobody writes into the area any more; as :meth:`counts`."""
+        """Stop writing into the area; return the final :meth:`counts`."""
 
 
 class Kcov(KcovState[Area, C], Generic[C]):
-    """One open descriptor. The fields are the device's; read them, don't write them.
+    """One open descriptor. Only the device writes its fields.
 
-    ``area`` is None before INIT_TRACE (linux) or the first mmap (gvisor). ``retired`` are areas
-    of the gvisor personality that DISABLE dropped while mappings of them may be left. ``handles``
-    are those of KCOV_REMOTE_ENABLE; an instance that has some gets what is done on their behalf,
-    and nothing of its owner's own calls: it has no cursor. Nor has one of mode TRACE_CMP: its
-    ``comparing`` is a cursor of another kind, and ``appended`` and ``dropped`` count comparisons.
-    ``compares`` says that the last ENABLE was for these. ``stream`` is where the words of the area
-    go, of an instance that nobody maps.
+    Attributes:
+        area: None before INIT_TRACE (linux) or the first mmap (gvisor).
+        retired: areas that DISABLE dropped in the gvisor personality and that may still be mapped.
+        handles: those of KCOV_REMOTE_ENABLE. An instance with handles gets only the coverage on
+            their behalf; it has no cursor.
+        comparing: a cursor for comparisons, in mode TRACE_CMP, in place of ``cursor``. Then
+            ``appended`` and ``dropped`` count comparisons.
+        compares: whether the last ENABLE was for comparisons.
+        stream: where the area's words go, if no process maps the area.
     """
 
     __slots__ = (
@@ -168,7 +170,7 @@ class Kcov(KcovState[Area, C], Generic[C]):
     def __init__(self, generation: int, slot: int = 0) -> None:
         super().__init__(generation)
         self.slot = slot
-        # What the watcher has written for the owner, as far as it is in appended and dropped.
+        # The part of the watcher's counts that appended and dropped include.
         self.watched = (0, 0)
         self.mode = Mode.DISABLED
         self.size = 0
@@ -182,9 +184,16 @@ class Kcov(KcovState[Area, C], Generic[C]):
 class Device(Generic[C]):
     """The kcov device of one guest.
 
-    ``syscall_pc`` maps a system call's number to the PC that stands for it, or to None; where it
-    is given, each return appends that PC first. ``unique`` is every PC that any area was given, but
-    for those that ``watcher`` wrote. Without ``comparisons`` TRACE_CMP is refused.
+    Args:
+        areas: the provider of areas.
+        coverage: the provider of PCs.
+        syscall_pc: maps a system call's number to the PC that stands for it, or None. Each return
+            appends that PC first.
+        watcher: writes PCs into areas by itself.
+        comparisons: the provider of comparisons; without it TRACE_CMP is refused.
+
+    Attributes:
+        unique: every PC that was appended to any area, except those of ``watcher``.
     """
 
     def __init__(
@@ -210,8 +219,8 @@ class Device(Generic[C]):
         self._owners: dict[Task, Kcov[C]] = {}
         self._streams: dict[int, Stream] = {}
         self.untraced = 0
-        """Threads that should have joined a stream, and could not."""
-        # In the order of their opening, as dicts keep it.
+        """How many threads should have joined a stream and could not."""
+        # A dict, because it keeps the order of opening.
         self._open: dict[Kcov[C], None] = {}
         self.return_handler: ReturnHandler[Kcov[C]] = ReturnHandler(
             coverage,
@@ -233,13 +242,13 @@ class Device(Generic[C]):
         return len(self._owners)
 
     def open(self, generation: int = 0, slot: int = 0) -> Kcov[C]:
-        """A new instance, mode DISABLED, in a slot that no other open instance has."""
+        """Open an instance, mode DISABLED, in a slot that no other open instance has."""
         kcov: Kcov[C] = Kcov(generation, slot)
         self._open[kcov] = None
         return kcov
 
     def init_trace(self, kcov: Kcov[C], size: int) -> Errno:
-        """KCOV_INIT_TRACE: ``size`` words. The order of checks is the personality's own."""
+        """Carry out KCOV_INIT_TRACE for ``size`` words, with the personality's order of checks."""
         if self.personality is Personality.GVISOR:
             if kcov.mode is not Mode.DISABLED:
                 return errno.EBUSY
@@ -248,7 +257,7 @@ class Device(Generic[C]):
         else:
             if not 2 <= size <= LINUX_MAX_WORDS:
                 return errno.EINVAL
-            # Linux allocates first and throws the area away when it finds the instance in use.
+            # Linux allocates first, and frees the area if the instance is in use.
             if not self._areas.has_room(size):
                 return errno.ENOMEM
             if kcov.mode is not Mode.DISABLED:
@@ -261,10 +270,14 @@ class Device(Generic[C]):
     def map(
         self, kcov: Kcov[C], length: int, page_offset: int, live_mappings: int = 1
     ) -> tuple[Errno, int]:
-        """mmap of ``length`` bytes: (errno, offset of the area in the region in bytes).
+        """Carry out mmap of ``length`` bytes.
 
-        ``live_mappings`` is how many mappings of this instance the guest still has: areas that
-        were dropped are given back when there is none.
+        Args:
+            live_mappings: the mappings of this instance that the guest still has. Without any,
+                retired areas are freed.
+
+        Returns:
+            An errno, and the area's offset in the region in bytes.
         """
         if self.personality is Personality.GVISOR:
             if kcov.mode is not Mode.INIT:
@@ -282,15 +295,16 @@ class Device(Generic[C]):
         return 0, kcov.area.offset
 
     def enable(self, kcov: Kcov[C], task: Task, mode: int, address: int = 0) -> Errno:
-        """KCOV_ENABLE by ``task``. Coverage gathered before is dropped, word 0 left alone.
+        """Carry out KCOV_ENABLE by ``task``. Earlier coverage is dropped, word 0 is left alone.
 
-        ``address`` is that of the task's task_struct, for the watcher.
+        Args:
+            address: the address of the task's task_struct, for the watcher.
         """
         if kcov.mode is not Mode.INIT or kcov.area is None:
             return errno.EINVAL
         busy = kcov.owner is not None or task in self._owners
         if self.personality is Personality.GVISOR:
-            # gVisor's kcovFD.Ioctl looks at the low byte alone.
+            # gVisor's kcovFD.Ioctl looks only at the low byte.
             error = _mode_error(mode & 0xFF, errno.EOPNOTSUPP) or (errno.EBUSY if busy else 0)
         else:
             if mode == KCOV_TRACE_CMP and self._comparisons is not None and not busy:
@@ -306,10 +320,10 @@ class Device(Generic[C]):
     def unique_enable(
         self, kcov: Kcov[C], task: Task, bitmap_words: int, address: int = 0
     ) -> Errno:
-        """KCOV_UNIQUE_ENABLE by ``task``: each PC once, until it is reset.
+        """Carry out KCOV_UNIQUE_ENABLE by ``task``: each PC once, until the next reset.
 
         The first ``bitmap_words`` words of the area become the bitmap of the PCs already written,
-        the rest is a smaller area. As ``kcov_handle_unique_enable`` in the patches for Linux.
+        and the rest a smaller area, like in ``kcov_handle_unique_enable`` of the patches for Linux.
         """
         if self.personality is Personality.GVISOR:
             return errno.ENOTTY
@@ -331,10 +345,12 @@ class Device(Generic[C]):
         handles: Sequence[int] | None,
         common_handle: int = 0,
     ) -> Errno:
-        """KCOV_REMOTE_ENABLE by ``task``: what is done on behalf of the handles goes here.
+        """Carry out KCOV_REMOTE_ENABLE by ``task``, like ``kcov_ioctl`` in Linux.
 
-        ``handles`` is None where the guest could not read the argument, and may be longer than
-        allowed. As ``kcov_ioctl`` and ``kcov_ioctl_locked`` in Linux.
+        From then on, coverage on behalf of the handles goes to this instance.
+
+        Args:
+            handles: None if the guest could not read the argument; may be longer than allowed.
         """
         if self.personality is Personality.GVISOR:
             return errno.ENOTTY
@@ -362,7 +378,7 @@ class Device(Generic[C]):
             self._remotes[handle] = kcov
             kcov.handles += (handle,)
         if common_handle:
-            # Of the subsystem 0, and not the instance 0.
+            # It must be of subsystem 0, with an instance other than 0.
             if common_handle & ~_INSTANCE_BITS:
                 return errno.EINVAL
             if common_handle in self._remotes:
@@ -377,9 +393,9 @@ class Device(Generic[C]):
         kcov.handles = ()
 
     def remote_coverage(self, handle: int, pcs: Sequence[int]) -> bool:
-        """``pcs`` were covered on behalf of ``handle``: for the instance that enabled it.
+        """Append PCs that were covered on behalf of ``handle`` to the instance that enabled it.
 
-        Returns whether there is one; as in Linux, coverage for nobody is nobody's.
+        Returns whether there is such an instance. Otherwise the PCs are dropped, as in Linux.
         """
         kcov = self._remotes.get(handle)
         if kcov is None or kcov.area is None:
@@ -415,11 +431,11 @@ class Device(Generic[C]):
     # Streams
 
     def open_stream(self, stream: Stream) -> None:
-        """From now on threads of the guest can join the stream."""
+        """Let threads of the guest join the stream from now on."""
         self._streams[stream.number] = stream
 
     def close_stream(self, stream: Stream) -> None:
-        """End the stream; of threads that still run it has what they covered so far.
+        """End the stream, with what the threads that still run have covered so far.
 
         Safe to call twice.
         """
@@ -433,9 +449,9 @@ class Device(Generic[C]):
                     self._end_stream(kcov)
 
     def join_stream(self, kcov: Kcov[C], task: Task, number: int, address: int = 0) -> Errno:
-        """KCOV_BRIDGE_STREAM: ``task`` traces into a stream, through an area that nobody maps.
+        """Carry out KCOV_BRIDGE_STREAM: ``task`` traces into a stream, through an unmapped area.
 
-        Init, enable and the choice of a mode in one. ``address`` as for :meth:`enable`.
+        It combines init, enable and the choice of a mode. ``address`` as for :meth:`enable`.
         """
         stream = self._streams.get(number)
         if stream is None:
@@ -461,7 +477,7 @@ class Device(Generic[C]):
         return 0
 
     def count_untraced(self, number: int, threads: int) -> Errno:
-        """So many threads should have joined a stream, and could not."""
+        """Count threads that should have joined a stream and could not."""
         stream = self._streams.get(number)
         if stream is None:
             return errno.ESRCH
@@ -470,7 +486,7 @@ class Device(Generic[C]):
         return 0
 
     def _hand_over(self, kcov: Kcov[C]) -> None:
-        """What is in the area of an instance goes to its stream; the area is empty then."""
+        """Move the words in an instance's area to its stream."""
         if kcov.stream is not None and kcov.area is not None:
             each = KCOV_WORDS_PER_CMP if kcov.compares else 1
             kcov.stream.record(kcov, kcov.area.take(each))
@@ -482,9 +498,9 @@ class Device(Generic[C]):
             kcov.stream = None
 
     def _append_rest(self, kcov: Kcov[C], pcs: Sequence[int]) -> int:
-        """Append PCs that the area has no room for; how many of them found some.
+        """Append PCs for which the area had no room, and return how many fitted.
 
-        None, but in the area of a stream.
+        Only an area of a stream can be emptied to make room.
         """
         area = kcov.area
         if kcov.stream is None or area is None:
@@ -494,23 +510,23 @@ class Device(Generic[C]):
             self._hand_over(kcov)
             fitted = area.append(pcs[done:])
             if not fitted:
-                # The guest writes to what is none of its business.
+                # A hostile guest has overwritten the count.
                 break
             done += fitted
         return done
 
     def _watched_returns(self, kcov: Kcov[C]) -> None:
-        """As :meth:`count_watched`, while the owner waits, so that the watcher writes nothing."""
+        """Do :meth:`count_watched` while the owner waits, so the watcher writes nothing."""
         self.count_watched(kcov)
         area = kcov.area
         if kcov.stream is None or area is None:
             return
-        # The watcher has the owner report when it is half full.
+        # The watcher makes the owner report a return when the area is half full.
         if 2 * (area.count + 1) >= area.size - area.bitmap_words:
             self._hand_over(kcov)
 
     def reset_trace(self, kcov: Kcov[C], task: Task, argument: int) -> Errno:
-        """KCOV_RESET_TRACE by ``task``: count and bitmap become 0."""
+        """Carry out KCOV_RESET_TRACE by ``task``: clear count and bitmap."""
         if self.personality is Personality.GVISOR:
             return errno.ENOTTY
         if argument or kcov.owner is None or kcov.owner != task or kcov.area is None:
@@ -519,7 +535,7 @@ class Device(Generic[C]):
         return 0
 
     def disable(self, kcov: Kcov[C], task: Task, argument: int, unreported: int = 0) -> Errno:
-        """KCOV_DISABLE by ``task``, with the ioctl's argument.
+        """Carry out KCOV_DISABLE by ``task``, with the ioctl's argument.
 
         ``unreported`` here and below: returns since the owner's last request.
         """
@@ -530,16 +546,19 @@ class Device(Generic[C]):
         return 0
 
     def task_exit(self, kcov: Kcov[C], task: Task, unreported: int = 0) -> Errno:
-        """``task`` is gone: an instance that it owned goes back to INIT, and keeps its area."""
+        """Handle the end of ``task``: an instance that it owned returns to INIT with its area."""
         if kcov.owner is not None and kcov.owner == task:
             self._reset(kcov, unreported)
         return 0
 
     def last_close(self, kcov: Kcov[C], task: Task, unreported: int = 0) -> Errno:
-        """No descriptor is left, while ``task`` owns the instance: 0 if that ends the ownership.
+        """Handle the last close while ``task`` owns the instance.
 
         gVisor clears the instance (``kcovFD.Release``). In Linux the task holds a reference to it
-        and traces on: EPERM.
+        and continues to trace.
+
+        Returns:
+            0 if this ended the ownership, otherwise EPERM.
         """
         if self.personality is not Personality.GVISOR or kcov.stream is not None:
             return errno.EPERM
@@ -549,7 +568,7 @@ class Device(Generic[C]):
         return 0
 
     def release(self, kcov: Kcov[C]) -> Errno:
-        """The last reference is gone: the instance ends and its areas go back."""
+        """End an instance after its last reference has gone, and free its areas."""
         if kcov.owner is not None:
             self._reset(kcov)
         self._free_retired(kcov)
@@ -564,7 +583,7 @@ class Device(Generic[C]):
     def syscall_return(self, kcov: Kcov[C], task: Task, number: int, unreported: int = 0) -> Errno:
         """Append coverage since the owner's last return to its area.
 
-        A source that raises is the caller's to handle; the area is untouched then.
+        The caller handles what a source raises; the area is untouched then.
 
         Args:
             number: system call number.
@@ -581,7 +600,7 @@ class Device(Generic[C]):
     def return_in_other_mode(
         self, kcov: Kcov[C], task: Task, number: int, unreported: int
     ) -> Errno:
-        """:meth:`syscall_return` for what ``return_handler`` does not handle."""
+        """Do :meth:`syscall_return` for the modes that ``return_handler`` does not handle."""
         area = kcov.area
         if kcov.owner != task or area is None:
             return errno.EINVAL
@@ -596,7 +615,7 @@ class Device(Generic[C]):
     def _return_unique(
         self, kcov: Kcov[C], area: Area, cursor: C, number: int, unreported: int
     ) -> None:
-        """:meth:`syscall_return` in mode UNIQUE_PC."""
+        """Do :meth:`syscall_return` in mode UNIQUE_PC."""
         self.totals.returns += 1 + unreported
         pcs = self._coverage.collect(cursor)
         if self._syscall_pc is not None:
@@ -615,7 +634,7 @@ class Device(Generic[C]):
         cursor: Any,
         unreported: int,
     ) -> None:
-        """:meth:`syscall_return` in mode TRACE_CMP."""
+        """Do :meth:`syscall_return` in mode TRACE_CMP."""
         totals = self.totals
         totals.returns += 1 + unreported
         records, dropped = comparisons.collect(cursor)
@@ -633,7 +652,7 @@ class Device(Generic[C]):
         totals.comparisons_dropped += dropped
 
     def _reset(self, kcov: Kcov[C], unreported: int = 0) -> None:
-        """Back to INIT, without an owner."""
+        """Return an instance to INIT, without an owner."""
         if kcov.owner is not None:
             del self._owners[kcov.owner]
         if kcov.cursor is not None or kcov.comparing is not None:
@@ -655,10 +674,10 @@ class Device(Generic[C]):
             kcov.area.bitmap_words = 0
 
     def _drop_area(self, kcov: Kcov[C]) -> None:
-        """Leave the area to its mappings, in gVisor's personality: the next mmap makes a new one.
+        """Retire the area in gVisor's personality, so that the next mmap makes a new one.
 
-        DISABLE (``Kcov.DisableTrace``) and the last close (``Kcov.Clear``) do that there. An
-        owner's exit (``Kcov.OnTaskExit``) does not: a fork server's children need not map again.
+        In gVisor, DISABLE (``Kcov.DisableTrace``) and the last close (``Kcov.Clear``) do that. An
+        owner's exit (``Kcov.OnTaskExit``) keeps it, so a fork server's children need not map again.
         """
         if self.personality is Personality.GVISOR and kcov.area is not None:
             kcov.retired.append(kcov.area)

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one command's processes covered, collected on the host while they run.
+"""Streams: the coverage of one command's processes, collected on the host while they run.
 
 A *stream* is opened by the host for one command. Each thread that joins it (KCOV_BRIDGE_STREAM, and
 with KCOV_BRIDGE_FOLLOW every child of such a thread) traces into an area of its own that no process
 of the guest maps. The host takes the words out of that area when the thread ends, and whenever the
-area fills up before that, so neither the number of processes nor the time that they run is bounded
-by the guest's memory.
+area fills up before that. So the guest's memory limits neither the number of processes nor the time
+that they run.
 
-The words go into a :class:`WordLog`: a little in memory, the rest into an unnamed temporary file,
-which a thread of its own writes, because the doorbell's thread must never wait for a disk.
+The words go into a :class:`WordLog`: the first ones stay in memory, the others go into an unnamed
+temporary file. A thread of its own writes it, because the doorbell's thread must not wait for a
+disk.
 """
 
 from __future__ import annotations
@@ -36,25 +37,30 @@ __all__ = ["ComparisonLog", "PcLog", "Stream", "WordLog"]
 logger = logging.getLogger(__name__)
 
 _IN_MEMORY_BYTES = 256 << 10
-"""A log up to this size needs no file."""
+"""The largest log without a file."""
 _QUEUE_BYTES = 64 << 20
-"""How much may wait for the disk."""
+"""How many bytes may wait for the disk."""
 _QUEUE_SECONDS = 0.5
-"""How long the doorbell's thread waits for room in that queue: well within the guest's time-out."""
+"""How long the doorbell's thread waits for room in that queue, well below the guest's time-out."""
 _CHUNK_WORDS = 1 << 16
 """How much of a log is read at a time."""
 _SHARE = 256
-"""No area takes more than this part of the room that is left, if a smaller one can be had."""
+"""An area takes at most this part of the free room, unless it is as small as possible."""
 _SMALLEST_AREA_WORDS = 2 * PAGE_SIZE // WORD
 
 
 class WordLog:
-    """64-bit words in the order in which they were appended: a little in memory, else in a file.
+    """64-bit words in the order in which they were appended, in memory and in an unnamed file.
 
-    :meth:`append` is for one thread and never waits for the disk longer than half a second;
-    :meth:`finish` and :meth:`read` are for others. ``directory`` takes the unnamed file; None: the
-    system's directory for temporary files. ``error`` is the first failure; what came after it is
-    counted in ``lost``, in words.
+    :meth:`append` is for one thread, and waits for the disk at most half a second. :meth:`finish`
+    and :meth:`read` are for other threads.
+
+    Args:
+        directory: for the file; None for the system's directory for temporary files.
+
+    Attributes:
+        error: the first failure.
+        lost: how many words were lost.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -74,11 +80,11 @@ class WordLog:
         self._writer: threading.Thread | None = None
 
     def __len__(self) -> int:
-        """The number of words."""
+        """Return the number of words."""
         return self._length
 
     def append(self, words: bytes) -> bool:
-        """Append whole words; False where they are lost, because the file cannot take them."""
+        """Append whole words. Returns False if they are lost because of the file."""
         if self._writer is None:
             if len(self._memory) + len(words) <= _IN_MEMORY_BYTES:
                 self._memory += words
@@ -104,7 +110,7 @@ class WordLog:
         return True
 
     def finish(self) -> None:
-        """Nothing more comes; when this returns all is written that can be. Safe to call twice."""
+        """Write all that can be written. Nothing may be appended then. Safe to call twice."""
         with self._changed:
             self._finished = True
             self._changed.notify_all()
@@ -116,12 +122,12 @@ class WordLog:
                 self._length = whole
 
     def restore(self, words: array[int]) -> None:
-        """Hold these words and no others, in memory."""
+        """Replace the contents by these words, in memory."""
         self._memory = bytearray(words.tobytes())
         self._length = len(words)
 
     def read(self, start: int, stop: int) -> array[int]:
-        """The words from number ``start`` up to ``stop``, after :meth:`finish`. Raises OSError."""
+        """Return the words ``start`` to ``stop``, after :meth:`finish`. Raises OSError."""
         words = array("Q")
         first, last = start * WORD, min(stop, self._length) * WORD
         in_memory = len(self._memory)
@@ -137,7 +143,7 @@ class WordLog:
         return words
 
     def _write(self) -> None:
-        """The writer's thread."""
+        """Write the queue to the file, on a thread of its own."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._finished)
@@ -173,7 +179,7 @@ class WordLog:
 
 
 class _Segments:
-    """Pieces of a log in another order than they were appended in."""
+    """Pieces of a log, in a different order from that in which they were appended."""
 
     def __init__(self, log: WordLog) -> None:
         self._log = log
@@ -185,13 +191,13 @@ class _Segments:
         return self._length
 
     def add(self, place: int, count: int) -> None:
-        """The next piece: ``count`` words from ``place`` on."""
+        """Add the next piece: ``count`` words from ``place`` on."""
         self._places.append(place)
         self._starts.append(self._length)
         self._length += count
 
     def clip(self, words: int) -> None:
-        """Forget what lies behind the first ``words`` words of the log: it is not there."""
+        """Drop the pieces after the first ``words`` words of the log, which were lost."""
         places, starts, length = self._places, self._starts, self._length
         self._places, self._starts, self._length = array("Q"), array("Q"), 0
         for index, place in enumerate(places):
@@ -200,7 +206,7 @@ class _Segments:
                 self.add(place, count)
 
     def read(self, start: int, stop: int) -> array[int]:
-        """The words from number ``start`` up to ``stop``."""
+        """Return the words ``start`` to ``stop``."""
         words = array("Q")
         index = bisect_right(self._starts, start) - 1
         while start < stop:
@@ -214,9 +220,9 @@ class _Segments:
 
 
 class PcLog(Sequence[int]):
-    """The PCs of one command, process by process; read where they are kept, not all in memory.
+    """The PCs of one command, process by process, read from memory and file as needed.
 
-    A slice is a list. Equal to any sequence of the same numbers. A pickled one is in memory.
+    A slice is a list. A log equals any sequence of the same numbers. A pickled log is in memory.
     """
 
     def __init__(self, segments: _Segments) -> None:
@@ -262,13 +268,13 @@ class PcLog(Sequence[int]):
         return _restore, (PcLog, self._segments.read(0, len(self)))
 
     def chunks(self) -> Iterator[array[int]]:
-        """All PCs, some ten thousand at a time."""
+        """Yield all PCs, 65,536 at a time."""
         for start in range(0, len(self), _CHUNK_WORDS):
             yield self._segments.read(start, min(start + _CHUNK_WORDS, len(self)))
 
 
 class ComparisonLog(Sequence[Comparison]):
-    """The comparisons of one command: (type, first operand, second operand, PC). As PcLog."""
+    """The comparisons of one command: (type, first operand, second operand, PC); see PcLog."""
 
     def __init__(self, segments: _Segments) -> None:
         self._words = PcLog(segments)
@@ -304,7 +310,7 @@ class ComparisonLog(Sequence[Comparison]):
 
 
 def _restore(kind: type[PcLog] | type[ComparisonLog], words: array[int]) -> object:
-    """A log that was pickled."""
+    """Rebuild a pickled log."""
     log = WordLog()
     log.restore(words)
     segments = _Segments(log)
@@ -313,23 +319,28 @@ def _restore(kind: type[PcLog] | type[ComparisonLog], words: array[int]) -> obje
 
 
 class AreaSource(Protocol):
-    """Where areas come from: :class:`bridge.device.region.Region`."""
+    """The provider of areas: :class:`bridge.device.region.Region`."""
 
     @property
     def bytes_free(self) -> int:
         """Bytes left for areas, perhaps in pieces."""
 
     def allocate(self, size: int) -> Area | None:
-        """A zeroed area of ``size`` words, or None."""
+        """Return a zeroed area of ``size`` words, or None."""
 
 
 class Stream:
-    """What the threads of one command cover.
+    """What the threads of one command cover. Only for the doorbell's thread until :meth:`finish`.
 
-    ``number`` names it to the guest, which cannot guess it. ``area_words`` is the size of each
-    thread's area; smaller ones are taken where the region has no room. ``bitmap_words``: each PC
-    once a thread, found by a bitmap of so many words. ``untraced`` counts processes and threads
-    that could not be traced. Belongs to the doorbell's thread until :meth:`finish`.
+    Args:
+        area_words: the size of each thread's area; smaller if the region has no room.
+        bitmap_words: the size of each thread's bitmap, which keeps out repeated PCs; 0 for none.
+        comparisons: whether to collect comparisons instead of PCs.
+        directory: for the temporary file.
+
+    Attributes:
+        number: names the stream to the guest, which cannot guess it.
+        untraced: how many processes and threads could not be traced.
     """
 
     def __init__(
@@ -352,7 +363,7 @@ class Stream:
         self._open: dict[object, array[int]] = {}
 
     def allocate(self, areas: AreaSource) -> Area | None:
-        """An area for one more thread; smaller, the less room there is, so that many find some."""
+        """Return an area for one more thread, smaller if there is little room for further ones."""
         size, smallest = self._area_words, _SMALLEST_AREA_WORDS + self.bitmap_words
         most = areas.bytes_free // _SHARE // WORD
         while size > most and size // 2 >= smallest:
@@ -365,23 +376,23 @@ class Stream:
         return None
 
     def begin(self, thread: object) -> None:
-        """``thread``, any object, traces into the stream from now on."""
+        """Add a thread, any object, which traces into the stream from now on."""
         self._open[thread] = array("Q")
 
     def record(self, thread: object, words: bytes) -> None:
-        """What the thread has covered since the last time."""
+        """Record what the thread has covered since the last time."""
         place = len(self._log)
         if words and self._log.append(words):
             self._open[thread].extend((place, len(words) // WORD))
 
     def end(self, thread: object) -> None:
-        """The thread has ended: all that it covered follows on those that ended before."""
+        """End a thread: all that it covered follows the threads that ended before."""
         pieces = self._open.pop(thread)
         for index in range(0, len(pieces), 2):
             self._segments.add(pieces[index], pieces[index + 1])
 
     def finish(self) -> None:
-        """Have everything written, from any thread but the doorbell's, when no thread is left."""
+        """Write everything, when no thread is left; not on the doorbell's thread."""
         self._log.finish()
         if self._log.lost:
             self._segments.clip(len(self._log))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a guest boots from: the project's own image, or a disk image of the user's.
+"""What a guest boots from: the project's own image, or the user's disk image.
 
-The two differ in how the guest becomes ready. In the project's image the agent does it and
-reports. A disk image of the user's boots as it always does; once its sshd answers, the module and
-the programs are built in it, from its own kernel headers, or taken from the cache.
+The two differ in how the guest becomes ready. In the project's image the agent sets everything up
+and reports. A user's disk image boots as usual. Once its sshd answers, the module and the programs
+are built in it from its own kernel headers, or copied from the cache.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _BUILT = "/tmp/kcov-bridge"
-"""Where a guest builds its module."""
+"""The directory in the guest where the module is built."""
 _MODULE = "module/kcov_bridge.ko"
 _PROGRAM = "agent/kcov-exec"
 _LIBRARY = "agent/libkcovexec.so"
@@ -62,30 +62,34 @@ _BUILD_TREE = "/lib/modules/{kernel}/build"
 _EVIDENCE_LINES = 25
 
 _STEADY_CLOCK = "tsc=unstable"
-"""TCG's time-stamp counter is one of QEMU's process and does not go back with a guest that is
-taken back (``cpu_get_ticks`` in QEMU): the guest would find itself in the future, its tasks locked
-up for as long. The ACPI timer goes back."""
+"""TCG's time-stamp counter belongs to QEMU's process and is not rewound with the guest
+(``cpu_get_ticks`` in QEMU). The guest would see a jump into the future, and report its tasks as
+locked up. The ACPI timer is rewound."""
 
 
 BeforeModule = Callable[["Guest", str], None]
-"""Is given a guest that takes commands but has no kcov device yet, and its kernel's release."""
+"""Called with a guest that takes commands but has no kcov device yet, and its kernel's release."""
 
 
 class GuestImage(Protocol):
-    """Something that a machine can boot from and become ready with."""
+    """Something that a machine can boot from."""
 
     name: str
     can_be_saved: bool
-    """Whether a machine that was made ready can be saved with all that the guest has written."""
+    """Whether a ready machine can be saved with all that the guest has written."""
 
     def machine_config(self, settings: Settings, accelerator: Accelerator) -> MachineConfig:
-        """The machine to boot it in, without endpoints."""
+        """Return the machine to boot it in, without endpoints."""
 
     def kernel_code(self, wanted: KernelFilter, vmlinux: Path | None) -> KernelCode | None:
-        """What is known of the kernel's code before it runs, None where nothing is;
-        ``vmlinux`` has debug information.
+        """Return what is known of the kernel's code before it runs; None if nothing is.
 
-        Raises :class:`bridge.errors.UsageError` for a filter that makes no sense.
+        Args:
+            wanted: what to record of the kernel.
+            vmlinux: the kernel with debug information.
+
+        Raises:
+            UsageError: the filter makes no sense.
         """
 
     def bring_up(
@@ -93,18 +97,22 @@ class GuestImage(Protocol):
     ) -> tuple[Guest, Ready]:
         """Wait for the started machine until its kcov device is there and commands can run.
 
-        Where :meth:`kernel_code` was None, ``before_module`` is called before the device is there,
-        so that the kernel can be asked itself, and may raise. What must be closed goes on the
-        stack. Raises the errors of :meth:`bridge.vm.machine.Machine.wait_ready` and
+        Args:
+            stack: gets what must be closed.
+            before_module: called before the device is there if :meth:`kernel_code` returned None,
+                to ask the running kernel. It may raise.
+
+        Raises the errors of :meth:`bridge.vm.machine.Machine.wait_ready` and
         :meth:`bridge.guest.ssh.Guest.connect`.
         """
 
 
 def find_guest_image(settings: Settings) -> GuestImage:
-    """The image that the settings ask for; that of a recipe is built if it is not there.
+    """Return the image that the settings name; a recipe's is built if it is missing.
 
-    Raises :class:`bridge.errors.UsageError` for one that does not exist and
-    :class:`bridge.errors.ImageError` for one that is broken or cannot be built.
+    Raises:
+        UsageError: there is no such image.
+        ImageError: it is broken, or cannot be built.
     """
     if settings.image is not None and settings.ssh_key is not None:
         return OwnImage(Path(settings.image), settings.ssh_key)
@@ -127,7 +135,7 @@ def find_guest_image(settings: Settings) -> GuestImage:
 
 
 def _current_image(recipe: str) -> Image:
-    """The image of a recipe's sources as they are now, built if it is not there."""
+    """Return the image of a recipe's current sources, built if it is missing."""
     with contextlib.suppress(ImageError):
         if (image := find(recipe)) is not None:
             return image
@@ -137,7 +145,7 @@ def _current_image(recipe: str) -> Image:
 
 
 def _machine(settings: Settings, accelerator: Accelerator) -> MachineConfig:
-    """What does not depend on the image."""
+    """Return the settings that do not depend on the image."""
     return MachineConfig(
         accelerator=accelerator,
         memory_mib=settings.memory,
@@ -150,7 +158,7 @@ def _machine(settings: Settings, accelerator: Accelerator) -> MachineConfig:
 
 
 def lines_for(wanted: KernelFilter, release: str, vmlinux: Path | None) -> Lines | None:
-    """The kernel's debug information, if the filter needs it and it is there."""
+    """Return the kernel's debug information if the filter needs it and it is found."""
     from bridge.sources.guest_kernel.lines import Lines, find_modules, find_vmlinux
 
     found = find_vmlinux(release, vmlinux) if wanted.needs_lines else None
@@ -172,7 +180,7 @@ class ProjectImage:
         return self._image
 
     def machine_config(self, settings: Settings, accelerator: Accelerator) -> MachineConfig:
-        """As the protocol says; ``settings.kernel`` boots instead of the image's."""
+        """See :class:`GuestImage`. ``settings.kernel`` replaces the image's kernel."""
         image = self._image
         cmdline = image.cmdline
         if settings.snapshot and accelerator.name == "tcg":
@@ -186,7 +194,7 @@ class ProjectImage:
         )
 
     def kernel_code(self, wanted: KernelFilter, vmlinux: Path | None) -> KernelCode:
-        """As the protocol says."""
+        """See :class:`GuestImage`."""
         from bridge.sources.guest_kernel.code import KernelCode
 
         return KernelCode.from_system_map(
@@ -199,7 +207,7 @@ class ProjectImage:
     def bring_up(
         self, machine: Machine, stack: ExitStack, before_module: BeforeModule
     ) -> tuple[Guest, Ready]:
-        """As the protocol says."""
+        """See :class:`GuestImage`."""
         from bridge.guest.ssh import Guest
 
         ready = machine.wait_ready()
@@ -217,10 +225,10 @@ class ProjectImage:
 
 
 class OwnImage:
-    """A disk image of the user's, raw or qcow2, with an sshd, a compiler and kernel headers.
+    """A user's disk image, raw or qcow2, with an sshd, a compiler and kernel headers.
 
-    It is never written: the guest works on a throw-away copy. What was built in it is kept in
-    the cache, by kernel and sources, so that the next boot only copies.
+    It is never written, because the guest works on a temporary copy. What was built in it is kept
+    in the cache by kernel and sources, so that the next boot only copies it.
     """
 
     can_be_saved = False
@@ -228,16 +236,16 @@ class OwnImage:
     def __init__(self, path: Path, key: Path) -> None:
         for what, file in (("disk image", path), ("SSH key", key)):
             if not file.is_file():
-                raise UsageError(f"the {what} {file} is not there, or is not a file")
+                raise UsageError(f"the {what} {file} does not exist, or is not a file")
         self.name = path.name
         self._path = path
         self._key = key
 
     def kernel_code(self, wanted: KernelFilter, vmlinux: Path | None) -> None:
-        """As the protocol says: the kernel is inside the image, where it cannot be read."""
+        """See :class:`GuestImage`. The kernel is inside the image, which cannot be read."""
 
     def machine_config(self, settings: Settings, accelerator: Accelerator) -> MachineConfig:
-        """As the protocol says."""
+        """See :class:`GuestImage`."""
         return replace(
             _machine(settings, accelerator),
             kernel=settings.kernel,
@@ -249,7 +257,7 @@ class OwnImage:
     def bring_up(
         self, machine: Machine, stack: ExitStack, before_module: BeforeModule
     ) -> tuple[Guest, Ready]:
-        """As the protocol says; the first time with a kernel the module is built, which takes."""
+        """See :class:`GuestImage`. For a new kernel it builds the module, which takes a while."""
         from bridge.guest.ssh import Guest
 
         started = time.monotonic()
@@ -305,7 +313,7 @@ class OwnImage:
                 for name, _, _ in made:
                     guest.get(f"{_BUILT}/{name}", part / Path(name).name)
         except (CacheError, UsageError) as error:
-            logger.warning("each guest has to build its module: %s", error.message)
+            logger.warning("the module cannot be kept, each guest builds it: %s", error.message)
 
     @staticmethod
     def _load(guest: Guest, kernel: str) -> None:
@@ -313,7 +321,7 @@ class OwnImage:
         if loaded.exit_status:
             said = guest.run("dmesg | tail -n 8").stdout
             raise GuestSetupError(
-                f"the module does not load into the guest's kernel {kernel}",
+                f"the module cannot be loaded into the guest's kernel {kernel}",
                 evidence=(loaded.stderr + said).decode(errors="replace"),
             )
 
@@ -350,7 +358,7 @@ class OwnImage:
 
     @staticmethod
     def _figures(guest: Guest) -> tuple[int, int]:
-        """Uptime in milliseconds, available memory in KiB."""
+        """Return the uptime in milliseconds and the available memory in KiB."""
         text = guest.run("cat /proc/uptime; grep MemAvailable /proc/meminfo").text.split()
         try:
             return int(float(text[0]) * 1000), int(text[text.index("MemAvailable:") + 1])

@@ -252,7 +252,7 @@ class Guest:
             if sock is None:
                 sock = socket.create_connection((LOCALHOST, self._port), timeout)
             stack.callback(sock.close)
-            # Else a small message waits for the last one's acknowledgement, 40 ms with QEMU.
+            # Otherwise a small message waits for the previous one's acknowledgement, 40 ms in QEMU.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             transport = paramiko.Transport(sock)
             stack.callback(transport.close)
@@ -270,9 +270,9 @@ class Guest:
                 self._host_key = shown
             elif shown.asbytes() != self._host_key.asbytes():
                 raise GuestSetupError(
-                    "what answers on the SSH port is not the guest: its host key is another",
+                    "SSH host key mismatch: another server answered on the guest's port",
                     evidence=f"expected {self._host_key.fingerprint}\nshown    {shown.fingerprint}",
-                    hint="was the image built anew while the machine ran?",
+                    hint="was the image rebuilt while the machine ran?",
                 )
             transport.auth_publickey(self._user, self._key)
             with self._lock:

@@ -233,6 +233,6 @@ def test_a_disk_and_a_key_belong_together(tmp_path: Path) -> None:
         find_guest_image(Settings(image=str(disk)))
     with pytest.raises(UsageError, match="without a disk image"):
         find_guest_image(Settings(ssh_key=disk))
-    with pytest.raises(UsageError, match="is not there"):
+    with pytest.raises(UsageError, match="does not exist"):
         find_guest_image(Settings(image=str(tmp_path / "no.img"), ssh_key=disk))
     assert isinstance(find_guest_image(Settings(image=str(disk), ssh_key=disk)), OwnImage)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The classes on the way of a signal, each twice: in Python, and compiled.
+"""The classes that answer a return, each in two forms: plain Python, and compiled.
 
-:mod:`bridge.device.fastpath.plain` says what they do; ``compiled.pyx`` does the same, several times
-faster, and is built with the package if there is a C compiler and Python's headers. The tests
-run against both. ``KCOV_BRIDGE_PLAIN=1`` in the environment selects the plain ones.
+:mod:`bridge.device.fastpath.plain` defines what they do. ``compiled.pyx`` does the same several
+times faster, and is built with the package if there are a C compiler and Python's headers. The
+tests run against both. ``KCOV_BRIDGE_PLAIN=1`` in the environment selects the plain ones.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ elif not TYPE_CHECKING:
             Totals,
         )
     except (ImportError, AttributeError) as error:
-        # None was built, or one that is older than its source and looks for names that are gone.
+        # It was not built, or is older than its source and imports names that no longer exist.
         WHY_PLAIN = str(error)
 
 COMPILED = not WHY_PLAIN

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done for each signal, in Python: the definition, and what runs without a C compiler."""
+"""The plain form of the fast path: its definition, and what runs without a C compiler."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ _DROPPED = int(ResponseWord.DROPPED)
 _RETURN = int(Op.RETURN)
 _SLOT_MASK = (1 << KICK_SLOT_BITS) - 1
 _LOOKS = range(12)
-"""Looks at KICK between two times that the interpreter lock is released: releasing it takes as long
-as half of these looks."""
+"""Looks at KICK between two releases of the interpreter lock. A release takes as long as half of
+them."""
 
 
 class AreaWords:
@@ -72,10 +72,10 @@ class AreaWords:
         self.bitmap_words = 0
 
     def append(self, pcs: Sequence[int]) -> int:
-        """Append PCs after those that the count counts; returns how many fitted.
+        """Append PCs after those that the count counts, and return how many fitted.
 
-        As ``write_comp_data``/``__sanitizer_cov_trace_pc`` in Linux' ``kernel/kcov.c`` do: where
-        word 0 points outside the area nothing is written, and the count never passes ``size - 1``.
+        Like ``__sanitizer_cov_trace_pc`` in Linux' ``kernel/kcov.c``, it writes nothing if word 0
+        points outside the area, and the count never exceeds ``size - 1``.
         """
         words = self._words
         head = self.bitmap_words
@@ -96,7 +96,7 @@ class AreaWords:
         return fitting
 
     def release(self) -> None:
-        """Let go of the words; the area is not used any more."""
+        """Release the words; the area is not used any more."""
         self._words.release()
 
 
@@ -106,7 +106,7 @@ C_contra = TypeVar("C_contra", contravariant=True)
 
 
 class KcovState(Generic[A, C]):
-    """What a system call's return needs of an instance; see :class:`bridge.device.kcov.Kcov`."""
+    """The part of an instance that returns need; see :class:`bridge.device.kcov.Kcov`."""
 
     __slots__ = ("appended", "area", "cursor", "dropped", "generation", "owner")
 
@@ -121,12 +121,15 @@ class KcovState(Generic[A, C]):
 
 @dataclass(slots=True)
 class Totals:
-    """Sums over all instances, also those released.
+    """Sums over all instances, including released ones.
 
-    ``returns``: system call returns of owners, with those that the guest did not report when they
-    came: it counts them, and its next request says how many; ``appended``: PCs written into areas;
-    ``dropped``: PCs that did not fit; ``comparisons`` and ``comparisons_dropped``: the same of
-    comparisons.
+    Attributes:
+        returns: system call returns of owners, including unreported ones, whose number comes with
+            the owner's next request.
+        appended: PCs written into areas.
+        dropped: PCs that did not fit.
+        comparisons: comparisons written into areas.
+        comparisons_dropped: comparisons that did not fit.
     """
 
     returns: int = 0
@@ -140,22 +143,22 @@ K = TypeVar("K", bound=KcovState[Any, Any])
 
 
 class Collector(Protocol[C_contra]):
-    """What hands over the coverage behind a cursor."""
+    """Returns new coverage for a cursor."""
 
     def collect(self, cursor: C_contra) -> Sequence[int]:
-        """What was covered since the cursor's last collect, each block once."""
+        """Return what was covered since the cursor's last collect, each block once."""
 
 
 class ReturnHandler(Generic[K]):
     """Appends coverage to the areas of instances, above all at the returns of their owners.
 
     Args:
-        coverage: where PCs come from.
+        coverage: the provider of PCs.
         totals: the sums to add to.
         unique: gets every PC that is appended.
-        syscall_pc: maps a system call's number to its PC or None; None: such PCs are off.
-        update_watched: called after each return; None where nobody else writes into areas.
-        append_rest: called with PCs that did not fit; returns how many it found room for.
+        syscall_pc: maps a system call's number to its PC or None; None without such PCs.
+        update_watched: called after each return; None if nobody else writes into areas.
+        append_rest: called with PCs that did not fit; returns how many of them fitted after all.
     """
 
     def __init__(
@@ -178,8 +181,8 @@ class ReturnHandler(Generic[K]):
         """Append coverage since the last return of an owner that traces plain PCs.
 
         Args:
-            task: who returns.
-            number: of the system call.
+            task: the task that returns.
+            number: the system call's number.
             unreported: returns since the last request.
 
         Returns:
@@ -201,7 +204,7 @@ class ReturnHandler(Generic[K]):
         return 0
 
     def append(self, kcov: K, area: AreaWords, pcs: Sequence[int]) -> None:
-        """Append PCs to an instance's area; count those that fitted and those that did not."""
+        """Append PCs to an instance's area, and count those that fitted and those that did not."""
         totals = self._totals
         total = len(pcs)
         if not total:
@@ -220,14 +223,14 @@ class ReturnHandler(Generic[K]):
 class ReturnPoller(Generic[K]):
     """Answers the returns that a :class:`ReturnHandler` can handle, and polls for the next one.
 
-    A part of :class:`bridge.device.doorbell.Doorbell`, which owns the lists and serves every other
-    request.
+    It is a part of :class:`bridge.device.doorbell.Doorbell`, which owns the lists and serves all
+    other requests.
 
     ``last``, ``until``, ``looked`` and ``served`` say how the last :meth:`poll` ended.
 
     Args:
         control: the words of the region before its areas.
-        handler: who handles returns.
+        handler: handles returns.
         slots: the instance in each slot, or None.
         handled: the last SEQ that was served, by slot.
         answered: the last SEQ that was written as an answer, by slot.
@@ -255,28 +258,28 @@ class ReturnPoller(Generic[K]):
         self._failed = failed
         self._interrupted = False
         self._released = False
-        # Without a descriptor, poll(0) does nothing but release the interpreter lock. time.sleep(0)
-        # would start a timer.
+        # Without a descriptor, poll(0) only releases the interpreter lock; time.sleep(0) would also
+        # start a timer.
         self._release_lock = select.poll()
         self.last = 0
         """The KICK of the last request that was seen and served."""
         self.until = 0
-        """When polling is to end."""
+        """When polling ends."""
         self.looked = 0
         """When KICK was last looked at."""
         self.served = 0
         """How many requests were answered."""
 
     def release(self) -> None:
-        """Let go of the region; no other method may be called afterwards."""
+        """Release the region; no other method may be called afterwards."""
         self._released = True
 
     def interrupt(self) -> None:
-        """Make :meth:`poll` return at once, now or when it is called next; from any thread."""
+        """Make the current or next :meth:`poll` return at once; from any thread."""
         self._interrupted = True
 
     def serve(self, slot: int) -> bool:
-        """Answer the request in ``slot`` if it is new and the handler can; say whether it did."""
+        """Answer the request in ``slot`` if it is new and a return; return whether it did."""
         if not 0 <= slot < SLOTS or self._released:
             return False
         control = self._control
@@ -307,21 +310,21 @@ class ReturnPoller(Generic[K]):
         control[answer + _ERROR] = error
         control[answer + _APPENDED] = kcov.appended
         control[answer + _DROPPED] = kcov.dropped
-        # Last: what it answers.
+        # SEQ last: it makes the answer valid.
         control[answer + _ANSWER_SEQ] = sequence
         return True
 
     def poll(self, last: int, until: int, repair_at: int, poll_ns: int, preempted_ns: int) -> None:
         """Answer returns as they come, until ``until``. Times are of :func:`time.perf_counter_ns`.
 
-        Returns earlier for a kick that :meth:`serve` cannot answer, at ``repair_at``, when
-        interrupted, and after a gap between two looks, for somebody else had the processor. The
-        interpreter lock is free while there is nothing to do.
+        It returns earlier for a kick that :meth:`serve` cannot answer, at ``repair_at``, when
+        interrupted, and after a gap between two looks, which means that another thread had the
+        processor. The interpreter lock is free while there is nothing to do.
 
         Args:
             last: the KICK that was last served.
             until: when to stop; each answer moves it to ``poll_ns`` from then.
-            repair_at: when to stop whatever comes.
+            repair_at: when to stop in any case.
             poll_ns: how long to poll after an answer.
             preempted_ns: the longest gap between two looks.
         """

@@ -27,7 +27,7 @@ _BUILDER = ("build", "compile_for_guest")
 
 
 def __getattr__(name: str) -> Any:
-    """The builder when it is asked for: whose image is there does not pay for its imports."""
+    """Import the builder on first use, because its imports take long."""
     if name not in _BUILDER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from bridge.guest.images import builder

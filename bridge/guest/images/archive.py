@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Archives that come out the same from the same contents: sorted, one fixed time, root's.
+"""Reproducible archives: sorted, with one fixed time, owned by root.
 
 ``newc`` is the cpio format of ``Documentation/driver-api/early-userspace/buffer-format.rst``: the
 kernel unpacks any number of such archives, one after the other, into its initramfs. So an
@@ -21,13 +21,12 @@ from typing import IO
 __all__ = ["EPOCH", "Entry", "normalise_tar", "read_tree", "with_parents", "write_newc"]
 
 EPOCH = 1_672_531_200
-"""The modification time of every file in an image, in seconds: 2023-01-01, for no deeper reason
-than that some programs dislike zero."""
+"""The time of each file in an image, in seconds: 2023-01-01, because some programs dislike 0."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A directory, regular file or symbolic link to be archived.
+    """A directory, regular file or symbolic link to archive.
 
     ``path`` is relative and has no leading dot; ``mode`` has the file's type; ``data`` is the
     file's content or the link's target.
@@ -39,23 +38,25 @@ class Entry:
 
     @classmethod
     def directory(cls, path: str, mode: int = 0o755) -> Entry:
-        """A directory with these permissions."""
+        """Make a directory with these permissions."""
         return cls(path, stat.S_IFDIR | mode)
 
     @classmethod
     def file(cls, path: str, data: bytes, mode: int = 0o644) -> Entry:
-        """A regular file with these permissions."""
+        """Make a regular file with these permissions."""
         return cls(path, stat.S_IFREG | mode, data)
 
     @classmethod
     def link(cls, path: str, target: str) -> Entry:
-        """A symbolic link."""
+        """Make a symbolic link."""
         return cls(path, stat.S_IFLNK | 0o777, target.encode())
 
 
 def read_tree(root: Path, prefix: str = "") -> list[Entry]:
-    """Everything below a directory, as entries below ``prefix``. Only the execute bit is kept of a
-    file's permissions, so that nobody's umask shows."""
+    """Return everything below a directory, as entries below ``prefix``.
+
+    Of a file's permissions only the execute bit is kept, so that the result depends on no umask.
+    """
     entries = []
     for path in sorted(root.rglob("*")):
         name = prefix + str(path.relative_to(root))
@@ -70,7 +71,7 @@ def read_tree(root: Path, prefix: str = "") -> list[Entry]:
 
 
 def with_parents(entries: Iterable[Entry]) -> list[Entry]:
-    """The entries sorted by path, with the directories that are missing above them."""
+    """Return the entries sorted by path, with the missing directories above them."""
     all_entries = {entry.path: entry for entry in entries}
     for path in list(all_entries):
         for parent in Path(path).parents:
@@ -80,7 +81,7 @@ def with_parents(entries: Iterable[Entry]) -> list[Entry]:
 
 
 def write_newc(out: IO[bytes], entries: Iterable[Entry]) -> None:
-    """Writes one archive, padded so that another may follow."""
+    """Write an archive, padded so that another may follow."""
     for number, entry in enumerate(with_parents(entries), start=1):
         _write_newc_member(out, number, entry)
     _write_newc_member(out, 0, Entry("TRAILER!!!", 0))
@@ -105,11 +106,16 @@ def normalise_tar(
     replace: Iterable[Entry],
     edit: Mapping[str, Callable[[bytes], bytes]],
 ) -> None:
-    """Rewrites a tar archive: members in order of their paths, times fixed, without what
-    ``exclude`` matches (``*`` also matches slashes), and with the ``replace`` entries instead of or
-    beside its own. The content of a file named in ``edit`` goes through the function beside it.
+    """Rewrite a tar archive with sorted members and fixed times.
 
-    ``source`` must be seekable. Raises :class:`tarfile.TarError` for a broken archive.
+    Args:
+        source: must be seekable.
+        exclude: patterns of paths to leave out; ``*`` also matches slashes.
+        replace: entries that replace members, or are added.
+        edit: functions that change the contents of files, by path.
+
+    Raises:
+        tarfile.TarError: the archive is broken.
     """
     excluded = re.compile("|".join(fnmatch.translate(pattern) for pattern in exclude) or r"\Z\A")
     with (
@@ -123,7 +129,7 @@ def normalise_tar(
                 continue
             members[path] = member
         entries = {entry.path: entry for entry in with_parents(replace)}
-        # A directory that the archive has as a link (merged /usr) stays a link.
+        # A directory that is a link in the archive (merged /usr) remains a link.
         for path, entry in list(entries.items()):
             if stat.S_ISDIR(entry.mode) and path in members:
                 del entries[path]
@@ -171,7 +177,7 @@ def _add_member(
     if not content.isreg():
         new.addfile(info)
         return
-    # Of a file with several names the first in order has the content, the rest are hard links.
+    # The first name of a file in order has the content; its other names are hard links.
     first = first_names.setdefault(content.name, path)
     if first != path:
         info.type = tarfile.LNKTYPE

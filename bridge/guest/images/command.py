@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from bridge.errors import ImageError, MissingDependencyError
 __all__ = ["Commands", "Phases", "Progress", "disk_full", "print_progress"]
 
 Progress = Callable[[str], None]
-"""Told one line about what is going on."""
+"""Called with lines that say what is being done."""
 
 _EVIDENCE_LINES = 15
 _TICK_SECONDS = 10.0
@@ -29,12 +30,12 @@ _TERM_SECONDS = 10.0
 
 
 def print_progress(line: str) -> None:
-    """Progress for people: on stderr."""
+    """Print progress to stderr."""
     print(f"image: {line}", file=sys.stderr, flush=True)
 
 
 class Phases:
-    """Tells each phase of a build when it begins, and every ten seconds while it lasts."""
+    """Reports each phase of a build when it begins, and every ten seconds while it lasts."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -43,12 +44,12 @@ class Phases:
         self._told = self._start
 
     def begin(self, name: str) -> None:
-        """A new phase begins."""
+        """Begin a new phase."""
         self._name = name
         self._tell(name)
 
     def tick(self) -> None:
-        """To be called now and then while the phase lasts."""
+        """Report that the phase lasts; call it every now and then."""
         if time.monotonic() - self._told >= _TICK_SECONDS:
             self._tell(f"still {self._name}")
 
@@ -63,10 +64,10 @@ class Phases:
 
 
 class Commands:
-    """The one door for the programs of a build.
+    """Runs the programs of a build.
 
-    Each runs in a session of its own, with its output in a log; ``keep_fds`` are inherited, so
-    that a lock stays held for as long as a program lives, whatever becomes of this process.
+    Each runs in a session of its own, with its output in a log. They inherit ``keep_fds``, so a
+    lock remains held while a program runs, even if this process was killed.
     """
 
     def __init__(self, log: Path, phases: Phases, keep_fds: Sequence[int] = ()) -> None:
@@ -84,33 +85,40 @@ class Commands:
         feed: Callable[[IO[bytes]], None] | None = None,
         seconds: float | None = None,
     ) -> None:
-        """Runs a program to its end. ``feed`` writes its stdin; ``what`` says in an error what
-        failed; ``seconds`` bounds it.
+        """Run a program to its end.
 
-        Raises :class:`bridge.errors.ImageError` with the end of its output, or
-        :class:`bridge.errors.MissingDependencyError` if there is no such program.
+        Args:
+            what: names the step in errors.
+            feed: writes the program's stdin.
+            seconds: how long it may take.
+
+        Raises:
+            ImageError: it failed; the evidence is the end of its output.
+            MissingDependencyError: there is no such program.
         """
         with self.log.open("ab") as log:
             log.write(f"$ {shlex.join(argv)}\n".encode())
             log.flush()
             start = log.tell()
-            try:
-                process = subprocess.Popen(
-                    argv,
-                    stdin=subprocess.PIPE if feed else subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=env,
-                    cwd=cwd,
-                    pass_fds=self._keep_fds,
-                    start_new_session=True,
-                )
-            except FileNotFoundError as error:
-                raise MissingDependencyError(
-                    f"{what}: there is no {argv[0]} on this machine",
-                    hint="`kcov-bridge doctor` says how to get what is missing",
-                ) from error
-            with _ended(process):
+            with contextlib.ExitStack() as stack:
+                try:
+                    with _interrupts_deferred():
+                        process = subprocess.Popen(
+                            argv,
+                            stdin=subprocess.PIPE if feed else subprocess.DEVNULL,
+                            stdout=log,
+                            stderr=log,
+                            env=env,
+                            cwd=cwd,
+                            pass_fds=self._keep_fds,
+                            start_new_session=True,
+                        )
+                        stack.enter_context(_ended(process))
+                except FileNotFoundError as error:
+                    raise MissingDependencyError(
+                        f"{what}: there is no {argv[0]} on this machine",
+                        hint="`kcov-bridge doctor` says how to get what is missing",
+                    ) from error
                 broken = self._feed(process, feed)
                 status = self._wait(process, seconds)
         if status or broken is not None:
@@ -120,7 +128,7 @@ class Commands:
     def _feed(
         self, process: subprocess.Popen[bytes], feed: Callable[[IO[bytes]], None] | None
     ) -> str | None:
-        """Writes the program's stdin. Returns what went wrong; the program's output says why."""
+        """Write the program's stdin. Returns what went wrong; the program's output says why."""
         if not process.stdin or not feed:
             return None
         try:
@@ -154,8 +162,25 @@ class Commands:
 
 
 @contextlib.contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Have Ctrl-C wait until the block ends, so that no program is started and then forgotten."""
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield
+        return
+    pending = threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: pending.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if pending.is_set():
+            signal.raise_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
 def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Sees to it that the process is gone afterwards, with all that it started."""
+    """End the process, with all that it started, when the block ends."""
     try:
         yield
     finally:
@@ -174,7 +199,7 @@ def _kill_group(process: subprocess.Popen[bytes], number: signal.Signals) -> Non
 
 
 def disk_full(directory: Path, needed: int = 0) -> ImageError:
-    """The error for a full disk; ``needed`` in bytes, 0 if that is not known."""
+    """Return the error for a full disk; ``needed`` in bytes, 0 if unknown."""
     existing = next(path for path in (directory, *directory.parents) if path.exists())
     status = os.statvfs(existing)
     free = status.f_bavail * status.f_frsize

@@ -67,7 +67,7 @@ class Recipe:
 
     @classmethod
     def load(cls, name: str, directory: Path) -> Recipe:
-        """The recipe ``name`` of a directory of recipes.
+        """Read the recipe ``name`` from a directory of recipes.
 
         Raises :class:`bridge.errors.UsageError` if there is none of this name, and
         :class:`bridge.errors.ImageError` if it can't be read.
@@ -101,7 +101,7 @@ class Recipe:
         return cls(name=name, suite=values["suite"], kernel=values["kernel"], **lists)
 
     def with_packages(self, include: Iterable[str]) -> Recipe:
-        """This recipe with more packages for the guest.
+        """Return this recipe with more packages for the guest.
 
         Raises :class:`bridge.errors.UsageError` for what can't be a package's name.
         """
@@ -115,7 +115,7 @@ class Recipe:
 
 
 def recipes(directory: Path) -> list[str]:
-    """The names of the recipes in a directory, sorted."""
+    """Return the names of the recipes in a directory, sorted."""
     return sorted(path.stem for path in directory.glob("*.toml"))
 
 
@@ -136,7 +136,7 @@ class Sources:
 
     @classmethod
     def find(cls) -> Sources:
-        """The source tree of this package, or the copy that is installed with it.
+        """Find the source tree of this package, or the copy that is installed with it.
 
         Raises :class:`bridge.errors.InfrastructureError` where neither is there.
         """
@@ -153,7 +153,7 @@ class Sources:
         return self.root / "images" / "root"
 
     def agent_files(self) -> list[tuple[str, Path]]:
-        """What is compiled for the guest: (path inside the tree, file), sorted by path."""
+        """Return what is compiled for the guest: (path inside the tree, file), sorted by path."""
         found: list[tuple[str, Path]] = []
         for part in ("agent", "module"):
             for pattern in _AGENT_SOURCES:
@@ -164,13 +164,13 @@ class Sources:
         return sorted(found)
 
     def agent_fingerprint(self) -> str:
-        """The fingerprint of ``guest/``: 12 hex digits."""
+        """Return the fingerprint of ``guest/``: 12 hex digits."""
         return _fingerprint(
             [("format", str(IMAGE_FORMAT).encode()), *_contents(self.agent_files())]
         )
 
     def base_fingerprint(self, recipe: Recipe) -> str:
-        """The fingerprint of a recipe and of ``images/root``: 12 hex digits."""
+        """Return the fingerprint of a recipe and of ``images/root``: 12 hex digits."""
         parts = [("format", str(BASE_FORMAT).encode())]
         for field in fields(recipe):
             parts.append((field.name, repr(getattr(recipe, field.name)).encode()))
@@ -182,7 +182,7 @@ class Sources:
         return _fingerprint([*parts, *_contents(files)])
 
     def fingerprint(self, recipe: Recipe) -> str:
-        """The fingerprint of a whole image: 12 hex digits."""
+        """Return the fingerprint of a whole image: 12 hex digits."""
         parts = (self.base_fingerprint(recipe), self.agent_fingerprint())
         return _fingerprint([("layers", "+".join(parts).encode())])
 

@@ -66,11 +66,10 @@ OPTIONAL_FILES = ("modules.json",)
 """Files that an image may have besides: those built by an earlier version don't."""
 
 _CMDLINE = "quiet mitigations=off norandmaps cryptomgr.notests"
-"""``mitigations=off``: a guest of our own needs no defence against its own programs, and its
-system calls get cheaper; ``norandmaps`` neither, and TCG finds the code of a library that it has
-translated only at the address where it was: else each new process has all of it translated again;
-``cryptomgr.notests`` spares a quarter of a second of boot under TCG.
-Others that were tried win nothing that can be measured."""
+"""``mitigations=off``: the guest needs no defence against its own programs, and its system calls
+get cheaper. ``norandmaps``: without it TCG translates each library again for each process, because
+it finds translated code only at the same address. ``cryptomgr.notests`` saves a quarter of a second
+of boot under TCG. Other options that were tried had no measurable effect."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class Image:
 
     @classmethod
     def load(cls, directory: Path) -> Image:
-        """Reads an image's manifest; :meth:`check` looks at the files.
+        """Read an image's manifest; :meth:`check` looks at the files.
 
         Raises :class:`bridge.errors.ImageError` if it can't be read or is of another format.
         """
@@ -141,7 +140,7 @@ class Image:
             ) from error
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest as it is written to ``image.json``."""
+        """Return the manifest as it is written to ``image.json``."""
         return {
             "format": IMAGE_FORMAT,
             "recipe": self.recipe,
@@ -160,10 +159,13 @@ class Image:
         }
 
     def check(self, *, contents: bool = False) -> None:
-        """Sees whether all files are there and have the right size, and with ``contents`` (which
-        reads them all) the right content.
+        """Check that all files exist and have the right size.
 
-        Raises :class:`bridge.errors.ImageError` for a broken image.
+        Args:
+            contents: also read all files and check their contents.
+
+        Raises:
+            ImageError: the image is broken.
         """
         wrong = []
         for name in (*FILES, *OPTIONAL_FILES):
@@ -257,13 +259,13 @@ class Image:
 
 
 def sha256_of(path: Path) -> str:
-    """A file's SHA-256 in hex."""
+    """Return a file's SHA-256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def disk_usage(directory: Path) -> int:
-    """Bytes that a directory's files take on disk: holes and repeated hard links not counted."""
+    """Return the bytes on disk of a directory's files, without holes and repeated hard links."""
     seen: set[int] = set()
     total = 0
     for folder, _, names in os.walk(directory):
@@ -276,17 +278,17 @@ def disk_usage(directory: Path) -> int:
 
 
 def image_directory(name: str) -> Path:
-    """Where the image of this full name is, or would be."""
+    """Return the directory of the image with this full name, existing or not."""
     return cache_directory() / "images" / name
 
 
 def base_directory(recipe: str, fingerprint: str) -> Path:
-    """Where the base of this recipe and fingerprint is, or would be."""
+    """Return the directory of the base with this recipe and fingerprint, existing or not."""
     return cache_directory() / "bases" / f"{recipe}-{fingerprint}"
 
 
 def find(recipe: str = DEFAULT_RECIPE, *, include: Iterable[str] = ()) -> Image | None:
-    """The image of a recipe as it stands in the source tree now, None if it is not built yet.
+    """Return the image of a recipe's current sources; None if it is not built yet.
 
     Raises :class:`bridge.errors.ImageError` for a broken one and
     :class:`bridge.errors.UsageError` for an unknown recipe.
@@ -302,7 +304,7 @@ def find(recipe: str = DEFAULT_RECIPE, *, include: Iterable[str] = ()) -> Image 
 
 
 def list_images() -> list[Image]:
-    """All images of the cache, the newest first; those without a readable manifest left out."""
+    """Return all images of the cache with a readable manifest, the newest first."""
     found: list[tuple[float, Image]] = []
     for directory in _directories("images"):
         try:
@@ -313,18 +315,18 @@ def list_images() -> list[Image]:
 
 
 def broken_images() -> list[Path]:
-    """The directories among the images that hold none."""
+    """Return the directories among the images without a readable manifest."""
     good = {image.directory for image in list_images()}
     return [directory for directory in _directories("images") if directory not in good]
 
 
 def base_directories() -> list[Path]:
-    """The directories of the cached bases."""
+    """Return the directories of the cached bases."""
     return _directories("bases")
 
 
 def resolve(name: str) -> Path:
-    """The directory of the one image with this name, or whose name begins with it.
+    """Return the directory of the only image with this name, or whose name begins with it.
 
     Raises :class:`bridge.errors.UsageError` if there is none, or more than one.
     """
@@ -342,9 +344,9 @@ def resolve(name: str) -> Path:
 
 
 def remove(name: str) -> Path:
-    """Removes an image, named in full or by the beginning of its name. Returns where it was.
+    """Remove an image, named in full or by the beginning of its name. Returns where it was.
 
-    A guest that runs from it goes on: QEMU has the files open. Raises
+    A guest that runs from it continues, because QEMU has the files open. Raises
     :class:`bridge.errors.UsageError` if there is none of this name.
     """
     directory = resolve(name)
@@ -353,7 +355,7 @@ def remove(name: str) -> Path:
 
 
 def remove_tree(directory: Path) -> None:
-    """Removes a directory of the cache, or refuses if something is mounted below it.
+    """Remove a directory of the cache; refuse if something is mounted below it.
 
     It disappears by a rename first, so that nobody finds half of it. Raises
     :class:`bridge.errors.ImageError`.
