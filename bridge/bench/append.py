@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """PCs into an area: :meth:`bridge.device.region.Area.append` against memcpy of the same bytes.
 
-An area of 4 MiB, as syzkaller asks for, is filled to the end in batches of one size; the baseline
-copies the same bytes in the same batches to another such area, by the slice assignment of a
-memoryview, which is memcpy(3). Sources written in Python give lists of numbers, each an object
-that has to be looked into; a source of another kind can give an array.
+An area of 4 MiB, the size that syzkaller requests, is filled in batches of one size. The baseline
+copies the same bytes in the same batches to another such area with the slice assignment of a
+memoryview, which is memcpy(3). Sources written in Python give lists of numbers, each an object that
+has to be unpacked; other sources can give an array.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _WORDS = 512 << 10
 _BATCHES = (1, 100, 10_000, _WORDS - 1)
 _LARGE = 10_000
 _MOST_CALLS = 20_000
-"""Batches in a round at most: enough for the clock where a batch is small."""
+"""The most batches in a round; small batches need many, for the clock's sake."""
 _NEEDED = 9
 
 
@@ -58,12 +58,12 @@ def _measure(bench: Bench) -> None:
 
 
 def _rates(seconds: Series) -> Series:
-    """Millions of PCs a second."""
+    """Convert seconds for a PC into millions of PCs a second."""
     return Series(seconds.name, tuple(1e-6 / each for each in seconds.values))
 
 
 def _append(area: Area, pcs: Sequence[int], calls: int) -> float:
-    """Seconds for a PC, into an area that is empty at first."""
+    """Append to an empty area, and return the seconds for a PC."""
     area.reset()
     append = area.append
     begun = time.perf_counter()
@@ -75,7 +75,7 @@ def _append(area: Area, pcs: Sequence[int], calls: int) -> float:
 
 
 def _copy(words: memoryview, pcs: memoryview, calls: int) -> float:
-    """Likewise, for nothing but the copying."""
+    """Copy the same bytes, and return the seconds for a PC."""
     batch = len(pcs)
     begun = time.perf_counter()
     for start in range(1, 1 + calls * batch, batch):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Timing a command from its start to the first line that it prints."""
+"""Measure the time from a command's start until it prints an answer."""
 
 from __future__ import annotations
 
@@ -28,11 +28,13 @@ def seconds_to_answer(
     timeout: float,
     env: Mapping[str, str] | None = None,
 ) -> float:
-    """Seconds from the start of ``command`` until it prints ``answer``; then it may end.
+    """Return the seconds from the start of ``command`` until it prints ``answer``.
 
-    It has some seconds to end by itself, and is killed otherwise, at once in trouble. Raises
-    :class:`bridge.errors.InfrastructureError` where the answer does not come in ``timeout``
-    seconds, with the end of what was printed.
+    Afterwards it has some seconds to end by itself, then it is killed.
+
+    Raises:
+        InfrastructureError: there is no answer within ``timeout`` seconds; the evidence is the end
+            of the output.
     """
     reading, writing = os.pipe()
     with contextlib.ExitStack() as stack:
@@ -69,7 +71,7 @@ def _silent(process: Process, printed: bytes, what: str) -> InfrastructureError:
 
 
 def _end(process: Process) -> None:
-    """Kill what has not ended by itself, and what it started: it leads its process group."""
+    """Kill the program, and its process group."""
     process.kill()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

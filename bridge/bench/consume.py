@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a look at the coverage costs, and what being looked at costs the target.
+"""The cost of reading the coverage, and how much that slows the target.
 
-``consume`` asks which blocks were covered since the last time, by how many those are and by how
-many files the target has: by the source's ``consume()``, and by coverage.py's public ``get_data()``
-and ``lines()``, of a coverage.py that measures the same. ``target`` times Python code that
-answers requests, under the source with a look after each request, and under plain coverage.py
-without any.
+``consume`` asks which blocks were covered since the last time, for several numbers of blocks and of
+the target's files. The baseline is coverage.py's public ``get_data()`` and ``lines()``, of a
+coverage.py that measures the same code. ``target`` measures Python code that answers requests,
+under the source with a ``consume()`` after each request, and under plain coverage.py without.
 """
 
 from __future__ import annotations
@@ -53,14 +52,14 @@ def _measure_consume(bench: Bench) -> None:
 
 
 def _measure_size(bench: Bench, files: int, directory: Path) -> None:
-    """All figures for a target of one size."""
+    """Measure a target of one size."""
     name = f"benched{files}"
     _write_package(directory, name, files)
     with contextlib.ExitStack() as stack:
         sys.path.insert(0, str(directory))
         stack.callback(sys.path.remove, str(directory))
         stack.callback(_forget, name)
-        # First, so that the source goes on beside it.
+        # coverage.py starts first, so that the source runs beside it.
         measurement = coverage.Coverage(
             data_file=str(directory / f"coverage{files}"), config_file=False, source_pkgs=[name]
         )
@@ -74,7 +73,7 @@ def _measure_size(bench: Bench, files: int, directory: Path) -> None:
         per_module = [
             [value for key, value in vars(module).items() if key[0] == "f"] for module in modules
         ]
-        # Neighbours are in different files, as far as there are so many.
+        # Consecutive functions are in different files, if there are enough files.
         functions = [function for group in zip(*per_module, strict=True) for function in group]
         paths = [str(Path(str(module.__file__)).resolve()) for module in modules]
         turns = cycle(functions)
@@ -100,14 +99,14 @@ def _measure_size(bench: Bench, files: int, directory: Path) -> None:
                 begun = time.perf_counter()
                 data = measurement.get_data()
                 for path in touched:
-                    # To the benefit of the baseline it knows which files to ask for.
+                    # In the baseline's favour, it is told which files to ask for.
                     data.lines(path)
                 seconds = time.perf_counter() - begun
                 source.consume()
                 return seconds
 
-            # It looks through all the package each time for files that never ran: a good part of
-            # a second where there are 10,000.
+            # The baseline searches the whole package each time for files that never ran, which
+            # takes a good part of a second with 10,000 files.
             baseline = theirs if files > _FILES[0] else best_of(theirs)
             taken = take_turns(
                 {_OURS: best_of(ours), _BASELINE: baseline},
@@ -120,7 +119,7 @@ def _measure_size(bench: Bench, files: int, directory: Path) -> None:
 
 
 def _write_package(root: Path, name: str, files: int) -> None:
-    """A package in which a thousand functions or more can be covered one by one."""
+    """Write a package with a thousand or more functions, to be covered one by one."""
     functions = max(4, 1_000 // files)
     text = "".join(f"def f{number}():\n    return {number}\n" for number in range(functions))
     package = root / name
@@ -152,7 +151,7 @@ def _measure_target(bench: Bench) -> None:
 
 
 def _requests(after_each: Callable[[], object] = lambda: None) -> float:
-    """Seconds for a request."""
+    """Return the seconds for a request."""
     begun = time.perf_counter()
     for _ in range(_REQUESTS):
         tomllib.loads(_DOCUMENT)
@@ -182,7 +181,7 @@ def _under_coverage() -> float:
 
 @contextlib.contextmanager
 def _silent(name: str) -> Iterator[None]:
-    """The package is imported already each time but the first, and that is no news here."""
+    """Silence the warning that the package is already imported, which is expected here."""
     log = logging.getLogger(name)
     before = log.level
     log.setLevel(logging.ERROR)

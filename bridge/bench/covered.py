@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A module to be covered: what a target of the benchmark has for a package."""
+"""The package of the benchmark's target: a module to be covered."""
 
 from __future__ import annotations
 

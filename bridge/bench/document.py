@@ -4,24 +4,25 @@
 ::
 
     format        "kcov-bridge-bench"
-    version       1
-    date          when it was begun: ISO 8601, UTC
+    version       2; 1 had one boolean as "compiled", about the fast path
+    date          when it began: ISO 8601, UTC
     quick         whether --quick was given
     machine       processor, cpus, memory_mib, kernel, load (the three of uptime(1), at the start)
     versions      kcov_bridge, python, coverage, qemu
-    compiled      whether the bridge's compiled part was used (bridge/device/fastpath)
+    compiled      of the parts fastpath (bridge/device/fastpath) and tracer
+                  (bridge/sources/python/tracer): whether their compiled form was used
     accelerator   name and reason
-    measurements  in the order in which they were taken, each with
+    measurements  in the order in which they were made, each with
       name, about, seconds, notes
       failure     why it was cut short, or ""
       comparisons each with
-        case, parameters (the numbers in it), unit, needed (runs of each that it takes)
+        case, parameters (the numbers in it), unit, needed (the least number of runs)
         ours, baseline (or null): name, runs, median, q1, q3, min, max, spread, values
         compared  "times" (ours / baseline), "faster" (baseline / ours), "more" (ours - baseline),
                   "value" (ours alone)
-        result    null where it is refused, else median, q1, q3 of what the turns come to
+        result    null if it is refused, otherwise median, q1, q3 over the turns
         refused   why it is, or ""
-        aims      each with compared, limit, at_most, and met: true, false, or null where the
+        aims      each with compared, limit, at_most, and met: true, false, or null if the
                   quartiles disagree or the figure is refused
 """
 
@@ -41,18 +42,19 @@ from bridge.bench.measurement import Result
 from bridge.bench.stats import Aim, Comparison, Series, Verdict
 from bridge.config import Settings
 from bridge.device import fastpath
+from bridge.sources.python import tracer
 from bridge.vm.accel import choose_accelerator
 
 __all__ = ["FORMAT", "VERSION", "describe", "surroundings"]
 
 FORMAT = "kcov-bridge-bench"
-VERSION = 1
+VERSION = 2
 
 _MET = {Verdict.MET: True, Verdict.MISSED: False}
 
 
 def surroundings(settings: Settings, *, quick: bool) -> dict[str, Any]:
-    """The document's head: where, when and with what it is measured."""
+    """Return the document's head: where, when and with what the figures are measured."""
     accelerator = choose_accelerator(settings.accel)
     return {
         "format": FORMAT,
@@ -72,13 +74,13 @@ def surroundings(settings: Settings, *, quick: bool) -> dict[str, Any]:
             "coverage": _version("coverage"),
             "qemu": _qemu(settings.qemu),
         },
-        "compiled": fastpath.COMPILED,
+        "compiled": {"fastpath": fastpath.COMPILED, "tracer": tracer.COMPILED},
         "accelerator": {"name": accelerator.name, "reason": accelerator.reason},
     }
 
 
 def describe(head: dict[str, Any], results: Sequence[Result]) -> dict[str, Any]:
-    """The whole document."""
+    """Return the whole document."""
     return {**head, "measurements": [_result(result) for result in results]}
 
 
@@ -139,7 +141,7 @@ def _series(series: Series) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """As /proc/cpuinfo names it."""
+    """Return the processor's name in /proc/cpuinfo."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -156,7 +158,7 @@ def _version(package: str) -> str | None:
 
 
 def _qemu(program: str) -> str | None:
-    """QEMU's version, None where it does not tell."""
+    """Return QEMU's version; None if it does not say."""
     try:
         done = subprocess.run(
             [program, "--version"], capture_output=True, text=True, timeout=30, check=True

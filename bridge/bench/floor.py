@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The floor: a C program that answers the guest in the doorbell's place, and does nothing else.
+"""The floor: a C program that answers the guest in place of the doorbell, and does nothing else.
 
-It is compiled for this machine when it is first needed, with the layout of
-:mod:`bridge.device.abi`, and takes the same region and the same bell, so the guest, its module and
-its program are the same.
+It is compiled for this machine on first use, with the layout of :mod:`bridge.device.abi`. It uses
+the same region and the same bell, so the guest, its module and its program are the same.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from bridge.vm.process import spawn
 __all__ = ["FLOOR", "LAYOUT_FLAGS", "floor"]
 
 _AREA_WORDS = 512 << 10
-"""As much as kcov-bench asks for."""
+"""The size that kcov-bench requests."""
 _HANDED_OVER_SECONDS = 600.0
 
 _LAYOUT: dict[str, int] = {
@@ -44,7 +43,7 @@ _LAYOUT: dict[str, int] = {
     "RESPONSE_AREA_OFFSET": abi.ResponseWord.AREA_OFFSET.value,
 }
 LAYOUT_FLAGS = tuple(f"-D{name}={value}" for name, value in _LAYOUT.items())
-"""What a compiler has to be told about the region."""
+"""The region's layout, for the compiler."""
 
 FLOOR = CProgram(
     name="the floor of a signal",
@@ -57,9 +56,9 @@ FLOOR = CProgram(
 
 @contextlib.contextmanager
 def floor(session: Session, *, asleep: bool) -> Iterator[None]:
-    """While inside, the floor answers the session's guest; its doorbell stands aside.
+    """Have the floor answer the session's guest in place of its doorbell.
 
-    The guest must have no kcov instance open at either end.
+    The guest must have no kcov instance open when this begins and ends.
     """
     program = FLOOR.build()
     doorbell, region = session.doorbell, session.region

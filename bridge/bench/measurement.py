@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a measurement is: a name, what it is about, and a function that takes turns.
+"""A measurement: a name, a description, and a function that runs the ways in turn.
 
 def _measure(bench: Bench) -> None:
     taken = take_turns({"ours": ours, "memcpy": baseline}, rounds=15)
@@ -32,8 +32,12 @@ _BURSTS = 5
 
 @dataclass
 class Result:
-    """What a measurement found. ``notes`` say what the figures do not, such as a baseline that
-    could not be had and why; ``failure`` is not empty where it was cut short."""
+    """What a measurement found.
+
+    Attributes:
+        notes: remarks for readers of the figures, such as why there is no baseline.
+        failure: why it was cut short; "" if it was not.
+    """
 
     name: str
     about: str
@@ -44,9 +48,9 @@ class Result:
 
 
 class Bench:
-    """What a measurement is given: settings to boot with, and where to put what it finds.
+    """What a measurement works with: settings to boot with, and a place for its figures.
 
-    ``quick`` asks for as little as can be said to have been measured.
+    ``quick`` asks for the least number of runs.
     """
 
     def __init__(self, settings: Settings, result: Result, *, quick: bool = False) -> None:
@@ -55,7 +59,7 @@ class Bench:
         self._result = result
 
     def settings(self, **changes: Any) -> Settings:
-        """The user's settings for the machine; what a run is about is the measurement's to say."""
+        """Return the user's settings for the machine, with those that the measurement sets."""
         fixed = {
             "source": "python",
             "isolate": False,
@@ -66,21 +70,21 @@ class Bench:
         return self._settings.replace(**{**fixed, **changes})
 
     def progress(self, what: str) -> None:
-        """Tell whoever waits what is being done."""
+        """Log what is being done."""
         _log.info("%s: %s", self._result.name, what)
 
     def add(self, comparison: Comparison) -> None:
-        """Put a figure down."""
+        """Add a figure."""
         self._result.comparisons.append(comparison)
 
     def note(self, text: str) -> None:
-        """Put down what a reader of the figures has to know."""
+        """Add a remark for readers of the figures."""
         self._result.notes.append(text)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One entry of ``kcov-bridge bench --list``. ``run`` raises what it cannot measure for."""
+    """One entry of ``kcov-bridge bench --list``. ``run`` raises what keeps it from measuring."""
 
     name: str
     about: str
@@ -88,8 +92,11 @@ class Measurement:
 
 
 def perform(measurement: Measurement, settings: Settings, *, quick: bool = False) -> Result:
-    """Take a measurement. A :class:`bridge.errors.BridgeError` ends it, not the others: it is
-    the result's failure, beside what was measured until then."""
+    """Make a measurement.
+
+    A :class:`bridge.errors.BridgeError` ends only this measurement: it becomes the result's
+    failure, beside the figures so far.
+    """
     result = Result(measurement.name, measurement.about)
     begun = time.monotonic()
     try:
@@ -108,9 +115,14 @@ def take_turns(
     *,
     warm_up: int = 1,
 ) -> dict[str, list[T]]:
-    """Do each of these once, then each again, ...: what each gave, by its name, in order.
+    """Run each of the ways once, then each again, and so on.
 
-    ``warm_up`` rounds come first and are thrown away.
+    Args:
+        rounds: how often each way is run.
+        warm_up: rounds before these, whose results are dropped.
+
+    Returns:
+        The results of each way by its name, in order.
     """
     taken: dict[str, list[T]] = {name: [] for name in ways}
     for turn in range(-warm_up, rounds):
@@ -122,11 +134,13 @@ def take_turns(
 
 
 def series(taken: Mapping[str, Sequence[float]], name: str, scale: float = 1.0) -> Series:
-    """One of the ways of :func:`take_turns`, its values multiplied by ``scale``."""
+    """Return the series of one way of :func:`take_turns`, multiplied by ``scale``."""
     return Series(name, tuple(value * scale for value in taken[name]))
 
 
 def best_of(function: Callable[P, float], *args: P.args, **kwargs: P.kwargs) -> Callable[[], float]:
-    """One turn of something that takes milliseconds on the processor alone: the least of a few
-    times. What else the machine does can only make it slower."""
+    """Make a turn of a function that takes milliseconds of processor time: the least of a few.
+
+    Other work of the machine can only make it slower.
+    """
     return lambda: min(function(*args, **kwargs) for _ in range(_BURSTS))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measurements ``consume`` and ``vms`` as a picture: one SVG, from the JSON document.
+"""Draw the measurements ``consume`` and ``vms`` as an SVG, from the JSON document.
 
 Points are medians, with a bar from quartile to quartile, and hollow where the comparison with the
 baseline is refused.
@@ -31,8 +31,10 @@ text { font-family: "DejaVu Sans", Helvetica, Arial, sans-serif; font-size: 12px
 
 @dataclass(frozen=True)
 class _Point:
-    """``at`` is on the horizontal axis, then come the series' median and quartiles; ``sure`` is
-    false where its comparison was refused."""
+    """A point: ``at`` on the horizontal axis, and the series' median and quartiles.
+
+    ``sure`` is false if its comparison was refused.
+    """
 
     at: float
     median: float
@@ -56,8 +58,13 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Panel:
-    """``ticks`` of the horizontal axis are (value, text); both axes count in powers of ten if
-    ``logarithmic``, else the values stand at equal distances and the vertical axis begins at 0."""
+    """A drawing.
+
+    Attributes:
+        ticks: (value, text) of the horizontal axis.
+        logarithmic: both axes count in powers of ten. Otherwise the values are at equal distances,
+            and the vertical axis begins at 0.
+    """
 
     title: str
     across: str
@@ -68,12 +75,12 @@ class _Panel:
 
 
 def plot(document: dict[str, Any]) -> str:
-    """The SVG. Raises :class:`bridge.errors.UsageError` where there is nothing to draw."""
+    """Return the SVG. Raises :class:`bridge.errors.UsageError` if there is nothing to draw."""
     found = {each["name"]: each["comparisons"] for each in document["measurements"]}
     panels = [*_consume(found.get("consume", [])), *_vms(found.get("vms", []))]
     if not panels:
         raise UsageError(
-            "there is nothing to draw", hint="consume and vms are drawn: --only consume,vms"
+            "there is nothing to draw", hint="measure consume or vms: --only consume,vms"
         )
     columns = min(2, len(panels))
     width = columns * _PANEL_WIDTH
@@ -222,7 +229,7 @@ def _draw_line(line: _Line, across: Callable[[float], float], up: Callable[[floa
 
 
 def _legend(lines: Sequence[_Line], left: float, top: float) -> list[str]:
-    """In two columns if need be, above the drawing."""
+    """Draw the legend above the drawing, in two columns if necessary."""
     rows = len(lines) if len(lines) <= 3 else -(-len(lines) // 2)
     parts = []
     for number, line in enumerate(lines):
@@ -245,14 +252,14 @@ def _text(x: float, y: float, text: str, anchor: str, *, kind: str = "", colour:
 
 
 def _decades(values: Sequence[float]) -> list[float]:
-    """Powers of ten around all values."""
+    """Return the powers of ten around all values."""
     first = math.floor(math.log10(min(values)))
     last = max(math.ceil(math.log10(max(values))), first + 1)
     return [10.0**power for power in range(first, last + 1)]
 
 
 def _round_steps(most: float) -> list[float]:
-    """0 and up to seven round steps, the last not below ``most``."""
+    """Return 0 and up to seven round steps; the last is at least ``most``."""
     step = 10.0 ** math.floor(math.log10(most))
     for part in (0.2, 0.5, 1.0, 2.0):
         if most / (step * part) <= 6:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a guest takes: from nothing to a command that is answered, and back to where it was.
+"""How long a guest takes to start and to be reset.
 
-``ready`` is ``kcov-bridge run -- echo`` as a process, from its start to the guest's answer: booted
-from nothing (cold), and as the bridge does it by itself where it keeps a snapshot (warm). Baseline
-is virtme-ng, likewise, with the same kernel under the same accelerator. ``reset`` is
-:meth:`bridge.session.session.Session.reset` where this version has it, against ending the guest and
-booting another.
+``ready`` runs ``kcov-bridge run -- echo`` as a process and measures from its start to the guest's
+answer: with a boot (cold), and from a snapshot, as the bridge does by default (warm). The baseline
+is virtme-ng with the same kernel under the same accelerator. ``reset`` is
+:meth:`bridge.session.session.Session.reset`, against ending the guest and starting another.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def _measure_ready(bench: Bench) -> None:
         if (boot := _virtme(bench, settings, stack)) is not None:
             ways[_BASELINE] = boot
         bench.progress(f"in turn: {', '.join(ways)}")
-        # The baseline was tried before, and takes its time.
+        # The baseline was tried before, and is slow.
         slow = _BASELINE in ways
         rounds = _NEEDED if bench.quick or slow else 2 * _NEEDED
         taken = take_turns(ways, rounds, warm_up=0 if slow else 1)
@@ -65,7 +64,7 @@ def _measure_ready(bench: Bench) -> None:
 
 
 def _ways(bench: Bench, settings: Settings) -> dict[str, Settings]:
-    """The settings to boot by, for each way that there is here; the snapshot is made by this."""
+    """Return the settings for each way that works here; this also makes the snapshot."""
     if not hasattr(Session, "reset"):
         bench.note("this version keeps no snapshot to start from: all starts are cold")
         return {_COLD: settings}
@@ -81,7 +80,7 @@ def _ways(bench: Bench, settings: Settings) -> dict[str, Settings]:
 
 
 def _run(settings: Settings, out: Path) -> float:
-    """Seconds to the answer of a run of its own."""
+    """Return the seconds until a run of its own answers."""
     command = [sys.executable, "-m", "bridge", "-q", "run", "--out", str(out)]
     return seconds_to_answer(
         [*command, "--", "echo", _ANSWER],
@@ -92,7 +91,7 @@ def _run(settings: Settings, out: Path) -> float:
 
 
 def _environment(settings: Settings) -> dict[str, str]:
-    """Variables that give a process these settings, but for where it leaves its results."""
+    """Return the variables that give a process these settings, except for ``out``."""
     values = {each.name: getattr(settings, each.name) for each in dataclasses.fields(Settings)}
     del values["out"]
     return {
@@ -103,7 +102,7 @@ def _environment(settings: Settings) -> dict[str, str]:
 
 
 def _virtme(bench: Bench, settings: Settings, stack: ExitStack) -> Callable[[], float] | None:
-    """How to boot the baseline; None where it cannot be had, which is noted."""
+    """Return how to boot the baseline; None, with a note, if that is not possible."""
     if bench.quick:
         bench.note("virtme-ng as the baseline takes a minute or more: left out of --quick")
         return None
@@ -157,14 +156,14 @@ class _Restarted:
 
     @property
     def can_be_reset(self) -> bool:
-        """Whether there is a state to go back to."""
+        """Whether the guest was started from a snapshot."""
         return self._session.snapshot is not None
 
     def _answers(self) -> None:
         self._session.guest.run(["true"], check=True)
 
     def restart(self) -> float:
-        """Seconds from the end's beginning to the answer of the next guest."""
+        """End the guest, boot another, and return the seconds until that answers."""
         begun = time.perf_counter()
         self.close()
         self._boot()
@@ -172,7 +171,7 @@ class _Restarted:
         return time.perf_counter() - begun
 
     def reset(self, reset: Callable[[Session], object]) -> float:
-        """Seconds of a reset that takes back what was done since the last."""
+        """Return the seconds of a reset that undoes what was done since the last one."""
         guest = self._session.guest
         guest.run("touch /tmp/changed", check=True)
         begun = time.perf_counter()

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kcov device adds to system calls, seen from the guest (``kcov-bench`` in it).
+"""What the kcov device adds to system calls, measured in the guest by ``kcov-bench``.
 
-``signal``: each call's return finds new coverage, one block of Python code and the PC of the
-call's number; against the floor (:mod:`bridge.bench.floor`) in the same guest, where the host is
-awake and where it always sleeps. ``idle``: its return finds none; against the same call with kcov
-off. ``others``: calls of a task that owns nothing, while another one does; against a guest whose
-kernel has no module loaded.
+``signal``: each call's return finds new coverage, a block of Python code and the PC of the call's
+number. The baseline is the floor (:mod:`bridge.bench.floor`) in the same guest, with a host that is
+awake and with one that always sleeps. ``idle``: the return finds no coverage; the baseline is the
+same call with kcov off. ``others``: calls of a task that owns nothing, while another task does; the
+baseline is a guest without the module.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _Figures = dict[str, Any]
 
 
 def stay_awake(session: Session, seconds: float) -> None:
-    """Have the doorbell stay awake for so long after a request from now on; 0: not at all."""
+    """Set how long the doorbell stays awake after a request; 0: not at all."""
     doorbell = session.doorbell
     doorbell.call(functools.partial(setattr, doorbell.polling, "poll_ns", int(seconds * 1e9)))
 
@@ -48,7 +48,7 @@ def _run(session: Session, *words: str) -> _Figures:
 
 
 def _check(session: Session) -> None:
-    """A signal that was given up is no measurement of a signal."""
+    """Raise if the guest gave up signals, because those were not measured."""
     timeouts, failure = session.stats().guest_timeouts, session.doorbell.failure
     if timeouts or failure:
         raise InfrastructureError(
@@ -70,7 +70,7 @@ def _measure_signal(bench: Bench) -> None:
         def ours(seconds: float) -> _Figures:
             stay_awake(session, seconds)
             figures = _run(session, "calls", str(count))
-            # Reading the clock is a call too, where the kernel cannot do that without.
+            # Reading the clock may be a system call, too.
             if not 2 * count <= figures["pcs"] <= 2 * (count + 4):
                 raise InfrastructureError(f"{count} calls left {figures['pcs']} PCs, not two each")
             return figures
@@ -101,7 +101,7 @@ def _measure_signal(bench: Bench) -> None:
 
 
 def _series(taken: Mapping[str, list[_Figures]], way: str, state: str, part: str) -> Series:
-    """Microseconds."""
+    """Return the series in microseconds."""
     return Series(way, tuple(figures[state][part] / 1e3 for figures in taken[way]))
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arithmetic of a benchmark: medians, quartiles, and when a comparison says nothing.
+"""The arithmetic of a benchmark: medians, quartiles, and which comparisons are refused.
 
-Two series that were taken in turn are compared turn by turn, so that what the machine did
-meanwhile hits both: a ratio is the median of the turns' ratios, its spread the distance of their
-quartiles. A comparison from too few turns, or with quartiles that are too far apart, is refused
-with the reason. An aim counts as met or missed only where both quartiles agree.
+Two series that were taken in turn are compared turn by turn, so that other work of the machine
+affects both. A ratio is the median of the turns' ratios, its spread the distance of their
+quartiles. A comparison with too few turns, or with quartiles that are too far apart, is refused
+with the reason. An aim is met or missed only if both quartiles agree.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MOST_SPREAD = 0.3
 
 
 def quantile(values: Sequence[float], part: float) -> float:
-    """The value below which this part (0 to 1) of the values lies, interpolated between two.
+    """Return the value below which this part (0 to 1) of the values lies, interpolated.
 
     Raises ValueError for no values.
     """
@@ -46,7 +46,7 @@ def quantile(values: Sequence[float], part: float) -> float:
 
 @dataclass(frozen=True)
 class Summary:
-    """What remains of a series of ``runs`` values: median, quartiles, extremes."""
+    """A summary of ``runs`` values: median, quartiles, extremes."""
 
     runs: int
     median: float
@@ -57,7 +57,7 @@ class Summary:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Summary:
-        """Of at least one value. Raises ValueError for none."""
+        """Summarise at least one value. Raises ValueError for none."""
         middle, first, third = (quantile(values, part) for part in (0.5, 0.25, 0.75))
         return cls(len(values), middle, first, third, min(values), max(values))
 
@@ -71,19 +71,19 @@ class Summary:
 
 @dataclass(frozen=True)
 class Series:
-    """One way of doing something, and what each turn of it took; ``name`` says which way."""
+    """The values of each turn of one way, which ``name`` names."""
 
     name: str
     values: tuple[float, ...]
 
     @property
     def summary(self) -> Summary:
-        """Raises ValueError for a series without values."""
+        """The summary. Raises ValueError for a series without values."""
         return Summary.of(self.values)
 
 
 class Of(Enum):
-    """What of two series is compared; the texts are for the table.
+    """How two series are compared; the texts are for the table.
 
     ``TIMES``: ours divided by the baseline. ``FASTER``: the baseline divided by ours.
     ``MORE``: ours less the baseline, in their unit. ``VALUE``: ours alone.
@@ -96,7 +96,7 @@ class Of(Enum):
 
 
 class Verdict(Enum):
-    """How a figure stands to its aim."""
+    """Whether a figure meets its aim."""
 
     MET = "met"
     MISSED = "MISSED"
@@ -105,15 +105,17 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Aim:
-    """A limit, ``at_most`` or (``False``) at least, for what a comparison comes to, or for a
-    ``VALUE``."""
+    """A limit for the result of a comparison, or for a ``VALUE``.
+
+    ``at_most`` False means at least.
+    """
 
     limit: float
     at_most: bool = True
     of: Of = Of.TIMES
 
     def judge(self, figure: Summary) -> Verdict:
-        """Met or missed where both quartiles say the same."""
+        """Return MET or MISSED if both quartiles agree."""
         good = [self._holds(each) for each in (figure.q1, figure.q3)]
         if all(good):
             return Verdict.MET
@@ -125,7 +127,7 @@ class Aim:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a comparison comes to: a figure, or why there is none; then ``refused`` is not empty."""
+    """The result of a comparison: a figure, or in ``refused`` why there is none."""
 
     figure: Summary | None
     refused: str = ""
@@ -135,10 +137,14 @@ class Outcome:
 class Comparison:
     """A figure beside its baseline.
 
-    ``needed`` is how many turns of each it takes to say anything. ``of`` says what is compared.
-    ``unit`` is that of the values. The two series were taken in turn. Without a baseline there is
-    a ``VALUE`` alone. ``aims`` may be of what is compared and of the value itself. ``parameters``
-    are the numbers in the case, for programs.
+    The two series were taken in turn. Without a baseline there is only a ``VALUE``.
+
+    Attributes:
+        unit: the unit of the values.
+        needed: the least number of turns of each.
+        of: how they are compared.
+        aims: limits for the comparison, or for the value.
+        parameters: the numbers in the case, for programs.
     """
 
     case: str
@@ -151,11 +157,11 @@ class Comparison:
     parameters: Mapping[str, int] = field(default_factory=dict)
 
     def outcome(self) -> Outcome:
-        """The figure of the two series together, unless it would mean nothing."""
+        """Return the figure of the two series, or why it is refused."""
         return self._outcome(self.of)
 
     def verdict(self, aim: Aim) -> Verdict | None:
-        """How this stands to one of its aims; None where the figure is refused."""
+        """Return whether it meets one of its aims; None if the figure is refused."""
         figure = self._outcome(aim.of).figure
         return aim.judge(figure) if figure is not None else None
 
@@ -175,7 +181,7 @@ class Comparison:
             figure = Summary.of([_compare(of, *pair) for pair in pairs])
         except ZeroDivisionError:
             return Outcome(None, "a value of 0 cannot be divided by")
-        # What is more may well be about nothing: the values themselves are the measure then.
+        # A difference may be about 0, so its spread is measured by the values themselves.
         return _unless_wide(figure, baseline.summary.median if of is Of.MORE else figure.median)
 
 

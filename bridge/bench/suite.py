@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All measurements: which there are, and how they are taken one after the other."""
+"""All measurements, and how they are made one after the other."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _MEASUREMENTS = (
     ("ready", "RESET"),
     ("vms", "MEASUREMENT"),
 )
-"""Where each measurement is defined, in the order in which they are taken."""
+"""The module and name of each measurement, in the order in which they are made."""
 
 _QUIET_LOAD = 0.5
-"""Processes that may be running beside (the load of one minute, proc(5))."""
+"""The load (of one minute, proc(5)) up to which a machine counts as quiet."""
 
 
 def measurements() -> dict[str, Measurement]:
-    """All measurements by name, in order."""
+    """Return all measurements by name, in order."""
     found: list[Measurement] = [
         getattr(import_module(f"bridge.bench.{module}"), name) for module, name in _MEASUREMENTS
     ]
@@ -46,15 +46,15 @@ def measurements() -> dict[str, Measurement]:
 def take(
     chosen: Sequence[Measurement], settings: Settings, *, quick: bool
 ) -> tuple[dict[str, Any], list[Result]]:
-    """Take measurements one after the other.
+    """Make measurements one after the other.
 
     Returns:
-        What is known of the machine, and one result for each measurement, failed ones included.
+        The head of the document, and a result for each measurement, including failed ones.
     """
     head = surroundings(settings, quick=quick)
     if head["machine"]["load"][0] > _QUIET_LOAD:
         _log.warning(
-            "this machine is not quiet (load %s): figures will be too large, or be refused",
+            "this machine is busy (load %s): figures will be too large, or refused",
             head["machine"]["load"][0],
         )
     results = []
@@ -86,12 +86,13 @@ def choose(known: dict[str, Measurement], only: str | None) -> list[Measurement]
 def title(head: dict[str, Any]) -> str:
     """Describe the machine of a measurement in two lines."""
     machine, versions = head["machine"], head["versions"]
+    plain = [part for part, compiled in head["compiled"].items() if not compiled]
     return (
         f"{machine['processor']}, {machine['cpus']} CPUs, Linux {machine['kernel']}, "
         f"{head['accelerator']['name']}, QEMU {versions['qemu']}\n"
         f"Python {versions['python']}, coverage.py {versions['coverage']}, "
         f"kcov-bridge {versions['kcov_bridge']}"
-        + ("" if head["compiled"] else " (not compiled)")
+        + (f" (plain {', '.join(plain)})" if plain else "")
         + f"; {head['date']}, load {machine['load'][0]}"
         + (", --quick" if head["quick"] else "")
     )
@@ -99,7 +100,7 @@ def title(head: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _progress_alone() -> Iterator[None]:
-    """Of the rest of the bridge only warnings, unless more was asked for with -v."""
+    """Reduce the log of the rest of the bridge to warnings, unless -v was given."""
     root = logging.getLogger("bridge")
     level = root.level
     if level == logging.INFO:

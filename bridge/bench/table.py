@@ -12,11 +12,11 @@ __all__ = ["amount", "render", "say_aim"]
 
 _HEAD = ("", "median", "spread", "runs", "baseline", "median", "spread", "comes to", "aim", "")
 _LEFT = frozenset({0, 4, 7, 8, 9})
-"""Columns of words; the others are of numbers."""
+"""The columns of text; the others have numbers."""
 
 
 def amount(value: float, unit: str = "") -> str:
-    """Three digits that count, thousands set apart, and the unit."""
+    """Format three significant digits, with separated thousands, and the unit."""
     size = abs(value)
     if size >= 100 or size == 0:
         text = f"{value:,.0f}"
@@ -27,13 +27,13 @@ def amount(value: float, unit: str = "") -> str:
 
 
 def say_aim(aim: Aim, unit: str) -> str:
-    """An aim in words, such as ``<= 2x``."""
+    """Format an aim, such as ``<= 2x``."""
     sign = "<=" if aim.at_most else ">="
     return f"{sign} {_figure(aim.of, aim.limit, unit)}"
 
 
 def render(results: Iterable[Result]) -> str:
-    """All results; what was refused or could not be measured says why."""
+    """Format all results, with the reasons of what was refused or not measured."""
     return "\n\n".join(_one(result) for result in results)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A target for measurements: code to cover that does nothing until it is asked."""
+"""A target for measurements, whose code does nothing by itself."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from bridge.targets.none import NoTarget
 __all__ = ["COVERED_TARGET", "CoveredTarget", "cover_before_each_look"]
 
 COVERED_TARGET = "bridge.bench.targets:CoveredTarget"
-"""Its name for the setting ``target``."""
+"""The target's name for the setting ``target``."""
 
 _COVERED = Path(__file__).with_name("covered.py")
 
 
 class CoveredTarget(NoTarget):
-    """One small module is measured, and nothing in it runs.
+    """A target with one small module, of which nothing runs.
 
-    It has an endpoint, as the services do that a guest reaches over its network; nothing is there.
+    It has an endpoint, like services that a guest reaches over its network, but no server.
     """
 
     name = "covered"
@@ -29,10 +29,10 @@ class CoveredTarget(NoTarget):
 
 
 def cover_before_each_look(source: PythonSource) -> None:
-    """From now on a line of the target is new at each ``consume()``.
+    """Record a line of the target before each ``consume()``.
 
-    The line is noted where the tracer notes it, at its cost or less: with code of the target that
-    really runs, each call would also wait for that.
+    The line is recorded as the tracer does it, at the same cost or less. If code of the target
+    really ran, each call would also wait for that.
     """
     text = _COVERED.read_text(encoding="utf-8").splitlines()
     cover = source.line_recorder(_COVERED, 1 + text.index("    return 42"))

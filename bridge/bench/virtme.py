@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The baseline of "ready": virtme-ng, which boots a kernel on a copy of the host's own system.
+"""The baseline of "ready": virtme-ng, which boots a kernel on a copy of the host's system.
 
-It boots the image's own kernel, with the modules that the image has of it, under the same
-accelerator and with as much memory. It is an extra (``pip install 'kcov-bridge[bench]'``) and
-needs the host's packages of the kind "bench" in ``debian-packages.txt``. Without udev its guest
-finds no port to answer on: the answer gets lost on the console and ``vng`` ends with status 255.
+It boots the image's own kernel and modules, under the same accelerator and with as much memory. It
+is an extra (``pip install 'kcov-bridge[bench]'``), and needs the host's packages of the kind
+"bench" in ``debian-packages.txt``. Without udev its guest finds no port to answer on: the answer
+is lost on the console, and ``vng`` ends with status 255.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ _MODULES = "/usr/lib/modules"
 
 
 class Virtme:
-    """virtme-ng, ready to boot a session's kernel, time after time; a context manager.
+    """virtme-ng, ready to boot a session's kernel any number of times; a context manager.
 
-    The modules are read from the session's guest when this is entered. Raises
-    :class:`bridge.errors.MissingDependencyError` without virtme-ng or what it needs of the host.
+    Entering it reads the modules from the session's guest.
+
+    Raises:
+        MissingDependencyError: virtme-ng, or a package that it needs, is missing.
     """
 
     def __init__(self, session: Session, image: Image) -> None:
@@ -62,7 +64,7 @@ class Virtme:
         with ExitStack() as stack:
             tree = Path(stack.enter_context(TemporaryDirectory(prefix="kcov-bridge-bench-")))
             (tree / "boot").mkdir()
-            # It looks for the modules beside the kernel, and learns the release from the name.
+            # virtme-ng finds the modules beside the kernel, and the release in the kernel's name.
             self._kernel = tree / "boot" / f"vmlinuz-{self._image.kernel_release}"
             shutil.copyfile(self._image.vmlinuz, self._kernel)
             with TemporaryFile() as archive:
@@ -81,9 +83,10 @@ class Virtme:
         self._stack.close()
 
     def boot(self) -> float:
-        """Seconds from the start of virtme-ng to the answer of a shell command in the guest.
+        """Return the seconds from the start of virtme-ng until a command in the guest answers.
 
-        Raises :class:`bridge.errors.InfrastructureError` where none comes.
+        Raises:
+            InfrastructureError: there is no answer.
         """
         accelerator, settings = self._session.accelerator, self._session.settings
         assert accelerator is not None
@@ -105,7 +108,7 @@ class Virtme:
 
 
 def _unpack(archive: IO[bytes], to: Path) -> None:
-    """The plain files of an archive that a guest made: they stay below ``to``."""
+    """Unpack the plain files of an archive that a guest made, only below ``to``."""
     with tarfile.open(fileobj=archive) as tar:
         for member in tar:
             path = Path(os.path.normpath(to / member.name))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several guests at once on one machine: a pool, each with a bridge in a process of its own.
+"""Several guests at once on one machine: a pool, each with its own bridge process.
 
-How long until all have answered a command, what each takes of memory, and how many signals a
-second all get together: with doorbells that stay awake for a moment after a signal, and with
+The figures are the time until all have answered a command, the memory of each, and the signals a
+second of all together: with doorbells that stay awake for a moment after a signal, and with
 doorbells that always sleep.
 """
 
@@ -30,7 +30,7 @@ _NEEDED = 3
 
 @dataclass(frozen=True)
 class _Figures:
-    """Of one turn with some guests: seconds, MiB for each, signals a second in all."""
+    """The figures of one turn: seconds, MiB for each guest, signals a second in all."""
 
     ready: float
     memory: float
@@ -40,7 +40,7 @@ class _Figures:
 
 
 def _case(count: int, what: str) -> str:
-    """How the table names a case."""
+    """Return the case's name in the table."""
     return f"{count} VM{'s' if count > 1 else ''}, {what}"
 
 
@@ -60,7 +60,7 @@ def _measure(bench: Bench) -> None:
     def series(name: str, count: int, figure: str) -> Series:
         return Series(name, tuple(getattr(each, figure) for each in taken[str(count)]))
 
-    # The very first one may have made the snapshot, and be booted.
+    # The first guest may have been booted, to make the snapshot.
     snapshots = all(each.from_snapshot for each in taken[str(counts[-1])])
     bench.note(f"the guests were {'started from a snapshot' if snapshots else 'booted'}")
     for what, figure, unit in ((READY, "ready", "s"), (MEMORY, "memory", "MiB")):
@@ -84,7 +84,7 @@ def _together(bench: Bench, settings: Settings, count: int, seconds: float) -> _
         def rate(seconds: float, adaptive: bool) -> float:
             return float(sum(pool.all("stream", seconds, adaptive)))
 
-        # The first calls of all are those that QEMU has to translate.
+        # QEMU has to translate the code of the first calls.
         rate(_WARM_UP_SECONDS, True)
         adaptive, asleep = rate(seconds, True), rate(seconds, False)
         memory = sum(sum(each) for each in pool.all("memory"))

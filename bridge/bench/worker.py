@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmark asks of the workers of a pool (:mod:`bridge.session.pool`)."""
+"""The benchmark's service in the workers of a pool (:mod:`bridge.session.pool`)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ SERVICE = "bridge.bench.worker:MeasuredSession"
 
 
 def proportional_mib(pid: int) -> float:
-    """A process's memory, what it shares divided by those that share it ("Pss" of proc(5)), MiB.
+    """Return a process's memory in MiB, with its part of shared memory ("Pss" of proc(5)).
 
-    Raises OSError for a process that is gone.
+    Raises:
+        OSError: the process has ended.
     """
     text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
     (kib,) = [line.split()[1] for line in text.splitlines() if line.startswith("Pss:")]
@@ -28,7 +29,7 @@ def proportional_mib(pid: int) -> float:
 
 
 class MeasuredSession:
-    """The worker's side."""
+    """The measurements in a worker."""
 
     def __init__(self, session: Session) -> None:
         self._session = session

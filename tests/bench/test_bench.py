@@ -21,20 +21,22 @@ import pytest
 from bridge import config
 from bridge.bench import ready, virtme
 from bridge.bench.commands import seconds_to_answer
-from bridge.bench.document import describe
+from bridge.bench.document import describe, surroundings
 from bridge.bench.floor import FLOOR, floor
 from bridge.bench.measurement import Bench, Measurement, Result, best_of, perform, take_turns
 from bridge.bench.plot import plot
 from bridge.bench.stats import Aim, Comparison, Of, Series, Summary, Verdict, quantile
-from bridge.bench.suite import measurements
+from bridge.bench.suite import measurements, title
 from bridge.bench.table import amount, render, say_aim
 from bridge.bench.worker import SERVICE, proportional_mib
 from bridge.cli.main import main
 from bridge.config import Settings
+from bridge.device import fastpath
 from bridge.errors import InfrastructureError, MissingDependencyError, UsageError
 from bridge.guest.images import Image
 from bridge.session.pool import Worker
 from bridge.session.session import Session
+from bridge.sources.python import tracer
 from tests import support
 
 STEADY = (10.0, 10.1, 10.2, 9.9, 9.8)
@@ -413,6 +415,21 @@ def test_what_a_timed_command_started_ends_with_it(tmp_path: Path) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize(
+    ("compiled", "said"),
+    [((True, True), ""), ((True, False), "(plain tracer)"), ((False, False), "fastpath, tracer")],
+)
+def test_surroundings_and_title_compiled_parts_are_named(
+    monkeypatch: pytest.MonkeyPatch, compiled: tuple[bool, bool], said: str
+) -> None:
+    monkeypatch.setattr(fastpath, "COMPILED", compiled[0])
+    monkeypatch.setattr(tracer, "COMPILED", compiled[1])
+    head = surroundings(Settings(accel="tcg"), quick=True)
+    assert head["compiled"] == {"fastpath": compiled[0], "tracer": compiled[1]}
+    assert said in title(head)
+    assert ("plain" in title(head)) is (said != "")
+
+
 def test_memory_is_what_proc_says() -> None:
     before = proportional_mib(os.getpid())
     held = bytearray(os.urandom(1)) * (32 << 20)
@@ -426,7 +443,7 @@ def test_memory_is_what_proc_says() -> None:
 def document_of(path: Path) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(path.read_text())
     assert document["format"] == "kcov-bridge-bench"
-    assert document["version"] == 1
+    assert document["version"] == 2
     assert document["quick"] is True
     return document
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guests of a few bytes, which a PC's firmware boots from a disk, and machines that run them."""
+"""Guests of a few bytes that a PC's firmware boots, machines that run them, and TCP services."""
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from bridge.errors import BridgeError
 from bridge.vm.accel import Accelerator
@@ -37,6 +39,41 @@ def boot_sector(console: bytes = b"", report: bytes = b"", action: bytes = b"") 
     assert len(sector) <= 510
     # The firmware reads no disk that is smaller than a track.
     return (sector.ljust(510, b"\0") + b"\x55\xaa").ljust(1 << 20, b"\0")
+
+
+@contextlib.contextmanager
+def tcp_service(serve: Callable[[socket.socket], None]) -> Iterator[int]:
+    """Run ``serve`` for each connection, on a thread, and yield the port of 127.0.0.1."""
+    threads: list[threading.Thread] = []
+
+    def accept() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threads.append(threading.Thread(target=handle, args=(connection,)))
+            threads[-1].start()
+
+    def handle(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(ConnectionError):
+            serve(connection)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        acceptor = threading.Thread(target=accept)
+        acceptor.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+        acceptor.join()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def echo(connection: socket.socket) -> None:
+    """Send back everything that comes."""
+    while data := connection.recv(65536):
+        connection.sendall(data)
 
 
 def eventually(condition: Callable[[], bool]) -> None:

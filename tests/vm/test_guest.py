@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from bridge.vm.agent import Ready
 from bridge.vm.config import MachineConfig
 from bridge.vm.machine import Ending, Machine, State
 from tests.support.programs import guest_image
+from tests.vm.support import echo, tcp_service
 
 pytestmark = pytest.mark.vm
 
@@ -81,25 +81,9 @@ def boot(image: Image, console: Path, endpoints: tuple[Endpoint, ...] = ()) -> I
 
 @pytest.fixture(scope="module")
 def echo_port() -> Iterator[int]:
-    """A service on the host that gives back what it is sent."""
-
-    def serve(connection: socket.socket) -> None:
-        with connection, contextlib.suppress(ConnectionError):
-            while data := connection.recv(65536):
-                connection.sendall(data)
-
-    def accept() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                threading.Thread(target=serve, args=(connection,), daemon=True).start()
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=accept)
-        thread.start()
-        yield listener.getsockname()[1]
-        listener.shutdown(socket.SHUT_RDWR)
-    thread.join()
+    """The port of a service on the host that sends back everything that comes."""
+    with tcp_service(echo) as port:
+        yield port
 
 
 @pytest.fixture(scope="module")

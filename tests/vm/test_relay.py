@@ -10,44 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bridge.targets import Endpoint
 from bridge.vm.network import EpochWord, RelayGate, relay_command
-
-Serve = Callable[[socket.socket], None]
-
-
-@contextlib.contextmanager
-def target(serve: Serve) -> Iterator[int]:
-    """A TCP service on 127.0.0.1: ``serve`` for each connection, on a thread; yields its port."""
-    threads: list[threading.Thread] = []
-
-    def accept() -> None:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            threads.append(threading.Thread(target=handle, args=(connection,)))
-            threads[-1].start()
-
-    def handle(connection: socket.socket) -> None:
-        with connection, contextlib.suppress(ConnectionError):
-            serve(connection)
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        acceptor = threading.Thread(target=accept)
-        acceptor.start()
-        yield listener.getsockname()[1]
-        listener.shutdown(socket.SHUT_RDWR)
-        acceptor.join()
-    for thread in threads:
-        thread.join(10)
-        assert not thread.is_alive()
+from tests.vm.support import tcp_service
 
 
 @contextlib.contextmanager
@@ -81,7 +51,7 @@ def echo(connection: socket.socket) -> None:
 
 
 def test_there_and_back() -> None:
-    with target(echo) as port, relayed(port) as (guest, relay):
+    with tcp_service(echo) as port, relayed(port) as (guest, relay):
         for _ in range(100):
             guest.sendall(b"ping")
             assert guest.recv(100) == b"ping"
@@ -96,7 +66,7 @@ def test_the_guest_may_close_its_half_first() -> None:
         time.sleep(0.1)
         connection.sendall(b"%d" % len(received))
 
-    with target(count) as port, relayed(port) as (guest, relay):
+    with tcp_service(count) as port, relayed(port) as (guest, relay):
         guest.sendall(b"x" * 100_000)
         guest.shutdown(socket.SHUT_WR)
         assert read_all(guest) == b"100000"
@@ -111,7 +81,7 @@ def test_the_target_may_close_its_half_first() -> None:
         connection.shutdown(socket.SHUT_WR)
         received.append(read_all(connection))
 
-    with target(greet) as port, relayed(port) as (guest, relay):
+    with tcp_service(greet) as port, relayed(port) as (guest, relay):
         assert read_all(guest) == b"welcome"
         guest.sendall(b"late")
         guest.shutdown(socket.SHUT_WR)
@@ -121,7 +91,7 @@ def test_the_target_may_close_its_half_first() -> None:
 
 def test_much_in_both_directions_at_once() -> None:
     data = random.Random(1).randbytes(20_000_000)
-    with target(echo) as port, relayed(port) as (guest, relay):
+    with tcp_service(echo) as port, relayed(port) as (guest, relay):
 
         def send() -> None:
             guest.sendall(data)
@@ -159,7 +129,7 @@ def test_relay_answer_of_the_target_changes_the_epoch_first(tmp_path: Path) -> N
                 continue
             connection.sendall(data)
 
-    with target(ends) as port, relayed(port, word.epoch) as (guest, relay):
+    with tcp_service(ends) as port, relayed(port, word.epoch) as (guest, relay):
         for _ in range(100):
             guest.sendall(b"ping")
             assert guest.recv(100) == b"ping"
@@ -183,7 +153,7 @@ def test_relay_reset_by_the_target_changes_the_epoch(tmp_path: Path) -> None:
         linger = (1).to_bytes(4, sys.byteorder) + bytes(4)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
-    with target(reset) as port, relayed(port, word.epoch) as (guest, _):
+    with tcp_service(reset) as port, relayed(port, word.epoch) as (guest, _):
         guest.sendall(b"x")
         with pytest.raises(ConnectionResetError):
             guest.recv(1)
@@ -192,7 +162,7 @@ def test_relay_reset_by_the_target_changes_the_epoch(tmp_path: Path) -> None:
 
 def test_a_relay_that_cannot_tell_carries_nothing(tmp_path: Path) -> None:
     with (
-        target(echo) as port,
+        tcp_service(echo) as port,
         relayed(port, EpochWord(str(tmp_path / "none"), 0)) as (guest, relay),
     ):
         guest.sendall(b"x")
@@ -206,7 +176,7 @@ def test_a_slow_reader_costs_no_processor_time() -> None:
     def flood(connection: socket.socket) -> None:
         connection.sendall(b"x" * 30_000_000)
 
-    with target(flood) as port, relayed(port) as (guest, relay):
+    with tcp_service(flood) as port, relayed(port) as (guest, relay):
         time.sleep(0.5)
         before = processor_ticks(relay.pid)
         time.sleep(1.0)
@@ -234,7 +204,7 @@ def test_a_reset_by_the_target_reaches_the_guest() -> None:
         linger = (1).to_bytes(4, sys.byteorder) + bytes(4)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
-    with target(reset) as port, relayed(port) as (guest, relay):
+    with tcp_service(reset) as port, relayed(port) as (guest, relay):
         guest.sendall(b"x")
         with pytest.raises(ConnectionResetError):
             guest.recv(1)
@@ -249,7 +219,7 @@ def test_it_ends_with_qemu() -> None:
         read_all(connection)
         ended.set()
 
-    with target(hold) as port, relayed(port) as (guest, relay):
+    with tcp_service(hold) as port, relayed(port) as (guest, relay):
         assert guest.recv(1) == b"x"
         guest.close()  # as the kernel does when QEMU dies
         assert ended.wait(10)
@@ -257,7 +227,7 @@ def test_it_ends_with_qemu() -> None:
 
 
 def test_many_at_once() -> None:
-    with target(echo) as port, contextlib.ExitStack() as stack:
+    with tcp_service(echo) as port, contextlib.ExitStack() as stack:
         guests = [stack.enter_context(relayed(port))[0] for _ in range(16)]
         for number, guest in enumerate(guests):
             guest.sendall(b"%d" % number)
@@ -266,7 +236,7 @@ def test_many_at_once() -> None:
 
 def test_no_setting_of_python_gets_into_the_connection() -> None:
     # stderr is the connection as well, and QEMU hands the environment on.
-    with target(lambda connection: connection.sendall(b"only this")) as port:
+    with tcp_service(lambda connection: connection.sendall(b"only this")) as port:
         command = relay_command(Endpoint("test", port, 564))
         env = {"PYTHONVERBOSE": "1", "PYTHONPROFILEIMPORTTIME": "1", "PYTHONHOME": "/nowhere"}
         ours, theirs = socket.socketpair()
@@ -284,7 +254,7 @@ def test_a_gate_ends_all_that_there_are() -> None:
 
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
     gate = RelayGate()
-    with target(echo) as port:
+    with tcp_service(echo) as port:
         for _ in range(2):
             with relayed(port, gate=gate.path) as first, relayed(port, gate=gate.path) as second:
                 for guest, _ in (first, second):
