@@ -115,7 +115,7 @@ def _settings(debian: Path) -> dict[str, Any]:
 
 
 @pytest.mark.vm
-def test_it_boots_and_gets_the_device_and_its_kernel_is_watched(
+def test_own_image_boots_with_device_and_watched_kernel(
     debian: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -212,7 +212,7 @@ def _hide_symbols(guest: Session) -> None:
 
 
 @pytest.mark.vm
-def test_without_headers_it_says_what_is_missing(
+def test_own_image_no_headers_error_names_what_is_missing(
     debian: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(tmp_path))  # where nothing has been built
@@ -226,7 +226,7 @@ def test_without_headers_it_says_what_is_missing(
     assert "/nowhere/" in caught.value.evidence
 
 
-def test_a_disk_and_a_key_belong_together(tmp_path: Path) -> None:
+def test_find_guest_image_disk_or_key_alone_is_a_usage_error(tmp_path: Path) -> None:
     disk = tmp_path / "disk.img"
     disk.write_bytes(b"")
     with pytest.raises(UsageError, match="without a key"):

@@ -236,12 +236,14 @@ def test_words_are_not_for_the_shell(guest: Guest) -> None:
     assert guest.run(words).stdout == b"a b|$HOME|'|*||"
 
 
-def test_a_command_that_is_not_there_is_a_status(guest: Guest) -> None:
+def test_run_missing_command_is_status_127(guest: Guest) -> None:
     assert guest.run(["no-such-command"]).exit_status == 127
 
 
 @pytest.mark.parametrize("command", ["kill -9 $$", ["sh", "-c", "kill -KILL $$"]])
-def test_a_death_by_signal_is_a_status(guest: Guest, command: str | list[str]) -> None:
+def test_run_command_dies_of_a_signal_is_status_128_plus(
+    guest: Guest, command: str | list[str]
+) -> None:
     assert guest.run(command).exit_status == 128 + 9
 
 
@@ -282,7 +284,7 @@ def test_stdin_environment_and_directory(guest: Guest) -> None:
         guest.run("true", env={"a b": "c"})
 
 
-def test_a_timeout_kills_the_command_and_its_children(guest: Guest) -> None:
+def test_run_timeout_kills_the_command_and_its_children(guest: Guest) -> None:
     started = time.monotonic()
     with pytest.raises(RunTimeoutError, match=r"within 0\.5 s: ") as caught:
         guest.run("echo before; sleep 30 & echo $!; sleep 30; true", timeout=0.5)
@@ -293,7 +295,7 @@ def test_a_timeout_kills_the_command_and_its_children(guest: Guest) -> None:
     assert guest.run("echo still here").text == "still here\n"
 
 
-def test_an_interrupted_wait_kills_the_command(guest: Guest) -> None:
+def test_run_interrupted_wait_kills_the_command(guest: Guest) -> None:
     children: list[int] = []
 
     def interrupt(chunk: bytes) -> None:
@@ -305,7 +307,7 @@ def test_an_interrupted_wait_kills_the_command(guest: Guest) -> None:
     assert ends(children[0])
 
 
-def test_a_background_process_does_not_hold_the_result_back(guest: Guest) -> None:
+def test_run_background_process_does_not_delay_the_result(guest: Guest) -> None:
     result = guest.run("sleep 30 & echo started")
     assert result.text == "started\n"
     assert result.seconds < 5
@@ -317,7 +319,7 @@ def test_check_makes_a_status_an_error(guest: Guest) -> None:
     assert "mount failed" in caught.value.evidence
 
 
-def test_many_commands_at_once(guest: Guest) -> None:
+def test_run_many_commands_at_once_works(guest: Guest) -> None:
     results: dict[int, str] = {}
 
     def work(number: int) -> None:
@@ -331,7 +333,7 @@ def test_many_commands_at_once(guest: Guest) -> None:
     assert results == {number: f"{number}\n" for number in range(8)}
 
 
-def test_a_lost_guest_ends_a_running_command_at_once(guest: Guest, machine: Machine) -> None:
+def test_run_guest_is_lost_ends_at_once(guest: Guest, machine: Machine) -> None:
     threading.Timer(0.3, machine.lose).start()
     started = time.monotonic()
     with pytest.raises(GuestPanicError, match="panicked: test"):
@@ -343,7 +345,7 @@ def test_a_lost_guest_ends_a_running_command_at_once(guest: Guest, machine: Mach
         guest.connect()
 
 
-def test_a_broken_connection_is_explained_by_a_loss_that_comes_later(
+def test_run_connection_breaks_before_the_loss_raises_the_loss(
     guest: Guest, server: Server, machine: Machine
 ) -> None:
     threading.Timer(0.2, server.break_connections).start()
@@ -352,7 +354,7 @@ def test_a_broken_connection_is_explained_by_a_loss_that_comes_later(
         guest.run("sleep 30")
 
 
-def test_a_broken_connection_to_a_guest_that_lives(guest: Guest, server: Server) -> None:
+def test_run_connection_to_a_live_guest_breaks_is_an_error(guest: Guest, server: Server) -> None:
     threading.Timer(0.2, server.break_connections).start()
     with pytest.raises(GuestLostError, match="SSH connection to the guest broke"):
         guest.run("sleep 30")
@@ -387,9 +389,7 @@ def test_files_that_cannot_be(guest: Guest, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_a_connection_made_before_is_used_if_it_is_good(
-    server: Server, key: Path, alive: bool
-) -> None:
+def test_connect_dialed_connection_is_used_if_good(server: Server, key: Path, alive: bool) -> None:
     dialed = socket.create_connection(("127.0.0.1", server.port))
     ours = dialed.getsockname()
     if not alive:
@@ -424,7 +424,7 @@ def test_run_while_another_thread_logs_in_waits_for_it(server: Server, key: Path
         assert len(server.transports) == 2
 
 
-def test_a_wrong_key_is_refused(server: Server, tmp_path: Path) -> None:
+def test_connect_wrong_key_is_refused(server: Server, tmp_path: Path) -> None:
     other = tmp_path / "other"
     make_key(other)
     with (
@@ -434,7 +434,7 @@ def test_a_wrong_key_is_refused(server: Server, tmp_path: Path) -> None:
         guest.connect()
 
 
-def test_a_wrong_host_key_is_no_guest_of_ours(server: Server, key: Path, tmp_path: Path) -> None:
+def test_connect_wrong_host_key_is_refused(server: Server, key: Path, tmp_path: Path) -> None:
     expected = make_key(tmp_path / "expected")
     with Guest(server.port, key, public_line(expected)) as guest:
         with pytest.raises(GuestSetupError, match="host key mismatch") as caught:
@@ -444,7 +444,7 @@ def test_a_wrong_host_key_is_no_guest_of_ours(server: Server, key: Path, tmp_pat
             guest.run("true")
 
 
-def test_an_unknown_host_key_is_insisted_on_from_the_first_time(
+def test_connect_unknown_host_key_is_pinned_at_the_first_login(
     server: Server, key: Path, tmp_path: Path
 ) -> None:
     with Guest(server.port, key, None) as guest:
@@ -462,7 +462,7 @@ def test_nobody_answers(key: Path) -> None:
         guest.connect(0.5)
 
 
-def test_it_connects_when_the_server_comes_up_later(key: Path, tmp_path: Path) -> None:
+def test_connect_server_starts_later_succeeds(key: Path, tmp_path: Path) -> None:
     client_key = paramiko.Ed25519Key.from_private_key_file(str(key))
     host_key = make_key(tmp_path / "host_key")
     with contextlib.ExitStack() as stack:
@@ -514,7 +514,7 @@ def test_keys_that_are_none(tmp_path: Path, key: Path) -> None:
             Guest(1, key, line)
 
 
-def test_a_shell_for_a_person(guest: Guest, capfd: pytest.CaptureFixture[str]) -> None:
+def test_shell_on_a_terminal_works(guest: Guest, capfd: pytest.CaptureFixture[str]) -> None:
     ours, theirs = pty.openpty()
     with os.fdopen(theirs) as terminal, os.fdopen(ours, "wb", 0) as us:
         threading.Timer(0.3, us.write, (b"echo $((6*7)); exit 9\n",)).start()
@@ -522,7 +522,7 @@ def test_a_shell_for_a_person(guest: Guest, capfd: pytest.CaptureFixture[str]) -
     assert "42" in capfd.readouterr().out
 
 
-def test_a_shell_fed_by_a_pipe(guest: Guest, capfd: pytest.CaptureFixture[str]) -> None:
+def test_shell_with_a_pipe_as_stdin_works(guest: Guest, capfd: pytest.CaptureFixture[str]) -> None:
     reading, writing = os.pipe()
     os.write(writing, b"echo $((6*7))\necho oops >&2\nexit 4\n")
     os.close(writing)

@@ -68,7 +68,7 @@ def calls(text: str) -> int:
     ],
 )
 @pytest.mark.parametrize("option", ["", "-f"])
-def test_exit_status_is_the_commands(
+def test_kcov_exec_exit_status_is_the_commands(
     session: Session, option: str, command: str, status: int
 ) -> None:
     assert run(session, f"kcov-exec {option} -- {command}").exit_status == status
@@ -87,23 +87,25 @@ def test_exit_status_is_the_commands(
         ("KCOV_EXEC_LIBRARY=/no kcov-exec -f -- true", "set KCOV_EXEC_LIBRARY"),
     ],
 )
-def test_own_failures_are_125_and_say_what_to_do(session: Session, command: str, said: str) -> None:
+def test_kcov_exec_own_failure_is_125_with_a_remedy(
+    session: Session, command: str, said: str
+) -> None:
     result = run(session, command)
     assert result.exit_status == 125
     assert said in result.stderr.decode()
 
 
-def test_pcs_of_one_thread(session: Session) -> None:
+def test_kcov_exec_one_thread_records_its_calls(session: Session) -> None:
     result = run(session, "kcov-exec -o - -- follow calls")
     assert calls(result.text) == CALLS
     assert all(int(pc, 16) >= 0xFFFFFFFF80000000 for pc in result.text.split())
 
 
-def test_without_following_children_are_invisible(session: Session) -> None:
+def test_kcov_exec_no_follow_leaves_children_out(session: Session) -> None:
     assert calls(run(session, "kcov-exec -o - -- follow processes").text) == CALLS
 
 
-def test_following_loses_nothing_to_exit_kill_and_exec(session: Session) -> None:
+def test_kcov_exec_follow_exit_kill_and_exec_lose_nothing(session: Session) -> None:
     result = run(session, "kcov-exec -f -v -o - -- follow processes")
     assert result.exit_status == 0, result.stderr
     assert calls(result.text) == 4 * CALLS
@@ -113,7 +115,7 @@ def test_following_loses_nothing_to_exit_kill_and_exec(session: Session) -> None
     assert names[-1] == "follow:", "in the order in which they ended"
 
 
-def test_following_gives_each_thread_an_area_and_takes_it_back(session: Session) -> None:
+def test_kcov_exec_follow_hundred_threads_reuse_areas(session: Session) -> None:
     """A hundred threads after each other: far more than the region has room for at once."""
     result = run(session, "kcov-exec -f -o - -- follow threads")
     assert result.exit_status == 0, result.stderr
@@ -121,19 +123,19 @@ def test_following_gives_each_thread_an_area_and_takes_it_back(session: Session)
     assert calls(result.text) == (THREADS + 2) * CALLS
 
 
-def test_exec_from_a_thread_keeps_its_trace(session: Session) -> None:
+def test_kcov_exec_follow_exec_from_a_thread_keeps_its_trace(session: Session) -> None:
     result = run(session, "kcov-exec -f -o - -- follow exec")
     assert result.exit_status == 0, result.stderr
     assert calls(result.text) == CALLS
 
 
-def test_following_shell_scripts(session: Session) -> None:
+def test_kcov_exec_follow_shell_script_records_each_process(session: Session) -> None:
     script = "follow calls; (follow calls; follow calls) | cat; echo $(follow calls)"
     result = run(session, f"kcov-exec -f -o /tmp/pcs -- sh -c {shlex.quote(script)}; cat /tmp/pcs")
     assert calls(result.text) == 4 * CALLS
 
 
-def test_a_process_that_outlives_the_command_is_written_as_far_as_it_came(
+def test_kcov_exec_follow_process_outlives_the_command_its_calls_are_written(
     session: Session,
 ) -> None:
     script = "(follow calls; exec sleep 30) & sleep 1"
@@ -141,13 +143,13 @@ def test_a_process_that_outlives_the_command_is_written_as_far_as_it_came(
     assert calls(result.text) == CALLS
 
 
-def test_a_full_area_is_told(session: Session) -> None:
+def test_kcov_exec_full_area_is_reported(session: Session) -> None:
     result = run(session, "kcov-exec -n 512 -o - -- sh -c 'for i in $(seq 400); do :>/tmp/x; done'")
     assert len(result.text.split()) == 511
     assert "the area is full, PCs were lost" in result.stderr.decode()
 
 
-def test_signals_are_handed_on(session: Session) -> None:
+def test_kcov_exec_signal_is_passed_on(session: Session) -> None:
     script = "trap 'exit 3' TERM; sleep 30 & wait"
     command = f"kcov-exec -o /tmp/pcs -- sh -c {shlex.quote(script)} & sleep 1; kill $!; wait $!"
     result = run(session, f"{command}; echo $?; wc -l < /tmp/pcs")
@@ -156,7 +158,7 @@ def test_signals_are_handed_on(session: Session) -> None:
     assert lines > 0
 
 
-def test_output_and_input_are_the_commands_own(session: Session) -> None:
+def test_kcov_exec_streams_and_descriptors_are_the_commands(session: Session) -> None:
     result = run(
         session, "echo hello | kcov-exec -f -- cat; kcov-exec -f -- env | wc -l; env | wc -l"
     )
@@ -167,7 +169,7 @@ def test_output_and_input_are_the_commands_own(session: Session) -> None:
     assert "kcov" not in leaked.text
 
 
-def test_the_documentations_program(session: Session) -> None:
+def test_kcov_doc_reads_one_pc_for_one_call(session: Session) -> None:
     plain = run(session, "kcov-doc")
     assert plain.exit_status == 0, plain.stderr
     assert plain.text.split() == [f"{syscall_pc(0):#x}"], "read is system call 0"
@@ -175,14 +177,14 @@ def test_the_documentations_program(session: Session) -> None:
     assert run(session, "kcov-doc /no/such/file").exit_status == 1
 
 
-def test_the_guest_is_small_and_has_what_targets_need(session: Session) -> None:
+def test_guest_has_memory_and_modules_for_targets(session: Session) -> None:
     assert session.ready is not None
     assert session.ready.mem_available_kib > 150 * 1024, "of 256 MiB"
     assert run(session, "modprobe -a 9p 9pnet_virtio nbd vhci-hcd").exit_status == 0
     assert "warning" not in run(session, "dmesg").text.lower()
 
 
-def test_writes_go_to_memory(session: Session) -> None:
+def test_guest_writes_go_to_memory(session: Session) -> None:
     result = run(session, "echo x >> /etc/hosts && rm /bin/ls && echo > /dev/vda")
     assert result.exit_status != 0
     assert "I/O error" in result.stderr.decode(), "the disk is read-only"
@@ -208,7 +210,7 @@ def machine(tmp_path: Path) -> Iterator[tuple[Machine, Guest]]:
             yield machine, guest
 
 
-def test_a_guest_without_the_device_says_so_and_still_serves_ssh(
+def test_agent_no_device_reports_it_and_serves_ssh(
     machine: tuple[Machine, Guest],
 ) -> None:
     vm, guest = machine
@@ -219,7 +221,7 @@ def test_a_guest_without_the_device_says_so_and_still_serves_ssh(
     assert guest.run(["uname", "-r"], timeout=30).text.strip() == guest_image().kernel_release
 
 
-def test_the_power_button_ends_the_guest(machine: tuple[Machine, Guest]) -> None:
+def test_agent_power_button_ends_the_guest(machine: tuple[Machine, Guest]) -> None:
     vm, guest = machine
     guest.connect()
     lost = threading.Event()
@@ -231,7 +233,7 @@ def test_the_power_button_ends_the_guest(machine: tuple[Machine, Guest]) -> None
 
 
 @pytest.mark.parametrize("command", ["poweroff", "poweroff -f", "reboot", "kill -TERM 1"])
-def test_the_guest_can_end_itself(machine: tuple[Machine, Guest], command: str) -> None:
+def test_agent_command_ends_the_guest(machine: tuple[Machine, Guest], command: str) -> None:
     vm, guest = machine
     guest.connect()
     with pytest.raises(BridgeError) as caught:

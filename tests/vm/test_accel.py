@@ -26,20 +26,20 @@ def test_tcg_is_taken_when_asked_for() -> None:
     assert choose_accelerator("tcg") == Accelerator("tcg", "requested")
 
 
-def test_an_unknown_word_is_the_users_mistake() -> None:
+def test_choose_accelerator_unknown_name_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="'hvf'") as caught:
         choose_accelerator("hvf")
     assert "auto, kvm, tcg" in caught.value.hint
 
 
-def test_without_the_device_it_is_tcg(tmp_path: Path) -> None:
+def test_choose_accelerator_no_device_is_tcg(tmp_path: Path) -> None:
     chosen = choose_accelerator("auto", device=tmp_path / "kvm")
     assert chosen.name == "tcg"
     assert "there is no" in chosen.reason
     assert "\n" not in str(chosen)
 
 
-def test_a_device_that_is_not_kvm_is_told_so() -> None:
+def test_choose_accelerator_device_is_not_kvm_is_an_error() -> None:
     obstacle = why_not_kvm(device=Path("/dev/null"))
     assert obstacle is not None
     assert "/dev/null is not KVM" in obstacle[0]

@@ -37,7 +37,7 @@ def test_unhealthy() -> None:
     ]
 
 
-def test_in_pieces_and_several_at_once() -> None:
+def test_reader_pieces_and_several_lines_gives_all_reports() -> None:
     reader = ReportReader()
     raw = line(READY) + b"\r\n" + line({"state": "unhealthy", "what": "a", "why": "b"})
     reports = [report for byte in raw for report in reader.feed(bytes([byte]))]
@@ -61,7 +61,7 @@ def test_in_pieces_and_several_at_once() -> None:
         b"x" * (3 * LINE_LIMIT) + b"\n",
     ],
 )
-def test_what_is_no_report_is_counted_and_the_next_one_is_read(raw: bytes) -> None:
+def test_reader_bad_line_is_counted_and_the_next_report_is_read(raw: bytes) -> None:
     reader = ReportReader()
     assert reader.feed(raw) == []
     assert reader.ignored == 1
@@ -78,7 +78,7 @@ def test_fields_of_a_wrong_kind_are_made_harmless() -> None:
     assert parse_report(b'{"state":"ready","uptime_ms":1e999}') == Ready("?", "?", 0, 0)
 
 
-def test_a_line_that_never_ends_takes_no_memory() -> None:
+def test_reader_endless_line_takes_no_memory() -> None:
     reader = ReportReader()
     for _ in range(1000):
         assert reader.feed(b"x" * 65536) == []
@@ -90,7 +90,7 @@ def test_a_line_that_never_ends_takes_no_memory() -> None:
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.binary(max_size=400) | st.just(line(READY)), max_size=20))
-def test_no_bytes_make_it_raise(chunks: list[bytes]) -> None:
+def test_reader_random_bytes_never_raises(chunks: list[bytes]) -> None:
     reader = ReportReader()
     for chunk in chunks:
         reader.feed(chunk)
@@ -109,7 +109,7 @@ json_values = st.recursive(
     st.dictionaries(st.sampled_from([*READY, "what", "why"]), json_values)
     | st.fixed_dictionaries({"state": st.just("ready")}, optional={"uptime_ms": json_values})
 )
-def test_no_json_makes_it_raise(report: dict[str, object]) -> None:
+def test_parse_report_random_json_never_raises(report: dict[str, object]) -> None:
     parsed = parse_report(json.dumps(report).encode())
     if isinstance(parsed, Ready):
         assert 0 <= parsed.uptime_ms <= 1 << 62

@@ -24,7 +24,7 @@ def options(command: list[str], name: str) -> list[str]:
     return [value for key, value in pairwise(command) if key == name]
 
 
-def test_every_backend_is_a_descriptor() -> None:
+def test_command_backends_are_descriptors() -> None:
     command = qemu_command(MachineConfig(TCG), FDS)
     assert options(command, "-chardev") == [
         "socket,id=qmp,fd=10",
@@ -37,7 +37,7 @@ def test_every_backend_is_a_descriptor() -> None:
     assert FDS.all == (10, 11, 12, 13)
 
 
-def test_without_a_doorbell_there_is_no_device() -> None:
+def test_command_no_doorbell_has_no_ivshmem_device() -> None:
     fds = BackendFds(10, 11, 12)
     command = qemu_command(MachineConfig(TCG), fds)
     assert not any("ivshmem" in word or "kcov," in word for word in command)
@@ -53,7 +53,7 @@ def test_processor_and_boot_time_follow_the_accelerator() -> None:
     assert MachineConfig(TCG, boot_timeout=3.0).boot_seconds == 3.0
 
 
-def test_the_kernels_arguments_are_completed_not_overruled(tmp_path: Path) -> None:
+def test_kernel_cmdline_given_arguments_win(tmp_path: Path) -> None:
     kernel = tmp_path / "vmlinuz"
     kernel.touch()
     config = MachineConfig(TCG, kernel=kernel, cmdline="quiet panic=5 console=ttyS0,115200")
@@ -76,7 +76,7 @@ def test_disks(tmp_path: Path) -> None:
     assert "format=qcow2,snapshot=on" in drive
 
 
-def test_the_sandbox_allows_programs_only_where_targets_need_relays() -> None:
+def test_sandbox_spawn_is_allowed_only_for_relays() -> None:
     (closed,) = options(qemu_command(MachineConfig(TCG), FDS), "-sandbox")
     assert closed == "on,obsolete=deny,resourcecontrol=deny,elevateprivileges=deny,spawn=deny"
     endpoints = (Endpoint("9p", 4000, 564),)
@@ -88,12 +88,12 @@ def test_the_sandbox_allows_programs_only_where_targets_need_relays() -> None:
     assert not options(qemu_command(MachineConfig(TCG, sandbox=False), FDS), "-sandbox")
 
 
-def test_what_the_user_adds_comes_last() -> None:
+def test_command_extra_args_come_last() -> None:
     config = MachineConfig(TCG, extra_args=("-global", "x=y"))
     assert qemu_command(config, FDS)[-2:] == ["-global", "x=y"]
 
 
-def test_the_command_to_paste_needs_no_descriptor(tmp_path: Path) -> None:
+def test_paste_command_has_no_descriptor(tmp_path: Path) -> None:
     kernel = tmp_path / "vmlinuz"
     kernel.touch()
     pasted = paste_command(MachineConfig(TCG, kernel=kernel, cmdline="a b"))
@@ -111,12 +111,12 @@ def test_the_command_to_paste_needs_no_descriptor(tmp_path: Path) -> None:
         {"initrd": Path(__file__)},
     ],
 )
-def test_what_makes_no_sense_is_the_users_mistake(settings: dict[str, object]) -> None:
+def test_config_impossible_value_is_a_usage_error(settings: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         MachineConfig(TCG, **settings)  # type: ignore[arg-type]
 
 
-def test_the_network_is_closed_but_for_ssh_and_the_targets() -> None:
+def test_netdev_is_restricted_except_for_ssh_and_targets() -> None:
     option = netdev_option("net", [Endpoint("9p", 4000, 564), Endpoint("nbd", 4001, 10809)])
     parts = option.split(",")
     assert parts[:2] == ["user", "id=net"]
@@ -149,7 +149,7 @@ def test_impossible_ports(endpoints: list[Endpoint], ssh_port: int) -> None:
         netdev_option("net", endpoints, ssh_port=ssh_port)
 
 
-def test_the_ssh_port_is_read_from_qemus_answer() -> None:
+def test_find_ssh_port_reads_qemus_answer() -> None:
     answer = (
         "Hub -1 (net):\r\n"
         "  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n"

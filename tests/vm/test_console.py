@@ -26,19 +26,19 @@ def test_escapes_and_controls_are_gone() -> None:
 
 
 @given(st.binary(max_size=2000))
-def test_whatever_comes_is_made_harmless(raw: bytes) -> None:
+def test_plain_text_random_bytes_has_no_control_characters(raw: bytes) -> None:
     text = plain_text(raw)
     assert not any(ord(char) < 32 and char not in "\n\t" for char in text)
     assert "\x7f" not in text
 
 
-def test_the_tail_has_the_last_lines_without_blank_ones() -> None:
+def test_tail_skips_blank_lines() -> None:
     log = ConsoleLog(None)
     log.feed(b"".join(b"line %d\r\n\r\n" % number for number in range(100)))
     assert log.tail(3) == "line 97\nline 98\nline 99"
 
 
-def test_a_file_has_it_all_as_it_came(tmp_path: Path) -> None:
+def test_console_file_has_all_output_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "console.log"
     log = ConsoleLog(path)
     log.feed(b"one\r\n")
@@ -50,7 +50,7 @@ def test_a_file_has_it_all_as_it_came(tmp_path: Path) -> None:
     assert log.tail() == "one\ntwo"
 
 
-def test_the_file_is_bounded_and_keeps_both_ends(tmp_path: Path) -> None:
+def test_console_file_over_the_limit_keeps_both_ends(tmp_path: Path) -> None:
     path = tmp_path / "console.log"
     log = ConsoleLog(path, limit=1000)
     log.feed(b"the beginning\n")
@@ -67,7 +67,7 @@ def test_the_file_is_bounded_and_keeps_both_ends(tmp_path: Path) -> None:
     assert b"[kcov-bridge: " in content
 
 
-def test_a_little_too_much_loses_nothing(tmp_path: Path) -> None:
+def test_console_file_slightly_over_the_limit_loses_nothing(tmp_path: Path) -> None:
     path = tmp_path / "console.log"
     log = ConsoleLog(path, limit=10)
     log.feed(b"0123456789abc")
@@ -77,7 +77,7 @@ def test_a_little_too_much_loses_nothing(tmp_path: Path) -> None:
     )
 
 
-def test_the_tail_of_a_big_file_reads_its_end_only(tmp_path: Path) -> None:
+def test_tail_of_file_big_file_reads_only_its_end(tmp_path: Path) -> None:
     path = tmp_path / "console.log"
     path.write_bytes(b"a\n" * (4 * TAIL_LIMIT) + b"last\n")
     assert tail_of_file(path, 2) == "a\nlast"
@@ -85,7 +85,7 @@ def test_the_tail_of_a_big_file_reads_its_end_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", range(0, len(PANIC), 7))
-def test_a_panic_is_found_wherever_it_is_cut(cut: int) -> None:
+def test_panic_cut_anywhere_is_found(cut: int) -> None:
     log = ConsoleLog(None)
     log.feed(b"before\r\n" + PANIC[:cut])
     log.feed(PANIC[cut:])
@@ -93,7 +93,7 @@ def test_a_panic_is_found_wherever_it_is_cut(cut: int) -> None:
     assert log.panic == "sysrq triggered crash"
 
 
-def test_no_panic_is_found_where_none_is() -> None:
+def test_panic_without_one_is_none() -> None:
     log = ConsoleLog(None)
     log.feed(b"panic_on_oops=1 Kernel panicked? no\n")
     assert log.panic is None

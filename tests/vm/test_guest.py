@@ -96,7 +96,7 @@ def booted(
         yield booted
 
 
-def test_it_is_ready_and_says_with_what(booted: Booted, image: Image) -> None:
+def test_guest_boots_reports_kernel_and_device(booted: Booted, image: Image) -> None:
     ready = booted.ready
     assert ready.kernel == image.kernel_release
     assert ready.device.startswith("/sys/kernel/debug/kcov")
@@ -115,7 +115,7 @@ def test_commands_end_as_they_do_everywhere(booted: Booted) -> None:
     assert guest.run(["printf", "%s", "a  'b' $c"]).stdout == b"a  'b' $c"
 
 
-def test_a_timeout_kills_what_runs_in_the_guest(booted: Booted) -> None:
+def test_run_timeout_kills_the_command_in_the_guest(booted: Booted) -> None:
     guest = booted.guest
     with pytest.raises(RunTimeoutError):
         guest.run("sleep 4321 & sleep 4322", timeout=2)
@@ -132,7 +132,7 @@ def test_files_go_there_and_back(booted: Booted, tmp_path: Path) -> None:
     assert (tmp_path / "back").read_bytes() == data
 
 
-def test_a_target_is_reached_again_and_again_and_by_many(booted: Booted) -> None:
+def test_endpoint_many_connections_are_served(booted: Booted) -> None:
     ask = f"exec 3<>/dev/tcp/{TARGET_ADDRESS}/5000; echo $0 >&3; head -n 1 <&3"
     for number in range(3):
         result = booted.guest.run(["bash", "-c", ask, str(number)], timeout=30)
@@ -143,7 +143,9 @@ def test_a_target_is_reached_again_and_again_and_by_many(booted: Booted) -> None
 
 
 @pytest.mark.parametrize("address", ["10.0.2.2", "10.0.2.3", TARGET_ADDRESS])
-def test_nothing_else_is_reached(booted: Booted, echo_port: int, address: str) -> None:
+def test_network_other_addresses_are_unreachable(
+    booted: Booted, echo_port: int, address: str
+) -> None:
     # The very port that the target listens on, on every address that QEMU's network has.
     ask = f"exec 3<>/dev/tcp/{address}/{echo_port}"
     result = booted.guest.run(["timeout", "4", "bash", "-c", ask], timeout=30)
@@ -162,7 +164,7 @@ def test_rubbish_on_the_report_channel_harms_nothing(booted: Booted) -> None:
     assert booted.guest.run("true").exit_status == 0
 
 
-def test_the_console_is_recorded(booted: Booted) -> None:
+def test_console_boot_is_recorded(booted: Booted) -> None:
     booted.guest.run("echo a mark on the console > /dev/ttyS0", check=True)
     deadline = time.monotonic() + 10
     while "a mark on" not in booted.machine.console.tail() and time.monotonic() < deadline:
@@ -172,7 +174,7 @@ def test_the_console_is_recorded(booted: Booted) -> None:
     assert b"a mark on the console" in path.read_bytes()
 
 
-def test_the_power_button_ends_it(image: Image, tmp_path: Path) -> None:
+def test_powerdown_ready_guest_powers_off(image: Image, tmp_path: Path) -> None:
     with boot(image, tmp_path / "console.log") as booted:
         pid = booted.machine.pid
         assert booted.machine.powerdown(30) is Ending.POWERDOWN
@@ -209,7 +211,7 @@ def kill_qemu(booted: Booted) -> str:
         (kill_qemu, GuestLostError, "QEMU was killed by SIGKILL"),
     ],
 )
-def test_a_command_ends_at_once_when_the_guest_is_lost(
+def test_run_guest_is_lost_ends_at_once(
     image: Image, tmp_path: Path, lose: Lose, error: type[GuestLostError], message: str
 ) -> None:
     with boot(image, tmp_path / "console.log") as booted:

@@ -40,7 +40,7 @@ def open_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_a_machine_lives_and_quits(machine: Machine) -> None:
+def test_machine_starts_and_quits(machine: Machine) -> None:
     assert machine.state.value == "booting"
     status = machine.execute("query-status")
     assert isinstance(status, dict)
@@ -72,7 +72,7 @@ def test_closing_leaves_nothing_and_may_be_repeated() -> None:
     assert threading.active_count() == threads
 
 
-def test_a_machine_that_was_never_started_can_be_closed() -> None:
+def test_close_never_started_is_allowed() -> None:
     machine = Machine(EMPTY)
     machine.close()
     machine.close()
@@ -80,13 +80,13 @@ def test_a_machine_that_was_never_started_can_be_closed() -> None:
         machine.start()
 
 
-def test_a_command_that_qemu_refuses(machine: Machine) -> None:
+def test_execute_refused_command_is_a_qemu_error(machine: Machine) -> None:
     with pytest.raises(QemuError, match="no-such-command"):
         machine.execute("no-such-command")
     machine.check()
 
 
-def test_the_boot_watchdog_bites_in_time(tmp_path: Path) -> None:
+def test_wait_ready_silent_guest_times_out(tmp_path: Path) -> None:
     config = MachineConfig(TCG, memory_mib=64, boot_timeout=1.0)
     console = tmp_path / "console.log"
     with Machine(config, console_path=console) as machine:
@@ -99,7 +99,7 @@ def test_the_boot_watchdog_bites_in_time(tmp_path: Path) -> None:
     assert console.exists()
 
 
-def test_a_killed_qemu_is_told_at_once_to_everyone(machine: Machine) -> None:
+def test_killed_qemu_is_reported_at_once_to_all_listeners(machine: Machine) -> None:
     told: list[BridgeError] = []
     machine.add_loss_listener(told.append)
     machine.add_loss_listener(told.append)()  # and taken away again
@@ -119,7 +119,7 @@ def test_a_killed_qemu_is_told_at_once_to_everyone(machine: Machine) -> None:
     assert machine.powerdown() is Ending.GONE
 
 
-def test_a_stopped_qemu_is_killed_in_the_end(machine: Machine) -> None:
+def test_close_stopped_qemu_is_killed(machine: Machine) -> None:
     os.kill(machine.pid, signal.SIGSTOP)
     pid = machine.pid
     assert machine.powerdown() is Ending.KILL
@@ -134,7 +134,7 @@ def test_qemu_is_missing() -> None:
         assert machine.state is State.CLOSED
 
 
-def test_an_option_that_qemu_does_not_know() -> None:
+def test_start_unknown_option_is_a_qemu_error() -> None:
     before = open_descriptors()
     with Machine(MachineConfig(TCG, extra_args=("-no-such-option",))) as machine:
         with pytest.raises(QemuError, match="exited with status 1") as caught:
@@ -144,7 +144,7 @@ def test_an_option_that_qemu_does_not_know() -> None:
     assert open_descriptors() <= before + 1
 
 
-def test_a_qemu_that_is_no_qemu(tmp_path: Path) -> None:
+def test_start_program_is_not_qemu_is_a_qemu_error(tmp_path: Path) -> None:
     fake = tmp_path / "qemu"
     fake.write_text(
         "#!/bin/sh\necho 'ivshmem-doorbell' is not a valid device model name >&2\nexit 1"
@@ -154,12 +154,12 @@ def test_a_qemu_that_is_no_qemu(tmp_path: Path) -> None:
         Machine(MachineConfig(TCG, qemu=str(fake))).start()
 
 
-def test_more_memory_than_there_is() -> None:
+def test_start_too_much_memory_hints_at_the_flag() -> None:
     with pytest.raises(QemuError, match="exited"):
         Machine(MachineConfig(TCG, memory_mib=1 << 34)).start()
 
 
-def test_a_broken_kernel(tmp_path: Path) -> None:
+def test_start_broken_kernel_is_a_qemu_error(tmp_path: Path) -> None:
     kernel = tmp_path / "vmlinuz"
     kernel.write_bytes(b"this is no kernel" * 1000)
     with Machine(MachineConfig(TCG, kernel=kernel, memory_mib=64, boot_timeout=1.5)) as machine:
@@ -168,14 +168,14 @@ def test_a_broken_kernel(tmp_path: Path) -> None:
             machine.wait_ready()
 
 
-def test_a_taken_port_is_the_users_mistake_if_the_user_chose_it() -> None:
+def test_start_chosen_port_is_taken_is_a_usage_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UsageError, match=f"port {port} is taken"):
             Machine(MachineConfig(TCG, ssh_port=port)).start()
 
 
-def test_a_chosen_port_is_used() -> None:
+def test_start_chosen_port_is_used() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with Machine(MachineConfig(TCG, memory_mib=64, ssh_port=port)) as machine:
@@ -183,7 +183,7 @@ def test_a_chosen_port_is_used() -> None:
         assert machine.ssh_port == port
 
 
-def test_without_a_network_there_is_no_ssh_port() -> None:
+def test_ssh_port_no_network_is_a_usage_error() -> None:
     with Machine(MachineConfig(TCG, memory_mib=64, network=False)) as machine:
         machine.start()
         with pytest.raises(UsageError, match="no network"):
@@ -198,7 +198,7 @@ def test_endpoints_are_accepted_with_the_sandbox_on() -> None:
         assert "HOST_FORWARD" in str(answer)
 
 
-def test_the_kcov_device_is_there_with_the_region_behind_it() -> None:
+def test_ivshmem_device_shows_the_region() -> None:
     region = Region(16 << 20)
     server = IvshmemServer(region)
     try:
@@ -223,7 +223,7 @@ def test_the_kcov_device_is_there_with_the_region_behind_it() -> None:
 # A guest of one boot sector: it speaks on both serial ports, and then it acts.
 
 
-def test_a_guest_reports_that_it_is_ready(booted: Callable[..., Machine], tmp_path: Path) -> None:
+def test_wait_ready_guest_reports_ready(booted: Callable[..., Machine], tmp_path: Path) -> None:
     machine = booted(console=b"hello\r\n", report=READY)
     ready = machine.wait_ready()
     assert ready.kernel == "6.1.0-test"
@@ -238,7 +238,7 @@ def test_a_guest_reports_that_it_is_ready(booted: Callable[..., Machine], tmp_pa
     assert machine.powerdown(timeout=0.3) is Ending.QUIT
 
 
-def test_an_unhealthy_guest_is_told_in_its_own_words(booted: Callable[..., Machine]) -> None:
+def test_wait_ready_unhealthy_guest_gives_its_reason(booted: Callable[..., Machine]) -> None:
     report = b'{"state":"unhealthy","what":"module","why":"No such device"}\n'
     machine = booted(console=b"insmod failed\r\n", report=report)
     with pytest.raises(GuestSetupError, match="module: No such device") as caught:
@@ -258,21 +258,21 @@ def test_qemu_killed_while_the_guest_is_ready(booted: Callable[..., Machine]) ->
 
 
 @pytest.mark.parametrize("report", [b"", READY])
-def test_a_guest_that_switches_itself_off(booted: Callable[..., Machine], report: bytes) -> None:
+def test_guest_powers_itself_off_is_lost(booted: Callable[..., Machine], report: bytes) -> None:
     machine = booted(console=b"bye\r\n", report=report, action=POWER_OFF)
     assert lost(machine).evidence.endswith("bye")
     with pytest.raises(GuestPoweredOffError, match="was switched off from inside"):
         machine.check()
 
 
-def test_a_guest_that_resets_itself(booted: Callable[..., Machine]) -> None:
+def test_guest_resets_itself_is_lost(booted: Callable[..., Machine]) -> None:
     machine = booted(action=RESET)
     with pytest.raises(GuestPoweredOffError, match="was reset from inside"):
         machine.wait_ready()
     assert {"SHUTDOWN"} <= {event["event"] for event in machine.events}
 
 
-def test_a_reset_after_the_words_of_a_panic_is_a_panic(booted: Callable[..., Machine]) -> None:
+def test_guest_resets_after_a_panic_message_is_a_panic(booted: Callable[..., Machine]) -> None:
     machine = booted(
         console=b"Kernel panic - not syncing: Attempted to kill init!\r\nend\r\n", action=RESET
     )
@@ -281,7 +281,9 @@ def test_a_reset_after_the_words_of_a_panic_is_a_panic(booted: Callable[..., Mac
     assert caught.value.evidence.endswith("end")
 
 
-def test_a_guests_disk_is_never_written(booted: Callable[..., Machine], tmp_path: Path) -> None:
+def test_image_guest_writes_leave_the_file_unchanged(
+    booted: Callable[..., Machine], tmp_path: Path
+) -> None:
     # mov ax, 0x0301; mov cx, 1; mov dx, 0x80; xor bx, bx; mov es, bx; int 0x13: overwrite it
     write = bytes.fromhex("b80103 b90100 ba8000 31db 8ec3 cd13")
     machine = booted(report=READY, action=write + POWER_OFF)
@@ -291,7 +293,7 @@ def test_a_guests_disk_is_never_written(booted: Callable[..., Machine], tmp_path
     )
 
 
-def test_a_failing_listener_harms_no_other(
+def test_loss_listener_raises_others_are_still_called(
     machine: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
     told = threading.Event()

@@ -65,7 +65,7 @@ def test_exit_status_and_stderr_are_kept() -> None:
     process.kill()
 
 
-def test_a_signal_is_told_by_its_name() -> None:
+def test_how_it_ended_signal_is_named() -> None:
     with spawn(["sleep", "300"]) as process:
         assert process.running
         assert process.returncode is None
@@ -90,7 +90,7 @@ def test_stderr_is_bounded_and_its_end_is_kept() -> None:
     assert process.stderr_text.endswith("end\n")
 
 
-def test_the_end_is_noticed_while_a_grandchild_holds_stderr() -> None:
+def test_end_grandchild_holds_stderr_is_noticed() -> None:
     process = spawn(["sh", "-c", "sleep 300 & echo $! >&2"])
     assert process.wait(10)
     grandchild = int(process.stderr_text)
@@ -115,17 +115,17 @@ def test_descriptors_are_inherited_as_given_and_no_others() -> None:
     os.close(secret)
 
 
-def test_it_has_a_session_of_its_own() -> None:
+def test_spawn_program_has_a_session_of_its_own() -> None:
     with spawn(["sleep", "300"]) as process:
         assert os.getsid(process.pid) == process.pid != os.getsid(0)
 
 
-def test_no_such_program() -> None:
+def test_spawn_missing_program_is_a_missing_dependency() -> None:
     with pytest.raises(MissingDependencyError, match="no-such-program is not installed"):
         spawn(["no-such-program"])
 
 
-def test_what_cannot_be_executed(tmp_path: Path) -> None:
+def test_spawn_not_executable_is_an_error(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.write_bytes(b"\x7fELF and then nothing")
     broken.chmod(0o755)
@@ -134,7 +134,7 @@ def test_what_cannot_be_executed(tmp_path: Path) -> None:
     assert str(broken) in caught.value.evidence
 
 
-def test_the_end_is_told_once() -> None:
+def test_on_end_is_called_once() -> None:
     ended: list[Process] = []
     told = threading.Event()
 
@@ -149,7 +149,7 @@ def test_the_end_is_told_once() -> None:
     assert ended == [process]
 
 
-def test_the_thread_that_asked_may_end() -> None:
+def test_spawn_calling_thread_ends_program_lives() -> None:
     # The parent-death signal follows the thread that forked: that must not be this short one.
     started: list[Process] = []
     thread = threading.Thread(target=lambda: started.append(spawn(["sleep", "300"])))
@@ -160,7 +160,7 @@ def test_the_thread_that_asked_may_end() -> None:
         assert process.running
 
 
-def test_many_threads_start_programs_at_once() -> None:
+def test_spawn_from_many_threads_at_once_works() -> None:
     statuses: list[int | None] = []
 
     def work(status: int) -> None:
@@ -176,7 +176,7 @@ def test_many_threads_start_programs_at_once() -> None:
     assert sorted(statuses) == list(range(12))  # type: ignore[type-var]
 
 
-def test_a_forked_child_can_start_programs() -> None:
+def test_spawn_in_a_forked_child_works() -> None:
     spawn(["true"]).wait(10)
     pid = os.fork()
     if pid == 0:
@@ -186,7 +186,7 @@ def test_a_forked_child_can_start_programs() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
 
 
-def test_no_descriptor_is_left_behind() -> None:
+def test_spawn_leaves_no_descriptor_open() -> None:
     spawn(["true"]).wait(10)
     before = open_descriptors()
     for _ in range(10):

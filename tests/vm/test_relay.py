@@ -50,7 +50,7 @@ def echo(connection: socket.socket) -> None:
         connection.sendall(data)
 
 
-def test_there_and_back() -> None:
+def test_relay_carries_both_directions() -> None:
     with tcp_service(echo) as port, relayed(port) as (guest, relay):
         for _ in range(100):
             guest.sendall(b"ping")
@@ -60,7 +60,7 @@ def test_there_and_back() -> None:
         assert relay.wait(10) == 0
 
 
-def test_the_guest_may_close_its_half_first() -> None:
+def test_relay_guest_closes_its_half_first_the_answer_arrives() -> None:
     def count(connection: socket.socket) -> None:
         received = read_all(connection)
         time.sleep(0.1)
@@ -73,7 +73,7 @@ def test_the_guest_may_close_its_half_first() -> None:
         assert relay.wait(10) == 0
 
 
-def test_the_target_may_close_its_half_first() -> None:
+def test_relay_target_closes_its_half_first_the_guest_can_still_send() -> None:
     received = []
 
     def greet(connection: socket.socket) -> None:
@@ -160,7 +160,7 @@ def test_relay_reset_by_the_target_changes_the_epoch(tmp_path: Path) -> None:
         assert word.read()
 
 
-def test_a_relay_that_cannot_tell_carries_nothing(tmp_path: Path) -> None:
+def test_relay_unwritable_epoch_carries_nothing(tmp_path: Path) -> None:
     with (
         tcp_service(echo) as port,
         relayed(port, EpochWord(str(tmp_path / "none"), 0)) as (guest, relay),
@@ -171,7 +171,7 @@ def test_a_relay_that_cannot_tell_carries_nothing(tmp_path: Path) -> None:
         assert relay.wait(10) == 1
 
 
-def test_a_slow_reader_costs_no_processor_time() -> None:
+def test_relay_slow_reader_uses_no_processor_time() -> None:
     # What the target sends does not fit: the relay waits for room, and must not spin meanwhile.
     def flood(connection: socket.socket) -> None:
         connection.sendall(b"x" * 30_000_000)
@@ -189,7 +189,7 @@ def processor_ticks(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-def test_a_refused_connection_breaks_the_guests() -> None:
+def test_relay_refused_connection_resets_the_guests() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with relayed(port) as (guest, relay):
@@ -198,7 +198,7 @@ def test_a_refused_connection_breaks_the_guests() -> None:
         assert relay.wait(10) == 1
 
 
-def test_a_reset_by_the_target_reaches_the_guest() -> None:
+def test_relay_target_resets_the_guest_is_reset() -> None:
     def reset(connection: socket.socket) -> None:
         connection.recv(1)
         linger = (1).to_bytes(4, sys.byteorder) + bytes(4)
@@ -211,7 +211,7 @@ def test_a_reset_by_the_target_reaches_the_guest() -> None:
         assert relay.wait(10) == 1
 
 
-def test_it_ends_with_qemu() -> None:
+def test_relay_qemu_ends_relay_ends() -> None:
     ended = threading.Event()
 
     def hold(connection: socket.socket) -> None:
@@ -226,7 +226,7 @@ def test_it_ends_with_qemu() -> None:
         assert relay.wait(10) == 0
 
 
-def test_many_at_once() -> None:
+def test_relay_many_connections_at_once_work() -> None:
     with tcp_service(echo) as port, contextlib.ExitStack() as stack:
         guests = [stack.enter_context(relayed(port))[0] for _ in range(16)]
         for number, guest in enumerate(guests):
@@ -234,7 +234,7 @@ def test_many_at_once() -> None:
         assert [guest.recv(10) for guest in guests] == [b"%d" % n for n in range(16)]
 
 
-def test_no_setting_of_python_gets_into_the_connection() -> None:
+def test_relay_python_settings_do_not_reach_the_connection() -> None:
     # stderr is the connection as well, and QEMU hands the environment on.
     with tcp_service(lambda connection: connection.sendall(b"only this")) as port:
         command = relay_command(Endpoint("test", port, 564))
@@ -247,7 +247,7 @@ def test_no_setting_of_python_gets_into_the_connection() -> None:
             ours.shutdown(socket.SHUT_WR)
 
 
-def test_a_gate_ends_all_that_there_are() -> None:
+def test_gate_reset_all_ends_current_relays() -> None:
     def echo(sock: socket.socket) -> None:
         while data := sock.recv(100):
             sock.sendall(data)

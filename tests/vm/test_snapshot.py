@@ -69,7 +69,7 @@ def saved(tmp_path: Path, fds: MemoryFds) -> Path:
     return directory
 
 
-def test_a_machine_starts_from_what_another_was(saved: Path, fds: MemoryFds) -> None:
+def test_start_from_a_snapshot_continues_the_saved_guest(saved: Path, fds: MemoryFds) -> None:
     with Snapshot(saved) as snapshot:
         memory, states = new_memory(MEMORY), snapshot.states()
         snapshot.restore(memory)
@@ -93,7 +93,7 @@ def test_a_machine_starts_from_what_another_was(saved: Path, fds: MemoryFds) -> 
         os.close(states)
 
 
-def test_a_machine_that_cannot_be_taken_back_is_lost(saved: Path) -> None:
+def test_rewind_fails_machine_is_lost(saved: Path) -> None:
     def fails() -> None:
         raise ImageError("no memory any more")
 
@@ -170,7 +170,7 @@ def test_nobody_else_may_read_it(saved: Path) -> None:
     assert [path.name for path in saved.parent.iterdir()] == ["saved"]
 
 
-def test_one_that_is_not_whole_is_refused(saved: Path) -> None:
+def test_snapshot_incomplete_is_refused(saved: Path) -> None:
     with (saved / "memory").open("r+b") as file:
         file.truncate(4096)
     with pytest.raises(ImageError, match="cannot be used"):
@@ -192,7 +192,7 @@ def test_snapshot_content_changed_is_damaged(saved: Path, name: str) -> None:
         assert not snapshot.damaged, "what is gone is not damaged"
 
 
-def test_one_that_does_not_load_ends_qemu(saved: Path) -> None:
+def test_snapshot_does_not_load_ends_qemu(saved: Path) -> None:
     devices = saved / "devices"
     devices.write_bytes(devices.read_bytes()[:1000] + bytes(devices.stat().st_size - 1000))
     with Snapshot(saved) as snapshot:
@@ -206,7 +206,7 @@ def test_one_that_does_not_load_ends_qemu(saved: Path) -> None:
         os.close(states)
 
 
-def test_no_room_for_one(tmp_path: Path, fds: MemoryFds) -> None:
+def test_save_no_room_is_an_image_error(tmp_path: Path, fds: MemoryFds) -> None:
     (tmp_path / "file").touch()
     with Machine(EMPTY, memory=fds) as machine:
         machine.start()
@@ -288,7 +288,7 @@ class TestFingerprint:
             qemu=str(tmp_path / "qemu"),
         )
 
-    def test_what_differs_between_runs_is_not_in_it(self, config: MachineConfig) -> None:
+    def test_fingerprint_wiring_is_left_out(self, config: MachineConfig) -> None:
         before = fingerprint(config, 1 << 30, cpuinfo=CPUINFO)
         other = dataclasses.replace(config, **WIRING)
         assert other.identity == config.identity == config
@@ -297,7 +297,7 @@ class TestFingerprint:
             fingerprint(config, 1 << 30, cpuinfo=CPUINFO.replace("MHz\t: 1", "MHz\t: 2")) == before
         )
 
-    def test_each_field_is_of_one_kind(self) -> None:
+    def test_config_each_field_is_identity_or_wiring(self) -> None:
         names = {each.name for each in dataclasses.fields(MachineConfig)}
         assert names == WIRING.keys() | IDENTITY.keys()
         assert not WIRING.keys() & IDENTITY.keys()
@@ -317,7 +317,7 @@ class TestFingerprint:
         }
         assert len(prints) == 2, "the reason is told and no more"
 
-    def test_the_hosts_kernel_counts_under_kvm(
+    def test_fingerprint_kvm_includes_the_hosts_kernel(
         self, config: MachineConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         kvm = dataclasses.replace(config, accelerator=Accelerator("kvm", "test"))
@@ -331,7 +331,7 @@ class TestFingerprint:
         assert after[1] != before[1]
 
     @pytest.mark.parametrize("name", ["vmlinux", "initrd", "root", "qemu"])
-    def test_a_file_that_was_replaced(
+    def test_fingerprint_replaced_file_changes_it(
         self, config: MachineConfig, tmp_path: Path, name: str
     ) -> None:
         before = fingerprint(config, 1 << 30, cpuinfo=CPUINFO)

@@ -61,7 +61,7 @@ def stream(content: bytes, size: int = io.DEFAULT_BUFFER_SIZE) -> io.BufferedRea
 
 
 class TestDevicesOf:
-    def test_only_the_devices_are_left(self) -> None:
+    def test_devices_of_leaves_only_the_devices(self) -> None:
         content = MAGIC + setup() + part(pages(zeroes=9000, filled=20)) + part(b"", 3) + DEVICES
         assert devices_of(stream(content), addresses=True) == MAGIC + DEVICES
 
@@ -85,7 +85,7 @@ class TestDevicesOf:
         assert len(told) in (3, 4)
 
     @pytest.mark.parametrize("size", [0, 4, 8, 9, 40, 150, 500])
-    def test_a_stream_that_ends_early_is_an_error(self, size: int) -> None:
+    def test_devices_of_stream_ends_early_is_an_error(self, size: int) -> None:
         content = (MAGIC + setup() + part(pages(zeroes=100, filled=0)))[:size]
         with pytest.raises(QemuError, match=r"ends early|does not begin"):
             devices_of(stream(content), addresses=True)
@@ -99,7 +99,7 @@ class TestDevicesOf:
             (MAGIC + start() + word(0x40) + bytes(100), "unknown kind 0x40"),
         ],
     )
-    def test_what_is_not_understood_is_an_error(self, content: bytes, why: str) -> None:
+    def test_devices_of_unknown_part_is_an_error(self, content: bytes, why: str) -> None:
         with pytest.raises(QemuError, match=why):
             devices_of(stream(content), addresses=True)
 
@@ -111,7 +111,7 @@ class TestStreamReader:
         yield reading, writing
         os.close(writing)
 
-    def test_a_writer_that_stands_still_is_an_error(self, pipe: tuple[int, int]) -> None:
+    def test_devices_of_stalled_writer_is_an_error(self, pipe: tuple[int, int]) -> None:
         reading, writing = pipe
         os.write(writing, b"some")
         with StreamReader(reading, 0.05) as reader:
@@ -121,12 +121,12 @@ class TestStreamReader:
 
 
 class TestStateDisk:
-    def test_a_state_that_is_too_large_is_an_error(self) -> None:
+    def test_state_disk_too_large_state_is_an_error(self) -> None:
         with pytest.raises(QemuError, match="too large"):
             state_disk(bytes((1 << 29) + 1))
 
     @pytest.mark.parametrize("size", [1, 65536, 65537, 1 << 20])
-    def test_the_state_is_in_the_last_clusters(self, size: int) -> None:
+    def test_state_disk_has_the_state_in_its_last_clusters(self, size: int) -> None:
         state = os.urandom(size)
         fd = state_disk(state)
         content = os.pread(fd, os.fstat(fd).st_size, 0)
