@@ -39,6 +39,7 @@ EPILOG = """\
 examples:
   kcov-bridge image build
   kcov-bridge image build --include strace
+  kcov-bridge image build --recipe trixie --module ext4 --module sctp
   kcov-bridge image list
   ls -l "$(kcov-bridge image path)"
   kcov-bridge image rm --all
@@ -118,14 +119,31 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
         metavar="PACKAGE",
         help="add a Debian package to the guest; may be repeated",
     )
+    command.add_argument(
+        "--module",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="add a module of its kernel, for modprobe, with what it depends on; may be repeated",
+    )
 
 
 def _build(args: argparse.Namespace) -> int:
-    include = [name for names in args.include for name in names.split(",") if name]
-    image = build(args.recipe or _recipe(), force=args.force, include=include, mirror=args.mirror)
+    image = build(
+        args.recipe or _recipe(),
+        force=args.force,
+        include=_names(args.include),
+        modules=_names(args.module),
+        mirror=args.mirror,
+    )
     _make_snapshot(image)
     print(image.directory)
     return 0
+
+
+def _names(values: list[str]) -> list[str]:
+    """The names in values that each may have several, with commas."""
+    return [name for names in values for name in names.split(",") if name]
 
 
 def _recipe() -> str:
@@ -160,6 +178,7 @@ def _list(args: argparse.Namespace) -> int:
                 "directory": str(image.directory),
                 "kernel_release": image.kernel_release,
                 "include": list(image.include),
+                "modules": list(image.modules),
                 "bytes": image.size,
                 "current": current is not None and image.name == current.name,
             }
@@ -169,7 +188,8 @@ def _list(args: argparse.Namespace) -> int:
         return 0
     for image in images:
         mark = "*" if current is not None and image.name == current.name else " "
-        extra = f"  + {', '.join(image.include)}" if image.include else ""
+        more = (*image.include, *image.modules)
+        extra = f"  + {', '.join(more)}" if more else ""
         print(f"{mark} {image.name}  {image.kernel_release}  {_megabytes(image.size)}{extra}")
     for directory in broken_images():
         print(f"! {directory.name}  broken")

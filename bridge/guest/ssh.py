@@ -30,7 +30,7 @@ import tty
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, NoReturn, Protocol
 
 import paramiko
 from paramiko.pkey import UnknownKeyType
@@ -40,6 +40,7 @@ from bridge.errors import (
     GuestLostError,
     GuestResetError,
     GuestSetupError,
+    GuestStoppedError,
     ImageError,
     RunTimeoutError,
     UsageError,
@@ -70,6 +71,9 @@ _KILL_SECONDS = 5.0
 _LINGER_SECONDS = 1.0
 _POLL_SECONDS = 0.25  # output and its end wake at once; an exit status alone does not
 _LOSS_SECONDS = 3.0
+_SILENCE_SECONDS = 180.0
+"""How long sshd may not answer while a command writes nothing. Nothing else tells a guest that
+suspended itself to idle, or whose processes are all stopped, from one that is at work."""
 _CHUNK = 64 * 1024
 _EVIDENCE = 4096
 _NO_LINGER = struct.pack("ii", 1, 0)
@@ -90,6 +94,9 @@ class Watched(Protocol):
 
     def add_loss_listener(self, listener: Callable[[BridgeError], None], /) -> Callable[[], None]:
         """Have the listener called when it is lost; returns how to take it away again."""
+
+    def lose_silent(self, seconds: float, /) -> None:
+        """Declare the guest lost: its sshd has not answered for so long."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,46 @@ class _Wake(threading.Event):
     def rearm(self) -> None:
         """Cleared by the reader alone, before it reads."""
         super().clear()
+
+
+class _Liveness:
+    """Whether the guest's sshd still answers, asked now and then while a command writes nothing."""
+
+    def __init__(self, transport: paramiko.Transport, seconds: float) -> None:
+        self._transport = transport
+        self._seconds = seconds
+        self._silent = 0.0
+        self._looked = time.monotonic()
+        self._asking = False
+        self._answered = threading.Event()
+
+    def heard(self) -> None:
+        """The guest has written something."""
+        self._silent = 0.0
+
+    def is_silent(self) -> bool:
+        """Return whether the guest has been silent for too long; to be called at each poll."""
+        now = time.monotonic()
+        # At most a few polls' time: this process may have been stopped itself.
+        self._silent += min(now - self._looked, 4 * _POLL_SECONDS)
+        self._looked = now
+        if self._answered.is_set():
+            self._answered.clear()
+            self._asking = False
+            self._silent = 0.0
+        if not self._asking and self._silent >= self._seconds / 6:
+            self._asking = True
+            threading.Thread(target=self._ask, name="ssh-alive", daemon=True).start()
+        return self._silent >= self._seconds
+
+    def _ask(self) -> None:
+        try:
+            self._transport.open_session(timeout=self._seconds).close()
+        except paramiko.ChannelException:
+            pass  # a refusal is an answer
+        except (paramiko.SSHException, OSError, EOFError):
+            return  # no answer, or a broken connection, which the command's reader sees
+        self._answered.set()
 
 
 class _PidLine:
@@ -325,6 +372,13 @@ class Guest:
             hint="did the workload end sshd, or fill the guest's memory?",
         )
 
+    def _lose_silent(self) -> NoReturn:
+        """The guest is there no more, and only its silence says so."""
+        if self._watched is not None:
+            self._watched.lose_silent(_SILENCE_SECONDS)
+            self._watched.check()
+        raise GuestStoppedError(f"the guest has not answered for {_SILENCE_SECONDS:g} s")
+
     def forget(self) -> None:
         """The guest goes on as another: break the connection; the next command makes a new one.
 
@@ -394,8 +448,9 @@ class Guest:
         out, err = _Capture(stdout, capture), _Capture(stderr, capture)
         pid_line = _PidLine()
         try:
+            alive = _Liveness(channel.get_transport(), _SILENCE_SECONDS)
             with _feeding(channel, stdin):
-                ended = self._pump(channel, out, err, pid_line, deadline)
+                ended = self._pump(channel, out, err, pid_line, deadline, alive)
         except BaseException:
             if before_kill is not None:
                 before_kill()
@@ -458,13 +513,14 @@ class Guest:
         with self._lock:
             return self._transport if self._logged_in else None, self._forgotten
 
-    @staticmethod
     def _pump(
+        self,
         channel: paramiko.Channel,
         out: _Capture,
         err: _Capture,
         pid_line: _PidLine,
         deadline: float | None,
+        alive: _Liveness,
     ) -> bool:
         """Pass output on until the command has ended; False when it ran out of time."""
         wake = _Wake()
@@ -479,8 +535,12 @@ class Guest:
             over = channel.eof_received or channel.closed  # and so nothing comes after the rest
             while channel.recv_ready():
                 out.take(pid_line.strip(channel.recv(_CHUNK)))
+                alive.heard()
             while channel.recv_stderr_ready():
                 err.take(channel.recv_stderr(_CHUNK))
+                alive.heard()
+            if alive.is_silent():
+                self._lose_silent()
             if channel.exit_status_ready():
                 ended_at = ended_at or now
                 if over or now >= ended_at + _LINGER_SECONDS:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from bridge.errors import BridgeError, GuestPanicError, GuestPoweredOffError, GuestStoppedError
 from bridge.vm.console import ConsoleLog
 
-__all__ = ["FATEFUL", "NEEDS_RESET", "loss_by_event", "loss_by_status"]
+__all__ = ["FATEFUL", "NEEDS_RESET", "loss_by_event", "loss_by_silence", "loss_by_status"]
 
 FATEFUL = frozenset(
     {
@@ -117,4 +117,13 @@ def loss_by_status(
         f"{_STOPPED[status]} (status of QEMU: {status})",
         evidence=evidence,
         hint="; ".join(filter(None, [_STOPPED_HINTS.get(status), _RESCUE])),
+    )
+
+
+def loss_by_silence(seconds: float, console: ConsoleLog) -> GuestStoppedError:
+    """Return why a guest is lost that has not answered for ``seconds``, and no event says why."""
+    return GuestStoppedError(
+        f"the guest has not answered for {seconds:g} s, and QEMU does not say why",
+        evidence=console.tail(_EVIDENCE_LINES),
+        hint="it suspended itself to idle, its kernel is stuck, or its sshd is stopped; " + _RESCUE,
     )

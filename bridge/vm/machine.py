@@ -51,7 +51,13 @@ from bridge.vm.config import (
     qemu_command,
 )
 from bridge.vm.console import ConsoleLog
-from bridge.vm.events import FATEFUL, NEEDS_RESET, loss_by_event, loss_by_status
+from bridge.vm.events import (
+    FATEFUL,
+    NEEDS_RESET,
+    loss_by_event,
+    loss_by_silence,
+    loss_by_status,
+)
 from bridge.vm.network import LOCALHOST, find_ssh_port
 from bridge.vm.process import Process, spawn
 from bridge.vm.vmstate import SNAPSHOT_NAME, StreamReader, devices_of
@@ -548,6 +554,10 @@ class Machine:
             raise type(loss)(loss.message, evidence=loss.evidence, hint=loss.hint)
         if state in (State.CREATED, State.CLOSED):
             raise UsageError(f"the machine is {state.value}")
+
+    def lose_silent(self, seconds: float) -> None:
+        """Declare the guest lost, because its sshd has not answered for ``seconds``."""
+        self._lose(loss_by_silence(seconds, self._console))
 
     def add_loss_listener(self, listener: LossListener) -> Callable[[], None]:
         """Call ``listener`` with the reason whenever the machine is lost; at once if it was.

@@ -25,6 +25,7 @@ from bridge.errors import (
     GuestLostError,
     GuestPanicError,
     GuestSetupError,
+    GuestStoppedError,
     ImageError,
     RunTimeoutError,
     UsageError,
@@ -51,6 +52,9 @@ class Server:
         self.host_key = host_key
         self.client_key = client_key
         self.greeting_seconds = 0.0
+        self.stopped = threading.Event()
+        """Set: it answers to nothing that is asked from then on."""
+        self.sessions = 0
         self.processes: list[subprocess.Popen[bytes]] = []
         self.transports: list[paramiko.Transport] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -94,6 +98,9 @@ class Session(paramiko.ServerInterface):
         self._server = server
 
     def check_channel_request(self, kind: str, chanid: int) -> int:
+        self._server.sessions += 1
+        while self._server.stopped.is_set():
+            time.sleep(0.02)
         return OPEN_SUCCEEDED
 
     def get_allowed_auths(self, username: str) -> str:
@@ -188,8 +195,11 @@ class Machine:
         self.listeners.append(listener)
         return lambda: self.listeners.remove(listener)
 
-    def lose(self) -> None:
-        self.loss = GuestPanicError("the guest kernel panicked: test")
+    def lose_silent(self, seconds: float) -> None:
+        self.lose(GuestStoppedError(f"silent for {seconds:g} s"))
+
+    def lose(self, loss: BridgeError | None = None) -> None:
+        self.loss = loss or GuestPanicError("the guest kernel panicked: test")
         for listener in list(self.listeners):
             listener(self.loss)
 
@@ -229,6 +239,31 @@ def test_output_and_exit_status(guest: Guest) -> None:
     assert not result.truncated
     assert result.text == "out\n"
     assert result.seconds > 0
+
+
+def test_run_guest_answers_no_more_is_lost_with_the_machine(
+    guest: Guest, server: Server, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bridge.guest.ssh._SILENCE_SECONDS", 2.0)
+
+    def stop(_: bytes) -> None:
+        server.stopped.set()
+
+    try:
+        with pytest.raises(GuestStoppedError, match="silent for 2 s"):
+            guest.run("echo; exec sleep 1000", stdout=stop)
+    finally:
+        server.stopped.clear()
+    assert isinstance(machine.loss, GuestStoppedError)
+
+
+def test_run_silent_command_is_waited_for_while_the_guest_answers(
+    guest: Guest, server: Server, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bridge.guest.ssh._SILENCE_SECONDS", 3.0)
+    assert guest.run("sleep 7; echo end").text == "end\n"
+    assert machine.loss is None
+    assert server.sessions > 5
 
 
 def test_words_are_not_for_the_shell(guest: Guest) -> None:

@@ -233,6 +233,8 @@ def test_sshd_of_a_snapshot_has_other_random_numbers_each_time() -> None:
 @used_guest
 def test_the_sshd_that_was_saved_dies(session: Session) -> None:
     """Then the agent serves as it does in a guest that was booted."""
+    if session.run("test -e /usr/lib/openssh/sshd-session").exit_status == 0:
+        pytest.skip("OpenSSH 9.8 and later are not saved: see guest/agent/init-ssh.c")
     listening = "pgrep -o -f '[s]shd: .*listener'"  # and so not the shell that runs this
     assert session.run(listening).exit_status == 0
     for signal in ("TERM", "KILL"):

@@ -78,20 +78,21 @@ def build(
     *,
     force: bool = False,
     include: Iterable[str] = (),
+    modules: Iterable[str] = (),
     mirror: str | None = None,
     progress: Progress = print_progress,
 ) -> Image:
     """The image of a recipe as it stands in the source tree now, built if it is not there.
 
-    ``include`` adds packages to the guest; ``mirror`` is where packages come from, as mmdebstrap
-    takes it (default: ``KCOV_BRIDGE_MIRROR``, else mmdebstrap's own choice); ``force`` builds all
-    layers anew, with the newest packages.
+    ``include`` adds packages to the guest, ``modules`` kernel modules; ``mirror`` is where packages
+    come from, as mmdebstrap takes it (default: ``KCOV_BRIDGE_MIRROR``, else mmdebstrap's own
+    choice); ``force`` builds all layers anew, with the newest packages.
 
-    Raises :class:`bridge.errors.UsageError` for an unknown recipe or package name,
+    Raises :class:`bridge.errors.UsageError` for an unknown recipe or a wrong name,
     :class:`bridge.errors.MissingDependencyError` and :class:`bridge.errors.ImageError`.
     """
     sources = Sources.find()
-    wanted = Recipe.load(recipe, sources.recipes).with_packages(include)
+    wanted = Recipe.load(recipe, sources.recipes).extended(include, modules)
     directory = image_directory(f"{recipe}-{sources.fingerprint(wanted)}")
     if not force and (image := _usable(directory)):
         return image
@@ -209,9 +210,11 @@ class _BuildRoot:
         what: str,
         feed: Callable[[IO[bytes]], None] | None = None,
     ) -> None:
-        """Runs a program of the tree, in a mount namespace with the devices it may need."""
+        """Runs a program of the tree, in a mount namespace with /proc and some devices."""
         as_root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
         binds = "".join(f'mount --bind /dev/{name} "$0/dev/{name}" && ' for name in _BOUND_DEVICES)
+        # objtool of Linux 7 reads its stack's limit there.
+        binds += 'mount --rbind /proc "$0/proc" && '
         script = f'{binds}exec chroot "$0" "$@"'
         self._commands.run(
             ["unshare", *as_root, "--mount", "--", "sh", "-c", script, str(self.root), *argv],
@@ -282,13 +285,17 @@ class _Builder:
     def _make_build_root(self, build_root: _BuildRoot, temporary: Path, commands: Commands) -> None:
         self.phases.begin("installing the build root (compiler, kernel headers)")
         # The headers must be those of the very kernel that the guest gets, so both follow from
-        # the one package that names it.
+        # the one package that names it. The image package of a later release is empty, and
+        # depends on the ones that have the kernel, its modules and the lists of them.
+        depends = "apt-cache show --no-all-versions"
         hook = (
-            f"set -e; image=$(apt-cache show --no-all-versions {self.recipe.kernel}"
+            f"set -e; image=$({depends} {self.recipe.kernel}"
             r" | sed -n 's/^Depends:.* \(linux-image-[^ ,]*\).*/\1/p'); "
-            'headers="linux-headers-${image#linux-image-}"; '
-            "apt-get install --yes --no-install-recommends $headers; "
-            "mkdir /kernel; cd /kernel; apt-get download $image"
+            "release=${image#linux-image-}; "
+            f"parts=$({depends} $image | sed -n 's/^Depends: //p' | tr ',' '\\n'"
+            r' | sed -n "s/^ *\(linux-[a-z]*-$release\) .*/\1/p"); '
+            "apt-get install --yes --no-install-recommends linux-headers-$release; "
+            "mkdir /kernel; cd /kernel; apt-get download $image $parts"
         )
         archive = temporary / "build-root.tar"
         self._bootstrap(
@@ -313,25 +320,27 @@ class _Builder:
             (build_root.root / "dev" / name).touch()
 
     def _unpack_kernel(self, build_root: _BuildRoot, temporary: Path) -> tuple[str, str]:
-        """Unpacks the kernel package in the build root and takes what is the base's. Returns the
-        kernel's release and the package's version."""
+        """Unpacks the kernel packages in the build root and takes what is the base's. Returns the
+        kernel's release and the packages' version."""
         kernel = build_root.root / "kernel"
-        package = next(kernel.glob("*.deb"), None)
-        if package is None:
-            raise ImageError(f"there is no kernel to be had by {self.recipe.kernel}")
-        version = package.name.split("_")[1].replace("%3a", ":")
-        build_root.run(
-            ["dpkg-deb", "--extract", f"/kernel/{package.name}", "/kernel"],
-            what="unpacking the kernel",
-        )
-        package.unlink()
+        image = next(kernel.glob("linux-image-*.deb"), None)
+        if image is None:
+            raise ImageError(f"package {self.recipe.kernel} provides no kernel image")
+        name, version = image.name.split("_")[:2]
+        release = name.removeprefix("linux-image-").replace("-unsigned", "")
+        for package in sorted(kernel.glob("*.deb")):
+            build_root.run(
+                ["dpkg-deb", "--extract", f"/kernel/{package.name}", "/kernel"],
+                what="unpacking the kernel",
+            )
+            package.unlink()
         # A release with a merged /usr may ship its modules there.
         if not (kernel / "lib").exists() and (kernel / "usr" / "lib" / "modules").is_dir():
             (kernel / "lib").symlink_to("usr/lib")
-        vmlinuz = next((kernel / "boot").glob("vmlinuz-*"), None)
+        places = (kernel / "boot" / f"vmlinuz-{release}", kernel / f"lib/modules/{release}/vmlinuz")
+        vmlinuz = next((path for path in places if path.is_file()), None)
         if vmlinuz is None:
-            raise ImageError(f"the kernel package {package.name} has no kernel")
-        release = vmlinuz.name.removeprefix("vmlinuz-")
+            raise ImageError(f"the packages of {name} have no kernel")
         shutil.copyfile(vmlinuz, temporary / "vmlinuz")
         _write_sparse(temporary / "vmlinux", self._unpacked(vmlinuz, build_root))
         compressed = sorted((kernel / "lib" / "modules" / release).rglob("*.ko.xz"))
@@ -339,7 +348,7 @@ class _Builder:
             module.with_suffix("").write_bytes(lzma.decompress(module.read_bytes()))
             module.unlink()
         build_root.run(["depmod", "-b", "/kernel", release], what="depmod")
-        return release, version
+        return release, version.replace("%3a", ":")
 
     def _unpacked(self, vmlinuz: Path, build_root: _BuildRoot) -> bytes:
         """What a bzImage holds: an ELF file, packed with xz or another program of the build root.
@@ -480,6 +489,7 @@ class _Builder:
                 self._read_symbols(base, temporary, commands)
             _link(base.directory / "System.map", temporary / "System.map")
             shutil.rmtree(temporary / "scratch", ignore_errors=True)
+            plain = Recipe.load(self.recipe.name, self.sources.recipes)
             image = Image(
                 directory=directory,
                 recipe=self.recipe.name,
@@ -489,7 +499,8 @@ class _Builder:
                 agent_fingerprint=self.sources.agent_fingerprint(),
                 kernel_release=base.kernel_release,
                 kernel_version=base.kernel_version,
-                include=tuple(p for p in self.recipe.packages if p not in self._own_packages()),
+                include=tuple(p for p in self.recipe.packages if p not in plain.packages),
+                modules=tuple(m for m in self.recipe.modules if m not in plain.modules),
                 packages=base.packages,
                 files={
                     name: FileRecord((temporary / name).stat().st_size, sha256_of(temporary / name))
@@ -499,9 +510,6 @@ class _Builder:
             )
             _write_json(temporary / MANIFEST, image.manifest())
         return image
-
-    def _own_packages(self) -> tuple[str, ...]:
-        return Recipe.load(self.recipe.name, self.sources.recipes).packages
 
     def _compile_agent(self, build_root: _BuildRoot, release: str, temporary: Path) -> list[Entry]:
         """Compiles ``guest/`` in the build root. Returns what belongs into the initramfs."""
@@ -611,8 +619,8 @@ class _Modules:
         if missing:
             raise ImageError(
                 f"the kernel {self._directory.name} has no module {', '.join(missing)}",
-                hint="take them out of the recipe's `modules`, or set another `kernel` there, "
-                "then `kcov-bridge image build --recipe NAME`",
+                hint="leave them out (of --module, or of `modules` in the recipe), or set another "
+                "`kernel` in the recipe",
             )
 
     def closure(self, names: Iterable[str]) -> list[Path]:

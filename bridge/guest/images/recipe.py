@@ -12,7 +12,7 @@ import hashlib
 import re
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from bridge.errors import ImageError, UsageError
@@ -40,6 +40,8 @@ IMAGE_FORMAT = 1
 
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+")
 """A package's name, as Debian Policy 5.6.1 has it."""
+
+_MODULE = re.compile(r"[A-Za-z0-9_-]+")
 
 _AGENT_SOURCES = ("*.c", "*.h", "Makefile", "Kbuild")
 
@@ -100,18 +102,25 @@ class Recipe:
             raise ImageError(f"the recipe {path} has a list where suite or kernel should be")
         return cls(name=name, suite=values["suite"], kernel=values["kernel"], **lists)
 
-    def with_packages(self, include: Iterable[str]) -> Recipe:
-        """Return this recipe with more packages for the guest.
+    def extended(self, packages: Iterable[str] = (), modules: Iterable[str] = ()) -> Recipe:
+        """Return this recipe with more packages and kernel modules for the guest.
 
-        Raises :class:`bridge.errors.UsageError` for what can't be a package's name.
+        Raises:
+            UsageError: something cannot be the name of a package or of a module.
         """
-        extra = sorted(set(include) - set(self.packages))
-        for package in extra:
+        more_packages = sorted(set(packages) - set(self.packages))
+        for package in more_packages:
             if not _PACKAGE.fullmatch(package):
                 raise UsageError(f"{package!r} is no name of a Debian package")
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values["packages"] = (*self.packages, *extra)
-        return Recipe(**values)
+        more_modules = sorted(set(modules) - set(self.modules))
+        for module in more_modules:
+            if not _MODULE.fullmatch(module):
+                raise UsageError(f"{module!r} is no name of a kernel module")
+        return replace(
+            self,
+            packages=(*self.packages, *more_packages),
+            modules=(*self.modules, *more_modules),
+        )
 
 
 def recipes(directory: Path) -> list[str]:

@@ -97,6 +97,9 @@ class Image:
     kernel_release: str
     kernel_version: str
     include: tuple[str, ...]
+    """Packages beyond the recipe's."""
+    modules: tuple[str, ...]
+    """Kernel modules beyond the recipe's."""
     packages: Mapping[str, str]
     files: Mapping[str, FileRecord] = field(repr=False)
 
@@ -124,6 +127,8 @@ class Image:
                 kernel_release=str(data["kernel_release"]),
                 kernel_version=str(data["kernel_version"]),
                 include=tuple(map(str, data["include"])),
+                # An earlier version did not write any.
+                modules=tuple(map(str, data.get("modules", ()))),
                 packages=MappingProxyType({str(k): str(v) for k, v in data["packages"].items()}),
                 files=MappingProxyType(
                     {
@@ -151,6 +156,7 @@ class Image:
             "kernel_release": self.kernel_release,
             "kernel_version": self.kernel_version,
             "include": list(self.include),
+            "modules": list(self.modules),
             "packages": dict(sorted(self.packages.items())),
             "files": {
                 name: {"size": record.size, "sha256": record.sha256}
@@ -287,14 +293,16 @@ def base_directory(recipe: str, fingerprint: str) -> Path:
     return cache_directory() / "bases" / f"{recipe}-{fingerprint}"
 
 
-def find(recipe: str = DEFAULT_RECIPE, *, include: Iterable[str] = ()) -> Image | None:
+def find(
+    recipe: str = DEFAULT_RECIPE, *, include: Iterable[str] = (), modules: Iterable[str] = ()
+) -> Image | None:
     """Return the image of a recipe's current sources; None if it is not built yet.
 
     Raises :class:`bridge.errors.ImageError` for a broken one and
     :class:`bridge.errors.UsageError` for an unknown recipe.
     """
     sources = Sources.find()
-    wanted = Recipe.load(recipe, sources.recipes).with_packages(include)
+    wanted = Recipe.load(recipe, sources.recipes).extended(include, modules)
     directory = image_directory(f"{recipe}-{sources.fingerprint(wanted)}")
     if not directory.is_dir():
         return None

@@ -20,7 +20,7 @@ import functools
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 from typing import Final, Protocol
 
 from bridge.errors import SourceError, UsageError
@@ -46,7 +46,8 @@ no two that touch."""
 KERNEL: Final = "vmlinux"
 """What the kernel itself is called where modules are named."""
 
-_DATA: Final = "not_instrumented.txt"
+_LISTS: Final = "not_instrumented_*.txt"
+"""What kernels of several versions do not instrument, beside this file."""
 
 # Sections without instrumented code. Not among them: .cpuidle.text and .softirqentry.text, whose
 # functions are instrumented unless their file is not.
@@ -270,8 +271,8 @@ def not_instrumented(symbols: KernelSymbols) -> Ranges:
 
     That is the sections ``.entry.text``, ``.noinstr.text`` and ``.static_call.text``, all that is
     written in assembler, and the files that the kernel's Makefiles take out. The last two are known
-    by name, from a list that was made from the source of one kernel (``not_instrumented.txt``): for
-    another version it is near the truth.
+    by name, from lists that were made from the sources of several kernels. The list that fits best
+    is used; on a kernel of another version it is near the truth.
     """
     found = []
     for section in _SECTIONS:
@@ -279,7 +280,7 @@ def not_instrumented(symbols: KernelSymbols) -> Ranges:
         end = symbols.address(f"__{section}_text_end")
         if start is not None and end is not None:
             found.append((start, end))
-    files = _listed()
+    files = _list_for({symbol.name for symbol in symbols if not symbol.module})
     run: list[Symbol] = []
     for symbol in symbols:
         # Of the names of one address, the first is the function's.
@@ -344,11 +345,38 @@ def _by_address(symbols: Sequence[Symbol]) -> list[tuple[PC, PC, list[str]]]:
     return rows
 
 
+_List = dict[str, tuple[bool, frozenset[str]]]
+"""By name: whether only listed files have the name, and which do."""
+
+
+def _list_for(names: Collection[str]) -> _List:
+    """The list that fits a kernel with functions of these names.
+
+    It is the one of whose own names, which another list lacks, the kernel has the largest part.
+    Only files that are in all lists count: a file that one lacks may have become instrumented.
+    """
+    lists = _lists()
+    everywhere = frozenset.intersection(
+        *(frozenset().union(*(files for _, files in listed.values())) for listed in lists)
+    )
+    shared = set.intersection(*(set(listed) for listed in lists))
+
+    def fit(listed: _List) -> float:
+        own = [name for name, (_, files) in listed.items() if files & everywhere]
+        own = [name for name in own if name not in shared]
+        return sum(name in names for name in own) / max(len(own), 1)
+
+    return max(lists, key=fit)
+
+
 @functools.cache
-def _listed() -> dict[str, tuple[bool, frozenset[str]]]:
-    """The list by name: whether only listed files have the name, and which do."""
-    text = resources.files(__package__).joinpath(_DATA).read_text(encoding="utf-8")
-    found: dict[str, tuple[bool, frozenset[str]]] = {}
+def _lists() -> list[_List]:
+    return [_listed(path) for path in sorted(Path(__file__).parent.glob(_LISTS))]
+
+
+def _listed(path: Path) -> _List:
+    text = path.read_text(encoding="utf-8")
+    found: _List = {}
     file = ""
     for line in text.splitlines():
         if line.startswith(" ") and file:
@@ -360,5 +388,5 @@ def _listed() -> dict[str, tuple[bool, frozenset[str]]]:
         elif line.endswith(":"):
             file = line.removesuffix(":")
         elif not line.startswith("#"):
-            raise SourceError(f"{_DATA} is damaged", evidence=line[:80])
+            raise SourceError(f"{path} is damaged", evidence=line[:80])
     return found

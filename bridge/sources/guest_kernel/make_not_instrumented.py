@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes ``not_instrumented.txt`` from a kernel's source tree.
+"""Makes ``not_instrumented_VERSION.txt`` from a kernel's source tree.
 
 ``python -m bridge.sources.guest_kernel.make_not_instrumented TREE KERNEL >FILE``
 

@@ -77,6 +77,7 @@ def fake_image(cache: Path, name: str = "bookworm-000000000000") -> Image:
         kernel_release="6.1.0-0-amd64",
         kernel_version="6.1.0-1",
         include=("file",),
+        modules=("ext4",),
         packages={"file": "1"},
         files={f: FileRecord(len(f), sha256_of(directory / f)) for f in FILES},
     )
@@ -104,7 +105,7 @@ def test_the_recipes_of_the_tree_can_be_read() -> None:
 
 def test_an_unknown_recipe_names_those_that_exist() -> None:
     with pytest.raises(UsageError) as caught:
-        Recipe.load("sid", ROOT / "images")
+        Recipe.load("potato", ROOT / "images")
     assert "bookworm" in caught.value.hint
 
 
@@ -130,7 +131,9 @@ def test_a_broken_recipe_is_an_error(
 @pytest.mark.parametrize("name", ["", "-x", "a b", "UPPER", "a;b", "a,b"])
 def test_what_is_no_package_name_is_refused(name: str) -> None:
     with pytest.raises(UsageError):
-        Recipe.load("bookworm", ROOT / "images").with_packages([name])
+        Recipe.load("bookworm", ROOT / "images").extended([name])
+    with pytest.raises(UsageError, match="kernel module"):
+        Recipe.load("bookworm", ROOT / "images").extended(modules=[f"{name}/"])
 
 
 def test_a_base_of_an_earlier_format_is_not_used(
@@ -161,9 +164,10 @@ def test_fingerprints_have_two_levels(sources: Sources) -> None:
     assert sources.agent_fingerprint() == agent
 
     base = sources.base_fingerprint(recipe)
-    assert sources.base_fingerprint(recipe.with_packages(["file"])) != base
+    assert sources.base_fingerprint(recipe.extended(["file"])) != base
+    assert sources.base_fingerprint(recipe.extended(modules=["ext4"])) != base
     # An included package that is there anyway changes nothing.
-    assert sources.base_fingerprint(recipe.with_packages(["kmod"])) == base
+    assert sources.base_fingerprint(recipe.extended(["kmod"], ["nbd"])) == base
 
 
 def test_what_compilers_leave_behind_does_not_count(sources: Sources) -> None:

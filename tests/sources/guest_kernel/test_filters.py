@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.errors import UsageError
+from bridge.sources.guest_kernel import filters
 from bridge.sources.guest_kernel.filters import (
     KernelFilter,
     Ranges,
@@ -224,7 +226,7 @@ def test_files_that_are_not_instrumented_are_left_out() -> None:
 
 def test_a_name_that_several_files_have_needs_a_neighbour_of_its_file() -> None:
     # arch/x86/kernel/apm_32.c has both names; other files have the first one, too.
-    assert " ?queue_empty " in DATA
+    assert re.search(r"\s\?queue_empty\s", LISTS["6.1"])
     assert left_out("vfs_read", "queue_empty", "vfs_write") == []
     assert left_out("vfs_read", "queue_empty", "queue_event", "set_apm_ints", "vfs_write") == [
         *("queue_empty", "queue_event", "set_apm_ints"),
@@ -251,17 +253,41 @@ def test_one_module_is_no_neighbour_of_another() -> None:
     assert (MODULES_BASE + 0x10, MODULES_BASE + 0x20) in out
 
 
-DATA = (
-    Path(__file__).resolve().parents[3] / "bridge/sources/guest_kernel/not_instrumented.txt"
-).read_text()
+LISTS = {
+    path.stem.removeprefix("not_instrumented_"): path.read_text()
+    for path in Path(filters.__file__).parent.glob("not_instrumented_*.txt")
+}
 
 
-def test_the_list_says_how_it_was_made() -> None:
-    head = [line for line in DATA.splitlines() if line.startswith("#")]
+@pytest.mark.parametrize("version", ["6.1", "6.12"])
+def test_a_list_says_how_it_was_made(version: str) -> None:
+    head = [line for line in LISTS[version].splitlines() if line.startswith("#")]
     assert "make_not_instrumented.py" in "".join(head)
-    assert "Linux 6.1" in "".join(head)
+    assert f"Linux {version}." in "".join(head)
     for file in ("kernel/sched/core.c", "mm/slub.c", "lib/string.c", "arch/x86/entry/entry_64.S"):
-        assert f"\n{file}:\n" in DATA
+        assert f"\n{file}:\n" in LISTS[version]
+
+
+@pytest.mark.parametrize("version", ["6.1", "6.12"])
+def test_not_instrumented_uses_the_list_of_the_kernels_version(version: str) -> None:
+    """A kernel with the names that one list alone has, and a few that the other alone has."""
+
+    def listed(text: str) -> set[str]:
+        """The certain names of one directory, whose files all lists have."""
+        found = set()
+        for part in re.split(r"^(?=\S)", text, flags=re.MULTILINE):
+            if part.startswith("kernel/sched/"):
+                found |= {word for word in part.split()[1:] if not word.startswith("?")}
+        return found
+
+    (other,) = LISTS.keys() - {version}
+    own, foreign = listed(LISTS[version]), listed(LISTS[other])
+    mine, others = sorted(own - foreign)[:1000], sorted(foreign - own)[:20]
+    assert len(mine) > 20
+    names = [name for pair in zip(others, ["vfs_read"] * 20, strict=True) for name in pair]
+    out = left_out(*mine, "vfs_write", *names)
+    assert set(mine) <= set(out)
+    assert not set(others) & set(out)
 
 
 def test_what_makefiles_take_out(tmp_path: Path) -> None:

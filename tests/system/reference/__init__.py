@@ -338,6 +338,7 @@ def _image(
             kernel_release=kernel.release,
             kernel_version=kernel.version,
             include=(),
+            modules=(),
             packages=base.packages,
             files={
                 name: FileRecord((temporary / name).stat().st_size, sha256_of(temporary / name))
