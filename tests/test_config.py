@@ -81,7 +81,7 @@ def test_relative_paths_of_a_file_start_at_the_file(tmp_path: Path) -> None:
         ("memory = \n", ["not valid TOML"]),
     ],
 )
-def test_a_wrong_file_is_named_with_what_is_allowed(
+def test_load_wrong_file_error_names_what_is_allowed(
     tmp_path: Path, text: str, words: list[str]
 ) -> None:
     path = toml(tmp_path, text)
@@ -125,7 +125,9 @@ def test_flags_in_the_environment(text: str, value: bool, tmp_path: Path) -> Non
     assert settings.syscall_pcs is value
 
 
-def test_a_misspelt_variable_is_warned_of(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_load_misspelt_variable_is_warned_of(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     environ = {"KCOV_BRIDGE_MEMROY": "1", "KCOV_BRIDGE_CACHE": "/x", "KCOV_BRIDGE_OF_OTHERS": "1"}
     with caplog.at_level(logging.WARNING, logger="bridge.config"):
         load(environ=environ, directory=tmp_path)
@@ -134,7 +136,7 @@ def test_a_misspelt_variable_is_warned_of(caplog: pytest.LogCaptureFixture, tmp_
     ]
 
 
-def test_a_home_directory_is_filled_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_load_home_directory_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load({"out": "~/there"}, environ={}).out == tmp_path / "there"
     toml(tmp_path, 'ssh_key = "~/key"\nout = "~no-such-user/x"\n')
@@ -224,7 +226,7 @@ def test_any_text_is_taken_or_refused_with_a_usage_error(name: str, text: str) -
         assert isinstance(settings, Settings)
 
 
-def test_what_auto_records() -> None:
+def test_source_auto_depends_on_accelerator_and_personality() -> None:
     assert Settings().sources("tcg") == {"kernel", "python"}
     assert Settings().sources("kvm") == {"python"}
     # gVisor's kcov knows no KCOV_UNIQUE_ENABLE, and shows what serves the guest.

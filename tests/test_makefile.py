@@ -54,7 +54,7 @@ def test_plain_make_prints_help_on_each_target() -> None:
 
 
 @pytest.mark.parametrize("target", targets())
-def test_each_target_has_commands_that_parse(target: str) -> None:
+def test_makefile_each_target_has_commands_that_parse(target: str) -> None:
     done = sh("make", "--dry-run", "--warn-undefined-variables", target)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
@@ -96,7 +96,7 @@ SYSTEM = "/usr/sbin:/sbin"
 INSTALL = str(ROOT / ".ci" / "install-packages")
 
 
-def test_the_package_list_is_read_by_both() -> None:
+def test_package_list_is_read_by_script_and_package() -> None:
     packages = debian_packages()
     assert {"qemu-system-x86", "mmdebstrap", "make", "gcc"} <= {each.name for each in packages}
     assert {each.purpose for each in packages} == {"run", "user", "bench", "test", "make"}
@@ -107,7 +107,7 @@ def test_the_package_list_is_read_by_both() -> None:
         assert each.what_for
 
 
-def test_without_root_the_one_line_is_printed_and_it_is_2(tmp_path: Path) -> None:
+def test_install_packages_no_root_prints_the_line_and_exits_with_2(tmp_path: Path) -> None:
     path = tools(tmp_path / "bin", "sh", "dirname", "grep")
     script(tmp_path / "bin", "id", "echo 1000")
     script(tmp_path / "bin", "apt-get", "echo must not be called; exit 9")
@@ -130,7 +130,7 @@ def test_sudo_that_asks_for_a_password_is_not_used(tmp_path: Path) -> None:
     assert sh(INSTALL, "run", path=path).returncode == 2
 
 
-def test_no_debian_names_the_programs(tmp_path: Path) -> None:
+def test_install_packages_no_debian_names_the_programs(tmp_path: Path) -> None:
     path = tools(tmp_path / "bin", "sh", "dirname", "grep", "id")
     done = sh(INSTALL, "run", path=path)
     assert done.returncode == 2
@@ -138,7 +138,7 @@ def test_no_debian_names_the_programs(tmp_path: Path) -> None:
     assert "qemu-system-x86_64" in done.stderr
 
 
-def test_a_failed_install_is_tried_again_with_new_lists(tmp_path: Path) -> None:
+def test_install_packages_failure_is_retried_with_new_lists(tmp_path: Path) -> None:
     log = tmp_path / "log"
     path = tools(tmp_path / "bin", "sh", "dirname", "grep", "env", "touch")
     script(tmp_path / "bin", "id", "echo 0")
@@ -156,7 +156,7 @@ def test_a_failed_install_is_tried_again_with_new_lists(tmp_path: Path) -> None:
     assert "qemu-system-x86" in calls[2]
 
 
-def test_nothing_missing_is_silent() -> None:
+def test_install_packages_nothing_missing_is_silent() -> None:
     done = sh(INSTALL)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -164,7 +164,7 @@ def test_nothing_missing_is_silent() -> None:
 MAKE_VENV = str(ROOT / ".ci" / "make-venv")
 
 
-def test_no_python_is_a_clear_message(tmp_path: Path) -> None:
+def test_make_venv_no_python_is_a_clear_message(tmp_path: Path) -> None:
     path = tools(tmp_path / "bin", "sh", "dirname")
     script(tmp_path / "bin", "python3", "exit 1")
     done = sh(MAKE_VENV, str(tmp_path / "venv"), path=path)
@@ -173,13 +173,13 @@ def test_no_python_is_a_clear_message(tmp_path: Path) -> None:
     assert not (tmp_path / "venv").exists()
 
 
-def test_a_python_that_was_named_must_do(tmp_path: Path) -> None:
+def test_make_venv_named_python_must_work(tmp_path: Path) -> None:
     done = sh(MAKE_VENV, str(tmp_path / "venv"), PYTHON="/bin/false")
     assert done.returncode == 2
     assert "/bin/false is no Python 3.11 or newer" in done.stderr
 
 
-def test_a_python_without_venv_gets_the_package_of_its_version(tmp_path: Path) -> None:
+def test_make_venv_python_without_venv_names_its_package(tmp_path: Path) -> None:
     """python3.12 passes the version check but has no ensurepip; the package is python3.12-venv."""
     path = tools(tmp_path / "bin", "sh", "dirname", "grep", "rm")
     script(tmp_path / "bin", "id", "echo 1000")

@@ -45,7 +45,7 @@ def contents(top: Path) -> dict[str, bytes | None]:
     }
 
 
-def test_a_posix_file_system_passes_and_is_left_as_it_was(tree: Path) -> None:
+def test_workload_posix_file_system_passes_and_is_left_as_it_was(tree: Path) -> None:
     before = contents(tree)
     done = run(str(tree))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -56,7 +56,7 @@ def test_a_posix_file_system_passes_and_is_left_as_it_was(tree: Path) -> None:
     assert contents(tree) == before
 
 
-def test_what_is_no_directory_is_wrong_usage(tree: Path) -> None:
+def test_workload_no_directory_is_wrong_usage(tree: Path) -> None:
     done = run(str(tree / "README"))
     assert done.returncode == 2
     assert "is no directory" in done.stderr
@@ -70,7 +70,7 @@ def fake(directory: Path, name: str, script: str) -> str:
     return str(directory)
 
 
-def test_a_file_system_that_lies_about_sizes_fails(tree: Path, tmp_path: Path) -> None:
+def test_workload_wrong_sizes_fail(tree: Path, tmp_path: Path) -> None:
     path = fake(tmp_path / "bin", "stat", '/usr/bin/stat "$@" | sed "s/^7 /8 /"')
     done = run(str(tree), path=path)
     assert done.returncode == 1
@@ -78,14 +78,14 @@ def test_a_file_system_that_lies_about_sizes_fails(tree: Path, tmp_path: Path) -
     assert re.search(r"\b1 failed$", done.stdout, re.MULTILINE)
 
 
-def test_a_copy_that_differs_fails(tree: Path, tmp_path: Path) -> None:
+def test_workload_different_copy_fails(tree: Path, tmp_path: Path) -> None:
     path = fake(tmp_path / "bin", "cp", '/bin/cp "$@"; for last; do :; done; echo >>"$last/README"')
     done = run(str(tree), path=path)
     assert done.returncode == 1
     assert "FAIL     the copied tree differs" in done.stdout
 
 
-def test_what_a_server_refuses_is_a_finding_not_a_failure(tree: Path, tmp_path: Path) -> None:
+def test_workload_refused_operation_is_a_finding(tree: Path, tmp_path: Path) -> None:
     refuse = 'echo "refused: Operation not permitted" >&2; exit 1'
     for name in ("mkdir", "chmod", "mv", "ln", "truncate"):
         fake(tmp_path / "bin", name, refuse)

@@ -71,12 +71,12 @@ def test_quantiles_interpolate(values: list[float], part: float, expected: float
     assert quantile(values, part) == pytest.approx(expected)
 
 
-def test_of_nothing_there_is_no_quantile() -> None:
+def test_quantile_no_values_is_an_error() -> None:
     with pytest.raises(ValueError, match="no values"):
         quantile([], 0.5)
 
 
-def test_a_summary_keeps_quartiles_and_extremes() -> None:
+def test_summary_has_quartiles_and_extremes() -> None:
     summary = Summary.of([1.0, 2.0, 3.0, 4.0, 100.0])
     assert (summary.runs, summary.median, summary.q1, summary.q3) == (5, 3.0, 2.0, 4.0)
     assert (summary.low, summary.high) == (1.0, 100.0)
@@ -85,7 +85,7 @@ def test_a_summary_keeps_quartiles_and_extremes() -> None:
     assert Summary.of([-1.0, 0.0, 1.0]).spread == float("inf")
 
 
-def test_a_ratio_is_that_of_the_turns() -> None:
+def test_ratio_is_the_median_of_the_turns() -> None:
     """The machine slows down by a factor of five meanwhile: the ratio of the turns stays."""
     pace = (1.0, 2.0, 3.0, 4.0, 5.0)
     ours = [4.0 * each for each in pace]
@@ -113,7 +113,7 @@ def test_a_ratio_is_that_of_the_turns() -> None:
         (STEADY, None, "there is no baseline"),
     ],
 )
-def test_what_means_nothing_is_refused(
+def test_comparison_too_few_or_too_wide_is_refused(
     ours: Sequence[float], baseline: Sequence[float] | None, reason: str
 ) -> None:
     comparison = compared(ours, baseline, Of.TIMES, Aim(2.0))
@@ -123,7 +123,7 @@ def test_what_means_nothing_is_refused(
     assert comparison.verdict(Aim(2.0)) is None
 
 
-def test_a_difference_is_measured_by_the_baseline() -> None:
+def test_difference_spread_is_measured_by_the_baseline() -> None:
     """About nothing more: its quartiles lie on both sides of 0, and that is no reason to refuse."""
     figure = compared(STEADY, STEADY[::-1], Of.MORE).outcome().figure
     assert figure is not None
@@ -146,7 +146,7 @@ def test_a_difference_is_measured_by_the_baseline() -> None:
         (Aim(9.0, of=Of.VALUE), Verdict.MISSED),
     ],
 )
-def test_an_aim_is_met_or_missed_where_both_quartiles_agree(aim: Aim, expected: Verdict) -> None:
+def test_aim_both_quartiles_agree_is_met_or_missed(aim: Aim, expected: Verdict) -> None:
     ours = (9.8, 9.8, 10.0, 10.2, 10.2)
     assert compared(ours, (10.0,) * 5, aim.of, aim).verdict(aim) is expected
 
@@ -165,7 +165,7 @@ def test_turns_are_taken_in_order_and_the_first_thrown_away() -> None:
     assert best_of(lambda: next(values))() == 3.0
 
 
-def test_one_that_fails_leaves_what_it_has_measured() -> None:
+def test_perform_failure_keeps_the_figures_so_far() -> None:
     def measure(bench: Bench) -> None:
         bench.add(compared(STEADY, STEADY))
         bench.note("nothing of note")
@@ -187,7 +187,7 @@ def test_ctrl_c_is_no_failure_of_a_measurement() -> None:
         perform(Measurement("x", "about x", measure), Settings())
 
 
-def test_what_is_measured_does_not_depend_on_the_users_settings() -> None:
+def test_settings_of_a_measurement_override_the_users() -> None:
     mine = Settings(
         source="kernel", comparisons=True, personality="gvisor", timeout=3.0, memory=512
     )
@@ -196,9 +196,7 @@ def test_what_is_measured_does_not_depend_on_the_users_settings() -> None:
     assert (given.timeout, given.target, given.memory) == (None, "none", 512)
 
 
-def test_a_run_of_its_own_gets_the_very_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ready_run_gets_the_same_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "kcov-bridge.toml").write_text('memory = 1024\ntarget = "plan9"\n')
     wanted = Settings(target="none", source="python", syscall_pcs=True, boot_timeout=77.5)
@@ -207,9 +205,7 @@ def test_a_run_of_its_own_gets_the_very_settings(
     assert config.load({}) == wanted
 
 
-def test_no_virtme_is_a_reason_that_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ready_no_virtme_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     session, image = Session(Settings(), None), cast(Image, None)
@@ -223,7 +219,7 @@ def test_no_virtme_is_a_reason_that_is_told(
 
 
 @pytest.mark.parametrize("name", ["6.1/../../out", "/out"])
-def test_a_guest_does_not_say_where_its_files_go(tmp_path: Path, name: str) -> None:
+def test_virtme_hostile_archive_stays_in_its_directory(tmp_path: Path, name: str) -> None:
     """The modules for the baseline are sent by a guest."""
 
     def sent(*names: str) -> io.BytesIO:
@@ -277,7 +273,7 @@ def results() -> list[Result]:
     return [Result("one", "about one", [refused, both, alone], ["a note"], 1.0)]
 
 
-def test_the_table_has_baseline_ratio_aim_and_why_not() -> None:
+def test_table_has_baseline_ratio_aim_and_reason() -> None:
     lines = render(results()).splitlines()
     assert lines[0] == "one: about one"
     assert "refused: 4 of 5 runs: theirs" in lines[2]
@@ -291,7 +287,7 @@ def test_the_table_has_baseline_ratio_aim_and_why_not() -> None:
     assert len({line.index("a case") for line in lines[2:5]}) == 1
 
 
-def test_the_document_has_all_figures() -> None:
+def test_document_has_all_figures() -> None:
     document = describe({"format": "x"}, results())
     text = json.dumps(document, allow_nan=False)
     (one,) = json.loads(text)["measurements"]
@@ -317,7 +313,7 @@ def drawn(*measured: Result) -> str:
     return plot(describe(head, measured))
 
 
-def test_the_picture_has_axes_units_and_a_point_for_each_figure() -> None:
+def test_plot_has_axes_units_and_a_point_for_each_figure() -> None:
     consume = Result("consume", "")
     for files in (10, 1_000):
         for blocks in (1, 10, 1_000):
@@ -347,7 +343,7 @@ def test_the_picture_has_axes_units_and_a_point_for_each_figure() -> None:
     assert any(text.startswith("A & B, 2 CPUs, tcg; 2024-01-02") for text in texts)
 
 
-def test_there_is_no_picture_of_nothing() -> None:
+def test_plot_nothing_measured_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="nothing to draw"):
         drawn(Result("append", ""))
 
@@ -355,7 +351,7 @@ def test_there_is_no_picture_of_nothing() -> None:
 # The command
 
 
-def test_the_list_names_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_list_names_all_measurements(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(measurements())
@@ -380,7 +376,7 @@ def test_wrong_usage_is_told_before_anything_is_measured(
     assert message in capsys.readouterr().err
 
 
-def test_a_command_is_timed_to_its_answer_not_to_its_end() -> None:
+def test_seconds_to_answer_ends_at_the_answer() -> None:
     script = "sleep 0.2; echo the answer; sleep 1"
     begun = time.perf_counter()
     seconds = seconds_to_answer(["sh", "-c", script], b"answer", timeout=60)
@@ -394,7 +390,7 @@ def test_a_command_is_timed_to_its_answer_not_to_its_end() -> None:
         ("echo no; sleep 60", 5.0, "sh has not answered after 5 s"),
     ],
 )
-def test_a_command_without_an_answer_is_an_error_with_what_it_said(
+def test_seconds_to_answer_no_answer_is_an_error_with_the_output(
     script: str, timeout: float, message: str
 ) -> None:
     with pytest.raises(InfrastructureError, match=message) as raised:
@@ -402,7 +398,7 @@ def test_a_command_without_an_answer_is_an_error_with_what_it_said(
     assert "no" in raised.value.evidence
 
 
-def test_what_a_timed_command_started_ends_with_it(tmp_path: Path) -> None:
+def test_seconds_to_answer_time_out_ends_the_commands_children(tmp_path: Path) -> None:
     note = tmp_path / "pid"
     script = f"sleep 300 & echo $! >{note}; wait"
     with pytest.raises(InfrastructureError, match="has not answered"):
@@ -474,7 +470,7 @@ def test_bench_of_consume_and_append(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert picture.read_text().startswith("<svg")
 
 
-def test_the_floor_compiles() -> None:
+def test_floor_compiles() -> None:
     program = FLOOR.build()
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -502,7 +498,7 @@ def test_bench_of_a_signal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.vm
 @pytest.mark.guest(target="none", source="python", syscall_pcs=True)
-def test_the_bridge_goes_on_after_the_floor(session: Session) -> None:
+def test_floor_ends_the_bridge_answers_again(session: Session) -> None:
     """Its doorbell stands aside and comes back, with nothing missed and nothing answered twice."""
     for asleep in (True, False):
         before = session.device.totals.returns
@@ -537,7 +533,7 @@ def test_workers_boot_answer_and_end() -> None:
         assert all(5 < each < 2000 for each in memory)
 
 
-def test_a_worker_that_fails_says_why() -> None:
+def test_worker_fails_its_reason_is_shown() -> None:
     settings = Settings(target="none", source="python", image="no-such-image")
     with Worker(settings) as worker, pytest.raises(UsageError, match="no image 'no-such-image'"):
         worker.wait_ready()

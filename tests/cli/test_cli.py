@@ -53,7 +53,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> Callable[[Runner], None]:
     return replace
 
 
-def test_without_arguments_it_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_no_arguments_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     out = capsys.readouterr().out
     for word in ("doctor", "run", "ssh", "symbolize", "image", "examples:", "KCOV_BRIDGE_"):
@@ -61,7 +61,7 @@ def test_without_arguments_it_teaches(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize("subcommand", ["doctor", "run", "ssh", "symbolize", "bench", "image"])
-def test_each_subcommand_has_help_with_examples(
+def test_help_each_subcommand_has_examples(
     subcommand: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([subcommand, "--help"]) == 0
@@ -144,7 +144,7 @@ def test_run_gets_settings_and_command(
         (BridgeError("no"), 125),
     ],
 )
-def test_each_kind_of_error_has_its_status(
+def test_main_each_error_has_its_status(
     error: BridgeError,
     status: int,
     runner: Callable[[Runner], None],
@@ -162,7 +162,7 @@ def test_each_kind_of_error_has_its_status(
     )
 
 
-def test_an_unexpected_exception_is_125_with_a_trace_only_on_request(
+def test_main_unexpected_exception_is_125_with_a_traceback_on_request(
     runner: Callable[[Runner], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(settings: Settings, command: list[str]) -> int:
@@ -225,7 +225,7 @@ def start(
     ("number", "status"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
 )
-def test_a_signal_ends_it_after_cleaning_up(number: signal.Signals, status: int) -> None:
+def test_main_signal_ends_it_after_the_clean_up(number: signal.Signals, status: int) -> None:
     with start("run") as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
@@ -252,7 +252,7 @@ def test_signal_ignored_at_start_stays_ignored() -> None:
     assert "once more to give that up" not in err
 
 
-def test_a_second_signal_does_not_disturb_the_clean_up() -> None:
+def test_main_second_signal_does_not_disturb_the_clean_up() -> None:
     with start("run", cleanup=1) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
@@ -265,7 +265,7 @@ def test_a_second_signal_does_not_disturb_the_clean_up() -> None:
     assert "cleaning up; once more to give that up" in err
 
 
-def test_a_third_signal_gives_a_stuck_clean_up_up() -> None:
+def test_main_third_signal_gives_up_a_stuck_clean_up() -> None:
     with start("run", cleanup=60) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
@@ -301,7 +301,7 @@ def test_logs_go_to_stderr_by_verbosity(
         assert text not in err
 
 
-def test_a_reader_that_goes_away_is_no_error_message() -> None:
+def test_main_reader_goes_away_prints_no_error() -> None:
     with start("ssh") as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "line\n"

@@ -49,7 +49,7 @@ def test_on_this_machine_each_check_is_found_or_has_a_remedy() -> None:
     assert checks["memfd"].found
 
 
-def test_the_python_packages_are_those_of_the_metadata() -> None:
+def test_python_packages_are_those_of_the_metadata() -> None:
     requires = importlib.metadata.requires("kcov-bridge")
     assert requires is not None
     checks = by_name()
@@ -61,7 +61,7 @@ def test_the_python_packages_are_those_of_the_metadata() -> None:
     assert not any("ruff" in name for name in checks)
 
 
-def test_a_package_that_is_missing_or_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_package_missing_or_too_old_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["no-such-package>=1", "coverage>=999", 'ruff>=1; extra == "dev"']
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: lines)
     checks = by_name()
@@ -75,7 +75,7 @@ def test_a_package_that_is_missing_or_too_old(monkeypatch: pytest.MonkeyPatch) -
     assert "Python package ruff" not in checks
 
 
-def test_without_qemu_it_is_1_and_says_what_to_install(
+def test_doctor_no_qemu_is_1_with_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -95,7 +95,7 @@ def test_without_qemu_it_is_1_and_says_what_to_install(
         ('[ "$1" = --version ] && echo version 99', "QEMU's ivshmem-doorbell", "not in"),
     ],
 )
-def test_a_qemu_that_does_not_do(tmp_path: Path, script: str, name: str, detail: str) -> None:
+def test_qemu_unsuitable_is_reported(tmp_path: Path, script: str, name: str, detail: str) -> None:
     program = tmp_path / "qemu"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
@@ -109,14 +109,14 @@ def test_a_qemu_that_does_not_do(tmp_path: Path, script: str, name: str, detail:
 KERNEL = "guest kernel's coverage"
 
 
-def test_the_guests_kernel_can_be_watched_here() -> None:
+def test_guest_kernel_can_be_watched() -> None:
     check = by_name(Settings(accel="tcg"))[KERNEL]
     assert check.found, check
     assert not check.required
     assert by_name(Settings(accel="tcg", source="kernel"))[KERNEL].required
 
 
-def test_a_qemu_without_plugins(tmp_path: Path) -> None:
+def test_guest_kernel_qemu_without_plugins_is_reported(tmp_path: Path) -> None:
     check = by_name(Settings(qemu=str(without_plugins(tmp_path)), source="kernel,python"))[KERNEL]
     assert not check.found
     assert check.required
@@ -124,7 +124,9 @@ def test_a_qemu_without_plugins(tmp_path: Path) -> None:
     assert "--qemu" in check.remedy
 
 
-def test_no_compiler_for_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guest_kernel_no_compiler_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
     qemu = shutil.which("qemu-system-x86_64")
@@ -163,7 +165,7 @@ def test_too_little_memory() -> None:
     assert "--memory" in check.remedy
 
 
-def test_no_room_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_no_room_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(tmp_path / "not" / "yet"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100 << 20))
@@ -176,7 +178,7 @@ def test_no_room_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not (tmp_path / "not").exists()
 
 
-def test_an_image_of_ones_own_needs_nothing_to_build(tmp_path: Path) -> None:
+def test_image_own_needs_nothing_to_build(tmp_path: Path) -> None:
     disk, key = tmp_path / "disk.qcow2", tmp_path / "key"
     disk.write_bytes(b"QFI\xfb")
     key.write_text("a key")
@@ -195,7 +197,7 @@ def test_an_image_of_ones_own_needs_nothing_to_build(tmp_path: Path) -> None:
         ("no-image-of-this-name", None, "there is no image 'no-image-of-this-name'"),
     ],
 )
-def test_an_image_that_is_not_there_is_required(
+def test_image_missing_is_required(
     image: str,
     ssh_key: Path | None,
     detail: str,
@@ -220,7 +222,7 @@ def test_uidmap_is_required_without_root_only(
     assert by_name()["uidmap"].required
 
 
-def test_no_memfd(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memfd_missing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(*args: object) -> int:
         raise OSError(1, "Operation not permitted")
 
@@ -241,7 +243,7 @@ def test_json_is_one_object_with_the_same_outcome(capsys: pytest.CaptureFixture[
     assert document["ok"] == all(check["found"] for check in required)
 
 
-def test_the_text() -> None:
+def test_render_has_a_line_for_each_check() -> None:
     checks = (
         Check("there", True, True, "version 1"),
         Check("gone", True, False, "is not there", "get it"),

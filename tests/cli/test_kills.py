@@ -82,7 +82,7 @@ def kill_one(directory: Path, moment: float, when_ready: bool, *arguments: str) 
 
 
 @pytest.mark.vm
-def test_nothing_is_left_of_a_run_that_is_killed(tmp_path: Path) -> None:
+def test_run_killed_leaves_nothing(tmp_path: Path) -> None:
     guest_image()
     moments = random.Random(SEED)
     runs = [
@@ -106,7 +106,7 @@ def test_nothing_is_left_of_a_run_that_is_killed(tmp_path: Path) -> None:
     assert phases["started"] < KILLS or KILLS < 4
 
 
-def test_what_was_half_written_goes_with_the_next_run(tmp_path: Path) -> None:
+def test_run_after_a_kill_removes_partial_files(tmp_path: Path) -> None:
     """A directory of pages cannot be made without a name: a kill in that moment leaves it."""
     (tmp_path / ".html.0abc" / "html").mkdir(parents=True)
     for name in (".summary.json.xyz", ".lcov.info.d"):

@@ -91,7 +91,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     return dict(zip(names, map(int, output.split()), strict=True))
 
 
-def test_the_module_has_the_same_layout(compiled: dict[str, int]) -> None:
+def test_layout_module_header_is_the_same(compiled: dict[str, int]) -> None:
     assert compiled == _expected()
 
 
@@ -103,7 +103,7 @@ def test_everything_fits_in_its_place() -> None:
     assert max(*abi.RequestWord, *abi.ResponseWord) < abi.SLOT_WORDS
 
 
-def test_no_two_writers_share_a_cache_line() -> None:
+def test_header_two_writers_never_share_a_cache_line() -> None:
     guest = {abi.HeaderWord.KICK, abi.HeaderWord.GUEST_TIMEOUTS, abi.HeaderWord.GUEST_SKIPPED}
     # Written by relays, too.
     relays = {abi.HeaderWord.COVERAGE_EPOCH}

@@ -53,7 +53,7 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     bench.close()
 
 
-def test_one_instance_from_open_to_release(bench: Bench) -> None:
+def test_requests_from_open_to_release_are_answered(bench: Bench) -> None:
     guest = bench.guest
     guest.trace(3)
     for number in range(50):
@@ -67,7 +67,7 @@ def test_one_instance_from_open_to_release(bench: Bench) -> None:
     assert bench.device.instances == 0
 
 
-def test_many_threads_at_once_lose_nothing(bench: Bench) -> None:
+def test_requests_many_threads_at_once_lose_nothing(bench: Bench) -> None:
     rounds, threads = 500, 8
     for slot in range(threads):
         bench.guest.trace(slot, task=TASK + slot)
@@ -91,7 +91,7 @@ def test_many_threads_at_once_lose_nothing(bench: Bench) -> None:
     assert given == list(range(1, rounds * threads + 1))[: len(given)]
 
 
-def test_a_new_generation_ends_the_slots_last_instance(bench: Bench) -> None:
+def test_request_new_generation_ends_the_slots_last_instance(bench: Bench) -> None:
     bench.guest.trace(0, generation=1)
     assert bench.guest.call(0, Op.INIT, 2, arg0=WORDS) == 0
     assert bench.region.areas_in_use == 1
@@ -110,7 +110,7 @@ def test_nonsense_is_an_errno(bench: Bench) -> None:
     guest.trace(9, generation=4)
 
 
-def test_a_wrong_hint_or_count_still_gets_an_answer(bench: Bench) -> None:
+def test_kick_wrong_slot_or_count_is_still_answered(bench: Bench) -> None:
     guest = bench.guest
     guest.trace(5)
     for kick in (0, 2**64 - 1, 0xFFFF, 77 << 16 | 999):
@@ -175,7 +175,7 @@ def test_unreported_returns_count_with_next_request(bench: Bench) -> None:
     assert totals.returns == 16 + 2**32 - 1, "no more than a guest could have made"
 
 
-def test_a_source_that_raises_is_counted_and_the_guest_goes_on(bench: Bench) -> None:
+def test_source_raises_is_counted_and_the_guest_continues(bench: Bench) -> None:
     bench.guest.trace(1)
     bench.coverage.broken = True
     assert bench.guest.call(1, Op.RETURN) == errno.EIO
@@ -228,7 +228,7 @@ def test_random_words_over_the_control_part_never_end_the_loop(bench: Bench) -> 
     assert len(bench.area(slot)) == 1
 
 
-def test_a_guest_that_goes_on_as_another(bench: Bench) -> None:
+def test_reset_rewound_guest_is_served_anew(bench: Bench) -> None:
     first = bench.guest.sequence
     for slot in range(3):
         bench.guest.trace(slot, task=TASK + slot)

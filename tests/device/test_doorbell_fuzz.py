@@ -227,7 +227,7 @@ actions = st.one_of(
 
 
 @pytest.mark.parametrize("personality", list(Personality), ids=lambda which: which.value)
-def test_whatever_the_guest_writes(personality: Personality) -> None:
+def test_region_random_writes_every_request_is_answered(personality: Personality) -> None:
     @settings(
         max_examples=examples(30),
         deadline=None,
@@ -264,7 +264,9 @@ def own_memory() -> int:
 
 
 @pytest.mark.parametrize("personality", list(Personality), ids=lambda which: which.value)
-def test_a_long_storm(personality: Personality, caplog: pytest.LogCaptureFixture) -> None:
+def test_region_long_storm_every_request_is_answered(
+    personality: Personality, caplog: pytest.LogCaptureFixture
+) -> None:
     noise = random.Random(11)
     with storm(personality) as host:
         host.check()
@@ -311,7 +313,7 @@ def test_repair_after_scribbling_restores_host_words() -> None:
         assert host.words[HeaderWord.HOST_EPOCH] == epoch
 
 
-def test_a_request_without_bell_and_kick_is_found() -> None:
+def test_request_without_bell_and_kick_is_found() -> None:
     with storm(Personality.LINUX) as host:
         guest = FakeGuest(host.region, host.server.bell)
         sequence = guest.post(9, Op.INIT, 1, arg0=WORDS)
@@ -319,7 +321,7 @@ def test_a_request_without_bell_and_kick_is_found() -> None:
         assert guest.wait(9, sequence)
 
 
-def test_a_guest_that_takes_the_host_for_gone_is_shown_a_new_epoch() -> None:
+def test_guest_believes_the_host_gone_gets_a_new_epoch() -> None:
     with storm(Personality.LINUX) as host:
         guest = FakeGuest(host.region, host.server.bell)
         guest.trace(3)

@@ -143,12 +143,14 @@ class TestMap:
         assert both.device.map(both.device.open(), 4096, 0)[0] == errno.EINVAL
 
     @pytest.mark.parametrize(("length", "offset"), [(0, 0), (8192, 0), (4095, 0), (4096, 1)])
-    def test_the_whole_area_or_nothing(self, both: Fixture, length: int, offset: int) -> None:
+    def test_map_other_length_or_offset_is_invalid(
+        self, both: Fixture, length: int, offset: int
+    ) -> None:
         kcov = both.device.open()
         assert both.device.init_trace(kcov, WORDS) == 0
         assert both.device.map(kcov, length, offset)[0] == errno.EINVAL
 
-    def test_an_odd_size_can_never_be_mapped(self, linux: Fixture) -> None:
+    def test_map_odd_size_is_invalid(self, linux: Fixture) -> None:
         kcov = linux.device.open()
         assert linux.device.init_trace(kcov, 513) == 0
         assert linux.device.map(kcov, 8192, 0)[0] == errno.EINVAL
@@ -172,12 +174,12 @@ class TestEnable:
             assert fixture.device.init_trace(kcov, WORDS) == 0
             assert fixture.device.enable(kcov, ALICE, 0) == expected
 
-    def test_an_enabled_instance_is_invalid_whoever_asks(self, both: Fixture) -> None:
+    def test_enable_enabled_instance_is_invalid(self, both: Fixture) -> None:
         kcov = both.traced()
         for task in (ALICE, BOB):
             assert both.device.enable(kcov, task, 0) == errno.EINVAL
 
-    def test_one_instance_a_task(self, both: Fixture) -> None:
+    def test_enable_second_instance_of_a_task_is_busy(self, both: Fixture) -> None:
         both.traced(ALICE)
         other = both.ready()
         assert both.device.enable(other, ALICE, 0) == errno.EBUSY
@@ -209,7 +211,7 @@ class TestEnable:
 
 
 class TestDisable:
-    def test_the_owner_alone_and_no_argument(self, both: Fixture) -> None:
+    def test_disable_other_task_or_argument_is_invalid(self, both: Fixture) -> None:
         kcov = both.traced()
         assert both.device.disable(kcov, BOB, 0) == errno.EINVAL
         assert both.device.disable(kcov, ALICE, 1) == errno.EINVAL
@@ -258,7 +260,7 @@ class TestReturn:
         assert both.device.totals.appended == kcov.appended == 4
         assert both.device.unique == {10, 20, 30}
 
-    def test_an_owner_that_others_mark_work_for_has_no_returns(self, linux: Fixture) -> None:
+    def test_disable_remote_instance_counts_no_returns(self, linux: Fixture) -> None:
         kcov = linux.traced()
         assert linux.device.disable(kcov, ALICE, 0, 3) == 0
         assert linux.device.totals.returns == 3
@@ -266,7 +268,7 @@ class TestReturn:
         assert linux.device.disable(kcov, ALICE, 0, 3) == 0
         assert linux.device.totals.returns == 3
 
-    def test_the_user_resets_word_0(self, both: Fixture) -> None:
+    def test_append_word_0_is_cleared_starts_again(self, both: Fixture) -> None:
         kcov = both.traced()
         both.coverage.covered += [1, 2, 3]
         both.device.syscall_return(kcov, ALICE, 0)
@@ -275,7 +277,7 @@ class TestReturn:
         both.device.syscall_return(kcov, ALICE, 0)
         assert both.read(kcov) == [4]
 
-    def test_a_full_area_keeps_what_fits_and_counts_the_rest(self, both: Fixture) -> None:
+    def test_append_full_area_counts_the_rest(self, both: Fixture) -> None:
         kcov = both.traced()
         both.coverage.covered += range(1, WORDS + 100)
         both.device.syscall_return(kcov, ALICE, 0)
@@ -284,7 +286,7 @@ class TestReturn:
         assert WORDS not in both.device.unique
 
     @pytest.mark.parametrize("count", [WORDS - 1, WORDS, 2**31, 2**61 - 1, 2**63, 2**64 - 1])
-    def test_a_count_outside_writes_nothing(self, both: Fixture, count: int) -> None:
+    def test_append_count_outside_writes_nothing(self, both: Fixture, count: int) -> None:
         kcov = both.traced()
         both.write_count(kcov, count)
         both.coverage.covered += [5, 6]
@@ -300,7 +302,7 @@ class TestReturn:
         assert both.device.syscall_return(both.ready(), ALICE, 0) == errno.EINVAL
         assert both.read(kcov) == []
 
-    def test_every_instance_is_given_everything(self, both: Fixture) -> None:
+    def test_return_each_instance_gets_everything(self, both: Fixture) -> None:
         first, second = both.traced(ALICE), both.traced(BOB)
         both.coverage.covered += [1, 2]
         both.device.syscall_return(first, ALICE, 0)
@@ -348,7 +350,7 @@ class TestUniqueAndReset:
         assert device.unique_enable(kcov, BOB, 8) == errno.EINVAL
         assert device.unique_enable(linux.ready(), ALICE, 0) == errno.EBUSY
 
-    def test_each_pc_once_until_reset(self, linux: Fixture) -> None:
+    def test_unique_each_pc_once_until_reset(self, linux: Fixture) -> None:
         kcov = self.unique(linux)
         assert self.give(linux, kcov, 10, 20) == [10, 20]
         assert self.give(linux, kcov, 20, 30) == [10, 20, 30]
@@ -356,9 +358,7 @@ class TestUniqueAndReset:
         assert linux.read(kcov) == []
         assert self.give(linux, kcov, 20) == [20]
 
-    def test_the_bitmap_lies_before_the_count_and_is_the_users_to_clear(
-        self, linux: Fixture
-    ) -> None:
+    def test_unique_user_clears_the_bitmap_pcs_are_new(self, linux: Fixture) -> None:
         kcov = self.unique(linux, bitmap=4)
         self.give(linux, kcov, 10, 20, 30)
         assert kcov.area is not None
@@ -376,7 +376,7 @@ class TestUniqueAndReset:
         # 31 have a bit, the others none.
         assert len(self.give(linux, kcov, *many)) == 100 + 69
 
-    def test_the_trace_ends_where_the_area_ends(self, linux: Fixture) -> None:
+    def test_unique_full_area_counts_the_rest(self, linux: Fixture) -> None:
         kcov = self.unique(linux, bitmap=WORDS - 3)
         assert self.give(linux, kcov, 1, 2, 3, 4) == [1, 2]
         assert kcov.dropped == 2
@@ -434,7 +434,7 @@ class TestRemote:
         assert linux.device.remote_enable(kcov, ALICE, 0, [], common) == errno.EINVAL
         assert linux.device.remote_enable(kcov, ALICE, 0, [], 1) == 0
 
-    def test_a_handle_has_one_instance(self, linux: Fixture) -> None:
+    def test_remote_taken_handle_exists(self, linux: Fixture) -> None:
         device = linux.device
         first = linux.ready()
         assert device.remote_enable(first, ALICE, 0, [USB | 1, USB | 2], 9) == 0
@@ -443,7 +443,7 @@ class TestRemote:
         assert device.disable(first, ALICE, 0) == 0
         assert device.remote_enable(linux.ready(), BOB, 0, [USB | 2], 9) == 0
 
-    def test_it_gets_what_is_done_for_its_handles_alone(self, linux: Fixture) -> None:
+    def test_remote_gets_only_its_handles_coverage(self, linux: Fixture) -> None:
         device = linux.device
         remote, plain = linux.ready(), linux.traced(BOB)
         assert device.remote_enable(remote, ALICE, 0, [USB | 1], 9) == 0
@@ -495,7 +495,7 @@ class TestEnds:
         assert kcov.area is not None
         assert offset == kcov.area.offset
 
-    def test_the_last_close_is_an_end_in_gvisor_alone(self, both: Fixture) -> None:
+    def test_last_close_ends_the_instance_only_in_gvisor(self, both: Fixture) -> None:
         kcov = both.traced()
         if both.device.personality is Personality.LINUX:
             assert both.device.last_close(kcov, ALICE) == errno.EPERM
@@ -609,7 +609,7 @@ class TestComparisons:
         assert (totals.returns, totals.appended, totals.comparisons) == (3, 2, 3)
         assert fixture.device.unique == {0xF001, 10}
 
-    def test_who_may(self, fixture: Fixture) -> None:
+    def test_comparisons_enable_follows_the_rules(self, fixture: Fixture) -> None:
         kcov = self.comparing(fixture)
         device = fixture.device
         assert device.enable(kcov, BOB, KCOV_TRACE_CMP) == errno.EINVAL
@@ -620,7 +620,7 @@ class TestComparisons:
         assert device.syscall_return(kcov, BOB, 1) == errno.EINVAL
         assert device.remote_enable(fixture.ready(), BOB, KCOV_TRACE_CMP, []) == ENOTSUPP
 
-    def test_both_modes_in_turn(self, fixture: Fixture) -> None:
+    def test_comparisons_and_pcs_in_turn_work(self, fixture: Fixture) -> None:
         kcov = self.comparing(fixture)
         device = fixture.device
         self.comparisons.make(1)
@@ -649,7 +649,7 @@ class TestComparisons:
         assert fixture.device.syscall_return(kcov, ALICE, 1) == 0
         assert self.words(kcov)[:5] == [1, 6, 3, 4, 0xFF]
 
-    def test_what_the_source_dropped_is_counted(self, fixture: Fixture) -> None:
+    def test_comparisons_dropped_by_the_source_are_counted(self, fixture: Fixture) -> None:
         kcov = self.comparing(fixture)
         self.comparisons.make(1)
         self.comparisons.dropped = 5

@@ -26,7 +26,7 @@ def region() -> Iterator[Region]:
     region.close()
 
 
-def test_the_header_says_what_the_guest_needs(region: Region) -> None:
+def test_header_has_the_layout(region: Region) -> None:
     stored = os.pread(region.fd, 64, 0)
     assert stored[:8] == b"KCOVBRDG" == MAGIC.to_bytes(8, "little")
     assert region.control[HeaderWord.REGION_BYTES] == region.size
@@ -38,7 +38,7 @@ def test_impossible_sizes_are_refused(size: int) -> None:
         Region(size)
 
 
-def test_no_memory_is_a_region_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_region_no_memory_is_a_region_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> int:
         raise OSError(12, "Cannot allocate memory")
 
@@ -52,7 +52,7 @@ def test_nobody_can_resize_it(region: Region) -> None:
         os.ftruncate(region.fd, MIB)
 
 
-def test_a_large_region_costs_no_memory_until_used() -> None:
+def test_region_large_takes_no_memory_until_used() -> None:
     region = Region(1 << 34)
     try:
         assert os.fstat(region.fd).st_blocks * 512 < MIB
@@ -78,7 +78,7 @@ def test_areas_fill_the_region_and_come_back(region: Region) -> None:
     assert whole is not None
 
 
-def test_a_freed_area_is_zero_and_its_memory_gone(region: Region) -> None:
+def test_free_area_is_zeroed_and_its_memory_released(region: Region) -> None:
     first = region.allocate(200_000)
     assert first is not None
     assert first.append([7] * 199_999) == 199_999
@@ -91,7 +91,7 @@ def test_a_freed_area_is_zero_and_its_memory_gone(region: Region) -> None:
     assert os.pread(region.fd, second.bytes, second.offset) == bytes(second.bytes)
 
 
-def test_what_is_cleared_is_as_new(region: Region) -> None:
+def test_clear_region_is_as_new(region: Region) -> None:
     before = bytes(os.pread(region.fd, region.size, 0))
     area = region.allocate(1000)
     assert area is not None

@@ -191,7 +191,7 @@ def test_lcov_has_modules_with_debug_information(tmp_path: Path) -> None:
     }
 
 
-def test_the_command_writes_each_format(run: Path, vmlinux: Path) -> None:
+def test_export_writes_each_format(run: Path, vmlinux: Path) -> None:
     out = run / "out"
     for kind in ("rawcover", "drcov"):
         assert main(["export", "--run", str(run), "--format", kind, "-o", str(out)]) == 0
@@ -205,7 +205,7 @@ def test_the_command_writes_each_format(run: Path, vmlinux: Path) -> None:
     assert not list(run.glob(".*")), "a temporary file is left"
 
 
-def test_the_command_writes_to_stdout(run: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_export_writes_to_stdout(run: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     assert main(["export", "--run", str(run), "--format", "drcov"]) == 0
     assert len(parse_drcov(capfdbinary.readouterr().out)[1]) == 5
 
@@ -217,7 +217,7 @@ def test_the_command_writes_to_stdout(run: Path, capfdbinary: pytest.CaptureFixt
         *(("drcov", "kernel-symbols.tsv"), ("lcov", "kernel-blocks.tsv")),
     ],
 )
-def test_a_run_without_the_kernel(
+def test_export_run_without_kernel_files_fails(
     run: Path, kind: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = run / "out"
@@ -261,7 +261,7 @@ def test_debug_information_that_was_not_asked_for_may_be_useless(
         places.text(TEXT)
 
 
-def test_what_cannot_be_written_leaves_nothing(run: Path) -> None:
+def test_export_unwritable_output_leaves_nothing(run: Path) -> None:
     out = run / "none" / "out"
     arguments = ["export", "--run", str(run), "--format", "drcov", "-o", str(out)]
     assert main(arguments) == SourceError.exit_status

@@ -67,7 +67,7 @@ def data_file(tmp_path: Path) -> Path:
     return data
 
 
-def test_the_summary_file_has_what_readers_expect(tmp_path: Path) -> None:
+def test_summary_file_has_the_documented_keys(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     summary.write(FIGURES, path)
     values = json.loads(path.read_text())
@@ -99,7 +99,7 @@ def test_writing_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["summary.json"]
 
 
-def test_a_summary_that_cannot_be_written(tmp_path: Path) -> None:
+def test_summary_unwritable_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InfrastructureError, match="cannot write"):
         summary.write(FIGURES, tmp_path / "none" / "summary.json")
     (tmp_path / "summary.json").mkdir()
@@ -108,7 +108,7 @@ def test_a_summary_that_cannot_be_written(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["summary.json"]
 
 
-def test_the_summary_file_is_flat(tmp_path: Path) -> None:
+def test_summary_file_is_flat(tmp_path: Path) -> None:
     run = dataclasses.replace(FIGURES, command=("ls", "-l"), run_seconds=1.5)
     summary.write(run, tmp_path / "s.json")
     values = summary.read(tmp_path / "s.json")
@@ -136,7 +136,7 @@ def test_reading_what_is_no_summary(tmp_path: Path, text: str, message: str) -> 
         summary.read(tmp_path / "none")
 
 
-def test_the_text_for_people() -> None:
+def test_summary_text_has_the_figures() -> None:
     text = summary.render(FIGURES)
     assert "310 of 620 covered (50.0 %)" in text
     assert "54,000 appended, 310 different, 45.0 a call" in text
@@ -153,12 +153,12 @@ def test_the_text_for_people() -> None:
         (("sh", "-c", "a; b"), "command  sh -c 'a; b'"),
     ],
 )
-def test_the_command_in_the_text_can_be_pasted(command: tuple[str, ...], text: str | None) -> None:
+def test_summary_text_command_can_be_pasted(command: tuple[str, ...], text: str | None) -> None:
     rendered = summary.render(dataclasses.replace(FIGURES, command=command))
     assert text in rendered if text else "command" not in rendered
 
 
-def test_the_text_of_a_run_that_never_booted() -> None:
+def test_summary_text_run_never_booted_says_so() -> None:
     early = Summary(
         Stats(accel="tcg", target="plan9", lost_pcs=7),
         exit_status=123,
@@ -203,7 +203,7 @@ def test_settings_of_a_project_around_do_not_matter(
     assert (html / "index.html").is_file()
 
 
-def test_a_report_is_replaced_as_a_whole(data_file: Path, tmp_path: Path) -> None:
+def test_report_is_replaced_as_a_whole(data_file: Path, tmp_path: Path) -> None:
     html = tmp_path / "html"
     html.mkdir()
     (html / "stale.html").write_text("old")
@@ -212,7 +212,7 @@ def test_a_report_is_replaced_as_a_whole(data_file: Path, tmp_path: Path) -> Non
     assert (html / "index.html").is_file()
 
 
-def test_a_vanished_source_is_left_out_with_a_warning(
+def test_report_vanished_source_is_left_out_with_a_warning(
     data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = tmp_path / "source" / "measured.py"
@@ -223,7 +223,7 @@ def test_a_vanished_source_is_left_out_with_a_warning(
     assert (tmp_path / "lcov.info").read_text() == ""
 
 
-def test_no_data_and_broken_data(tmp_path: Path) -> None:
+def test_report_missing_or_broken_data_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InfrastructureError, match="there is no coverage data"):
         coverage_files.make_html(tmp_path / "none", tmp_path / "html")
     (tmp_path / "broken").write_bytes(b"no database at all" * 100)
@@ -232,7 +232,7 @@ def test_no_data_and_broken_data(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["broken"]
 
 
-def test_a_report_that_fails_half_way_is_deleted(
+def test_report_fails_half_way_is_deleted(
     data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "html").mkdir()

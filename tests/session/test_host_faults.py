@@ -101,7 +101,7 @@ def waits(session: Session, milliseconds: int) -> dict[str, int]:
     return numbers(result.text)
 
 
-def test_a_slow_host(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_slow_no_request_is_lost(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     device = session.device
     assert device is not None
     collect = device._coverage.collect
@@ -119,7 +119,9 @@ def test_a_slow_host(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     assert waits(session, 200)["empty"] == 0
 
 
-def test_a_source_that_raises(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_raises_guest_continues_without_pcs(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device, doorbell = session.device, session.doorbell
     assert device is not None
     assert doorbell is not None
@@ -137,7 +139,7 @@ def test_a_source_that_raises(session: Session, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("mood", ["crash", "hang"])
-def test_a_handler_that_does_not_answer(session: Session, mood: str) -> None:
+def test_handler_hangs_or_breaks_others_are_served(session: Session, mood: str) -> None:
     device = session.device
     assert device is not None
     ask = f"set -e; exec 3<>/dev/tcp/target/80; echo {mood} >&3; timeout 1 cat <&3 || echo $?"
@@ -196,7 +198,7 @@ with bridge.boot(target="none", source="python", syscall_pcs=True) as session:
 """
 
 
-def test_a_host_that_is_stopped_for_three_seconds(patience: Path) -> None:
+def test_host_stopped_for_three_seconds_recovers(patience: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", STOPPED, str(patience)], stdout=subprocess.PIPE, text=True, cwd=ROOT
     ) as process:

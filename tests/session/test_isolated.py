@@ -55,7 +55,7 @@ def executed(data_file: Path) -> dict[str, set[int]]:
     return {file: set(data.lines(file) or ()) for file in data.measured_files()}
 
 
-def test_the_same_coverage_as_in_process(tmp_path: Path) -> None:
+def test_isolated_coverage_is_the_same_as_in_process(tmp_path: Path) -> None:
     isolated = IsolatedTarget("plan9", None, tmp_path)
     description = isolated.start(nowhere)
     try:
@@ -148,7 +148,9 @@ def tell(target: Description, request: bytes) -> Callable[[], bytes]:
     return lambda: sock.recv(1)
 
 
-def test_a_target_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_isolated_target_dies_only_its_coverage_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = own_target(tmp_path, monkeypatch, "os.kill(os.getpid(), signal.SIGKILL)")
     isolated = IsolatedTarget(name, None, tmp_path)
     target = isolated.start(nowhere)
@@ -167,7 +169,7 @@ def test_a_target_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     isolated.stop()
 
 
-def test_a_target_that_hangs_with_the_interpreter_lock(
+def test_isolated_target_hangs_with_the_interpreter_lock_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A regular expression that backtracks holds the lock as long as it takes: stop the process.
@@ -201,7 +203,9 @@ def test_a_target_that_hangs_with_the_interpreter_lock(
     assert (tmp_path / ".coverage").is_file()
 
 
-def test_a_target_that_raises_on_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_isolated_target_raises_on_start_is_a_target_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = own_target(tmp_path, monkeypatch, "pass")
     (tmp_path / "own_service.py").write_text("raise RuntimeError('no such luck')\n")
     isolated = IsolatedTarget(name, None, tmp_path)
@@ -209,7 +213,7 @@ def test_a_target_that_raises_on_start(tmp_path: Path, monkeypatch: pytest.Monke
         isolated.start(nowhere)
 
 
-def test_nothing_to_isolate(tmp_path: Path) -> None:
+def test_isolated_no_target_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="covers no packages"):
         IsolatedTarget("none", None, tmp_path).start(nowhere)
 
@@ -240,7 +244,7 @@ def test_isolated_target_with_a_fault_of_the_tracer_raises_it_and_gives_the_pcs(
 
 
 @pytest.mark.vm
-def test_in_a_guest(tmp_path: Path) -> None:
+def test_isolated_target_serves_a_guest(tmp_path: Path) -> None:
     with bridge.boot(out=tmp_path, isolate=True) as guest:
         result = guest.kcov(["cat", "/mnt/target/README"])
         assert result.exit_status == 0

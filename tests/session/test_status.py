@@ -22,7 +22,7 @@ def _mine(answers: list[dict[str, object]]) -> list[dict[str, object]]:
     return [answer for answer in answers if answer.get("test") == os.getpid()]
 
 
-def test_a_server_answers_until_it_is_closed() -> None:
+def test_status_server_answers_until_closed() -> None:
     def describe() -> dict[str, object]:
         return {"pid": os.getpid(), "test": os.getpid()}
 
@@ -31,7 +31,7 @@ def test_a_server_answers_until_it_is_closed() -> None:
     assert _mine(ask_all()) == []
 
 
-def test_a_bridge_in_trouble_says_so() -> None:
+def test_status_bridge_in_trouble_says_so() -> None:
     def describe() -> dict[str, object]:
         raise DoorbellError("the doorbell's thread does not run")
 
@@ -50,7 +50,7 @@ def test_status_of_a_bridge_that_knows_fewer_figures_is_shown() -> None:
     assert "12,345 returns, 0 PCs" in shown
 
 
-def test_one_that_never_answers_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_silent_bridge_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bridge.session.status._SECONDS", 0.2)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as mute:
         mute.bind(f"\0kcov-bridge-status/{os.getpid()}.mute")
@@ -58,7 +58,7 @@ def test_one_that_never_answers_is_left_out(monkeypatch: pytest.MonkeyPatch) -> 
         assert _mine(ask_all()) == []
 
 
-def test_who_goes_away_does_no_harm() -> None:
+def test_status_client_goes_away_does_no_harm() -> None:
     entered = threading.Event()
 
     def describe() -> dict[str, object]:
@@ -75,7 +75,7 @@ def test_who_goes_away_does_no_harm() -> None:
 
 @pytest.mark.vm
 @pytest.mark.guest(target="none", source="python", syscall_pcs=True)
-def test_a_running_bridge_from_outside(session: Session) -> None:
+def test_status_running_bridge_is_shown(session: Session) -> None:
     def ask(*options: str) -> str:
         command = [sys.executable, "-m", "bridge", "status", *options]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout

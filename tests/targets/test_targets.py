@@ -69,14 +69,14 @@ def target_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name == "target-plan9"]
 
 
-def test_every_file_of_the_built_in_tree_is_served(plan9: Plan9Target) -> None:
+def test_plan9_built_in_tree_each_file_is_served(plan9: Plan9Target) -> None:
     files = [entry for entry in built_in() if entry.content is not None]
     assert len(files) > 50
     for entry in files:
         assert read_whole(plan9, entry.path) == entry.content, entry.path
 
 
-def test_a_directory_of_the_user_is_served_as_a_copy(tmp_path: Path) -> None:
+def test_plan9_users_directory_is_served_as_a_copy(tmp_path: Path) -> None:
     (tmp_path / "sub" / "deeper").mkdir(parents=True)
     (tmp_path / "sub" / "deeper" / "bytes").write_bytes(bytes(range(256)) * 50)
     (tmp_path / "text").write_text("before")
@@ -96,7 +96,7 @@ def test_a_directory_of_the_user_is_served_as_a_copy(tmp_path: Path) -> None:
     assert (tmp_path / "text").read_text() == "before"
 
 
-def test_a_request_that_comes_in_many_segments_is_answered(plan9: Plan9Target) -> None:
+def test_plan9_request_in_many_segments_is_answered(plan9: Plan9Target) -> None:
     async def conversation(client: Any) -> int:
         answer = await client.write(await client.fid("scratch/a"), b"x" * 1_000_000)
         return int(answer["count"])
@@ -126,7 +126,7 @@ def version_request() -> bytes:
     return struct.pack("<I", 4 + len(body)) + body
 
 
-def test_a_request_sent_byte_by_byte_and_two_at_once(plan9: Plan9Target) -> None:
+def test_plan9_request_byte_by_byte_and_two_at_once_are_answered(plan9: Plan9Target) -> None:
     with socket.create_connection(("127.0.0.1", plan9.endpoints[0].host_port), 5) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for byte in version_request():
@@ -142,14 +142,14 @@ def test_a_request_sent_byte_by_byte_and_two_at_once(plan9: Plan9Target) -> None
 
 
 @pytest.mark.parametrize("size", [0, 6, 0x7FFFFFFF])
-def test_an_impossible_size_cuts_that_connection_only(plan9: Plan9Target, size: int) -> None:
+def test_plan9_impossible_size_cuts_only_that_connection(plan9: Plan9Target, size: int) -> None:
     with socket.create_connection(("127.0.0.1", plan9.endpoints[0].host_port), 5) as connection:
         connection.sendall(struct.pack("<I", size) + b"\0" * 100)
         assert hung_up(connection)
     assert read_whole(plan9, "README")
 
 
-def test_a_message_the_server_chokes_on_is_logged_within_bounds(
+def test_plan9_bad_message_is_logged_within_bounds(
     plan9: Plan9Target, caplog: pytest.LogCaptureFixture
 ) -> None:
     walk_cut_short = struct.pack("<IBHI", 11, 110, 1, 0)
@@ -188,7 +188,7 @@ def test_start_again_after_stop_but_not_twice(plan9: Plan9Target) -> None:
     assert read_whole(plan9, "README")
 
 
-def test_two_targets_at_once_share_nothing(plan9: Plan9Target) -> None:
+def test_plan9_two_targets_at_once_share_nothing(plan9: Plan9Target) -> None:
     other = Plan9Target()
     other.start()
     try:
@@ -204,7 +204,7 @@ def test_two_targets_at_once_share_nothing(plan9: Plan9Target) -> None:
         other.stop()
 
 
-def test_what_raises_on_start_is_a_target_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan9_start_raises_is_a_target_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import pyroute2.plan9.server
 
     def broken(*args: object, **kwargs: object) -> None:
@@ -220,7 +220,7 @@ def test_what_raises_on_start_is_a_target_error(monkeypatch: pytest.MonkeyPatch)
     target.stop()
 
 
-def test_a_server_that_ends_by_itself_is_a_target_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan9_server_ends_by_itself_is_a_target_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import pyroute2.plan9.server
 
     async def ends(self: object) -> asyncio.Task[None]:
@@ -244,7 +244,7 @@ def test_a_server_that_ends_by_itself_is_a_target_error(monkeypatch: pytest.Monk
     target.stop()
 
 
-def test_a_stuck_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan9_stuck_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bridge.targets.plan9._STOP_SECONDS", 0.2)
     target = Plan9Target()
     target.start()
@@ -256,7 +256,7 @@ def test_a_stuck_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     release.set()
 
 
-def test_no_free_port_is_a_target_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan9_no_free_port_is_a_target_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError(98, "Address already in use")
 
@@ -265,7 +265,7 @@ def test_no_free_port_is_a_target_error(monkeypatch: pytest.MonkeyPatch) -> None
         Plan9Target().start()
 
 
-def test_the_code_under_test_is_imported_by_start_only() -> None:
+def test_plan9_code_under_test_is_imported_only_by_start() -> None:
     program = """
         import sys
         from bridge.targets.registry import create
@@ -278,7 +278,7 @@ def test_the_code_under_test_is_imported_by_start_only() -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=60)
 
 
-def test_what_the_guest_is_told(plan9: Plan9Target) -> None:
+def test_plan9_guest_setup_mounts_the_server(plan9: Plan9Target) -> None:
     assert plan9.guest_modules == ("9p", "9pnet_fd")
     assert plan9.endpoints[0].guest_port == GUEST_PORT
     assert f"port={GUEST_PORT}," in plan9.guest_setup
@@ -309,7 +309,7 @@ def test_names_and_none() -> None:
         ("bridge.targets.plan9:GUEST_PORT", "has no class GUEST_PORT", ""),
     ],
 )
-def test_a_wrong_name_is_a_usage_error(name: str, message: str, hint: str) -> None:
+def test_create_wrong_name_is_a_usage_error(name: str, message: str, hint: str) -> None:
     with pytest.raises(UsageError) as caught:
         create(name)
     assert message in caught.value.message
@@ -354,13 +354,15 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
         sys.modules.pop(name, None)
 
 
-def test_a_target_of_ones_own_from_the_working_directory(own_module: str, tmp_path: Path) -> None:
+def test_create_own_target_from_the_working_directory_works(
+    own_module: str, tmp_path: Path
+) -> None:
     target = create(f"{own_module}:Good", tmp_path)
     assert target.name == "good"
     assert vars(target) == {"directory": tmp_path}
 
 
-def test_the_example_of_the_documentation_serves(
+def test_example_of_the_documentation_serves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = Path(__file__).resolve().parents[2] / "docs" / "targets.md"
@@ -394,13 +396,17 @@ def test_the_example_of_the_documentation_serves(
         ("own_broken_module:Any", "raised ModuleNotFoundError while it was made"),
     ],
 )
-def test_a_target_of_ones_own_that_is_none(own_module: str, name: str, message: str) -> None:
+def test_create_class_is_no_target_is_a_target_error(
+    own_module: str, name: str, message: str
+) -> None:
     with pytest.raises(TargetError) as caught:
         create(name)
     assert message in caught.value.message
 
 
-def test_a_directory_that_cannot_be_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tree_directory_cannot_be_served_is_a_usage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UsageError, match="is no directory"):
         Plan9Target(tmp_path / "none").start()
     (tmp_path / "file").write_bytes(b"12345")
@@ -427,7 +433,7 @@ def test_links_and_pipes_are_left_out_with_a_warning(
     assert "4 entries" in caplog.text
 
 
-def test_the_built_in_tree_names_parents_first() -> None:
+def test_tree_built_in_names_parents_first() -> None:
     seen = {""}
     for entry in built_in():
         assert entry.path.rpartition("/")[0] in seen

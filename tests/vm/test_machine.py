@@ -119,7 +119,7 @@ def test_killed_qemu_is_reported_at_once_to_all_listeners(machine: Machine) -> N
     assert machine.powerdown() is Ending.GONE
 
 
-def test_close_stopped_qemu_is_killed(machine: Machine) -> None:
+def test_powerdown_stopped_qemu_is_killed(machine: Machine) -> None:
     os.kill(machine.pid, signal.SIGSTOP)
     pid = machine.pid
     assert machine.powerdown() is Ending.KILL
@@ -154,7 +154,7 @@ def test_start_program_is_not_qemu_is_a_qemu_error(tmp_path: Path) -> None:
         Machine(MachineConfig(TCG, qemu=str(fake))).start()
 
 
-def test_start_too_much_memory_hints_at_the_flag() -> None:
+def test_start_too_much_memory_is_a_qemu_error() -> None:
     with pytest.raises(QemuError, match="exited"):
         Machine(MachineConfig(TCG, memory_mib=1 << 34)).start()
 
