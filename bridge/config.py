@@ -85,7 +85,7 @@ class Option:
     file: bool = False
 
     def allowed(self) -> str:
-        """What may be given, in words."""
+        """Describe the allowed values."""
         if self.choices:
             return " or ".join(self.choices)
         words = self.kind.value
@@ -349,12 +349,12 @@ class Settings:
         return named
 
     def replace(self, **changes: Any) -> Settings:
-        """A copy with some settings changed, checked again."""
+        """Return a copy with some settings changed, and check it."""
         return dataclasses.replace(self, **changes)
 
 
 def options() -> dict[str, Option]:
-    """The settings by name, in the order of their definition."""
+    """Return the settings by name, in the order of their definition."""
     return {each.name: each.metadata["option"] for each in dataclasses.fields(Settings)}
 
 
@@ -362,7 +362,7 @@ _DEFAULTS = {each.name: each.default for each in dataclasses.fields(Settings)}
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """A hint that names the nearest known name, or all of them."""
+    """Return a hint with the nearest known name, or all of them."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {near[0]}?" if near else "there are: " + ", ".join(names)
@@ -409,7 +409,7 @@ def _check(name: str, option: Option, value: object, where: str) -> None:
 
 
 def _absolute(name: str, option: Option, value: object, where: str) -> object:
-    """A path from the root on: later the working directory is perhaps another, a target's.
+    """Make a path absolute, because a target may change the working directory.
 
     Text is taken for a path, and a path for text, as the setting wants it.
     """
@@ -437,7 +437,7 @@ def _absolute(name: str, option: Option, value: object, where: str) -> object:
 
 
 def _path(text: str) -> Path:
-    """A path, its ``~`` or ``~user`` replaced where there is such a user; else taken as it is."""
+    """Replace the ``~`` or ``~user`` of a path if there is such a user."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -445,7 +445,7 @@ def _path(text: str) -> Path:
 
 
 def _from_text(name: str, option: Option, text: str, where: str) -> object:
-    """A value as a flag or an environment variable gives it."""
+    """Convert a value from a flag or an environment variable."""
     value: object
     try:
         match option.kind:
@@ -471,7 +471,7 @@ def _from_text(name: str, option: Option, text: str, where: str) -> object:
 
 
 def _from_toml(name: str, option: Option, value: object, where: str, directory: Path) -> object:
-    """A value as the file gives it; a relative path there starts at the file's directory."""
+    """Convert a value from the file, where a relative path starts at the file's directory."""
     if option.kind is Kind.PATH and isinstance(value, str) and value != "":
         value = directory / _path(value)
     elif option.kind is Kind.NAME_OR_PATH and isinstance(value, str) and "/" in value:
@@ -483,7 +483,7 @@ def _from_toml(name: str, option: Option, value: object, where: str, directory: 
 
 
 def find_file(directory: Path) -> Path | None:
-    """The settings file of a directory: ``kcov-bridge.toml``, else a ``pyproject.toml``."""
+    """Find the settings file of a directory: ``kcov-bridge.toml``, else ``pyproject.toml``."""
     for name in (CONFIG_FILE, "pyproject.toml"):
         path = directory / name
         if path.is_file():
@@ -492,7 +492,7 @@ def find_file(directory: Path) -> Path | None:
 
 
 def _read_file(path: Path) -> dict[str, object]:
-    """The table of settings in a TOML file.
+    """Read the table of settings in a TOML file.
 
     Raises :class:`UsageError` where the file can't be read, is no TOML or has no such table.
     """

@@ -55,7 +55,7 @@ class BridgeError(Exception):
         self.hint = hint
 
     def report(self) -> str:
-        """The error as a person reads it: message, evidence, hint; no trailing newline."""
+        """Render the error for people: message, evidence, hint; no trailing newline."""
         parts = [self.message]
         if self.evidence.strip():
             parts.append("\n".join("  | " + line for line in self.evidence.strip().splitlines()))

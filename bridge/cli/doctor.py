@@ -336,7 +336,7 @@ def diagnose(settings: Settings) -> tuple[Check, ...]:
 
 
 def render(checks: tuple[Check, ...]) -> str:
-    """The checks as a person reads them; no trailing newline."""
+    """Render the checks for people; no trailing newline."""
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:

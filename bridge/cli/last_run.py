@@ -71,7 +71,7 @@ def _last() -> Path | None:
 
 
 def _beside_stdin() -> Path | None:
-    """The directory of the file that stdin is, if that is a run; None for a pipe or a terminal."""
+    """Return the directory of stdin's file if it is a run; None for a pipe or a terminal."""
     try:
         descriptor = sys.stdin.fileno()
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -176,7 +176,7 @@ def make_parser(*, complete: bool = False) -> argparse.ArgumentParser:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:
-    """The parsed arguments, or ``None`` when only help was asked for; ``command`` is after --."""
+    """Parse the arguments; ``command`` is what follows --. None if only help was requested."""
     own = list(arguments)
     command: list[str] = []
     split = own.index("--") if "--" in own else None
@@ -314,6 +314,6 @@ def _main(arguments: Sequence[str], streams: Streams) -> int:
 
 
 def entry() -> None:
-    """The console script: :func:`main` as a process."""
+    """Run :func:`main` as a process: the console script."""
     reserve_descriptors()
     sys.exit(main())

@@ -198,7 +198,7 @@ class _Record:
 
 @contextlib.contextmanager
 def _noted(what: str, problems: list[str]) -> Iterator[None]:
-    """A failure to write one result hides neither the others nor what ended the run."""
+    """Keep a failure to write one result from hiding the others, or what ended the run."""
     try:
         yield
     except BrokenPipeError:

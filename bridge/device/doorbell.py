@@ -237,7 +237,7 @@ class Doorbell(Generic[C]):
         return cast(T, future.result(timeout))
 
     def _not_running(self) -> DoorbellError:
-        """The error for a call that nobody answers."""
+        """Return the error for a call that nobody answers."""
         error = self.ended_by
         if error is None:
             return DoorbellError("the doorbell's thread does not run")

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BeforeModule",
+    "CustomImage",
     "GuestImage",
-    "OwnImage",
     "ProjectImage",
     "find_guest_image",
     "lines_for",
@@ -115,7 +115,7 @@ def find_guest_image(settings: Settings) -> GuestImage:
         ImageError: it is broken, or cannot be built.
     """
     if settings.image is not None and settings.ssh_key is not None:
-        return OwnImage(Path(settings.image), settings.ssh_key)
+        return CustomImage(Path(settings.image), settings.ssh_key)
     if settings.ssh_key is not None:
         raise UsageError(
             "an SSH key is given without a disk image of your own",
@@ -224,7 +224,7 @@ class ProjectImage:
         return guest, ready
 
 
-class OwnImage:
+class CustomImage:
     """A user's disk image, raw or qcow2, with an sshd, a compiler and kernel headers.
 
     It is never written, because the guest works on a temporary copy. What was built in it is kept

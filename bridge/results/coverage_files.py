@@ -28,7 +28,7 @@ LCOV_FILE = "lcov.info"
 
 
 def _loaded(data_file: Path) -> coverage.Coverage:
-    """The data, with settings of its own: a configuration file of the user's project is ignored.
+    """Open the data with settings of our own; a configuration file of the user is ignored.
 
     Raises :class:`InfrastructureError` where the file is missing or no coverage data.
     """

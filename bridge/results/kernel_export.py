@@ -52,7 +52,7 @@ def is_kernel_pc(pc: PC) -> bool:
 
 
 def read_blocks(path: Path) -> list[Block]:
-    """The blocks of a run, sorted, each once; of several sizes of one the largest.
+    """Read the blocks of a run, sorted, each once; with the largest of several sizes.
 
     Raises :class:`bridge.errors.UsageError` where there is no such file and
     :class:`bridge.errors.SourceError` where it is damaged.
@@ -71,7 +71,7 @@ def read_blocks(path: Path) -> list[Block]:
 
 
 def rawcover(run: Path) -> bytes:
-    """The kernel's PCs of a run, sorted, each once: ``0x…``, one a line, as syzkaller has them."""
+    """Render a run's kernel PCs, sorted, each once: ``0x…``, one a line, as syzkaller does."""
     path = run / _PCS_FILE
     pcs: set[PC] = set()
     others = 0
@@ -135,7 +135,7 @@ def drcov(symbols: KernelSymbols, blocks: list[Block]) -> bytes:
 
 
 def lcov(symbols: KernelSymbols, blocks: list[Block], lines: Lines) -> bytes:
-    """The lines and functions in LCOV's format, of the compile units that were covered at all.
+    """Render lines and functions in LCOV's format, for the compile units that were covered.
 
     Counts are 1 and 0: how often is not known. Blocks without lines are left out, with a warning.
     """
@@ -195,7 +195,7 @@ _HINT: Final = "run with the guest's kernel as a source; see docs/guest-kernel.m
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a file of a run that aren't blank."""
+    """Return the non-blank lines of a file of a run."""
     try:
         text = path.read_text(encoding="ascii")
     except FileNotFoundError as error:
@@ -267,7 +267,7 @@ def lines_of(run: Path, vmlinux: Path | None, symbols: KernelSymbols) -> Lines |
 
 
 def _release(run: Path) -> str:
-    """The kernel of a run, as its summary has it; empty where it does not say."""
+    """Return the kernel release in a run's summary; "" if it has none."""
     try:
         return str(summary.read(run / "summary.json").get("kernel") or "")
     except BridgeError:

@@ -16,7 +16,7 @@ __all__ = ["load_blocks", "load_kernel"]
 
 
 def load_blocks(run: Path) -> BlockTable:
-    """The block table of a run directory.
+    """Read the block table of a run directory.
 
     Raises :class:`bridge.errors.UsageError` where there is none and
     :class:`bridge.errors.SourceError` where it is damaged.
@@ -31,7 +31,7 @@ def load_blocks(run: Path) -> BlockTable:
 
 
 def load_kernel(run: Path, vmlinux: Path | None = None) -> KernelPlaces | None:
-    """The places of the guest's kernel in a run directory; None for a run without them.
+    """Read the symbols of the guest's kernel in a run directory; None if it has none.
 
     ``vmlinux`` has the kernel's debug information; by default that of Debian's package is used
     where it is installed. Raises :class:`bridge.errors.UsageError` where it is not there and

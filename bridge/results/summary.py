@@ -70,7 +70,7 @@ def write(summary: Summary, path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The object in a file that :func:`write` made.
+    """Read a file that :func:`write` made.
 
     Raises :class:`bridge.errors.InfrastructureError` for anything else.
     """
@@ -90,7 +90,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def render(summary: Summary) -> str:
-    """The summary as a person reads it in a terminal; no trailing newline."""
+    """Render the summary for a terminal; no trailing newline."""
     stats, command = summary.stats, summary.command
     per_call = f", {stats.pcs / stats.returns:.1f} a call" if stats.returns else ""
     reason = f" ({stats.accel_reason})" if stats.accel_reason else ""
@@ -114,7 +114,7 @@ def render(summary: Summary) -> str:
 
 
 def _blocks(stats: Stats) -> str:
-    """What was covered of each source that there was."""
+    """Describe what was covered of each source."""
     text = []
     kernel = stats.kernel_blocks_covered
     if kernel is not None:

@@ -64,7 +64,7 @@ class _Channel:
         self.socket.sendall(_HEAD.pack(kind, len(payload)) + payload)
 
     def receive(self) -> tuple[bytes, bytes]:
-        """The next message. Raises EOFError at the end, OSError (a time-out too), ValueError."""
+        """Receive a message. Raises EOFError at the end, OSError (also in time-outs), ValueError."""
         kind, length = _HEAD.unpack(self._exactly(_HEAD.size))
         if length > _LENGTH_LIMIT:
             raise ValueError(f"a message of {length} bytes")
@@ -99,7 +99,7 @@ class _Running:
         return message, self.process.stderr_text, hint
 
     def conclude(self, name: str, expected: bytes) -> dict[str, Any]:
-        """The answer to start or stop. Raises TargetError, UsageError."""
+        """Return the answer to start or stop. Raises TargetError, UsageError."""
         try:
             kind, payload = self.answers.receive()
             answer = json.loads(payload)

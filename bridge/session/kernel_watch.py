@@ -51,7 +51,7 @@ class KernelWatch(Protocol):
         """What QEMU loads to watch the kernel."""
 
     def fds(self, region: Region) -> WatchFds | None:
-        """The memory that the plugin shares with the bridge."""
+        """Return the memory that the plugin shares with the bridge."""
 
     def read_kernel(self, guest: Guest, release: str, on_doorbell: OnDoorbell) -> None:
         """Ask a running kernel for its symbols, if they are not known yet.
@@ -70,7 +70,7 @@ class KernelWatch(Protocol):
         """Take the modules for loaded that were loaded when the guest was ready: it was reset."""
 
     def places(self) -> KernelPlaces | None:
-        """What the kernel's PCs stand for."""
+        """Return what the kernel's PCs stand for."""
 
     def save(self, out: Path) -> None:
         """Write what ``symbolize`` and ``export`` need; a failure is logged."""

@@ -273,7 +273,7 @@ class Launcher:
         return self._start(None)
 
     def _find_snapshot(self) -> Snapshot | None:
-        """The ready guest, saved, if it is to be had; without it the guest boots."""
+        """Return the snapshot of the ready guest, or None, in which case the guest boots."""
         settings, image = self._settings, self._image
         if not settings.snapshot or not image.can_be_saved or settings.kernel is not None:
             return None
@@ -336,7 +336,7 @@ class Launcher:
 
 
 def _memory(snapshot: Snapshot, config: MachineConfig, stack: ExitStack) -> tuple[int, int]:
-    """The memory, to be filled, and the states of a machine that starts from the snapshot."""
+    """Make the memory and the states of a machine that starts from the snapshot."""
     try:
         ram = new_memory(config.memory_mib << 20)
         stack.callback(os.close, ram)

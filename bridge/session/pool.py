@@ -312,7 +312,7 @@ class Pool:
 
 
 def _first(workers: Iterable[Worker], seconds: float) -> list[Worker]:
-    """The workers that have an answer, once there is one; none when the time is up."""
+    """Wait for answers and return the workers that have one; none when the time is up."""
     ready = set(wait([worker.fileno() for worker in workers], max(0.0, seconds)))
     return [worker for worker in workers if worker.fileno() in ready]
 

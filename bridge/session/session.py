@@ -484,7 +484,7 @@ class Session:
         self.events.publish(Reset(parts.running.resets))
 
     def symbolize(self, pc: int) -> Location | str | None:
-        """What a PC stands for: a location in the target's code; None for one of no block.
+        """Return the location of a PC in the target's code; None if it belongs to no block.
 
         For a PC of the guest's kernel a text, ``function+0xoffset [module]``.
         """
@@ -500,7 +500,7 @@ class Session:
 
 
 def _words(command: Word | Sequence[Word]) -> tuple[str, ...]:
-    """The words of a command; a line becomes one for the guest's shell."""
+    """Return the words of a command; a single line is given to the guest's shell."""
     if isinstance(command, str | bytes | os.PathLike):
         return "sh", "-c", os.fsdecode(command)
     return tuple(os.fsdecode(word) for word in command)

@@ -46,7 +46,7 @@ def ready_snapshot(
     region_bytes: int,
     modules: Sequence[str] = (),
 ) -> Snapshot:
-    """The ready guest of ``image`` in this machine; made now if there is no snapshot of it.
+    """Return the snapshot of ``image`` in this machine, and make it if there is none.
 
     ``modules`` are kernel modules that are loaded in it. Raises
     :class:`bridge.errors.CacheError` where the cache cannot be written,

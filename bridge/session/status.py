@@ -79,7 +79,7 @@ def _may_ask(connection: socket.socket) -> bool:
 
 
 def ask_all() -> list[Status]:
-    """The status of every bridge on this machine that answers us, by process id."""
+    """Return the status of each bridge on this machine that answers us, by process id."""
     found = []
     for line in Path("/proc/net/unix").read_text(encoding="utf-8", errors="replace").splitlines():
         name = line.rpartition(" ")[2]

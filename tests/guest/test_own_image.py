@@ -23,7 +23,7 @@ import bridge
 from bridge.cli.main import main
 from bridge.config import Settings
 from bridge.errors import GuestSetupError, KernelUnknownError, UsageError
-from bridge.guest.guest_image import OwnImage, find_guest_image
+from bridge.guest.guest_image import CustomImage, find_guest_image
 from bridge.session.session import Session
 from bridge.sources.guest_kernel.filters import KernelFilter
 from bridge.sources.guest_kernel.running import read_kernel
@@ -235,4 +235,4 @@ def test_find_guest_image_disk_or_key_alone_is_a_usage_error(tmp_path: Path) -> 
         find_guest_image(Settings(ssh_key=disk))
     with pytest.raises(UsageError, match="does not exist"):
         find_guest_image(Settings(image=str(tmp_path / "no.img"), ssh_key=disk))
-    assert isinstance(find_guest_image(Settings(image=str(disk), ssh_key=disk)), OwnImage)
+    assert isinstance(find_guest_image(Settings(image=str(disk), ssh_key=disk)), CustomImage)

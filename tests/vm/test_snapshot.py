@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bridge.errors import BridgeError, GuestLostError, ImageError, QemuError, UsageError
-from bridge.guest.guest_image import OwnImage
+from bridge.guest.guest_image import CustomImage
 from bridge.session import snapshots
 from bridge.targets import Endpoint
 from bridge.vm.accel import Accelerator
@@ -229,7 +229,7 @@ def test_ready_snapshot_making_fails_is_tried_again_the_next_time(
     monkeypatch.setattr(snapshots, "_make", make)
     for name in ("disk.img", "key"):
         (tmp_path / name).write_text("none")
-    image = OwnImage(tmp_path / "disk.img", tmp_path / "key")
+    image = CustomImage(tmp_path / "disk.img", tmp_path / "key")
     for count in (1, 2, 3):
         with pytest.raises(QemuError, match="SIGABRT"):
             snapshots.ready_snapshot(image, EMPTY, MEMORY)

@@ -13,7 +13,7 @@ import pytest
 
 from bridge.config import Settings
 from bridge.errors import KernelUnknownError, UsageError
-from bridge.guest.guest_image import OwnImage
+from bridge.guest.guest_image import CustomImage
 from bridge.session.kernel_watch import GuestKernelWatch
 from bridge.sources.guest_kernel.filters import KernelFilter
 from bridge.sources.guest_kernel.placement import MODULES_BASE
@@ -167,7 +167,7 @@ class Hiding:
 def test_only_a_kernel_that_was_asked_for_must_be_known(
     source: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    image = OwnImage(Path(__file__), Path(__file__))  # one that does not know its kernel
+    image = CustomImage(Path(__file__), Path(__file__))  # one that does not know its kernel
     with monkeypatch.context() as patch:
         # Whether this machine's QEMU loads a plugin is of no account.
         patch.setattr("bridge.sources.guest_kernel.plugin.build_plugin", Path)
