@@ -64,7 +64,7 @@ class _Channel:
         self.socket.sendall(_HEAD.pack(kind, len(payload)) + payload)
 
     def receive(self) -> tuple[bytes, bytes]:
-        """Receive a message. Raises EOFError at the end, OSError (also in time-outs), ValueError."""
+        """Receive a message. Raises EOFError at the end, OSError (also on time-out), ValueError."""
         kind, length = _HEAD.unpack(self._exactly(_HEAD.size))
         if length > _LENGTH_LIMIT:
             raise ValueError(f"a message of {length} bytes")
