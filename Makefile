@@ -11,6 +11,10 @@ export PYTHON
 # The Pythons that `make test-all` looks for, on PATH and among pyenv's.
 PYTHONS ?= 3.11 3.12 3.13
 
+# How pytest runs tests side by side: whole files, two at a time. `make test ARGS=-n0` runs one after
+# the other; so does --pdb.
+WORKERS ?= -n auto --dist loadfile --no-loadscope-reorder
+
 # Mutations of `make storm`, calls of `make answers`.
 STORM ?= 10000000
 ANSWERS ?= 10000000
@@ -58,7 +62,7 @@ bench: packages-test $(VENV)/installed-bench ## measure what the bridge costs; n
 
 test: packages-test $(VENV)/installed-dev ## run all tests; boots virtual machines (many minutes without KVM)
 	@mkdir -p build
-	@status=0; $(VENV)/bin/python -m pytest $(ARGS) || status=$$?; \
+	@status=0; $(VENV)/bin/python -m pytest $(WORKERS) $(ARGS) || status=$$?; \
 		echo $$status >build/test.status; exit $$status
 
 test-unit: packages-test $(VENV)/installed-dev ## run the tests that need no virtual machine (a minute or two)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
@@ -43,9 +44,18 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     config.stash[_GUESTS].close()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A guest takes up to two processors, its own and the one of the host code that serves it."""
+    return max(2, (os.cpu_count() or 1) // 2)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     order(items)
+    if hasattr(config, "workerinput"):
+        # Workers take file by file: the long ones first, so that none is left at the end.
+        items.sort(key=lambda item: item.get_closest_marker("vm") is None)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
