@@ -54,7 +54,7 @@ class Elsewhere:
         self.server.wait()
 
 
-@pytest.mark.guest(source="python")
+@pytest.mark.guest(target="plan9", source="python")
 def test_session_with_the_same_target_inside_another_gets_its_own_pcs(
     session: Session, caplog: pytest.LogCaptureFixture
 ) -> None:

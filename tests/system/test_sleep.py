@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,10 +18,7 @@ pytestmark = pytest.mark.vm
 _PROGRAM = Path(__file__).with_name("suspend.c")
 
 
-@pytest.fixture(scope="module")
-def session() -> Iterator[bridge.Session]:
-    with bridge.boot(target="none", source="python") as session:
-        yield session
+shared_guest = pytest.mark.guest(target="none", source="python", syscall_pcs=True)
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +27,9 @@ def suspend() -> Path:
     return guest_program(_PROGRAM)
 
 
+@shared_guest
 @pytest.mark.parametrize("state", ["mem", "freeze", "standby", "disk"])
 def test_guest_asked_to_sleep_refuses(session: bridge.Session, state: str) -> None:
-    session.reset()
     supported = session.run("cat /sys/power/state").text.split()
     result = session.kcov(["sh", "-c", f"echo {state} >/sys/power/state"], timeout=60)
     assert result.exit_status != 0
@@ -42,6 +38,7 @@ def test_guest_asked_to_sleep_refuses(session: bridge.Session, state: str) -> No
     assert session.kcov(["true"]).exit_status == 0
 
 
+@shared_guest
 def test_suspended_guest_is_lost_at_once_and_reset_rescues_it(
     session: bridge.Session, suspend: Path
 ) -> None:
