@@ -29,6 +29,9 @@ pytestmark = pytest.mark.vm
 SCHED_GETSCHEDULER = 145
 """arch/x86/entry/syscalls/syscall_64.tbl"""
 
+SETTINGS = Settings(target="none", source="python", syscall_pcs=True, region=64)
+"""A region of 64 MiB holds sixteen areas of the size that kcov-exec makes by default."""
+
 CALLS = 10
 THREADS = 100
 """As in follow.c."""
@@ -38,9 +41,7 @@ THREADS = 100
 def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     out = tmp_path_factory.mktemp("agent")
     program = guest_program(Path(__file__).with_name("follow.c"))
-    # A region of 64 MiB holds sixteen areas of the size that kcov-exec makes by default.
-    settings = Settings(target="none", source="python", syscall_pcs=True, region=64)
-    with Session(settings, out) as session:
+    with Session(SETTINGS, out) as session:
         session.put(program, "/usr/local/bin/follow", 0o755)
         yield session
 
@@ -192,9 +193,7 @@ def test_guest_writes_go_to_memory(session: Session) -> None:
     run(session, "sed -i '$d' /etc/hosts")
 
 
-@pytest.fixture
-def machine(tmp_path: Path) -> Iterator[tuple[Machine, Guest]]:
-    """A machine without the kcov device."""
+def test_agent_no_device_reports_it_and_serves_ssh(tmp_path: Path) -> None:
     image = guest_image()
     config = MachineConfig(
         accelerator=choose_accelerator("auto"),
@@ -207,36 +206,33 @@ def machine(tmp_path: Path) -> Iterator[tuple[Machine, Guest]]:
         machine.start()
         guest = Guest(machine.ssh_port, image.ssh_key, image.host_key.read_text(), watched=machine)
         with guest:
-            yield machine, guest
+            with pytest.raises(GuestSetupError, match="module") as caught:
+                machine.wait_ready()
+            assert "No such device" in caught.value.report()
+            guest.connect()
+            assert guest.run(["uname", "-r"], timeout=60).text.strip() == image.kernel_release
 
 
-def test_agent_no_device_reports_it_and_serves_ssh(
-    machine: tuple[Machine, Guest],
-) -> None:
-    vm, guest = machine
-    with pytest.raises(GuestSetupError, match="module") as caught:
-        vm.wait_ready()
-    assert "No such device" in caught.value.report()
-    guest.connect()
-    assert guest.run(["uname", "-r"], timeout=30).text.strip() == guest_image().kernel_release
+@pytest.fixture
+def own_session(tmp_path: Path) -> Iterator[Session]:
+    """A guest that does not outlive the test."""
+    with Session(SETTINGS, tmp_path) as session:
+        yield session
 
 
-def test_agent_power_button_ends_the_guest(machine: tuple[Machine, Guest]) -> None:
-    vm, guest = machine
-    guest.connect()
+def test_agent_power_button_ends_the_guest(own_session: Session) -> None:
+    machine = own_session.machine
     lost = threading.Event()
-    vm.add_loss_listener(lambda error: lost.set())
-    vm.execute("system_powerdown")
-    assert lost.wait(10), vm.console.tail(20)
-    assert isinstance(vm.loss, GuestPoweredOffError)
-    assert "Power down" in vm.console.tail(5)
+    machine.add_loss_listener(lambda error: lost.set())
+    machine.execute("system_powerdown")
+    assert lost.wait(60), machine.console.tail(20)
+    assert isinstance(machine.loss, GuestPoweredOffError)
+    assert "Power down" in machine.console.tail(5)
 
 
 @pytest.mark.parametrize("command", ["poweroff", "poweroff -f", "reboot", "kill -TERM 1"])
-def test_agent_command_ends_the_guest(machine: tuple[Machine, Guest], command: str) -> None:
-    vm, guest = machine
-    guest.connect()
+def test_agent_command_ends_the_guest(own_session: Session, command: str) -> None:
     with pytest.raises(BridgeError) as caught:
-        guest.run(f"{command}; sleep 20", timeout=30)
+        own_session.guest.run(f"{command}; sleep 60", timeout=90)
     assert isinstance(caught.value, GuestPoweredOffError), caught.value.report()
-    assert isinstance(vm.loss, GuestPoweredOffError)
+    assert isinstance(own_session.machine.loss, GuestPoweredOffError)
