@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where coverage comes from: the protocol of a source, and its implementations beside it."""
+"""Coverage sources: their protocol here, the implementations in the modules below."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ class Consumed(Protocol):
     """What a ledger needs of a source."""
 
     def consume(self) -> Sequence[PC]:
-        """The PCs of the blocks covered since the last call, each once, and forget them.
+        """Return the PCs of the blocks covered since the last call, each once, and forget them.
 
-        Called on the doorbell thread at each system call return of an owner that may have news,
-        while the target goes on running on its own threads: what is covered during the call shows
-        up in this answer or in the next one, never in none. What the target did before it sent
-        something to the guest must show in the first call that begins after that. Its cost must
-        follow the number of blocks covered, not the size of the target.
+        Called on the doorbell's thread at each system call return that an owner reports, while the
+        target's threads run. What is covered during the call is in this answer or the next one.
+        What the target did before it sent something to the guest is in the first call that begins
+        after that. The cost follows the number of blocks covered, not the size of the target.
         """
 
 
 class Source(Consumed, Protocol):
-    """Something that covers code and can say which blocks were covered since it was last asked."""
+    """A coverage source, with its life and its figures."""
 
     name: str
 
     def start(self) -> None:
-        """Begin to measure. Code that runs afterwards, on any thread of the target, counts.
+        """Start to measure; code that runs afterwards, on any thread of the target, counts.
 
-        Raises :class:`bridge.errors.SourceError`.
+        Raises:
+            SourceError: it cannot start.
         """
 
     def stop(self) -> None:
-        """End the measurement. Safe to call twice, and on a source that never started."""
+        """Stop the measurement. Safe to call twice, and on a source that never started."""
 
     @property
     def blocks_total(self) -> int:
-        """How many blocks the source could cover."""
+        """Number of blocks that the source could cover."""
 
     @property
     def blocks_covered(self) -> int:
-        """How many different blocks have been covered since :meth:`start`."""
+        """Number of different blocks covered since :meth:`start`."""

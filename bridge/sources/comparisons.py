@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hands the comparisons of a source to several readers, each in order to each."""
+"""Fan-out of a source's comparisons to several readers, each with its own cursor."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from bridge.device.abi import Comparison
 __all__ = ["LIMIT", "Comparing", "ComparisonCursor", "ComparisonLedger"]
 
 LIMIT: Final = 1 << 16
-"""How many comparisons are kept for somebody to fetch; more are dropped, and counted."""
+"""Limit of comparisons kept for readers; more are dropped and counted."""
 
 
 class Comparing(Protocol):
     """A source that has comparisons: :class:`bridge.sources.python.source.PythonSource`."""
 
     def record_comparisons(self, on: bool) -> None:
-        """Somebody wants comparisons from now on, or nobody does any more."""
+        """Start or stop to record comparisons."""
 
     def consume_comparisons(self) -> tuple[Sequence[Comparison], int]:
-        """The comparisons since the last call, in order, and how many were dropped."""
+        """Return the comparisons since the last call, in order, and how many were dropped."""
 
 
 class ComparisonCursor:
-    """What one reader has been given so far; made by :meth:`ComparisonLedger.open_cursor`."""
+    """One reader's position; made by :meth:`ComparisonLedger.open_cursor`."""
 
     __slots__ = ("_lost", "_position")
 
@@ -35,10 +35,10 @@ class ComparisonCursor:
 
 
 class ComparisonLedger:
-    """Hands the comparisons of a source to several readers, each in order to each.
+    """Gives each reader all comparisons of a source, in order.
 
-    Not thread-safe: it is used on the doorbell thread only. It keeps at most :data:`LIMIT`
-    comparisons: a reader that does not ask loses the oldest of what it has not fetched.
+    Not thread-safe: only the doorbell's thread uses it. It keeps at most :data:`LIMIT` comparisons;
+    a slow reader loses the oldest ones.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class ComparisonLedger:
         """``on_failure`` as for :class:`bridge.sources.ledger.Ledger`."""
         self._source = source
         self._on_failure = on_failure
-        # What some open cursor has not been given; the first one has the number _first.
+        # Comparisons that some open cursor has not been given; _first numbers the first one.
         self._kept: list[Comparison] = []
         self._first = 0
         self._lost = 0
         self._cursors: set[ComparisonCursor] = set()
 
     def open_cursor(self) -> ComparisonCursor:
-        """A new reader, who is given what is compared from now on and nothing of before."""
+        """Return a new reader, which gets what is compared from now on."""
         if self._cursors:
             self._drain()
         else:
@@ -64,7 +64,7 @@ class ComparisonLedger:
         return cursor
 
     def close_cursor(self, cursor: ComparisonCursor) -> None:
-        """Forget a reader; allowed more than once. Without any the source takes no notes."""
+        """Forget a reader; safe to call twice. Without readers the source records nothing."""
         self._cursors.discard(cursor)
         if self._cursors:
             self._forget()
@@ -74,7 +74,7 @@ class ComparisonLedger:
             self._source.record_comparisons(False)
 
     def collect(self, cursor: ComparisonCursor) -> tuple[list[Comparison], int]:
-        """What was compared since this cursor last asked, and how many of it were dropped.
+        """Return the comparisons since this cursor's last call, and how many were dropped.
 
         Raises what the source raises, and ValueError for a cursor that is not open.
         """
@@ -102,7 +102,7 @@ class ComparisonLedger:
         self._drop(len(self._kept) - LIMIT)
 
     def _forget(self) -> None:
-        """Drop what every cursor has been given."""
+        """Drop what all cursors have been given."""
         self._drop(min(cursor._position for cursor in self._cursors) - self._first)
 
     def _drop(self, oldest: int) -> None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who has been given which block: sources are consumed once, but every instance gets every block.
+"""Fan-out of coverage to several readers, each with its own cursor.
 
-Consuming a source clears it, so what one kcov instance fetches would be lost to the others that
-are enabled. The ledger keeps each covered block in the order in which it was last covered, and each
-instance has a cursor into that order: its news are the blocks behind the cursor. This costs nothing
-for the instances that do not ask.
+Consuming a source clears it, so without the ledger one kcov instance would take blocks from the
+others. The ledger keeps the covered blocks in the order in which they were last covered. Each
+instance has a cursor into that order and gets the blocks behind it. An instance that does not ask
+costs nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["Cursor", "Ledger"]
 
 
 class Cursor:
-    """What one reader has been given so far; made by :meth:`Ledger.open_cursor`."""
+    """One reader's position; made by :meth:`Ledger.open_cursor`."""
 
     __slots__ = ("_sequence",)
 
@@ -26,13 +26,12 @@ class Cursor:
 
 
 class Ledger:
-    """Hands the blocks of several sources to several readers, each block once to each.
+    """Gives each reader every block of several sources once.
 
-    Not thread-safe: it is used on the doorbell thread only.
+    Not thread-safe: only the doorbell's thread uses it.
 
     Blocks come in the order in which they were last covered. Memory is bounded by the number of
-    different blocks, however long a reader does not ask; with a single open cursor that asks
-    after each drain nothing is kept at all.
+    different blocks, even if a reader never asks. A single reader that is up to date takes none.
     """
 
     def __init__(
@@ -40,12 +39,15 @@ class Ledger:
         sources: Sequence[Consumed],
         on_failure: Callable[[Exception], object] | None = None,
     ) -> None:
-        """``on_failure`` is told what a source raises, which then has given nothing; without it,
-        the exception is the caller's."""
+        """Read ``sources``.
+
+        ``on_failure`` gets what a source raises, which then gives nothing; without it the exception
+        reaches the caller.
+        """
         self._sources = tuple(sources)
         self._only = self._sources[0] if len(self._sources) == 1 else None
         self._on_failure = on_failure
-        # Covered blocks that some open cursor has not been given, last covered last, with the
+        # Covered blocks that some open cursor has not been given, the last covered one last, by the
         # number of that event.
         self._covered: dict[PC, int] = {}
         self._sequence = 0
@@ -54,7 +56,7 @@ class Ledger:
         self._alone: Cursor | None = None
 
     def open_cursor(self) -> Cursor:
-        """A new reader, who is given what is covered from now on and nothing of before.
+        """Return a new reader, which gets what is covered from now on.
 
         Raises what a source's ``consume`` raises.
         """
@@ -65,7 +67,7 @@ class Ledger:
         return cursor
 
     def close_cursor(self, cursor: Cursor) -> None:
-        """Forget a reader; allowed more than once."""
+        """Forget a reader. Safe to call twice."""
         self._cursors.discard(cursor)
         self._count()
         if not self._cursors:
@@ -75,7 +77,7 @@ class Ledger:
         self._alone = next(iter(self._cursors)) if len(self._cursors) == 1 else None
 
     def drain(self) -> None:
-        """Consume the sources and keep what they give for the open cursors.
+        """Consume the sources and keep their blocks for the open cursors.
 
         Raises what a source's ``consume`` raises; nothing consumed before is lost.
         """
@@ -83,13 +85,13 @@ class Ledger:
             self._keep(self._consume(source))
 
     def collect(self, cursor: Cursor) -> Sequence[PC]:
-        """Consume the sources; what was covered since this cursor last asked, each block once.
+        """Return the blocks covered since this cursor's last call, each once.
 
         Raises what a source's ``consume`` raises (nothing consumed before is lost), and
         ValueError for a cursor that is not open.
         """
         if cursor is self._alone and not self._covered:
-            # With one reader who is up to date, what is consumed is what is new.
+            # A single reader that is up to date gets what is consumed.
             only = self._only
             if only is None:
                 return self._collect_alone()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The synthetic PC space, and the table that says which block a PC stands for.
+"""The synthetic PC space, and the table from PCs to blocks.
 
 **The space.** Consumers of kcov check ranges, so synthetic PCs lie where no code of a kernel is:
 at the top of the x86-64 module area, which modules fill from the bottom. It is cut into slots of
@@ -8,12 +8,12 @@ stands for the block, because consumers move PCs a little: syzkaller's filter dr
 and its report subtracts up to 5. The top 32 bits are the same for all, so that a PC is still unique
 when a consumer keeps the low half only.
 
-**Who lies where.** The first 4096 slots stand for system call numbers. Each source file has an
+**Layout.** The first 4096 slots stand for system call numbers. Each source file has an
 extent of whole chunks (16 slots) that begins at a hash of the file's name, which is relative to the
 directory of the top-level package and the same on every machine; within it the blocks lie in the
-order of the text. Two files that would overlap are kept apart by moving the later name up to the
-next room: a PC depends on the file's name and text alone but for these rare collisions, and on
-the same set of files always comes out the same.
+order of the text. If two files would overlap, the later name moves up to the next free chunks. So
+a PC depends on the file's name and text alone, except for these rare collisions, and the same set
+of files always gets the same PCs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SLOT_BYTES: Final = 16
 SYSCALL_SLOTS: Final = 4096
 """Slots kept at the start of the space for system call numbers 0 to 4095."""
 SYSCALL_FILE: Final = "syscall/x86_64"
-"""The file name under which system call numbers symbolise; the number is the line."""
+"""The file name of system call numbers when they are symbolized; the number is the line."""
 
 _PC_IN_SLOT: Final = 8
 _CHUNK_SLOTS: Final = 16
@@ -64,9 +64,9 @@ _VERSION: Final = 1
 
 
 def syscall_pc(nr: int) -> PC | None:
-    """The PC that stands for system call number ``nr``; None outside 0 to 4095.
+    """Return the PC of system call number ``nr``; None outside 0 to 4095.
 
-    It symbolises as ``syscall/x86_64:NR.1,NR.1``.
+    It is symbolized as ``syscall/x86_64:NR.1,NR.1``.
     """
     if not 0 <= nr < SYSCALL_SLOTS:
         return None
@@ -90,13 +90,13 @@ class FileBlocks:
     __slots__ = ("_coordinates", "_count", "_text", "first_pc", "name")
 
     def __init__(self, name: str, first_pc: PC, coordinates: array[int] | str) -> None:
-        """``coordinates`` holds four numbers a block, or their text form of the saved table."""
+        """Take four numbers for each block as ``coordinates``, or their text in a saved table."""
         self.name = name
         self.first_pc = first_pc
         self._coordinates: array[int] | None = None
         self._text = ""
         if isinstance(coordinates, str):
-            # Parsed when first asked for: a table of 10,000 files loads for a handful of PCs.
+            # Parsed on first use, because a table of 10,000 files may be loaded for a few PCs.
             self._text = coordinates
             self._count = coordinates.count(" ") + 1 if coordinates else 0
         else:
@@ -107,13 +107,13 @@ class FileBlocks:
         return self._count
 
     def pc(self, index: int) -> PC:
-        """The PC of block number ``index``. Raises IndexError."""
+        """Return the PC of block number ``index``; raises IndexError."""
         if not 0 <= index < self._count:
             raise IndexError(index)
         return self.first_pc + index * SLOT_BYTES
 
     def block(self, index: int) -> Block:
-        """Block number ``index`` of the file. Raises IndexError."""
+        """Return block number ``index`` of the file; raises IndexError."""
         if not 0 <= index < self._count:
             raise IndexError(index)
         numbers = self._numbers()
@@ -125,9 +125,9 @@ class FileBlocks:
         return [Block(*numbers[at : at + 4]) for at in range(0, len(numbers), 4)]
 
     def line_pc(self, line: int) -> PC | None:
-        """The PC of the block that has a line of the file, if one has it.
+        """Return the PC of the block that contains a line, or None.
 
-        For many lines of a file take :meth:`line_pcs`.
+        For many lines of a file use :meth:`line_pcs`.
         """
         numbers = self._numbers()
         index = bisect_right(range(self._count), line, key=lambda at: numbers[4 * at]) - 1
@@ -136,12 +136,12 @@ class FileBlocks:
         return self.pc(index)
 
     def line_ranges(self) -> list[tuple[int, int]]:
-        """The first and the last line of each block, in the order of the text."""
+        """Return the first and the last line of each block, in the order of the text."""
         numbers = self._numbers()
         return list(zip(numbers[::4], numbers[2::4], strict=True))
 
     def line_pcs(self) -> list[PC]:
-        """The PC of each line, by line number; 0 for a line without a block."""
+        """Return the PC of each line, by line number; 0 for a line without a block."""
         numbers = self._numbers()
         pcs = [0] * (numbers[-2] + 1 if numbers else 1)
         for index in range(self._count):
@@ -151,7 +151,7 @@ class FileBlocks:
         return pcs
 
     def coordinates_text(self) -> str:
-        """The blocks as the saved table has them: ``line.col,line.col``, blanks between."""
+        """Return the blocks in the saved form: ``line.col,line.col``, separated by blanks."""
         return self._text or " ".join(map(str, self.blocks()))
 
     def _numbers(self) -> array[int]:
@@ -172,8 +172,8 @@ class FileBlocks:
 class BlockTable:
     """All blocks of a set of source files: PC to block, block to PC, line to PC.
 
-    It takes about 16 bytes for a block and 300 for a file. It is not safe to add files while other
-    threads look up.
+    It takes about 16 bytes a block and 300 a file. Adding a file is not safe while other threads
+    read.
     """
 
     def __init__(self) -> None:
@@ -188,10 +188,15 @@ class BlockTable:
         *,
         on_error: Callable[[str, SourceError], None] | None = None,
     ) -> BlockTable:
-        """The table of files given by package-relative name (``pkg/mod.py``) and source text.
+        """Return the table of some files.
 
-        A file that cannot be parsed raises :class:`bridge.errors.SourceError`, or is left out
-        where ``on_error`` is given, which is called with its name and the error.
+        Args:
+            sources: source text by package-relative name (``pkg/mod.py``).
+            on_error: called with name and error of each file that cannot be parsed, which is then
+                left out; None to raise the error.
+
+        Raises:
+            SourceError: a file cannot be parsed.
         """
         table = cls()
         for name in sorted(sources):
@@ -206,19 +211,19 @@ class BlockTable:
         return table
 
     def add(self, name: str, source: str | bytes) -> FileBlocks:
-        """Give a file its blocks and PCs.
+        """Add a file and assign PCs to its blocks.
 
-        Raises :class:`bridge.errors.SourceError` where the name is there already, the source
-        cannot be parsed, or the space is full.
+        Raises:
+            SourceError: the table has the name, the source cannot be parsed, or the space is full.
         """
         return self._place(name, find_blocks(source))
 
     def __len__(self) -> int:
-        """How many blocks there are; system call numbers do not count."""
+        """Return the number of blocks, without system call numbers."""
         return self._blocks
 
     def __iter__(self) -> Iterator[tuple[PC, Location]]:
-        """All blocks with their PCs, by file name and then in the order of the text."""
+        """Iterate over all blocks with their PCs, by file name, then in the order of the text."""
         for name in sorted(self._files):
             file = self._files[name]
             for index, block in enumerate(file.blocks()):
@@ -230,11 +235,11 @@ class BlockTable:
         return sorted(self._files)
 
     def file(self, name: str) -> FileBlocks | None:
-        """A file by its name."""
+        """Return a file by its name, or None."""
         return self._files.get(name)
 
     def lookup(self, pc: PC) -> Location | None:
-        """What a PC, or any other address of its slot, stands for; None where nothing does."""
+        """Return the location of a PC, or of any other address of its slot; None if unknown."""
         if not PC_BASE <= pc < PC_END:
             return None
         slot = (pc - PC_BASE) // SLOT_BYTES
@@ -247,7 +252,7 @@ class BlockTable:
         return Location(file.name, file.block(index)) if index < len(file) else None
 
     def line_pc(self, name: str, line: int) -> PC | None:
-        """The PC of the block that a line of a file belongs to, if there is one."""
+        """Return the PC of the block that contains a line of a file, or None."""
         file = self._files.get(name)
         return file.line_pc(line) if file is not None else None
 
@@ -258,7 +263,9 @@ class BlockTable:
         has a file's name (``%``, tab and line breaks as %-escapes), the PC of its first block in
         hex, and its blocks in the order of the text as ``line.col,line.col``, separated by a
         blank; block number i has the PC of the first one plus 16 i. Files are sorted by name.
-        Raises :class:`bridge.errors.SourceError`.
+
+        Raises:
+            SourceError: the file cannot be written.
         """
         try:
             with path.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as out:
@@ -273,8 +280,10 @@ class BlockTable:
     def load(cls, path: Path) -> BlockTable:
         """Read a table that :meth:`save` wrote.
 
-        Raises :class:`bridge.errors.SourceError` for a file that is not there, of another version,
-        or damaged (the numbers of a block are looked at when it is first asked for).
+        The numbers of a block are checked when it is first used.
+
+        Raises:
+            SourceError: the file is missing, damaged, or of another version.
         """
         try:
             text = path.read_text(encoding="utf-8", errors="surrogateescape")
@@ -283,14 +292,14 @@ class BlockTable:
         lines = text.split("\n")
         magic, _, version = lines[0].partition("\t")
         if magic != _MAGIC:
-            raise SourceError(f"{path} is no block table", evidence=lines[0][:80])
+            raise SourceError(f"{path} is not a block table", evidence=lines[0][:80])
         if version != str(_VERSION):
             raise SourceError(
                 f"{path} is a block table of version {version[:20]}, this is version {_VERSION}",
                 hint="another version made the run: symbolize with that kcov-bridge",
             )
         if lines.pop() != "":
-            raise SourceError(f"{path} is cut short", evidence=text[-80:])
+            raise SourceError(f"{path} is truncated", evidence=text[-80:])
         table = cls()
         for line in lines[1:]:
             try:
@@ -305,7 +314,7 @@ class BlockTable:
 
     def _place(self, name: str, blocks: list[Block]) -> FileBlocks:
         if name in self._files:
-            raise SourceError(f"{name} is in the block table already")
+            raise SourceError(f"{name} is already in the block table")
         coordinates = array(
             "I",
             (
@@ -326,7 +335,7 @@ class BlockTable:
             self._chunks[taken] = file
 
     def _chunk_of(self, file: FileBlocks) -> int:
-        """The first chunk of a file of a saved table. Raises ValueError where it cannot be."""
+        """Return the first chunk of a file of a saved table; raises ValueError if impossible."""
         chunk, rest = divmod(file.first_pc - _chunk_pc(0), _CHUNK_SLOTS * SLOT_BYTES)
         end = chunk + _chunks_for(len(file))
         if rest or chunk < _FIRST_CHUNK or end > _CHUNKS or file.name in self._files:
@@ -336,7 +345,7 @@ class BlockTable:
         return chunk
 
     def _find_room(self, name: str, blocks: int) -> int:
-        """The first chunk for a file: at its hash, or where the next room is above it."""
+        """Return the first chunk for a file: at its hash, or the next free one above."""
         needed = _chunks_for(blocks)
         digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
         home = _FIRST_CHUNK + int.from_bytes(digest[:8], "big") % (_CHUNKS - _FIRST_CHUNK)
@@ -349,8 +358,8 @@ class BlockTable:
                 other = self._chunks[taken]
                 chunk = self._chunk_index(other) + _chunks_for(len(other))
         raise SourceError(
-            f"no room for the {blocks} blocks of {name} among the synthetic PCs",
-            hint=f"{self._blocks} blocks are there already: cover fewer packages",
+            f"no room for the {blocks} blocks of {name} in the synthetic PC range",
+            hint=f"{self._blocks} blocks exist already: cover fewer packages",
         )
 
     @staticmethod
@@ -359,7 +368,7 @@ class BlockTable:
 
 
 def _chunk_pc(chunk: int) -> PC:
-    """The PC of a chunk's first slot."""
+    """Return the PC of a chunk's first slot."""
     return PC_BASE + chunk * _CHUNK_SLOTS * SLOT_BYTES + _PC_IN_SLOT
 
 
@@ -368,7 +377,7 @@ def _chunks_for(blocks: int) -> int:
 
 
 def _escape(name: str) -> str:
-    """A file name as a field of the saved table."""
+    """Return a file name as a field of the saved table."""
     if not any(c in name for c in "%\t\n\r"):
         return name
     return "".join(quote(c) if c in "%\t\n\r" else c for c in name)

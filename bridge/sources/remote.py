@@ -10,15 +10,15 @@ it works marks that work with the handle::
         with handle(usb_handle(bus)):
             self.parse(data)
 
-What this thread runs inside the block goes to the instance that enabled the handle and to no other:
-it is in its area when the block ends. Where nobody enabled it, it goes to nobody (as in Linux,
-``kcov_remote_start``), but to the coverage report all the same. The block must not be left by
-``await``, nor by a switch to another greenlet.
+What this thread runs inside the block goes only to the instance that enabled the handle, and is in
+its area when the block ends. If no instance enabled the handle, it goes to none (as
+``kcov_remote_start`` in Linux); the coverage report has it in any case. The code must not leave the
+block by ``await`` or by a switch to another greenlet.
 
-On a thread that no session measures, in a process that the target forked, and where the target has
-no Python to cover, a block does nothing.
+A block does nothing on a thread that no session measures, in a process that the target forked, and
+for a target without Python packages.
 
-``bridge.sources.remote`` is the import path for targets, and stays.
+``bridge.sources.remote`` is the stable import path for targets.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _USB = 1
 _INSTANCES = 1 << 32
 
 _lock = threading.Lock()  # guards the writing of _servings
-# Each session's source and where its coverage goes. A block belongs to those that measure its
-# thread. Replaced, never changed.
+# Each session's source, and the receiver of its coverage. A block belongs to the sources that
+# measure its thread. Replaced, never changed.
 _servings: tuple[tuple[PythonSource, Deliver], ...] = ()
 
 
 def common_handle(instance: int) -> int:
-    """The handle of the common subsystem with this instance (1 to 2**32-1).
+    """Return the handle of the common subsystem with this instance (1 to 2**32-1).
 
     ``KCOV_SUBSYSTEM_COMMON`` in ``include/uapi/linux/kcov.h``. Raises ValueError.
     """
@@ -58,7 +58,7 @@ def common_handle(instance: int) -> int:
 
 
 def usb_handle(bus: int) -> int:
-    """The handle of a USB bus (0 to 2**32-1): ``KCOV_SUBSYSTEM_USB``. Raises ValueError."""
+    """Return the handle of a USB bus (0 to 2**32-1), ``KCOV_SUBSYSTEM_USB``; raises ValueError."""
     if not 0 <= bus < _INSTANCES:
         raise ValueError(f"a USB bus is 0 to 2**32-1, not {bus}")
     return _USB << _SUBSYSTEM_SHIFT | bus
@@ -66,7 +66,7 @@ def usb_handle(bus: int) -> int:
 
 @contextlib.contextmanager
 def handle(value: int) -> Iterator[None]:
-    """Mark what this thread runs inside the block as done on behalf of the handle ``value``."""
+    """Mark what this thread runs inside the block as work on behalf of the handle ``value``."""
     diverted: list[tuple[Deliver, Sequence[int]]] = []
     try:
         with ExitStack() as stack:
@@ -75,7 +75,7 @@ def handle(value: int) -> Iterator[None]:
                     diverted.append((deliver, stack.enter_context(source.divert())))
             yield
     finally:
-        # Also of a block that raises: what ran until then did run.
+        # Also for a block that raises: its code ran until then.
         for deliver, pcs in diverted:
             if pcs:
                 deliver(value, pcs)
@@ -83,7 +83,7 @@ def handle(value: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def serving(source: PythonSource, deliver: Deliver) -> Iterator[None]:
-    """While inside, blocks of :func:`handle` on the source's threads have their PCs delivered."""
+    """While inside, deliver the PCs of :func:`handle` blocks on the source's threads."""
     global _servings
     entry = (source, deliver)
     with _lock:

@@ -3,8 +3,8 @@
 
 For synthetic PCs the output is that of gVisor's ``runsc symbolize``: for each PC a line with it in
 hex and a line ``file:line.col,line.col``. For PCs of the guest's kernel the second line is
-``function+0xoffset``, with `` [module]`` behind it for those of a module and ``file:line `` before
-it where the kernel's debug information is there.
+``function+0xoffset``. `` [module]`` follows for code of a module; ``file:line `` precedes it if the
+kernel's debug information is installed.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ __all__ = [
 BLOCKS_FILE: Final = "blocks.tsv"
 """The name of the block table in a run directory."""
 
-# Always hex, with or without 0x; no sign and no underscore, which int() would take.
+# Always hex, with or without 0x. int() would also accept a sign and underscores.
 _HEX: Final = re.compile(r"(?:0[xX])?[0-9a-fA-F]+")
 
 
 _MOVED: Final = 5
-"""syzkaller's report takes so much from a PC, to get from a return address to its call."""
+"""syzkaller's report subtracts this from a PC, to get from a return address to its call."""
 _MASKED: Final = 7
-"""syzkaller's filter drops these bits of a PC."""
+"""Bits of a PC that syzkaller's filter clears."""
 
 
 class KernelPlaces:
-    """Says what PCs of the guest's kernel are."""
+    """Symbolizes PCs of the guest's kernel."""
 
     def __init__(
         self,
@@ -51,18 +51,24 @@ class KernelPlaces:
         *,
         lines: Callable[[], Lines | None] = lambda: None,
     ) -> None:
-        """``blocks`` are the starts of the blocks that the run has covered; ``lines`` gives the
-        kernel's debug information and is called when it is first needed."""
+        """Symbolize with a kernel's symbols.
+
+        Args:
+            symbols: of the kernel and its modules.
+            blocks: starts of the blocks that the run covered.
+            lines: returns the kernel's debug information; called when it is first needed.
+        """
         self._symbols = symbols
         self._blocks = array("Q", sorted(blocks))
         self._open_lines: Callable[[], Lines | None] | None = lines
         self._lines: Lines | None = None
 
     def block(self, pc: PC) -> PC:
-        """The covered block that a PC stands for; it may have been moved by a consumer.
+        """Return the start of the covered block that a PC stands for.
 
-        One that begins at the PC, else one that begins 5 bytes on, else, where the low 3 bits
-        are 0, the first within 8 bytes, else the first within 5; without any, the PC itself.
+        A consumer may have moved the PC. In this order: a block that starts at the PC, one that
+        starts 5 bytes above, the first within 8 bytes if the low 3 bits are 0, the first within 5;
+        without any, the PC itself.
         """
         for candidate in (pc, pc + _MOVED):
             if self._next_block(candidate) == candidate:
@@ -72,9 +78,9 @@ class KernelPlaces:
         return following if following is not None and following - pc <= room else pc
 
     def text(self, pc: PC, prefix: str = "") -> str | None:
-        """``[file:line ]function+0xoffset[ [module]]``; None for an unknown PC."""
+        """Return ``[file:line ]function+0xoffset[ [module]]``; None for an unknown PC."""
         block = self.block(pc)
-        # A moved PC may lie in the padding before the function, which is no function's.
+        # A moved PC may lie in the padding before the function.
         for at in (block, pc + _MOVED, pc | _MASKED):
             symbol = self._symbols.lookup(at)
             if symbol is not None:
@@ -100,24 +106,24 @@ class Symbolizer:
     def __init__(
         self, table: BlockTable, *, prefix: str = "", kernel: KernelPlaces | None = None
     ) -> None:
-        """``prefix`` is put before each printed path as it is: give the slash with it."""
+        """Look up in these tables; ``prefix`` precedes each printed path and includes its slash."""
         self._table = table
         self._prefix = prefix
         self._kernel = kernel
 
     def lookup(self, pc: PC) -> Location | None:
-        """What a PC, or any other address of its slot, stands for."""
+        """Return the location of a PC, or of any other address of its slot; None if unknown."""
         return self._table.lookup(pc)
 
     def text(self, pc: PC) -> str | None:
-        """The place of a PC as it is printed; None for an unknown one."""
+        """Return the printed location of a PC; None for an unknown one."""
         location = self.lookup(pc)
         if location is not None:
             return f"{self._prefix}{location}"
         return self._kernel.text(pc, self._prefix) if self._kernel is not None else None
 
     def write(self, pc: PC, out: TextIO) -> bool:
-        """Print one PC and its place; prints nothing and returns False for an unknown one."""
+        """Print one PC and its location; return False, without output, for an unknown one."""
         text = self.text(pc)
         if text is None:
             return False
@@ -125,28 +131,30 @@ class Symbolizer:
         return True
 
     def write_all(self, out: TextIO) -> None:
-        """Print all blocks of the table, by file name and then in the order of the text.
+        """Print all blocks of the table, by file name, then in the order of the text.
 
-        The PCs of system call numbers are not among them: they are no blocks of any source.
+        The PCs of system call numbers are not blocks and are left out.
         """
         for pc, location in self._table:
             self._write(pc, location, out)
 
     def symbolize(self, lines: Iterable[str], out: TextIO, err: TextIO) -> int:
-        """Print the PCs that ``lines`` hold, one a line in hex; blank lines are passed over.
+        """Print the PCs in ``lines``, one a line in hex; ignore blank lines.
 
-        A line that is no PC, or one of no block, is named on ``err``; the others are printed
-        all the same. Returns the number of lines that were not printed.
+        A line without a known PC is reported on ``err``.
+
+        Returns:
+            The number of lines that were not printed.
         """
         failed = 0
-        # A run of many processes repeats each PC hundreds of times.
+        # Runs with many processes repeat each PC hundreds of times.
         places: dict[PC, str | None] = {}
         for line in lines:
             text = line.strip()
             if not text:
                 continue
             if not _HEX.fullmatch(text):
-                print(f"symbolize: {text[:80]!r} is no hexadecimal number", file=err)
+                print(f"symbolize: {text[:80]!r} is not a hexadecimal number", file=err)
                 failed += 1
                 continue
             pc = int(text, 16)
@@ -155,7 +163,7 @@ class Symbolizer:
             if (place := places[pc]) is not None:
                 out.write(f"{pc:#x}\n{place}\n")
             else:
-                print(f"symbolize: {pc:#x} is no PC of this run's blocks", file=err)
+                print(f"symbolize: {pc:#x} is not a PC of this run", file=err)
                 failed += 1
         return failed
 

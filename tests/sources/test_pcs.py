@@ -249,11 +249,11 @@ GOOD = "pkg/a.py\t0xfffffffff1000008\t1.1,2.6 3.5,3.10\n"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no block table"),
-        ("\x7fELF\n", "no block table"),
+        ("", "not a block table"),
+        ("\x7fELF\n", "not a block table"),
         ("kcov-bridge-blocks\t2\n", "version 2"),
-        ("kcov-bridge-blocks\t1\n" + GOOD[:-1], "cut short"),
-        ("kcov-bridge-blocks\t1", "cut short"),
+        ("kcov-bridge-blocks\t1\n" + GOOD[:-1], "is truncated"),
+        ("kcov-bridge-blocks\t1", "is truncated"),
         ("kcov-bridge-blocks\t1\nx\n", "damaged"),
         ("kcov-bridge-blocks\t1\n" + GOOD.replace("0xf", "0xg", 1), "damaged"),
         ("kcov-bridge-blocks\t1\n" + GOOD.replace("fff1", "fff0", 1), "damaged"),

@@ -116,9 +116,9 @@ def test_unknown_pcs_and_garbage_are_named_and_the_others_printed(
     assert out == f"{pc:#x}\npkg/a.py:1.1,2.6\n" * 2
     messages = err.splitlines()
     assert len(messages) == len(garbage)
-    assert messages[0] == "symbolize: 0xffffffff81000000 is no PC of this run's blocks"
+    assert messages[0] == "symbolize: 0xffffffff81000000 is not a PC of this run"
     for message, text in zip(messages[1:], garbage[1:], strict=True):
-        assert message == f"symbolize: {text!r} is no hexadecimal number"
+        assert message == f"symbolize: {text!r} is not a hexadecimal number"
 
 
 def test_no_input_is_no_error(
@@ -133,7 +133,7 @@ def test_a_directory_that_is_no_run_is_the_users_mistake(tmp_path: Path) -> None
         load_blocks(tmp_path / "none")
     assert "--run" in caught.value.hint
     (tmp_path / "blocks.tsv").write_text("nonsense\n")
-    with pytest.raises(SourceError, match="no block table"):
+    with pytest.raises(SourceError, match="not a block table"):
         load_blocks(tmp_path)
 
 
@@ -182,7 +182,7 @@ def test_pcs_of_the_kernel_beside_others(
         f"{TEXT + 0x22:#x}\nvfs_read+0x22\n"
         f"{pc:#x}\npkg/a.py:1.1,2.6\n"
         f"{MODULE + 0x33:#x}\nv9fs_open+0x33 [9p]\n",
-        f"symbolize: {MODULE + 0x2000:#x} is no PC of this run's blocks\n",
+        f"symbolize: {MODULE + 0x2000:#x} is not a PC of this run\n",
     )
     assert symbolize(monkeypatch, kernel_run, "", "--all") == 0
     assert len(capsys.readouterr().out.splitlines()) == 8, "--all has the blocks of files"

@@ -7,10 +7,10 @@ from typing import Final
 
 __all__ = ["BLOCKS_FILE", "SYMBOLS_FILE"]
 
-# Here, so that they are known without an import of what writes and reads them.
+# Defined here, so that readers of a run need not import the source.
 BLOCKS_FILE: Final = "kernel-blocks.tsv"
-"""The name, in a run directory, of the list of the kernel's blocks that were covered: start in hex
-and size in bytes, a tab between."""
+"""The list of the kernel's covered blocks in a run directory. Each line has a start in hex, a tab,
+and a size in bytes."""
 
 SYMBOLS_FILE: Final = "kernel-symbols.tsv"
 """The name of the saved symbols in a run directory."""

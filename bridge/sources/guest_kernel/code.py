@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of a kernel's code: symbols, where modules are placed, what is to be recorded.
+"""A kernel's code: its symbols, the placement of its modules, and what to record.
 
-All addresses here are canonical: link-time addresses of the kernel itself, and for modules those
-that :mod:`bridge.sources.guest_kernel.placement` gives.
+All addresses here are canonical: link-time addresses for the kernel itself, and those of
+:mod:`bridge.sources.guest_kernel.placement` for modules.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from bridge.util.files import write_atomically
 __all__ = ["KernelCode", "Piece"]
 
 Piece = tuple[PC, PC, RangeFlag]
-"""Code from an address up to another, and what is true of it."""
+"""A range of code and its properties; the end is exclusive."""
 
 _OWN_MODULE = "kcov_bridge"
 
 _COUNTS = ("irq_enter", "irq_enter_rcu", "irq_exit", "irq_exit_rcu", "__irq_exit_rcu")
-"""What the handlers of interrupts call first and last (kernel/softirq.c in Linux)."""
+"""Functions that interrupt handlers call first and last (kernel/softirq.c in Linux)."""
 
 _LEAVES = (
     "__perf_event_task_sched_out",
@@ -64,11 +64,13 @@ _EXIT_DONE = (
 
 
 class KernelCode:
-    """The code of one kernel and of the modules that come and go.
+    """The code of one kernel and of its modules, which come and go.
 
-    ``lines`` is needed where the filter names files. Raises
-    :class:`bridge.errors.UsageError` for a filter that makes no sense and
-    :class:`bridge.errors.KernelUnknownError` for a kernel that lacks what has to be known of it.
+    ``lines`` is needed if the filter names files.
+
+    Raises:
+        UsageError: the filter is invalid.
+        KernelUnknownError: symbols that are needed are missing.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class KernelCode:
             (self._needed(f"__{name}_text_start"), self._needed(f"__{name}_text_end"))
             for name in ("entry", "noinstr")
         )
-        # What a filter names may lie in a module that is not there yet.
+        # A filter may name code of a module that is loaded later.
         recorded = wanted.ranges(symbols, lines, strict=False)
         self.pieces: list[Piece] = cut(
             kernel,
@@ -118,14 +120,14 @@ class KernelCode:
         wanted: KernelFilter,
         lines: Lines | None = None,
     ) -> KernelCode:
-        """From a System.map, and the list of modules of the kernel's package if there is one.
+        """Return the code from a System.map, and the module list of the kernel's package if given.
 
-        It takes seconds to make of a distribution's kernel, so it is kept in the cache, for the
-        same files, filter and program.
+        This takes seconds for a distribution's kernel, so the cache keeps it for the same files,
+        filter and program.
         """
         if lines is None:
             kept = _kept(system_map, modules, wanted)
-            # What is damaged can raise anything, and is made anew.
+            # A damaged entry can raise anything; it is replaced.
             with contextlib.suppress(Exception):
                 code = pickle.loads(kept.read_bytes())
                 if isinstance(code, cls):
@@ -152,16 +154,15 @@ class KernelCode:
 
     @property
     def modules(self) -> Mapping[str, ModuleText]:
-        """The modules that are there."""
+        """The modules that are loaded."""
         return self._modules
 
     def text_size(self, name: str) -> int:
-        """The bytes of text of a module of the kernel's package, or at most so many; 0 for one it
-        does not have."""
+        """Return an upper bound of a module's text in bytes; 0 if the kernel's package lacks it."""
         return self._placement.sizes.get(module_name(name), 0)
 
     def module_comes(self, name: str, base: int, size: int) -> None:
-        """A module's text is at ``base`` in the guest. Raises SourceError where no room is left."""
+        """Note a module whose text is at ``base``; raises SourceError if no room is left."""
         name = module_name(name)
         place = ModuleText(base, self._placement.place(name, size), size)
         if self._modules.get(name) != place:
@@ -169,14 +170,14 @@ class KernelCode:
             self.name_module(name, "")
 
     def module_goes(self, name: str) -> None:
-        """A module is not there any more; its symbols stay, for what was recorded."""
+        """Note that a module is gone; its symbols stay, for what was recorded."""
         name = module_name(name)
         self.symbols.remove_module(name)
         self._modules.pop(name, None)
         self._module_pieces.pop(name, None)
 
     def name_module(self, name: str, kallsyms: str) -> None:
-        """Learn a module's symbols from lines of ``/proc/kallsyms``."""
+        """Set a module's symbols from lines of ``/proc/kallsyms``."""
         name = module_name(name)
         place = self._modules[name]
         self.symbols.add_module(name, kallsyms, place)
@@ -189,8 +190,10 @@ class KernelCode:
         self._module_pieces[name] = cut([text], {RangeFlag.RECORD: recorded})
 
     def running(self, offset: int) -> list[tuple[int, int, PC, RangeFlag]]:
-        """All code as it is in the guest, the kernel moved by ``offset``: start, end, canonical
-        start, flags; sorted and disjoint."""
+        """Return all code at its addresses in the guest, for a kernel moved by ``offset``.
+
+        Each range is (start, end, canonical start, flags); sorted and disjoint.
+        """
         found = [(start + offset, end + offset, start, flags) for start, end, flags in self.pieces]
         for name, pieces in self._module_pieces.items():
             place = self._modules[name]
@@ -199,14 +202,14 @@ class KernelCode:
         found.sort()
         disjoint: list[tuple[int, int, PC, RangeFlag]] = []
         for piece in found:
-            # What overlaps, the guest made up.
+            # Overlaps can only come from a hostile guest.
             if not disjoint or piece[0] >= disjoint[-1][1]:
                 disjoint.append(piece)
         return disjoint
 
 
 def _kept(system_map: Path, modules: Path | None, wanted: KernelFilter) -> Path:
-    """Where what was made of these is kept."""
+    """Return the path in the cache for these inputs."""
     digest = hashlib.sha256(sys.version.encode())
     for path in (system_map, modules):
         if path is not None:
@@ -223,7 +226,7 @@ def _kept(system_map: Path, modules: Path | None, wanted: KernelFilter) -> Path:
 def cut(
     whole: Sequence[tuple[PC, PC]], flagged: Mapping[RangeFlag, Sequence[tuple[PC, PC]]]
 ) -> list[Piece]:
-    """The ranges of ``whole`` cut where a flag begins or ends; all are sorted and disjoint."""
+    """Cut the ranges of ``whole`` where a flag begins or ends; all are sorted and disjoint."""
     pieces: list[Piece] = []
     at = dict.fromkeys(flagged, 0)
     for begin, finish in whole:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Debug information by elfutils' libdw: compile units, their code, their lines.
+"""Debug information through elfutils' libdw: compile units, their code, their lines.
 
-The few functions that are needed are declared here as in ``elfutils/libdw.h`` and ``libdwfl.h``;
-the library (Debian's ``libdw1``) is loaded when the first file is opened.
+The functions are declared here as in ``elfutils/libdw.h`` and ``libdwfl.h``. The library (Debian's
+``libdw1``) is loaded when the first file is opened.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _DWARF_C_READ: Final = 0
 _DW_UT_COMPILE: Final = 0x01
 _DW_AT_COMP_DIR: Final = 0x1B
 _OMITTED: Final = (1 << 64) - 1
-"""What libdwfl calls the address of a section that is not in memory."""
+"""libdwfl's address of a section that is not in memory."""
 
 Row = tuple[int, str | None, int]
-"""A row of a line table: address, file as the compiler has written it, line; without a file it ends
-a sequence of rows, and there is no code at its address."""
+"""A row of a line table: address, file as the compiler wrote it, line. A row without a file ends a
+sequence and has no code at its address."""
 
 
 class _Die(Structure):
@@ -144,30 +144,34 @@ def _library() -> Any:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unit:
-    """A compile unit; valid as long as its file is open."""
+    """A compile unit; valid while its file is open."""
 
     name: str
-    """Its source file, as it was given to the compiler."""
+    """Its source file, as passed to the compiler."""
     directory: str
-    """Where the compiler ran."""
+    """The compiler's working directory."""
     ranges: tuple[tuple[int, int], ...]
-    """Where its code is: start and end."""
+    """Its code: start and end addresses."""
     die: _Die
 
 
 class DebugFile:
-    """An ELF file with debug information. Not for several threads at once."""
+    """An ELF file with debug information. Not thread-safe."""
 
     def __init__(
         self, path: Path, sections: Mapping[str, int] | None = None, *, size: int = 0
     ) -> None:
-        """``sections`` says of a relocatable file (a kernel module) at which address each section
-        is, the first one's first, and ``size`` how many bytes there are in all. Of what is not
-        named, nothing is known.
+        """Open a file.
 
-        Raises :class:`bridge.errors.UsageError` for a file without debug information,
-        :class:`bridge.errors.SourceError` for one that cannot be read and
-        :class:`bridge.errors.MissingDependencyError` where the library is not there.
+        Args:
+            sections: for a relocatable file (a kernel module), the address of each section, lowest
+                first. Sections that are not named are ignored.
+            size: bytes of all these sections.
+
+        Raises:
+            UsageError: the file has no debug information.
+            SourceError: it cannot be read.
+            MissingDependencyError: the library is not installed.
         """
         self.path = path
         self._descriptor = -1
@@ -199,9 +203,9 @@ class DebugFile:
             raise
 
     def _relocated(self, descriptor: int, sections: Mapping[str, int], size: int) -> int | None:
-        """A relocatable file's debug information, with the addresses that its sections have.
+        """Return a relocatable file's debug information, at the addresses of its sections.
 
-        The descriptor is libdwfl's from here on.
+        libdwfl takes over the descriptor.
         """
 
         def find(*_: object) -> int:
@@ -214,7 +218,7 @@ class DebugFile:
             arguments[-1][0] = sections.get(arguments[4].decode(errors="replace"), _OMITTED)
             return 0
 
-        # As long as there is a Dwfl, they may be called.
+        # Kept alive, because the Dwfl may call them.
         self._callbacks = _Callbacks(_FIND(find), _FIND_DEBUG(find_debug), _SECTION(address), None)
         self._dwfl = self._dw.dwfl_begin(byref(self._callbacks))
         start = min(sections.values(), default=0)
@@ -230,7 +234,7 @@ class DebugFile:
         return dwarf
 
     def close(self) -> None:
-        """Give the file back; its units are not valid any more. Safe to call twice."""
+        """Close the file, which invalidates its units. Safe to call twice."""
         if self._dwfl is not None:
             self._dw.dwfl_end(self._dwfl)
         elif self._dwarf:
@@ -249,13 +253,13 @@ class DebugFile:
         self.close()
 
     def damaged(self, evidence: str = "") -> SourceError:
-        """That the file can't be read; without evidence, libdw's last error is it."""
+        """Return the error for an unreadable file; the default evidence is libdw's last error."""
         if not evidence:
             evidence = (self._dw.dwarf_errmsg(-1) or b"").decode(errors="replace")
         return SourceError(f"the debug information in {self.path} can't be read", evidence=evidence)
 
     def units(self) -> Iterator[Unit]:
-        """All compile units that have code. Raises :class:`bridge.errors.SourceError`."""
+        """Return all compile units that have code; raises SourceError."""
         cu, version, kind = c_void_p(), c_uint16(), c_ubyte()
         while True:
             die = _Die()
@@ -293,19 +297,20 @@ class DebugFile:
                 yield start.value, end.value
 
     def line(self, unit: Unit, address: int) -> tuple[str, int] | None:
-        """File and line of an address of a unit; None where the table has none.
+        """Return file and line of an address of a unit; None if the table has none.
 
-        Raises :class:`bridge.errors.SourceError` where the table is damaged.
+        Raises:
+            SourceError: the table is damaged.
         """
         found = self._dw.dwarf_getsrc_die(unit.die, address)
         if not found:
             return None
         _, file, line = self._row(found)
-        # Line 0: the compiler says that there is none.
+        # Line 0 means that there is no line.
         return (file, line) if file is not None and line else None
 
     def rows(self, unit: Unit) -> Iterator[Row]:
-        """The line table of a unit, sorted by address; errors as :meth:`line`."""
+        """Return the line table of a unit, sorted by address; raises as :meth:`line`."""
         lines, count = c_void_p(), c_size_t()
         if self._dw.dwarf_getsrclines(unit.die, byref(lines), byref(count)) != 0:
             raise self.damaged()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Source lines of the kernel's code and of its modules', from their debug information.
+"""Source lines of the kernel and its modules, from their debug information.
 
-That is in a ``vmlinux`` and, for each module, in a ``.ko`` of its own, which is relocatable: its
-sections are placed as the kernel's loader does, at the module's canonical base. A file is read when
-an address of it is asked for, and of a file the lines of those compile units alone.
+The kernel's is in a ``vmlinux``, each module's in a ``.ko``, which is relocatable: its sections are
+placed at the module's canonical base as the kernel's loader would. Files, and the lines of single
+compile units, are read when they are first needed.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ logger = logging.getLogger(__name__)
 _DEBUG_ROOT: Final = Path("/usr/lib/debug")
 
 _ANCHORS: Final = ("init/main.c", "arch/x86/entry/entry_64.S")
-"""Files of every kernel, one of C and one of assembler (whose paths the build may write in another
-way): where they are, the tree is."""
+"""A C file and an assembler file that every kernel has; they locate its source tree. The build may
+write the two kinds of paths differently."""
 
 _PADDING: Final = 16
-"""What x86's kernels have at most before a function: CONFIG_FUNCTION_PADDING_BYTES."""
+"""Upper bound of CONFIG_FUNCTION_PADDING_BYTES on x86: padding before a function."""
 
 _NOTHING: Final = 0xFFFF_FFFF
-"""The number of a file, where a row of lines ends a sequence."""
+"""The file number of a row that ends a sequence."""
 
 _HINT: Final = (
     "install the package linux-image-…-dbg of the guest's kernel, or name a vmlinux that was "
@@ -51,10 +51,12 @@ _HINT: Final = (
 def find_vmlinux(
     release: str, explicit: Path | None = None, *, root: Path = _DEBUG_ROOT
 ) -> Path | None:
-    """The file with a kernel's debug information: the explicit one, or where Debian's package
-    ``linux-image-…-dbg`` puts it; None if there is none.
+    """Return the file with a kernel's debug information, or None.
 
-    Raises :class:`bridge.errors.UsageError` for an explicit one that is not there.
+    It is the explicit one, or that of Debian's package ``linux-image-…-dbg``.
+
+    Raises:
+        UsageError: the explicit one does not exist.
     """
     if explicit is not None:
         if not explicit.is_file():
@@ -70,13 +72,15 @@ def find_vmlinux(
 
 
 def find_modules(release: str, vmlinux: Path, *, root: Path = _DEBUG_ROOT) -> Path | None:
-    """The directory below which modules with debug information are: that of the tree in which a
-    ``vmlinux`` was built, or where a package has put it; None if there is none."""
+    """Return the directory of modules with debug information, or None.
+
+    It is the tree in which the ``vmlinux`` was built, or a package's directory.
+    """
     if (vmlinux.parent / "modules.order").is_file():
         return vmlinux.parent
     if not release:
         return None
-    # Beside the vmlinux, where a package was unpacked elsewhere than in /.
+    # Beside the vmlinux, if a package was unpacked outside /.
     places = (
         top / sub / release
         for top in (vmlinux.parent.parent, vmlinux.parent, root)
@@ -91,7 +95,7 @@ class _Rows:
     __slots__ = ("addresses", "files", "lines", "names")
 
     def __init__(self, rows: Sequence[tuple[int, int, int]], names: list[str]) -> None:
-        """``rows`` are address, number of the file and line, sorted by address."""
+        """Take ``rows`` of address, file number and line, sorted by address."""
         self.addresses = array("Q", (row[0] for row in rows))
         self.files = array("I", (row[1] for row in rows))
         self.lines = array("I", (row[2] for row in rows))
@@ -104,7 +108,7 @@ class _Rows:
         return None
 
     def between(self, start: PC, end: PC) -> set[tuple[str, int]]:
-        # All that is at the start, else what goes on there.
+        # All rows at the start, else the row that covers it.
         first = bisect_left(self.addresses, start)
         if first == len(self.addresses) or self.addresses[first] != start:
             first = max(first - 1, 0)
@@ -129,16 +133,16 @@ class SourceUnit:
         self._tops = tops
         self._relative = functools.cache(self._make_relative)
         self.name = self._relative(unit.name)
-        """Its source file, relative to the tree."""
+        """Its source file, relative to the source tree."""
 
     def line(self, pc: PC) -> tuple[str, int] | None:
-        """The file and line of one of its addresses."""
+        """Return the file and line of one of its addresses."""
         found = self._file.line(self._unit, pc)
         return (self._relative(found[0]), found[1]) if found is not None else None
 
     @functools.cached_property
     def rows(self) -> _Rows:
-        """All its lines, but those of code that is thrown away (a module's ``.init.text``)."""
+        """Return all its lines, except those of discarded code (a module's ``.init.text``)."""
         numbers: dict[str, int] = {}
         rows = []
         start, end = self._text
@@ -152,7 +156,7 @@ class SourceUnit:
         return _Rows(rows, list(numbers))
 
     def _make_relative(self, name: str) -> str:
-        """The path of a file in the tree; else below the compiler's directory; else whole."""
+        """Return a file's path in the tree, else below the compiler's directory, else in full."""
         directory = self._unit.directory
         tops = [*self._tops, *([posixpath.normpath(directory)] if directory else [])]
         for path in (name, posixpath.join(directory, name)):
@@ -164,13 +168,17 @@ class SourceUnit:
 
 
 class _Code:
-    """What one file says: the kernel's or a module's."""
+    """The debug information of one file, the kernel's or a module's."""
 
     def __init__(
         self, file: DebugFile, text: tuple[PC, PC], tops: Sequence[str] | None = None
     ) -> None:
-        """``text`` are start and end of what counts; ``tops`` where the kernel's tree was when it
-        was built, None to find that here."""
+        """Read the compile units of a file.
+
+        Args:
+            text: start and end of the code that counts.
+            tops: directories of the kernel's source tree when it was built; None to detect them.
+        """
         units = list(file.units())
         self.tops = _tops(units) if tops is None else tops
         found: list[tuple[PC, PC, SourceUnit]] = []
@@ -188,7 +196,7 @@ class _Code:
         return self.owners[index] if index >= 0 and pc < self.ends[index] else None
 
     def file_ranges(self, pattern: str) -> list[tuple[PC, PC]]:
-        # Asked for again with each module that comes, for the same few patterns.
+        # Cached, because each new module asks for the same few patterns.
         if pattern not in self._by_pattern:
             self._by_pattern[pattern] = self._match(pattern)
         return self._by_pattern[pattern]
@@ -206,8 +214,10 @@ class _Code:
         return found
 
     def fits(self, symbols: KernelSymbols) -> bool:
-        """Whether these are the lines of this code: nearly all units begin with a function there,
-        and by chance one in ten would."""
+        """Return whether these are the lines of this code.
+
+        Nearly all units then begin with a function; by chance one in ten would.
+        """
         begins = fit = 0
         for start in self.starts:
             if symbols.text_at(start) is None:
@@ -222,7 +232,7 @@ class _Code:
 
 
 def _tops(units: Sequence[Unit]) -> list[str]:
-    """Where the tree was for the compiler; other programs have none."""
+    """Return where the compiler had the source tree; empty for other programs."""
     tops = []
     for anchor in _ANCHORS:
         for unit in units:
@@ -236,19 +246,24 @@ def _tops(units: Sequence[Unit]) -> list[str]:
 class Lines:
     """File and line by canonical address. Paths are relative to the kernel's source tree.
 
-    Not for several threads at once. Where a file turns out to be damaged, methods raise
-    :class:`bridge.errors.SourceError`.
+    Not thread-safe. Methods raise :class:`bridge.errors.SourceError` if a file is damaged.
     """
 
     def __init__(
         self, vmlinux: Path, symbols: KernelSymbols | None = None, modules: Path | None = None
     ) -> None:
-        """``symbols`` are those of the kernel whose lines these should be, and may come later, see
-        :meth:`belong_to`; below the directory ``modules`` are its modules with debug information.
+        """Open a kernel's debug information.
 
-        Raises :class:`bridge.errors.UsageError` for a file without debug information or of another
-        kernel than the symbols, :class:`bridge.errors.SourceError` for one that can't be read, and
-        :class:`bridge.errors.MissingDependencyError` without the library that reads it.
+        Args:
+            vmlinux: the kernel with debug information.
+            symbols: of the kernel that the lines should belong to; None if :meth:`belong_to` gets
+                them later.
+            modules: the directory of its modules with debug information.
+
+        Raises:
+            UsageError: the file has no debug information, or belongs to another kernel.
+            SourceError: it cannot be read.
+            MissingDependencyError: the library that reads it is not installed.
         """
         self.path = vmlinux
         self._kernel = _Code(_open(vmlinux), (0, MODULES_BASE))
@@ -262,28 +277,29 @@ class Lines:
             self.belong_to(symbols)
 
     def belong_to(self, symbols: KernelSymbols) -> None:
-        """The kernel whose lines these should be; its symbols also say where modules are.
+        """Set the symbols of the kernel and of its loaded modules.
 
-        Raises :class:`bridge.errors.UsageError` where it is another one.
+        Raises:
+            UsageError: the lines belong to another kernel.
         """
         if not self._kernel.fits(symbols):
             raise UsageError(
-                f"{self.path} is of another kernel than the guest's",
-                hint="where its files begin, the guest's kernel has no functions; take the "
-                "vmlinux of the very build",
+                f"{self.path} belongs to another kernel than the guest's",
+                hint="the guest's kernel has no functions where its files begin; use the "
+                "vmlinux of the same build",
             )
         self._symbols = symbols
 
     def lookup(self, pc: PC) -> tuple[str, int] | None:
-        """The file and line of an address; None where nothing is known."""
+        """Return the file and line of an address; None if unknown."""
         unit = self.unit_at(pc)
         return unit.line(pc) if unit is not None else None
 
     def function_line(self, start: PC) -> tuple[str, int] | None:
-        """The file and line where the function is that begins at an address.
+        """Return the file and line of the function that begins at an address.
 
-        :meth:`lookup` may give its first statement: that is the last of several lines that an
-        address has.
+        :meth:`lookup` may return its first statement instead, the last of several lines at that
+        address.
         """
         unit = self.unit_at(start)
         if unit is None:
@@ -291,32 +307,34 @@ class Lines:
         return unit.rows.first(start) or unit.line(start)
 
     def unit_at(self, pc: PC) -> SourceUnit | None:
-        """The compile unit of an address."""
+        """Return the compile unit of an address."""
         code = self._code_at(pc)
         return code.unit_at(pc) if code is not None else None
 
     def unit_lines(self, unit: SourceUnit) -> set[tuple[str, int]]:
-        """All files and lines that a compile unit has code of."""
+        """Return all files and lines for which a compile unit has code."""
         return unit.rows.between(0, 1 << 64)
 
     def lines_in(self, start: PC, end: PC) -> set[tuple[str, int]]:
-        """The files and lines of the code from one address up to another."""
+        """Return the files and lines of the code from one address up to another."""
         unit = self.unit_at(start)
         return unit.rows.between(start, end) if unit is not None else set()
 
     def files(self) -> set[str]:
-        """The source files that have code of their own: those that were compiled, no headers."""
+        """Return the source files that were compiled, without headers."""
         return {unit.name for code in self._codes() for unit in code.owners}
 
     def file_ranges(self, pattern: str) -> list[tuple[PC, PC]]:
-        """The code that was compiled from the files that match a pattern of :mod:`fnmatch`, with
-        what they have included; sorted and disjoint, merged where they touch."""
+        """Return the code of files that match a pattern of :mod:`fnmatch`, included code too.
+
+        The ranges are sorted and disjoint, and do not touch.
+        """
         return [pair for code in self._codes() for pair in code.file_ranges(pattern)]
 
     # -- modules -----------------------------------------------------------------------------
 
     def _codes(self) -> Iterator[_Code]:
-        """The kernel's, and those of the modules that are loaded, by address."""
+        """Return the compile units of the kernel and of the loaded modules, by address."""
         yield self._kernel
         if self._symbols is not None:
             for start, _, module in sorted(self._symbols.texts()):
@@ -334,12 +352,14 @@ class Lines:
         if key not in self._modules:
             self._modules[key] = self._open_module(module, start, end)
         code = self._modules[key]
-        # Its symbols may come later than the module itself.
+        # Its symbols may arrive after the module itself.
         if code is not None and key not in self._fitting and self._symbols.has_functions(module):
             if code.fits(self._symbols):
                 self._fitting.add(key)
             else:
-                logger.warning("the lines of the module %s are of another build", module)
+                logger.warning(
+                    "the debug information of the module %s belongs to another build", module
+                )
                 code = self._modules[key] = None
         return code
 
@@ -352,12 +372,12 @@ class Lines:
             file = DebugFile(path, places, size=end - start)
             return _Code(file, (start, end), self._kernel.tops)
         except (UsageError, SourceError) as error:
-            logger.warning("the lines of the module %s are not known: %s", module, error.message)
+            logger.warning("the lines of the module %s are unknown: %s", module, error.message)
             return None
 
     @functools.cached_property
     def _module_files(self) -> dict[str, Path]:
-        """The modules' files by name."""
+        """Return the modules' files by name."""
         found: dict[str, Path] = {}
         if self._directory is not None:
             for directory, _, names in os.walk(self._directory):

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes ``not_instrumented_VERSION.txt`` from a kernel's source tree.
+"""Make ``not_instrumented_VERSION.txt`` from a kernel's source tree.
 
 ``python -m bridge.sources.guest_kernel.make_not_instrumented TREE KERNEL >FILE``
 
-Listed are the functions that a kernel with CONFIG_KCOV has no calls in, by the file that they are
-in: C files that a Makefile takes out (``KCOV_INSTRUMENT := n`` for a directory,
-``KCOV_INSTRUMENT_file.o := n`` for a file), and all in assembler, which no compiler instruments.
-Only what becomes part of an x86-64 kernel or its modules is looked at. A name that another file
-has, too, gets a question mark. Needs Universal Ctags (Debian: universal-ctags); takes a minute.
+The list has the functions that CONFIG_KCOV does not instrument, by file: those of C files that a
+Makefile excludes (``KCOV_INSTRUMENT := n`` for a directory, ``KCOV_INSTRUMENT_file.o := n`` for a
+file), and those of all assembler files. Only code of an x86-64 kernel or its modules counts. A name
+that another file also uses gets a question mark. Needs Universal Ctags (Debian: universal-ctags);
+takes a minute.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 __all__ = ["excluded_files", "functions_of_assembler", "generated_functions", "main"]
 
-# Code for another machine, or that runs before the kernel or in user mode.
+# Code for other machines, code that runs before the kernel, and code for user mode.
 _ELSEWHERE = re.compile(
     r"arch/(?!x86/)|arch/x86/(?:um|boot|purgatory|realmode|tools)/|drivers/s390/"
     r"|drivers/firmware/efi/libstub/|drivers/gpu/|(?:tools|scripts|samples|Documentation|usr)/"
@@ -50,7 +50,7 @@ _INCLUDE = re.compile(r"^#\s*include \"(\w[\w.-]*\.[hc])\"", re.MULTILINE)
 
 
 def excluded_files(tree: Path) -> Iterator[str]:
-    """The C files that a Makefile of the tree takes out, by their path in it."""
+    """Return the C files that a Makefile of the tree excludes, by their path in it."""
     for makefile in sorted([*tree.rglob("Makefile"), *tree.rglob("Kbuild")]):
         directory = makefile.parent.relative_to(tree).as_posix()
         if _ELSEWHERE.match(f"{directory}/"):
@@ -61,7 +61,7 @@ def excluded_files(tree: Path) -> Iterator[str]:
         if everything:
             names |= {path.stem for path in makefile.parent.glob("*.c")}
         for name in sorted(names):
-            # As scripts/Makefile.lib has it: the file's word comes before its directory's.
+            # As in scripts/Makefile.lib, the file's setting precedes its directory's.
             if f"{settings.get(name, '')}{everything}".startswith("n"):
                 path = makefile.parent / f"{name}.c"
                 if path.is_file():
@@ -69,13 +69,15 @@ def excluded_files(tree: Path) -> Iterator[str]:
 
 
 def functions_of_assembler(text: str) -> set[str]:
-    """The functions, and labels within functions, of an assembler file."""
+    """Return the functions of an assembler file, and the labels within them."""
     return set(_ASSEMBLER.findall(text)) - {"name"}
 
 
 def generated_functions(text: str, tree: Path) -> set[str]:
-    """The functions that macros make of what a C file has: system calls, handlers of interrupts
-    and trace events."""
+    """Return the functions that macros generate in a C file.
+
+    These are system calls, interrupt handlers and trace events.
+    """
     found = set()
     for compat, also_compat, name in _SYSCALL.findall(text):
         infix = "_compat_sys_" if compat == "COMPAT_" or also_compat else "_sys_"
@@ -98,7 +100,7 @@ def generated_functions(text: str, tree: Path) -> set[str]:
 
 
 def _functions(tree: Path, files: Iterable[str]) -> dict[str, set[str]]:
-    """The functions of C files as Universal Ctags finds them, by file."""
+    """Return the functions of C files as Universal Ctags finds them, by file."""
     answer = subprocess.run(
         [
             *("ctags", "-L", "-", "-f", "-", "--languages=C", "--c-kinds=f", "--sort=no"),
@@ -118,13 +120,15 @@ def _functions(tree: Path, files: Iterable[str]) -> dict[str, set[str]]:
 
 
 def _counts(file: str) -> bool:
-    """Whether a file's functions may be others of the same name: not so those of headers that lie
-    in a directory that is taken out as a whole, as it is the only one to include them."""
+    """Return whether other files may have functions of the same name.
+
+    Headers in a directory that is excluded as a whole are included only there.
+    """
     return not file.endswith(".h") or file.startswith(("include/", "arch/x86/include/"))
 
 
 def main(tree: Path, kernel: str) -> None:
-    """Print the list for a source tree, which is that of ``kernel``."""
+    """Print the list for the source tree of ``kernel``."""
     sources = [
         name
         for path in sorted([*tree.rglob("*.c"), *tree.rglob("*.h")])
@@ -135,7 +139,7 @@ def main(tree: Path, kernel: str) -> None:
     listed: dict[str, set[str]] = {}
     for name in taken_out:
         text = (tree / name).read_text(encoding="utf-8")
-        # What is written in capitals is a macro that makes functions, none of its own.
+        # A name in capitals is a macro that generates functions.
         functions = {f for f in everywhere.get(name, ()) if not f.isupper()}
         listed[name] = functions | generated_functions(text, tree)
         for included in _INCLUDE.findall(text):
@@ -145,7 +149,7 @@ def main(tree: Path, kernel: str) -> None:
         name = path.relative_to(tree).as_posix()
         if not _ELSEWHERE.match(name) and "/vdso/" not in name:
             listed[name] = functions_of_assembler(path.read_text(encoding="utf-8"))
-    # Names that are not certain: a header's function may become part of any file.
+    # Ambiguous names: a header's function may become part of any file.
     calls = generated_functions((tree / "kernel/sys_ni.c").read_text(encoding="utf-8"), tree)
     elsewhere = calls.union(
         *(found for file, found in everywhere.items() if file not in listed and _counts(file))

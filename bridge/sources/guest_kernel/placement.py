@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the code of kernel modules lies canonically: at the same place on every run.
+"""Canonical addresses for the code of kernel modules, the same on every run.
 
-The kernel loads a module wherever there is room. A PC must mean the same on every run, so the text
-of each module that the kernel's package has is given a place of its own, by the order of the names;
-what the package does not know gets the room after them in the order in which it appears.
+The kernel loads a module wherever there is room, but a PC must mean the same on every run. So the
+text of each module in the kernel's package gets its own canonical range, ordered by name; other
+modules get the room after them, in the order in which they appear.
 """
 
 from __future__ import annotations
@@ -42,12 +42,16 @@ _SHF_EXECINSTR: Final = 4
 
 
 class ModulePlacement:
-    """Gives the texts of modules their canonical bases."""
+    """Assigns canonical bases to the texts of modules."""
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
-        """``sizes`` has the bytes of core text of each module that is known beforehand.
+        """Assign a base to each module that is known beforehand.
 
-        Raises :class:`bridge.errors.SourceError` where they don't find room.
+        Args:
+            sizes: bytes of core text, by the module's name.
+
+        Raises:
+            SourceError: there is not enough room.
         """
         self._sizes: dict[str, int] = {}
         for name, size in sizes.items():
@@ -61,15 +65,17 @@ class ModulePlacement:
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """The modules that are known beforehand: bytes of core text, in whole pages."""
+        """Bytes of core text, in whole pages, of the modules that are known beforehand."""
         return dict(self._sizes)
 
     def place(self, name: str, size: int) -> int:
-        """The canonical base of a module with ``size`` bytes of core text.
+        """Return the canonical base of a module with ``size`` bytes of core text.
 
-        A module that is known beforehand, and not larger than was said, has the same on every run;
-        any other one keeps what it got first, as long as it does not grow beyond it. Raises
-        :class:`bridge.errors.SourceError` where no room is left.
+        A module that is known beforehand, and no larger than announced, has the same base on every
+        run. Any other module keeps its first base unless it grows.
+
+        Raises:
+            SourceError: no room is left.
         """
         name, size = module_name(name), _pages(size)
         if size <= self._sizes.get(name, 0):
@@ -83,7 +89,8 @@ class ModulePlacement:
     def save(self, path: Path) -> None:
         """Write the modules that are known beforehand as JSON, whole or not at all.
 
-        Raises :class:`bridge.errors.InfrastructureError`.
+        Raises:
+            InfrastructureError: the file cannot be written.
         """
         data = {"format": _FORMAT, "version": _VERSION, "sizes": dict(sorted(self._sizes.items()))}
         write_atomically(path, json.dumps(data, indent=1) + "\n")
@@ -100,16 +107,16 @@ class ModulePlacement:
             raise SourceError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SourceError(
-                f"{path} is no list of modules", evidence=f"{type(error).__name__}: {error}"
+                f"{path} is not a list of modules", evidence=f"{type(error).__name__}: {error}"
             ) from error
         return cls(sizes)
 
     def _take(self, name: str, size: int) -> int:
         base = self._next
-        # A page more: what runs past the end of a module is none of the next one's.
+        # One page more, so that code past a module's end is not attributed to the next module.
         if base + size + _PAGE > MODULES_END:
             raise SourceError(
-                f"no room for the {size} bytes of module {name} among the canonical addresses",
+                f"no room for the {size} bytes of module {name} in the canonical address range",
                 hint=f"{MODULES_END - base} bytes are left: load fewer modules",
             )
         self._next = base + size + _PAGE
@@ -117,22 +124,26 @@ class ModulePlacement:
 
 
 def module_name(name: str) -> str:
-    """A module's name as the kernel has it: its file may be named with hyphens."""
+    """Return a module's name in the kernel's spelling; its file may be named with hyphens."""
     return name.replace("-", "_")
 
 
 def core_text_size(path: Path) -> int:
-    """The bytes of text that a module keeps while it is loaded, from its file; see
-    :func:`core_text_sections`."""
+    """Return the bytes of text that a module keeps while it is loaded, from its file.
+
+    Raises as :func:`core_text_sections`.
+    """
     return _core_text(path)[1]
 
 
 def core_text_sections(path: Path) -> dict[str, int]:
-    """Where in that text each section begins.
+    """Return the offset of each section in a module's core text.
 
-    As the kernel's loader lays them out: the executable sections that are no ``.init``, one after
-    the other, each aligned. The file may be packed with xz (``.ko.xz``). Raises
-    :class:`bridge.errors.SourceError` for what is no module.
+    The kernel's loader places the executable sections outside ``.init`` one after the other, each
+    aligned. The file may be compressed with xz (``.ko.xz``).
+
+    Raises:
+        SourceError: the file is not a module.
     """
     return _core_text(path)[0]
 
@@ -143,35 +154,35 @@ def _core_text(path: Path) -> tuple[dict[str, int], int]:
             return _layout(lzma.decompress(path.read_bytes()))
         if path.suffix == ".zst":
             raise SourceError(
-                f"the module {path.name} is packed with zstd, which can't be read here"
+                f"the module {path.name} is compressed with zstd, which this program cannot read"
             )
-        # With debug information it can be very large.
+        # A module with debug information can be very large.
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _layout(data)
     except (OSError, lzma.LZMAError) as error:
         raise SourceError(f"cannot read the module {path.name}: {error}") from error
     except (struct.error, ValueError) as error:
-        raise SourceError(f"{path.name} is no kernel module", evidence=str(error)) from error
+        raise SourceError(f"{path.name} is not a kernel module", evidence=str(error)) from error
 
 
 def _layout(elf: bytes | mmap.mmap) -> tuple[dict[str, int], int]:
-    """Raises ValueError or struct.error for what is no ELF file of 64 bits, little-endian."""
+    """Return the sections of a 64-bit little-endian ELF; raises ValueError or struct.error."""
     if elf[:6] != b"\x7fELF\x02\x01":
-        raise ValueError("no ELF file of 64 bits, little-endian")
+        raise ValueError("not a 64-bit little-endian ELF file")
     # Elf64_Ehdr: e_shoff at 40; e_shentsize, e_shnum, e_shstrndx from 58 on.
     (offset,) = struct.unpack_from("<Q", elf, 40)
     entry, count, names_index = struct.unpack_from("<HHH", elf, 58)
     # Elf64_Shdr: name, type, flags, addr, offset, size, link, info, addralign, entsize.
     headers = [struct.unpack_from("<IIQQQQIIQQ", elf, offset + i * entry) for i in range(count)]
     if names_index >= count:
-        raise ValueError("no names of sections")
+        raise ValueError("it has no section names")
     names = headers[names_index][4]
     sections: dict[str, int] = {}
     total = 0
     for header in headers:
         end = elf.find(b"\0", names + header[0])
         if end < 0:
-            raise ValueError("a name of a section without an end")
+            raise ValueError("a section name does not end")
         name = elf[names + header[0] : end].decode(errors="replace")
         if header[2] & (_SHF_ALLOC | _SHF_EXECINSTR) != _SHF_ALLOC | _SHF_EXECINSTR:
             continue

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan: what the bridge and the plugin in QEMU tell each other, in memory of their own.
+"""The plan: memory that the bridge and the plugin in QEMU share.
 
-The guest cannot see it. ``tcg/plan.h`` is the plugin's side;
-``tests/sources/guest_kernel/test_plan.py`` compares the two. An array of 64-bit words, each with
-one writer.
+The guest cannot see it. It is an array of 64-bit words, each with one writer. ``tcg/plan.h`` is the
+plugin's definition; ``tests/sources/guest_kernel/test_plan.py`` compares the two.
 """
 
 from __future__ import annotations
@@ -52,9 +51,10 @@ _MEMBARRIER_GLOBAL_EXPEDITED = 1 << 1
 
 
 def _barrier_everywhere() -> bool:
-    """Have all threads of processes that asked for it pass a full memory barrier, and this one.
+    """Make this thread, and all threads of registered processes, pass a full memory barrier.
 
-    Answers whether there is such a call: membarrier(2), from Linux 4.16 on.
+    Returns:
+        Whether the system call exists: membarrier(2), from Linux 4.16 on.
     """
     return bool(_libc.syscall(_MEMBARRIER, _MEMBARRIER_GLOBAL_EXPEDITED, 0, 0) == 0)
 
@@ -70,7 +70,7 @@ class PlanWord(IntEnum):
     BARRIERS = 5
     """1: the bridge can make the plugin's threads pass a memory barrier."""
     COVERAGE_EPOCH = 6
-    """Where the region's word of that name is: the plugin writes it when an area is half full."""
+    """Offset of that word in the region; the plugin writes it when an area is half full."""
     WANT = 8
     EPOCH = 9
     RANGES_EPOCH = 10
@@ -79,9 +79,9 @@ class PlanWord(IntEnum):
     SLOTS = 13
     MARKER = 14
     MARKER_OFFSET = 15
-    """Where in the guest's memory the marker is."""
+    """Offset of the marker in the guest's memory."""
     HAVE = 16
-    """PLUGIN: what is done of WANT; the words from here on are the plugin's."""
+    """Progress on WANT. The plugin writes this word and those after it."""
     API = 17
     RESETS = 18
     TRANSLATED = 19
@@ -94,12 +94,12 @@ class PlanWord(IntEnum):
 
 
 class Ram(IntEnum):
-    """Whether the plugin knows where QEMU has the guest's memory."""
+    """Whether the plugin has found the guest's memory in QEMU."""
 
     UNKNOWN = 0
     FOUND = 1
     REFUSED = 2
-    """The marker is not where the guest says."""
+    """The marker is not where the guest reported it."""
 
 
 class CpuWord(IntEnum):
@@ -108,7 +108,7 @@ class CpuWord(IntEnum):
     CURRENT = 0
     PREEMPT = 1
     BUSY = 4
-    """PLUGIN: slot + 1 while that slot's area is written to."""
+    """slot + 1 while the plugin writes to that slot's area; written by the plugin."""
 
 
 class SlotWord(IntEnum):
@@ -125,7 +125,7 @@ class SlotWord(IntEnum):
 
 
 class RangeFlag(IntFlag):
-    """What is true of the code in a range; see ``tcg/plan.h``."""
+    """Properties of the code in a range; see ``tcg/plan.h``."""
 
     RECORD = 1
     NOINSTR = 2
@@ -138,9 +138,13 @@ class RangeFlag(IntFlag):
 
 
 class Plan:
-    """The memory of one plan; made before QEMU starts. Raises SourceError where there is none.
+    """The memory of one plan, created before QEMU starts.
 
-    ``memory`` is the guest's, in bytes.
+    Args:
+        memory: size of the guest's memory, in bytes.
+
+    Raises:
+        SourceError: there is no memory.
     """
 
     def __init__(self, memory: int) -> None:
@@ -172,18 +176,18 @@ class Plan:
     def _next_epoch(self) -> None:
         self.words[PlanWord.EPOCH] += 1
         if not (self.words[PlanWord.EXPEDITED] and _barrier_everywhere()):
-            # A locked instruction, so a full barrier on x86: the plugin has its own.
+            # A locked instruction is a full barrier on x86; it pairs with the plugin's.
             with self._barrier:
                 pass
 
     def set_cpu(self, cpu: int, current: int, preempt: int) -> None:
-        """Where vCPU ``cpu`` keeps its variables: offsets in the guest's memory."""
+        """Set where vCPU ``cpu`` keeps its variables: offsets in the guest's memory."""
         at = CPUS_OFFSET // WORD + cpu * CPU_WORDS
         self.words[at + CpuWord.CURRENT] = current
         self.words[at + CpuWord.PREEMPT] = preempt
 
     def set_marker(self, address: int, offset: int) -> None:
-        """Where the guest's marker is, and where in the guest's memory."""
+        """Set the marker's address in the guest, and its offset in the guest's memory."""
         self.words[PlanWord.MARKER] = address
         self.words[PlanWord.MARKER_OFFSET] = offset
 
@@ -193,10 +197,10 @@ class Plan:
         vectors: Sequence[int],
         syscall_entry: int,
     ) -> None:
-        """Which code there is: (start, end, canonical start, flags), sorted and disjoint."""
+        """Set the code ranges: (start, end, canonical start, flags), sorted and disjoint."""
         if len(ranges) > RANGES:
             raise SourceError(
-                f"the filter cuts the kernel into {len(ranges)} pieces, more than {RANGES}",
+                f"the filter cuts the kernel into {len(ranges)} ranges, more than {RANGES}",
                 hint="name whole files, modules or longer address ranges in --kernel-include",
             )
         words = self.words
@@ -215,7 +219,7 @@ class Plan:
         words[PlanWord.RANGES_EPOCH] += 1
 
     def attach(self, slot: int, task: int, area: int, size: int, bitmap_words: int) -> None:
-        """From now on what ``task`` does in the kernel goes into the area."""
+        """Have what ``task`` runs in the kernel recorded in the area."""
         words = self.words
         at = SLOTS_OFFSET // WORD + slot * PLAN_SLOT_WORDS
         words[at + SlotWord.APPENDED] = 0
@@ -229,15 +233,19 @@ class Plan:
         self._next_epoch()
 
     def counts(self, slot: int) -> tuple[int, int]:
-        """How many PCs the plugin appended in this slot and how many it dropped."""
+        """Return how many PCs the plugin appended in this slot, and how many it dropped."""
         at = SLOTS_OFFSET // WORD + slot * PLAN_SLOT_WORDS
         words = self.words
         return words[at + SlotWord.APPENDED], words[at + SlotWord.DROPPED]
 
     def detach(self, slot: int) -> tuple[int, int]:
-        """No more from now on: when this returns nobody writes to the area. As :meth:`counts`.
+        """Detach the slot; afterwards the plugin no longer writes to its area.
 
-        Raises SourceError where QEMU stands still in the middle of it.
+        Returns:
+            As :meth:`counts`.
+
+        Raises:
+            SourceError: QEMU hangs while it writes to the area.
         """
         words = self.words
         words[SLOTS_OFFSET // WORD + slot * PLAN_SLOT_WORDS + SlotWord.TASK] = 0
@@ -249,12 +257,12 @@ class Plan:
             now = time.monotonic()
             deadline = deadline or now + _BUSY_SECONDS
             if now > deadline:
-                raise SourceError("QEMU stands still while it writes coverage")
+                raise SourceError("QEMU hangs while it writes coverage")
             time.sleep(1e-4)
         return self.counts(slot)
 
     def blocks(self, start: int = 0) -> list[tuple[int, int]]:
-        """Blocks that were recorded, from number ``start`` on: (canonical start, bytes)."""
+        """Return the recorded blocks from number ``start`` on: (canonical start, bytes)."""
         words = self.words
         count = min(words[PlanWord.BLOCKS], BLOCKS)
         at = BLOCKS_OFFSET // WORD
@@ -262,7 +270,7 @@ class Plan:
         return list(zip(found[::2], found[1::2], strict=True))
 
     def close(self) -> None:
-        """Unmap and close; safe to call twice."""
+        """Unmap and close. Safe to call twice."""
         if self.fd >= 0:
             self.words.release()
             self._bytes.release()

@@ -30,16 +30,16 @@ PLUGIN = CProgram(
     folder="plugins",
     suffix=".so",
 )
-"""It finds out at load time which version of the plugin API it meets, from 1 on."""
+"""The source; it supports each version of the plugin API from 1 on, detected at load time."""
 
 _NEWEST_API = 7
-"""The newest version of the plugin API that the plugin knows the callbacks of."""
+"""The newest version of the plugin API whose callbacks the plugin supports."""
 
 _TOO_OLD = re.compile(r"supports only a minimum version of (\d+)")
-"""``plugin_load`` in QEMU's ``plugins/loader.c``, of a plugin made for an older API."""
+"""Error of ``plugin_load`` in QEMU's ``plugins/loader.c`` for a plugin with an older API."""
 
 _GREETING = "kcov_tcg: the bridge starts it"
-"""What the plugin answers to a QEMU that was not told where the plan is: it was loaded."""
+"""The plugin's error without a plan; it shows that QEMU loaded the plugin."""
 
 _PROBE_SECONDS = 30.0
 
@@ -49,7 +49,7 @@ _SOURCE_REMEDY = "or leave the guest kernel out: --source python"
 def build_plugin(qemu: str, spare: Path | None = None) -> Path:
     """Return the plugin that this QEMU loads, from the cache if it is there.
 
-    A QEMU that loads none gets one all the same: :func:`why_not_loaded` says why not.
+    If this QEMU loads none, :func:`why_not_loaded` gives the reason.
 
     Args:
         qemu: the program.
@@ -74,9 +74,9 @@ def build_plugin(qemu: str, spare: Path | None = None) -> Path:
 
 
 def why_not_loaded(qemu: str, plugin: Path) -> str | None:
-    """What keeps this QEMU from loading the plugin, in its own words; None when nothing does.
+    """Return QEMU's own reason for not loading the plugin; None if it loads it.
 
-    Where that depends on nothing but the two files, the answer is kept in the cache.
+    The cache keeps an answer that depends on the two files alone.
     """
     answer = _answer_file(qemu, plugin)
     if answer is not None:
@@ -84,7 +84,7 @@ def why_not_loaded(qemu: str, plugin: Path) -> str | None:
             return answer.read_text(encoding="utf-8") or None
     why = _try(qemu, plugin)
     if answer is not None and (why is None or _TOO_OLD.search(why)):
-        # Not kept in a cache that cannot be written: it is asked for again.
+        # A cache that cannot be written keeps no answer; QEMU is asked again next time.
         with contextlib.suppress(OSError, BridgeError):
             cache_folder(PLUGIN.folder)
             with atomic_output(answer) as part:
@@ -93,7 +93,7 @@ def why_not_loaded(qemu: str, plugin: Path) -> str | None:
 
 
 def _answer_file(qemu: str, plugin: Path) -> Path | None:
-    """Where the cache has the answer of these two files; None for a plugin that is not in it."""
+    """Return where the cache has the answer for these files; None if the plugin is not in it."""
     program = shutil.which(qemu)
     if program is None or plugin.parent != cache_directory() / PLUGIN.folder:
         return None

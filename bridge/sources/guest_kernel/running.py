@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The code of a kernel of which nothing is known before it runs: what the guest's own files say.
+"""The code of a kernel that is unknown until it runs, from the guest's own files.
 
-They are read as root, before the bridge's module is loaded, which then says where the code is now.
+The files are read as root before the bridge's module is loaded, which then reports the addresses.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _OFFSET: Final = "head -c 65536 /proc/kcore | grep -a -o 'KERNELOFFSET=[0-9a-f]*
 _MODULES: Final = "find /lib/modules/\"$(uname -r)\"/ -name '*.ko*' -type f -printf '%s %f\\n'"
 
 _MAX_BYTES: Final = 64 << 20
-"""More than the text of any kernel's symbols."""
+"""Limit for the symbols' text; larger than any kernel's."""
 _PACKED: Final = 4
-"""A module's text is at most so many times as large as its packed file."""
+"""Upper bound of a module's text size relative to its compressed file."""
 
 Shell = Callable[[str, Callable[[bytes], object]], None]
-"""Runs a script in the guest as root, and gives its output away as it comes."""
+"""Runs a script in the guest as root and passes its output on as it comes."""
 
 
 def read_kernel(shell: Shell, wanted: KernelFilter, lines: Lines | None) -> KernelCode:
-    """Ask a running guest; errors as of :func:`kernel_of`."""
+    """Return the kernel of a running guest; raises as :func:`kernel_of`."""
     symbols, offset, modules = (_output(shell, script) for script in (_SYMBOLS, _OFFSET, _MODULES))
     return kernel_of(symbols, offset, modules, wanted, lines)
 
@@ -45,24 +45,31 @@ def read_kernel(shell: Shell, wanted: KernelFilter, lines: Lines | None) -> Kern
 def kernel_of(
     kallsyms: str, offset: str, modules: str, wanted: KernelFilter, lines: Lines | None
 ) -> KernelCode:
-    """From the text of ``/proc/kallsyms``, ``KERNELOFFSET=`` and hex digits if the kernel says
-    that, and size and name of the files of its modules.
+    """Return the kernel's code from the text of its files.
 
-    Raises :class:`bridge.errors.KernelUnknownError` where the kernel hides its symbols or lacks
-    some that are needed, and :class:`bridge.errors.UsageError` for a filter that makes no sense.
+    Args:
+        kallsyms: ``/proc/kallsyms``.
+        offset: ``KERNELOFFSET=`` and hex digits; empty if the kernel does not report it.
+        modules: size and name of each module's file, one a line.
+        wanted: what to record.
+        lines: source lines, if a filter names files.
+
+    Raises:
+        KernelUnknownError: the kernel hides its symbols, or lacks some that are needed.
+        UsageError: a filter is invalid.
     """
     said = re.search(r"^KERNELOFFSET=([0-9a-f]{1,16})$", offset, re.MULTILINE)
     moved = kaslr_offset(kallsyms, int(said[1], 16) if said else None)
-    logger.debug("the guest's kernel has moved itself by %#x", moved)
+    logger.debug("KASLR offset of the guest's kernel: %#x", moved)
     return KernelCode(
         KernelSymbols.from_kallsyms(kallsyms, moved), placement_of(modules), wanted, lines
     )
 
 
 def placement_of(files: str) -> ModulePlacement:
-    """Where modules are placed, from lines with the size and the name of each module's file.
+    """Return the placement of modules, from lines with size and name of each module's file.
 
-    A text is smaller than its file, so that is room enough, and it is the same on each run.
+    The bound is the same on each run, and no text is larger.
     """
     sizes: dict[str, int] = {}
     for size, name, packed in re.findall(r"^(\d{1,12}) (\S+)\.ko(\.\S+)?$", files, re.MULTILINE):
@@ -70,18 +77,20 @@ def placement_of(files: str) -> ModulePlacement:
     try:
         return ModulePlacement(sizes)
     except SourceError as error:
-        logger.warning("modules are placed in the order in which they come: %s", error.message)
+        logger.warning(
+            "modules are placed in the order in which they are loaded: %s", error.message
+        )
         return ModulePlacement({})
 
 
 def _output(shell: Shell, script: str) -> str:
-    """What a script prints; empty where it fails."""
+    """Return what a script prints; empty if it fails."""
     found = bytearray()
 
     def take(data: bytes) -> None:
         found.extend(data)
         if len(found) > _MAX_BYTES:
-            raise KernelUnknownError(f"the guest's kernel has more than {_MAX_BYTES} bytes to say")
+            raise KernelUnknownError(f"the guest's kernel files have more than {_MAX_BYTES} bytes")
 
     shell(script, take)
     return found.decode("ascii", "replace")

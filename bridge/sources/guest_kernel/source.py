@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guest kernel as a source: which task is traced into which area, and what code there is.
 
-Unlike other sources this one is not consumed. The plugin in QEMU writes PCs into areas by itself,
-while the system call runs, as the code of a kernel built with CONFIG_KCOV does; the bridge tells
-it through the plan who owns what.
+This source is not consumed. The plugin in QEMU writes PCs into areas while the system call runs, as
+the code of a kernel built with CONFIG_KCOV does. The plan tells the plugin which task owns which
+instance.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ logger = logging.getLogger(__name__)
 
 _PAGE = 4096
 _FOUR_GIB = 1 << 32
-# Of a hostile guest, too: digits that are no more than an address has.
+# Bounded, because the guest may be hostile: no more digits than an address has.
 _MODULE = re.compile(r"^(\S+) (\d{1,9}) .* 0x([0-9a-f]{1,16})(?: \(\w+\))?$", re.MULTILINE)
 _SYMBOL = re.compile(r"^([0-9a-f]{1,16}) ([A-Za-z]) \S+\t\[(\S+)\]$", re.MULTILINE)
 _QUIET_SECONDS = 2.0
-"""How long the code stays watched after the last owner is gone: the next may come at once."""
+"""How long the code stays watched after the last owner has gone, because another may follow."""
 
 
 def ram_offset(physical: int, memory: int) -> int | None:
-    """Where a guest-physical address lies in the memory of a q35 machine of ``memory`` bytes.
+    """Return the offset of a guest-physical address in the memory of a q35 machine, or None.
 
-    None where there is no memory. ``pc_q35_init`` in QEMU says how much lies below 4 GiB.
+    ``memory`` is the machine's memory in bytes; ``pc_q35_init`` in QEMU defines how much of it lies
+    below 4 GiB.
     """
     below = memory if memory < 0xB000_0000 else 0x8000_0000
     if 0 <= physical < below:
@@ -72,8 +73,8 @@ class _TextBounds:
         self._others = sorted(others)
 
     def text_size(self, name: str) -> int:
-        """The bytes up to what follows on the module's last function; of a module without
-        functions all that it has."""
+        """Return the bytes from its start to the end of its last function; all of its bytes if it
+        has no functions."""
         base, size = self.modules[name]
         after = bisect_right(self._others, self._last.get(name, base + size))
         if after < len(self._others):
@@ -82,11 +83,11 @@ class _TextBounds:
 
 
 class GuestKernel:
-    """The plan's writer, on the doorbell's thread. Made before QEMU, which inherits the plan.
+    """Writes the plan, on the doorbell's thread. Created before QEMU, which inherits the plan.
 
     Args:
-        code: what is known of the kernel; None where that comes later, by :meth:`set_code`.
-        memory: of the guest, in bytes.
+        code: the kernel's code; None if :meth:`set_code` sets it later.
+        memory: size of the guest's memory, in bytes.
 
     Raises:
         SourceError: there is no memory.
@@ -95,24 +96,24 @@ class GuestKernel:
     def __init__(self, code: KernelCode | None, memory: int) -> None:
         self.plan = Plan(memory)
         self.offset: int | None = None
-        """By how much the kernel was moved (KASLR), bytes; None until it has said so."""
+        """KASLR offset of the kernel in bytes; None until the guest's module has reported it."""
         self._code = code
         self.unnamed = True
-        """Whether there are modules whose symbols are not known; see :meth:`load_symbols`."""
+        """Whether some loaded modules lack symbols; see :meth:`load_symbols`."""
         self._memory = memory
         self._vectors: list[int] = []
         self._entry = 0
-        # Modules that were there before the guest's module told: base, bytes, lines of kallsyms.
+        # Modules loaded before ours: base, bytes, lines of kallsyms.
         self._early: dict[str, tuple[int, int, str]] = {}
         self._attached: set[int] = set()
-        # Those that were attached when their kernel went: nothing more comes, but they count.
+        # Slots that were attached when their kernel ended: they get no more PCs, but still count.
         self._cut_off: set[int] = set()
         self._blocks_covered = 0
         self._quiet_since: float | None = None
         self._blind = False
 
     def close(self) -> None:
-        """Give the memory back. Safe to call twice."""
+        """Release the memory. Safe to call twice."""
         self._blocks_covered = self.blocks_covered
         self.plan.close()
 
@@ -122,20 +123,20 @@ class GuestKernel:
         return self._code is not None
 
     def set_code(self, code: KernelCode) -> None:
-        """The kernel's code, before the guest's module says where it is."""
+        """Set the kernel's code, before the guest's module reports where it is."""
         self._code = code
 
     @property
     def code(self) -> KernelCode:
-        """What is known of the kernel's code. Raises KernelUnknownError as long as nothing is."""
+        """The kernel's code. Raises KernelUnknownError while it is unknown."""
         if self._code is None:
-            raise KernelUnknownError("nothing is known of the guest's kernel")
+            raise KernelUnknownError("the guest's kernel is unknown")
         return self._code
 
-    # What the guest's module says; none of it is trusted further than an address is bounded
+    # Reports of the guest's module. They are not trusted: each address is bounded.
 
     def describe(self, payload: Sequence[int]) -> int:
-        """KERNEL: errno. What is not the expected kernel is not watched, nor one that ends."""
+        """Handle KERNEL; return an errno. A kernel that is unexpected or ends is not watched."""
         self._forget()
         if not payload[KernelWord.CPUS]:
             return 0
@@ -145,7 +146,7 @@ class GuestKernel:
         offset = entry - self.code.syscall_entry
         if offset % _PAGE or not 0 <= offset < 1 << 30:
             logger.warning(
-                "the guest kernel is another than its symbols are for "
+                "the guest kernel does not match its symbols "
                 "(entry_SYSCALL_64 at %#x): its code is not watched",
                 entry,
             )
@@ -169,10 +170,10 @@ class GuestKernel:
         return 0
 
     def _forget(self) -> None:
-        """The kernel of before runs no more, and what is where it was says nothing.
+        """Forget the previous kernel and its addresses.
 
-        WANT is 0: at the next halt of a vCPU, which the module executes, all translated code is
-        thrown away. It knows another kernel's addresses.
+        Set WANT to 0, so QEMU discards all translated code at the next halt of a vCPU, which the
+        module executes. That code has the other kernel's addresses.
         """
         self.offset = None
         for cpu in range(KERNEL_CPUS):
@@ -189,7 +190,7 @@ class GuestKernel:
         return NOWHERE if where is None or where % alignment else where
 
     def module(self, name: str, comes: bool, start: int, size: int) -> int:
-        """MODULE: errno. Its code has not run yet, or will not run any more."""
+        """Handle MODULE and return an errno: code that has not run yet, or will not run again."""
         if self.offset is None:
             return errno.EINVAL
         if comes and size and start + size < 1 << 64:
@@ -201,9 +202,11 @@ class GuestKernel:
         return 0
 
     def load_symbols(self, proc_modules: str, kallsyms: str) -> None:
-        """What the guest's own files say: modules that were there before ours, and symbols.
+        """Read the guest's own files: modules loaded before ours, and symbols.
 
-        ``/proc/modules`` as root reads it, and the lines of ``/proc/kallsyms`` that name a module.
+        Args:
+            proc_modules: ``/proc/modules`` as root reads it.
+            kallsyms: the lines of ``/proc/kallsyms`` that name a module.
         """
         if self.offset is None:
             return
@@ -226,9 +229,9 @@ class GuestKernel:
         self.publish()
 
     def restore_modules(self) -> None:
-        """After :meth:`describe`, of a guest that goes on as it was when it was ready.
+        """Restore the modules loaded before ours, in a guest that was reset.
 
-        The modules that were there before ours, which told of all others, are there again.
+        Call it after :meth:`describe`. Our module reports all others.
         """
         if self.offset is None:
             return
@@ -239,14 +242,14 @@ class GuestKernel:
         self.publish()
 
     def publish(self) -> None:
-        """What is known of the code has changed."""
+        """Publish the changed code in the plan."""
         if self.offset is not None:
             self.plan.set_code(self.code.running(self.offset), self._vectors, self._entry)
 
     # Owners
 
     def attach(self, slot: int, area: Area, task: int) -> None:
-        """The task at this guest address owns the instance in this slot from now on."""
+        """Make the task at this guest address the owner of the instance in this slot."""
         if self.offset is None or not task:
             return
         self._attached.add(slot)
@@ -256,12 +259,12 @@ class GuestKernel:
         self.plan.attach(slot, task, area.offset, area.size, area.bitmap_words)
 
     def counts(self, slot: int) -> tuple[int, int]:
-        """PCs appended and dropped for the slot's owner since it was attached."""
+        """Return the PCs appended and dropped for the slot's owner since it was attached."""
         known = slot in self._attached or slot in self._cut_off
         return self.plan.counts(slot) if known else (0, 0)
 
     def detach(self, slot: int) -> tuple[int, int]:
-        """The slot has no owner any more; as :meth:`counts`. Nobody writes to its area then."""
+        """End the slot's ownership; return as :meth:`counts`. Its area is no longer written to."""
         if slot in self._cut_off:
             self._cut_off.discard(slot)
             return self.plan.counts(slot)
@@ -273,17 +276,20 @@ class GuestKernel:
         return self.plan.detach(slot)
 
     def tick(self) -> None:
-        """Called a few times a second: the kernel runs at full speed while nobody traces."""
+        """Stop watching when nobody traces, so that the kernel runs at full speed.
+
+        Called a few times a second.
+        """
         if not self._blind and self.plan.words[PlanWord.RAM] == Ram.REFUSED:
             self._blind = True
-            logger.error("the guest's memory was not found in QEMU: its kernel is not watched")
+            logger.error("the guest's memory was not found in QEMU, so its kernel is not watched")
         if self._quiet_since is not None and time.monotonic() - self._quiet_since > _QUIET_SECONDS:
             self._quiet_since = None
             self.plan.words[PlanWord.WANT] = 0
 
     @property
     def blocks_covered(self) -> int:
-        """How many different blocks were recorded; also after :meth:`close`."""
+        """Number of different blocks recorded; also after :meth:`close`."""
         if self.plan.fd >= 0:
             self._blocks_covered = self.plan.words[PlanWord.BLOCKS]
         return self._blocks_covered

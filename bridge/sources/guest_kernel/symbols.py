@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The functions of the guest's kernel and of its modules, at canonical addresses.
 
-**Canonical addresses.** Those of the kernel itself are the link-time ones: what the guest shows,
-less the offset by which it has moved itself (KASLR). Those of a module are counted from a base that
-is the same on every run, see :mod:`bridge.sources.guest_kernel.placement`.
+**Canonical addresses.** For the kernel itself these are the link-time addresses: the addresses in
+the guest without its KASLR offset. For a module they start at a base that is the same on every run,
+see :mod:`bridge.sources.guest_kernel.placement`.
 
-A kernel has about 100,000 functions, so they lie in arrays and one long string, and become objects
-when they are asked for.
+A kernel has about 100,000 functions. They are stored in arrays and one long string, and become
+objects when they are looked up.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ __all__ = [
 ]
 
 _IMAGE_BASE: Final = 0xFFFF_FFFF_8000_0000
-"""__START_KERNEL_map of x86-64: no text of a kernel lies below."""
+"""__START_KERNEL_map of x86-64: the lowest address of kernel text."""
 _LINKED_TEXT: Final = 0xFFFF_FFFF_8100_0000
-"""Where x86-64 kernels are linked to begin, unless configured otherwise; see kaslr_offset()."""
+"""Default link address of x86-64 kernels; see kaslr_offset()."""
 _IMAGE_SIZE: Final = 1 << 30
-"""KERNEL_IMAGE_SIZE of x86-64 with CONFIG_RANDOMIZE_BASE: none moves further."""
+"""KERNEL_IMAGE_SIZE of x86-64 with CONFIG_RANDOMIZE_BASE: the limit of the offset."""
 _ALIGNMENT: Final = 1 << 21
-"""MIN_KERNEL_ALIGN of x86-64: the offset is a multiple."""
+"""MIN_KERNEL_ALIGN of x86-64: the offset is a multiple of it."""
 
 _MAGIC: Final = "kcov-bridge-kernel-symbols"
 _VERSION: Final = 1
@@ -48,35 +48,35 @@ _VERSION: Final = 1
 _LINE: Final = re.compile(r"^([0-9a-fA-F]+) ([A-Za-z?]) (\S+)(?:[ \t]+\[(\S+)\])?$", re.MULTILINE)
 _TEXT_TYPES: Final = frozenset("tTwW")
 
-# Names that mark a place, and name no function: they never win over one that does.
+# Names that mark a place. A function's name always takes precedence.
 _MARKER: Final = re.compile(
     r"_[se]?(?:init)?text|_end|__\w*text_(?:start|end)|__indirect_thunk_(?:start|end)"
     r"|__(?:init|exit)_(?:begin|end)"
 )
-# The padding before a function has a name of its own where calls are checked or patched.
+# Padding before a function has its own name if calls are checked or patched.
 _PADDING: Final = ("__pfx_", "__cfi_")
 
 
 @dataclass(frozen=True, slots=True)
 class Symbol:
-    """A function, or a part of one that the compiler set aside (``NAME.cold``)."""
+    """A function, or a part that the compiler split off (``NAME.cold``)."""
 
     name: str
     start: PC
     size: int
-    """Bytes, up to the next symbol: the padding after the function is in it."""
+    """Bytes up to the next symbol, including the padding after the function."""
     module: str = ""
     """The module's name; empty for the kernel itself."""
 
     @property
     def end(self) -> PC:
-        """The address after the last one."""
+        """The end address, exclusive."""
         return self.start + self.size
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleText:
-    """Where the core text of a loaded module is."""
+    """Location of a loaded module's core text."""
 
     base: int
     """Its address in the guest."""
@@ -92,7 +92,7 @@ class _Table:
     __slots__ = ("_names", "_offsets", "sizes", "starts", "texts")
 
     def __init__(self, rows: Iterable[tuple[PC, int, str]], texts: Iterable[tuple[PC, PC]]) -> None:
-        """``rows`` are start, size and name."""
+        """Take ``rows`` of start, size and name."""
         self.texts = list(texts)
         self.starts = array("Q")
         self.sizes = array("I")
@@ -122,7 +122,7 @@ class _Table:
             begin = end
 
     def find(self, pc: PC) -> int:
-        """The index of the function that has an address, -1 if none has."""
+        """Return the index of the function that contains an address; -1 if there is none."""
         index = bisect_right(self.starts, pc) - 1
         if index < 0:
             return -1
@@ -132,7 +132,7 @@ class _Table:
 
 
 class KernelSymbols:
-    """Functions by address and by name. Not safe to change while another thread looks up."""
+    """Functions by address and by name. Not safe to change while another thread reads."""
 
     def __init__(self) -> None:
         self._kernel = _Table((), ())
@@ -144,11 +144,15 @@ class KernelSymbols:
     def from_kallsyms(
         cls, text: str, offset: int = 0, modules: Mapping[str, ModuleText] | None = None
     ) -> KernelSymbols:
-        """The symbols in the text of ``/proc/kallsyms``, as root reads it.
+        """Return the symbols in the text of ``/proc/kallsyms``, as root reads it.
 
-        ``offset`` is what the kernel has added to its addresses, see :func:`kaslr_offset`;
-        ``modules`` says where the loaded modules are: symbols of others are left out. Raises
-        :class:`bridge.errors.KernelUnknownError` where the text has no addresses.
+        Args:
+            text: what the file contains.
+            offset: the kernel's KASLR offset, see :func:`kaslr_offset`.
+            modules: the loaded modules; symbols of others are left out.
+
+        Raises:
+            KernelUnknownError: the text has no addresses.
         """
         symbols = cls()
         found: list[tuple[int, str, str]] = []
@@ -166,9 +170,10 @@ class KernelSymbols:
 
     @classmethod
     def from_system_map(cls, path: Path) -> KernelSymbols:
-        """The symbols of a ``System.map``, which has no modules.
+        """Return the symbols of a ``System.map``, which has no modules.
 
-        Raises :class:`bridge.errors.SourceError`.
+        Raises:
+            SourceError: the file cannot be read.
         """
         try:
             text = path.read_text(encoding="utf-8")
@@ -177,8 +182,10 @@ class KernelSymbols:
         return cls.from_kallsyms(text)
 
     def add_module(self, name: str, kallsyms_text: str, place: ModuleText) -> None:
-        """Enter a module that was loaded, with its lines of ``/proc/kallsyms`` (others are passed
-        over). One of the same name that was there is replaced."""
+        """Add a loaded module with its lines of ``/proc/kallsyms``; other lines are ignored.
+
+        It replaces a module of the same name.
+        """
         name = module_name(name)
         found = [
             (int(address, 16), kind, symbol)
@@ -190,8 +197,8 @@ class KernelSymbols:
     def remove_module(self, name: str) -> None:
         """Note that a module was unloaded.
 
-        Its text is none of :meth:`texts` any more. Its symbols stay: canonical addresses are never
-        given to another module, and PCs that were recorded still have to be looked up.
+        :meth:`texts` no longer has its text. Its symbols stay, because recorded PCs still have to
+        be looked up, and its canonical addresses are never reused.
         """
         name = module_name(name)
         if name in self._modules:
@@ -199,20 +206,20 @@ class KernelSymbols:
 
     @property
     def modules(self) -> list[str]:
-        """The names of the modules that are loaded, sorted."""
+        """Names of the loaded modules, sorted."""
         return sorted(set(self._modules) - self._gone)
 
     def __len__(self) -> int:
         return len(self._kernel) + sum(map(len, self._modules.values()))
 
     def __iter__(self) -> Iterator[Symbol]:
-        """All symbols by address; those of modules that are gone, too."""
+        """Iterate over all symbols by address, also of unloaded modules."""
         for module, table in self._tables():
             for index, name in enumerate(table.names()):
                 yield Symbol(name, table.starts[index], table.sizes[index], module)
 
     def lookup(self, pc: PC) -> Symbol | None:
-        """The function that a canonical address belongs to."""
+        """Return the function that contains a canonical address."""
         module = self._module_at(pc)
         table = self._modules[module] if module else self._kernel
         index = table.find(pc)
@@ -221,8 +228,10 @@ class KernelSymbols:
         return Symbol(table.name(index), table.starts[index], table.sizes[index], module)
 
     def matching(self, pattern: str) -> Iterator[Symbol]:
-        """The symbols whose names match a pattern as of :mod:`fnmatch`, where case counts; all
-        names of an address are looked at, also those that :meth:`lookup` does not give."""
+        """Return the symbols whose names match a case-sensitive pattern of :mod:`fnmatch`.
+
+        All names of an address count, also those that :meth:`lookup` does not return.
+        """
         match = re.compile(translate(pattern)).match
         for module, table in self._tables():
             if module in self._gone:
@@ -232,16 +241,16 @@ class KernelSymbols:
                     yield Symbol(name, table.starts[index], table.sizes[index], module)
 
     def address(self, name: str) -> PC | None:
-        """The address of a symbol of the kernel itself; the first one, if there are several."""
+        """Return the address of a symbol of the kernel itself; the first one of several."""
         for index, found in enumerate(self._kernel.names()):
             if found == name:
                 return self._kernel.starts[index]
         return None
 
     def texts(self, *, all_modules: bool = False) -> list[tuple[PC, PC, str]]:
-        """Where code is: start, end and module (empty: the kernel), by address.
+        """Return the texts by address: start, end and module (empty for the kernel).
 
-        With ``all_modules`` also of modules that are gone.
+        ``all_modules`` includes unloaded modules.
         """
         return [
             (start, end, module)
@@ -251,12 +260,11 @@ class KernelSymbols:
         ]
 
     def has_functions(self, module: str) -> bool:
-        """Whether any function is known of a module, which may be gone."""
+        """Return whether a module, which may be unloaded, has symbols."""
         return module in self._modules and len(self._modules[module]) > 0
 
     def text_at(self, pc: PC) -> tuple[PC, PC, str] | None:
-        """The text that an address lies in, as :meth:`texts` has it, also of a module that is
-        gone."""
+        """Return the text with an address, as in :meth:`texts`, also of an unloaded module."""
         module = self._module_at(pc)
         texts = (self._modules[module] if module else self._kernel).texts
         return next(((start, end, module) for start, end in texts if start <= pc < end), None)
@@ -266,8 +274,10 @@ class KernelSymbols:
 
         The first line is ``kcov-bridge-kernel-symbols`` and the version of the format, 1. Each
         other line has four fields, tabs between: start in hex, size in bytes, module (empty for
-        the kernel itself), name. Lines without a name say where the texts are. Raises
-        :class:`bridge.errors.InfrastructureError`.
+        the kernel itself), name. Lines without a name locate the texts.
+
+        Raises:
+            InfrastructureError: the file cannot be written.
         """
         lines = [f"{_MAGIC}\t{_VERSION}"]
         for module, table in self._tables():
@@ -280,7 +290,7 @@ class KernelSymbols:
 
     @classmethod
     def load(cls, path: Path) -> KernelSymbols:
-        """Read what :meth:`save` wrote. Raises :class:`bridge.errors.SourceError`."""
+        """Read what :meth:`save` wrote; raises SourceError."""
         try:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
@@ -293,7 +303,7 @@ class KernelSymbols:
                 f"{path} holds no kernel symbols of version {_VERSION}", evidence=lines[0][:80]
             )
         if lines.pop() != "":
-            raise SourceError(f"{path} is cut short", evidence=text[-80:])
+            raise SourceError(f"{path} is truncated", evidence=text[-80:])
         rows: dict[str, list[tuple[int, int, str]]] = {"": []}
         texts: dict[str, list[tuple[int, int]]] = {"": []}
         for line in lines[1:]:
@@ -327,7 +337,7 @@ class KernelSymbols:
             yield module, self._modules[module]
 
     def _module_at(self, pc: PC) -> str:
-        """The module whose text may have an address; empty for the kernel's own."""
+        """Return the module whose text may contain an address; empty for the kernel."""
         index = bisect_right(self._bases, pc, key=lambda pair: pair[0]) - 1
         return self._bases[index][1] if index >= 0 else ""
 
@@ -338,15 +348,16 @@ class KernelSymbols:
 
 
 def kaslr_offset(text: str, said: int | None = None) -> int:
-    """By how much a kernel has moved itself: where its ``/proc/kallsyms`` has ``_text``, less where
-    that was linked to.
+    """Return a kernel's KASLR offset: ``_text`` in ``/proc/kallsyms`` minus its link address.
 
-    ``said`` is what the kernel itself says (KERNELOFFSET in its VMCOREINFO note). Without that the
-    place is the usual one: ``_text`` is linked to __START_KERNEL, which is __START_KERNEL_map and
-    CONFIG_PHYSICAL_START (``arch/x86/include/asm/page_types.h``), 16 MiB unless it was changed.
+    Args:
+        text: of ``/proc/kallsyms``.
+        said: KERNELOFFSET in the kernel's VMCOREINFO note. Without it the link address is assumed
+            to be the default, __START_KERNEL: __START_KERNEL_map plus CONFIG_PHYSICAL_START
+            (``arch/x86/include/asm/page_types.h``), which is 16 MiB unless it was changed.
 
-    Raises :class:`bridge.errors.KernelUnknownError` where the text does not say it, or what cannot
-    be.
+    Raises:
+        KernelUnknownError: the text has no ``_text``, or an impossible one.
     """
     match = re.search(r"^([0-9a-fA-F]+) [tT] _text$", text, re.MULTILINE)
     address = int(match[1], 16) if match else 0
@@ -355,7 +366,7 @@ def kaslr_offset(text: str, said: int | None = None) -> int:
     offset = address - _LINKED_TEXT if said is None else said
     if offset % _ALIGNMENT or not 0 <= offset < _IMAGE_SIZE or address - offset < _IMAGE_BASE:
         raise KernelUnknownError(
-            f"where the guest's kernel was linked to is not known: its _text is at {address:#x}, "
+            f"the link address of the guest's kernel is unknown: its _text is at {address:#x}, "
             f"moved by {offset:#x}",
             hint="boot it with nokaslr, or ask for --source python",
         )
@@ -364,7 +375,7 @@ def kaslr_offset(text: str, said: int | None = None) -> int:
 
 def _hidden() -> KernelUnknownError:
     return KernelUnknownError(
-        "the guest's kernel shows no addresses of its symbols",
+        "the guest's kernel hides its addresses of its symbols",
         hint="/proc/kallsyms (CONFIG_KALLSYMS) has to be read as root, with kernel.kptr_restrict "
         "0 or 1; or ask for --source python",
     )
@@ -400,8 +411,10 @@ def _module_table(found: list[tuple[int, str, str]], place: ModuleText) -> _Tabl
 
 
 def _rows(found: list[tuple[int, str, str]], end: PC) -> list[tuple[PC, int, str]]:
-    """Start, size and name of the functions among these symbols, sorted. Whatever has a symbol
-    ends what is before it, data and padding too."""
+    """Return start, size and name of the functions among these symbols, sorted.
+
+    Each symbol ends the one before it, also data and padding.
+    """
     edges = sorted({address for address, _, _ in found})
     sizes = {a: b - a for a, b in pairwise([*edges, end])}
     text = sorted(
@@ -411,7 +424,7 @@ def _rows(found: list[tuple[int, str, str]], end: PC) -> list[tuple[PC, int, str
     )
     rows = []
     for address, rank, _, name in text:
-        # A mark alone is the end of something, or the begin of alignment.
+        # A marker alone ends something, or begins padding.
         if rank < _MARKER_RANK:
             rows.append((address, sizes[address], name))
         else:
@@ -424,7 +437,7 @@ _MARKER_RANK: Final = 4
 
 
 def _rank(kind: str, name: str) -> int:
-    """Which of several names of one address is the best: the lowest."""
+    """Return the sort key of a name; the lowest is the best name of an address."""
     if _MARKER.fullmatch(name):
         return _MARKER_RANK
     return "TWwt".index(kind)

@@ -12,14 +12,14 @@ A block is a maximal straight-line run of statements of one suite. The rules:
 * ``return``, ``raise``, ``break`` and ``continue`` end a block;
 * lambdas and comprehensions belong to their statement;
 * what compiles to nothing (a function's docstring, ``global``, a bare annotation of a local
-  variable) never makes a block of its own where there is something to join.
+  variable) joins a neighbouring block if there is one.
 
-A line tracer cannot tell statements apart that share a line. Blocks that share one are therefore
-merged, and every line belongs to at most one block: the blocks of a file are disjoint ranges of
-whole lines, in order.
+A line tracer cannot distinguish statements on the same line, so blocks that share a line are
+merged. Every line belongs to at most one block: the blocks of a file are disjoint ranges of whole
+lines, in order.
 
-Blocks come from the syntax tree alone, never from bytecode, so that they are the same on every
-Python that can parse the file.
+Blocks come from the syntax tree, not from bytecode, so they are the same on every Python that can
+parse the file.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Block:
 
     @property
     def lines(self) -> range:
-        """All lines of the block; no other block of the file has one of them."""
+        """All lines of the block; blocks of a file share no line."""
         return range(self.start_line, self.end_line + 1)
 
     def __str__(self) -> str:
@@ -69,38 +69,40 @@ class Block:
 
 
 def decode_source(source: bytes) -> str:
-    """The text of a source file: coding cookie and byte order mark honoured, ``\\n`` line ends.
+    """Decode a source file by its coding cookie and byte order mark; line ends become ``\\n``.
 
-    Raises :class:`bridge.errors.SourceError` where the bytes are no text in their own coding.
+    Raises:
+        SourceError: the bytes are not valid in their encoding.
     """
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
         text = source.decode(encoding)
     except (SyntaxError, UnicodeDecodeError, LookupError) as error:
-        raise SourceError("cannot decode a Python source", evidence=str(error)) from error
+        raise SourceError("cannot decode a Python source file", evidence=str(error)) from error
     return text.removeprefix("\ufeff")
 
 
 def find_blocks(source: str | bytes) -> list[Block]:
-    """The basic blocks of a module's source, in the order of the text.
+    """Return the basic blocks of a module's source, in the order of the text.
 
-    Raises :class:`bridge.errors.SourceError` where this Python cannot parse it.
+    Raises:
+        SourceError: this Python cannot parse it.
     """
     text = decode_source(source) if isinstance(source, bytes) else source
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     try:
         with warnings.catch_warnings():
-            # A doubtful escape in somebody else's source is not for us to report.
+            # Invalid escapes in somebody else's source are not reported.
             warnings.simplefilter("ignore")
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise SourceError("cannot parse a Python source", evidence=str(error)) from error
+        raise SourceError("cannot parse a Python source file", evidence=str(error)) from error
     lines = text.encode("utf-8", "surrogatepass").split(b"\n")
     return _merge(_Splitter(lines).split(tree))
 
 
 class _Run:
-    """A block in the making; its items are added in the order of the text."""
+    """A block under construction; items are added in the order of the text."""
 
     __slots__ = ("end", "start")
 
@@ -115,7 +117,7 @@ class _Splitter:
     def __init__(self, lines: Sequence[bytes]) -> None:
         self._lines = lines
         self._runs: list[_Run] = []
-        # Suites still to do: statements, and whether they stand in a function (not a class).
+        # Pending suites: statements, and whether they are in a function (not a class).
         self._todo: list[tuple[list[ast.stmt], bool]] = []
 
     def split(self, tree: ast.Module) -> list[_Run]:
@@ -155,7 +157,7 @@ class _Splitter:
         return run
 
     def _ends_run(self, statement: ast.stmt, in_function: bool) -> bool:
-        """Queue the suites of a statement; true where the next statement begins a new block."""
+        """Queue the suites of a statement; return whether the next statement begins a block."""
         match statement:
             case ast.Return() | ast.Raise() | ast.Break() | ast.Continue():
                 return True
@@ -185,7 +187,7 @@ class _Splitter:
         self._runs.append(_Run(start, self._header_end(start, node, body)))
 
     def _end(self, statement: ast.stmt) -> _Position:
-        """Where a statement ends, or the header of a compound one."""
+        """Return where a statement, or the header of a compound one, ends."""
         start = self._start(statement)
         if isinstance(statement, ast.Match):
             first = self._case_start(statement.cases[0])
@@ -200,7 +202,7 @@ class _Splitter:
         return self._end_before(self._start(body[0]), max(start[0], last))
 
     def _end_before(self, following: _Position, least: int) -> _Position:
-        """The end of the last line of code before ``following``, not above line ``least``."""
+        """Return the end of the last line of code before ``following``, from line ``least`` on."""
         line = following[0] - 1
         while line > least and _COMMENT.match(self._lines[line - 1]):
             line -= 1
@@ -218,7 +220,7 @@ class _Splitter:
         return (line, len(text) - len(text.lstrip()) + 1)
 
     def _else_before(self, first: ast.stmt) -> _Position | None:
-        """The position of the ``else`` or ``finally`` that a suite belongs to, if it has one."""
+        """Return the position of the ``else`` or ``finally`` of a suite, or None."""
         line, column = self._start(first)
         before = self._lines[line - 1][: column - 1]
         if not before.strip():
@@ -227,17 +229,17 @@ class _Splitter:
                 line -= 1
         text = self._lines[line - 1] if line > 0 else b""
         indent = text[: len(text) - len(text.lstrip())]
-        # Above an ``elif`` may stand the ``else`` of a statement inside: that is indented more.
+        # The ``else`` of an inner statement may precede an ``elif``; it is indented more.
         if not _ELSE.match(text) or not before.startswith(indent) or before == indent:
             return None
         return (line, len(indent) + 1)
 
     def _start(self, statement: ast.stmt) -> _Position:
-        """Where a statement begins; its first decorator counts."""
+        """Return where a statement begins, at its first decorator if it has one."""
         line = statement.lineno
         decorators = getattr(statement, "decorator_list", None)
         if decorators:
-            # The tree has the decorator's expression, which may begin on a line below the ``@``.
+            # The decorator's expression may begin on a line below the ``@``.
             line = decorators[0].lineno
             while line > 1 and not self._lines[line - 1].lstrip().startswith(b"@"):
                 line -= 1
@@ -257,7 +259,7 @@ def _is_docstring(statement: ast.stmt) -> bool:
 
 
 def _is_nothing(statement: ast.stmt, in_function: bool) -> bool:
-    """True for statements that compile to no code at all."""
+    """Return whether a statement compiles to no code."""
     match statement:
         case ast.Global() | ast.Nonlocal():
             return True
@@ -267,7 +269,7 @@ def _is_nothing(statement: ast.stmt, in_function: bool) -> bool:
 
 
 def _header_lines(node: ast.AST) -> Iterator[int]:
-    """The last lines of the parts of a header, the suites left out."""
+    """Return the last lines of the parts of a header, without its suites."""
     for field, value in ast.iter_fields(node):
         if field in _SUITES:
             continue

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a source's tracers are installed: its thread, and all that is started from there.
+"""Installs a source's tracers on its thread, and on all that is started from there.
 
-A thread is measured for a source where it has called :meth:`Measuring.begin`, or was started by a
-thread that is. So are the processes that such a thread forks, and the Python programs that it
-starts. The interpreter has no list of these, so the functions that start them are replaced while a
-source measures: they do what they did, and pass the tracing on.
+A source measures the thread that calls :meth:`Measuring.begin`, the threads that it starts, the
+processes that these fork, and the Python programs that they start. While a source measures, the
+functions that start them are replaced by ones that also pass the tracing on.
 
-``sys.settrace()`` is replaced too. A thread has one trace function, which others want as well: a
-debugger, the coverage.py of a test run. On a measured thread theirs is called after the tracer's
-own, so both see every event, and ``sys.settrace(None)`` ends theirs alone.
+``sys.settrace()`` is replaced too. A thread has one trace function, but a debugger or the
+coverage.py of a test run needs it as well. On a measured thread theirs is called after the tracer's
+own, so both see every event, and ``sys.settrace(None)`` ends only theirs.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ from .tracer.plain import interpreters_gettrace
 __all__ = ["LINES_VARIABLE", "MEASURING", "Measuring", "attach"]
 
 LINES_VARIABLE: Final = "KCOV_BRIDGE_LINES"
-"""Tells a Python program that a target starts where to write its lines: paths, ``:`` between."""
+"""Where a Python program that a target starts writes its lines: paths, separated by ``:``."""
 
 _STARTUP: Final = str(Path(__file__).resolve().with_name("startup"))
 """A directory with a ``sitecustomize`` that calls :func:`attach`."""
 
 
 class Measuring:
-    """What is measured in this process. There is one, for there is one interpreter."""
+    """The measurement in this process; one object, because there is one interpreter."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -52,7 +51,7 @@ class Measuring:
         os.register_at_fork(after_in_child=self._after_fork)
 
     def begin(self, feed: Feed) -> None:
-        """Measure this thread, and all that it starts from now on, for one more feed."""
+        """Measure this thread, and all that it starts from now on, for another feed."""
         with self._lock:
             if not self._feeds:
                 self._replace()
@@ -64,7 +63,7 @@ class Measuring:
             tracer.install(group)
 
     def end(self, feed: Feed) -> None:
-        """End the measurement for a feed: at once on this thread, elsewhere at the next event."""
+        """End the measurement for a feed, at once on this thread, elsewhere at the next event."""
         self._check_tracer([feed])
         feed.memory.end()
         tracer.uninstall()
@@ -80,11 +79,11 @@ class Measuring:
 
     @property
     def feeds(self) -> list[Feed]:
-        """Those that measure in this process."""
+        """The feeds that measure in this process."""
         return list(self._feeds)
 
     def measures(self, feed: Feed) -> bool:
-        """Whether this thread is measured for a feed."""
+        """Return whether this thread is measured for a feed."""
         group = tracer.current()
         return group is not None and feed in group.feeds
 
@@ -110,7 +109,7 @@ class Measuring:
             tracer.note_fault(lost, TracerReplaced(reason))
 
     def groups_by_thread(self) -> dict[int, Group]:
-        """What each thread writes to that is measured and runs."""
+        """Return the group of each measured thread that runs."""
         running = sys._current_frames()
         return {
             thread: alive
@@ -127,10 +126,10 @@ class Measuring:
         return group
 
     def _after_fork(self) -> None:
-        # Another thread may have held it.
+        # Another thread may have held the lock.
         self._lock = threading.Lock()
 
-    # What is replaced
+    # The functions that are replaced
 
     def _replace(self) -> None:
         self._put(sys, "settrace", lambda real: tracer.chain)
@@ -159,7 +158,7 @@ class Measuring:
     def _put_back(self) -> None:
         while self._replaced:
             holder, name, real, ours = self._replaced.pop()
-            # Somebody else (gevent) may have replaced it since.
+            # Others (gevent) may have replaced it since.
             if getattr(holder, name, None) is ours:
                 setattr(holder, name, real)
 
@@ -169,7 +168,7 @@ class TracerReplaced(Exception):
 
 
 class _Heir:
-    """The function of a thread that a measured one has started."""
+    """The function of a thread that a measured thread has started."""
 
     __slots__ = ("_function", "_group")
 
@@ -204,7 +203,7 @@ def _starting_thread(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _starting_program(real: Callable[..., Any]) -> Callable[..., Any]:
-    # The sixth argument is the environment, as a list or None, on all Pythons that have it.
+    # The sixth argument is the environment, a list or None, on all supported Pythons.
     def fork_exec(*args: Any) -> Any:
         group = tracer.current()
         if group is not None and len(args) > 5:
@@ -218,7 +217,7 @@ def _with_environment(real: Callable[..., Any]) -> Callable[..., Any]:
     def start(path: Any, argv: Any, env: Any, *args: Any, **keywords: Any) -> Any:
         group = tracer.current()
         if group is not None and (env is None or isinstance(env, Mapping)):
-            # None is this process's own environment, for posix_spawn() from Python 3.13 on.
+            # posix_spawn() of Python 3.13 and newer takes None for this process's environment.
             env = _environment(os.environ if env is None else env, group)
         return real(path, argv, env, *args, **keywords)
 
@@ -230,7 +229,7 @@ def _execv(path: Any, argv: Any) -> Any:
 
 
 def _setting_trace(real: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of coverage.py's collector that sets a trace function in C."""
+    """Wrap a method of coverage.py's collector that sets a trace function in C."""
 
     def method(collector: Any, *args: Any, **keywords: Any) -> Any:
         group = tracer.current()
@@ -244,14 +243,14 @@ def _setting_trace(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _setting_all_traces(real: Callable[..., Any]) -> Callable[..., Any]:
-    """``threading.settrace_all_threads()``, which replaces the tracers of other threads too."""
+    """Wrap what ``threading.settrace_all_threads()`` calls to set other threads' tracers."""
 
     def set_all(function: Any) -> None:
         here = tracer.current()
         groups = MEASURING.groups_by_thread()
 
         def resume(frame: FrameType, event: str, arg: object) -> Any:
-            # At the first call on each thread; the running trace function may be replaced.
+            # Runs at the first call on each thread, where it replaces itself.
             tracer.chain(function)
             group = groups.get(get_ident())
             if group is not None and (group := group.alive()) is not None:
@@ -268,7 +267,7 @@ def _setting_all_traces(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _environment(env: Mapping[Any, Any], group: Group) -> dict[bytes, bytes]:
-    """An environment with which a Python program writes to the feeds of a group."""
+    """Return an environment with which a Python program writes to the feeds of a group."""
     result = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
     paths = [feed.memory.path for feed in group.feeds if feed.memory.descriptor >= 0]
     result[LINES_VARIABLE.encode()] = os.fsencode(os.pathsep.join(paths))
@@ -296,7 +295,7 @@ def attach(paths: str) -> None:
         try:
             memory = LineMemory.attach(path)
         except (OSError, ValueError):
-            # The source has ended, or is out of reach.
+            # The source has ended, or cannot be reached.
             continue
         if not memory.active:
             memory.close()
@@ -305,7 +304,7 @@ def attach(paths: str) -> None:
 
 
 def attached_feed(memory: LineMemory) -> Feed:
-    """A feed that writes to memory which another process reads."""
+    """Return a feed that writes to memory which another process reads."""
 
     def unknown(path: str) -> View | None:
         if path.endswith((".py", ".pyw")):

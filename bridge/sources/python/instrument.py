@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Has Python code show what it compares, as a compiler does with -fsanitize-coverage=trace-cmp.
+"""Records comparisons of Python code, as a compiler does with -fsanitize-coverage=trace-cmp.
 
-Neither a tracer nor ``sys.monitoring`` is shown operands, so the syntax tree of a module is changed
+Neither a tracer nor ``sys.monitoring`` sees operands, so the syntax tree of a module is changed
 when it is imported, before it is compiled:
 
 =======================  ===========================================================
@@ -14,14 +14,13 @@ when it is imported, before it is compiled:
 =======================  ===========================================================
 
 The helpers (:data:`bridge.sources.python.recorder.HELPERS`, under longer names) return what they
-are given, ``lt`` is ``operator.lt``, which is built in. So each operand is evaluated once and in
-its place, the operator is applied once to the same objects, no frame is added that a traceback
-could show, and await, yield and ``:=`` stay in the function that they are in. Whatever cannot be
-had in this way is left alone: in a chain, comparisons of two operands that are no literals;
-operators but ``== != < <= > >=``; annotations.
+are given; ``lt`` is the built-in ``operator.lt``. So each operand is evaluated once and in its
+place, the operator is applied once to the same objects, tracebacks get no new frame, and await,
+yield and ``:=`` stay in their function. Not recorded: comparisons in a chain without a literal;
+operators other than ``== != < <= > >=``; annotations.
 
-New code has the line of the comparison, where there is code anyway: lines, and so the coverage,
-are the same.
+New code has the line of the comparison, which has code anyway, so the lines and their coverage stay
+the same.
 """
 
 from __future__ import annotations
@@ -53,29 +52,29 @@ _OPERATORS: Final[dict[type[ast.cmpop], str]] = {
     ast.GtE: "ge",
 }
 
-# Literals, and what is never a number or a string of bytes.
+# Literals, and expressions that are never a number or bytes.
 _OTHER_VALUES: Final = (
     *(ast.Constant, ast.JoinedStr, ast.List, ast.Tuple, ast.Dict, ast.Set, ast.Lambda),
     *(ast.ListComp, ast.DictComp, ast.SetComp, ast.GeneratorExp),
 )
 
-# Fields that may be kept as texts, or never be evaluated.
+# Fields that may be kept as text, or are never evaluated.
 _ANNOTATIONS: Final = frozenset({"annotation", "returns"})
 
 # Fields that hold a condition.
 _CONDITIONS: Final = frozenset({"test", "ifs", "guard"})
 
 _LONG_NAME: Final = "__kcov_bridge_{}__"
-"""Of a helper, as :data:`bridge.sources.python.recorder.HELPERS` has it."""
+"""Name of a helper in :data:`bridge.sources.python.recorder.HELPERS`."""
 
 
 @contextmanager
 def instrumenting(packages: Sequence[str]) -> Iterator[None]:
-    """While inside, modules of the packages and below are instrumented when they are imported.
+    """While inside, instrument modules of the packages and below when they are imported.
 
-    Modules that are imported already are left as they are; those that were instrumented stay so,
-    and the helpers stay in ``builtins`` for them.
-    Compiled code in the cache (``__pycache__``) is neither used nor written for them.
+    Modules that were imported before stay as they are. Instrumented ones stay instrumented, and the
+    helpers stay in ``builtins`` for them. Their compiled code is neither read from nor written to
+    ``__pycache__``.
     """
     for name, helper in HELPERS.items():
         setattr(builtins, name, helper)
@@ -90,7 +89,7 @@ def instrumenting(packages: Sequence[str]) -> Iterator[None]:
 
 
 def compile_instrumented(source: str | bytes, path: str, optimize: int = -1) -> CodeType:
-    """The code of a module with its comparisons shown; plain code where that is not possible.
+    """Compile a module with its comparisons recorded; without, if that is not possible.
 
     Raises what ``compile()`` raises for the source.
     """
@@ -105,7 +104,7 @@ def compile_instrumented(source: str | bytes, path: str, optimize: int = -1) -> 
 
 
 class _Finder:
-    """Finds what the finders behind it find, with a loader that instruments."""
+    """Finds what later finders find, and gives it a loader that instruments."""
 
     def __init__(self, packages: Sequence[str]) -> None:
         self._packages = tuple(packages)
@@ -140,7 +139,7 @@ class _Finder:
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Compiles a source file anew each time, instrumented."""
+    """Compiles a source file with instrumentation, each time."""
 
     def get_code(self, fullname: str) -> CodeType:
         path = self.get_filename(fullname)
@@ -149,14 +148,14 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """Where a comparison or a match statement stands: a field of a node."""
+    """The field of a node that holds a comparison or a match statement."""
 
     holder: ast.AST
     field: str
     index: int
-    """In the field, where that is a list; else -1."""
+    """In the field if that is a list; else -1."""
     jump: bool
-    """What counts is whether the value is true, and it begins below its statement's first line."""
+    """Whether only the value's truth counts, and it begins below its statement's first line."""
 
     def get(self) -> Any:
         value = getattr(self.holder, self.field)
@@ -171,7 +170,7 @@ class _Slot:
 
 def _instrument(tree: ast.Module, path: str) -> None:
     """Change a tree in place."""
-    # From the inside out: an operand is as it will be when what it belongs to is looked at.
+    # From the inside out, so that operands are final before the expression around them.
     for slot in reversed(list(_slots(tree))):
         node = slot.get()
         if isinstance(node, ast.Match):
@@ -179,8 +178,8 @@ def _instrument(tree: ast.Module, path: str) -> None:
             continue
         changed = _instrumented(node, path)
         if slot.jump and changed is not node:
-            # Python 3.11 gives a jump the line of its statement, but that of the comparison where
-            # it depends on one.
+            # Python 3.11 gives a jump the line of its statement, unless it depends on a
+            # comparison; then it has that one's line.
             truth = _call(node, "truth", [changed])
             changed = ast.Compare(truth, [ast.Is()], [ast.copy_location(ast.Constant(True), node)])
             ast.copy_location(changed, node)
@@ -188,11 +187,11 @@ def _instrument(tree: ast.Module, path: str) -> None:
 
 
 def _slots(tree: ast.AST) -> Iterator[_Slot]:
-    """Where comparisons and match statements stand, those outside before those inside.
+    """Iterate over comparisons and match statements, outer ones before inner ones.
 
-    Without recursion: chains of ``elif`` nest deeply.
+    Without recursion, because chains of ``elif`` nest deeply.
     """
-    # Nodes, the line of their statement, and whether it only counts if they are true.
+    # Nodes, the line of their statement, and whether only their truth counts.
     todo: list[tuple[ast.AST, int, bool]] = [(tree, 0, False)]
     while todo:
         holder, line, true = todo.pop()
@@ -273,7 +272,7 @@ def _instrument_match(node: ast.Match, path: str) -> None:
 def _observing(
     place: ast.expr, operand: ast.expr, literals: Sequence[int | bytes | None], path: str
 ) -> ast.expr:
-    """The operand, shown with the literals among ``literals`` if there are some."""
+    """Return the operand, recorded with the literals among ``literals`` if there are any."""
     constants = tuple(literal for literal in literals if literal is not None)
     if not constants or _is_other(operand):
         return operand
@@ -282,7 +281,7 @@ def _observing(
 
 
 def _call(place: ast.expr, name: str, arguments: list[ast.expr]) -> ast.Call:
-    """A call of a helper; all that is new in it has the position of ``place``."""
+    """Return a call of a helper, with the position of ``place`` for all new nodes."""
     call = ast.Call(ast.Name(_LONG_NAME.format(name), ast.Load()), arguments, [])
     for node in (call, call.func, *arguments):
         if not hasattr(node, "lineno"):
@@ -295,14 +294,14 @@ def _site(node: ast.expr, path: str) -> ast.Constant:
 
 
 def _is_other(node: ast.expr) -> bool:
-    """True for what is a literal, or can be no operand of a record."""
+    """Return whether a node is a literal, or cannot be an operand of a record."""
     if isinstance(node, ast.UnaryOp):
         node = node.operand
     return isinstance(node, _OTHER_VALUES)
 
 
 def _literal(node: ast.expr) -> int | bytes | None:
-    """The value of a literal that a record can hold."""
+    """Return the value of a literal if a record can hold it, else None."""
     negative = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
     if isinstance(node, ast.UnaryOp) and negative:
         node = node.operand

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which lines have run, in memory that several processes share.
+"""The lines that have run, in memory that several processes share.
 
 Forked children of a target, and Python programs that it starts, cover code for the same guest. So
-what has run is no object of one process: it is bytes of a memfd. A process stores 1 where a line
-has run; the bridge looks, and stores 0 again for what it has given to the guest. No lock is
-needed: each byte means one thing, and a store of 1 can be repeated.
+the lines are bytes of a memfd. A process stores 1 when a line runs; the bridge reads that, and
+stores 0 for what it has given to the guest. No lock is needed, because each byte means one thing
+and a store of 1 can be repeated.
 
-The layout, little-endian, everything that is counted in bytes:
+The layout is little-endian; offsets and lengths are in bytes:
 
 ======================  =========================================================
 0                       ``MAGIC``, which names the version of the layout too
 8                       ``ACTIVE``: 1 while the source measures
-9                       ``NEWS``: 1 where some ``dirty`` byte may be 1
-10                      ``MISSED``: 1 where a process ran a file that is not here
-11                      ``FAULTED``: whether the tracer failed, see :mod:`.faults`
-16, 24                  u64: where the index begins, and its length
+9                       ``NEWS``: 1 if a ``dirty`` byte may be 1, or after a fault
+10                      ``MISSED``: 1 if a process ran a file that is not here
+11                      ``FAULTED``: whether the tracer failed; see :mod:`.faults`
+16, 24                  u64: offset and length of the index
 32                      u64: the number of faults
 40                      u16: the length of the first fault's text
 64                      the text of the first fault
@@ -24,11 +24,11 @@ then, for each file     ``block_of``: u32 for each line: number of its block, or
                         ``hit``: for each block, whether it ran since the last look
 ======================  =========================================================
 
-The index is JSON: see :class:`Index`. Stores come in the order taken, hit, dirty, NEWS; a look
-clears in the opposite one, each level before it reads the next.
+The index is JSON, as :meth:`LineMemory.create` writes it. Stores come in the order taken, hit,
+dirty, NEWS. The reader clears in the opposite order, each level before it reads the next.
 
-This module, ``hooks`` and ``tracer`` are also used in programs that a target starts, which may not
-have this project: they import nothing but the standard library and each other.
+Programs that a target starts use this module, ``faults``, ``hooks`` and ``tracer``, and may not
+have this project installed. So these import only the standard library and each other.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _INDEX: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class FileLines:
-    """Where a file's bytes are. ``lines`` counts from 0, so it is one more than the last line."""
+    """Offsets of a file's bytes. ``lines`` is one more than the last line's number."""
 
     path: str
     lines: int
@@ -64,9 +64,9 @@ class FileLines:
 
 
 class LineMemory:
-    """The memory of one source; made by :meth:`create`, opened elsewhere by :meth:`attach`.
+    """The memory of one source; created by :meth:`create`, opened elsewhere by :meth:`attach`.
 
-    ``roots`` are the directories and files below which code belongs to the source.
+    ``roots`` are the directories and files whose code belongs to the source.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class LineMemory:
     ) -> None:
         self.descriptor = descriptor
         self.path = path
-        """How another process of this user opens the memory, as long as the source measures."""
+        """Path by which other processes of this user open the memory while the source measures."""
         self.buffer = buffer
         self.files = files
         self.roots = tuple(roots)
@@ -88,9 +88,14 @@ class LineMemory:
     def create(
         cls, files: Sequence[tuple[str, Sequence[tuple[int, int]]]], roots: Sequence[str] = ()
     ) -> LineMemory:
-        """New memory for files: path, and first and last line of each block in order.
+        """Create memory for files.
 
-        Raises OSError.
+        Args:
+            files: path, and first and last line of each block in order.
+            roots: see the class.
+
+        Raises:
+            OSError: there is no memory.
         """
         laid_out = []
         end = _aligned(DIRTY + len(files))
@@ -132,7 +137,7 @@ class LineMemory:
 
     @classmethod
     def attach(cls, path: str) -> LineMemory:
-        """The memory that another process made. Raises OSError and ValueError."""
+        """Open the memory of another process; raises OSError and ValueError."""
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             buffer = mmap.mmap(descriptor, 0)
@@ -150,30 +155,30 @@ class LineMemory:
 
     @property
     def active(self) -> bool:
-        """Whether lines are still recorded, in any process."""
+        """Whether processes still record lines."""
         return self.buffer[ACTIVE] != 0
 
     def end(self) -> None:
-        """No process records any more. The bytes stay readable."""
+        """Stop the recording in all processes. The bytes stay readable."""
         self.buffer[ACTIVE] = 0
         self.close()
 
     def close(self) -> None:
-        """Let go of the descriptor: nobody can attach any more. Safe to call twice."""
+        """Close the descriptor, so that no process can attach. Safe to call twice."""
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
 
     def covers(self, path: str) -> bool:
-        """Whether a source file, by its canonical path, lies below one of the roots."""
+        """Return whether a source file, by its canonical path, is below one of the roots."""
         return any(path == root or path.startswith(root + os.sep) for root in self.roots)
 
     def lines_run(self, file: FileLines) -> list[int]:
-        """The lines of a file that ever ran."""
+        """Return the lines of a file that ever ran."""
         taken = self.buffer[file.taken : file.taken + file.lines]
         return [line for line, ran in enumerate(taken) if ran]
 
 
 def _aligned(offset: int) -> int:
-    """Up to the next multiple of 8: blocks are looked at eight at a time."""
+    """Round up to a multiple of 8, because the reader looks at eight blocks at a time."""
     return (offset + 7) & ~7

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the source files of packages lie, found without importing anything."""
+"""Finds the source files of packages without importing them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from bridge.errors import SourceError
 
 __all__ = ["PackageFiles", "find_packages"]
 
-# What coverage.py calls an importable source file (coverage/files.py, find_python_files): files
-# with other characters in their name are left by editors.
+# Importable source files as in coverage.py (coverage/files.py, find_python_files); other names are
+# leftovers of editors.
 _SOURCE_NAME: Final = re.compile(r"[^.#~!$@%^&*()+=,]+\.pyw?")
 _SUFFIXES: Final = (".py", ".pyw")
 
@@ -26,16 +26,17 @@ _SUFFIXES: Final = (".py", ".pyw")
 class PackageFiles:
     """The source files of some packages.
 
-    ``names`` maps a file's canonical path to its name, which begins with the top-level package.
-    ``roots`` are the directories and single files of the packages with their names, the innermost
-    first: what lies below one belongs to it, also where it was not there yet.
+    Attributes:
+        names: each file's canonical path and its name, which begins with the top-level package.
+        roots: directories and single files of the packages with their names, the innermost first.
+            A file that appears below one later belongs to it.
     """
 
     names: dict[str, str]
     roots: tuple[tuple[str, str], ...]
 
     def name_of(self, path: str) -> str | None:
-        """The name of a file that was not found; None for one outside the packages."""
+        """Return the name of a file that appeared later; None for one outside the packages."""
         for root, prefix in self.roots:
             if path.startswith(root + os.sep):
                 return prefix + "/" + path[len(root) + 1 :].replace(os.sep, "/")
@@ -46,7 +47,7 @@ def find_packages(packages: Sequence[str]) -> PackageFiles:
     """Find the source files of ``packages``, dotted names of packages or modules.
 
     Raises:
-        SourceError: a package is not there, or has no Python source.
+        SourceError: a package does not exist, or has no Python source.
     """
     paths: dict[str, str] = {}
     roots = []
@@ -66,7 +67,7 @@ def find_packages(packages: Sequence[str]) -> PackageFiles:
 
 
 def _locations(package: str) -> list[tuple[str, str]]:
-    """Directories or source file of a package or module, each with its name with slashes."""
+    """Return directories or source file of a package or module, each with its name in slashes."""
     search: list[str] | None = None
     spec: importlib.machinery.ModuleSpec | None = None
     parts = package.split(".")
@@ -74,7 +75,7 @@ def _locations(package: str) -> list[tuple[str, str]]:
         spec = _find_spec(".".join(parts[:depth]), search)
         if spec is None:
             raise SourceError(
-                f"there is no package {'.'.join(parts[:depth])}",
+                f"no module named {'.'.join(parts[:depth])}",
                 hint="install it into this Python, or set PYTHONPATH",
             )
         search = _search_locations(spec)
@@ -93,7 +94,7 @@ def _locations(package: str) -> list[tuple[str, str]]:
 
 
 def _search_locations(spec: importlib.machinery.ModuleSpec) -> list[str] | None:
-    """Where the submodules of a package are searched; None for a module."""
+    """Return where the submodules of a package are searched; None for a module."""
     locations = spec.submodule_search_locations
     return list(locations) if locations else None
 
@@ -104,8 +105,8 @@ def _find_spec(name: str, search: Sequence[str] | None) -> importlib.machinery.M
         try:
             spec: importlib.machinery.ModuleSpec | None = find(name, search) if find else None
         except KeyError:
-            # A namespace package below a package that was not imported: the interpreter's finder
-            # has looked for a module and found none, and then asks sys.modules for the parent.
+            # A namespace package below a package that was not imported: after the interpreter's
+            # finder has found no module, it looks for the parent in sys.modules.
             spec = _namespace(name, search or ())
         if spec is not None:
             return spec
@@ -113,7 +114,7 @@ def _find_spec(name: str, search: Sequence[str] | None) -> importlib.machinery.M
 
 
 def _namespace(name: str, search: Sequence[str]) -> importlib.machinery.ModuleSpec | None:
-    """The directories of a namespace package (PEP 420)."""
+    """Return a namespace package (PEP 420) with its directories, or None."""
     places = [Path(entry, name.rpartition(".")[2]) for entry in search]
     spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
     spec.submodule_search_locations = [str(place) for place in places if place.is_dir()]
@@ -121,9 +122,9 @@ def _namespace(name: str, search: Sequence[str]) -> importlib.machinery.ModuleSp
 
 
 def _walk(root: str) -> Iterator[str]:
-    """The source files of a package directory, relative to it, as coverage.py finds them.
+    """Iterate over the source files of a package directory, relative to it, as coverage.py does.
 
-    Directories below it without ``__init__.py`` are no part of the package.
+    Subdirectories without ``__init__.py`` are not part of the package.
     """
     for directory, below, files in os.walk(root):
         if directory != root and "__init__.py" not in files:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes notes of what Python code compares.
+"""Records what Python code compares.
 
-:mod:`bridge.sources.python.instrument` has the code under coverage call the functions of
-:data:`HELPERS` where it compares. They note operands that Linux' record can hold, for each
+:mod:`bridge.sources.python.instrument` makes the code under coverage call the functions of
+:data:`HELPERS` where it compares. They note the operands that Linux' record can hold, for each
 :class:`Recorder` that is on and wants them.
 
-What is noted: integers of 64 bits (of ``int`` and its subclasses, an IntEnum for example, but not
-``bool``), and strings of 1, 2, 4 or 8 bytes as the integers that a little-endian machine would
-load. The helpers call no code of the target's, raise nothing and change nothing.
+These are integers of 64 bits (``int`` and its subclasses, such as an IntEnum, but not ``bool``),
+and bytes of length 1, 2, 4 or 8 as the integers that a little-endian machine would load. The
+helpers call no code of the target, raise nothing and change nothing.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from bridge.sources.comparisons import LIMIT
 __all__ = ["HELPERS", "STRING_BYTES", "Noted", "Recorder", "Site", "number_of", "site", "site_at"]
 
 STRING_BYTES: Final = frozenset({1, 2, 4, 8})
-"""Lengths of bytes that are noted: those of the operands of KCOV_CMP_SIZE(0) to (3)."""
+"""Lengths of bytes that are noted: the sizes KCOV_CMP_SIZE(0) to (3)."""
 
 Site = tuple[str, int]
-"""Where a comparison stands: canonical path of the source file, and line."""
+"""A comparison's place: canonical path of the source file, and line."""
 
 Noted = tuple[int, int, int, int]
-"""As the helpers note it: number of the site, two operands with their sign, KCOV_CMP_CONST or 0."""
+"""A noted comparison: number of the site, two signed operands, KCOV_CMP_CONST or 0."""
 
 T = TypeVar("T")
 
 _LOW: Final = -(1 << 63)
 _HIGH: Final = 1 << 64
 
-# Guards the writing of what follows: several threads may import, several sources begin and end.
+# Guards writes to what follows: several threads may import, several sources start and stop.
 _lock = Lock()
-# All sites that were ever instrumented in this process; code outlives the source that asked for it.
+# All sites ever instrumented in this process, because code outlives its source.
 _sites: list[Site] = []
 _numbers: dict[Site, int] = {}
-# Those that are on, which code that was instrumented once has to find. Replaced, never changed.
+# The recorders that are on; instrumented code finds them here. Replaced, never changed.
 _recorders: tuple[Recorder, ...] = ()
 
 
 class Recorder:
-    """Takes notes of what threads of this process compare, up to :data:`LIMIT` at a time.
+    """Notes what threads of this process compare, up to :data:`LIMIT` at a time.
 
     Args:
-        wants: asked on the comparing thread whether a comparison at the site with this number is
-            one to note; without it all are.
+        wants: returns, on the comparing thread, whether to note a comparison at the site with this
+            number; None notes all.
     """
 
     __slots__ = ("_apart", "_lost", "_noted", "_wants")
@@ -59,13 +59,13 @@ class Recorder:
     def __init__(self, wants: Callable[[int], bool] | None = None) -> None:
         self._wants = wants
         self._noted: list[Noted] = []
-        # Two threads may count at the same moment as one; it is for people to read.
+        # Approximate: two threads that count at the same moment may count as one.
         self._lost = 0
-        # Threads that work on somebody's behalf now: nothing of theirs is noted.
+        # Threads that work on behalf of a handle; their comparisons are not noted.
         self._apart: set[int] = set()
 
     def record(self, on: bool) -> None:
-        """Begin to take notes, or end it and forget them."""
+        """Start to note comparisons, or stop and forget them."""
         global _recorders
         with _lock:
             others = tuple(each for each in _recorders if each is not self)
@@ -74,9 +74,9 @@ class Recorder:
         self._lost = 0
 
     def take(self) -> tuple[list[Noted], int]:
-        """The notes since the last call, in order, and how many more there was no room for."""
+        """Return the comparisons since the last call, in order, and how many were dropped."""
         noted = self._noted
-        # Two steps that the interpreter lock makes whole: what comes in between stays.
+        # Each step is atomic under the interpreter lock; what comes in between stays.
         taken = noted[:]
         del noted[: len(taken)]
         lost, self._lost = self._lost, 0
@@ -84,7 +84,7 @@ class Recorder:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Nothing that this thread compares inside is noted. Blocks nest."""
+        """While inside, do not note what this thread compares. Blocks nest."""
         thread = get_ident()
         if thread in self._apart:
             yield
@@ -108,7 +108,7 @@ class Recorder:
         if second is None:
             return
         if type(left) in _STRINGS or type(right) in _STRINGS:
-            # One of which is a number, or longer: never equal.
+            # A number and bytes, or bytes of different length, are never equal.
             if type(left) not in _STRINGS or type(right) not in _STRINGS:
                 return
             if len(left) != len(right):  # type: ignore[arg-type]
@@ -123,7 +123,7 @@ _STRINGS: Final = frozenset({bytes, bytearray})
 
 
 def number_of(value: object) -> int | None:
-    """The number that a record has for a value; None where it can have none."""
+    """Return the number for a value in a record; None if a record cannot hold it."""
     kind = type(value)
     if kind is int:
         number: int = value  # type: ignore[assignment]
@@ -132,7 +132,7 @@ def number_of(value: object) -> int | None:
             return None
         return int.from_bytes(value, "little")  # type: ignore[arg-type]
     elif kind is not bool and issubclass(kind, int):
-        # int's own method: a subclass could have any other.
+        # int's own method, because a subclass may override it.
         number = int.__index__(value)  # type: ignore[arg-type]
     else:
         return None
@@ -140,7 +140,7 @@ def number_of(value: object) -> int | None:
 
 
 def site_at(path: str, line: int) -> int:
-    """The number of a site, for the helpers."""
+    """Return the number of a site, for the helpers."""
     place = (path, line)
     with _lock:
         number = _numbers.get(place)
@@ -151,7 +151,7 @@ def site_at(path: str, line: int) -> int:
 
 
 def site(number: int) -> Site:
-    """The site with a number that :func:`site_at` gave."""
+    """Return the site with a number of :func:`site_at`."""
     return _sites[number]
 
 
@@ -159,10 +159,10 @@ def site(number: int) -> Site:
 
 
 def _observe(value: T, constants: tuple[int | bytes, ...], site: int) -> T:
-    """``value``, which is about to be compared with literals."""
+    """Return ``value``, which is about to be compared with literals."""
     for recorder in _recorders:
         for constant in constants:
-            # The literal first: __sanitizer_cov_trace_const_cmp1 and _switch in kernel/kcov.c.
+            # The literal first, as __sanitizer_cov_trace_const_cmp1 and _switch in kernel/kcov.c.
             recorder.note(constant, value, KCOV_CMP_CONST, site)
     return value
 
@@ -170,10 +170,10 @@ def _observe(value: T, constants: tuple[int | bytes, ...], site: int) -> T:
 def _within(
     value: T, first: int, holds: Callable[[int, object], bool], second: int, site: int
 ) -> T:
-    """``value`` in the middle of ``first OP value OP second``.
+    """Return ``value``, the middle of ``first OP value OP second``.
 
-    The second comparison takes place where the first one holds; ``holds`` is asked for plain
-    integers alone, of which it tells no more than the target's own operator will.
+    The second comparison takes place if the first one holds. ``holds`` is called for plain integers
+    alone, where it has the result of the target's own operator.
     """
     for recorder in _recorders:
         recorder.note(first, value, KCOV_CMP_CONST, site)
@@ -183,7 +183,7 @@ def _within(
 
 
 def _pair(left: object, right: object, site: int) -> tuple[object, object]:
-    """Both operands, which are about to be compared with each other."""
+    """Return both operands, which are about to be compared with each other."""
     for recorder in _recorders:
         recorder.note(left, right, 0, site)
     return left, right
@@ -193,7 +193,7 @@ HELPERS: Final[dict[str, Callable[..., Any]]] = {
     "__kcov_bridge_observe__": _observe,
     "__kcov_bridge_within__": _within,
     "__kcov_bridge_pair__": _pair,
-    # Built in: they have no frame that a traceback or a tracer could show.
+    # Built-in functions have no frame that a traceback or a tracer could show.
     "__kcov_bridge_eq__": operator.eq,
     "__kcov_bridge_ne__": operator.ne,
     "__kcov_bridge_lt__": operator.lt,
@@ -202,4 +202,4 @@ HELPERS: Final[dict[str, Callable[..., Any]]] = {
     "__kcov_bridge_ge__": operator.ge,
     "__kcov_bridge_truth__": operator.truth,
 }
-"""By the names under which instrumented code finds them."""
+"""The helpers, by the names that instrumented code uses."""

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Coverage of Python code, handed over as it happens.
 
-coverage.py collects the lines of each file, and offers them whole: hundreds of microseconds for
-each look. A kcov device looks at every system call return. So this source has a trace function of
-its own (:mod:`bridge.sources.python.tracer`), which notes in shared memory which lines ran and of
-which blocks; a look reads what is new there. The data file is coverage.py's, for its reports.
+Reading the lines that coverage.py has collected takes hundreds of microseconds, but a kcov device
+asks at every system call return. So this source has its own trace function
+(:mod:`bridge.sources.python.tracer`), which notes lines and blocks in shared memory;
+:meth:`PythonSource.consume` reads what is new there. The data file has coverage.py's format, for
+its reports.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ _log = logging.getLogger(__name__)
 class PythonSource:
     """The lines that run in some packages, as basic blocks.
 
-    Measured are the thread that calls :meth:`start`, the threads and forked processes that come
-    from it, and the Python programs that those start. Several sources may run in one process, also
-    with the same packages; each is given what its own threads ran. Another trace function of a
-    thread (a debugger's, another coverage.py's) goes on beside the source.
+    The source measures the thread that calls :meth:`start`, the threads and forked processes that
+    come from it, and the Python programs that these start. Several sources may run in one process,
+    also with the same packages; each gets what its own threads ran. Other trace functions of a
+    thread (a debugger's, coverage.py's) keep working.
 
-    The life: made, started, stopped; then done. :meth:`consume` may be called on any thread, and
-    also after :meth:`stop`, when it gives what was not consumed before.
+    A source is started and stopped once. :meth:`consume` may be called on any thread, also after
+    :meth:`stop`, when it returns what was not consumed before.
     """
 
     def __init__(
@@ -61,31 +62,31 @@ class PythonSource:
         name: str = "python",
         comparisons: bool = False,
     ) -> None:
-        """Cover ``packages`` and what is below them.
+        """Cover ``packages`` and the modules below them.
 
         Args:
             packages: dotted names of packages or modules.
-            data_file: where :meth:`stop` writes coverage.py's data, replacing what is there; None
-                for nowhere.
-            comparisons: have modules that are imported from :meth:`start` to :meth:`stop` show
-                what they compare; it slows them.
+            data_file: where :meth:`stop` writes coverage.py's data, replacing an existing file;
+                None for nowhere.
+            comparisons: record comparisons of modules that are imported between :meth:`start` and
+                :meth:`stop`; this slows them.
         """
         self.name = name
         self.packages = tuple(packages)
-        # Now: the target may change the working directory.
+        # Resolved now, because the target may change the working directory.
         self.data_file = data_file.absolute() if data_file is not None else None
         self.given = 0
-        """How many PCs :meth:`consume` has given."""
+        """Number of PCs that :meth:`consume` has returned."""
         self._table = BlockTable()
         self._files = PackageFiles({}, ())
         self._started = False
         self._pid = os.getpid()
-        # All below is under _lock: consume() and stop() may come from different threads, and a
-        # new file is found inside a trace function, which may interrupt either.
+        # _lock guards all below: consume() and stop() may run on different threads, and a trace
+        # function that finds a new file may interrupt either.
         self._lock = threading.RLock()
         self._feed: Feed | None = None
         self._running = False
-        # Of files that were not there at the start.
+        # Memories of files that appeared after the start.
         self._later: list[LineMemory] = []
         self._site_pcs: dict[int, PC] = {}
         self._rest: list[PC] = []
@@ -99,38 +100,37 @@ class PythonSource:
 
     @property
     def blocks_total(self) -> int:
-        """The blocks of all files of the packages, run or not, that can be parsed."""
+        """Number of blocks in all files of the packages that can be parsed, run or not."""
         return len(self._table)
 
     @property
     def blocks_covered(self) -> int:
-        """How many different blocks :meth:`consume` has given."""
+        """Number of different blocks that :meth:`consume` has returned."""
         return self._feed.covered if self._feed is not None else 0
 
     @property
     def measures_this_thread(self) -> bool:
-        """Whether what this thread runs counts for the source, and is read in this process."""
+        """Whether this thread is measured for the source, in the process that started it."""
         feed = self._feed
         return feed is not None and os.getpid() == self._pid and MEASURING.measures(feed)
 
     def start(self) -> None:
-        """Measure this thread, from now on, and all threads and processes that it starts.
+        """Measure this thread from now on, and all threads and processes that it starts.
 
-        Threads that run already are not measured. A module of the packages that is imported
-        already is measured in what it does from now on; the log warns, because its import is
-        missing. Nothing is imported to find the files.
+        Threads that run already are not measured. If a module of the packages was imported before,
+        its import is not covered, and a warning is logged. Finding the files imports nothing.
 
         Raises:
-            SourceError: a package is not there or has no source, the source was started before, or
-                this Python has no interpreter lock.
+            SourceError: a package does not exist or has no source, the source was started before,
+                or this Python runs without its interpreter lock.
         """
         if self._started:
-            raise SourceError(f"the source {self.name} was started before", hint="make a new one")
+            raise SourceError(f"the source {self.name} was already started", hint="make a new one")
         if not self.packages:
-            raise SourceError("there is no package to cover", hint="name at least one")
+            raise SourceError("no package to cover is given", hint="name at least one")
         if not getattr(sys, "_is_gil_enabled", lambda: True)():
             raise SourceError(
-                "this Python runs without its global lock, on which the tracer relies",
+                "this Python runs without its global interpreter lock, which the tracer needs",
                 hint="run with PYTHON_GIL=1",
             )
         self._started = True
@@ -184,12 +184,12 @@ class PythonSource:
         return faults.read(self._feed.memory.buffer)[0] if self._feed is not None else 0
 
     def _fault(self) -> SourceError:
-        """The first fault of the tracer, as an error."""
+        """Return the first fault of the tracer as an error."""
         text = faults.read(self._feed.memory.buffer)[1] if self._feed is not None else ""
         return SourceError(f"the tracer failed: {text or 'there was no memory to keep the reason'}")
 
     def line_recorder(self, path: Path, line: int) -> Callable[[], None]:
-        """A function that notes a line of a covered file as run, for benchmarks.
+        """Return a function that notes a line of a covered file as run, for benchmarks.
 
         Raises:
             SourceError: the source does not measure, or does not cover the file.
@@ -200,15 +200,15 @@ class PythonSource:
         return functools.partial(view.record, line)
 
     def record_comparisons(self, on: bool) -> None:
-        """Somebody wants comparisons from now on, or nobody does any more.
+        """Start or stop to record comparisons.
 
-        Does nothing for a source that was made without ``comparisons``.
+        Does nothing for a source without ``comparisons``.
         """
         if self._recorder is not None:
             self._recorder.record(on)
 
     def consume_comparisons(self) -> tuple[list[Comparison], int]:
-        """The comparisons since the last call, in order, and how many more were dropped.
+        """Return the comparisons since the last call, in order, and how many were dropped.
 
         A comparison's PC is that of the block in which it begins.
         """
@@ -225,7 +225,7 @@ class PythonSource:
         return records, dropped
 
     def _is_ours(self, number: int) -> bool:
-        """Whether a comparison on this thread, at a site, is one of this source."""
+        """Return whether a comparison on this thread, at a site, belongs to this source."""
         feed = self._feed
         if feed is None or not MEASURING.measures(feed):
             return False
@@ -236,19 +236,20 @@ class PythonSource:
         if pc is None:
             path, line = site(number)
             name = self._files.names.get(path)
-            # 0 where the file has changed since it was read.
+            # 0 if the file has changed since it was read.
             pc = (self._table.line_pc(name, line) if name is not None else None) or 0
             self._site_pcs[number] = pc
         return pc
 
     @contextlib.contextmanager
     def divert(self) -> Iterator[list[PC]]:
-        """Keep apart what this thread covers inside the block.
+        """Keep what this thread covers inside the block apart.
 
-        The list that is given holds the PCs, each once, when the block ends; :meth:`consume` does
-        not give them, and what is compared is not recorded. In a coroutine or a greenlet the block
-        must not be left by ``await`` or a switch. Blocks nest. On a thread that is not measured
-        nothing is covered and nothing kept apart.
+        Yields:
+            A list that holds the PCs, each once, after the block. :meth:`consume` does not return
+            them, and comparisons are not recorded. It stays empty on a thread that is not measured.
+
+        A coroutine or greenlet must not leave the block by ``await`` or a switch. Blocks nest.
         """
         pcs: list[PC] = []
         feed = self._feed
@@ -267,14 +268,14 @@ class PythonSource:
                 pcs += apart.give(feed)
 
     def stop(self) -> None:
-        """End the measurement and write the data file, with every line that was ever consumed.
+        """Stop the measurement and write the data file, with every line that ran.
 
-        Safe to call twice, and on a source that never started. Threads end to be measured at their
-        next line. In a forked child of the process that started the source it does nothing.
+        Safe to call twice, and on a source that never started. Other threads are measured until
+        their next line. In a forked child of the process that started the source it does nothing.
 
         Raises:
-            SourceError: the data file cannot be written, or the tracer has failed and
-                :meth:`consume` did not say so; the measurement has ended also then.
+            SourceError: the data file cannot be written, or the tracer failed and :meth:`consume`
+                has not raised that. The measurement has ended in either case.
         """
         if os.getpid() != self._pid:
             return
@@ -312,6 +313,10 @@ class PythonSource:
         for memory in (feed.memory, *self._later):
             for file in memory.files:
                 lines.setdefault(file.path, set()).update(memory.lines_run(file))
+        # coverage.py's file holds text, and would hold none of them.
+        for path in [path for path in lines if not _is_text(path)]:
+            _log.warning("the coverage data lacks %r: its path is not UTF-8", os.fsencode(path))
+            del lines[path]
         data = CoverageData(basename=str(self.data_file))
         try:
             self.data_file.parent.mkdir(parents=True, exist_ok=True)
@@ -327,9 +332,10 @@ class PythonSource:
             data.close(force=True)
 
     def _new_file(self, path: str) -> View | None:
-        """The view of a file that was not there when the packages were searched.
+        """Return the view of a file that the search for the packages did not find, or None.
 
-        Or in a directory that is no package, whose modules Python imports all the same.
+        It appeared later, or is in a directory that is not a package, from which Python imports
+        modules nevertheless.
         """
         if not path.endswith((".py", ".pyw")):
             return None
@@ -372,7 +378,7 @@ class PythonSource:
 
 
 def block_table(packages: Sequence[str]) -> BlockTable:
-    """The blocks that a source of these packages has when it starts; nothing is imported.
+    """Return the blocks that a source of these packages starts with; import nothing.
 
     Raises:
         SourceError: a package cannot be found.
@@ -381,7 +387,7 @@ def block_table(packages: Sequence[str]) -> BlockTable:
 
 
 def _find_blocks(packages: Sequence[str]) -> tuple[BlockTable, PackageFiles]:
-    """The blocks of all files of the packages that can be parsed, and these files."""
+    """Return the blocks of all files of the packages that can be parsed, and these files."""
     found = find_packages(packages)
     sources: dict[str, bytes] = {}
     for path, name in found.names.items():
@@ -399,6 +405,15 @@ def _read(path: str) -> bytes | None:
     except OSError as error:
         _log.warning("%s cannot be read and has no blocks: %s", path, error.strerror)
         return None
+
+
+def _is_text(path: str) -> bool:
+    """Return whether a path, as Python decodes it, is UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _warn_of_source(name: str, error: SourceError) -> None:

@@ -152,7 +152,7 @@ def test_files() -> None:
         ("module:9pent", "no loaded module", "9pnet"),
         ("module:vmlinx", "no loaded module", "vmlinux"),
         ("quite_something_else", "no function", ""),
-        ("addr:1000-2000", "no code of the kernel", "System.map"),
+        ("addr:1000-2000", "the kernel has no code at", "System.map"),
     ],
 )
 def test_a_term_that_matches_nothing(term: str, message: str, near: str) -> None:

@@ -239,10 +239,10 @@ def test_modules_without_lines(
     copy = tmp_path / module.name
     subprocess.run(["strip", "-g", "-o", str(copy), str(module)], check=True)
     assert Lines(vmlinux, symbols, tmp_path).lookup(CANONICAL) is None
-    assert "the lines of the module my_mill are not known" in caplog.text
+    assert "the lines of the module my_mill are unknown" in caplog.text
     copy.write_bytes(b"\x7fELF")
     assert Lines(vmlinux, symbols, tmp_path).lookup(CANONICAL) is None
-    assert "my-mill.ko is no kernel module" in caplog.text
+    assert "my-mill.ko is not a kernel module" in caplog.text
 
 
 def test_a_module_of_another_build(
@@ -256,12 +256,12 @@ def test_a_module_of_another_build(
     command = ["ld", "-r", "-o", str(tmp_path / module.name), str(tmp_path / "o.o")]
     subprocess.run([*command, "one.o", "two.o"], check=True, cwd=out)
     assert Lines(vmlinux, symbols, tmp_path).lookup(CANONICAL + 48) is None
-    assert "the lines of the module my_mill are of another build" in caplog.text
+    assert "the debug information of the module my_mill belongs to another build" in caplog.text
 
 
 def test_a_kernel_of_another_build(vmlinux: Path, module: Path) -> None:
     text = f"{TEXT:x} T _stext\n{TEXT + 3:x} T a\n{TEXT + 0x800:x} T _etext\n"
-    with pytest.raises(UsageError, match="is of another kernel than the guest's"):
+    with pytest.raises(UsageError, match="belongs to another kernel than the guest's"):
         Lines(vmlinux, KernelSymbols.from_kallsyms(text))
 
 

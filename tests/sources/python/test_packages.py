@@ -41,7 +41,7 @@ def test_packages_below_namespace_packages_are_found(corp: Path) -> None:
         str(corp / "one/corp/net/other.py"): "corp/net/other.py",
     }
     assert "corp" not in sys.modules
-    with pytest.raises(SourceError, match=r"no package corp\.net\.nothing"):
+    with pytest.raises(SourceError, match=r"no module named corp\.net\.nothing"):
         find_packages(["corp.net.nothing"])
 
 

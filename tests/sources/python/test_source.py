@@ -435,7 +435,7 @@ def test_what_was_not_consumed_before_the_stop_comes_after_it(
     assert places(source) == [f"loop:{CALL_TEST}", f"loop:{CALL_ONE}"]
     assert source.consume() == []
     source.stop()
-    with pytest.raises(SourceError, match="started before"):
+    with pytest.raises(SourceError, match="already started"):
         source.start()
 
 
@@ -478,9 +478,9 @@ def test_many_sources_one_after_the_other_leave_nothing_behind(
 @pytest.mark.parametrize(
     ("packages", "message"),
     [
-        ((), "no package to cover"),
-        (("no_such_package",), "no package no_such_package"),
-        (("json.nothing",), r"no package json\.nothing"),
+        ((), "no package to cover is given"),
+        (("no_such_package",), "no module named no_such_package"),
+        (("json.nothing",), r"no module named json\.nothing"),
         (("json", "json.decoder.deeper"), r"json\.decoder is a module"),
         (("sys",), "sys has no Python source"),
         (("math",), "math has no Python source"),
@@ -500,7 +500,7 @@ def test_a_python_without_its_lock_is_refused(
     make_source: MakeSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
-    with pytest.raises(SourceError, match="without its global lock"):
+    with pytest.raises(SourceError, match="without its global interpreter lock"):
         make_source("json").start()
 
 
@@ -661,3 +661,23 @@ def test_code_that_is_run_in_the_module_of_another_file_stays_of_its_own(
     on_target(one.second)
     (pc,) = source.consume()
     assert "/two/m.py:8" in str(source.table.lookup(pc))
+
+
+def test_stop_with_a_path_that_is_not_utf8_writes_the_other_files(
+    make_package: MakePackage,
+    make_source: MakeSource,
+    on_target: TargetThread,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    name = make_package({os.fsdecode(b"m\xff.py"): "a = 1\n"}, work=SHORT)
+    source = make_source(name)
+    on_target(source.start)
+    work = on_target(importlib.import_module, f"{name}.work")
+    other = on_target(importlib.import_module, os.fsdecode(name.encode() + b".m\xff"))
+    on_target(work.first)
+    assert len(places(source)) == 3
+    with caplog.at_level(logging.WARNING):
+        on_target(source.stop)
+    found = executed(source.data_file)
+    assert {Path(file).name for file in found} == {"work.py", "__init__.py"}
+    assert f"lacks {os.fsencode(other.__file__)!r}: its path is not UTF-8" in caplog.text

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What notes the lines that run: a trace function of the interpreter, in Python and compiled.
+"""The trace function that notes the lines that run, in Python and compiled.
 
-:mod:`.plain` says what the classes do; ``compiled.pyx`` does the same several times faster, and is
-built with the package where there is a C compiler and Python's headers. ``KCOV_BRIDGE_PLAIN=1`` in
-the environment keeps to the plain ones.
+:mod:`.plain` defines the classes. ``compiled.pyx`` does the same several times faster, and is built
+with the package if there are a C compiler and Python's headers. ``KCOV_BRIDGE_PLAIN=1`` in the
+environment selects the plain classes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ elif not TYPE_CHECKING:
     try:
         from .compiled import Apart, Feed, Group, View, chain, chained, current, install, uninstall
     except (ImportError, AttributeError) as error:
-        # None was built, or one that is older than its source and looks for names that are gone.
+        # It was not built, or is older than its source and imports names that no longer exist.
         WHY_PLAIN = str(error)
 
 COMPILED = not WHY_PLAIN

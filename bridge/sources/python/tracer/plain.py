@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tracer in Python: the definition, and what runs without a C compiler.
+"""The tracer in Python: the definition, and the fallback without a C compiler.
 
-A line is booked on the file of the code object that runs it, looked up at each event. Nothing
-depends on events coming in pairs, as a stack of frames would: greenlets may switch, and an
-exception may be thrown into a coroutine (of which Python 3.11 shows no call), as they like.
+A line is attributed to the file of the code object that runs it, looked up at each event. The
+tracer does not rely on calls and returns in pairs, because greenlets switch, and Python 3.11
+reports no call when an exception is thrown into a coroutine.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
     "uninstall",
 ]
 
-# Those of the interpreter, whatever hooks have put in their place since.
+# The interpreter's own; hooks may replace them later.
 _settrace = sys.settrace
 interpreters_gettrace: Callable[[], Any] = sys.gettrace
 
@@ -138,7 +138,7 @@ class View:
     def __init__(
         self, feed: Feed, memory: LineMemory, index: int, name: str, first_pc: int, step: int
     ) -> None:
-        """The file number ``index`` of the memory; block i has the PC ``first_pc + i * step``."""
+        """View file number ``index`` of the memory; block i has the PC ``first_pc + i * step``."""
         self.feed = feed
         self.name = name
         self.first_pc = range(first_pc, first_pc + step * memory.files[index].blocks, step)
@@ -151,10 +151,10 @@ class View:
         self.covered: set[int] = set()
 
     def record(self, line: int) -> None:
-        """Note that a line has run. The order of the stores matters: see :mod:`..lines`."""
+        """Note that a line has run. For the order of the stores see :mod:`..lines`."""
         file = self._file
         if not 0 <= line < file.lines:
-            # The file has changed since it was read, or code was compiled in its name.
+            # The file has changed since it was read, or other code was compiled under its name.
             self.feed.note_beyond(file.path, line)
             return
         buffer = self._buffer
@@ -166,7 +166,7 @@ class View:
             buffer[NEWS] = 1
 
     def take(self) -> list[int]:
-        """The PCs of the blocks that ran since the last look; forgets them."""
+        """Return the PCs of the blocks that ran since the last call, and forget them."""
         buffer, start, end = self._buffer, self._file.hit, self._file.hit + self._file.blocks
         pcs = []
         at = buffer.find(b"\1", start, end)
@@ -178,7 +178,7 @@ class View:
         return pcs
 
     def adopt(self, lines: set[int]) -> list[int]:
-        """The PCs of lines that were kept apart; they count as run, and are not given again."""
+        """Note lines that were kept apart as run; return the PCs of their blocks."""
         file = self._file
         blocks = set()
         for line in lines:
@@ -194,18 +194,18 @@ class View:
 
 
 class Feed:
-    """What the tracers of one source write, and the source reads.
+    """The lines that tracers of one source write and the source reads.
 
     Args:
-        unknown: called with the canonical path of a file that is not here and lies below a root;
-            gives its view, or None. It runs inside a trace function, on any thread.
+        unknown: returns the view of a file below a root that has none yet, or None. It gets the
+            canonical path, and runs inside a trace function on any thread.
     """
 
     def __init__(self, memory: LineMemory, unknown: Callable[[str], View | None]) -> None:
         self.memory = memory
         self._unknown = unknown
         self._views: dict[str, View | None] = {}
-        # Of each memory: the views by number, the first memory first.
+        # Each memory with its views by number; the first memory comes first.
         self._memories: list[tuple[LineMemory, list[View]]] = []
         self._fence = Lock()
         self.beyond: dict[str, set[int]] = {}
@@ -213,7 +213,7 @@ class Feed:
     def add(
         self, memory: LineMemory, names: Sequence[str], first_pcs: Sequence[int], step: int
     ) -> list[View]:
-        """Views of all files of a memory, which must be sorted by name."""
+        """Add a memory, whose files are sorted by name; return the views of its files."""
         views = [
             View(self, memory, index, name, pc, step)
             for index, (name, pc) in enumerate(zip(names, first_pcs, strict=True))
@@ -230,11 +230,11 @@ class Feed:
 
     @property
     def covered(self) -> int:
-        """How many different PCs have been given."""
+        """Number of different PCs that were returned."""
         return sum(len(view.covered) for _, views in self._memories for view in views)
 
     def view(self, path: str) -> View | None:
-        """The view of a file by its canonical path; None where it is not covered."""
+        """Return the view of a file by its canonical path; None if it is not covered."""
         try:
             return self._views[path]
         except KeyError:
@@ -244,7 +244,7 @@ class Feed:
             return view
 
     def note_beyond(self, path: str, line: int) -> None:
-        """Keep a line that no view has room for, for the report."""
+        """Keep a line outside its view, for the report."""
         self.beyond.setdefault(path, set()).add(line)
 
     def drain(self) -> list[int]:
@@ -273,7 +273,7 @@ class Feed:
         if not dirty:
             return []
         with self._fence:
-            # A full barrier: what was stored before a byte that was just cleared is seen below.
+            # A full barrier, so that stores before a byte that was just cleared are seen below.
             pass
         if len(self._memories) > 1:
             dirty.sort(key=lambda view: view.name)
@@ -281,7 +281,7 @@ class Feed:
 
 
 class Group:
-    """The feeds that a thread writes to; the same object for all threads with the same ones."""
+    """The feeds that a thread writes to; threads with the same feeds share the object."""
 
     __slots__ = ("_code_views", "_views", "feeds")
 
@@ -296,12 +296,12 @@ class Group:
         return not all(feed.active for feed in self.feeds)
 
     def alive(self) -> Group | None:
-        """The group without the feeds that have ended; None where that leaves none."""
+        """Return the group without the feeds that have ended; None if none is left."""
         feeds = [feed for feed in self.feeds if feed.active]
         return (self if len(feeds) == len(self.feeds) else Group(feeds)) if feeds else None
 
     def views(self, code: CodeType, file: object = None) -> tuple[View, ...]:
-        """The views of the file of a code object; ``file`` as for :func:`canonical`."""
+        """Return the views of a code object's file; ``file`` as for :func:`canonical`."""
         filename = code.co_filename
         views = self._views.get(filename)
         if views is None:
@@ -318,7 +318,7 @@ class Group:
 
 
 class Apart:
-    """Lines that are kept apart, of one thread."""
+    """Lines of one thread that are kept apart."""
 
     __slots__ = ("_lines", "_outer")
 
@@ -331,9 +331,9 @@ class Apart:
         self._lines.setdefault(view, set()).update(lines)
 
     def give(self, feed: Feed) -> list[int]:
-        """The PCs of the lines of a feed's files, by file name, then in order.
+        """Return the PCs of the lines of a feed's files, by file name, then in order.
 
-        The lines of other feeds go where they would have gone without this.
+        Lines of other feeds go to those feeds.
         """
         ours = sorted((v for v in self._lines if v.feed is feed), key=lambda view: view.name)
         pcs = [pc for view in ours for pc in view.adopt(self._lines[view])]
@@ -349,7 +349,7 @@ class Apart:
 
     @contextmanager
     def keep(self) -> Iterator[None]:
-        """Inside, what this thread runs is kept here. Blocks nest."""
+        """While inside, keep what this thread runs here. Blocks nest."""
         tracer = interpreters_gettrace()
         if not isinstance(tracer, _ThreadTracer):
             yield
@@ -362,7 +362,7 @@ class Apart:
 
 
 class _ThreadTracer:
-    """The trace function of one thread, and the one that it has taken the place of."""
+    """The trace function of one thread, and the one that it replaced."""
 
     def __init__(self, group: Group, chained: Any) -> None:
         self.group = group
@@ -380,7 +380,7 @@ class _ThreadTracer:
                 self.fault(error, frame)
                 raise
             if interpreters_gettrace() is not self:
-                # It is gone, or has put another in its place (coverage.py does both).
+                # It removed or replaced itself (coverage.py does both).
                 self.chained = interpreters_gettrace()
                 _settrace(self)
             return _both(self, local)
@@ -389,11 +389,11 @@ class _ThreadTracer:
         return None if self.views(frame) == () else self.line
 
     def views(self, frame: FrameType) -> tuple[View, ...] | None:
-        """The views of a frame's file; None if they cannot be had now."""
+        """Return the views of a frame's file; None if the look-up failed."""
         try:
             return self.group.views(frame.f_code, frame.f_globals.get("__file__"))
         except KeyboardInterrupt as error:
-            # It came for the code that is traced.
+            # It is meant for the code that is traced.
             self.fault(error, frame)
             raise
         except BaseException as error:
@@ -441,7 +441,7 @@ class _ThreadTracer:
 
 
 def _both(tracer: _ThreadTracer, local: Any) -> Callable[[FrameType, str, object], Any]:
-    """A local trace function that notes the line and goes on with another one."""
+    """Return a local trace function that notes the line and then calls another one."""
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
         nonlocal local
@@ -458,7 +458,7 @@ def _both(tracer: _ThreadTracer, local: Any) -> Callable[[FrameType, str, object
 
 
 def install(group: Group) -> None:
-    """Have this thread write to the feeds of a group alone, from its next line on."""
+    """Make this thread write to the feeds of a group, from its next line on."""
     tracer = interpreters_gettrace()
     if isinstance(tracer, _ThreadTracer):
         tracer.group = group
@@ -467,20 +467,20 @@ def install(group: Group) -> None:
 
 
 def uninstall() -> None:
-    """End the tracing of this thread, unless it goes on for other feeds."""
+    """End the tracing of this thread, except for feeds that have not ended."""
     tracer = interpreters_gettrace()
     if isinstance(tracer, _ThreadTracer):
         tracer.leave()
 
 
 def current() -> Group | None:
-    """What this thread writes to; None where it is not measured."""
+    """Return the group that this thread writes to; None if it is not measured."""
     tracer = interpreters_gettrace()
     return tracer.group.alive() if isinstance(tracer, _ThreadTracer) else None
 
 
 def chain(function: Any) -> None:
-    """As ``sys.settrace()`` on a thread that is measured and stays so."""
+    """Do what ``sys.settrace()`` does; a measured thread stays measured."""
     tracer = interpreters_gettrace()
     if isinstance(tracer, _ThreadTracer):
         tracer.chained = function
@@ -489,6 +489,6 @@ def chain(function: Any) -> None:
 
 
 def chained() -> Any:
-    """As ``sys.gettrace()``, which does not show this tracer."""
+    """Return what ``sys.gettrace()`` would return without this tracer."""
     tracer = interpreters_gettrace()
     return tracer.chained if isinstance(tracer, _ThreadTracer) else tracer
