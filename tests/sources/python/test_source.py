@@ -680,4 +680,4 @@ def test_stop_with_a_path_that_is_not_utf8_writes_the_other_files(
         on_target(source.stop)
     found = executed(source.data_file)
     assert {Path(file).name for file in found} == {"work.py", "__init__.py"}
-    assert f"lacks {os.fsencode(other.__file__)!r}: its path is not UTF-8" in caplog.text
+    assert f"lacks {os.fsencode(str(other.__file__))!r}: its path is not UTF-8" in caplog.text
