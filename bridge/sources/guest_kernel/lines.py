@@ -285,8 +285,8 @@ class Lines:
         if not self._kernel.fits(symbols):
             raise UsageError(
                 f"{self.path} belongs to another kernel than the guest's",
-                hint="the guest's kernel has no functions where its files begin; use the "
-                "vmlinux of the same build",
+                hint="the guest's kernel has no functions where its files begin; name the "
+                "vmlinux of the same build: --vmlinux FILE",
             )
         self._symbols = symbols
 
