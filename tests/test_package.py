@@ -121,11 +121,18 @@ def test_wheel_has_the_compiled_part_where_a_compiler_is(wheel: Path) -> None:
     assert wheel.name.endswith("linux_x86_64.whl")
 
 
-def test_wheel_built_without_a_compiler_is_python_alone(tmp_path: Path, sdist: Path) -> None:
+@pytest.fixture(scope="module")
+def plain_wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that pip makes of the source distribution where no compiler works."""
+    directory = tmp_path_factory.mktemp("plain")
     env = {"CC": "/bin/false", "LDSHARED": "/bin/false"}
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    _call(*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, sdist, cwd=tmp_path, env=env)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
+    _call(*pip, "wheel", "--no-deps", "--wheel-dir", directory, sdist, cwd=directory, env=env)
+    return next(directory.glob("*.whl"))
+
+
+def test_wheel_built_without_a_compiler_is_python_alone(plain_wheel: Path) -> None:
+    with zipfile.ZipFile(plain_wheel) as archive:
         names = archive.namelist()
     assert "bridge/device/fastpath/plain.py" in names
     assert not any(COMPILED.fullmatch(name) for name in names)
@@ -217,12 +224,20 @@ def test_installed_wheel_measures(programs: Path, elsewhere: Path) -> None:
     assert json.loads((elsewhere / "bench.json").read_text())["format"] == "kcov-bridge-bench"
 
 
-def test_installed_sdist_has_what_the_wheel_has(sdist: Path, tmp_path: Path) -> None:
-    programs = _fresh_environment(tmp_path / "venv", sdist)
+def test_installed_sdist_has_what_the_wheel_has(
+    programs: Path, plain_wheel: Path, tmp_path: Path
+) -> None:
+    """Beside the packages that it needs, which are installed with the other wheel."""
+    site = tmp_path / "site"
+    pip = (programs / "python", "-m", "pip", "--disable-pip-version-check")
+    _call(*pip, "install", "--quiet", "--no-deps", "--target", site, plain_wheel, cwd=tmp_path)
+    env = {"PYTHONPATH": str(site)}
     show = "import bridge.util.resources as r; print(r.source_root())"
-    root = Path(_call(programs / "python", "-c", show, cwd=tmp_path).stdout.strip())
-    assert root.is_relative_to(tmp_path)
+    root = Path(_call(programs / "python", "-c", show, cwd=tmp_path, env=env).stdout.strip())
+    assert root.is_relative_to(site)
     for name in _tracked():
         if name.startswith(("guest/", "images/")):
             assert (root / name).read_bytes() == (ROOT / name).read_bytes()
-    assert "kcov-bridge " in _call(programs / "kcov-bridge", "--version", cwd=tmp_path).stdout
+    assert (
+        "kcov-bridge " in _call(site / "bin/kcov-bridge", "--version", cwd=tmp_path, env=env).stdout
+    )

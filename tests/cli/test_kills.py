@@ -19,7 +19,7 @@ import pytest
 from tests.support import held_by, start, started_by, still_there, wait_until_gone
 from tests.support.programs import guest_image
 
-KILLS = int(os.environ.get("KCOV_BRIDGE_KILLS", "10"))
+KILLS = int(os.environ.get("KCOV_BRIDGE_KILLS", "6"))
 SEED = int(os.environ.get("KCOV_BRIDGE_KILLS_SEED", random.SystemRandom().getrandbits(32)))
 AT_ONCE = 2
 LATEST = 8.0

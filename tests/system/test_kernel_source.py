@@ -201,7 +201,8 @@ def test_another_kernel_in_the_place_of_this_one(tmp_path: Path) -> None:
     image = guest_image()
     program = compile_for_guest(image, Path(__file__).with_name("kexec.c"), tmp_path / "kexec")
     command = ["stat", "/etc/passwd"]
-    with bridge.boot(target="none", source="kernel", memory=512) as session:
+    # The only guest with that much memory: a snapshot of it takes longer than a boot.
+    with bridge.boot(target="none", source="kernel", memory=512, snapshot=False) as session:
         kernel, device, doorbell = session.kernel, session.device, session.doorbell
         assert kernel is not None
         assert device is not None
@@ -309,12 +310,13 @@ def test_a_qemu_without_plugins(tmp_path: Path) -> None:
     qemu = str(without_plugins(tmp_path))
     with (
         pytest.raises(UnwatchableError, match="cannot load the plugin") as caught,
-        bridge.boot(target="none", source="kernel", qemu=qemu),
+        bridge.boot(target="none", source="kernel", qemu=qemu, snapshot=False),
     ):
         pass
     assert "plugin interface not enabled" in caught.value.evidence
     out = tmp_path / "out"
-    result = run(out, "--accel", "tcg", "--qemu", qemu, "--", "cat", "/mnt/target/README")
+    words = ["--accel", "tcg", "--qemu", qemu, "--no-snapshot"]
+    result = run(out, *words, "--", "cat", "/mnt/target/README")
     assert result.returncode == 0, result.stderr
     (said,) = [line for line in result.stderr.splitlines() if "is not recorded" in line]
     assert "the guest kernel is not recorded: this QEMU cannot load the plugin" in said

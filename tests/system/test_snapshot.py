@@ -52,14 +52,41 @@ served_guest = pytest.mark.guest(target="plan9", source="python")
 """With a target that the guest talks to."""
 
 
+def add_image(cache: Path) -> None:
+    """Put the image into a cache."""
+    image = guest_image()
+    shutil.copytree(image.directory, cache / "images" / image.name, copy_function=os.link)
+
+
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache with the image and without snapshots."""
-    image = guest_image()
     cache = tmp_path / "cache"
-    shutil.copytree(image.directory, cache / "images" / image.name, copy_function=os.link)
+    add_image(cache)
     monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(cache))
     return cache
+
+
+@pytest.fixture(scope="module")
+def made_snapshot(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A cache with the image, and beside it the snapshot of the guest with target="none"."""
+    cache = tmp_path_factory.mktemp("cache")
+    add_image(cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KCOV_BRIDGE_CACHE", str(cache))
+        with bridge.boot(target="none", source="python") as session:
+            assert isinstance(session.snapshot, Snapshot)
+            made = session.snapshot.directory
+    return cache, made.rename(tmp_path_factory.mktemp("made") / made.name)
+
+
+@pytest.fixture
+def own_snapshot(made_snapshot: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it in that cache."""
+    cache, made = made_snapshot
+    monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(cache))
+    shutil.rmtree(cache / "snapshots", ignore_errors=True)
+    return Path(shutil.copytree(made, cache / "snapshots" / made.name))
 
 
 def descriptors() -> int:
@@ -166,30 +193,25 @@ def test_guests_that_differ_share_one(own_cache: Path) -> None:
     assert not list(folder.iterdir())
 
 
-def test_one_that_does_not_load(own_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with bridge.boot(target="none"):
-        pass
-    (made,) = (own_cache / "snapshots").iterdir()
-    devices = made / "devices"
+def test_one_that_does_not_load(own_snapshot: Path, caplog: pytest.LogCaptureFixture) -> None:
+    devices = own_snapshot / "devices"
     devices.write_bytes(devices.read_bytes()[:1000] + bytes(devices.stat().st_size - 1000))
     with bridge.boot(target="none", syscall_pcs=True) as session:
         assert session.snapshot is None
         check_kcov(session)
     (line,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert "does not start from its snapshot" in line
-    assert not made.exists(), "the next run makes a good one"
+    assert not own_snapshot.exists(), "the next run makes a good one"
 
 
 def test_a_guest_that_stays_silent(
-    own_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    own_snapshot: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Memory that is not the devices' own: what comes of it is not even a panic."""
-    with bridge.boot(target="none"):
-        pass
-    (made,) = (own_cache / "snapshots").iterdir()
-    size = (made / "memory").stat().st_size
-    (made / "memory").write_bytes(b"")
-    os.truncate(made / "memory", size)
+    memory = own_snapshot / "memory"
+    size = memory.stat().st_size
+    memory.write_bytes(b"")
+    os.truncate(memory, size)
     monkeypatch.setattr("bridge.session.launcher._RESUME_SECONDS", 3.0)
     with bridge.boot(target="none", syscall_pcs=True) as session:
         assert session.snapshot is None
@@ -423,10 +445,11 @@ def test_settings() -> None:
         Settings(snapshot=None)  # type: ignore[arg-type]
 
 
-def test_a_snapshot_that_others_remove_stays_usable(own_cache: Path) -> None:
+def test_a_snapshot_that_others_remove_stays_usable(own_snapshot: Path) -> None:
     with bridge.boot(target="none", source="python") as session:
         assert isinstance(session.snapshot, Snapshot)
-        shutil.rmtree(own_cache / "snapshots")
+        assert session.snapshot.directory == own_snapshot
+        shutil.rmtree(own_snapshot.parent)
         session.run("touch /tmp/x")
         session.reset()
         assert session.run("ls /tmp").text == ""
