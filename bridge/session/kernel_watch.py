@@ -209,7 +209,11 @@ class GuestKernelWatch:
 
     def fill(self, stats: Stats) -> None:
         """As :class:`bridge.session.stats.Measured`."""
-        if self.kernel is not None:
+        if self._source.blind:
+            # Logged where nobody asked for the kernel.
+            if self._by_name:
+                stats.problem = "the guest's memory was not found in QEMU: its kernel has no PCs"
+        elif self.kernel is not None:
             blocks = self._source.blocks_covered
             stats.kernel_blocks_covered = blocks
             stats.pcs_unique += blocks

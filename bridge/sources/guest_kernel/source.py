@@ -112,9 +112,16 @@ class GuestKernel:
         self._quiet_since: float | None = None
         self._blind = False
 
+    @property
+    def blind(self) -> bool:
+        """Whether the guest's memory was not found in QEMU, so that nothing is recorded."""
+        if self.plan.fd >= 0:
+            self._blind = self.plan.words[PlanWord.RAM] == Ram.REFUSED
+        return self._blind
+
     def close(self) -> None:
         """Release the memory. Safe to call twice."""
-        self._blocks_covered = self.blocks_covered
+        self._blocks_covered, self._blind = self.blocks_covered, self.blind
         self.plan.close()
 
     @property
@@ -280,8 +287,7 @@ class GuestKernel:
 
         Called a few times a second.
         """
-        if not self._blind and self.plan.words[PlanWord.RAM] == Ram.REFUSED:
-            self._blind = True
+        if not self._blind and self.blind:
             logger.error("the guest's memory was not found in QEMU, so its kernel is not watched")
         if self._quiet_since is not None and time.monotonic() - self._quiet_since > _QUIET_SECONDS:
             self._quiet_since = None

@@ -15,8 +15,10 @@ from bridge.config import Settings
 from bridge.errors import KernelUnknownError, UsageError
 from bridge.guest.guest_image import CustomImage
 from bridge.session.kernel_watch import GuestKernelWatch
+from bridge.session.stats import Stats
 from bridge.sources.guest_kernel.filters import KernelFilter
 from bridge.sources.guest_kernel.placement import MODULES_BASE
+from bridge.sources.guest_kernel.plan import PlanWord, Ram
 from bridge.sources.guest_kernel.running import Shell, kernel_of, placement_of, read_kernel
 from bridge.sources.guest_kernel.source import GuestKernel
 from tests.support.kernel_payload import payload
@@ -189,6 +191,29 @@ def test_only_a_kernel_that_was_asked_for_must_be_known(
             assert watch.kernel is None
             (record,) = caplog.records
             assert record.message.startswith("the guest's kernel is no source: the guest's kernel")
+
+
+@pytest.mark.parametrize("source", ["auto", "kernel"])
+def test_kernel_watch_without_the_guests_memory_says_so(
+    source: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = CustomImage(Path(__file__), Path(__file__))
+    with monkeypatch.context() as patch:
+        patch.setattr("bridge.sources.guest_kernel.plugin.build_plugin", Path)
+        patch.setattr("bridge.sources.guest_kernel.plugin.why_not_loaded", lambda *_: None)
+        watch = GuestKernelWatch(Settings(source=source), image)
+    stats = Stats()
+    with contextlib.closing(watch):
+        kernel = watch.kernel
+        assert kernel is not None
+        kernel.plan.words[PlanWord.RAM] = Ram.REFUSED  # as the plugin writes it
+        kernel.tick()
+        kernel.tick()
+        assert [record.levelname for record in caplog.records] == ["ERROR"]
+    watch.fill(stats)
+    assert stats.sources == []
+    assert stats.kernel_blocks_covered is None
+    assert ("memory was not found" in stats.problem) == (source == "kernel")
 
 
 def test_a_filter_for_files_needs_their_lines() -> None:
