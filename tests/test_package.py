@@ -64,7 +64,9 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the source distribution, and the wheel that was built from it."""
     directory = tmp_path_factory.mktemp("package")
     tree = _copy_of_the_sources(directory / "tree")
-    _call(sys.executable, "-m", "build", "--outdir", directory / "dist", tree, cwd=directory)
+    # With the tools of this environment; pip makes one of its own for `plain_wheel`.
+    make = (sys.executable, "-m", "build", "--no-isolation", "--outdir", directory / "dist")
+    _call(*make, tree, cwd=directory)
     return directory / "dist"
 
 
@@ -78,17 +80,24 @@ def wheel(distributions: Path) -> Path:
     return next(distributions.glob("*.whl"))
 
 
-def _fresh_environment(directory: Path, package: Path) -> Path:
-    _call(sys.executable, "-m", "venv", directory, cwd=directory.parent)
-    pip = (directory / "bin" / "python", "-m", "pip", "--disable-pip-version-check")
-    _call(*pip, "install", "--quiet", package, cwd=directory.parent)
-    return directory / "bin"
+@pytest.fixture(scope="module")
+def quick_start(wheel: Path, elsewhere: Path) -> subprocess.CompletedProcess[str]:
+    """What the README's quick start prints in an empty directory, the wheel in the place of a
+    package from a registry."""
+    build()
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = page.split("## Quick start as a command\n")[1]
+    (block, *_) = re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    assert block.count("pip install kcov-bridge ") == 1
+    block = block.replace("pip install kcov-bridge ", f"pip install --quiet {wheel} ")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return _call("bash", "-euo", "pipefail", "-c", block, cwd=elsewhere, env={"PATH": path})
 
 
 @pytest.fixture(scope="module")
-def programs(wheel: Path, elsewhere: Path) -> Path:
-    """The ``bin`` of a fresh virtual environment into which the wheel was installed."""
-    return _fresh_environment(elsewhere / "venv", wheel)
+def programs(quick_start: object, elsewhere: Path) -> Path:
+    """The ``bin`` of the fresh virtual environment into which it installs the wheel."""
+    return elsewhere / "venv" / "bin"
 
 
 def _tracked() -> set[str]:
@@ -161,21 +170,14 @@ def test_metadata_names_every_licence_and_ships_its_text(wheel: Path) -> None:
     assert "Operating System :: POSIX :: Linux" in head.get_all("Classifier", [])
 
 
-def test_readme_quick_start_works_in_an_empty_directory(wheel: Path, tmp_path: Path) -> None:
-    """Each line of it, with the wheel in the place of a package from a registry."""
-    build()
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = page.split("## Quick start as a command\n")[1]
-    (block, *_) = re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-    assert block.count("pip install kcov-bridge ") == 1
-    block = block.replace("pip install kcov-bridge ", f"pip install --quiet {wheel} ")
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = _call("bash", "-euo", "pipefail", "-c", block, cwd=tmp_path, env={"PATH": path})
-    summary = json.loads((tmp_path / "build" / "run" / "summary.json").read_text())
-    assert summary["exit_status"] == 0, done.stderr
+def test_readme_quick_start_works_in_an_empty_directory(
+    quick_start: subprocess.CompletedProcess[str], elsewhere: Path
+) -> None:
+    summary = json.loads((elsewhere / "build" / "run" / "summary.json").read_text())
+    assert summary["exit_status"] == 0, quick_start.stderr
     assert summary["pcs"] > 100
     assert summary["lost_pcs"] == 0
-    places = done.stdout.splitlines()[-10:]
+    places = quick_start.stdout.splitlines()[-10:]
     assert places[0].startswith("0x")
     assert re.search(r":\d+\.\d+,|\+0x", places[1])
 
