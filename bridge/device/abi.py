@@ -153,7 +153,9 @@ class HeaderWord(IntEnum):
     GUEST_TIMEOUTS = 24
     """GUEST: requests given up because the host did not answer in time."""
     GUEST_SKIPPED = 25
-    """GUEST: system call returns not reported because the host was known to be gone."""
+    """GUEST: system call returns and modules not reported because the host was known to be gone."""
+    GUEST_UNTRACED = 26
+    """GUEST: as ``UNTRACED``, where the host did not answer: threads not followed."""
     COVERAGE_EPOCH = 32
     """Changes to a new value, never used before, whenever something may have been covered. The host
     and its relays (``bridge/vm/relay.py``) write it. An owner reports a return only if the value
@@ -173,6 +175,8 @@ class HostState(IntEnum):
 class Op(IntEnum):
     """The operations that the guest requests. Arguments are ARG0..ARG2 of the request."""
 
+    NONE = 0
+    """Refused. A request that was given up, and whose payload is another's by now, becomes one."""
     INIT = 1
     """KCOV_INIT_TRACE; ARG0 = size in words."""
     MAP = 2

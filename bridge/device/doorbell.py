@@ -129,9 +129,9 @@ class Doorbell(Generic[C]):
     ``failure`` is the first exception that a source raised; the guest gets no PCs then, and goes
     on. ``ended_by`` is the exception that ended the thread, which is a defect of the bridge.
     ``epoch`` (not 0) tells the guest that a new host has come; it grows when the guest takes
-    this one for gone. ``guest_timeouts`` and
-    ``guest_skipped`` are what the guest counted, as of :meth:`look_at_guest` or :meth:`stop`:
-    signals that it gave up waiting for, and returns it did not signal, knowing the host gone.
+    this one for gone. ``guest_timeouts``, ``guest_skipped`` and ``guest_untraced`` are what the
+    guest counted, as of :meth:`look_at_guest` or :meth:`stop`: signals that it gave up waiting for,
+    returns it did not signal, knowing the host gone, and threads that could not trace for that.
     ``target_answered`` says, likewise, whether a relay has passed anything from the target to the
     guest.
     """
@@ -152,6 +152,7 @@ class Doorbell(Generic[C]):
         self.ended_by: BaseException | None = None
         self.guest_timeouts = 0
         self.guest_skipped = 0
+        self.guest_untraced = 0
         self.target_answered = False
         self._device = device
         self._kernel = kernel
@@ -279,6 +280,7 @@ class Doorbell(Generic[C]):
         """
         self.guest_timeouts = self._control[HeaderWord.GUEST_TIMEOUTS]
         self.guest_skipped = self._control[HeaderWord.GUEST_SKIPPED]
+        self.guest_untraced = self._control[HeaderWord.GUEST_UNTRACED]
         self._look_for_answers()
 
     def _look_for_answers(self) -> None:

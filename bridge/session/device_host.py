@@ -8,7 +8,7 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from bridge.device.abi import WORD, HeaderWord
 from bridge.device.doorbell import Doorbell
@@ -25,13 +25,22 @@ from bridge.sources.ledger import Cursor, Ledger
 from bridge.sources.pcs import syscall_pc
 from bridge.vm.network import EpochWord
 
-__all__ = ["DeviceHost"]
+__all__ = ["DeviceHost", "Unanswered"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _OWNER_ID = 0xFFFFFFFF
 """Of the number that names an owner, the thread id in the guest."""
+
+
+class Unanswered(NamedTuple):
+    """What a guest counts that gets no answer in time. The guest writes it: any numbers."""
+
+    gave_up: int
+    """How often it went on without an answer."""
+    untraced: int
+    """Threads of streams that were not traced because of that."""
 
 
 class DeviceHost:
@@ -143,12 +152,15 @@ class DeviceHost:
         """Let threads of the guest trace into the stream; raises as :meth:`call`."""
         self.call(functools.partial(self.device.open_stream, stream))
 
-    def guest_gave_up(self) -> int:
-        """Return how often the guest went on without an answer; raises as :meth:`call`."""
+    def unanswered(self) -> Unanswered:
+        """Return what the guest did without an answer so far; raises as :meth:`call`."""
 
-        def look() -> int:
-            self.doorbell.look_at_guest()
-            return self.doorbell.guest_timeouts + self.doorbell.guest_skipped
+        def look() -> Unanswered:
+            doorbell = self.doorbell
+            doorbell.look_at_guest()
+            return Unanswered(
+                doorbell.guest_timeouts + doorbell.guest_skipped, doorbell.guest_untraced
+            )
 
         return self.call(look)
 
@@ -183,7 +195,7 @@ class DeviceHost:
         stats.pcs = device.totals.appended
         stats.pcs_unique += len(device.unique)
         stats.lost_pcs = device.totals.dropped
-        stats.untraced = device.untraced
+        stats.untraced = device.untraced + doorbell.guest_untraced
         stats.comparisons = device.totals.comparisons
         stats.lost_comparisons = device.totals.comparisons_dropped
         stats.guest_timeouts = doorbell.guest_timeouts

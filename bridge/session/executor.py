@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from bridge.device.abi import SLOTS, Comparison
 from bridge.device.streams import Stream
-from bridge.errors import DoorbellError
+from bridge.errors import DoorbellError, IncompleteError
 from bridge.session.device_host import DeviceHost
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class SshExecutor:
 
         options = ["-s", f"{stream.number:#x}", *(["-f"] if follow else [])]
         try:
-            gave_up = self._device.guest_gave_up()
+            before = self._device.unanswered()
             self._device.open_stream(stream)
             result = self._guest.run(
                 ["kcov-exec", *options, "--", *command],
@@ -170,12 +170,20 @@ class SshExecutor:
                 before_kill=close_if_possible,
             )
             close()
-            gave_up = self._device.guest_gave_up() - gave_up
+            after = self._device.unanswered()
         except BaseException:
             close_if_possible()
             raise
         finally:
             stream.finish()
+        untraced = after.untraced - before.untraced
+        if untraced > 0:
+            raise IncompleteError(
+                f"the PCs are incomplete: {untraced:,} processes or threads were not traced, "
+                "because this machine did not answer the guest in time",
+                hint="run the command again while this machine is less busy",
+            )
+        gave_up = after.gave_up - before.gave_up
         if gave_up > 0:
             logger.warning(
                 "PCs may be missing: the guest did not wait for the host any longer %d times; "

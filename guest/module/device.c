@@ -170,6 +170,7 @@ static int kb_remote_enable(struct kb_instance *inst, const struct kb_remote *re
 	int err;
 
 	mutex_lock(&bridge->payload_lock);
+	WRITE_ONCE(bridge->payload_inst, inst);
 	if (remote->count <= KCOV_REMOTE_MAX_HANDLES)
 		memcpy(bridge->payload, remote->handles, remote->count * sizeof(u64));
 	err = kb_owner_start(inst, KB_OP_REMOTE, remote->mode | (u64)remote->area_size << 32,
@@ -434,14 +435,19 @@ void kb_instances_detach(struct kb_bridge *bridge)
 	spin_unlock(&bridge->slots_lock);
 	for (slot = 0; slot < KB_SLOTS; slot++) {
 		struct kb_instance *inst;
+		bool ending;
 
 		spin_lock(&bridge->slots_lock);
 		inst = bridge->instances[slot];
-		if (inst && !kref_get_unless_zero(&inst->ref))
-			inst = NULL;
+		ending = inst && !kref_get_unless_zero(&inst->ref);
 		spin_unlock(&bridge->slots_lock);
 		if (!inst)
 			continue;
+		if (ending) {
+			/* kb_instance_free() may wait for the host, and reads its answer. */
+			wait_event(bridge->slot_released, !READ_ONCE(bridge->instances[slot]));
+			continue;
+		}
 		kb_instance_detach(inst);
 		kref_put(&inst->ref, kb_instance_free);
 	}

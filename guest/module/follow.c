@@ -32,10 +32,16 @@ struct kb_child {
 void kb_untraced_report(struct kb_bridge *bridge, u64 stream, u64 tasks)
 {
 	struct kb_instance *self = &bridge->self;
+	int err = -EIO;
 
 	mutex_lock(&self->lock);
 	if (kb_instance_settle(self))
-		kb_request(self, KB_OP_UNTRACED, 0, stream, tasks, 0);
+		err = kb_request(self, KB_OP_UNTRACED, 0, stream, tasks, 0);
+	if (err == -EIO && !self->detached) {
+		/* The command may end before the host answers again, and the host looks here. */
+		bridge->untraced += tasks;
+		WRITE_ONCE(bridge->header->guest_untraced, bridge->untraced);
+	}
 	mutex_unlock(&self->lock);
 }
 
@@ -103,17 +109,18 @@ static int kb_child_work_queue(struct task_struct *task, struct kb_bridge *bridg
  * @unused: nothing
  * @parent: current
  * @child: has not run yet; its work runs before it comes to user mode for the first time
- *
- * Tracepoints run in an RCU read-side section.
  */
 void kb_process_fork(void *unused, struct task_struct *parent, struct task_struct *child)
 {
-	struct kb_owner *owner = kb_owner_of(current);
+	struct kb_owner *owner;
 
-	if (likely(!owner) || !owner->follows_children)
-		return;
-	kb_recording_pause(owner->inst);
-	if (kb_child_work_queue(child, owner->inst->bridge, owner->stream))
-		owner->untraced_children++;
-	kb_recording_resume(owner->inst);
+	rcu_read_lock();
+	owner = kb_owner_of(current);
+	if (unlikely(owner && owner->follows_children)) {
+		kb_recording_pause(owner->inst);
+		if (kb_child_work_queue(child, owner->inst->bridge, owner->stream))
+			owner->untraced_children++;
+		kb_recording_resume(owner->inst);
+	}
+	rcu_read_unlock();
 }

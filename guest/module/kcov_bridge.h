@@ -53,6 +53,7 @@
 #include <linux/spinlock.h>
 #include <linux/task_work.h>
 #include <linux/tracepoint.h>
+#include <linux/wait.h>
 #include <asm/fpu/api.h>
 #include <uapi/linux/kcov.h>
 
@@ -175,6 +176,8 @@ struct kb_owner {
  * @responses: by slot
  * @payload: guarded by @payload_lock, from filling it to the answer
  * @payload_lock: guards @payload
+ * @payload_inst: whose request it was filled for last, only to be compared. Written under
+ *	@payload_lock
  * @region_start: where the region is
  * @region_bytes: how large it is
  * @host_peer: the host's number, for the doorbell
@@ -183,19 +186,22 @@ struct kb_owner {
  * @stats_file: numbers in debugfs
  * @host_file: written by the agent when the host is another
  * @self: what is asked in the module's own name; it has a slot, and is no open descriptor
- * @slots_lock: guards the five below
+ * @slots_lock: guards @removed to @zombie_seq
  * @removed: the device goes away: there are no new instances
  * @slots: which are taken
  * @instances: by slot
  * @zombies: slots whose release the host has not answered: not to be used again before
  * @zombie_seq: the number of that release, by slot
+ * @slot_released: woken when an instance has given its slot back
  * @lost_lock: guards the four below; @lost itself is read without
  * @lost: the host did not answer in time
  * @lost_slot: the slot of the request that it did not answer
  * @lost_seq: the number of that request
  * @lost_epoch: the host's epoch then
  * @timeouts: requests given up, of all instances
- * @skipped: returns not reported, of all instances
+ * @skipped: returns not reported, of all instances, and modules
+ * @untraced: tasks of streams that are not traced, of which the host could not be told. Guarded by
+ *	the lock of @self
  */
 struct kb_bridge {
 	struct kref ref;
@@ -206,6 +212,7 @@ struct kb_bridge {
 	const struct kb_response *responses;
 	u64 *payload;
 	struct mutex payload_lock;
+	const struct kb_instance *payload_inst;
 	phys_addr_t region_start;
 	u64 region_bytes;
 	u32 host_peer;
@@ -221,6 +228,7 @@ struct kb_bridge {
 	struct kb_instance *instances[KB_SLOTS];
 	DECLARE_BITMAP(zombies, KB_SLOTS);
 	u64 zombie_seq[KB_SLOTS];
+	wait_queue_head_t slot_released;
 
 	spinlock_t lost_lock;
 	bool lost;
@@ -229,6 +237,7 @@ struct kb_bridge {
 	u64 lost_epoch;
 	atomic64_t timeouts;
 	atomic64_t skipped;
+	u64 untraced;
 };
 
 /*
@@ -266,6 +275,12 @@ static inline bool kb_host_is_gone(struct kb_bridge *bridge)
 	if (likely(epoch && !READ_ONCE(bridge->lost)))
 		return false;
 	return kb_host_is_gone_slow(bridge, epoch);
+}
+
+/* What the host should have been told, and was not. Not once the device is gone. */
+static inline void kb_skipped_count(struct kb_bridge *bridge)
+{
+	WRITE_ONCE(bridge->header->guest_skipped, atomic64_inc_return(&bridge->skipped));
 }
 
 /* owners.c */

@@ -42,6 +42,7 @@ enum kb_host_state {
 };
 
 enum kb_op {
+	KB_OP_NONE	= 0,	/* refused: in place of one that is given up for good */
 	KB_OP_INIT	= 1,	/* arg0: size in words */
 	KB_OP_MAP	= 2,	/* arg0: length, arg1: page offset, arg2: live mappings */
 	KB_OP_ENABLE	= 3,	/* arg0: mode; arg1: the task's address */
@@ -82,7 +83,9 @@ struct kb_header {
 	/* Written by the guest, for people. */
 	__u64 guest_timeouts;
 	__u64 guest_skipped;
-	__u64 pad2[6];
+	/* As KB_OP_UNTRACED, where the host did not answer. */
+	__u64 guest_untraced;
+	__u64 pad2[5];
 	/* Written by the host and its relays: see HeaderWord.COVERAGE_EPOCH in bridge/device/abi.py. */
 	__u64 coverage_epoch;
 	__u64 pad3[7];

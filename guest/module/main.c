@@ -189,6 +189,7 @@ static int kb_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	kref_init(&bridge->ref);
 	mutex_init(&bridge->payload_lock);
 	spin_lock_init(&bridge->slots_lock);
+	init_waitqueue_head(&bridge->slot_released);
 	spin_lock_init(&bridge->lost_lock);
 	err = kb_bridge_map(bridge, pdev);
 	if (err)
@@ -303,6 +304,8 @@ static void __exit kb_exit(void)
 {
 	unregister_pm_notifier(&kb_sleep_notifier);
 	pci_unregister_driver(&kb_driver);
+	/* Whoever gave the last reference to the module back has left its code. */
+	synchronize_rcu_tasks();
 }
 module_exit(kb_exit);
 

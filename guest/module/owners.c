@@ -157,7 +157,7 @@ static void kb_owner_fetch(struct kb_owner *owner)
 	lockdep_assert_held(&inst->lock);
 	if (!kb_instance_settle(inst)) {
 		atomic64_inc(&inst->skipped);
-		WRITE_ONCE(header->guest_skipped, atomic64_inc_return(&inst->bridge->skipped));
+		kb_skipped_count(inst->bridge);
 		return;
 	}
 	owner->unreported_returns = 0;
@@ -214,22 +214,9 @@ static void kb_owner_exit_work(struct callback_head *head)
 	kb_owner_put(owner);
 }
 
-/**
- * kb_sys_exit() - tracepoint sys_exit, for system calls of owners, and of others at times
- * @unused: nothing
- * @regs: of the system call
- * @ret: what it returns
- *
- * Tracepoints run in an RCU read-side section.
- */
-void kb_sys_exit(void *unused, struct pt_regs *regs, long ret)
+/* A system call of the owner ends. Within an RCU read-side section. */
+static inline void kb_owner_call_end(struct kb_owner *owner, struct pt_regs *regs)
 {
-	struct kb_owner *owner = kb_owner_find(current);
-
-	if (likely(!owner)) {
-		kb_task_drop_trace_flag();
-		return;
-	}
 	if (owner->return_queued)
 		return;
 	/* A work that is queued already may yet change the epoch. */
@@ -257,15 +244,41 @@ void kb_sys_exit(void *unused, struct pt_regs *regs, long ret)
 }
 
 /**
+ * kb_sys_exit() - tracepoint sys_exit, for system calls of owners, and of others at times
+ * @unused: nothing
+ * @regs: of the system call
+ * @ret: what it returns
+ *
+ * From Linux 6.13 on the tracepoints of system calls are no RCU read-side section of this kind.
+ */
+void kb_sys_exit(void *unused, struct pt_regs *regs, long ret)
+{
+	struct kb_owner *owner;
+
+	rcu_read_lock();
+	owner = kb_owner_find(current);
+	if (unlikely(owner))
+		kb_owner_call_end(owner, regs);
+	rcu_read_unlock();
+	if (likely(!owner))
+		kb_task_drop_trace_flag();
+}
+
+/**
  * kb_process_exit() - tracepoint sched_process_exit, before the task's last works run
  * @unused: nothing
  * @task: current, which is exiting
  */
 void kb_process_exit(void *unused, struct task_struct *task)
 {
-	struct kb_owner *owner = kb_owner_find(current);
+	struct kb_owner *owner;
 
-	if (likely(!owner) || !kref_get_unless_zero(&owner->ref))
+	rcu_read_lock();
+	owner = kb_owner_find(current);
+	if (owner && !kref_get_unless_zero(&owner->ref))
+		owner = NULL;
+	rcu_read_unlock();
+	if (likely(!owner))
 		return;
 	if (kb_task_work_add(current, &owner->exit_work, TWA_NONE))
 		kb_owner_put(owner);

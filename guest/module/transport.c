@@ -281,6 +281,10 @@ bool kb_instance_settle(struct kb_instance *inst)
 	if (likely(!op && !inst->deferred_exit))
 		return true;
 	if (op && !kb_slot_is_answered(bridge, inst->slot, inst->seq)) {
+		/* Its payload may be another's by now. */
+		if ((op == KB_OP_REMOTE || op == KB_OP_KERNEL || op == KB_OP_MODULE) &&
+		    READ_ONCE(bridge->payload_inst) != inst)
+			inst->request.op = KB_OP_NONE;
 		/* Overwritten on its way, perhaps. The answer is for the next caller. */
 		kb_request_send(bridge, inst->slot, inst->seq, &inst->request);
 		return false;
@@ -363,7 +367,7 @@ void kb_slot_release(struct kb_instance *inst)
 	struct kb_bridge *bridge = inst->bridge;
 
 	spin_lock(&bridge->slots_lock);
-	bridge->instances[inst->slot] = NULL;
+	WRITE_ONCE(bridge->instances[inst->slot], NULL);
 	if (inst->unanswered) {
 		bridge->zombie_seq[inst->slot] = inst->seq;
 		__set_bit(inst->slot, bridge->zombies);
@@ -371,4 +375,5 @@ void kb_slot_release(struct kb_instance *inst)
 		__clear_bit(inst->slot, bridge->slots);
 	}
 	spin_unlock(&bridge->slots_lock);
+	wake_up(&bridge->slot_released);
 }

@@ -113,14 +113,17 @@ static bool kb_kernel_report(struct kb_bridge *bridge, bool here)
 	int err = -EIO;
 
 	mutex_lock(&bridge->self.lock);
-	mutex_lock(&bridge->payload_lock);
-	if (here)
-		kb_kernel_describe(kernel);
-	else
-		memset(kernel, 0, sizeof(*kernel));
-	if (kb_instance_settle(&bridge->self))
+	/* Before that the payload may be needed still. */
+	if (kb_instance_settle(&bridge->self)) {
+		mutex_lock(&bridge->payload_lock);
+		WRITE_ONCE(bridge->payload_inst, &bridge->self);
+		if (here)
+			kb_kernel_describe(kernel);
+		else
+			memset(kernel, 0, sizeof(*kernel));
 		err = kb_request(&bridge->self, KB_OP_KERNEL, 0, 0, 0, 0);
-	mutex_unlock(&bridge->payload_lock);
+		mutex_unlock(&bridge->payload_lock);
+	}
 	mutex_unlock(&bridge->self.lock);
 	/* A halt, at which the plugin throws away what it knows of the code of before. */
 	if (!err)
@@ -159,13 +162,17 @@ static int kb_module_event(struct notifier_block *block, unsigned long event, vo
 #endif
 	kb_recording_pause_current();
 	mutex_lock(&bridge->self.lock);
-	mutex_lock(&bridge->payload_lock);
-	memset(bridge->payload, 0, MODULE_NAME_LEN);
-	strscpy((char *)bridge->payload, mod->name, MODULE_NAME_LEN);
-	if (kb_instance_settle(&bridge->self))
+	if (kb_instance_settle(&bridge->self)) {
+		mutex_lock(&bridge->payload_lock);
+		WRITE_ONCE(bridge->payload_inst, &bridge->self);
+		memset(bridge->payload, 0, MODULE_NAME_LEN);
+		strscpy((char *)bridge->payload, mod->name, MODULE_NAME_LEN);
 		kb_request(&bridge->self, KB_OP_MODULE, 0, event == MODULE_STATE_COMING, text,
 			   bytes);
-	mutex_unlock(&bridge->payload_lock);
+		mutex_unlock(&bridge->payload_lock);
+	} else {
+		kb_skipped_count(bridge);
+	}
 	mutex_unlock(&bridge->self.lock);
 	kb_recording_resume_current();
 	return NOTIFY_DONE;

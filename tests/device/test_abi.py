@@ -104,7 +104,12 @@ def test_everything_fits_in_its_place() -> None:
 
 
 def test_header_two_writers_never_share_a_cache_line() -> None:
-    guest = {abi.HeaderWord.KICK, abi.HeaderWord.GUEST_TIMEOUTS, abi.HeaderWord.GUEST_SKIPPED}
+    guest = {
+        abi.HeaderWord.KICK,
+        abi.HeaderWord.GUEST_TIMEOUTS,
+        abi.HeaderWord.GUEST_SKIPPED,
+        abi.HeaderWord.GUEST_UNTRACED,
+    }
     # Written by relays, too.
     relays = {abi.HeaderWord.COVERAGE_EPOCH}
     guest_lines = {word // 8 for word in guest}

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -25,7 +27,15 @@ import bridge
 from bridge.errors import BridgeError
 from bridge.session.session import Session
 
-__all__ = ["SEVERAL_CPUS", "Guests", "complaints", "complaints_in_full", "order"]
+__all__ = [
+    "SEVERAL_CPUS",
+    "TIMEOUT_MS",
+    "Guests",
+    "complaints",
+    "complaints_in_full",
+    "order",
+    "stalled_host",
+]
 
 MARKER = "guest"
 FIXTURE = "session"
@@ -34,6 +44,9 @@ ALIVE = 2
 
 SEVERAL_CPUS = min(4, max(2, os.cpu_count() or 1))
 """The processors of a guest that is to have several: those beyond the machine's only wait."""
+
+TIMEOUT_MS = "/sys/module/kcov_bridge/parameters/timeout_ms"
+"""In the guest: how long a request waits for the host."""
 
 Key = tuple[tuple[str, object], ...]
 """The settings of a guest, sorted."""
@@ -52,6 +65,29 @@ def complaints(session: Session) -> str:
 def complaints_in_full(session: Session) -> str:
     """The guest kernel's messages from its first complaint on."""
     return session.run(f"dmesg | sed -nE '/{_COMPLAINT}/,$p'").text
+
+
+@contextlib.contextmanager
+def stalled_host(session: Session, *, timeout_ms: int) -> Iterator[None]:
+    """Have the doorbell answer nothing meanwhile; the guest gives up after ``timeout_ms``."""
+    before = session.guest.run(
+        f"cat {TIMEOUT_MS}; echo {timeout_ms} >{TIMEOUT_MS}", check=True
+    ).text.strip()
+    stalled, goes_on = threading.Event(), threading.Event()
+
+    def stall() -> None:
+        stalled.set()
+        goes_on.wait(60)
+
+    with ThreadPoolExecutor(1) as pool:
+        stalling = pool.submit(session.doorbell.call, stall, 90)
+        try:
+            assert stalled.wait(30)
+            yield
+        finally:
+            goes_on.set()
+        stalling.result(90)
+    session.guest.run(f"echo {before} >{TIMEOUT_MS}", check=True)
 
 
 def key_of(item: pytest.Item) -> Key | None:

@@ -30,7 +30,7 @@ from bridge.session.session import Session
 from bridge.sources.guest_kernel.plan import PlanWord
 from bridge.sources.pcs import PC_BASE
 from tests.support import run, without_plugins
-from tests.support.guests import complaints
+from tests.support.guests import complaints, stalled_host
 from tests.support.programs import guest_image
 
 pytestmark = pytest.mark.vm
@@ -184,6 +184,22 @@ def test_modules_come_and_go_while_tasks_are_traced(session: Session) -> None:
     session.kcov(["true"])
     assert "nbd" in kernel.code.modules
     assert kernel.code.symbols.lookup(kernel.code.modules["nbd"].canonical + 64) is not None
+
+
+def test_modules_loaded_while_the_host_stalls_keep_their_names(session: Session) -> None:
+    """The host reads a request that the guest has given up, with the name that belongs to it."""
+    kernel = session.kernel
+    assert kernel is not None
+    session.run("rmmod nbd; rmmod virtio_balloon")
+    with stalled_host(session, timeout_ms=100):
+        session.guest.run("modprobe nbd && modprobe virtio_balloon", check=True, timeout=60)
+    session.kcov(["true"])
+    loaded = session.run("cat /proc/modules").text.splitlines()
+    bases = {line.split()[0]: int(line.split()[5], 16) for line in loaded}
+    for name in ("nbd", "virtio_balloon"):
+        assert kernel.code.modules[name].base == bases[name], name
+    assert session.stats().guest_skipped > 0, "what could not be told is counted"
+    session.run("rmmod nbd; rmmod virtio_balloon")
 
 
 def test_nothing_is_watched_once_nobody_traces(session: Session) -> None:

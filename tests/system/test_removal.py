@@ -6,13 +6,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import bridge
 from bridge.session.session import Session
-from tests.support.guests import SEVERAL_CPUS, complaints
+from tests.support.guests import SEVERAL_CPUS, TIMEOUT_MS, complaints, stalled_host
 from tests.support.programs import guest_program
 from tests.system import conformance
 
@@ -25,6 +26,7 @@ ROUNDS = int(os.environ.get("KCOV_BRIDGE_REMOVALS", "4"))
 DRIVER = "/sys/bus/pci/drivers/kcov_bridge"
 MODULE = "/usr/lib/modules/$(uname -r)/extra/kcov_bridge.ko"
 STATS = "/sys/kernel/debug/kcov_bridge_stats"
+KCOV_INIT_TRACE = 0x80086301
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,31 @@ def test_removal_while_children_are_followed_leaves_them_untraced(guest: Session
     assert guest.device.instances == 0
 
 
+def test_removal_waits_for_a_last_close_that_waits_for_the_host(guest: Session) -> None:
+    initialise = f"open(F, '+<&=3') and ioctl(F, {KCOV_INIT_TRACE}, 512) or die"
+    script = f"""
+        rm -f /tmp/opened /tmp/close
+        (exec 3<>{conformance.DEVICE}; perl -e "{initialise}" && echo >/tmp/opened
+         until [ -e /tmp/close ]; do sleep 0.05; done; exec 3>&-) & closing=$!
+        until [ -e /tmp/close ]; do sleep 0.05; done; sleep 0.5
+        echo 1 >/sys/bus/pci/devices/{address(guest)}/remove & removing=$!
+        sleep 1; kill -0 $closing && kill -0 $removing && echo both wait
+        echo >/tmp/waiting; wait; echo removed
+    """
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(guest.guest.run, script, timeout=120)
+        guest.guest.run("until [ -e /tmp/opened ]; do sleep 0.05; done", check=True, timeout=60)
+        with stalled_host(guest, timeout_ms=60000):
+            wait = "echo >/tmp/close; until [ -e /tmp/waiting ]; do sleep 0.05; done"
+            guest.guest.run(wait, check=True, timeout=60)
+        done = run.result(120)
+    assert done.text == "both wait\nremoved\n", done.stderr
+    guest.guest.run("rm /tmp/waiting; echo 1 >/sys/bus/pci/rescan", check=True)
+    assert guest.run("kcov-doc").exit_status == 0
+    assert guest.device is not None
+    assert guest.device.instances == 0
+
+
 def test_unload_while_open_is_refused(guest: Session) -> None:
     refused = guest.run(f"exec 3<{conformance.DEVICE}; rmmod kcov_bridge")
     assert refused.exit_status != 0
@@ -131,10 +158,9 @@ def test_module_loads_again_and_again(guest: Session) -> None:
 
 
 def test_timeout_of_zero_is_refused(guest: Session) -> None:
-    parameter = "/sys/module/kcov_bridge/parameters/timeout_ms"
-    before = guest.guest.run(f"cat {parameter}", check=True).text
-    assert guest.run(f"echo 0 >{parameter}").exit_status != 0
-    assert guest.run(f"cat {parameter}").text == before
+    before = guest.guest.run(f"cat {TIMEOUT_MS}", check=True).text
+    assert guest.run(f"echo 0 >{TIMEOUT_MS}").exit_status != 0
+    assert guest.run(f"cat {TIMEOUT_MS}").text == before
     loaded = guest.run(f"rmmod kcov_bridge && insmod {MODULE} timeout_ms=0")
     assert "Invalid parameters" in loaded.stderr.decode()
     assert "at least 1" in guest.run("dmesg | tail -n 4").text

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from bridge.guest.images import compile_for_guest
 from bridge.guest.images.store import base_directory
 from bridge.session.session import Session
 from bridge.sources.pcs import syscall_pc
+from tests.support.guests import stalled_host
 from tests.support.programs import guest_image
 
 pytestmark = pytest.mark.vm
@@ -160,6 +162,34 @@ def test_each_of_many_short_processes_gives_all_of_its_pcs(session: Session) -> 
     assert (result.exit_status, result.untraced) == (0, 0)
     assert calls(result.pcs) == MANY * CALLS
     assert session.status()["instances"] == []
+
+
+def test_processes_forked_while_the_host_stalls_make_the_command_fail(session: Session) -> None:
+    """The guest goes on without the host, untraced: the command's PCs are incomplete."""
+    script = """
+        echo >/tmp/begun; until [ -e /tmp/fork ]; do sleep 0.05; done
+        (ways fork); (ways fork); echo >/tmp/forked
+        until [ -e /tmp/end ]; do sleep 0.05; done; echo done
+    """
+
+    def wait_for(path: str) -> None:
+        session.guest.run(f"until [ -e {path} ]; do sleep 0.05; done", check=True, timeout=60)
+
+    output: list[bytes] = []
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(session.kcov, ["sh", "-c", script], timeout=120, stdout=output.append)
+        wait_for("/tmp/begun")
+        with stalled_host(session, timeout_ms=100):
+            session.guest.run("echo >/tmp/fork", check=True)
+            wait_for("/tmp/forked")
+        session.guest.run("echo >/tmp/end", check=True)
+        with pytest.raises(IncompleteError, match=r"[1-9]\d* processes or threads were not traced"):
+            run.result(120)
+    session.run("rm /tmp/begun /tmp/fork /tmp/forked /tmp/end")
+    assert b"".join(output) == b"done\ndone\ndone\n"
+    assert session.stats().untraced > 0
+    result = session.kcov(["ways", "fork"], timeout=60)
+    assert calls(result.pcs) == CALLS
 
 
 def test_threads_beyond_the_slots_are_counted_as_untraced(session: Session) -> None:
