@@ -32,8 +32,9 @@ from bridge.util.cache import cache_directory
 from bridge.vm.network import GUEST_ADDRESS
 
 PROGRAM = Path(__file__).resolve().parents[2] / "tests" / "system" / "one_openat.c"
+# The kernel that is the smaller one, and another than that of the project's image.
 PACKAGES = (
-    *("linux-image-amd64", "linux-headers-amd64", "gcc", "make", "libc6-dev", "kmod"),
+    *("linux-image-cloud-amd64", "linux-headers-cloud-amd64", "gcc", "make", "libc6-dev", "kmod"),
     *("systemd-sysv", "udev", "dbus", "openssh-server"),
 )
 NETWORK = rf"[Match]\nName=en*\n[Network]\nAddress={GUEST_ADDRESS}/24\n"
@@ -53,12 +54,13 @@ ARGUMENTS = [
     f"--customize-hook={CUSTOMIZE}",
     *("bookworm", "tree"),
 ]
-BOOT_SECONDS = 240.0
+BOOT_SECONDS = 900.0
+"""On a machine that is busy with other things, too; alone it takes one minute."""
 
 
 @pytest.fixture(scope="module")
 def debian() -> Path:
-    """A directory with disk.img, vmlinuz, initrd.img and key; made once, in two minutes."""
+    """A directory with disk.img, vmlinuz, initrd.img and key; made once, in a minute or two."""
     if os.geteuid() != 0:
         pytest.skip("making a disk image out of a tree takes root: run the tests as root")
     digest = hashlib.sha256(repr(ARGUMENTS).encode()).hexdigest()[:12]
@@ -130,6 +132,7 @@ def test_own_image_boots_with_device_and_watched_kernel(
         pcs = [pc for pc in _one_openat(guest) if pc < PC_BASE]
         truth = _Truth(guest)
         _hide_symbols(guest)
+        _take_headers_away(guest, tmp_path / "empty", monkeypatch)
     assert (debian / "disk.img").stat().st_mtime_ns == before, "the image is never written"
 
     # The run's directory says of them what the guest itself has there.
@@ -211,17 +214,16 @@ def _hide_symbols(guest: Session) -> None:
     assert list(again) == [symbol for symbol in known if not symbol.module]
 
 
-@pytest.mark.vm
-def test_own_image_no_headers_error_names_what_is_missing(
-    debian: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(tmp_path))  # where nothing has been built
-    monkeypatch.setattr("bridge.guest.guest_image._BUILD_TREE", "/nowhere/{kernel}")
-    with (
-        pytest.raises(GuestSetupError, match="could not be built") as caught,
-        bridge.boot(**_settings(debian)),
-    ):
-        raise AssertionError("the session must not begin")
+def _take_headers_away(guest: Session, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest without headers, in which nothing was built before, says what is missing."""
+    image = guest.image
+    assert isinstance(image, CustomImage)
+    assert guest.ready is not None
+    with monkeypatch.context() as patch:
+        patch.setenv("KCOV_BRIDGE_CACHE", str(cache))
+        patch.setattr("bridge.guest.guest_image._BUILD_TREE", "/nowhere/{kernel}")
+        with pytest.raises(GuestSetupError, match="could not be built") as caught:
+            image._install(guest.guest, guest.ready.kernel)
     assert "linux-headers-" in caught.value.hint
     assert "/nowhere/" in caught.value.evidence
 
