@@ -180,9 +180,11 @@ class Doorbell(Generic[C]):
             self.source_failed,
         )
         self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
+        # Guards _wake against its own closing; -1 then.
+        self._wake_lock = threading.Lock()
         with contextlib.ExitStack() as stack:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            stack.callback(os.close, self._wake)
+            stack.callback(self._close_wake)
             self.polling = PollPolicy(int(poll_seconds * 1e9), CpuContention(stack).cpu_contended)
             self._stack = stack.pop_all()
         # Taken and let go for its memory barrier alone: see _sleep().
@@ -250,7 +252,14 @@ class Doorbell(Generic[C]):
     def _awaken(self) -> None:
         """Make the thread look for work, whether it sleeps or polls."""
         self._poller.interrupt()
-        os.eventfd_write(self._wake, 1)
+        with self._wake_lock:
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
+
+    def _close_wake(self) -> None:
+        with self._wake_lock:
+            wake, self._wake = self._wake, -1
+            os.close(wake)
 
     def reset(self) -> None:
         """Forget the guest, which is paused and will be rewound; on the doorbell's thread.
@@ -258,8 +267,10 @@ class Doorbell(Generic[C]):
         All instances end, the region is as at the start, and the epoch is a new one.
         """
         for slot, kcov in self.instances():
-            self._device.release(kcov)
-            self._slots[slot] = None
+            try:
+                self._release(slot, kcov)
+            except BaseException as failure:
+                self.source_failed(failure)
         self._look_for_answers()
         self._region.clear()
         # In place, because the compiled part shares these lists.
@@ -406,7 +417,10 @@ class Doorbell(Generic[C]):
             self._coverage_epoch = 0
         control[HeaderWord.COVERAGE_EPOCH] = self._coverage_epoch
         if self._kernel is not None:
-            self._kernel.tick()
+            try:
+                self._kernel.tick()
+            except BaseException as failure:
+                self.source_failed(failure)
         self._scan()
         answers = control[_RESPONSES : _RESPONSES + SLOTS * SLOT_WORDS : SLOT_WORDS].tolist()
         if answers != self._answered:
@@ -456,7 +470,10 @@ class Doorbell(Generic[C]):
             except BaseException as failure:
                 error = self._source_failed(failure)
         else:
-            error = self._carry_out(slot, op, generation, task, (arg0, arg1, arg2))
+            try:
+                error = self._carry_out(slot, op, generation, task, (arg0, arg1, arg2))
+            except BaseException as failure:
+                error = self._source_failed(failure)
             kcov = self._slots[slot]
             control[answer + ResponseWord.FLAGS] = self._answer_flags(op)
         self.counters.requests += 1
@@ -474,9 +491,15 @@ class Doorbell(Generic[C]):
             return Answer(0)
         return Answer.SILENT if op == Op.REMOTE else self._flags
 
+    def _release(self, slot: int, kcov: Kcov[C]) -> None:
+        """End the instance in ``slot``; it has ended also where a source raises."""
+        self._slots[slot] = None
+        self._device.release(kcov)
+
     def _carry_out(
         self, slot: int, op: int, generation: int, task: int, args: tuple[int, int, int]
     ) -> int:
+        """Carry out a request; raises what a source raises."""
         device = self._device
         kcov = self._slots[slot]
         if op in (Op.KERNEL, Op.MODULE):
@@ -485,12 +508,14 @@ class Doorbell(Generic[C]):
             return device.count_untraced(args[0], args[1] & UNREPORTED_MASK)
         if kcov is not None and kcov.generation != generation:
             # Its release was lost, and the slot belongs to a new open now.
-            device.release(kcov)
-            kcov = self._slots[slot] = None
+            try:
+                self._release(slot, kcov)
+            except BaseException as failure:
+                self.source_failed(failure)
+            kcov = None
         if op == Op.RELEASE:
             if kcov is not None:
-                device.release(kcov)
-                self._slots[slot] = None
+                self._release(slot, kcov)
             return 0
         if kcov is None:
             if op not in _OPENING:
@@ -506,25 +531,22 @@ class Doorbell(Generic[C]):
         self, slot: int, kcov: Kcov[C], op: int, task: int, args: tuple[int, int, int]
     ) -> int:
         device = self._device
-        try:
-            if op == Op.INIT:
-                return device.init_trace(kcov, args[0])
-            if op == Op.MAP:
-                error, offset = device.map(kcov, *args)
-                at = _RESPONSES + slot * SLOT_WORDS
-                self._control[at + ResponseWord.AREA_OFFSET] = offset
-                return error
-            if op == Op.ENABLE:
-                return device.enable(kcov, task, args[0], args[1])
-            if op == Op.UNIQUE:
-                return device.unique_enable(kcov, task, args[0], args[1])
-            if op == Op.REMOTE:
-                mode = args[0] & 0xFFFFFFFF
-                return device.remote_enable(kcov, task, mode, self._handles(args[1]), args[2])
-            if op == Op.STREAM:
-                return device.join_stream(kcov, task, args[0], args[1])
-        except BaseException as failure:
-            return self._source_failed(failure)
+        if op == Op.INIT:
+            return device.init_trace(kcov, args[0])
+        if op == Op.MAP:
+            error, offset = device.map(kcov, *args)
+            at = _RESPONSES + slot * SLOT_WORDS
+            self._control[at + ResponseWord.AREA_OFFSET] = offset
+            return error
+        if op == Op.ENABLE:
+            return device.enable(kcov, task, args[0], args[1])
+        if op == Op.UNIQUE:
+            return device.unique_enable(kcov, task, args[0], args[1])
+        if op == Op.REMOTE:
+            mode = args[0] & 0xFFFFFFFF
+            return device.remote_enable(kcov, task, mode, self._handles(args[1]), args[2])
+        if op == Op.STREAM:
+            return device.join_stream(kcov, task, args[0], args[1])
         if op == Op.DISABLE:
             return device.disable(kcov, task, args[0], args[1] & UNREPORTED_MASK)
         if op == Op.RESET:
@@ -541,13 +563,10 @@ class Doorbell(Generic[C]):
         if self._kernel is None:
             return errno.EOPNOTSUPP
         payload = self._control[_PAYLOAD : _PAYLOAD + PAGE_SIZE // WORD]
-        try:
-            if op == Op.KERNEL:
-                return self._kernel.describe(payload.tolist())
-            name = payload[:_NAME_WORDS].tobytes().partition(b"\0")[0].decode("ascii", "replace")
-            return self._kernel.module(name, args[0] == 1, args[1], args[2])
-        except BaseException as failure:
-            return self._source_failed(failure)
+        if op == Op.KERNEL:
+            return self._kernel.describe(payload.tolist())
+        name = payload[:_NAME_WORDS].tobytes().partition(b"\0")[0].decode("ascii", "replace")
+        return self._kernel.module(name, args[0] == 1, args[1], args[2])
 
     def _reclaim(self, asking: int) -> int:
         """End the instances that their slots no longer name, except in the slot ``asking``.
@@ -562,8 +581,10 @@ class Doorbell(Generic[C]):
         ended = 0
         for slot, kcov in enumerate(self._slots):
             if kcov is not None and slot != asking and kcov.generation != generations[slot]:
-                self._device.release(kcov)
-                self._slots[slot] = None
+                try:
+                    self._release(slot, kcov)
+                except BaseException as failure:
+                    self.source_failed(failure)
                 ended += 1
         self.counters.reclaimed += ended
         return ended

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import time
 from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, Generic, Protocol, TypeVar
@@ -66,6 +67,8 @@ _SUBSYSTEM_BITS = 0xFF << 56
 _INSTANCE_BITS = 0xFFFFFFFF
 _HANDLE_BITS = _SUBSYSTEM_BITS | _INSTANCE_BITS
 _SUBSYSTEM_USB = 0x01 << 56
+_CLOSE_SECONDS = 0.05
+"""How long the threads of a stream are ended in one go, well below the guest's time-out."""
 
 
 class Personality(Enum):
@@ -439,14 +442,25 @@ class Device(Generic[C]):
 
         Safe to call twice.
         """
+        while not self.close_some(stream):
+            pass
+
+    def close_some(self, stream: Stream, seconds: float = _CLOSE_SECONDS) -> bool:
+        """Do :meth:`close_stream` for so long; return whether all is done.
+
+        The doorbell serves other requests between two calls.
+        """
         self._streams.pop(stream.number, None)
+        deadline = time.monotonic() + seconds
         for kcov in list(self._open):
             if kcov.stream is stream:
                 try:
                     self._reset(kcov)
                 except SourceError as error:
                     logger.warning("PCs of a running process may be missing: %s", error.message)
-                    self._end_stream(kcov)
+                if time.monotonic() > deadline:
+                    return False
+        return True
 
     def join_stream(self, kcov: Kcov[C], task: Task, number: int, address: int = 0) -> Errno:
         """Carry out KCOV_BRIDGE_STREAM: ``task`` traces into a stream, through an unmapped area.
@@ -492,10 +506,13 @@ class Device(Generic[C]):
             kcov.stream.record(kcov, kcov.area.take(each))
 
     def _end_stream(self, kcov: Kcov[C]) -> None:
-        if kcov.stream is not None:
-            self._hand_over(kcov)
-            kcov.stream.end(kcov)
-            kcov.stream = None
+        stream = kcov.stream
+        if stream is not None:
+            try:
+                self._hand_over(kcov)
+            finally:
+                kcov.stream = None
+                stream.end(kcov)
 
     def _append_rest(self, kcov: Kcov[C], pcs: Sequence[int]) -> int:
         """Append PCs for which the area had no room, and return how many fitted.
@@ -538,11 +555,17 @@ class Device(Generic[C]):
         """Carry out KCOV_DISABLE by ``task``, with the ioctl's argument.
 
         ``unreported`` here and below: returns since the owner's last request.
+
+        Raises:
+            SourceError: the watcher did not detach. The instance is in mode INIT all the same, as
+                after an exit or a last close that raises this.
         """
         if argument or kcov.owner is None or kcov.owner != task:
             return errno.EINVAL
-        self._reset(kcov, unreported)
-        self._drop_area(kcov)
+        try:
+            self._reset(kcov, unreported)
+        finally:
+            self._drop_area(kcov)
         return 0
 
     def task_exit(self, kcov: Kcov[C], task: Task, unreported: int = 0) -> Errno:
@@ -563,21 +586,28 @@ class Device(Generic[C]):
         if self.personality is not Personality.GVISOR or kcov.stream is not None:
             return errno.EPERM
         if kcov.owner is not None and kcov.owner == task:
-            self._reset(kcov, unreported)
-            self._drop_area(kcov)
+            try:
+                self._reset(kcov, unreported)
+            finally:
+                self._drop_area(kcov)
         return 0
 
     def release(self, kcov: Kcov[C]) -> Errno:
-        """End an instance after its last reference has gone, and free its areas."""
-        if kcov.owner is not None:
-            self._reset(kcov)
-        self._free_retired(kcov)
-        if kcov.area is not None:
-            self._areas.free(kcov.area)
-            kcov.area = None
-        kcov.mode = Mode.DISABLED
-        kcov.size = 0
-        del self._open[kcov]
+        """End an instance after its last reference has gone, and free its areas.
+
+        It has ended also where this raises, which it does as :meth:`disable`.
+        """
+        try:
+            if kcov.owner is not None:
+                self._reset(kcov)
+        finally:
+            self._free_retired(kcov)
+            if kcov.area is not None:
+                self._areas.free(kcov.area)
+                kcov.area = None
+            kcov.mode = Mode.DISABLED
+            kcov.size = 0
+            self._open.pop(kcov, None)
         return 0
 
     def syscall_return(self, kcov: Kcov[C], task: Task, number: int, unreported: int = 0) -> Errno:
@@ -653,25 +683,38 @@ class Device(Generic[C]):
 
     def _reset(self, kcov: Kcov[C], unreported: int = 0) -> None:
         """Return an instance to INIT, without an owner."""
+        cursor, comparing = kcov.cursor, kcov.comparing
         if kcov.owner is not None:
-            del self._owners[kcov.owner]
-        if kcov.cursor is not None or kcov.comparing is not None:
+            self._owners.pop(kcov.owner, None)
+        if cursor is not None or comparing is not None:
             self.totals.returns += unreported
-        if kcov.cursor is not None:
-            if self._watcher is not None:
-                self._add_watched(kcov, self._watcher.detach(kcov.slot))
-                kcov.watched = (0, 0)
-            self._coverage.close_cursor(kcov.cursor)
-        if kcov.comparing is not None and self._comparisons is not None:
-            self._comparisons.close_cursor(kcov.comparing)
-        self._end_stream(kcov)
-        kcov.owner = None
-        kcov.cursor = None
-        kcov.comparing = None
-        kcov.mode = Mode.INIT
-        self._leave_handles(kcov)
-        if kcov.area is not None:
-            kcov.area.bitmap_words = 0
+        try:
+            if cursor is not None and self._watcher is not None:
+                self._detach(kcov, self._watcher)
+        finally:
+            kcov.owner = None
+            kcov.cursor = None
+            kcov.comparing = None
+            kcov.mode = Mode.INIT
+            self._leave_handles(kcov)
+            if cursor is not None:
+                self._coverage.close_cursor(cursor)
+            if comparing is not None and self._comparisons is not None:
+                self._comparisons.close_cursor(comparing)
+            self._end_stream(kcov)
+            if kcov.area is not None:
+                kcov.area.bitmap_words = 0
+
+    def _detach(self, kcov: Kcov[C], watcher: Watcher) -> None:
+        try:
+            self._add_watched(kcov, watcher.detach(kcov.slot))
+        except BaseException:
+            # It may still write there.
+            if kcov.area is not None:
+                kcov.area.abandoned = True
+            raise
+        finally:
+            kcov.watched = (0, 0)
 
     def _drop_area(self, kcov: Kcov[C]) -> None:
         """Retire the area in gVisor's personality, so that the next mmap makes a new one.

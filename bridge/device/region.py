@@ -47,9 +47,10 @@ class Area(AreaWords):
         bytes: its length in whole pages.
         size: its number of words, which may be smaller than its pages.
         bitmap_words: words of the bitmap before the count; see :meth:`unseen`.
+        abandoned: somebody may still write into it, so its room is not allocated again.
     """
 
-    __slots__ = ("_memory", "bytes", "offset")
+    __slots__ = ("_memory", "abandoned", "bytes", "offset")
 
     def __init__(
         self, memory: mmap.mmap, words: memoryview, offset: int, size: int, length: int
@@ -58,6 +59,7 @@ class Area(AreaWords):
         self._memory = memory
         self.offset = offset
         self.bytes = length
+        self.abandoned = False
 
     @property
     def count(self) -> int:
@@ -251,6 +253,8 @@ class Region:
             raise ValueError("not an area of this region, or freed before")
         area.release()
         self._map.madvise(mmap.MADV_REMOVE, area.offset, area.bytes)
+        if area.abandoned:
+            return
         insort(self._free, (area.offset, area.bytes))
         self._merge_around(area.offset)
 

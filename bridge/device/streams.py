@@ -52,8 +52,8 @@ _SMALLEST_AREA_WORDS = 2 * PAGE_SIZE // WORD
 class WordLog:
     """64-bit words in the order in which they were appended, in memory and in an unnamed file.
 
-    :meth:`append` is for one thread, and waits for the disk at most half a second. :meth:`finish`
-    and :meth:`read` are for other threads.
+    :meth:`append` is for one thread, and waits for the disk once, at most half a second.
+    :meth:`finish` and :meth:`read` are for other threads.
 
     Args:
         directory: for the file; None for the system's directory for temporary files.
@@ -84,16 +84,31 @@ class WordLog:
         return self._length
 
     def append(self, words: bytes) -> bool:
-        """Append whole words. Returns False if they are lost because of the file."""
+        """Append whole words.
+
+        Returns False if they are lost because of the file, or for want of memory or of a thread.
+        """
+        try:
+            return self._append(words)
+        except (MemoryError, RuntimeError) as error:
+            # RuntimeError: no thread can be started.
+            if self.error is None:
+                self.error = OSError(errno.ENOMEM, str(error) or os.strerror(errno.ENOMEM))
+            self.lost += len(words) // WORD
+            return False
+
+    def _append(self, words: bytes) -> bool:
         if self._writer is None:
             if len(self._memory) + len(words) <= _IN_MEMORY_BYTES:
                 self._memory += words
                 self._length += len(words) // WORD
                 return True
-            self._writer = threading.Thread(target=self._write, name="pc-log", daemon=True)
-            self._writer.start()
+            writer = threading.Thread(target=self._write, name="pc-log", daemon=True)
+            writer.start()
+            self._writer = writer
         with self._changed:
-            if self._queued > _QUEUE_BYTES:
+            # Once only: many threads of the guest may have words, and each would wait.
+            if self._queued > _QUEUE_BYTES and self.error is None:
                 self._changed.wait_for(
                     lambda: self._queued <= _QUEUE_BYTES or self._broken, _QUEUE_SECONDS
                 )
@@ -152,7 +167,10 @@ class WordLog:
                 words = self._queue.popleft()
             try:
                 self._write_out(words)
-            except OSError as error:
+            except Exception as failure:
+                error = (
+                    failure if isinstance(failure, OSError) else OSError(errno.EIO, repr(failure))
+                )
                 logger.error("PCs cannot be written down: %s", error.strerror)
                 with self._changed:
                     self.error = error

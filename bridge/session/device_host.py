@@ -119,10 +119,14 @@ class DeviceHost:
         """Run ``function`` on the doorbell's thread, which alone may touch the device.
 
         Raises:
-            DoorbellError: the doorbell does not run.
-            TimeoutError: it does not answer.
+            DoorbellError: the doorbell does not run, or does not answer.
         """
-        return self.doorbell.call(function)
+        try:
+            return self.doorbell.call(function)
+        except TimeoutError as error:
+            raise DoorbellError(
+                "the doorbell does not answer", hint="is this machine, or a disk of it, overloaded?"
+            ) from error
 
     def rely_on_relays(self) -> EpochWord:
         """Report no return of an owner that finds nothing new; return what relays must write."""
@@ -137,9 +141,8 @@ class DeviceHost:
         """Append coverage on behalf of a handle; return when it is in the area."""
         try:
             self.call(functools.partial(self.device.remote_coverage, handle, pcs))
-        except (DoorbellError, TimeoutError) as error:
-            reason = str(error) or "the doorbell does not answer"
-            self._source_failed(SourceError(f"coverage for handle {handle:#x} is lost: {reason}"))
+        except DoorbellError as error:
+            self._source_failed(SourceError(f"coverage for handle {handle:#x} is lost: {error}"))
 
     def consume(self) -> None:
         """Consume the source for whoever traces now; raises as :meth:`call`.
@@ -166,7 +169,9 @@ class DeviceHost:
 
     def close_stream(self, stream: Stream) -> None:
         """End the stream, which has what its threads covered so far; raises as :meth:`call`."""
-        self.call(functools.partial(self.device.close_stream, stream))
+        # Other requests are answered in between.
+        while not self.call(functools.partial(self.device.close_some, stream)):
+            pass
 
     def fill(self, stats: Stats) -> None:
         """As :class:`bridge.session.stats.Measured`.
@@ -178,8 +183,8 @@ class DeviceHost:
             return
         try:
             self.call(functools.partial(self._look, stats))
-        except (DoorbellError, TimeoutError) as error:
-            stats.problem = str(error) or "the doorbell does not answer"
+        except DoorbellError as error:
+            stats.problem = str(error)
             self._fill(stats)
 
     def _look(self, stats: Stats) -> None:

@@ -155,7 +155,7 @@ class SshExecutor:
         close = functools.partial(self._device.close_stream, stream)
 
         def close_if_possible() -> None:
-            with contextlib.suppress(DoorbellError, TimeoutError):
+            with contextlib.suppress(DoorbellError):
                 close()
 
         options = ["-s", f"{stream.number:#x}", *(["-f"] if follow else [])]

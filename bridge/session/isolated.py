@@ -20,6 +20,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 import traceback
 from array import array
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ below the time that the guest waits for the host."""
 
 _START_SECONDS = 90.0
 _STOP_SECONDS = 60.0
+_SETTLE_SECONDS = 20.0
 _HEAD = struct.Struct("<cQ")
 _LENGTH_LIMIT = 1 << 30
 _CONSUME, _STOP, _READY, _DONE, _FAILED, _HANDLE = b"c", b"s", b"r", b"d", b"f", b"h"
@@ -59,25 +61,47 @@ class _Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
+        # What has come of a message; the next receive() goes on from there.
+        self._come = bytearray()
 
     def send(self, kind: bytes, payload: bytes = b"") -> None:
         self.socket.sendall(_HEAD.pack(kind, len(payload)) + payload)
 
     def receive(self) -> tuple[bytes, bytes]:
-        """Receive a message. Raises EOFError at the end, OSError (also on time-out), ValueError."""
-        kind, length = _HEAD.unpack(self._exactly(_HEAD.size))
-        if length > _LENGTH_LIMIT:
-            raise ValueError(f"a message of {length} bytes")
-        return kind, self._exactly(length)
+        """Receive a message.
 
-    def _exactly(self, length: int) -> bytes:
-        data = bytearray()
-        while len(data) < length:
-            chunk = self.socket.recv(min(length - len(data), 1 << 20))
+        Raises:
+            EOFError: at the end.
+            TimeoutError: the socket's time is up. Nothing of the message is lost.
+            OSError, ValueError: it cannot be received.
+        """
+        timeout = self.socket.gettimeout()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            self._wait_for(_HEAD.size, deadline)
+            kind, length = _HEAD.unpack_from(self._come)
+            if length > _LENGTH_LIMIT:
+                raise ValueError(f"a message of {length} bytes")
+            self._wait_for(_HEAD.size + length, deadline)
+        finally:
+            if self.socket.gettimeout() != timeout:
+                self.socket.settimeout(timeout)
+        message, self._come = self._come, bytearray()
+        return kind, bytes(memoryview(message)[_HEAD.size :])
+
+    def _wait_for(self, length: int, deadline: float | None) -> None:
+        """Receive until so much of the message has come, and no more."""
+        come = self._come
+        while len(come) < length:
+            chunk = self.socket.recv(min(length - len(come), 1 << 20))
             if not chunk:
                 raise EOFError("the other side is gone")
-            data += chunk
-        return bytes(data)
+            come += chunk
+            if deadline is not None and len(come) < length:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError("the time is up in the middle of a message")
+                self.socket.settimeout(left)
 
 
 class _Running:
@@ -140,6 +164,8 @@ class IsolatedTarget:
         # Under _lock: one conversation at a time.
         self._lock = threading.Lock()
         self._running: _Running | None = None
+        # What settle() has received for the next consume().
+        self._settled: tuple[bytes, bytes] | None = None
 
     @property
     def source(self) -> IsolatedTarget:
@@ -205,7 +231,29 @@ class IsolatedTarget:
             server.start()
             running.stack = stack.pop_all()
             self._running = running
+            # A target may be busy with itself for longer than a return could wait.
+            self.settle()
             return description
+
+    def settle(self, seconds: float = _SETTLE_SECONDS) -> None:
+        """Wait for what is covered so far, which the next :meth:`consume` returns.
+
+        For a time without a guest, which could not wait so long. A target that takes longer is no
+        failure here: its answer comes late.
+        """
+        with self._lock:
+            running = self._running
+            if running is None or running.gone or self._settled is not None:
+                return
+            channel = running.answers
+            # If the process is dead, consume() says so.
+            with contextlib.suppress(EOFError, OSError, ValueError):
+                channel.socket.settimeout(seconds)
+                if not running.owed:
+                    running.owed += 1
+                    channel.send(_CONSUME)
+                self._settled = channel.receive()
+                running.owed -= 1
 
     def consume(self) -> Sequence[int]:
         """Return the PCs covered since the last call, in the order of the process.
@@ -221,14 +269,18 @@ class IsolatedTarget:
             channel = running.answers
             quiet = running.owed > 0
             try:
-                if not running.owed:
-                    running.owed += 1
-                    channel.socket.settimeout(CONSUME_SECONDS)
-                    channel.send(_CONSUME)
+                if self._settled is not None:
+                    (kind, payload), self._settled = self._settled, None
                 else:
-                    # An answer is due since a call before: take it if it is there.
-                    channel.socket.settimeout(0.001)
-                kind, payload = channel.receive()
+                    if not running.owed:
+                        running.owed += 1
+                        channel.socket.settimeout(CONSUME_SECONDS)
+                        channel.send(_CONSUME)
+                    else:
+                        # An answer is due since a call before: take it if it is there.
+                        channel.socket.settimeout(0.001)
+                    kind, payload = channel.receive()
+                    running.owed -= 1
             except TimeoutError as error:
                 if quiet:
                     return ()
@@ -239,7 +291,6 @@ class IsolatedTarget:
                 running.gone = True
                 message, evidence, _ = running.failure(self.name)
                 raise SourceError(message, evidence=evidence) from error
-            running.owed -= 1
             if kind == _FAILED:
                 failure = json.loads(payload)
                 self.tracer_faults = failure["faults"]
@@ -268,9 +319,11 @@ class IsolatedTarget:
                     raise TargetError(message, evidence=evidence, hint=hint)
                 channel = running.answers
                 channel.socket.settimeout(_STOP_SECONDS)
+                if self._settled is not None:
+                    self._cover(*self._settled)
                 for _ in range(running.owed):
                     with contextlib.suppress(TimeoutError, EOFError, OSError, ValueError):
-                        channel.receive()
+                        self._cover(*channel.receive())
                 with contextlib.suppress(OSError):
                     channel.send(_STOP)
                 done = running.conclude(self.name, _DONE)
@@ -279,6 +332,11 @@ class IsolatedTarget:
                 if self._out is not None:
                     # With the files that appeared at run time.
                     self.table = BlockTable.load(self._out / BLOCKS_FILE)
+
+    def _cover(self, kind: bytes, payload: bytes) -> None:
+        """Count what an answer has that nobody consumes any more."""
+        if kind == _CONSUME:
+            self._covered.update(array("Q", payload))
 
     def fill(self, stats: Stats) -> None:
         """As :class:`bridge.session.stats.Measured`."""

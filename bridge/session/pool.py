@@ -108,6 +108,8 @@ class Worker:
         # Requests are numbered from 1 on; 0 is the start.
         self._asked = 0
         self._answered = 0
+        # The last answer that came, until it is given out: number, good, answer.
+        self._come: tuple[int, bool, Any] | None = None
         ours, theirs = socket.socketpair()
         with theirs:
             self._connection: Connection = Connection(ours.detach())
@@ -176,9 +178,17 @@ class Worker:
 
     def call(self, method: str, *arguments: object, **options: object) -> Any:
         """Ask, and return the answer; answers to requests before are dropped."""
+        self.forget()
         self.ask(method, *arguments, **options)
-        self._answered = self._asked - 1
         return self.answer()
+
+    def forget(self) -> None:
+        """Drop the answers to all requests so far, also those that are still to come."""
+        self._answered = self._asked
+
+    def has_answer(self) -> bool:
+        """Take what has come; return whether the oldest request that has no answer gets one."""
+        return self._take(self._answered + 1, 0.0)
 
     def close(self) -> None:
         """End session and process. Safe to call twice."""
@@ -187,18 +197,24 @@ class Worker:
             self._process.kill()
 
     def _receive(self, number: int, seconds: float) -> Any:
-        deadline = monotonic() + seconds
-        answered = -1
-        while answered < number:
-            try:
-                if not self._connection.poll(max(0.0, deadline - monotonic())):
-                    raise InfrastructureError(f"a worker does not answer within {seconds:g} s")
-                answered, good, answer = pickle.loads(self._connection.recv_bytes())
-            except (EOFError, OSError) as error:
-                raise self._ended() from error
+        if not self._take(number, seconds) or self._come is None:
+            raise InfrastructureError(f"a worker does not answer within {seconds:g} s")
+        (_, good, answer), self._come = self._come, None
         if not good:
             raise answer
         return answer
+
+    def _take(self, number: int, seconds: float) -> bool:
+        """Wait until the answer of this number has come, and drop those before it."""
+        deadline = monotonic() + seconds
+        while self._come is None or self._come[0] < number:
+            try:
+                if not self._connection.poll(max(0.0, deadline - monotonic())):
+                    return False
+                self._come = pickle.loads(self._connection.recv_bytes())
+            except (EOFError, OSError) as error:
+                raise self._ended() from error
+        return True
 
     def _ended(self) -> InfrastructureError:
         self._process.wait(_END_SECONDS)
@@ -241,6 +257,8 @@ class Pool:
                 for number, one in enumerate(each)
             )
             self._stack = stack.pop_all()
+        # Counts what the workers were given to share; what was given before has no answers then.
+        self._turn = 0
 
     def __enter__(self) -> Pool:
         return self
@@ -272,7 +290,11 @@ class Pool:
         return [worker.wait_ready() for worker in self.workers]
 
     def all(self, method: str, *arguments: object, **options: object) -> list[Any]:
-        """Ask all workers the same, at once; return their answers."""
+        """Ask all workers the same, at once; return their answers.
+
+        A :meth:`map` that has not ended is abandoned.
+        """
+        self._abandon()
         for worker in self.workers:
             worker.ask(method, *arguments, **options)
         return [worker.answer() for worker in self.workers]
@@ -285,12 +307,16 @@ class Pool:
     ) -> Iterator[tuple[int, Any]]:
         """Ask for ``method`` with each of the arguments; whoever is free takes the next.
 
+        A map that has not ended is abandoned, and what it asked has no answers.
+
         Yields:
             The number of the arguments and the answer, in the order in which answers come.
 
         Raises:
             BridgeError: as :meth:`Worker.answer`; what was not answered then is lost.
+            UsageError: this map was abandoned for later work.
         """
+        turn = self._abandon()
         numbered = enumerate(arguments)
         free = deque(self.workers)
         busy: dict[Worker, int] = {}
@@ -306,9 +332,24 @@ class Pool:
             if not come:
                 raise InfrastructureError(f"no worker answers within {seconds:g} s")
             for worker in come:
+                # What came may be due to a map that was abandoned.
+                if not worker.has_answer():
+                    continue
                 answer = worker.answer()
                 free.append(worker)
                 yield busy.pop(worker), answer
+                if self._turn != turn:
+                    raise UsageError(
+                        "the pool was given other work before this map had ended",
+                        hint="take all answers of a map first, or make a pool for each",
+                    )
+
+    def _abandon(self) -> int:
+        """Drop what the workers still have to answer; return the number of the turn that begins."""
+        for worker in self.workers:
+            worker.forget()
+        self._turn += 1
+        return self._turn
 
 
 def _first(workers: Iterable[Worker], seconds: float) -> list[Worker]:

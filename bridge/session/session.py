@@ -542,10 +542,12 @@ def _warn_of_silence(
     before: int,
 ) -> None:
     """Say so where the target answered the guest and no line of its packages ran for it."""
-    with contextlib.suppress(BridgeError, TimeoutError):
+    with contextlib.suppress(BridgeError):
         device.call(device.doorbell.look_at_guest)
         if not device.doorbell.target_answered:
             return
+        if isinstance(source, IsolatedTarget):
+            source.settle()
         device.consume()
         if source.given > before:
             return

@@ -12,13 +12,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from bridge.device import abi
+from bridge.device import abi, streams
 from bridge.device.abi import HeaderWord, Op, ResponseWord
 from bridge.device.coverage_epoch import coverage_epoch_value
 from bridge.device.doorbell import Doorbell
 from bridge.device.ivshmem import IvshmemServer
 from bridge.device.kcov import Device, Personality
-from bridge.device.region import Region
+from bridge.device.region import Area, Region
+from bridge.device.streams import Stream
+from bridge.errors import IncompleteError, SourceError
 from tests.support.doorbell import TASK, WORDS, Counting, FakeGuest
 
 
@@ -245,3 +247,128 @@ def test_reset_rewound_guest_is_served_anew(bench: Bench) -> None:
     assert bench.area(0) == [bench.coverage.next]
     time.sleep(0.6)
     assert bench.doorbell.counters.repaired == 0
+
+
+class Hanging:
+    """Stands for QEMU's plugin where it hangs while it writes, so that nothing can be detached."""
+
+    def attach(self, slot: int, area: Area, task: int) -> None:
+        pass
+
+    def counts(self, slot: int) -> tuple[int, int]:
+        return 0, 0
+
+    def detach(self, slot: int) -> tuple[int, int]:
+        raise SourceError("QEMU hangs while it writes coverage")
+
+
+def hanging_bench(personality: Personality = Personality.LINUX) -> Bench:
+    bench = Bench(0.0)
+    bench.doorbell.stop()
+    bench.device = Device(bench.region, bench.coverage, personality, watcher=Hanging())
+    bench.doorbell = Doorbell(bench.region, bench.device, bench.server.bell)
+    bench.doorbell.start()
+    return bench
+
+
+@pytest.mark.parametrize("op", [Op.DISABLE, Op.EXIT, Op.CLOSE, Op.RELEASE])
+@pytest.mark.parametrize("personality", Personality)
+def test_request_whose_source_raises_is_answered_and_so_are_all_others(
+    op: Op, personality: Personality
+) -> None:
+    bench = hanging_bench(personality)
+    try:
+        guest = bench.guest
+        guest.trace(3)
+        owner_stays = op is Op.CLOSE and personality is Personality.LINUX
+        assert guest.call(3, op) == (errno.EPERM if owner_stays else errno.EIO)
+        assert bench.device.enabled == int(owner_stays)
+        if op is not Op.RELEASE:
+            assert guest.call(3, Op.RELEASE) == (errno.EIO if owner_stays else 0)
+        assert bench.doorbell.counters.source_failures == 1
+        assert isinstance(bench.doorbell.failure, SourceError)
+        assert bench.device.instances == bench.region.areas_in_use == 0
+        guest.trace(5)
+        assert guest.call(5, Op.RETURN) == 0
+        assert bench.doorbell.ended_by is None
+    finally:
+        bench.close()
+
+
+def test_area_that_somebody_may_still_write_into_is_not_given_away() -> None:
+    bench = hanging_bench()
+    try:
+        guest = bench.guest
+        guest.trace(3)
+        before, free = guest.answer(3, ResponseWord.AREA_OFFSET), bench.region.bytes_free
+        assert guest.call(3, Op.RELEASE) == errno.EIO
+        assert bench.region.bytes_free == free
+        guest.trace(5, generation=2)
+        assert guest.answer(5, ResponseWord.AREA_OFFSET) != before
+    finally:
+        bench.close()
+
+
+def test_slot_new_generation_is_served_where_the_end_of_the_last_one_raises() -> None:
+    bench = hanging_bench()
+    try:
+        bench.guest.trace(3)
+        assert bench.guest.call(3, Op.INIT, generation=2, arg0=WORDS) == 0
+        assert bench.doorbell.counters.source_failures == 1
+        assert bench.device.instances == 1
+    finally:
+        bench.close()
+
+
+def test_reset_with_a_source_that_raises_ends_all_instances() -> None:
+    bench = hanging_bench()
+    try:
+        for slot in range(3):
+            bench.guest.trace(slot, task=TASK + slot)
+        bench.doorbell.call(bench.doorbell.reset)
+        assert bench.doorbell.counters.source_failures == 3
+        assert bench.device.instances == bench.device.enabled == 0
+        bench.doorbell.call(bench.doorbell.reset)
+        bench.guest.trace(1, generation=9)
+    finally:
+        bench.close()
+
+
+def test_exit_without_a_thread_for_the_disk_is_answered_and_the_loss_counted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Stream(1 << 16)
+    bench.doorbell.call(lambda: bench.device.open_stream(stream))
+    assert bench.guest.call(0, Op.STREAM, arg0=stream.number, arg1=1) == 0
+    ((_, kcov),) = bench.doorbell.call(bench.doorbell.instances)
+    assert kcov.area is not None
+    taken = kcov.area.size - 1
+    kcov.area._words[0] = taken
+    monkeypatch.setattr(streams, "_IN_MEMORY_BYTES", 0)
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "pc-log":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert bench.guest.call(0, Op.EXIT) == 0
+    assert stream._log.lost == taken
+    stream.finish()
+    with pytest.raises(IncompleteError, match="can't start new thread"):
+        stream.check()
+
+
+def test_call_after_stop_writes_into_no_other_descriptor(bench: Bench) -> None:
+    bench.doorbell.stop()
+    # What is opened next gets the numbers that were closed.
+    taken = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(8)]
+    try:
+        bench.doorbell._awaken()
+        for descriptor in taken:
+            with pytest.raises(BlockingIOError):
+                os.eventfd_read(descriptor)
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)

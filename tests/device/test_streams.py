@@ -7,6 +7,7 @@ import errno
 import os
 import pickle
 import resource
+import time
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -474,6 +475,11 @@ def test_log_waits_for_a_slow_disk_no_longer_than_the_guest_can(
     taken = [log.append(words(1, 2)) for _ in range(4)]
     assert taken[:1] == [True]
     assert not taken[-1]
+    monkeypatch.setattr(streams, "_QUEUE_SECONDS", 60.0)
+    begun = time.monotonic()
+    assert not log.append(words(1, 2))
+    taken.append(False)
+    assert time.monotonic() - begun < 30, "it waits once only"
     os.write(writer, b"....")
     log.finish()
     assert log.lost == 2 * taken.count(False)
@@ -482,3 +488,17 @@ def test_log_waits_for_a_slow_disk_no_longer_than_the_guest_can(
     assert log.read(0, 99).tolist() == [1, 2] * taken.count(True)
     os.close(reader)
     os.close(writer)
+
+
+def test_close_of_a_stream_with_many_threads_is_done_in_portions(host: Host) -> None:
+    stream = host.stream()
+    for slot in range(5):
+        host.cover(host.join(stream, ALICE + slot, slot), slot)
+    done = [host.device.close_some(stream, 0.0)]
+    assert host.device.enabled == 4
+    assert host.device.join_stream(host.device.open(slot=9), BOB, stream.number) == errno.ESRCH
+    while not done[-1]:
+        done.append(host.device.close_some(stream, 0.0))
+    assert len(done) >= 5
+    assert host.device.enabled == 0
+    assert host.pcs(stream) == [0, 1, 2, 3, 4]

@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
+from bridge.device.kcov import Kcov
+from bridge.device.streams import Stream
 from bridge.errors import DoorbellError, SourceError
 from bridge.session.device_host import DeviceHost
 from bridge.session.stats import Stats
+from bridge.sources.ledger import Cursor
 
 
 @pytest.fixture
@@ -88,6 +93,54 @@ def test_deliver_without_a_doorbell_counts_as_a_failure_of_the_source(host: Devi
     host.deliver(0x17, [1, 2])
     assert isinstance(host.doorbell.failure, SourceError)
     assert "coverage for handle 0x17 is lost: the doorbell ended" in str(host.doorbell.failure)
+
+
+def test_call_without_an_answer_in_time_is_a_doorbell_error(host: DeviceHost) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def block() -> None:
+        entered.set()
+        go_on.wait(60)
+
+    blocking = threading.Thread(target=host.doorbell.call, args=(block, 60))
+    blocking.start()
+    assert entered.wait(20)
+    try:
+        with pytest.raises(DoorbellError, match="does not answer") as raised:
+            host.call(lambda: None)
+        assert "overloaded" in raised.value.hint
+        stats = Stats()
+        host.fill(stats)
+        assert "does not answer" in stats.problem
+    finally:
+        go_on.set()
+        blocking.join(20)
+
+
+def test_close_stream_of_many_threads_answers_other_requests_in_between(host: DeviceHost) -> None:
+    stream = Stream(1 << 10)
+    host.open_stream(stream)
+    for slot in range(20):
+        kcov = host.call(functools.partial(host.device.open, 1, slot))
+        joins = functools.partial(host.device.join_stream, kcov, slot + 1, stream.number)
+        assert host.call(joins) == 0
+    reset, calls = host.device._reset, []
+
+    def slow(kcov: Kcov[Cursor], unreported: int = 0) -> None:
+        time.sleep(0.06)
+        reset(kcov, unreported)
+
+    host.device._reset = slow  # type: ignore[method-assign]
+    serve = host.doorbell._call_next
+
+    def count() -> None:
+        calls.append(host.device.enabled)
+        serve()
+
+    host.doorbell._call_next = count  # type: ignore[method-assign]
+    host.close_stream(stream)
+    assert host.device.enabled == 0
+    assert calls[:20] == list(range(20, 0, -1)), "one thread a call, because each takes so long"
 
 
 class Failing:

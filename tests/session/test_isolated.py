@@ -10,7 +10,9 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,10 +22,12 @@ import pytest
 
 import bridge
 from bridge.errors import SourceError, TargetError, UsageError
-from bridge.session.isolated import CONSUME_SECONDS, IsolatedTarget
+from bridge.session.device_host import DeviceHost
+from bridge.session.isolated import CONSUME_SECONDS, IsolatedTarget, _Channel, _Running
 from bridge.sources.python.source import PythonSource
 from bridge.targets.description import Description
 from bridge.targets.plan9 import Plan9Target
+from bridge.vm.process import spawn
 
 
 def nowhere(handle: int, pcs: Sequence[int]) -> None:
@@ -201,6 +205,87 @@ def test_isolated_target_hangs_with_the_interpreter_lock_is_given_up(
     finally:
         isolated.stop()
     assert (tmp_path / ".coverage").is_file()
+
+
+def conversation(answers: Sequence[Sequence[bytes]]) -> tuple[IsolatedTarget, threading.Thread]:
+    """A target whose process answers each question in pieces, 0.4 s apart."""
+    ours, theirs = socket.socketpair()
+
+    def serve() -> None:
+        with theirs:
+            for answer in answers:
+                theirs.recv(9)
+                theirs.sendall(answer[0])
+                for piece in answer[1:]:
+                    time.sleep(CONSUME_SECONDS + 0.15)
+                    theirs.sendall(piece)
+
+    isolated = IsolatedTarget("own", None, None)
+    isolated._running = _Running(spawn(["sleep", "60"]), _Channel(ours))
+    isolated._running.stack.callback(isolated._running.process.kill)
+    isolated._running.stack.callback(ours.close)
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    return isolated, thread
+
+
+@pytest.mark.parametrize("cut", [1, 5, 9, 1000, 300000])
+def test_isolated_answer_that_is_cut_by_the_timeout_comes_whole_later(cut: int) -> None:
+    pcs = array("Q", range(100, 100100))
+    first = b"c" + (8 * len(pcs)).to_bytes(8, "little") + pcs.tobytes()
+    second = b"c" + (8).to_bytes(8, "little") + (42).to_bytes(8, "little")
+    isolated, thread = conversation([(first[:cut], first[cut:]), (second,)])
+    try:
+        with pytest.raises(SourceError, match="does not answer"):
+            isolated.consume()
+        end = time.monotonic() + 30
+        while not (late := isolated.consume()) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert late == pcs
+        assert list(isolated.consume()) == [42]
+        thread.join(20)
+    finally:
+        assert isolated._running is not None
+        isolated._running.stack.close()
+
+
+def test_isolated_target_that_is_busy_on_start_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = own_target(tmp_path, monkeypatch, "pass")
+    with (tmp_path / "own_service.py").open("a") as file:
+        # One call that keeps the interpreter lock for more than the time of an answer.
+        file.write(
+            "\ndef warm_up():\n"
+            "    end = time.monotonic() + 1\n"
+            "    while time.monotonic() < end:\n"
+            "        sum(range(3 * 10**7))\n"
+            "\nthreading.Thread(target=warm_up, daemon=True).start()\n"
+        )
+    with DeviceHost(1 << 20, source=(isolated := IsolatedTarget(name, None, tmp_path))) as device:
+        isolated.start(nowhere)
+        try:
+            device.consume()
+            assert device.doorbell.failure is None
+            assert isolated.given > 0
+        finally:
+            isolated.stop()
+
+
+def test_isolated_settle_takes_what_is_covered_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = own_target(tmp_path, monkeypatch, "pass")
+    isolated = IsolatedTarget(name, None, tmp_path)
+    target = isolated.start(nowhere)
+    isolated.consume()
+    given, covered = isolated.given, isolated.blocks_covered
+    assert tell(target, b"x")() == b"."
+    isolated.settle()
+    isolated.settle()
+    assert isolated.given == given
+    isolated.stop()
+    assert isolated.blocks_covered > covered
 
 
 def test_isolated_target_raises_on_start_is_a_target_error(

@@ -111,3 +111,22 @@ def test_worker_serves_what_its_caller_needs() -> None:
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(InfrastructureError, match="was killed by SIGKILL"):
             worker.call("double", 2)
+
+
+@pytest.mark.vm
+def test_pool_gives_no_answers_of_work_that_was_abandoned() -> None:
+    with Pool(2, SETTINGS, service=f"{__name__}:Odd") as pool:
+        pool.wait_ready()
+        for _ in pool.map("double", [(1,), (4,), (3,)]):
+            break
+        assert dict(pool.map("double", [(10,), (2,), (5,)])) == {0: 20, 1: 4, 2: 10}
+        with pytest.raises(InfrastructureError, match="ZeroDivisionError"):
+            list(pool.map("divide", [(0,), (0,)]))
+        assert pool.all("double", 1) == [2, 2]
+        pool.workers[0].ask("double", 50)
+        assert pool.all("double", 3) == [6, 6]
+        former = pool.map("double", [(7,), (8,), (9,)])
+        next(former)
+        assert pool.all("double", 4) == [8, 8]
+        with pytest.raises(UsageError, match="other work before this map had ended"):
+            next(former)
