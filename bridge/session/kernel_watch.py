@@ -34,6 +34,12 @@ __all__ = ["GuestKernelWatch", "KernelWatch", "NoKernelWatch", "OnDoorbell", "wa
 logger = logging.getLogger(__name__)
 
 _EVIDENCE = 4096
+_READ_SECONDS = 120.0
+"""How long a guest may take to print its kernel's symbols."""
+_SYMBOL_SECONDS = 30.0
+"""The same for those of its modules."""
+_SYMBOL_BYTES = 16 << 20
+"""Several times more than all modules of a distribution's kernel that one machine loads."""
 
 OnDoorbell = Callable[[Callable[[], None]], None]
 """Runs a function on the doorbell's thread."""
@@ -64,7 +70,12 @@ class KernelWatch(Protocol):
         """
 
     def load_symbols(self, guest: Guest, on_doorbell: OnDoorbell) -> None:
-        """Ask the guest for the symbols of its modules, if there are new ones."""
+        """Ask the guest for the symbols of its modules, if there are new ones.
+
+        Raises:
+            KernelUnknownError: it prints more than it can have.
+            BridgeError: it does not say, or not in time.
+        """
 
     def restore_modules(self, on_doorbell: OnDoorbell) -> None:
         """Take the modules for loaded that were loaded when the guest was ready: it was reset."""
@@ -165,7 +176,7 @@ class GuestKernelWatch:
         from bridge.sources.guest_kernel.running import read_kernel
 
         def shell(script: str, output: Output) -> None:
-            guest.run(script, stdout=output, capture=_EVIDENCE)
+            guest.run(script, stdout=output, capture=_EVIDENCE, timeout=_READ_SECONDS)
 
         try:
             lines = lines_for(self._filter, release, self._settings.vmlinux)
@@ -182,9 +193,22 @@ class GuestKernelWatch:
         """As :class:`KernelWatch`."""
         if self.kernel is None or not self._source.unnamed:
             return
-        modules = guest.run("cat /proc/modules", check=True).text
+        modules = guest.run("cat /proc/modules", check=True, timeout=_SYMBOL_SECONDS).text
         symbols = bytearray()
-        guest.run("grep -F '[' /proc/kallsyms", stdout=symbols.extend, capture=_EVIDENCE)
+
+        def take(data: bytes) -> None:
+            symbols.extend(data)
+            if len(symbols) > _SYMBOL_BYTES:
+                raise KernelUnknownError(
+                    f"the symbols of the guest's modules have more than {_SYMBOL_BYTES} bytes"
+                )
+
+        guest.run(
+            "grep -F '[' /proc/kallsyms",
+            stdout=take,
+            capture=_EVIDENCE,
+            timeout=_SYMBOL_SECONDS,
+        )
         text = symbols.decode("ascii", "replace")
         on_doorbell(functools.partial(self._source.load_symbols, modules, text))
 

@@ -30,6 +30,7 @@ from bridge.device.kcov import Device, Personality
 from bridge.device.region import Region
 from bridge.errors import (
     BridgeError,
+    GuestLostError,
     GuestResetError,
     GuestSetupError,
     InfrastructureError,
@@ -403,9 +404,21 @@ class Session:
             result = parts.executor.kcov(
                 words, follow=follow, unique=unique, timeout=timeout, stdout=stdout, stderr=stderr
             )
-            parts.watch.load_symbols(parts.running.guest, parts.device.call)
             ended(result.exit_status, len(result.pcs))
+            self._load_symbols(parts, result)
         return result
+
+    def _load_symbols(self, parts: _Parts, result: KcovResult) -> None:
+        """Ask for the names of modules that a command loaded; it keeps its PCs without them."""
+        try:
+            parts.watch.load_symbols(parts.running.guest, parts.device.call)
+        except BaseException as error:
+            if isinstance(error, GuestLostError) or not isinstance(error, BridgeError):
+                self._keep_partial(result.pcs)
+                raise
+            logger.warning(
+                "PCs in modules that were loaded meanwhile have no names: %s", error.message
+            )
 
     def compare(
         self,

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 STDERR_LIMIT = 64 * 1024
 """Bytes at the end of a program's stderr that are kept."""
 
+_LIMITS = "end some programs, or raise the limits of processes and files (ulimit)"
 _LAUNCHER = Path(__file__).with_name("launch.py")
 
 
@@ -63,7 +64,11 @@ class Process:
         self._pidfd_lock = threading.Lock()  # guards _pidfd against its own closing
         self._pidfd: int | None = os.pidfd_open(popen.pid)
         self._watcher = threading.Thread(target=self._watch, name=f"{name}-watch", daemon=True)
-        self._watcher.start()
+        try:
+            self._watcher.start()
+        except BaseException:
+            os.close(self._pidfd)
+            raise
 
     @property
     def running(self) -> bool:
@@ -191,7 +196,10 @@ def spawn(
     if shutil.which(command[0]) is None:
         raise MissingDependencyError(f"{command[0]} is not installed, or is not an executable file")
     order = _Order(command, name, tuple(pass_fds), env, on_end)
-    _spawner().put(order)
+    try:
+        _spawner().put(order)
+    except RuntimeError as error:
+        raise InfrastructureError(f"{name} could not be started: {error}", hint=_LIMITS) from error
     try:
         return order.result.result()
     except BaseException:
@@ -239,6 +247,12 @@ class _Order:
             os.close(writing)
             writing = -1
             failure = os.read(reading, 32)  # empty once the exec has closed the other end
+        except OSError as error:
+            raise InfrastructureError(
+                f"{self.name} could not be started: {error.strerror}",
+                evidence=shlex.join(self.command),
+                hint=_LIMITS,
+            ) from error
         finally:
             os.close(reading)
             if writing >= 0:
@@ -253,7 +267,19 @@ class _Order:
                 hint="free some memory" if int(failure) == errno.ENOMEM else "",
             )
         logger.debug("started %s (pid %d): %s", self.name, popen.pid, shlex.join(self.command))
-        return Process(popen, self.command, self.name, self.on_end)
+        try:
+            return Process(popen, self.command, self.name, self.on_end)
+        except BaseException as error:
+            # Nobody would own it.
+            with popen:
+                popen.kill()
+            if not isinstance(error, OSError | RuntimeError):
+                raise
+            raise InfrastructureError(
+                f"{self.name} could not be started: {getattr(error, 'strerror', None) or error}",
+                evidence=shlex.join(self.command),
+                hint=_LIMITS,
+            ) from error
 
 
 _spawner_lock = threading.Lock()  # guards _orders
@@ -265,10 +291,11 @@ def _spawner() -> SimpleQueue[_Order]:
     global _orders
     with _spawner_lock:
         if _orders is None:
-            _orders = SimpleQueue()
+            orders: SimpleQueue[_Order] = SimpleQueue()
             threading.Thread(
-                target=_serve_orders, args=(_orders,), name="spawner", daemon=True
+                target=_serve_orders, args=(orders,), name="spawner", daemon=True
             ).start()
+            _orders = orders
         return _orders
 
 

@@ -257,9 +257,9 @@ def test_isolated_target_that_is_busy_on_start_is_no_failure(
         # One call that keeps the interpreter lock for more than the time of an answer.
         file.write(
             "\ndef warm_up():\n"
-            "    end = time.monotonic() + 1\n"
+            "    end = time.monotonic() + 4\n"
             "    while time.monotonic() < end:\n"
-            "        sum(range(3 * 10**7))\n"
+            "        sum(range(5 * 10**7))\n"
             "\nthreading.Thread(target=warm_up, daemon=True).start()\n"
         )
     with DeviceHost(1 << 20, source=(isolated := IsolatedTarget(name, None, tmp_path))) as device:

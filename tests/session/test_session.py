@@ -15,7 +15,7 @@ import pytest
 
 import bridge
 from bridge.config import Settings
-from bridge.errors import GuestLostError, GuestSetupError, UsageError
+from bridge.errors import GuestLostError, GuestSetupError, RunTimeoutError, UsageError
 from bridge.guest.ssh import Word
 from bridge.session.events import Booted, Event, GuestLost, Reset, TraceBegan, TraceEnded
 from bridge.session.session import Session
@@ -104,6 +104,36 @@ class TestInAGuest:
         with pytest.raises(UsageError, match="NUL"):
             session.run(["echo", "a\0b"])
 
+    @pytest.mark.parametrize(
+        "error",
+        [
+            GuestSetupError("no grep"),
+            RunTimeoutError("too slow"),
+            GuestLostError("gone"),
+            KeyboardInterrupt(),
+        ],
+        ids=lambda error: type(error).__name__,
+    )
+    def test_session_kcov_without_the_names_of_modules_keeps_the_pcs(
+        self,
+        session: Session,
+        error: BaseException,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(session._running.watch, "load_symbols", fail)
+        if isinstance(error, GuestSetupError | RunTimeoutError):
+            assert session.kcov(["true"]).pcs
+            assert f"have no names: {error.message}" in caplog.text
+            return
+        session.partial_pcs = ()
+        with pytest.raises(type(error)):
+            session.kcov(["true"])
+        assert session.partial_pcs
+
     def test_session_stats_are_those_of_status(self, session: Session) -> None:
         before = session.stats()
         session.kcov(["true"])
@@ -170,3 +200,20 @@ def test_session_whose_guest_is_lost_publishes_it_and_keeps_its_figures() -> Non
     stats = session.stats()
     assert stats.pcs > 0
     assert stats.instances == [], "those of a session that has ended are gone"
+
+
+@pytest.mark.vm
+def test_session_guest_whose_symbols_have_no_end_costs_no_pcs(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    flood = "#!/bin/sh\nexec cat /dev/zero\n"
+    with bridge.boot(target="none", source="kernel") as session:
+        session.put(flood.encode(), "/tmp/flood", 0o755)
+        session.run("mount --bind /tmp/flood $(command -v grep)")
+        assert session.kernel is not None
+        session.kernel.unnamed = True  # as after modprobe
+        result = session.kcov(["true"])
+        assert result.exit_status == 0
+        assert result.pcs
+        assert "have no names: the symbols of the guest's modules have more than" in caplog.text
+        assert session.run(["true"]).exit_status == 0

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from bridge.errors import InfrastructureError, MissingDependencyError
+from bridge.vm import process as process_module
 from bridge.vm.process import STDERR_LIMIT, Process, spawn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -236,3 +237,52 @@ def _with_argument(mark: str) -> list[int]:
             if mark.encode() in words:
                 found.append(int(entry.name))
     return found
+
+
+def test_spawn_without_a_thread_that_watches_leaves_no_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with spawn(["sleep", "0"]) as process:
+        process.wait(20)
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.endswith("-watch"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    before, files = children(), open_files()
+    with pytest.raises(
+        InfrastructureError, match="could not be started: can't start new"
+    ) as raised:
+        spawn(["sleep", "300"], name="QEMU")
+    assert "ulimit" in raised.value.hint
+    assert children() == before
+    assert open_files() == files
+
+
+def test_spawn_without_a_thread_that_forks_fails_and_later_succeeds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(process_module, "_orders", None)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as context:
+        context.setattr(threading.Thread, "start", refuse)
+        for _ in range(2):
+            with pytest.raises(InfrastructureError, match="could not be started"):
+                spawn(["true"])
+    with spawn(["true"]) as process:
+        assert process.wait(20)
+
+
+def children() -> str:
+    """The children of this process."""
+    return "".join(sorted(path.read_text() for path in Path("/proc/self/task").glob("*/children")))
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
