@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
+import os
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -45,6 +47,7 @@ def run(settings: Settings, command: Sequence[str], streams: Streams) -> int:
         The command's exit status.
 
     Raises:
+        UsageError: another run writes into ``settings.out``.
         BridgeError: what ended the run.
     """
     if not command and settings.target != DEFAULT_TARGET:
@@ -52,8 +55,12 @@ def run(settings: Settings, command: Sequence[str], streams: Streams) -> int:
             f"the target {settings.target} has no default workload",
             hint="say what to run in the guest: kcov-bridge run … -- CMD",
         )
-    out = settings.out
-    _clear(out)
+    with _claimed(settings.out) as out:
+        _clear(out)
+        return _run(settings, out, command, streams)
+
+
+def _run(settings: Settings, out: Path, command: Sequence[str], streams: Streams) -> int:
     session = Session(settings, out)
     record = _Record(session, tuple(command) or (f"{_WORKLOAD.name} {MOUNT_POINT}",))
     try:
@@ -117,18 +124,55 @@ def _check_complete(session: Session) -> None:
         )
 
 
+@contextlib.contextmanager
+def _claimed(out: Path) -> Iterator[Path]:
+    """Make the directory, for this run alone until the end of the block or of the process."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        directory = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise _unusable(out, error) from error
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"another run{_lock_holder(directory)} writes into {out}",
+                hint="wait for its end, or take another directory: --out DIR",
+            ) from error
+        except OSError as error:
+            logger.debug("%s is on a file system without locks: %s", out, error.strerror)
+        yield out
+    finally:
+        os.close(directory)
+
+
+def _lock_holder(descriptor: int) -> str:
+    """Return " (process N)" for the process that holds the lock, "" if it is not known."""
+    inode = str(os.fstat(descriptor).st_ino)
+    with contextlib.suppress(OSError, IndexError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            if words[1] == "FLOCK" and words[5].rpartition(":")[2] == inode:
+                return f" (process {words[4]})"
+    return ""
+
+
 def _clear(out: Path) -> None:
     """Take away what an earlier run left: a file that is there belongs to this run."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
         for name in _RESULTS:
             remove(out / name)
             remove_partial(out / name)
     except OSError as error:
-        raise InfrastructureError(
-            f"the directory {out} cannot be used: {error.strerror}",
-            hint="--out DIR takes another one",
-        ) from error
+        raise _unusable(out, error) from error
+
+
+def _unusable(out: Path, error: OSError) -> InfrastructureError:
+    return InfrastructureError(
+        f"the directory {out} cannot be used: {error.strerror}",
+        hint="--out DIR takes another one",
+    )
 
 
 class _Record:

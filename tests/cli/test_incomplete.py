@@ -7,6 +7,8 @@ import contextlib
 import io
 import json
 import os
+import subprocess
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +19,9 @@ import pytest
 from bridge.cli import runner
 from bridge.cli.streams import Streams
 from bridge.config import Settings
+from bridge.errors import UsageError
 from bridge.session.session import Session
-from tests.support import run
+from tests.support import COMMAND, run
 
 TARGET = """
     import socketserver, sys, threading
@@ -207,3 +210,39 @@ def test_write_to_a_stderr_that_is_full_writes_the_files_and_says_so(
         assert not record.write(out, Streams(out=io.StringIO(), err=full))
     assert (out / "summary.json").is_file()
     assert (out / "html").is_dir()
+
+
+def test_run_into_the_directory_of_another_run_is_refused_until_that_one_has_ended(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "run"
+    other = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time, pathlib; from bridge.cli import runner\n"
+            "with runner._claimed(pathlib.Path(sys.argv[1])): print(flush=True); time.sleep(300)",
+            out,
+        ],
+        stdout=subprocess.PIPE,
+    )
+    with other:
+        try:
+            assert other.stdout is not None
+            other.stdout.readline()
+            kept = out / "pcs.txt"
+            kept.write_text("of the other run\n")
+            command = [*COMMAND, "run", "--out", str(out), "--target", "none", "--", "true"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            assert done.returncode == UsageError.exit_status
+            assert f"another run (process {other.pid}) writes into {out}" in done.stderr
+            assert "--out DIR" in done.stderr
+            assert kept.read_text() == "of the other run\n"
+        finally:
+            other.kill()
+    with runner._claimed(out) as claimed:
+        assert claimed == out
+        with pytest.raises(UsageError, match=f"process {os.getpid()}"), runner._claimed(out):
+            raise AssertionError("it must not begin")
+    with runner._claimed(out):
+        pass
