@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Running commands in the guest, over SSH (paramiko).
 
-A command gets a shell of its own in the guest, whose first line of output is the number of its
-process group: so a command that runs out of time, or whose caller was interrupted, can be killed
-with all that it started. The guest may vanish at any moment; whoever waits for a command then gets
+A command gets a shell of its own in the guest, which writes a mark before and after the command's
+output. The first has the number of its process group: so a command that runs out of time, or whose
+caller was interrupted, can be killed with all that it started. The others tell that all of the
+command's output is here, as sshd reports the end of the shell before it has sent what the shell
+wrote. The guest may vanish at any moment; whoever waits for a command then gets
 the reason at once, because the machine tells (:meth:`bridge.vm.machine.Machine.add_loss_listener`),
 and does not wait for TCP to find out.
 """
@@ -12,12 +14,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import enum
 import fcntl
 import functools
 import io
 import logging
 import os
 import re
+import secrets
 import select
 import shlex
 import signal
@@ -69,6 +73,12 @@ _CHANNEL_SECONDS = 30.0
 _RETRY_SECONDS = 0.1
 _KILL_SECONDS = 5.0
 _LINGER_SECONDS = 1.0
+"""How long the output of a process that a command left behind is waited for."""
+_REST_SECONDS = 60.0
+"""How long the guest may not send the rest of a command's output after the command's end."""
+_SHELL_LINGER_SECONDS = 3.0
+_TYPING_POLL_MS = 10
+_JOIN_SECONDS = 0.1
 _POLL_SECONDS = 0.25  # output and its end wake at once; an exit status alone does not
 _LOSS_SECONDS = 3.0
 _SILENCE_SECONDS = 180.0
@@ -78,7 +88,6 @@ _CHUNK = 64 * 1024
 _EVIDENCE = 4096
 _NO_LINGER = struct.pack("ii", 1, 0)
 """``struct linger``: closing resets the connection."""
-_PID_LINE = re.compile(rb"kcov-bridge-pgid:(\d{1,10})\Z")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 _wire = logger.getChild("wire")
@@ -189,34 +198,166 @@ class _Liveness:
         except paramiko.ChannelException:
             pass  # a refusal is an answer
         except (paramiko.SSHException, OSError, EOFError):
-            return  # no answer, or a broken connection, which the command's reader sees
+            # No answer (paramiko measures that by the wall clock, which can jump: ask again), or a
+            # broken connection, which the command's reader sees.
+            self._asking = False
+            return
         self._answered.set()
 
 
-class _PidLine:
-    """Takes the shell's first line out of stdout: the process group of the command."""
+class _Marks:
+    """What the shell writes around a command's output, unlike anything that a command writes."""
 
     def __init__(self) -> None:
+        self.name = f"kcov-bridge-{secrets.token_hex(8)}"
+        self.begin = f"{self.name}:".encode()  # then the process group and a newline
+        self.end = f"{self.name}.".encode()
+
+
+class _End(enum.Enum):
+    """How the output of a command ended."""
+
+    ENDED = enum.auto()
+    OUT_OF_TIME = enum.auto()
+    CUT_OFF = enum.auto()
+    """The command ended, and some of its output is missing."""
+    BROKEN = enum.auto()
+    """The channel was closed, and not by sshd in order."""
+
+
+class _Output:
+    """Takes the marks out of a stream: what is left is the command's output.
+
+    What a start-up file of the shell writes to stdout comes before the first mark, and is not the
+    command's. On stderr it stays, as it may tell why the command did not start.
+
+    Attributes:
+        process_group: of the command, once it is known; of stdout alone.
+        before: the beginning of what came before the first mark.
+        complete: the command's output has come; what follows is that of processes it left behind.
+    """
+
+    def __init__(self, marks: _Marks, *, begins: bool) -> None:
         self.process_group: int | None = None
-        self._head: bytes | None = b""
+        self.before = b""
+        self.complete = False
+        self.began = not begins
+        self._marks = marks
+        self._held = b""
 
     def strip(self, chunk: bytes) -> bytes:
-        if self._head is None:
+        if self.complete:
             return chunk
-        self._head += chunk
-        line, newline, rest = self._head.partition(b"\n")
-        if not newline and len(line) < 64:
-            return b""
-        found = _PID_LINE.match(line) if newline else None
-        head, self._head = self._head, None
-        if found is None:
-            return head
-        self.process_group = int(found.group(1))
-        return rest
+        data = self._held + chunk
+        if not self.began:
+            data = self._find_begin(data)
+            if not self.began:
+                self._held = data
+                return b""
+        output, end, rest = data.partition(self._marks.end)
+        if end:
+            self.complete, self._held = True, b""
+            return output + rest
+        kept = _overlap(output, self._marks.end)
+        self._held = output[len(output) - kept :]
+        return output[: len(output) - kept]
 
-    def end(self) -> bytes:
-        head, self._head = self._head or b"", None
-        return head
+    def finish(self) -> bytes:
+        """Nothing more comes: return what was held back, as it could have been a mark."""
+        held, self._held = self._held, b""
+        if self.began:
+            return held
+        self._keep(held)
+        return b""
+
+    def _find_begin(self, data: bytes) -> bytes:
+        """Return what follows the mark, or if it has not come yet, what it may be in."""
+        before, begin, rest = data.partition(self._marks.begin)
+        number, newline, following = rest.partition(b"\n")
+        if begin and newline:
+            self._keep(before)
+            self.process_group = int(number) if number.isdigit() and len(number) <= 10 else None
+            self.began = True
+            return following
+        cut = len(before) if begin else max(0, len(data) - len(self._marks.begin))
+        self._keep(data[:cut])
+        return data[cut:]
+
+    def _keep(self, before: bytes) -> None:
+        self.before += before[: _EVIDENCE - len(self.before)]
+
+
+def _overlap(data: bytes, mark: bytes) -> int:
+    """Return how many bytes at the end of ``data`` are the beginning of ``mark``."""
+    for size in range(min(len(data), len(mark) - 1), 0, -1):
+        if mark.startswith(data[-size:]):
+            return size
+    return 0
+
+
+class _ReplyEvent(threading.Event):
+    """What paramiko waits for after a request, which knows of no time-out."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if not super().wait(self._seconds if timeout is None else timeout):
+            raise TimeoutError(f"sshd did not answer a request within {self._seconds:g} s")
+        return True
+
+
+class _Feeder:
+    """Sends stdin on a thread of its own, as the command may answer before it has read all.
+
+    Attributes:
+        error: why stdin could not be read; its end was not sent then.
+    """
+
+    def __init__(self, channel: paramiko.Channel, stdin: BinaryIO | bytes) -> None:
+        self.error: BaseException | None = None
+        self._channel = channel
+        self._thread: threading.Thread | None = None
+        if not isinstance(stdin, bytes):
+            self._source = stdin
+        elif stdin:
+            self._source = io.BytesIO(stdin)
+        else:
+            channel.shutdown_write()
+            return
+        channel.settimeout(None)
+        self._thread = threading.Thread(target=self._feed, name="ssh-stdin", daemon=True)
+        self._thread.start()
+
+    def _feed(self) -> None:
+        # What is there at once: a pipe's writer may wait for the answer.
+        read = getattr(self._source, "read1", self._source.read)
+        # A command that ends without reading everything is no failure.
+        with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
+            while chunk := self._read(read):
+                self._channel.sendall(chunk)
+            if self.error is None:
+                self._channel.shutdown_write()
+
+    def _read(self, read: Callable[[int], bytes]) -> bytes:
+        try:
+            return read(_CHUNK)
+        except BaseException as error:
+            self.error = error
+            return b""
+
+    def check(self) -> None:
+        """Raise UsageError if stdin could not be read."""
+        if self.error is not None:
+            reason = getattr(self.error, "strerror", None) or self.error
+            raise UsageError(f"the input of the command cannot be read: {reason}") from self.error
+
+    def close(self) -> None:
+        """Close the channel. A thread that waits for stdin is left behind: nothing ends that."""
+        self._channel.close()
+        if self._thread is not None:
+            self._thread.join(_JOIN_SECONDS)
 
 
 class Guest:
@@ -251,8 +392,8 @@ class Guest:
         self._logged_in = False
         self._lost = False
         self._forgotten = 0
-        # Held by who connects anew after forget(), and while nobody may.
-        self._logging_in = threading.Lock()
+        # Held by who connects anew after forget(), and by whom the guest is reserved for.
+        self._reserved = threading.RLock()
         self._stack = contextlib.ExitStack()
         if watched is not None:
             self._stack.callback(watched.add_loss_listener(self._on_loss))
@@ -383,7 +524,7 @@ class Guest:
         """The guest goes on as another: break the connection; the next command makes a new one.
 
         Commands that run fail with :class:`bridge.errors.GuestResetError`. To be called within
-        :meth:`unreachable`.
+        :meth:`reserved`.
         """
         with self._lock:
             self._forgotten += 1
@@ -397,9 +538,9 @@ class Guest:
             transport.close()
 
     @contextlib.contextmanager
-    def unreachable(self) -> Iterator[None]:
-        """While inside, nobody connects anew: whoever wants to waits."""
-        with self._logging_in:
+    def reserved(self) -> Iterator[None]:
+        """While inside, only this thread starts commands; other threads that want to wait."""
+        with self._reserved:
             yield
 
     def close(self) -> None:
@@ -444,31 +585,50 @@ class Guest:
         started = time.monotonic()
         deadline = None if timeout is None else started + timeout
         line = _line(command)
-        channel, forgotten = self._open(_wrapped(line, env, cwd))
+        marks = _Marks()
         out, err = _Capture(stdout, capture), _Capture(stderr, capture)
-        pid_line = _PidLine()
-        try:
-            alive = _Liveness(channel.get_transport(), _SILENCE_SECONDS)
-            with _feeding(channel, stdin):
-                ended = self._pump(channel, out, err, pid_line, deadline, alive)
-        except BaseException:
-            if before_kill is not None:
-                before_kill()
-            self._kill(pid_line.process_group, forgotten)
-            raise
-        finally:
-            channel.close()
-        if not ended:
-            if before_kill is not None:
-                before_kill()
-            self._kill(pid_line.process_group, forgotten)
-            raise RunTimeoutError(
+        plain_out, plain_err = _Output(marks, begins=True), _Output(marks, begins=False)
+
+        def ran_out() -> RunTimeoutError:
+            return RunTimeoutError(
                 f"the command did not end within {timeout:g} s: {line}",
-                evidence=_end_of(out, err),
+                evidence=plain_out.before.decode(errors="replace") + _end_of(out, err),
             )
+
+        try:
+            channel, forgotten = self._open(_wrapped(line, env, cwd, marks), deadline)
+        except TimeoutError as error:
+            raise ran_out() from error
+        with contextlib.ExitStack() as stack:
+            stack.callback(channel.close)
+            try:
+                feeder = _Feeder(channel, stdin)
+                stack.callback(feeder.close)
+                streams = (out, plain_out), (err, plain_err)
+                end = self._pump(channel, *streams, deadline, feeder)
+                if end is _End.OUT_OF_TIME:
+                    raise ran_out()
+            except BaseException:
+                if before_kill is not None:
+                    before_kill()
+                # Before the channel is closed, which the command would take for the end of stdin.
+                self._kill(plain_out.process_group, forgotten)
+                raise
         status = channel.exit_status
-        if status < 0 or self._forgotten != forgotten:
+        if status < 0 or end is _End.BROKEN or self._forgotten != forgotten:
             raise self._broken(None, forgotten)
+        if end is _End.CUT_OFF:
+            raise GuestSetupError(
+                f"the guest did not send all of the command's output: {line}",
+                evidence=_end_of(out, err),
+                hint="did a process that the command left behind make its output non-blocking?",
+            )
+        if not plain_out.began:
+            raise GuestSetupError(
+                f"the guest's shell ended with status {status} before it ran the command: {line}",
+                evidence=plain_out.before.decode(errors="replace") + _end_of(out, err),
+                hint="does a start-up file of the user's shell end it?",
+            )
         result = CommandResult(
             exit_status=status,
             stdout=bytes(out.kept),
@@ -483,27 +643,65 @@ class Guest:
             )
         return result
 
-    def _open(self, script: str) -> tuple[paramiko.Channel, int]:
-        """A channel on which the script runs, and how often the guest was forgotten before."""
-        transport, forgotten = self._connected()
-        try:
-            channel = transport.open_session(timeout=_CHANNEL_SECONDS)
+    def _open(
+        self, script: str, deadline: float | None, *, expected: int | None = None
+    ) -> tuple[paramiko.Channel, int]:
+        """A channel on which the script runs, and how often the guest was forgotten before.
+
+        Args:
+            expected: how often it must have been forgotten; None for any number.
+
+        Raises:
+            TimeoutError: the deadline passed.
+            BridgeError: the guest is lost, or was forgotten again.
+        """
+        transport, forgotten = self._connected(deadline)
+        if expected not in (None, forgotten):
+            raise self._broken(None, forgotten - 1)
+        with self._requesting(transport, forgotten, deadline) as stack:
+            channel = _new_session(transport, deadline)
+            stack.callback(channel.close)
             channel.settimeout(_CHANNEL_SECONDS)
             channel.exec_command(os.fsencode(script))
-        except (paramiko.SSHException, OSError, EOFError) as error:
-            raise self._broken(error, forgotten) from error
+            stack.pop_all()
         return channel, forgotten
 
-    def _connected(self) -> tuple[paramiko.Transport, int]:
-        """The connection, made anew if the guest was forgotten since."""
-        self._check()
-        transport, forgotten = self._usable()
-        if transport is None and forgotten:
-            with self._logging_in:
+    @contextlib.contextmanager
+    def _requesting(
+        self, transport: paramiko.Transport, forgotten: int, deadline: float | None
+    ) -> Iterator[contextlib.ExitStack]:
+        """Translate what paramiko raises; the stack is unwound unless the caller empties it."""
+        try:
+            with contextlib.ExitStack() as stack:
+                yield stack
+        except paramiko.ChannelException as error:
+            raise GuestSetupError(
+                f"the guest's sshd refuses another session: {error}",
+                hint="MaxSessions of its sshd_config limits how many commands run at once",
+            ) from error
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            late = deadline is not None and time.monotonic() >= deadline - _RETRY_SECONDS
+            if late and transport.is_active():
+                raise TimeoutError from error
+            raise self._broken(error, forgotten) from error
+
+    def _connected(self, deadline: float | None = None) -> tuple[paramiko.Transport, int]:
+        """The connection, made anew if the guest was forgotten since.
+
+        Raises:
+            TimeoutError: the guest was reserved for another thread until the deadline.
+        """
+        left = -1 if deadline is None else max(0.0, deadline - time.monotonic())
+        if not self._reserved.acquire(timeout=left):
+            raise TimeoutError
+        try:
+            self._check()
+            transport, forgotten = self._usable()
+            if transport is None and forgotten:
+                self.connect()
                 transport, forgotten = self._usable()
-                if transport is None:
-                    self.connect()
-                    transport, forgotten = self._usable()
+        finally:
+            self._reserved.release()
         if transport is None:
             raise UsageError("there is no connection to the guest")
         return transport, forgotten
@@ -516,50 +714,69 @@ class Guest:
     def _pump(
         self,
         channel: paramiko.Channel,
-        out: _Capture,
-        err: _Capture,
-        pid_line: _PidLine,
+        out: tuple[_Capture, _Output],
+        err: tuple[_Capture, _Output],
         deadline: float | None,
-        alive: _Liveness,
-    ) -> bool:
-        """Pass output on until the command has ended; False when it ran out of time."""
+        feeder: _Feeder,
+    ) -> _End:
+        """Pass output on until the command has ended and all of its output has come."""
+        alive = _Liveness(channel.get_transport(), _SILENCE_SECONDS)
         wake = _Wake()
         channel.in_buffer.set_event(wake)
         channel.in_stderr_buffer.set_event(wake)
-        ended_at: float | None = None
+        ended = False
+        waited = 0.0  # since the command's end; no time that output took to be passed on
         while True:
             wake.rearm()
             now = time.monotonic()
-            if ended_at is None and deadline is not None and now >= deadline:
-                return False
-            over = channel.eof_received or channel.closed  # and so nothing comes after the rest
+            if not ended and deadline is not None and now >= deadline:
+                return _End.OUT_OF_TIME
+            closed = channel.closed
+            over = bool(channel.eof_received)  # and so nothing comes after the rest
             while channel.recv_ready():
-                out.take(pid_line.strip(channel.recv(_CHUNK)))
+                out[0].take(out[1].strip(channel.recv(_CHUNK)))
                 alive.heard()
             while channel.recv_stderr_ready():
-                err.take(channel.recv_stderr(_CHUNK))
+                err[0].take(err[1].strip(channel.recv_stderr(_CHUNK)))
                 alive.heard()
+            if out[1].began:
+                feeder.check()
             if alive.is_silent():
                 self._lose_silent()
+            if closed and not over:
+                return _End.BROKEN
             if channel.exit_status_ready():
-                ended_at = ended_at or now
-                if over or now >= ended_at + _LINGER_SECONDS:
+                complete = out[1].complete and err[1].complete
+                if over or (complete and waited >= _LINGER_SECONDS):
                     break
-            wait = _POLL_SECONDS if deadline is None else min(_POLL_SECONDS, deadline - now)
-            (channel.status_event if over else wake).wait(max(0.0, wait))
-        out.take(pid_line.end())
-        return True
+                if waited >= _REST_SECONDS:
+                    return _End.CUT_OFF
+                ended = True
+            before = time.monotonic()
+            wait = _POLL_SECONDS
+            if deadline is not None and not ended:
+                wait = min(wait, max(0.0, deadline - before))
+            (channel.status_event if over else wake).wait(wait)
+            if ended:
+                # At most a poll's time: this process may have been stopped itself.
+                waited += min(time.monotonic() - before, 2 * _POLL_SECONDS)
+        out[0].take(out[1].finish())
+        err[0].take(err[1].finish())
+        return _End.ENDED
 
     def _kill(self, process_group: int | None, forgotten: int) -> None:
         """End a command and what it started, if the guest still takes orders and is the same."""
         if process_group is None or self._forgotten != forgotten:
             return
+        deadline = time.monotonic() + _KILL_SECONDS
         try:
-            channel, _ = self._open(f"kill -s KILL -- -{process_group}")
-        except BridgeError as error:
-            logger.debug("could not kill a command in the guest: %s", error)
+            channel, _ = self._open(
+                f"kill -s KILL -- -{process_group}", deadline, expected=forgotten
+            )
+        except (BridgeError, TimeoutError) as error:
+            logger.debug("could not kill a command in the guest: %r", error)
             return
-        channel.status_event.wait(_KILL_SECONDS)
+        channel.status_event.wait(max(0.0, deadline - time.monotonic()))
         channel.close()
 
     # Files
@@ -583,8 +800,10 @@ class Guest:
         """
         path = os.fspath(remote)
         name, part = shlex.quote(path), shlex.quote(f"{path}.part")
-        script = f"umask 077; cat > {part} && chmod {mode:o} {part} && mv -f {part} {name}"
-        script += f" || {{ rm -f {part}; exit 1; }}"
+        remove = f"rm -f {part}"
+        write = f"umask 077; cat > {part} || {{ {remove}; exit 1; }}"
+        # A command of its own: the end of the input alone does not say that it was all.
+        finish = f"chmod {mode:o} {part} && mv -f {part} {name} || {{ {remove}; exit 1; }}"
         with contextlib.ExitStack() as stack:
             if isinstance(local, bytes):
                 source: BinaryIO = io.BytesIO(local)
@@ -593,7 +812,16 @@ class Guest:
                     source = stack.enter_context(Path(local).open("rb"))
                 except OSError as error:
                     raise UsageError(f"{local} cannot be read: {error.strerror}") from error
-            result = self.run(script, stdin=source)
+            try:
+                result = self.run(write, stdin=source)
+                if result.exit_status == 0:
+                    result = self.run(finish)
+            except BaseException as error:
+                with contextlib.suppress(BridgeError):
+                    self.run(remove, timeout=_KILL_SECONDS)
+                if isinstance(error, UsageError) and not isinstance(local, bytes):
+                    raise UsageError(f"{local}: {error.message}") from error
+                raise
         if result.exit_status != 0:
             raise GuestSetupError(
                 f"the guest cannot write {path}", evidence=result.stderr.decode(errors="replace")
@@ -645,8 +873,9 @@ class Guest:
         """
         transport, forgotten = self._connected()
         interactive = os.isatty(stdin)
-        try:
-            channel = transport.open_session(timeout=_CHANNEL_SECONDS)
+        with self._requesting(transport, forgotten, None) as stack:
+            channel = _new_session(transport, None)
+            stack.callback(channel.close)
             if interactive:
                 columns, lines = _terminal_size(stdin)
                 channel.get_pty(os.environ.get("TERM", "vt100"), columns, lines)
@@ -654,8 +883,7 @@ class Guest:
                 channel.invoke_shell()
             else:
                 channel.exec_command(os.fsencode(command))
-        except (paramiko.SSHException, OSError, EOFError) as error:
-            raise self._broken(error, forgotten) from error
+            stack.pop_all()
         with contextlib.closing(channel):
             with _raw_terminal(stdin, channel) if interactive else contextlib.nullcontext():
                 _converse(channel, stdin, stdout, stderr)
@@ -676,8 +904,18 @@ def _line(command: Word | Sequence[Word]) -> str:
     return line
 
 
-def _wrapped(line: str, env: Mapping[str, str] | None, cwd: str | None) -> str:
-    """The command for sshd: tells its process group, then runs the line in a shell of its own.
+def _new_session(transport: paramiko.Transport, deadline: float | None) -> paramiko.Channel:
+    """Open a channel whose requests end by the deadline; raises what paramiko does, and OSError."""
+    left = _CHANNEL_SECONDS
+    if deadline is not None:
+        left = max(0.0, min(left, deadline - time.monotonic()))
+    channel = transport.open_session(timeout=left)
+    channel.event = _ReplyEvent(left)
+    return channel
+
+
+def _wrapped(line: str, env: Mapping[str, str] | None, cwd: str | None, marks: _Marks) -> str:
+    """The command for sshd: runs the line in a shell of its own, between the marks.
 
     sshd makes each session a process group, whose number is that of the shell it starts. The inner
     shell makes a death by signal an exit status (128+N), which SSH would not carry.
@@ -689,7 +927,10 @@ def _wrapped(line: str, env: Mapping[str, str] | None, cwd: str | None) -> str:
         script += f"export {name}={shlex.quote(value)}; "
     if cwd is not None:
         script += f"cd {shlex.quote(cwd)} || exit 126; "
-    return f"echo kcov-bridge-pgid:$$; sh -c {shlex.quote(script + line)}; exit $?"
+    return (
+        f"echo {marks.name}:$$; sh -c {shlex.quote(script + line)}; "
+        f"set -- $?; printf %s {marks.name}.; printf %s {marks.name}. >&2; exit $1"
+    )
 
 
 def _end_of(out: _Capture, err: _Capture) -> str:
@@ -697,41 +938,19 @@ def _end_of(out: _Capture, err: _Capture) -> str:
     return end.decode(errors="replace")
 
 
-@contextlib.contextmanager
-def _feeding(channel: paramiko.Channel, stdin: BinaryIO | bytes) -> Iterator[None]:
-    """Send stdin on a thread of its own, as the command may answer before it has read all."""
-    if isinstance(stdin, bytes):
-        if not stdin:
-            channel.shutdown_write()
-            yield
-            return
-        stdin = io.BytesIO(stdin)
-    source = stdin
-
-    def feed() -> None:
-        # A command that ends without reading everything is no failure.
-        with contextlib.suppress(OSError, EOFError):
-            while chunk := source.read(_CHUNK):
-                channel.sendall(chunk)
-            channel.shutdown_write()
-
-    channel.settimeout(None)
-    feeder = threading.Thread(target=feed, name="ssh-stdin", daemon=True)
-    feeder.start()
-    try:
-        yield
-    finally:
-        channel.close()
-        feeder.join()
-
-
 def _converse(channel: paramiko.Channel, stdin: int, stdout: Output, stderr: Output) -> None:
     """Copy between the terminal and the channel until the channel ends."""
     poll = select.poll()
     poll.register(stdin, select.POLLIN)
     poll.register(channel.fileno(), select.POLLIN)
+    pending = b""  # read from stdin, and not sent yet
+    quiet = 0.0  # how long the shell has ended and nothing more has come
     while True:
-        ready = {fd for fd, _ in poll.poll(250)}
+        started = time.monotonic()
+        ready = {fd for fd, _ in poll.poll(_TYPING_POLL_MS if pending else _POLL_SECONDS * 1000)}
+        waited = min(time.monotonic() - started, 2 * _POLL_SECONDS)
+        closed = channel.closed or bool(channel.eof_received)  # and so nothing comes after the rest
+        ended = channel.exit_status_ready()
         moved = False
         while channel.recv_ready():
             moved = True
@@ -739,15 +958,23 @@ def _converse(channel: paramiko.Channel, stdin: int, stdout: Output, stderr: Out
         while channel.recv_stderr_ready():
             moved = True
             stderr(channel.recv_stderr(_CHUNK))
-        if not moved and (channel.eof_received or channel.closed or channel.exit_status_ready()):
+        # A process that the shell left behind may keep the channel open.
+        quiet = quiet + waited if ended and not moved else 0.0
+        if not moved and (closed or quiet >= _SHELL_LINGER_SECONDS):
             return
         if stdin in ready:
-            typed = os.read(stdin, _CHUNK)
-            if typed:
-                channel.sendall(typed)
-            else:
-                poll.unregister(stdin)
+            pending = os.read(stdin, _CHUNK)
+            poll.unregister(stdin)
+            if not pending:
                 channel.shutdown_write()
+        if not pending:
+            continue
+        # Never waits for the guest, which may wait for its output to be read.
+        with contextlib.suppress(OSError):  # closed just now
+            while pending and channel.send_ready():
+                pending = pending[channel.send(pending) :]
+        if not pending:
+            poll.register(stdin, select.POLLIN)
 
 
 @contextlib.contextmanager

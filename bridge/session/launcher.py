@@ -49,7 +49,7 @@ __all__ = ["Attempt", "Launcher", "RunningGuest", "first_attempt", "next_attempt
 logger = logging.getLogger(__name__)
 
 _RESUME_SECONDS = 20.0
-_HANG_UP_SECONDS = 5.0
+_HANG_UP_SECONDS = 20.0
 _HANG_UP_POLL_SECONDS = 0.002
 
 
@@ -160,8 +160,8 @@ class RunningGuest:
     def resetting(self, device: DeviceHost) -> Iterator[None]:
         """Reset the guest to its ready state, in the same QEMU; one reset at a time.
 
-        Inside, the guest takes commands again and the next reset waits. A guest that had stopped
-        running (GuestStoppedError) is rescued.
+        Inside, the guest takes commands of this thread; those of other threads wait, and so does
+        the next reset. A guest that had stopped running (GuestStoppedError) is rescued.
 
         Raises:
             UsageError: the guest was booted.
@@ -182,10 +182,11 @@ class RunningGuest:
                 if time.monotonic() > deadline:
                     raise InfrastructureError("connections of the guest to its target do not end")
                 time.sleep(_HANG_UP_POLL_SECONDS)
+                # A relay that had just started opened the gate after the last reset.
+                self._gate.reset_all()
 
-        with self._resetting:
-            with self.guest.unreachable():
-                self.ready = self.machine.rewind(restore_snapshot, _RESUME_SECONDS)
+        with self._resetting, self.guest.reserved():
+            self.ready = self.machine.rewind(restore_snapshot, _RESUME_SECONDS)
             yield
 
     def fill(self, stats: Stats) -> None:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
@@ -13,12 +15,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import paramiko
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from paramiko.common import AUTH_FAILED, AUTH_SUCCESSFUL, OPEN_SUCCEEDED
+from paramiko.common import (
+    AUTH_FAILED,
+    AUTH_SUCCESSFUL,
+    OPEN_FAILED_RESOURCE_SHORTAGE,
+    OPEN_SUCCEEDED,
+)
 
 from bridge.errors import (
     BridgeError,
@@ -30,7 +38,7 @@ from bridge.errors import (
     RunTimeoutError,
     UsageError,
 )
-from bridge.guest.ssh import Guest
+from bridge.guest.ssh import Guest, _Marks, _Output
 
 
 def make_key(path: Path) -> paramiko.PKey:
@@ -54,6 +62,18 @@ class Server:
         self.greeting_seconds = 0.0
         self.stopped = threading.Event()
         """Set: it answers to nothing that is asked from then on."""
+        self.refuses = False
+        """It opens no session more."""
+        self.replies = threading.Event()
+        """Cleared: it does not answer a request to run a command."""
+        self.replies.set()
+        self.carries = threading.Event()
+        """Cleared: it keeps the output of commands to itself."""
+        self.carries.set()
+        self.start_up = ""
+        """What the user's shell does before it runs a command."""
+        self.after_status: Callable[[paramiko.Channel], object] = lambda _: None
+        """Called when it has sent a command's exit status."""
         self.sessions = 0
         self.processes: list[subprocess.Popen[bytes]] = []
         self.transports: list[paramiko.Transport] = []
@@ -101,7 +121,7 @@ class Session(paramiko.ServerInterface):
         self._server.sessions += 1
         while self._server.stopped.is_set():
             time.sleep(0.02)
-        return OPEN_SUCCEEDED
+        return OPEN_FAILED_RESOURCE_SHORTAGE if self._server.refuses else OPEN_SUCCEEDED
 
     def get_allowed_auths(self, username: str) -> str:
         return "publickey"
@@ -114,22 +134,23 @@ class Session(paramiko.ServerInterface):
         return True
 
     def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
+        self._server.replies.wait()
         process = subprocess.Popen(
-            ["sh", "-c", command],
+            ["sh", "-c", self._server.start_up.encode() + command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
         self._server.processes.append(process)
-        threading.Thread(target=serve, args=(channel, process), daemon=True).start()
+        threading.Thread(target=serve, args=(self._server, channel, process), daemon=True).start()
         return True
 
     def check_channel_shell_request(self, channel: paramiko.Channel) -> bool:
         return self.check_channel_exec_request(channel, b"exec sh")
 
 
-def serve(channel: paramiko.Channel, process: subprocess.Popen[bytes]) -> None:
+def serve(server: Server, channel: paramiko.Channel, process: subprocess.Popen[bytes]) -> None:
     """Carry a process's three streams and its exit status."""
 
     def feed() -> None:
@@ -142,6 +163,7 @@ def serve(channel: paramiko.Channel, process: subprocess.Popen[bytes]) -> None:
     def carry(fd: int, send: Callable[[bytes], None]) -> None:
         with contextlib.suppress(OSError):
             while data := os.read(fd, 65536):
+                server.carries.wait()
                 send(data)
 
     assert process.stdout is not None
@@ -161,6 +183,7 @@ def serve(channel: paramiko.Channel, process: subprocess.Popen[bytes]) -> None:
             channel.close()
             return
         channel.send_exit_status(status)
+        server.after_status(channel)
         for carrier in carriers:
             carrier.join()
         channel.shutdown_write()
@@ -352,6 +375,196 @@ def test_check_makes_a_status_an_error(guest: Guest) -> None:
     with pytest.raises(GuestSetupError, match="status 32: ") as caught:
         guest.run("echo mount failed >&2; exit 32", check=True)
     assert "mount failed" in caught.value.evidence
+
+
+def test_run_output_that_comes_long_after_the_exit_status_arrives(
+    guest: Guest, server: Server
+) -> None:
+    server.carries.clear()
+    server.after_status = lambda _: threading.Timer(2.5, server.carries.set).start()
+    result = guest.run("echo out; echo err >&2; exit 3")
+    assert (result.exit_status, result.stdout, result.stderr) == (3, b"out\n", b"err\n")
+
+
+def test_get_connection_breaks_after_the_exit_status_leaves_no_file(
+    guest: Guest, server: Server, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(30_000))
+    server.carries.clear()
+    server.after_status = lambda channel: channel.get_transport().close()
+    with pytest.raises(GuestLostError):
+        guest.get(tmp_path / "file", tmp_path / "copy")
+    server.carries.set()
+    assert [path.name for path in tmp_path.iterdir() if "copy" in path.name] == []
+
+
+def test_get_rest_never_comes_is_an_error(
+    guest: Guest, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bridge.guest.ssh._REST_SECONDS", 1.5)
+    (tmp_path / "file").write_bytes(bytes(30_000))
+    server.carries.clear()
+    with pytest.raises(GuestSetupError, match="did not send all"):
+        guest.get(tmp_path / "file", tmp_path / "copy")
+    server.carries.set()
+    assert [path.name for path in tmp_path.iterdir() if "copy" in path.name] == []
+
+
+def test_put_file_that_cannot_be_read_is_an_error(guest: Guest, tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(UsageError, match=r"/proc/self/mem: .* cannot be read: "):
+        guest.put("/proc/self/mem", tmp_path / "there")
+    assert time.monotonic() - started < 20
+    assert [path.name for path in tmp_path.iterdir() if "there" in path.name] == []
+
+
+def test_run_stdin_cannot_be_read_kills_the_command(guest: Guest) -> None:
+    class Broken(io.RawIOBase):
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, _: object) -> int:
+            raise ValueError("no more")
+
+    came: list[bytes] = []
+    with pytest.raises(UsageError, match="input of the command cannot be read: no more"):
+        guest.run("echo $$; cat; echo end", stdin=io.BufferedReader(Broken()), stdout=came.append)
+    assert b"end" not in b"".join(came)
+
+
+@pytest.fixture
+def endless() -> Iterator[BinaryIO]:
+    """A pipe that nobody writes to."""
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb"):
+        yield os.fdopen(reading, "rb")
+
+
+def test_run_command_ends_before_its_stdin_returns(guest: Guest, endless: BinaryIO) -> None:
+    assert guest.run("exit 3", stdin=endless).exit_status == 3
+
+
+def test_run_timeout_with_a_stdin_that_gives_nothing_applies(
+    guest: Guest, endless: BinaryIO
+) -> None:
+    with pytest.raises(RunTimeoutError):
+        guest.run("echo $$; exec sleep 60", stdin=endless, timeout=1)
+
+
+def test_run_stdin_is_sent_as_it_comes(guest: Guest) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as stdin, os.fdopen(writing, "wb", 0) as us:
+        us.write(b"one\n")
+        result = guest.run("read line; echo got $line", stdin=stdin, timeout=20)
+    assert result.text == "got one\n"
+
+
+def test_run_timeout_while_sshd_does_not_start_the_command_applies(
+    guest: Guest, server: Server
+) -> None:
+    server.replies.clear()
+    try:
+        with pytest.raises(RunTimeoutError, match="within 1 s"):
+            guest.run("true", timeout=1)
+    finally:
+        server.replies.set()
+
+
+def test_run_sshd_refuses_another_session_says_so(guest: Guest, server: Server) -> None:
+    server.refuses = True
+    with pytest.raises(GuestSetupError, match="refuses another session") as caught:
+        guest.run("true")
+    assert "MaxSessions" in caught.value.hint
+    server.refuses = False
+    assert guest.run("true").exit_status == 0
+
+
+@pytest.mark.parametrize(
+    "noise", ["echo welcome", "printf kcov-bridge-", "head -c 300000 /dev/zero"]
+)
+def test_run_start_up_file_that_prints_is_no_output(
+    guest: Guest, server: Server, noise: str
+) -> None:
+    server.start_up = f"{noise}; "
+    assert guest.run("printf out").stdout == b"out"
+    with pytest.raises(RunTimeoutError) as caught:
+        guest.run("sleep 30 & echo $!; wait", timeout=1)
+    child = re.search(r"(\d+)\n\Z", caught.value.evidence)
+    assert child is not None
+    assert ends(int(child[1]))
+
+
+def test_run_start_up_file_that_ends_the_shell_is_an_error(guest: Guest, server: Server) -> None:
+    server.start_up = "echo no; exit 0; "
+    with pytest.raises(GuestSetupError, match="before it ran the command: ") as caught:
+        guest.run("true")
+    assert caught.value.evidence == "no\n"
+
+
+def test_run_output_like_the_marks_arrives(guest: Guest) -> None:
+    text = "kcov-bridge-0123456789abcdef. kcov-bridge-0123456789abcdef:12\nkcov-bridg"
+    assert guest.run(["printf", "%s", text]).text == text
+    assert guest.run(f"printf %s {text[:11]} >&2").stderr == text[:11].encode()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 29, 30, 31, 1000])
+def test_output_marks_in_pieces_are_taken_out(size: int) -> None:
+    marks = _Marks()
+    output = _Output(marks, begins=True)
+    half = marks.end[:9]
+    command = b"a" + half + b"b" + half + half
+    sent = b"noise" + half + marks.begin + b"123\n" + command + marks.end + b"later" + half
+    came = [output.strip(sent[at : at + size]) for at in range(0, len(sent), size)]
+    assert b"".join(came) + output.finish() == command + b"later" + half
+    assert (output.process_group, output.before) == (123, b"noise" + half)
+    assert output.complete
+
+
+def test_liveness_question_that_fails_is_asked_again(
+    guest: Guest, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """paramiko measures time-outs by the wall clock, which a suspended host sets forward."""
+    monkeypatch.setattr("bridge.guest.ssh._SILENCE_SECONDS", 6.0)
+    transport = guest._transport
+    assert transport is not None
+    asked: list[float] = []
+    opens = transport.open_session
+
+    def open_session(timeout: float) -> paramiko.Channel:
+        asked.append(timeout)
+        if len(asked) == 2:
+            raise paramiko.SSHException("Timeout opening channel.")
+        return opens(timeout=timeout)
+
+    monkeypatch.setattr(transport, "open_session", open_session)
+    assert guest.run("sleep 9; echo end").text == "end\n"
+    assert machine.loss is None
+    assert len(asked) > 3
+
+
+def test_reserved_other_threads_wait_or_run_out_of_time(guest: Guest) -> None:
+    statuses: list[int] = []
+    errors: list[RunTimeoutError] = []
+
+    def in_time() -> None:
+        statuses.append(guest.run("exit 3").exit_status)
+
+    def too_late() -> None:
+        try:
+            guest.run("exit 4", timeout=0.3)
+        except RunTimeoutError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=each) for each in (in_time, too_late)]
+    with guest.reserved():
+        for thread in threads:
+            thread.start()
+        threads[1].join(20)
+        assert guest.run("exit 5").exit_status == 5
+        assert statuses == []
+    threads[0].join(20)
+    assert statuses == [3]
+    assert len(errors) == 1
 
 
 def test_run_many_commands_at_once_works(guest: Guest) -> None:
@@ -565,3 +778,21 @@ def test_shell_with_a_pipe_as_stdin_works(guest: Guest, capfd: pytest.CaptureFix
         assert guest.shell(stdin=stdin.fileno()) == 4
     out, err = capfd.readouterr()
     assert (out, err) == ("42\n", "oops\n")
+
+
+def test_shell_command_writes_much_before_it_reads_on_works(guest: Guest, tmp_path: Path) -> None:
+    """More than a window each way: whoever waits to send must read meanwhile."""
+    (tmp_path / "in").write_bytes(b"0123456789abcde\n" * 160_000)
+    came = bytearray()
+    twenty = ";".join(["p"] * 19)
+    with (tmp_path / "in").open("rb") as stdin:
+        status = guest.shell(f"sleep 1; sed '{twenty}'", stdin=stdin.fileno(), stdout=came.extend)
+    assert status == 0
+    assert len(came) == 20 * 16 * 160_000
+
+
+def test_shell_process_left_behind_does_not_hold_it(guest: Guest) -> None:
+    with Path("/dev/null").open("rb") as stdin:
+        started = time.monotonic()
+        assert guest.shell("sleep 300 & exit 3", stdin=stdin.fileno()) == 3
+    assert time.monotonic() - started < 60
