@@ -49,11 +49,15 @@ from bridge.device.polling import PREEMPTED_NS, CpuContention, PollPolicy
 from bridge.device.region import Region
 from bridge.errors import DoorbellError
 
-__all__ = ["Doorbell", "DoorbellCounters", "KernelListener"]
+__all__ = ["CALL_SECONDS", "Doorbell", "DoorbellCounters", "KernelListener"]
 
 C = TypeVar("C")
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+
+CALL_SECONDS = 30.0
+"""How long a caller waits for the doorbell's thread, which may work on what came before: on a busy
+machine a second or two."""
 
 _REQUESTS = REQUESTS_OFFSET // WORD
 _RESPONSES = RESPONSES_OFFSET // WORD
@@ -222,7 +226,7 @@ class Doorbell(Generic[C]):
         self._poller.release()
         self._stack.close()
 
-    def call(self, function: Callable[[], T], timeout: float = 5.0) -> T:
+    def call(self, function: Callable[[], T], timeout: float = CALL_SECONDS) -> T:
         """Run ``function`` on the doorbell's thread, the only one that may use the device.
 
         Args:

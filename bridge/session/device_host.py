@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import NamedTuple, TypeVar
 
 from bridge.device.abi import WORD, HeaderWord
-from bridge.device.doorbell import Doorbell
+from bridge.device.doorbell import CALL_SECONDS, Doorbell
 from bridge.device.ivshmem import IvshmemServer
 from bridge.device.kcov import Device, Personality
 from bridge.device.region import Region
@@ -122,7 +122,7 @@ class DeviceHost:
             DoorbellError: the doorbell does not run, or does not answer.
         """
         try:
-            return self.doorbell.call(function)
+            return self.doorbell.call(function, CALL_SECONDS)
         except TimeoutError as error:
             raise DoorbellError(
                 "the doorbell does not answer", hint="is this machine, or a disk of it, overloaded?"

@@ -95,7 +95,10 @@ def test_deliver_without_a_doorbell_counts_as_a_failure_of_the_source(host: Devi
     assert "coverage for handle 0x17 is lost: the doorbell ended" in str(host.doorbell.failure)
 
 
-def test_call_without_an_answer_in_time_is_a_doorbell_error(host: DeviceHost) -> None:
+def test_call_without_an_answer_in_time_is_a_doorbell_error(
+    host: DeviceHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bridge.session.device_host.CALL_SECONDS", 1.0)
     entered, go_on = threading.Event(), threading.Event()
 
     def block() -> None:
