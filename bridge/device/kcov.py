@@ -676,6 +676,8 @@ class Device(Generic[C]):
                 break
             fitted += more
         dropped += len(records) - fitted
+        if kcov.stream is not None:
+            kcov.stream.dropped += dropped
         kcov.appended += fitted
         kcov.dropped += dropped
         totals.comparisons += fitted

@@ -359,6 +359,7 @@ class Stream:
     Attributes:
         number: names the stream to the guest, which cannot guess it.
         untraced: how many processes and threads could not be traced.
+        dropped: how many comparisons of its threads are not in it.
     """
 
     def __init__(
@@ -374,6 +375,7 @@ class Stream:
         self.bitmap_words = bitmap_words
         self.comparisons = comparisons
         self.untraced = 0
+        self.dropped = 0
         self._area_words = area_words
         self._log = WordLog(directory)
         self._segments = _Segments(self._log)

@@ -15,6 +15,7 @@ from bridge.device.abi import SLOTS, Comparison
 from bridge.device.streams import Stream
 from bridge.errors import DoorbellError, IncompleteError
 from bridge.session.device_host import DeviceHost
+from bridge.sources.comparisons import LIMIT as COMPARISONS_LIMIT
 
 if TYPE_CHECKING:
     from bridge.guest.ssh import CommandResult, Guest, Output
@@ -140,6 +141,13 @@ class SshExecutor:
         stream = Stream(_AREA_WORDS, comparisons=True, directory=self._directory)
         self._run(stream, command, follow, timeout)
         stream.check()
+        if stream.dropped:
+            logger.warning(
+                "%d comparisons are missing: more than %d came between two returns, or they did "
+                "not fit",
+                stream.dropped,
+                COMPARISONS_LIMIT,
+            )
         return stream.records
 
     def _run(

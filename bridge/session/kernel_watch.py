@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from bridge.config import Settings
+from bridge.device.abi import KERNEL_CPUS
 from bridge.device.region import Region
-from bridge.errors import BridgeError, KernelUnknownError, UnwatchableError
+from bridge.errors import BridgeError, KernelUnknownError, UnwatchableError, UsageError
 from bridge.guest.guest_image import GuestImage, lines_for
 from bridge.session.stats import Stats
 from bridge.sources.guest_kernel.source import GuestKernel
@@ -136,7 +137,7 @@ class GuestKernelWatch:
     Raises:
         UnwatchableError: QEMU cannot load the plugin, and the kernel was not asked for by name.
         MissingDependencyError: the plugin cannot be compiled.
-        UsageError: a filter makes no sense.
+        UsageError: a filter makes no sense, or there are too many vCPUs.
         SourceError: there is no memory.
     """
 
@@ -145,6 +146,12 @@ class GuestKernelWatch:
 
         self._settings = settings
         self._by_name = settings.source != "auto"
+        if settings.cpus > KERNEL_CPUS:
+            refusal = UsageError if self._by_name else UnwatchableError
+            raise refusal(
+                f"the guest kernel is recorded on at most {KERNEL_CPUS} vCPUs, not {settings.cpus}",
+                hint=f"--cpus {KERNEL_CPUS}, or --source python",
+            )
         plugin = build_plugin(settings.qemu)
         self.plugin: Path | None = plugin
         if not self._by_name:

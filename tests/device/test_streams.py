@@ -286,6 +286,21 @@ def test_stream_of_comparisons(region: Region) -> None:
         records[2000]
 
 
+def test_stream_of_comparisons_counts_those_that_were_dropped(
+    region: Region, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = Compared()
+    host = Host(region, comparisons=compared)
+    stream = host.stream(1024, comparisons=True)
+    kcov = host.join(stream, ALICE)
+    assert host.device.syscall_return(kcov, ALICE, 1) == 0
+    assert stream.dropped == 0
+    records, _ = compared.collect(compared.open_cursor())
+    monkeypatch.setattr(compared, "collect", lambda cursor: (records, 7))
+    assert host.device.syscall_return(kcov, ALICE, 1) == 0
+    assert stream.dropped == 7
+
+
 def test_stream_of_comparisons_without_their_source_is_refused(host: Host) -> None:
     stream = host.stream(comparisons=True)
     assert host.device.join_stream(host.device.open(), ALICE, stream.number) == ENOTSUPP

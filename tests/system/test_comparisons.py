@@ -111,6 +111,16 @@ def test_a_full_area_is_counted(session: Session) -> None:
     assert session.device.totals.dropped == 0
 
 
+def test_comparisons_that_are_dropped_are_warned_of(
+    session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert session.compare(["cat", FILE])
+    assert "comparisons are missing" not in caplog.text
+    monkeypatch.setattr("bridge.sources.comparisons.LIMIT", 4)
+    assert session.compare(["cat", FILE])
+    assert "comparisons are missing: more than" in caplog.text
+
+
 def test_nobody_compares_when_nobody_asks(session: Session) -> None:
     device = session.device
     assert device is not None

@@ -34,6 +34,8 @@ MODULES_END: Final = 0xFFFF_FFFF_EF00_0000
 """The end of the canonical addresses of modules, exclusive; synthetic PCs lie further up."""
 
 _PAGE: Final = 4096
+_LATE_MODULES: Final = 1024
+"""How many modules may come that are not known beforehand: a guest can make up any number."""
 _FORMAT: Final = "kcov-bridge-modules"
 _VERSION: Final = 1
 
@@ -75,13 +77,19 @@ class ModulePlacement:
         run. Any other module keeps its first base unless it grows.
 
         Raises:
-            SourceError: no room is left.
+            SourceError: no room is left, or there are too many modules.
         """
         name, size = module_name(name), _pages(size)
         if size <= self._sizes.get(name, 0):
             return self._known[name]
         base, room = self._late.get(name, (0, 0))
         if size > room:
+            if name not in self._late and len(self._late) >= _LATE_MODULES:
+                raise SourceError(
+                    f"the guest loaded module {name} after {_LATE_MODULES} others that the package "
+                    "of its kernel lacks",
+                    hint="load fewer modules, or record other sources alone: --source python",
+                )
             base = self._take(name, size)
             self._late[name] = base, size
         return base

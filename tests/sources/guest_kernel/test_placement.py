@@ -157,3 +157,13 @@ def test_files_that_are_no_modules(tmp_path: Path, module: Path) -> None:
             SourceError, match=r"which this program cannot read|cannot read the module"
         ):
             core_text_size(tmp_path / name)
+
+
+def test_place_names_that_a_guest_makes_up_are_bounded() -> None:
+    placement = ModulePlacement({"known": 4096})
+    places = {placement.place(f"m{number}", 4096) for number in range(1024)}
+    assert len(places) == 1024
+    with pytest.raises(SourceError, match="m1024 after 1024 others"):
+        placement.place("m1024", 4096)
+    assert placement.place("m7", 4096) in places
+    assert placement.place("known", 4096) not in places

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bridge.config import Settings
-from bridge.errors import KernelUnknownError, UsageError
+from bridge.errors import KernelUnknownError, UnwatchableError, UsageError
 from bridge.guest.guest_image import CustomImage
 from bridge.session.kernel_watch import GuestKernelWatch
 from bridge.session.stats import Stats
@@ -219,3 +219,15 @@ def test_kernel_watch_without_the_guests_memory_says_so(
 def test_a_filter_for_files_needs_their_lines() -> None:
     with pytest.raises(UsageError, match="debug information"):
         kernel_of(KALLSYMS, "", "", KernelFilter(["file:fs/*"]), None)
+
+
+def test_kernel_watch_of_more_vcpus_than_it_can_have_is_refused() -> None:
+    image = CustomImage(Path(__file__), Path(__file__))
+    for source, error in (
+        ("kernel", UsageError),
+        ("python,kernel", UsageError),
+        ("auto", UnwatchableError),
+    ):
+        with pytest.raises(error, match="at most 64 vCPUs, not 65") as raised:
+            GuestKernelWatch(Settings(source=source, cpus=65), image)
+        assert "--cpus 64" in raised.value.hint
