@@ -24,7 +24,8 @@ import bridge
 from bridge.errors import SourceError, TargetError, UsageError
 from bridge.session.device_host import DeviceHost
 from bridge.session.isolated import CONSUME_SECONDS, IsolatedTarget, _Channel, _Running
-from bridge.sources.python.source import PythonSource
+from bridge.sources.pcs import BlockTable
+from bridge.sources.python.source import PythonSource, block_table
 from bridge.targets.description import Description
 from bridge.targets.plan9 import Plan9Target
 from bridge.vm.process import spawn
@@ -257,11 +258,20 @@ def test_isolated_target_that_is_busy_on_start_is_no_failure(
         # One call that keeps the interpreter lock for more than the time of an answer.
         file.write(
             "\ndef warm_up():\n"
-            "    end = time.monotonic() + 4\n"
-            "    while time.monotonic() < end:\n"
-            "        sum(range(5 * 10**7))\n"
+            f"    while not os.path.exists({str(tmp_path / 'go')!r}):\n"
+            "        time.sleep(0.01)\n"
+            "    sum(range(10**8))\n"
             "\nthreading.Thread(target=warm_up, daemon=True).start()\n"
         )
+
+    def table_then_go(packages: tuple[str, ...]) -> BlockTable:
+        # The bridge calls this between the start of the target and the first question.
+        table = block_table(packages)
+        (tmp_path / "go").touch()
+        time.sleep(0.3)
+        return table
+
+    monkeypatch.setattr("bridge.sources.python.source.block_table", table_then_go)
     with DeviceHost(1 << 20, source=(isolated := IsolatedTarget(name, None, tmp_path))) as device:
         isolated.start(nowhere)
         try:
