@@ -281,29 +281,31 @@ static int __init kb_init(void)
 	if (err)
 		return err;
 	kb_numbers_seed();
-	err = pci_register_driver(&kb_driver);
+	err = register_pm_notifier(&kb_sleep_notifier);
 	if (err)
 		return err;
+	/* Last: from probe on there may be users, and a module that fails is freed under them. */
+	err = pci_register_driver(&kb_driver);
+	if (err)
+		goto unregister;
 	if (!kb_active) {
 		pr_err("no ivshmem device with a region of kcov-bridge in this machine\n");
+		pci_unregister_driver(&kb_driver);
 		err = -ENODEV;
 		goto unregister;
 	}
-	err = register_pm_notifier(&kb_sleep_notifier);
-	if (err)
-		goto unregister;
 	return 0;
 
 unregister:
-	pci_unregister_driver(&kb_driver);
+	unregister_pm_notifier(&kb_sleep_notifier);
 	return err;
 }
 module_init(kb_init);
 
 static void __exit kb_exit(void)
 {
-	unregister_pm_notifier(&kb_sleep_notifier);
 	pci_unregister_driver(&kb_driver);
+	unregister_pm_notifier(&kb_sleep_notifier);
 	/* Whoever gave the last reference to the module back has left its code. */
 	synchronize_rcu_tasks();
 }
