@@ -180,8 +180,8 @@ class _Liveness:
     def is_silent(self) -> bool:
         """Return whether the guest has been silent for too long; to be called at each poll."""
         now = time.monotonic()
-        # At most a few polls' time: this process may have been stopped itself.
-        self._silent += min(now - self._looked, 4 * _POLL_SECONDS)
+        # At most a poll's time: what stops or starves this process may stop or starve the guest.
+        self._silent += min(now - self._looked, _POLL_SECONDS)
         self._looked = now
         if self._answered.is_set():
             self._answered.clear()
