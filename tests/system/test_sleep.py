@@ -54,6 +54,7 @@ def test_suspended_guest_is_lost_at_once_and_reset_rescues_it(
     assert session.kcov(["cat", "/proc/uptime"]).exit_status == 0
 
 
+@shared_guest
 def test_guest_that_is_silent_is_lost_and_reset_rescues_it(
     session: bridge.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
