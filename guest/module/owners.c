@@ -40,19 +40,15 @@ static void kb_owner_put(struct kb_owner *owner)
 	kref_put(&owner->ref, kb_owner_free);
 }
 
+/* Within an RCU read-side section. */
 static inline struct kb_owner *kb_owner_find(struct task_struct *task)
 {
-	struct kb_owner *owner, *found = NULL;
+	struct kb_owner *owner;
 
-	rcu_read_lock();
-	hash_for_each_possible_rcu(kb_owners, owner, node, (unsigned long)task) {
-		if (owner->task == task) {
-			found = owner;
-			break;
-		}
-	}
-	rcu_read_unlock();
-	return found;
+	hash_for_each_possible_rcu(kb_owners, owner, node, (unsigned long)task)
+		if (owner->task == task)
+			return owner;
+	return NULL;
 }
 
 /**
