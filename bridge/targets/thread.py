@@ -21,6 +21,7 @@ __all__ = ["TargetThread", "foreign", "raised", "traceback_of"]
 
 T = TypeVar("T")
 
+_TURN_SECONDS = 0.5
 _STUCK_SECONDS = 10.0
 """How long a call that its caller gave up may go on before the thread counts as stuck."""
 
@@ -81,6 +82,9 @@ class TargetThread:
         future: Future[T] = Future()
         self._last = future
         self._calls.put((function, future))
+        # In turns: a signal that comes just before a wait without an end would not be seen in it.
+        while not wait([future], _TURN_SECONDS).done:
+            pass
         return future.result()
 
     def call_foreign(self, who: str, when: str, function: Callable[[], T]) -> T:

@@ -25,6 +25,7 @@ from bridge.errors import (
     RunTimeoutError,
     UsageError,
 )
+from tests.support import Program
 
 Runner = Callable[[Settings, list[str]], int]
 
@@ -208,12 +209,10 @@ PROGRAM = """
 """
 
 
-def start(
-    *arguments: str, cleanup: float = 0, wrapper: Sequence[str] = ()
-) -> subprocess.Popen[str]:
+def start(*arguments: str, cleanup: float = 0, wrapper: Sequence[str] = ()) -> Program:
     """Start the command; ``wrapper`` is a command that becomes it."""
     program = textwrap.dedent(PROGRAM).replace("{cleanup}", str(cleanup))
-    return subprocess.Popen(
+    return Program(
         [*wrapper, sys.executable, "-c", program, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 
 import pytest
 
@@ -66,11 +67,25 @@ def without_plugins(directory: Path) -> Path:
     return program
 
 
+class Program(subprocess.Popen[str]):
+    """A program that does not outlive a test that fails."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self.kill()
+        super().__exit__(kind, error, trace)
+
+
 def start(
     out: Path, *arguments: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None
-) -> subprocess.Popen[str]:
+) -> Program:
     """Start a run into ``out``; ``env`` is added to the environment."""
-    return subprocess.Popen(
+    return Program(
         [*COMMAND, "run", "--out", str(out), *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
