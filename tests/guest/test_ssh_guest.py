@@ -87,7 +87,7 @@ def test_get_disk_stands_still_the_copy_is_whole(
 
 
 def test_run_start_up_file_that_prints_is_no_output(session: Session) -> None:
-    session.put(b"echo welcome; echo warning >&2\n", "/root/.bashrc")
+    session.put(b"echo welcome; echo warning >&2\n", session.run("printf %s ~/.bashrc").text)
     assert session.guest.shell("true", stdin=0, stdout=(seen := bytearray()).extend) == 0
     assert b"welcome" in seen, "the user's shell reads it"
     result = session.run("printf out; printf err >&2")
