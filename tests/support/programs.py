@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from bridge.guest.images import Image, build, compile_for_guest
 from bridge.guest.images.recipe import DEFAULT_RECIPE
 from bridge.util.cache import cache_directory
 
-__all__ = ["guest_image", "guest_program"]
+__all__ = ["add_guest_image", "guest_image", "guest_program"]
 
 _FLAGS = ("-O2", "-Wall", "-Wextra", "-Werror")
 
@@ -21,6 +22,19 @@ def guest_image() -> Image:
     """Return the image that a test boots: the recipe that ``KCOV_BRIDGE_IMAGE`` names, or the
     default; built if it is not there."""
     return build(os.environ.get("KCOV_BRIDGE_IMAGE") or DEFAULT_RECIPE)
+
+
+def add_guest_image(cache: Path) -> None:
+    """Put the image of the guests into another cache."""
+    image = guest_image()
+    shutil.copytree(image.directory, cache / "images" / image.name, copy_function=_link_or_copy)
+
+
+def _link_or_copy(source: str, destination: str) -> None:
+    try:
+        os.link(source, destination)
+    except OSError:  # another file system
+        shutil.copy2(source, destination)
 
 
 def guest_program(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import COMMAND, ROOT
-from tests.support.programs import guest_image
+from tests.support.programs import add_guest_image
 
 pytestmark = pytest.mark.vm
 
@@ -22,9 +22,8 @@ RUN = ("run", "--target", "none")
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the image alone."""
-    image = guest_image()
     cache = tmp_path_factory.mktemp("cache")
-    shutil.copytree(image.directory, cache / "images" / image.name, copy_function=os.link)
+    add_guest_image(cache)
     return cache
 
 

@@ -31,7 +31,7 @@ from bridge.sources.pcs import PC_BASE
 from bridge.vm.network import LOCALHOST
 from bridge.vm.snapshot import Snapshot
 from tests.support.guests import complaints
-from tests.support.programs import guest_image
+from tests.support.programs import add_guest_image
 
 pytestmark = pytest.mark.vm
 
@@ -52,17 +52,11 @@ served_guest = pytest.mark.guest(target="plan9", source="python")
 """With a target that the guest talks to."""
 
 
-def add_image(cache: Path) -> None:
-    """Put the image into a cache."""
-    image = guest_image()
-    shutil.copytree(image.directory, cache / "images" / image.name, copy_function=os.link)
-
-
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache with the image and without snapshots."""
     cache = tmp_path / "cache"
-    add_image(cache)
+    add_guest_image(cache)
     monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(cache))
     return cache
 
@@ -71,7 +65,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def made_snapshot(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A cache with the image, and beside it the snapshot of the guest with target="none"."""
     cache = tmp_path_factory.mktemp("cache")
-    add_image(cache)
+    add_guest_image(cache)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KCOV_BRIDGE_CACHE", str(cache))
         with bridge.boot(target="none", source="python") as session:
