@@ -32,7 +32,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from bridge.util.cache import locked
-with locked(Path(sys.argv[1]), "it", print):
+with locked(Path(sys.argv[1]), "it", lambda text: print(text, flush=True)):
     print("held", flush=True)
     sys.stdin.read()
 """
