@@ -30,12 +30,14 @@ def booted(tmp_path: Path) -> Iterator[Callable[..., Machine]]:
         def boot(*extra: str, accelerator: Accelerator = TCG, **content: bytes) -> Machine:
             image = tmp_path / "disk.img"
             image.write_bytes(boot_sector(**content))
+            # Stopped at first: on a busy machine its end could come before we know it.
             config = MachineConfig(
-                accelerator, memory_mib=64, image=image, boot_timeout=60, extra_args=extra
+                accelerator, memory_mib=64, image=image, boot_timeout=60, extra_args=("-S", *extra)
             )
             machine = Machine(config, console_path=tmp_path / "console.log")
             stack.enter_context(machine)
             machine.start()
+            machine.execute("cont")
             return machine
 
         yield boot
