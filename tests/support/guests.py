@@ -17,7 +17,7 @@ import contextlib
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,6 +26,7 @@ import pytest
 import bridge
 from bridge.errors import BridgeError
 from bridge.session.session import Session
+from bridge.sources.pcs import PC_BASE
 
 __all__ = [
     "SEVERAL_CPUS",
@@ -33,6 +34,8 @@ __all__ = [
     "Guests",
     "complaints",
     "complaints_in_full",
+    "kernel_functions",
+    "never_traced",
     "order",
     "stalled_host",
 ]
@@ -65,6 +68,25 @@ def complaints(session: Session) -> str:
 def complaints_in_full(session: Session) -> str:
     """The guest kernel's messages from its first complaint on."""
     return session.run(f"dmesg | sed -nE '/{_COMPLAINT}/,$p'").text
+
+
+def kernel_functions(session: Session, pcs: Iterable[int]) -> list[str]:
+    """The guest kernel's functions of a trace; each of its PCs must be in one."""
+    assert session.kernel is not None
+    names = []
+    for pc in pcs:
+        if pc < PC_BASE:
+            symbol = session.kernel.code.symbols.lookup(pc)
+            assert symbol is not None, hex(pc)
+            names.append(symbol.name)
+    return names
+
+
+def never_traced(functions: Iterable[str]) -> set[str]:
+    """Those of the guest kernel's functions that no trace may have: what Linux' kcov leaves out
+    (three for all), and the module's own."""
+    left_out = {"__schedule", "entry_SYSCALL_64", "asm_exc_page_fault"}
+    return {name for name in functions if name in left_out or name.startswith("kb_")}
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from bridge.session.session import Session
 from bridge.sources.guest_kernel.plan import PlanWord
 from bridge.sources.pcs import PC_BASE
 from tests.support import run, without_plugins
-from tests.support.guests import complaints, stalled_host
+from tests.support.guests import complaints, kernel_functions, never_traced, stalled_host
 from tests.support.programs import guest_image
 
 pytestmark = pytest.mark.vm
@@ -50,35 +50,21 @@ def session() -> Iterator[Session]:
         assert session.device.enabled == 0
 
 
-def functions(session: Session, pcs: Iterable[int]) -> list[str]:
-    """The kernel's functions of a trace; each PC must be in one."""
-    assert session.kernel is not None
-    names = []
-    for pc in pcs:
-        if pc < PC_BASE:
-            symbol = session.kernel.code.symbols.lookup(pc)
-            assert symbol is not None, hex(pc)
-            names.append(symbol.name)
-    return names
-
-
 def test_one_trace_across_the_machines_boundary(session: Session) -> None:
     result = session.kcov(["cat", "/mnt/target/README"], follow=False, unique=False)
     assert result.exit_status == 0, result.stderr.decode()
-    names = functions(session, result.pcs)
+    names = kernel_functions(session, result.pcs)
     assert names.index("do_sys_openat2") < names.index("v9fs_fid_lookup")
     # The server's code, after the kernel's of the call that waited for it.
     first_served = next(at for at, pc in enumerate(result.pcs) if pc >= PC_BASE)
-    before = functions(session, result.pcs[:first_served])
+    before = kernel_functions(session, result.pcs[:first_served])
     assert "v9fs_fid_lookup" in before
     assert "p9_client_rpc" in before or "p9_client_walk" in before
-    after = functions(session, result.pcs[first_served:])
+    after = kernel_functions(session, result.pcs[first_served:])
     assert "__x64_sys_read" in after
     files = {str(session.symbolize(pc)).partition(":")[0] for pc in result.pcs if pc >= PC_BASE}
     assert "pyroute2/plan9/server.py" in files
-    # What Linux' kcov leaves out, and what is ours.
-    assert not {"__schedule", "entry_SYSCALL_64", "asm_exc_page_fault"} & set(names)
-    assert not [name for name in names if name.startswith("kb_")]
+    assert not never_traced(names)
 
 
 def has_no_work_of_the_modules(session: Session, program: Path) -> None:
@@ -110,7 +96,7 @@ def test_work_that_a_reported_return_causes_is_in_no_trace(
 
 def test_work_that_the_call_itself_leaves_for_its_end_is_in_the_trace(session: Session) -> None:
     result = session.kcov(["cat", "/mnt/target/README"], follow=False, unique=False)
-    names = functions(session, result.pcs)
+    names = kernel_functions(session, result.pcs)
     # The last reference to a file is put by a task work.
     assert {"task_work_run", "__fput", "v9fs_dir_release"} <= set(names)
 
@@ -131,7 +117,7 @@ def test_trace_longer_than_the_area_is_whole(session: Session) -> None:
     assert len(result.pcs) > AREA_WORDS
     assert session.status()["lost_pcs"] == lost
     # Whole from the first file that was opened to the last.
-    first = next(pc for pc in result.pcs if functions(session, [pc]) == ["do_filp_open"])
+    first = next(pc for pc in result.pcs if kernel_functions(session, [pc]) == ["do_filp_open"])
     assert result.pcs.count(first) >= times
 
 
@@ -139,7 +125,7 @@ def test_owners_on_two_processors_have_their_own(session: Session) -> None:
     def trace(command: str) -> set[str]:
         result = session.kcov(["sh", "-c", LOOP.format(command)])
         assert result.exit_status == 0, result.stderr.decode()
-        return set(functions(session, result.pcs))
+        return set(kernel_functions(session, result.pcs))
 
     with ThreadPoolExecutor(2) as both:
         statfs, affinity = both.map(trace, ["stat -f /", "nproc"])
@@ -224,7 +210,7 @@ def test_another_kernel_in_the_place_of_this_one(tmp_path: Path) -> None:
         assert device is not None
         assert doorbell is not None
         before = session.kcov(command, follow=False)
-        assert "vfs_statx" in functions(session, before.pcs)
+        assert "vfs_statx" in kernel_functions(session, before.pcs)
         for local, name in (
             (program, "kexec"),
             (image.vmlinuz, "kernel"),
@@ -257,7 +243,7 @@ def test_another_kernel_in_the_place_of_this_one(tmp_path: Path) -> None:
             assert after.exit_status == 0, after.stderr.decode()
             assert device.totals.appended - appended >= len(after.pcs)
             assert device.enabled == 0, "of the old kernel nothing is left"
-            functions(session, after.pcs)
+            kernel_functions(session, after.pcs)
             both = set(before.pcs) & set(after.pcs)
             assert len(both) > 0.85 * len({*before.pcs, *after.pcs})
             with pytest.raises(GuestLostError):
@@ -268,13 +254,13 @@ def test_another_kernel_in_the_place_of_this_one(tmp_path: Path) -> None:
             time.sleep(0.02)
         assert isinstance(session.machine.loss, GuestPoweredOffError)
         assert "was reset" in session.machine.loss.message
-        assert "__do_sys_reboot" in functions(session, session.partial_pcs)
+        assert "__do_sys_reboot" in kernel_functions(session, session.partial_pcs)
 
 
 def test_a_filter() -> None:
     with bridge.boot(source="kernel", kernel_include="v9fs_* module:9pnet") as session:
         result = session.kcov(["cat", "/mnt/target/README"])
-        names = functions(session, result.pcs)
+        names = kernel_functions(session, result.pcs)
         assert names
         kernel = session.kernel
         assert kernel is not None
