@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * A host that records this kernel's own code, through a plugin in QEMU
- * (bridge/sources/guest_kernel/tcg/kcov_tcg.c): the description of this kernel for it, and the
- * start of an owner's recording.
+ * (bridge/sources/guest_kernel/tcg/kcov_tcg.c): what it is told of this kernel, and which code is
+ * the module's own.
  */
 
 #include <linux/align.h>
@@ -20,12 +20,12 @@
 /* Whether the host records this kernel's code. */
 bool kb_kernel_watched;
 
-/* PLAN_MARKER_BYTES: the plugin expects the marker within this many bytes of its address. */
+/* PLAN_MARKER_BYTES: the plugin expects the marker within so many bytes of the reported address. */
 #define KB_MARKER_BYTES	64
 
 /*
- * A signal to the plugin: a NOP that no other code contains, at the start of its own basic block.
- * Within one page, so that its physical address is known.
+ * A sign to the plugin: a NOP that nobody else writes, first in a block of its own. Within one page,
+ * so that its physical address is known.
  */
 static noinline notrace __aligned(KB_MARKER_BYTES) void kb_marker(void)
 {
@@ -34,7 +34,7 @@ static noinline notrace __aligned(KB_MARKER_BYTES) void kb_marker(void)
 
 static void kb_cpu_halt(void)
 {
-	/* The next interrupt ends the halt, at the latest a timer's tick. */
+	/* The next interrupt ends it, a timer's tick at the latest. */
 	asm volatile("hlt" : : : "memory");
 }
 
@@ -42,8 +42,8 @@ static void kb_cpu_halt(void)
  * kb_owner_await_recording() - wait until the plugin records the new owner, kb_timeout_ms at most
  * @inst: the instance; recording is paused
  *
- * Without an owner the plugin watches no code, so it cannot see the marker. It learns of the new
- * owner when a vCPU halts.
+ * While nobody traces the plugin looks at no code, so there is no sign to be seen; but it learns
+ * that there is an owner now when a vCPU halts.
  */
 void kb_owner_await_recording(struct kb_instance *inst)
 {
@@ -58,7 +58,7 @@ void kb_owner_await_recording(struct kb_instance *inst)
 	}
 }
 
-/* ---- the description of this kernel -------------------------------------------------------- */
+/* ---- what the host is told of this kernel -------------------------------------------------- */
 
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 2, 0) && LINUX_VERSION_CODE < KERNEL_VERSION(6, 15, 0)
 #define kb_current_task(cpu)	per_cpu_ptr(&pcpu_hot.current_task, cpu)
@@ -73,7 +73,7 @@ static unsigned int kb_cpu_apic_id(unsigned int cpu)
 #ifdef CONFIG_SMP
 	return cpu_physical_id(cpu);
 #else
-	/* This is the only CPU. Intel manual, CPUID leaf 1: the initial APIC id. */
+	/* The only one is this one. Intel manual, CPUID leaf 1: the initial APIC id. */
 	return cpuid_ebx(1) >> 24;
 #endif
 }
@@ -106,16 +106,14 @@ static void kb_kernel_describe(struct kb_kernel *kernel)
 			kernel->vectors[vector] = gate_offset(&gates[vector]);
 }
 
-/*
- * Report this kernel to the host, or its end if @here is false. Return whether the host records it.
- */
+/* This kernel is @here, or will not be from now on. Returns whether the host records it. */
 static bool kb_kernel_report(struct kb_bridge *bridge, bool here)
 {
 	struct kb_kernel *kernel = (struct kb_kernel *)bridge->payload;
 	int err = -EIO;
 
 	mutex_lock(&bridge->self.lock);
-	/* Until it is settled, its last request may still need the payload. */
+	/* Before that the payload may be needed still. */
 	if (kb_instance_settle(&bridge->self)) {
 		mutex_lock(&bridge->payload_lock);
 		WRITE_ONCE(bridge->payload_inst, &bridge->self);
@@ -127,13 +125,13 @@ static bool kb_kernel_report(struct kb_bridge *bridge, bool here)
 		mutex_unlock(&bridge->payload_lock);
 	}
 	mutex_unlock(&bridge->self.lock);
-	/* At a halt the plugin discards all code that was translated before. */
+	/* A halt, at which the plugin throws away what it knows of the code of before. */
 	if (!err)
 		kb_cpu_halt();
 	return !err;
 }
 
-/* At reboot, power-off or kexec, because another kernel may run here before the host notices. */
+/* Reboot, power-off, or kexec: another kernel may run in this memory before the host sees it. */
 static int kb_reboot_event(struct notifier_block *block, unsigned long event, void *data)
 {
 	kb_recording_pause_current();
@@ -146,7 +144,7 @@ static struct notifier_block kb_reboot_notifier = {
 	.notifier_call	= kb_reboot_event,
 };
 
-/* Report a module whose code was loaded and has not run yet, or has run for the last time. */
+/* A module's code is there, and has not run yet; or it has run for the last time. */
 static int kb_module_event(struct notifier_block *block, unsigned long event, void *data)
 {
 	struct kb_bridge *bridge = kb_active;
@@ -203,7 +201,7 @@ static void kb_notifiers_unregister(void)
 	unregister_module_notifier(&kb_module_notifier);
 }
 
-/* Describe this kernel to the host, and report later changes if the host records the kernel. */
+/* Tells the host, and from then on what changes, as long as it wants to know. */
 static int kb_watch_update(struct kb_bridge *bridge)
 {
 	bool before = kb_kernel_watched;
@@ -220,11 +218,10 @@ static int kb_watch_update(struct kb_bridge *bridge)
 }
 
 /**
- * kb_watch_start() - describe this kernel to the host
+ * kb_watch_start() - tell the host of this kernel
  * @bridge: the device, which is active; its slots are free
  *
- * Return: 0 or a negative errno. It is no error if the host does not record the kernel, or does not
- * answer.
+ * Return: 0 or a negative errno. A host that does not want to know, or to answer, is no error.
  */
 int kb_watch_start(struct kb_bridge *bridge)
 {
@@ -238,7 +235,7 @@ int kb_watch_start(struct kb_bridge *bridge)
 }
 
 /**
- * kb_watch_stop() - make the host forget this kernel
+ * kb_watch_stop() - have the host forget this kernel
  * @bridge: the device, whose files are gone
  */
 void kb_watch_stop(struct kb_bridge *bridge)
@@ -248,25 +245,25 @@ void kb_watch_stop(struct kb_bridge *bridge)
 		kb_kernel_report(bridge, false);
 	}
 	kb_kernel_watched = false;
-	/* No further request in the module's name: see kb_untraced_report(). */
+	/* Nor does anybody else ask in the module's name: see kb_untraced_report(). */
 	mutex_lock(&bridge->self.lock);
 	bridge->self.detached = true;
 	mutex_unlock(&bridge->self.lock);
 }
 
 /*
- * The agent writes here when the guest continues from a snapshot, because the host is a new one
- * that does not know this kernel.
+ * The agent writes here when the guest goes on from a snapshot: the host is another, and knows
+ * nothing of this kernel.
  */
 static ssize_t kb_host_write(struct file *file, const char __user *data, size_t size, loff_t *at)
 {
-	static DEFINE_MUTEX(kb_describe_lock);
+	static DEFINE_MUTEX(kb_tell_lock);
 	int err;
 
-	mutex_lock(&kb_describe_lock);
-	/* Valid, because removal deletes this file before the device. */
+	mutex_lock(&kb_tell_lock);
+	/* The file is gone before the device is. */
 	err = kb_watch_update(kb_active);
-	mutex_unlock(&kb_describe_lock);
+	mutex_unlock(&kb_tell_lock);
 	return err ? err : (ssize_t)size;
 }
 

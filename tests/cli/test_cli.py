@@ -226,8 +226,7 @@ def start(*arguments: str, cleanup: float = 0, wrapper: Sequence[str] = ()) -> P
 )
 def test_main_signal_ends_it_after_the_clean_up(number: signal.Signals, status: int) -> None:
     with start("run") as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "started\n"
+        assert process.line() == "started\n"
         process.send_signal(number)
         out, err = process.communicate(timeout=20)
     assert process.returncode == status
@@ -239,8 +238,7 @@ def test_main_signal_ends_it_after_the_clean_up(number: signal.Signals, status: 
 def test_signal_ignored_at_start_stays_ignored() -> None:
     """As a shell's background jobs ignore SIGINT."""
     with start("run", wrapper=("sh", "-c", "trap '' INT HUP; exec \"$@\"", "sh")) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "started\n"
+        assert process.line() == "started\n"
         for number in (signal.SIGINT, signal.SIGHUP):
             process.send_signal(number)
         # Delivered in the order of their numbers, if at once: each of the two comes before.
@@ -253,8 +251,7 @@ def test_signal_ignored_at_start_stays_ignored() -> None:
 
 def test_main_second_signal_does_not_disturb_the_clean_up() -> None:
     with start("run", cleanup=1) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "started\n"
+        assert process.line() == "started\n"
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
@@ -266,8 +263,7 @@ def test_main_second_signal_does_not_disturb_the_clean_up() -> None:
 
 def test_main_third_signal_gives_up_a_stuck_clean_up() -> None:
     with start("run", cleanup=60) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "started\n"
+        assert process.line() == "started\n"
         for _ in range(3):
             process.send_signal(signal.SIGINT)
             time.sleep(0.3)
@@ -289,8 +285,7 @@ def test_logs_go_to_stderr_by_verbosity(
     flags: list[str], shown: list[str], hidden: list[str]
 ) -> None:
     with start("run", *flags) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "started\n"
+        assert process.line() == "started\n"
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
     assert out == "cleaned up\n"
@@ -302,8 +297,8 @@ def test_logs_go_to_stderr_by_verbosity(
 
 def test_main_reader_goes_away_prints_no_error() -> None:
     with start("ssh") as process:
+        assert process.line() == "line\n"
         assert process.stdout is not None
-        assert process.stdout.readline() == "line\n"
         process.stdout.close()
         assert process.stderr is not None
         assert process.stderr.read() == ""

@@ -137,8 +137,7 @@ def test_run_interrupt_of_the_user_ends_a_target_that_hangs(tmp_path: Path, wher
     out = tmp_path / "out"
     options = ("--target", name, "--source", "python", "--", "true")
     with nothing_left(out), start(out, *options, cwd=tmp_path) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "hangs\n"
+        assert process.line() == "hangs\n"
         begun = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=120)

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import coverage
 import pytest
 
 import bridge
@@ -28,6 +27,7 @@ from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.vm.accel import Accelerator
 from bridge.vm.config import MachineConfig
 from tests.support import COMMAND, ROOT, nothing_left, qemu_of, run, start, wait_until_gone
+from tests.support.coverage_data import executed
 from tests.support.programs import guest_image
 
 pytestmark = pytest.mark.vm
@@ -107,12 +107,10 @@ class TestTheDefaultRun:
             assert len(blocks) == values["kernel_blocks_covered"]
             assert of_kernel <= blocks
             assert len(of_kernel) > 5000
-        data = coverage.CoverageData(str(out / ".coverage"))
-        data.read()
-        lines: dict[str, set[int]] = {}
-        for file in data.measured_files():
-            name = "pyroute2" + file.rpartition("/pyroute2")[2]
-            lines[name] = set(data.lines(file) or ())
+        lines = {
+            "pyroute2" + file.rpartition("/pyroute2")[2]: lines
+            for file, lines in executed(out / ".coverage").items()
+        }
         for pc in set(found):
             location = table.lookup(pc)
             assert location is not None
@@ -222,8 +220,7 @@ class TestTheGuestGoesAway:
             nothing_left(tmp_path),
             start(tmp_path, *QUICK, "--", "sh", "-c", "echo go; sleep 100") as process,
         ):
-            assert process.stdout is not None
-            assert process.stdout.readline() == "go\n"
+            assert process.line() == "go\n"
             qemu = qemu_of(tmp_path)
             os.kill(qemu, signal.SIGKILL)
             _, stderr = process.communicate(timeout=60)
@@ -259,8 +256,7 @@ class TestInterrupted:
 
     def test_killed_it_takes_qemu_along(self, image: Image, tmp_path: Path) -> None:
         with start(tmp_path, *QUICK, "--", "sh", "-c", "echo go; sleep 100") as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "go\n"
+            assert process.line() == "go\n"
             assert qemu_of(tmp_path)
             process.kill()
         wait_until_gone(tmp_path)

@@ -21,6 +21,7 @@ from bridge.guest.ssh import CommandResult
 from bridge.session.session import Session
 from bridge.sources.ledger import Cursor
 from bridge.targets import TARGET_ADDRESS, Endpoint
+from tests.support import Program
 from tests.support.guests import complaints
 from tests.support.programs import guest_program
 
@@ -199,18 +200,14 @@ with bridge.boot(target="none", source="python", syscall_pcs=True) as session:
 
 
 def test_host_stopped_for_three_seconds_recovers(patience: Path) -> None:
-    with subprocess.Popen(
+    with Program(
         [sys.executable, "-c", STOPPED, str(patience)], stdout=subprocess.PIPE, text=True, cwd=ROOT
     ) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "begun\n"
-            process.send_signal(signal.SIGSTOP)
-            time.sleep(3)
-            process.send_signal(signal.SIGCONT)
-            report, _ = process.communicate(timeout=120)
-        finally:
-            process.kill()
+        assert process.line() == "begun\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(3)
+        process.send_signal(signal.SIGCONT)
+        report, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     found = numbers(report)
     assert BOUND_MS <= found["longest_ms"] < BOUND_MS + SLACK_MS

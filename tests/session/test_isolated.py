@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import coverage
 import pytest
 
 import bridge
@@ -29,6 +28,7 @@ from bridge.sources.python.source import PythonSource, block_table
 from bridge.targets.description import Description
 from bridge.targets.plan9 import Plan9Target
 from bridge.vm.process import spawn
+from tests.support.coverage_data import executed
 
 
 def nowhere(handle: int, pcs: Sequence[int]) -> None:
@@ -52,12 +52,6 @@ def use(port: int) -> None:
         asyncio.run(main())
     """)
     subprocess.run([sys.executable, "-c", script, str(port)], check=True, timeout=60)
-
-
-def executed(data_file: Path) -> dict[str, set[int]]:
-    data = coverage.CoverageData(str(data_file))
-    data.read()
-    return {file: set(data.lines(file) or ()) for file in data.measured_files()}
 
 
 def test_isolated_coverage_is_the_same_as_in_process(tmp_path: Path) -> None:
@@ -97,53 +91,60 @@ def test_isolated_coverage_is_the_same_as_in_process(tmp_path: Path) -> None:
     assert {name for name, lines in there.items() if lines}
 
 
-def own_target(directory: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> str:
-    """``module:Class`` of a target whose service runs ``body`` when told to by a byte."""
-    (directory / "own_service.py").write_text(
-        textwrap.dedent("""
-        import os, signal, socket, threading, time
+SERVICE = """
+import os, signal, socket, threading, time
 
-        def work():
-            return 1
+def work():
+    return 1
 
-        def serve(connection):
-            with connection:
-                while request := connection.recv(1):
-                    work()
-                    if request == b"x":
-                        BODY
-                    connection.sendall(b".")
-    """).replace("BODY", body)
-    )
-    (directory / "own_target.py").write_text(
-        textwrap.dedent("""
-        import socket, threading
-        from bridge.targets import Endpoint
+def serve(connection):
+    with connection:
+        while request := connection.recv(1):
+            work()
+            if request == b"x":
+                BODY
+            connection.sendall(b".")
+"""
+TARGET = """
+import socket, threading
+from bridge.targets import Endpoint
 
-        class Target:
-            name = "own"
-            packages = ("own_service",)
-            guest_modules = ()
-            guest_setup = guest_teardown = ""
+class Target:
+    name = "own"
+    packages = ("own_service",)
+    guest_modules = ()
+    guest_setup = guest_teardown = ""
 
-            def __init__(self, directory):
-                self.endpoints = ()
+    def __init__(self, directory):
+        self.endpoints = ()
 
-            def start(self):
-                import own_service
-                self.listener = socket.create_server(("127.0.0.1", 0))
-                self.endpoints = (Endpoint("own", self.listener.getsockname()[1], 80),)
-                threading.Thread(
-                    target=lambda: own_service.serve(self.listener.accept()[0]), daemon=True
-                ).start()
+    def start(self):
+        import own_service
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoints = (Endpoint("own", self.listener.getsockname()[1], 80),)
+        threading.Thread(
+            target=lambda: own_service.serve(self.listener.accept()[0]), daemon=True
+        ).start()
 
-            def stop(self):
-                self.listener.close()
-    """)
-    )
-    monkeypatch.syspath_prepend(directory)
-    monkeypatch.setenv("PYTHONPATH", str(directory))
-    return "own_target:Target"
+    def stop(self):
+        self.listener.close()
+"""
+
+OwnTarget = Callable[[str], IsolatedTarget]
+
+
+@pytest.fixture
+def own_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OwnTarget:
+    """Makes a target, not started, whose service runs ``body`` when told to by a byte."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def make(body: str) -> IsolatedTarget:
+        (tmp_path / "own_service.py").write_text(SERVICE.replace("BODY", body))
+        (tmp_path / "own_target.py").write_text(TARGET)
+        return IsolatedTarget("own_target:Target", None, tmp_path)
+
+    return make
 
 
 def tell(target: Description, request: bytes) -> Callable[[], bytes]:
@@ -153,11 +154,8 @@ def tell(target: Description, request: bytes) -> Callable[[], bytes]:
     return lambda: sock.recv(1)
 
 
-def test_isolated_target_dies_only_its_coverage_is_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = own_target(tmp_path, monkeypatch, "os.kill(os.getpid(), signal.SIGKILL)")
-    isolated = IsolatedTarget(name, None, tmp_path)
+def test_isolated_target_dies_only_its_coverage_is_lost(own_target: OwnTarget) -> None:
+    isolated = own_target("os.kill(os.getpid(), signal.SIGKILL)")
     target = isolated.start(nowhere)
     assert isolated.consume()
     pid = isolated.pid
@@ -175,11 +173,10 @@ def test_isolated_target_dies_only_its_coverage_is_lost(
 
 
 def test_isolated_target_hangs_with_the_interpreter_lock_is_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own_target: OwnTarget, tmp_path: Path
 ) -> None:
     # A regular expression that backtracks holds the lock as long as it takes: stop the process.
-    name = own_target(tmp_path, monkeypatch, "os.kill(os.getpid(), signal.SIGSTOP)")
-    isolated = IsolatedTarget(name, None, tmp_path)
+    isolated = own_target("os.kill(os.getpid(), signal.SIGSTOP)")
     target = isolated.start(nowhere)
     try:
         isolated.consume()
@@ -251,9 +248,9 @@ def test_isolated_answer_that_is_cut_by_the_timeout_comes_whole_later(cut: int) 
 
 
 def test_isolated_target_that_is_busy_on_start_is_no_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own_target: OwnTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = own_target(tmp_path, monkeypatch, "pass")
+    isolated = own_target("pass")
     with (tmp_path / "own_service.py").open("a") as file:
         # One call that keeps the interpreter lock for more than the time of an answer.
         file.write(
@@ -272,7 +269,7 @@ def test_isolated_target_that_is_busy_on_start_is_no_failure(
         return table
 
     monkeypatch.setattr("bridge.sources.python.source.block_table", table_then_go)
-    with DeviceHost(1 << 20, source=(isolated := IsolatedTarget(name, None, tmp_path))) as device:
+    with DeviceHost(1 << 20, source=isolated) as device:
         isolated.start(nowhere)
         try:
             device.consume()
@@ -282,11 +279,8 @@ def test_isolated_target_that_is_busy_on_start_is_no_failure(
             isolated.stop()
 
 
-def test_isolated_settle_takes_what_is_covered_and_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = own_target(tmp_path, monkeypatch, "pass")
-    isolated = IsolatedTarget(name, None, tmp_path)
+def test_isolated_settle_takes_what_is_covered_and_loses_nothing(own_target: OwnTarget) -> None:
+    isolated = own_target("pass")
     target = isolated.start(nowhere)
     isolated.consume()
     given, covered = isolated.given, isolated.blocks_covered
@@ -299,11 +293,10 @@ def test_isolated_settle_takes_what_is_covered_and_loses_nothing(
 
 
 def test_isolated_target_raises_on_start_is_a_target_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own_target: OwnTarget, tmp_path: Path
 ) -> None:
-    name = own_target(tmp_path, monkeypatch, "pass")
+    isolated = own_target("pass")
     (tmp_path / "own_service.py").write_text("raise RuntimeError('no such luck')\n")
-    isolated = IsolatedTarget(name, None, tmp_path)
     with pytest.raises(TargetError, match="raised RuntimeError on start: no such luck"):
         isolated.start(nowhere)
 
@@ -314,14 +307,11 @@ def test_isolated_no_target_is_a_usage_error(tmp_path: Path) -> None:
 
 
 def test_isolated_target_with_a_fault_of_the_tracer_raises_it_and_gives_the_pcs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own_target: OwnTarget,
 ) -> None:
     no_name = "type('NoName', (str,), {'__hash__': lambda self: 1 // 0})"
     code = "compile('a = 1', '', 'exec')"
-    name = own_target(
-        tmp_path, monkeypatch, f"exec({code}.replace(co_filename={no_name}('bad.py')))"
-    )
-    isolated = IsolatedTarget(name, None, tmp_path)
+    isolated = own_target(f"exec({code}.replace(co_filename={no_name}('bad.py')))")
     target = isolated.start(nowhere)
     try:
         isolated.consume()

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-import coverage
 import pytest
 
 import bridge
@@ -20,6 +19,7 @@ from bridge.sources import remote
 from bridge.sources.pcs import Location
 from bridge.sources.python.source import PythonSource
 from bridge.targets import TARGET_ADDRESS
+from tests.support.coverage_data import executed
 from tests.support.programs import guest_program
 
 CODE = """
@@ -115,10 +115,8 @@ def test_what_is_called_inside_goes_to_the_handle_alone(module: str, tmp_path: P
             assert line("return 0") not in left
 
     on_a_thread(check)
-    data = coverage.CoverageData(str(tmp_path / ".coverage"))
-    data.read()
-    (file,) = data.measured_files()
-    assert {line("return 0"), line("return leaf(n)")} <= set(data.lines(file) or ())
+    (lines,) = executed(tmp_path / ".coverage").values()
+    assert {line("return 0"), line("return leaf(n)")} <= set(lines)
 
 
 def test_blocks_nest_raise_and_leave_generators_alone(module: str, tmp_path: Path) -> None:

@@ -70,6 +70,11 @@ def without_plugins(directory: Path) -> Path:
 class Program(subprocess.Popen[str]):
     """A program that does not outlive a test that fails."""
 
+    def line(self) -> str:
+        """Return the next line of its standard output, which is a pipe."""
+        assert self.stdout is not None
+        return self.stdout.readline()
+
     def __exit__(
         self,
         kind: type[BaseException] | None,

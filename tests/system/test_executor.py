@@ -18,7 +18,7 @@ import pytest
 import bridge
 from bridge.session.session import Session
 from bridge.sources.pcs import SYSCALL_SLOTS, Location, syscall_pc
-from tests.support.guests import SEVERAL_CPUS
+from tests.support.guests import SEVERAL_CPUS, complaints
 from tests.support.programs import guest_program
 
 pytestmark = pytest.mark.vm
@@ -26,7 +26,6 @@ pytestmark = pytest.mark.vm
 HERE = Path(__file__).parent
 CALLS = int(os.environ.get("KCOV_BRIDGE_EXECUTOR", "2000"))
 MOUNT = "/mnt/target"
-COMPLAINTS = r"WARNING:|BUG:|Oops|\bstall|soft lockup|hung task|refcount_t|general protection"
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +54,7 @@ def assert_nothing_is_left(session: Session) -> None:
     while (device.instances or region.areas_in_use) and time.monotonic() < end:
         time.sleep(0.05)
     assert (device.instances, device.enabled, region.areas_in_use) == (0, 0, 0)
-    assert session.run(f"dmesg | grep -E '{COMPLAINTS}'").text == ""
+    assert complaints(session) == ""
     doorbell.call(doorbell.look_at_guest)
     assert (doorbell.guest_timeouts, doorbell.guest_skipped) == (0, 0)
     assert doorbell.failure is None

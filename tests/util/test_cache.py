@@ -13,6 +13,7 @@ import pytest
 
 from bridge.errors import CacheError
 from bridge.util.cache import cache_directory, cache_errors, cache_folder, lock_file, locked
+from tests.support import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,8 +39,8 @@ with locked(Path(sys.argv[1]), "it", lambda text: print(text, flush=True)):
 """
 
 
-def start_holder(path: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+def start_holder(path: Path) -> Program:
+    return Program(
         [sys.executable, "-c", HOLDER, str(path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -52,15 +53,13 @@ def test_locked_second_process_waits_with_one_line(tmp_path: Path) -> None:
     path = tmp_path / "locks" / "it"
     with start_holder(path) as first:
         assert first.stdin is not None
-        assert first.stdout is not None
-        assert first.stdout.readline() == "held\n"
+        assert first.line() == "held\n"
         with start_holder(path) as second:
             assert second.stdin is not None
             assert second.stdout is not None
-            line = second.stdout.readline()
-            assert line == f"waiting for process {first.pid}, which is making it\n"
+            assert second.line() == f"waiting for process {first.pid}, which is making it\n"
             first.stdin.close()
-            assert second.stdout.readline() == "held\n"
+            assert second.line() == "held\n"
             second.stdin.close()
             assert second.stdout.read() == ""
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cache of images: their place and contents, and how to find and remove them.
+"""The cache of images: where they are, what one consists of, how to find and remove them.
 
 Layout of :func:`bridge.util.cache.cache_directory`::
 
-    images/NAME-FINGERPRINT/   one image; its name depends on everything that it is made of
+    images/NAME-FINGERPRINT/   one image; its name says all that went into it
     bases/NAME-FINGERPRINT/    the slow part of images, and the root in which the rest is compiled
     locks/NAME                 held while an image of this recipe is built
 
@@ -60,10 +60,10 @@ FILES = (
     "ssh_host_ed25519_key.pub",
     "kcov_bridge.ko",
 )
-"""The files of an image, except its manifest."""
+"""The files of an image besides its manifest."""
 
 OPTIONAL_FILES = ("modules.json",)
-"""Further files; images that an earlier version built lack them."""
+"""Files that an image may have besides: those built by an earlier version don't."""
 
 _CMDLINE = "quiet mitigations=off norandmaps cryptomgr.notests"
 """``mitigations=off``: the guest needs no defence against its own programs, and its system calls
@@ -74,7 +74,7 @@ of boot under TCG. Other options that were tried had no measurable effect."""
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file in the manifest: size in bytes, SHA-256 in hex."""
+    """What the manifest says about a file: its size in bytes and its SHA-256 in hex."""
 
     size: int
     sha256: str
@@ -84,9 +84,8 @@ class FileRecord:
 class Image:
     """A complete guest image on disk.
 
-    Attributes:
-        base_fingerprint, agent_fingerprint: the two levels of :mod:`bridge.guest.images.recipe`.
-        packages: the packages of the guest with their versions.
+    ``packages`` are the packages of the guest with their versions; ``base_fingerprint`` and
+    ``agent_fingerprint`` the two levels of :mod:`bridge.guest.images.recipe`.
     """
 
     directory: Path
@@ -108,8 +107,7 @@ class Image:
     def load(cls, directory: Path) -> Image:
         """Read an image's manifest; :meth:`check` looks at the files.
 
-        Raises:
-            ImageError: it cannot be read, or has another format.
+        Raises :class:`bridge.errors.ImageError` if it can't be read or is of another format.
         """
         path = directory / MANIFEST
         try:
@@ -129,7 +127,7 @@ class Image:
                 kernel_release=str(data["kernel_release"]),
                 kernel_version=str(data["kernel_version"]),
                 include=tuple(map(str, data["include"])),
-                # Missing in manifests of an earlier version.
+                # An earlier version did not write any.
                 modules=tuple(map(str, data.get("modules", ()))),
                 packages=MappingProxyType({str(k): str(v) for k, v in data["packages"].items()}),
                 files=MappingProxyType(
@@ -201,26 +199,26 @@ class Image:
 
     @property
     def name(self) -> str:
-        """The image's name in commands: ``RECIPE-FINGERPRINT``."""
+        """How commands name the image: ``RECIPE-FINGERPRINT``."""
         return self.directory.name
 
     @property
     def size(self) -> int:
-        """Bytes on disk, without holes."""
+        """Bytes on disk, holes not counted."""
         return disk_usage(self.directory)
 
     @property
     def kernel(self) -> Path:
         """The kernel to boot: ``vmlinux``, which QEMU starts through its PVH entry.
 
-        It is the unpacked ``vmlinuz``, because under TCG the kernel takes three seconds to unpack
-        itself. A kernel that is entered this way does not randomise its address.
+        It is what ``vmlinuz`` holds, unpacked: under TCG the kernel takes three seconds to unpack
+        itself. There is no address randomisation on this way.
         """
         return self.directory / "vmlinux"
 
     @property
     def vmlinuz(self) -> Path:
-        """The distribution's own kernel file, for loaders that cannot boot :attr:`kernel`."""
+        """The distribution's own kernel file, for whatever can't boot :attr:`kernel`."""
         return self.directory / "vmlinuz"
 
     @property
@@ -230,7 +228,7 @@ class Image:
 
     @property
     def root(self) -> Path:
-        """The root file system: a squashfs, for a read-only virtio disk."""
+        """The root file system: a squashfs, to be attached as a read-only virtio disk."""
         return self.directory / "root.squashfs"
 
     @property
@@ -240,10 +238,9 @@ class Image:
 
     @property
     def modules_list(self) -> Path | None:
-        """The sizes of the kernel's modules; None if the image lacks them.
-
-        :class:`bridge.sources.guest_kernel.placement.ModulePlacement` reads them.
-        """
+        """The sizes of the kernel's modules, as
+        :class:`bridge.sources.guest_kernel.placement.ModulePlacement` reads them; None for an
+        image without them."""
         return self.directory / "modules.json" if "modules.json" in self.files else None
 
     @property
@@ -258,12 +255,12 @@ class Image:
 
     @property
     def module(self) -> Path:
-        """The kernel module of the kcov device, as in the guest."""
+        """The kcov device's module, as it is in the guest."""
         return self.directory / "kcov_bridge.ko"
 
     @property
     def cmdline(self) -> str:
-        """The kernel's command line for this image, without the console and panic policy."""
+        """The kernel's command line for this image, but for the console and panic policy."""
         return _CMDLINE
 
 
@@ -301,9 +298,8 @@ def find(
 ) -> Image | None:
     """Return the image of a recipe's current sources; None if it is not built yet.
 
-    Raises:
-        ImageError: it is broken.
-        UsageError: the recipe is unknown.
+    Raises :class:`bridge.errors.ImageError` for a broken one and
+    :class:`bridge.errors.UsageError` for an unknown recipe.
     """
     sources = Sources.find()
     wanted = Recipe.load(recipe, sources.recipes).extended(include, modules)
@@ -338,10 +334,9 @@ def base_directories() -> list[Path]:
 
 
 def resolve(name: str) -> Path:
-    """Return the directory of the image with this name, or of the only one whose name begins so.
+    """Return the directory of the only image with this name, or whose name begins with it.
 
-    Raises:
-        UsageError: there is no such image, or more than one.
+    Raises :class:`bridge.errors.UsageError` if there is none, or more than one.
     """
     directories = _directories("images")
     exact = [directory for directory in directories if directory.name == name]
@@ -357,15 +352,10 @@ def resolve(name: str) -> Path:
 
 
 def remove(name: str) -> Path:
-    """Remove an image, named in full or by the beginning of its name.
+    """Remove an image, named in full or by the beginning of its name. Returns where it was.
 
-    A guest that runs from it continues, because QEMU has the files open.
-
-    Returns:
-        The directory that it had.
-
-    Raises:
-        UsageError: there is no such image.
+    A guest that runs from it continues, because QEMU has the files open. Raises
+    :class:`bridge.errors.UsageError` if there is none of this name.
     """
     directory = resolve(name)
     remove_tree(directory)
@@ -375,10 +365,8 @@ def remove(name: str) -> Path:
 def remove_tree(directory: Path) -> None:
     """Remove a directory of the cache; refuse if something is mounted below it.
 
-    A rename comes first, so that no process finds half of the directory.
-
-    Raises:
-        ImageError: it cannot be removed.
+    It disappears by a rename first, so that nobody finds half of it. Raises
+    :class:`bridge.errors.ImageError`.
     """
     refuse_mounts(directory)
     doomed = directory.with_name(f".rm-{directory.name}-{os.getpid()}")
@@ -386,20 +374,20 @@ def remove_tree(directory: Path) -> None:
         directory.rename(doomed)
         shutil.rmtree(doomed)
     except FileNotFoundError:
-        return  # another process removed it at the same time
+        return  # somebody else removed it at the same time
     except OSError as error:
-        raise ImageError(f"{directory} cannot be removed: {error}") from error
+        raise ImageError(f"{directory} can't be removed: {error}") from error
 
 
 def refuse_mounts(directory: Path) -> None:
     """Raise :class:`bridge.errors.ImageError` if something is mounted below ``directory``.
 
-    Removing the directory would remove the contents of the mount.
+    Removing the directory would remove what is in the mount.
     """
     mounts = _mounts_below(directory)
     if mounts:
         raise ImageError(
-            f"{directory} cannot be removed: something is mounted in it",
+            f"{directory} can't be removed: something is mounted in it",
             evidence="\n".join(mounts),
             hint="unmount it and try again",
         )

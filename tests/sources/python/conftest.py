@@ -9,11 +9,12 @@ import textwrap
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bridge.sources.python.source import PythonSource
-from tests.sources.python.support import MakePackage, MakeSource, TargetThread
+from tests.sources.python.support import MakePackage, MakeSource, Measure, TargetThread
 
 _numbers = count()
 
@@ -67,3 +68,19 @@ def on_target() -> Iterator[TargetThread]:
     thread = TargetThread()
     yield thread
     thread.end()
+
+
+@pytest.fixture
+def measure(make_package: MakePackage, make_source: MakeSource, on_target: TargetThread) -> Measure:
+    """Writes a package and imports its module ``wanted`` on the target's thread, which is measured;
+    what that covers is consumed."""
+
+    def start(wanted: str, **modules: str) -> tuple[Any, PythonSource]:
+        name = make_package(**modules)
+        source = make_source(name)
+        on_target(source.start)
+        module = on_target(importlib.import_module, f"{name}.{wanted}")
+        source.consume()
+        return module, source
+
+    return start

@@ -7,14 +7,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
-
-import coverage
+from typing import Any, TypeVar
 
 from bridge.sources.python.source import PythonSource
 
 MakePackage = Callable[..., str]
 MakeSource = Callable[..., PythonSource]
+Measure = Callable[..., tuple[Any, PythonSource]]
 T = TypeVar("T")
 
 
@@ -26,17 +25,6 @@ def places(source: PythonSource, pcs: list[int] | None = None) -> list[str]:
         assert location is not None
         found.append(f"{Path(location.file).stem}:{location.block.start_line}")
     return found
-
-
-def executed(data_file: Path | None) -> dict[str, list[int]]:
-    """The lines in a coverage file."""
-    assert data_file is not None
-    data = coverage.CoverageData(basename=str(data_file))
-    data.read()
-    try:
-        return {file: sorted(data.lines(file) or []) for file in data.measured_files()}
-    finally:
-        data.close(force=True)
 
 
 class TargetThread:

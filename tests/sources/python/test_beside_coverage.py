@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sources.python.support import executed
+from tests.support.coverage_data import executed
 
 ROOT = Path(__file__).resolve().parents[3]
 

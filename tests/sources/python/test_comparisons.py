@@ -16,11 +16,9 @@ import threading
 import traceback
 import types
 from collections.abc import Iterator, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any
 
-import coverage
 import pyroute2
 import pytest
 
@@ -33,13 +31,13 @@ from bridge.sources.comparisons import LIMIT, ComparisonLedger
 from bridge.sources.python.instrument import compile_instrumented, instrumenting
 from bridge.sources.python.recorder import HELPERS, Recorder, number_of
 from bridge.sources.python.source import PythonSource
+from tests.sources.python.support import MakePackage
+from tests.support.coverage_data import executed
 
 CONST = KCOV_CMP_CONST
 SIZE = [KCOV_CMP_SIZE(log) for log in range(4)]
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 PYROUTE2 = Path(pyroute2.__file__).parent
-
-_numbers = count()
 
 
 @pytest.fixture
@@ -474,36 +472,18 @@ def test_chains_of_elif_may_be_long(recorder: Recorder) -> None:
 # ---- imports
 
 
-class MakePackage:
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.made: list[str] = []
-
-    def __call__(self, **modules: str) -> str:
-        name = f"compared{next(_numbers)}"
-        self.made.append(name)
-        (self.root / name).mkdir()
-        for module, text in {"__init__": "", **modules}.items():
-            (self.root / name / f"{module}.py").write_text(textwrap.dedent(text))
-        importlib.invalidate_caches()
-        return name
-
-
 @pytest.fixture
-def make_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakePackage]:
-    root = tmp_path / "packages"
-    root.mkdir()
-    monkeypatch.syspath_prepend(root)
+def make_package(make_package: MakePackage, monkeypatch: pytest.MonkeyPatch) -> MakePackage:
+    """As everywhere; what Python compiles of the packages is written down."""
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
-    make = MakePackage(root)
-    yield make
-    for module in list(sys.modules):
-        if module.partition(".")[0] in make.made:
-            del sys.modules[module]
+    return make_package
 
 
 def test_only_the_packages_are_instrumented(
-    make_package: MakePackage, recorder: Recorder, caplog: pytest.LogCaptureFixture
+    make_package: MakePackage,
+    recorder: Recorder,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     text = "def f(x): return x == 5\n"
     one, two = make_package(m=text), make_package(m=text)
@@ -516,19 +496,19 @@ def test_only_the_packages_are_instrumented(
         assert Path(str(module.__file__)).name == "m.py"
     assert taken(recorder) == [(SIZE[0] | CONST, 5, 6)]
     # Compiled code with calls of helpers must never be found by somebody else.
-    assert not (make_package.root / one / "__pycache__").exists()
-    assert (make_package.root / two / "__pycache__").exists()
+    assert not (tmp_path / "packages" / one / "__pycache__").exists()
+    assert (tmp_path / "packages" / two / "__pycache__").exists()
     assert not caplog.records
     assert not any(type(finder).__name__ == "_Finder" for finder in sys.meta_path[1:])
 
 
 def test_compiled_code_that_is_there_is_not_used(
-    make_package: MakePackage, recorder: Recorder
+    make_package: MakePackage, recorder: Recorder, tmp_path: Path
 ) -> None:
     name = make_package(m="def f(x): return x == 5")
     importlib.import_module(f"{name}.m").f(1)
     assert recorder.take() == ([], 0)
-    cached = list((make_package.root / name / "__pycache__").iterdir())
+    cached = list((tmp_path / "packages" / name / "__pycache__").iterdir())
     before = [file.read_bytes() for file in cached]
     for module in (name, f"{name}.m"):
         del sys.modules[module]
@@ -539,7 +519,10 @@ def test_compiled_code_that_is_there_is_not_used(
 
 
 def test_another_loader_is_left_alone(
-    make_package: MakePackage, recorder: Recorder, caplog: pytest.LogCaptureFixture
+    make_package: MakePackage,
+    recorder: Recorder,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     name = make_package(m="def f(x): return x == 5")
 
@@ -553,7 +536,7 @@ def test_another_loader_is_left_alone(
         ) -> importlib.machinery.ModuleSpec | None:
             if module != f"{name}.m":
                 return None
-            file = str(make_package.root / name / "m.py")
+            file = str(tmp_path / "packages" / name / "m.py")
             return importlib.util.spec_from_file_location(module, file, loader=Other(module, file))
 
     sys.meta_path.insert(0, Finder)
@@ -607,15 +590,6 @@ WORK = """
 
 def work(module: types.ModuleType) -> list[object]:
     return [module.serve(kind, size) for kind in (124, 2, 9) for size in (10, 280)]
-
-
-def executed(file: Path) -> dict[str, list[int]]:
-    data = coverage.CoverageData(basename=str(file))
-    data.read()
-    try:
-        return {Path(path).name: sorted(data.lines(path) or []) for path in data.measured_files()}
-    finally:
-        data.close(force=True)
 
 
 def test_a_source_has_the_same_coverage_and_comparisons_beside_it(

@@ -20,7 +20,8 @@ from bridge.errors import SourceError
 from bridge.sources.python.lines import ACTIVE
 from bridge.sources.python.source import PythonSource
 from bridge.sources.python.tracer import COMPILED
-from tests.sources.python.support import MakePackage, MakeSource, TargetThread, executed, places
+from tests.sources.python.support import MakePackage, MakeSource, Measure, TargetThread, places
+from tests.support.coverage_data import executed
 
 WORK = """
     def red(n=0):
@@ -62,16 +63,9 @@ class NoGlobals(dict[str, Any]):
 
 
 @pytest.fixture
-def started(
-    make_package: MakePackage, make_source: MakeSource, on_target: TargetThread
-) -> tuple[Any, PythonSource]:
+def started(measure: Measure) -> tuple[Any, PythonSource]:
     """A module, and a source that measures the target's thread."""
-    name = make_package(work=WORK)
-    source = make_source(name)
-    on_target(source.start)
-    work = on_target(importlib.import_module, f"{name}.work")
-    source.consume()
-    return work, source
+    return measure("work", work=WORK)
 
 
 def with_a_bad_name(function: FunctionType) -> Callable[..., int]:
@@ -276,18 +270,13 @@ def test_stop_after_the_target_removed_all_finders_writes_the_data(
 
 @pytest.mark.parametrize("in_new_thread", [False, True])
 def test_tracer_that_was_replaced_past_the_hooks_is_told_at_the_end(
-    make_package: MakePackage,
-    make_source: MakeSource,
+    measure: Measure,
     on_target: TargetThread,
     in_new_thread: bool,
 ) -> None:
     """Code that had a reference to the interpreter's own settrace() before the measurement."""
     settrace = sys.settrace
-    name = make_package(work=WORK)
-    source = make_source(name)
-    on_target(source.start)
-    work = on_target(importlib.import_module, f"{name}.work")
-    source.consume()
+    work, source = measure("work", work=WORK)
 
     def replace() -> None:
         settrace(None)

@@ -13,7 +13,7 @@ import gevent
 import greenlet
 import pytest
 
-from tests.sources.python.support import MakePackage, MakeSource, TargetThread, places
+from tests.sources.python.support import MakePackage, MakeSource, Measure, TargetThread, places
 
 SERVICE = """
     import gevent
@@ -38,14 +38,8 @@ SERVICE = """
 """
 
 
-def test_what_runs_after_a_join_is_covered(
-    make_package: MakePackage, make_source: MakeSource, on_target: TargetThread
-) -> None:
-    name = make_package(service=SERVICE)
-    source = make_source(name)
-    on_target(source.start)
-    service = on_target(importlib.import_module, f"{name}.service")
-    source.consume()
+def test_what_runs_after_a_join_is_covered(measure: Measure, on_target: TargetThread) -> None:
+    service, source = measure("service", service=SERVICE)
     expected = {
         "red": ["service:6", "service:10", "service:13"],
         "blue": ["service:6", "service:10", "service:14", "service:15"],
@@ -118,10 +112,11 @@ def test_no_line_is_booked_on_another_file(
 
 
 def test_many_greenlets_on_one_thread_are_told_apart_from_nothing(
-    make_package: MakePackage, make_source: MakeSource, on_target: TargetThread
+    measure: Measure, on_target: TargetThread
 ) -> None:
     """Pools of greenlets that end, are killed, and raise."""
-    name = make_package(
+    jobs, source = measure(
+        "jobs",
         jobs="""
         import gevent
 
@@ -138,12 +133,8 @@ def test_many_greenlets_on_one_thread_are_told_apart_from_nothing(
                 gevent.sleep(60)
             finally:
                 done = 1
-        """
+        """,
     )
-    source = make_source(name)
-    on_target(source.start)
-    jobs = on_target(importlib.import_module, f"{name}.jobs")
-    source.consume()
 
     def run() -> None:
         spawned = [gevent.spawn(each) for each in 5 * [jobs.sleeps, jobs.is_killed]]

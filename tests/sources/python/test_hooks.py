@@ -25,7 +25,8 @@ import pytest
 
 from bridge.sources.python.hooks import LINES_VARIABLE, MEASURING
 from bridge.sources.python.source import PythonSource
-from tests.sources.python.support import MakePackage, MakeSource, TargetThread, executed, places
+from tests.sources.python.support import MakePackage, MakeSource, Measure, TargetThread, places
+from tests.support.coverage_data import executed
 
 WORK = """
     def red():
@@ -61,17 +62,10 @@ SERVER = """
 
 
 @pytest.fixture
-def started(
-    make_package: MakePackage, make_source: MakeSource, on_target: TargetThread
-) -> tuple[Any, PythonSource]:
+def started(measure: Measure) -> tuple[Any, PythonSource]:
     """The package's modules, imported, and a source that measures the target's thread."""
-    name = make_package(work=WORK, server=SERVER)
-    source = make_source(name)
-    on_target(source.start)
-    on_target(importlib.import_module, f"{name}.server")
-    work = sys.modules[f"{name}.work"]
-    source.consume()
-    return work, source
+    server, source = measure("server", work=WORK, server=SERVER)
+    return server.work, source
 
 
 def ask(connection: socket.socket, request: bytes) -> None:
@@ -457,16 +451,12 @@ CANCELLED = textwrap.dedent(
 
 
 def test_lines_after_an_exception_that_is_thrown_in_are_covered_on_every_python(
-    make_package: MakePackage, make_source: MakeSource, on_target: TargetThread
+    measure: Measure, on_target: TargetThread
 ) -> None:
     """Python 3.11 shows a tracer no call of a coroutine into which an exception is thrown."""
     import asyncio
 
-    name = make_package(cancelled=CANCELLED)
-    source = make_source(name)
-    on_target(source.start)
-    module = on_target(importlib.import_module, f"{name}.cancelled")
-    source.consume()
+    module, source = measure("cancelled", cancelled=CANCELLED)
     assert on_target(lambda: asyncio.run(module.answer("stop"))) == "cancelled"
     found = [int(place.partition(":")[2]) for place in places(source)]
     assert found == [6, 7, 9, 10, 11, 15, 17, 21, 24]

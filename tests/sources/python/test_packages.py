@@ -12,7 +12,8 @@ import pytest
 from bridge.errors import SourceError
 from bridge.sources.python.packages import find_packages
 from bridge.sources.python.source import PythonSource
-from tests.sources.python.support import TargetThread, executed, places
+from tests.sources.python.support import TargetThread, places
+from tests.support.coverage_data import executed
 
 
 @pytest.fixture

@@ -30,7 +30,8 @@ from bridge.sources.python.blocks import find_blocks
 from bridge.sources.python.hooks import MEASURING
 from bridge.sources.python.packages import find_packages
 from bridge.sources.python.source import PythonSource
-from tests.sources.python.support import MakePackage, MakeSource, TargetThread, executed, places
+from tests.sources.python.support import MakePackage, MakeSource, TargetThread, places
+from tests.support.coverage_data import executed
 from tests.support.examples import examples
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -71,13 +72,17 @@ def test_it_is_a_source(make_source: MakeSource) -> None:
     assert source.name == "python"
 
 
-def test_the_same_line_is_reported_each_time(
-    make_package: MakePackage, make_source: MakeSource
-) -> None:
+@pytest.fixture
+def started(make_package: MakePackage, make_source: MakeSource) -> tuple[ModuleType, PythonSource]:
+    """LOOP, and a source that has measured the test's own thread from before its import."""
     name = make_package(loop=LOOP)
     source = make_source(name)
     source.start()
-    loop = importlib.import_module(f"{name}.loop")
+    return importlib.import_module(f"{name}.loop"), source
+
+
+def test_the_same_line_is_reported_each_time(started: tuple[ModuleType, PythonSource]) -> None:
+    loop, source = started
     assert "loop:2" in places(source)
     for _ in range(200):
         loop.call(1)
@@ -88,12 +93,9 @@ def test_the_same_line_is_reported_each_time(
 
 
 def test_frames_that_live_through_a_consume_go_on_to_count(
-    make_package: MakePackage, make_source: MakeSource
+    started: tuple[ModuleType, PythonSource],
 ) -> None:
-    name = make_package(loop=LOOP)
-    source = make_source(name)
-    source.start()
-    loop = importlib.import_module(f"{name}.loop")
+    loop, source = started
     generators = [loop.generate() for _ in range(3)]
     for generator in generators:
         next(generator)
@@ -606,15 +608,11 @@ LONG = """
 """
 
 
-@pytest.mark.parametrize("way", ["relative names", "moved code"])
-def test_files_of_one_name_are_told_apart(
-    make_package: MakePackage,
-    make_source: MakeSource,
-    on_target: TargetThread,
-    monkeypatch: pytest.MonkeyPatch,
-    way: str,
-) -> None:
-    """The name in compiled code is ``m.py`` for both files, or a file that is not there."""
+@pytest.fixture
+def files_of_one_name(
+    make_package: MakePackage, make_source: MakeSource, on_target: TargetThread
+) -> tuple[Path, PythonSource]:
+    """A package with ``one/m.py`` and ``two/m.py``; a source measures the target's thread."""
     name = make_package(
         {"one/__init__.py": "", "two/__init__.py": ""},
         **{"one/m": SHORT, "two/m": LONG},
@@ -622,9 +620,21 @@ def test_files_of_one_name_are_told_apart(
     (package,) = find_packages([name]).roots[0][:1]
     source = make_source(name)
     on_target(source.start)
+    return Path(package), source
+
+
+@pytest.mark.parametrize("way", ["relative names", "moved code"])
+def test_files_of_one_name_are_told_apart(
+    files_of_one_name: tuple[Path, PythonSource],
+    on_target: TargetThread,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+) -> None:
+    """The name in compiled code is ``m.py`` for both files, or a file that is not there."""
+    package, source = files_of_one_name
     functions = {}
     for folder, function in (("one", "first"), ("two", "second")):
-        path = Path(package, folder, "m.py")
+        path = package / folder / "m.py"
         monkeypatch.chdir(path.parent)
         relative = way == "relative names"
         namespace: dict[str, Any] = {"__file__": "m.py" if relative else str(path)}
@@ -637,25 +647,19 @@ def test_files_of_one_name_are_told_apart(
     for folder in ("one", "two", "one"):
         on_target(functions[folder])
         (pc,) = source.consume()
-        found.append(str(source.table.lookup(pc)).partition(name)[2])
+        found.append(str(source.table.lookup(pc)).partition(package.name)[2])
     assert found[0].startswith("/one/m.py:3"), found
     assert found[1].startswith("/two/m.py:8"), found
     assert found[2] == found[0]
 
 
 def test_code_that_is_run_in_the_module_of_another_file_stays_of_its_own(
-    make_package: MakePackage, make_source: MakeSource, on_target: TargetThread
+    files_of_one_name: tuple[Path, PythonSource], on_target: TargetThread
 ) -> None:
     """``exec()`` of a file in globals whose ``__file__`` has the same last part."""
-    name = make_package(
-        {"one/__init__.py": "", "two/__init__.py": ""},
-        **{"one/m": SHORT, "two/m": LONG},
-    )
-    (package,) = find_packages([name]).roots[0][:1]
-    source = make_source(name)
-    on_target(source.start)
-    one = on_target(importlib.import_module, f"{name}.one.m")
-    path = Path(package, "two", "m.py")
+    package, source = files_of_one_name
+    one = on_target(importlib.import_module, f"{package.name}.one.m")
+    path = package / "two" / "m.py"
     on_target(exec, compile(path.read_text(), str(path), "exec"), vars(one))
     source.consume()
     on_target(one.second)
