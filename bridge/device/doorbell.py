@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The doorbell: the loop that answers the guest's requests.
 
-The loop trusts nothing that it reads: a request is an op code, three ids and three numbers, each
+The loop does not trust the guest: a request is an op code, three ids and three numbers, each
 bounded by the host's own tables, and each failure becomes an errno and is counted. The guest may
-also overwrite what the host wrote. So a few times a second the loop repairs the host's words and
-looks at all slots: a guest that scribbled over the region is served again once it stops.
+also overwrite the host's words. So a few times a second the loop repairs them and looks at all
+slots: a guest that scribbled over the region is served again once it stops.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 CALL_SECONDS = 30.0
-"""How long a caller waits for the doorbell's thread, which may work on what came before: on a busy
-machine a second or two."""
+"""How long a caller waits for the doorbell's thread, which may be busy with earlier requests: on a
+busy machine a second or two."""
 
 _REQUESTS = REQUESTS_OFFSET // WORD
 _RESPONSES = RESPONSES_OFFSET // WORD
@@ -65,7 +65,7 @@ _PAYLOAD = PAYLOAD_OFFSET // WORD
 _UNREADABLE = 2**64 - 1
 _NAME_WORDS = 56 // WORD
 """MODULE_NAME_LEN in include/linux/module.h of Linux."""
-# As plain numbers: looking up a member of an enumeration costs as much as reading the region.
+# Plain numbers, because looking up a member of an enumeration costs as much as reading the region.
 _KICK = int(HeaderWord.KICK)
 _HOST_STATE = int(HeaderWord.HOST_STATE)
 _ERROR = int(ResponseWord.ERROR)
@@ -80,11 +80,11 @@ _OPENING = frozenset(
 )
 """The possible first requests of an instance, by which the host learns of an open."""
 _IN_THE_WAY = frozenset({errno.ENOMEM, errno.EBUSY, errno.EEXIST})
-"""Errors that are due to what other instances hold."""
+"""Errors that the holdings of other instances may cause."""
 _REPAIR_NS = 250_000_000
 """The time between two repairs of the region, well below the guest's time-out."""
 _EPOCH_CHANGES = 8
-"""How many repairs in a row change the epoch for a guest that believes the host gone."""
+"""Number of repairs in a row that change the epoch for a guest that considers the host gone."""
 
 
 class KernelListener(Protocol):
@@ -105,13 +105,18 @@ class KernelListener(Protocol):
 
 @dataclass(slots=True)
 class DoorbellCounters:
-    """What the loop saw.
+    """Counters of the loop.
 
-    ``requests``: carried out; ``refused``: of an unknown op or for an unknown instance;
-    ``wakeups``: from sleep, by the bell; ``scans``: looks over all slots, because requests came
-    at the same time or the guest's hint was wrong; ``source_failures``: raised by a source;
-    ``repaired``: words of the host's that the guest had overwritten; ``reclaimed``: instances ended
-    because their slots no longer named them when others needed what they held.
+    Attributes:
+        requests: requests that were carried out.
+        refused: requests with an unknown op or for an unknown instance.
+        wakeups: wake-ups from sleep by the bell.
+        scans: looks at all slots, because requests came at the same time or the guest's hint was
+            wrong.
+        source_failures: exceptions of sources.
+        repaired: words of the host that the guest had overwritten.
+        reclaimed: instances that were ended because their slots no longer named them when other
+            instances needed what they held.
     """
 
     requests: int = 0
@@ -126,18 +131,24 @@ class DoorbellCounters:
 class Doorbell(Generic[C]):
     """The thread that turns requests in the region into calls of the device.
 
-    ``kernel`` is told what the guest says about its kernel; ``silent``: owners need not tell of
-    their returns, because no source is consumed at them.
-    ``poll_seconds`` is how long the loop polls for the next request before it sleeps on the bell;
-    ``polling`` is the :class:`bridge.device.polling.PollPolicy` that decides when it does.
-    ``failure`` is the first exception that a source raised; the guest gets no PCs then, and goes
-    on. ``ended_by`` is the exception that ended the thread, which is a defect of the bridge.
-    ``epoch`` (not 0) tells the guest that a new host has come; it grows when the guest takes
-    this one for gone. ``guest_timeouts``, ``guest_skipped`` and ``guest_untraced`` are what the
-    guest counted, as of :meth:`look_at_guest` or :meth:`stop`: signals that it gave up waiting for,
-    returns it did not signal, knowing the host gone, and threads that could not trace for that.
-    ``target_answered`` says, likewise, whether a relay has passed anything from the target to the
-    guest.
+    Args:
+        region: the shared memory.
+        device: carries out the requests.
+        bell: the eventfd that the guest rings.
+        poll_seconds: how long the loop polls for the next request before it sleeps on the bell.
+        epoch: shows the guest a new host; never 0. It grows when the guest considers the host gone.
+        kernel: gets the guest's reports about its kernel.
+        silent: owners need not report their returns, because no source is consumed at them.
+
+    Attributes:
+        polling: decides when to poll.
+        failure: the first exception of a source; the guest gets no PCs then, and continues.
+        ended_by: the exception that ended the thread, which is a defect of the bridge.
+        guest_timeouts: requests that timed out, as the guest counted them. This and the three below
+            are as of the last :meth:`look_at_guest` or :meth:`stop`.
+        guest_skipped: returns that the guest did not report because it considered the host gone.
+        guest_untraced: threads that could not trace for that reason.
+        target_answered: whether a relay has passed anything from the target to the guest.
     """
 
     def __init__(
@@ -167,7 +178,7 @@ class Doorbell(Generic[C]):
         self._epoch = epoch if epoch is not None else (time.time_ns() | 1) & (2**63 - 1)
         self._slots: list[Kcov[C] | None] = [None] * SLOTS
         self._handled: list[int] = self._sequence_numbers()
-        # What the host wrote last into each response's SEQ.
+        # The last SEQ that the host wrote into each response.
         self._answered: list[int] = [0] * SLOTS
         self._repair_at = 0
         self._guest_counts = (0, 0)
@@ -184,14 +195,14 @@ class Doorbell(Generic[C]):
             self.source_failed,
         )
         self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
-        # Guards _wake against its own closing; -1 then.
+        # Guards _wake, which is -1 once it is closed.
         self._wake_lock = threading.Lock()
         with contextlib.ExitStack() as stack:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             stack.callback(self._close_wake)
             self.polling = PollPolicy(int(poll_seconds * 1e9), CpuContention(stack).cpu_contended)
             self._stack = stack.pop_all()
-        # Taken and let go for its memory barrier alone: see _sleep().
+        # Taken and released only for its memory barrier: see _sleep().
         self._barrier = threading.Lock()
         self._thread = threading.Thread(target=self._thread_run, name="kcov-doorbell", daemon=True)
 
@@ -206,7 +217,7 @@ class Doorbell(Generic[C]):
         self._control[HeaderWord.COVERAGE_EPOCH] = self._coverage_epoch
 
     def start(self) -> None:
-        """Start to answer the guest, and show it so in the header."""
+        """Start to answer the guest, and announce that in the header."""
         self._control[HeaderWord.COVERAGE_EPOCH] = 0
         self._control[HeaderWord.HOST_STATE] = HostState.ASLEEP
         self._control[HeaderWord.HOST_EPOCH] = self._epoch
@@ -234,7 +245,8 @@ class Doorbell(Generic[C]):
 
         Raises:
             DoorbellError: the thread does not run.
-            TimeoutError: there is no result in time. And what the function raises.
+            TimeoutError: there is no result in time.
+            BaseException: an exception of the function.
         """
         if not self._thread.is_alive():
             raise self._not_running()
@@ -244,7 +256,7 @@ class Doorbell(Generic[C]):
         return cast(T, future.result(timeout))
 
     def _not_running(self) -> DoorbellError:
-        """Return the error for a call that nobody answers."""
+        """Return the error for a call without a running thread."""
         error = self.ended_by
         if error is None:
             return DoorbellError("the doorbell's thread does not run")
@@ -268,7 +280,7 @@ class Doorbell(Generic[C]):
     def reset(self) -> None:
         """Forget the guest, which is paused and will be rewound; on the doorbell's thread.
 
-        All instances end, the region is as at the start, and the epoch is a new one.
+        All instances end, the region is as at the start, and the epoch changes.
         """
         for slot, kcov in self.instances():
             self._end(slot, kcov)
@@ -297,7 +309,7 @@ class Doorbell(Generic[C]):
 
     def _look_for_answers(self) -> None:
         """Note whether a relay, or a hostile guest, has written ``COVERAGE_EPOCH``."""
-        # It is 0 after a reset, which no relay writes.
+        # It is 0 after a reset; no relay writes 0.
         if self._relayed and self._control[HeaderWord.COVERAGE_EPOCH] not in (
             0,
             self._coverage_epoch,
@@ -309,7 +321,7 @@ class Doorbell(Generic[C]):
             self._run()
         except BaseException as error:
             self.ended_by = error
-            logger.exception("the doorbell ended by itself; the guest gets no PCs any more")
+            logger.exception("the doorbell ended by itself; the guest gets no further PCs")
             while self._calls:
                 self._calls.popleft()[1].set_exception(self._not_running())
 
@@ -327,12 +339,12 @@ class Doorbell(Generic[C]):
             while not self._stopping:
                 kick = control[_KICK]
                 if calls:
-                    # First, because a guest that kicks without end must not delay the calls.
+                    # First, because a guest that kicks endlessly must not delay calls.
                     self._call_next()
                     polling.looked = clock()
                 elif kick != last:
                     slot = kick & _SLOT_MASK
-                    # One request since the last look: its slot is known. Otherwise look at all.
+                    # After one request since the last look its slot is known; else look at all.
                     if kick >> KICK_SLOT_BITS == (last >> KICK_SLOT_BITS) + 1 and slot < SLOTS:
                         self._serve(slot)
                     else:
@@ -393,16 +405,16 @@ class Doorbell(Generic[C]):
             control[HeaderWord.HOST_STATE] = HostState.AWAKE
 
     def _repair(self, now: int) -> None:
-        """Restore what the host wrote, and look at all slots whatever the hints say."""
+        """Restore the host's words, and look at all slots regardless of the guest's hints."""
         self._repair_at = now + _REPAIR_NS
         control = self._control
         counters = self.counters
         counters.repaired += self._region.restore_header()
         counts = (control[HeaderWord.GUEST_TIMEOUTS], control[HeaderWord.GUEST_SKIPPED])
         if counts != self._guest_counts:
-            # The guest believes the host gone until the missing answer arrives, which never happens
-            # if the request was overwritten. A new epoch tells it that the host is here. Several
-            # follow, because the guest counts before it looks at the epoch.
+            # The guest considers the host gone until the missing answer arrives, which never
+            # happens if the request was overwritten. A new epoch shows it that the host is back.
+            # Several changes follow, because the guest counts before it reads the epoch.
             self._guest_counts = counts
             self._epoch_changes = _EPOCH_CHANGES
         elif control[HeaderWord.HOST_EPOCH] != self._epoch:
@@ -425,8 +437,8 @@ class Doorbell(Generic[C]):
         self._scan()
         answers = control[_RESPONSES : _RESPONSES + SLOTS * SLOT_WORDS : SLOT_WORDS].tolist()
         if answers != self._answered:
-            for slot, (now_there, ours) in enumerate(zip(answers, self._answered, strict=True)):
-                if now_there != ours:
+            for slot, (seen, ours) in enumerate(zip(answers, self._answered, strict=True)):
+                if seen != ours:
                     counters.repaired += 1
                     control[_RESPONSES + slot * SLOT_WORDS + ResponseWord.SEQ] = ours
 
@@ -482,13 +494,13 @@ class Doorbell(Generic[C]):
         if kcov is not None:
             control[answer + _APPENDED] = kcov.appended
             control[answer + _DROPPED] = kcov.dropped
-        # SEQ, the first of its words.
+        # SEQ last: it makes the answer valid. It is the first word of the response.
         control[answer] = sequence
         self._answered[slot] = sequence
 
     def _answer_flags(self, op: int) -> Answer:
         if op == Op.STREAM:
-            # Its returns are needed to empty the area before it is full.
+            # The doorbell needs the owner's returns to empty the area before it is full.
             return Answer(0)
         return Answer.SILENT if op == Op.REMOTE else self._flags
 
@@ -500,14 +512,14 @@ class Doorbell(Generic[C]):
             self.source_failed(failure)
 
     def _release(self, slot: int, kcov: Kcov[C]) -> None:
-        """End the instance in ``slot``; it has ended also where a source raises."""
+        """End the instance in ``slot``, which has ended even if a source raises."""
         self._slots[slot] = None
         self._device.release(kcov)
 
     def _carry_out(
         self, slot: int, op: int, generation: int, task: int, args: tuple[int, int, int]
     ) -> int:
-        """Carry out a request; raises what a source raises."""
+        """Carry out a request; exceptions of sources pass through."""
         device = self._device
         kcov = self._slots[slot]
         if op in (Op.KERNEL, Op.MODULE):
@@ -564,7 +576,7 @@ class Doorbell(Generic[C]):
         return errno.EINVAL
 
     def _hear_kernel(self, op: int, args: tuple[int, int, int]) -> int:
-        """Pass on what the guest's module says about its kernel."""
+        """Pass on a report of the guest's module about its kernel."""
         if self._kernel is None:
             return errno.EOPNOTSUPP
         payload = self._control[_PAYLOAD : _PAYLOAD + PAGE_SIZE // WORD]
@@ -576,9 +588,12 @@ class Doorbell(Generic[C]):
     def _reclaim(self, asking: int) -> int:
         """End the instances that their slots no longer name, except in the slot ``asking``.
 
-        Returns how many there were. The slot's next request would end such an instance, but there
-        may be none. They come from requests that the guest's module did not write, and hold room,
-        handles or the name of another task.
+        The slot's next request would end such an instance, but there may be none. These instances
+        come from requests that the guest's module did not write, and hold room, handles or the name
+        of another task.
+
+        Returns:
+            Their number.
         """
         generations = self._control[
             _REQUESTS + RequestWord.GENERATION : _RESPONSES : SLOT_WORDS
@@ -604,13 +619,13 @@ class Doorbell(Generic[C]):
         return handles
 
     def source_failed(self, failure: BaseException) -> None:
-        """Count what a source raised, and keep the first; on the doorbell's thread."""
+        """Count an exception of a source, and keep the first; on the doorbell's thread."""
         self.counters.source_failures += 1
         if self.failure is None:
             self.failure = failure
-            logger.error("a coverage source failed; PCs of it are missing: %r", failure)
+            logger.error("a coverage source failed, so PCs are missing: %r", failure)
 
     def _source_failed(self, failure: BaseException) -> int:
-        """Turn what a source raised into an errno: it must not end the loop or hang the guest."""
+        """Turn a source's exception into an errno: it must not end the loop or hang the guest."""
         self.source_failed(failure)
         return errno.EIO

@@ -68,11 +68,11 @@ _INSTANCE_BITS = 0xFFFFFFFF
 _HANDLE_BITS = _SUBSYSTEM_BITS | _INSTANCE_BITS
 _SUBSYSTEM_USB = 0x01 << 56
 _CLOSE_SECONDS = 0.05
-"""How long the threads of a stream are ended in one go, well below the guest's time-out."""
+"""Time limit for ending threads of a stream in one go, well below the guest's time-out."""
 
 
 class Personality(Enum):
-    """The kcov whose behaviour the device has where the two differ."""
+    """The kcov implementation whose behaviour the device copies where the two differ."""
 
     LINUX = "linux"
     GVISOR = "gvisor"
@@ -102,17 +102,17 @@ class Coverage(Protocol[C]):
     """The provider of PCs: :class:`bridge.sources.ledger.Ledger`."""
 
     def open_cursor(self) -> C:
-        """Return a cursor that begins now: earlier coverage is not for its owner."""
+        """Return a cursor that starts now: its owner gets no earlier coverage."""
 
     def collect(self, cursor: C) -> Sequence[int]:
         """Return what was covered since the cursor's last collect, each block once."""
 
     def close_cursor(self, cursor: C) -> None:
-        """Close a cursor; it is not used any more."""
+        """Close a cursor, which must not be used afterwards."""
 
 
 ComparisonCursor = Any
-"""A reader's cursor of :class:`Comparisons`; the device only hands it back."""
+"""A cursor of :class:`Comparisons`; the device only passes it back."""
 
 
 class Comparisons(Protocol):
@@ -150,10 +150,10 @@ class Kcov(KcovState[Area, C], Generic[C]):
     Attributes:
         area: None before INIT_TRACE (linux) or the first mmap (gvisor).
         retired: areas that DISABLE dropped in the gvisor personality and that may still be mapped.
-        handles: those of KCOV_REMOTE_ENABLE. An instance with handles gets only the coverage on
-            their behalf; it has no cursor.
-        comparing: a cursor for comparisons, in mode TRACE_CMP, in place of ``cursor``. Then
-            ``appended`` and ``dropped`` count comparisons.
+        handles: the handles of KCOV_REMOTE_ENABLE. An instance with handles gets only the coverage
+            on their behalf, and has no cursor.
+        comparing: in mode TRACE_CMP a cursor for comparisons, instead of ``cursor``; ``appended``
+            and ``dropped`` count comparisons then.
         compares: whether the last ENABLE was for comparisons.
         stream: where the area's words go, if no process maps the area.
     """
@@ -217,12 +217,12 @@ class Device(Generic[C]):
         self._coverage = coverage
         self._syscall_pc = syscall_pc
         self._remotes: dict[int, Kcov[C]] = {}
-        # The bit of each PC in the bitmaps of UNIQUE_PC; bounded by the number of PCs there are.
+        # The bit of each PC in the bitmaps of UNIQUE_PC; bounded by the number of PCs.
         self._bits: dict[int, int] = {}
         self._owners: dict[Task, Kcov[C]] = {}
         self._streams: dict[int, Stream] = {}
         self.untraced = 0
-        """How many threads should have joined a stream and could not."""
+        """Number of threads that should have joined a stream and could not."""
         # A dict, because it keeps the order of opening.
         self._open: dict[Kcov[C], None] = {}
         self.return_handler: ReturnHandler[Kcov[C]] = ReturnHandler(
@@ -236,12 +236,12 @@ class Device(Generic[C]):
 
     @property
     def instances(self) -> int:
-        """How many instances are open."""
+        """Number of open instances."""
         return len(self._open)
 
     @property
     def enabled(self) -> int:
-        """How many instances trace a task now."""
+        """Number of instances that trace a task now."""
         return len(self._owners)
 
     def open(self, generation: int = 0, slot: int = 0) -> Kcov[C]:
@@ -446,7 +446,7 @@ class Device(Generic[C]):
             pass
 
     def close_some(self, stream: Stream, seconds: float = _CLOSE_SECONDS) -> bool:
-        """Do :meth:`close_stream` for so long; return whether all is done.
+        """Do :meth:`close_stream` for this time at most; return whether all is done.
 
         The doorbell serves other requests between two calls.
         """
@@ -465,7 +465,7 @@ class Device(Generic[C]):
     def join_stream(self, kcov: Kcov[C], task: Task, number: int, address: int = 0) -> Errno:
         """Carry out KCOV_BRIDGE_STREAM: ``task`` traces into a stream, through an unmapped area.
 
-        It combines init, enable and the choice of a mode. ``address`` as for :meth:`enable`.
+        This combines init, enable and the choice of a mode. ``address`` as for :meth:`enable`.
         """
         stream = self._streams.get(number)
         if stream is None:
@@ -515,7 +515,7 @@ class Device(Generic[C]):
                 stream.end(kcov)
 
     def _append_rest(self, kcov: Kcov[C], pcs: Sequence[int]) -> int:
-        """Append PCs for which the area had no room, and return how many fitted.
+        """Append PCs for which the area had no room; return how many fitted.
 
         Only an area of a stream can be emptied to make room.
         """
@@ -557,8 +557,8 @@ class Device(Generic[C]):
         ``unreported`` here and below: returns since the owner's last request.
 
         Raises:
-            SourceError: the watcher did not detach. The instance is in mode INIT all the same, as
-                after an exit or a last close that raises this.
+            SourceError: the watcher did not detach. The instance is in mode INIT anyway, as after
+                an exit or a last close that raises this.
         """
         if argument or kcov.owner is None or kcov.owner != task:
             return errno.EINVAL
@@ -593,9 +593,10 @@ class Device(Generic[C]):
         return 0
 
     def release(self, kcov: Kcov[C]) -> Errno:
-        """End an instance after its last reference has gone, and free its areas.
+        """End an instance after its last reference was dropped, and free its areas.
 
-        It has ended also where this raises, which it does as :meth:`disable`.
+        Raises:
+            SourceError: as :meth:`disable`; the instance has ended anyway.
         """
         try:
             if kcov.owner is not None:
@@ -613,7 +614,7 @@ class Device(Generic[C]):
     def syscall_return(self, kcov: Kcov[C], task: Task, number: int, unreported: int = 0) -> Errno:
         """Append coverage since the owner's last return to its area.
 
-        The caller handles what a source raises; the area is untouched then.
+        The caller handles exceptions of sources, which leave the area unchanged.
 
         Args:
             number: system call number.
@@ -711,7 +712,7 @@ class Device(Generic[C]):
         try:
             self._add_watched(kcov, watcher.detach(kcov.slot))
         except BaseException:
-            # It may still write there.
+            # The watcher may still write to the area.
             if kcov.area is not None:
                 kcov.area.abandoned = True
             raise

@@ -2,14 +2,13 @@
 """Streams: the coverage of one command's processes, collected on the host while they run.
 
 A *stream* is opened by the host for one command. Each thread that joins it (KCOV_BRIDGE_STREAM, and
-with KCOV_BRIDGE_FOLLOW every child of such a thread) traces into an area of its own that no process
-of the guest maps. The host takes the words out of that area when the thread ends, and whenever the
+with KCOV_BRIDGE_FOLLOW every child of such a thread) traces into its own area, which no process of
+the guest maps. The host takes the words out of that area when the thread ends, and whenever the
 area fills up before that. So the guest's memory limits neither the number of processes nor the time
 that they run.
 
 The words go into a :class:`WordLog`: the first ones stay in memory, the others go into an unnamed
-temporary file. A thread of its own writes it, because the doorbell's thread must not wait for a
-disk.
+temporary file. A separate thread writes it, because the doorbell's thread must not wait for a disk.
 """
 
 from __future__ import annotations
@@ -43,9 +42,9 @@ _QUEUE_BYTES = 64 << 20
 _QUEUE_SECONDS = 0.5
 """How long the doorbell's thread waits for room in that queue, well below the guest's time-out."""
 _CHUNK_WORDS = 1 << 16
-"""How much of a log is read at a time."""
+"""Words of a log that are read at a time."""
 _SHARE = 256
-"""An area takes at most this part of the free room, unless it is as small as possible."""
+"""An area takes at most 1/256 of the free room, unless it has the smallest size."""
 _SMALLEST_AREA_WORDS = 2 * PAGE_SIZE // WORD
 
 
@@ -60,7 +59,7 @@ class WordLog:
 
     Attributes:
         error: the first failure.
-        lost: how many words were lost.
+        lost: number of words that were lost.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -86,7 +85,7 @@ class WordLog:
     def append(self, words: bytes) -> bool:
         """Append whole words.
 
-        Returns False if they are lost because of the file, or for want of memory or of a thread.
+        Returns False if they are lost because of the file, or without memory or a thread.
         """
         try:
             return self._append(words)
@@ -107,14 +106,14 @@ class WordLog:
             writer.start()
             self._writer = writer
         with self._changed:
-            # Once only: many threads of the guest may have words, and each would wait.
+            # Only once, because many threads of the guest may have words, and each would wait.
             if self._queued > _QUEUE_BYTES and self.error is None:
                 self._changed.wait_for(
                     lambda: self._queued <= _QUEUE_BYTES or self._broken, _QUEUE_SECONDS
                 )
             slow = self._queued > _QUEUE_BYTES
             if slow and self.error is None:
-                self.error = OSError(errno.EAGAIN, "the disk is slower than the PCs come")
+                self.error = OSError(errno.EAGAIN, "the disk is slower than the stream of PCs")
             if slow or self._broken or self._finished:
                 self.lost += len(words) // WORD
                 return False
@@ -125,7 +124,7 @@ class WordLog:
         return True
 
     def finish(self) -> None:
-        """Write all that can be written. Nothing may be appended then. Safe to call twice."""
+        """Write everything that can be written; end the log. Safe to call twice."""
         with self._changed:
             self._finished = True
             self._changed.notify_all()
@@ -152,13 +151,13 @@ class WordLog:
         while first < last:
             data = os.pread(self._fd, last - first, first - in_memory)
             if not data:
-                raise OSError(errno.EIO, "the file of the PCs is shorter than it was")
+                raise OSError(errno.EIO, "the file of the PCs was truncated")
             words.frombytes(data)
             first += len(data)
         return words
 
     def _write(self) -> None:
-        """Write the queue to the file, on a thread of its own."""
+        """Write the queue to the file; on a separate thread."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._finished)
@@ -171,7 +170,7 @@ class WordLog:
                 error = (
                     failure if isinstance(failure, OSError) else OSError(errno.EIO, repr(failure))
                 )
-                logger.error("PCs cannot be written down: %s", error.strerror)
+                logger.error("cannot write PCs to a temporary file: %s", error.strerror)
                 with self._changed:
                     self.error = error
                     self._broken = True
@@ -197,12 +196,12 @@ class WordLog:
 
 
 class _Segments:
-    """Pieces of a log, in a different order from that in which they were appended."""
+    """Pieces of a log, in another order than they were appended in."""
 
     def __init__(self, log: WordLog) -> None:
         self._log = log
-        self._places = array("Q")  # in the log, of each piece
-        self._starts = array("Q")  # here
+        self._places = array("Q")  # start of each piece in the log
+        self._starts = array("Q")  # start of each piece here
         self._length = 0
 
     def __len__(self) -> int:
@@ -262,7 +261,7 @@ class PcLog(Sequence[int]):
         if index < 0:
             index += len(self)
         if not 0 <= index < len(self):
-            raise IndexError("there is no PC of this number")
+            raise IndexError("PC index out of range")
         return self._segments.read(index, index + 1)[0]
 
     def __iter__(self) -> Iterator[int]:
@@ -310,7 +309,7 @@ class ComparisonLog(Sequence[Comparison]):
         if index < 0:
             index += len(self)
         if not 0 <= index < len(self):
-            raise IndexError("there is no comparison of this number")
+            raise IndexError("comparison index out of range")
         first = index * KCOV_WORDS_PER_CMP
         kind, one, other, pc = self._words[first : first + KCOV_WORDS_PER_CMP]
         return kind, one, other, pc
@@ -341,14 +340,14 @@ class AreaSource(Protocol):
 
     @property
     def bytes_free(self) -> int:
-        """Bytes left for areas, perhaps in pieces."""
+        """Free bytes for areas, perhaps in several pieces."""
 
     def allocate(self, size: int) -> Area | None:
         """Return a zeroed area of ``size`` words, or None."""
 
 
 class Stream:
-    """What the threads of one command cover. Only for the doorbell's thread until :meth:`finish`.
+    """The coverage of one command's threads. Only for the doorbell's thread until :meth:`finish`.
 
     Args:
         area_words: the size of each thread's area; smaller if the region has no room.
@@ -357,9 +356,9 @@ class Stream:
         directory: for the temporary file.
 
     Attributes:
-        number: names the stream to the guest, which cannot guess it.
-        untraced: how many processes and threads could not be traced.
-        dropped: how many comparisons of its threads are not in it.
+        number: the stream's name for the guest, which cannot guess it.
+        untraced: number of processes and threads that could not be traced.
+        dropped: number of comparisons of its threads that are missing.
     """
 
     def __init__(
@@ -370,7 +369,7 @@ class Stream:
         comparisons: bool = False,
         directory: Path | None = None,
     ) -> None:
-        # Never 0, and without the bit that the guest's module keeps for itself.
+        # Never 0, and without the bit that the guest's module uses as a flag.
         self.number = (int.from_bytes(os.urandom(8), "little") | 1) & STREAM_MASK
         self.bitmap_words = bitmap_words
         self.comparisons = comparisons
@@ -383,7 +382,7 @@ class Stream:
         self._open: dict[object, array[int]] = {}
 
     def allocate(self, areas: AreaSource) -> Area | None:
-        """Return an area for one more thread, smaller if there is little room for further ones."""
+        """Return an area for one more thread, smaller if little room is left for others."""
         size, smallest = self._area_words, _SMALLEST_AREA_WORDS + self.bitmap_words
         most = areas.bytes_free // _SHARE // WORD
         while size > most and size // 2 >= smallest:
@@ -400,25 +399,25 @@ class Stream:
         self._open[thread] = array("Q")
 
     def record(self, thread: object, words: bytes) -> None:
-        """Record what the thread has covered since the last time."""
+        """Record the words of the thread since the last call."""
         place = len(self._log)
         if words and self._log.append(words):
             self._open[thread].extend((place, len(words) // WORD))
 
     def end(self, thread: object) -> None:
-        """End a thread: all that it covered follows the threads that ended before."""
+        """End a thread; its words follow those of threads that ended before."""
         pieces = self._open.pop(thread)
         for index in range(0, len(pieces), 2):
             self._segments.add(pieces[index], pieces[index + 1])
 
     def finish(self) -> None:
-        """Write everything, when no thread is left; not on the doorbell's thread."""
+        """Write everything once all threads have ended; not on the doorbell's thread."""
         self._log.finish()
         if self._log.lost:
             self._segments.clip(len(self._log))
 
     def check(self) -> None:
-        """After :meth:`finish`: raise IncompleteError where something was lost on the way."""
+        """Raise IncompleteError if words were lost; after :meth:`finish`."""
         if not self._log.lost:
             return
         error = self._log.error

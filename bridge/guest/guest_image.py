@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a guest boots from: the project's own image, or the user's disk image.
+"""The images that a guest boots from: the project's own, or the user's disk image.
 
 The two differ in how the guest becomes ready. In the project's image the agent sets everything up
 and reports. A user's disk image boots as usual. Once its sshd answers, the module and the programs
-are built in it from its own kernel headers, or copied from the cache.
+are built in it with its own kernel headers, or copied from the cache.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ from bridge.vm.config import MachineConfig
 from bridge.vm.machine import Machine
 
 if TYPE_CHECKING:
-    # Imported where they are used: the guest's memory can be loaded meanwhile, or they are not
-    # used at all.
+    # Imported late, because the guest's memory can be loaded meanwhile, or they are not used.
     from bridge.guest.ssh import Guest
     from bridge.sources.guest_kernel.code import KernelCode
     from bridge.sources.guest_kernel.filters import KernelFilter
@@ -72,34 +71,34 @@ BeforeModule = Callable[["Guest", str], None]
 
 
 class GuestImage(Protocol):
-    """Something that a machine can boot from."""
+    """An image that a machine can boot."""
 
     name: str
     can_be_saved: bool
-    """Whether a ready machine can be saved with all that the guest has written."""
+    """Whether a ready machine can be saved with everything that the guest has written."""
 
     def machine_config(self, settings: Settings, accelerator: Accelerator) -> MachineConfig:
         """Return the machine to boot it in, without endpoints."""
 
     def kernel_code(self, wanted: KernelFilter, vmlinux: Path | None) -> KernelCode | None:
-        """Return what is known of the kernel's code before it runs; None if nothing is.
+        """Return the kernel's code as known before it runs; None if it is unknown.
 
         Args:
             wanted: what to record of the kernel.
             vmlinux: the kernel with debug information.
 
         Raises:
-            UsageError: the filter makes no sense.
+            UsageError: the filter is not valid.
         """
 
     def bring_up(
         self, machine: Machine, stack: ExitStack, before_module: BeforeModule
     ) -> tuple[Guest, Ready]:
-        """Wait for the started machine until its kcov device is there and commands can run.
+        """Wait until the started machine has its kcov device and can run commands.
 
         Args:
-            stack: gets what must be closed.
-            before_module: called before the device is there if :meth:`kernel_code` returned None,
+            stack: gets the callbacks that close it.
+            before_module: called before the device exists if :meth:`kernel_code` returned None,
                 to ask the running kernel. It may raise.
 
         Raises the errors of :meth:`bridge.vm.machine.Machine.wait_ready` and
@@ -112,7 +111,7 @@ def find_guest_image(settings: Settings) -> GuestImage:
 
     Raises:
         UsageError: there is no such image.
-        ImageError: it is broken, or cannot be built.
+        ImageError: the image is broken, or cannot be built.
     """
     if settings.image is not None and settings.ssh_key is not None:
         return CustomImage(Path(settings.image), settings.ssh_key)
@@ -227,8 +226,8 @@ class ProjectImage:
 class CustomImage:
     """A user's disk image, raw or qcow2, with an sshd, a compiler and kernel headers.
 
-    It is never written, because the guest works on a temporary copy. What was built in it is kept
-    in the cache by kernel and sources, so that the next boot only copies it.
+    It is never written, because the guest works on a temporary copy. The cache keeps the module and
+    programs by kernel and sources, so that the next boot only copies them.
     """
 
     can_be_saved = False
@@ -313,7 +312,7 @@ class CustomImage:
                 for name, _, _ in made:
                     guest.get(f"{_BUILT}/{name}", part / Path(name).name)
         except (CacheError, UsageError) as error:
-            logger.warning("the module cannot be kept, each guest builds it: %s", error.message)
+            logger.warning("cannot cache the module, so each guest builds it: %s", error.message)
 
     @staticmethod
     def _load(guest: Guest, kernel: str) -> None:

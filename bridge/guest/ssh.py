@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Running commands in the guest, over SSH (paramiko).
 
-A command gets a shell of its own in the guest, which writes a mark before and after the command's
-output. The first has the number of its process group: so a command that runs out of time, or whose
-caller was interrupted, can be killed with all that it started. The others tell that all of the
-command's output is here, as sshd reports the end of the shell before it has sent what the shell
-wrote. The guest may vanish at any moment; whoever waits for a command then gets
-the reason at once, because the machine tells (:meth:`bridge.vm.machine.Machine.add_loss_listener`),
-and does not wait for TCP to find out.
+Each command runs in its own shell in the guest, which writes a mark before and after the command's
+output. The first mark contains the number of the process group, so a command that times out, or
+whose caller was interrupted, can be killed with its children. The other marks show that all of the
+command's output has come, because sshd reports the end of the shell before it has sent the shell's
+output. The guest may be lost at any moment; a caller that waits for a command then gets the reason
+at once, from the machine (:meth:`bridge.vm.machine.Machine.add_loss_listener`), without waiting for
+TCP to time out.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ __all__ = ["CAPTURE_LIMIT", "CommandResult", "Guest", "Output", "Watched", "Word
 logger = logging.getLogger(__name__)
 
 Output = Callable[[bytes], object]
-"""Where a command's output goes as it comes: called with pieces of any size."""
+"""Called with a command's output as it comes, in pieces of any size."""
 
 Word = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-"""An argument of a command: bytes; text stands for its bytes as :func:`os.fsencode` has it."""
+"""An argument of a command: bytes, or text that :func:`os.fsencode` makes bytes."""
 
 CAPTURE_LIMIT = 1024 * 1024
-"""Bytes of stdout, and of stderr, that a result keeps: the first ones."""
+"""A result keeps this many bytes of stdout, and of stderr: the first ones."""
 
 _TO_STDOUT: Output = functools.partial(write_all, 1)
 _TO_STDERR: Output = functools.partial(write_all, 2)
@@ -73,17 +73,17 @@ _CHANNEL_SECONDS = 30.0
 _RETRY_SECONDS = 0.1
 _KILL_SECONDS = 5.0
 _LINGER_SECONDS = 1.0
-"""How long the output of a process that a command left behind is waited for."""
+"""How long to wait for the output of a process that a command left behind."""
 _REST_SECONDS = 60.0
-"""How long the guest may not send the rest of a command's output after the command's end."""
+"""How long to wait for the rest of a command's output after the command's end."""
 _SHELL_LINGER_SECONDS = 3.0
 _TYPING_POLL_MS = 10
 _JOIN_SECONDS = 0.1
-_POLL_SECONDS = 0.25  # output and its end wake at once; an exit status alone does not
+_POLL_SECONDS = 0.25  # output and its end wake the reader at once, an exit status does not
 _LOSS_SECONDS = 3.0
 _SILENCE_SECONDS = 180.0
-"""How long sshd may not answer while a command writes nothing. Nothing else tells a guest that
-suspended itself to idle, or whose processes are all stopped, from one that is at work."""
+"""The longest silence of sshd while a command writes nothing. Only this distinguishes a guest that
+suspended itself to idle, or whose processes are all stopped, from one that works."""
 _CHUNK = 64 * 1024
 _EVIDENCE = 4096
 _NO_LINGER = struct.pack("ii", 1, 0)
@@ -91,30 +91,32 @@ _NO_LINGER = struct.pack("ii", 1, 0)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 _wire = logger.getChild("wire")
-# The library logs what it raises as well; a failure is reported once, by whoever catches it.
+# The library also logs what it raises; a failure is reported once, where it is caught.
 _wire.setLevel(logging.CRITICAL)
 
 
 class Watched(Protocol):
-    """What can be lost while a command runs: a :class:`bridge.vm.machine.Machine`."""
+    """A machine that can be lost while a command runs: :class:`bridge.vm.machine.Machine`."""
 
     def check(self) -> None:
         """Raise the reason if it was lost."""
 
     def add_loss_listener(self, listener: Callable[[BridgeError], None], /) -> Callable[[], None]:
-        """Have the listener called when it is lost; returns how to take it away again."""
+        """Call the listener when the machine is lost; return a function that removes it."""
 
     def lose_silent(self, seconds: float, /) -> None:
-        """Declare the guest lost: its sshd has not answered for so long."""
+        """Declare the guest lost, because its sshd has not answered for this long."""
 
 
 @dataclass(frozen=True)
 class CommandResult:
-    """How a command in the guest ended.
+    """The result of a command in the guest.
 
-    ``exit_status`` is the shell's: 127 for a command that is not there, 128+N after signal N.
-    ``stdout`` and ``stderr`` are the first :data:`CAPTURE_LIMIT` bytes (``truncated`` if there
-    were more); ``seconds`` is the time it took, seen from the host.
+    Attributes:
+        exit_status: as in a shell: 127 for a command that does not exist, 128+N after signal N.
+        stdout, stderr: the first :data:`CAPTURE_LIMIT` bytes.
+        truncated: whether there were more.
+        seconds: the time that it took, measured on the host.
     """
 
     exit_status: int
@@ -130,7 +132,7 @@ class CommandResult:
 
 
 class _Capture:
-    """One of a command's two streams: passed on as it comes, its beginning kept."""
+    """One of a command's two streams: passes output on as it comes, and keeps its beginning."""
 
     def __init__(self, sink: Output | None, limit: int) -> None:
         self.sink = sink
@@ -147,23 +149,23 @@ class _Capture:
 
 
 class _Wake(threading.Event):
-    """Set by a channel's buffers when there is something to read, or nothing ever again.
+    """Set by a channel's buffers when there is something to read, or at the end.
 
-    A buffer that is read empty would clear it, and so the news of the other one. The channel's
-    own descriptor is no way out: paramiko may write to it after it was closed, and its number is
-    then perhaps another file's.
+    Each buffer clears its event when it is read empty, which would clear the other one's event too.
+    The channel's own descriptor is no alternative: paramiko may write to it after it was closed,
+    when its number may belong to another file.
     """
 
     def clear(self) -> None:
-        """Not for the buffers."""
+        """Do nothing: the buffers must not clear it."""
 
     def rearm(self) -> None:
-        """Cleared by the reader alone, before it reads."""
+        """Clear the event; only the reader does that, before it reads."""
         super().clear()
 
 
 class _Liveness:
-    """Whether the guest's sshd still answers, asked now and then while a command writes nothing."""
+    """Checks periodically whether the guest's sshd answers while a command writes nothing."""
 
     def __init__(self, transport: paramiko.Transport, seconds: float) -> None:
         self._transport = transport
@@ -174,7 +176,7 @@ class _Liveness:
         self._answered = threading.Event()
 
     def heard(self) -> None:
-        """The guest has written something."""
+        """Note that the guest has written something."""
         self._silent = 0.0
 
     def is_silent(self) -> bool:
@@ -198,15 +200,15 @@ class _Liveness:
         except paramiko.ChannelException:
             pass  # a refusal is an answer
         except (paramiko.SSHException, OSError, EOFError):
-            # No answer (paramiko measures that by the wall clock, which can jump: ask again), or a
-            # broken connection, which the command's reader sees.
+            # No answer: ask again, because paramiko uses the wall clock, which can jump.
+            # Or a broken connection, which the command's reader sees.
             self._asking = False
             return
         self._answered.set()
 
 
 class _Marks:
-    """What the shell writes around a command's output, unlike anything that a command writes."""
+    """The marks that the shell writes around a command's output; no command writes the same."""
 
     def __init__(self) -> None:
         self.name = f"kcov-bridge-{secrets.token_hex(8)}"
@@ -218,23 +220,24 @@ class _End(enum.Enum):
     """How the output of a command ended."""
 
     ENDED = enum.auto()
-    OUT_OF_TIME = enum.auto()
+    TIMED_OUT = enum.auto()
     CUT_OFF = enum.auto()
-    """The command ended, and some of its output is missing."""
+    """The command ended, but some of its output is missing."""
     BROKEN = enum.auto()
-    """The channel was closed, and not by sshd in order."""
+    """The channel was closed, but not by sshd in the regular way."""
 
 
 class _Output:
-    """Takes the marks out of a stream: what is left is the command's output.
+    """Removes the marks from a stream, so that the command's output remains.
 
-    What a start-up file of the shell writes to stdout comes before the first mark, and is not the
-    command's. On stderr it stays, as it may tell why the command did not start.
+    On stdout, the output of the shell's start-up files before the first mark is removed. On stderr
+    it stays, because it may show why the command did not start.
 
     Attributes:
-        process_group: of the command, once it is known; of stdout alone.
-        before: the beginning of what came before the first mark.
-        complete: the command's output has come; what follows is that of processes it left behind.
+        process_group: of the command, once it is known; only for stdout.
+        before: the beginning of the output before the first mark.
+        complete: all of the command's output has come; later output is of processes that it left
+            behind.
     """
 
     def __init__(self, marks: _Marks, *, begins: bool) -> None:
@@ -263,7 +266,7 @@ class _Output:
         return output[: len(output) - kept]
 
     def finish(self) -> bytes:
-        """Nothing more comes: return what was held back, as it could have been a mark."""
+        """End the stream; return output that was held back because it could have been a mark."""
         held, self._held = self._held, b""
         if self.began:
             return held
@@ -271,7 +274,7 @@ class _Output:
         return b""
 
     def _find_begin(self, data: bytes) -> bytes:
-        """Return what follows the mark, or if it has not come yet, what it may be in."""
+        """Return the output after the mark; without one yet, the end that may contain it."""
         before, begin, rest = data.partition(self._marks.begin)
         number, newline, following = rest.partition(b"\n")
         if begin and newline:
@@ -296,7 +299,7 @@ def _overlap(data: bytes, mark: bytes) -> int:
 
 
 class _ReplyEvent(threading.Event):
-    """What paramiko waits for after a request, which knows of no time-out."""
+    """The event that paramiko waits for after a request; it adds a time-out."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -309,10 +312,10 @@ class _ReplyEvent(threading.Event):
 
 
 class _Feeder:
-    """Sends stdin on a thread of its own, as the command may answer before it has read all.
+    """Sends stdin on its own thread, because the command may answer before it has read all.
 
     Attributes:
-        error: why stdin could not be read; its end was not sent then.
+        error: why stdin could not be read; its end is not sent then.
     """
 
     def __init__(self, channel: paramiko.Channel, stdin: BinaryIO | bytes) -> None:
@@ -331,9 +334,9 @@ class _Feeder:
         self._thread.start()
 
     def _feed(self) -> None:
-        # What is there at once: a pipe's writer may wait for the answer.
+        # Reads what is available, because a pipe's writer may wait for the answer.
         read = getattr(self._source, "read1", self._source.read)
-        # A command that ends without reading everything is no failure.
+        # A command may end without reading everything.
         with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
             while chunk := self._read(read):
                 self._channel.sendall(chunk)
@@ -354,20 +357,26 @@ class _Feeder:
             raise UsageError(f"the input of the command cannot be read: {reason}") from self.error
 
     def close(self) -> None:
-        """Close the channel. A thread that waits for stdin is left behind: nothing ends that."""
+        """Close the channel. A thread that waits for stdin is abandoned, as it cannot be ended."""
         self._channel.close()
         if self._thread is not None:
             self._thread.join(_JOIN_SECONDS)
 
 
 class Guest:
-    """The guest as a place to run commands; :meth:`connect` first, :meth:`close` at the end.
+    """Runs commands in the guest; :meth:`connect` first, :meth:`close` at the end.
 
-    ``key`` is the private key file that the guest accepts. ``host_key`` is the guest's public host
-    key (a line of an OpenSSH ``.pub`` file) and is insisted on; None, for an image whose key is
-    not known, trusts the first connection and insists on that key from then on. ``watched`` is the
-    machine that the guest runs in. ``dialed`` is a connection to the port that the first login may
-    use. Commands may run on several threads at once.
+    Commands may run on several threads at once.
+
+    Args:
+        port: the guest's SSH port on this machine.
+        key: the file of a private key that the guest accepts.
+        host_key: the guest's required public host key, a line of an OpenSSH ``.pub`` file. With
+            None, for an image whose key is unknown, the key of the first connection is trusted and
+            required from then on.
+        watched: the machine that the guest runs in.
+        user: the user to log in as.
+        dialed: a connection to the port, for the first login.
     """
 
     def __init__(
@@ -387,12 +396,12 @@ class Guest:
         self._host_key = _public_key(host_key) if host_key is not None else None
         self._watched = watched
         self._lock = threading.Lock()  # guards the four below
-        # Set as soon as there is something to close; commands use it once it is logged in.
+        # Set as soon as it must be closed; commands use it once it is logged in.
         self._transport: paramiko.Transport | None = None
         self._logged_in = False
         self._lost = False
         self._forgotten = 0
-        # Held by who connects anew after forget(), and by whom the guest is reserved for.
+        # Held while a thread connects again after forget(), or has the guest reserved.
         self._reserved = threading.RLock()
         self._stack = contextlib.ExitStack()
         if watched is not None:
@@ -407,10 +416,12 @@ class Guest:
     # The connection
 
     def connect(self, timeout: float = _CONNECT_SECONDS) -> None:
-        """Log in, as soon as the guest's sshd answers, within ``timeout`` seconds.
+        """Log in as soon as the guest's sshd answers, within ``timeout`` seconds.
 
-        Raises :class:`bridge.errors.GuestSetupError` when it does not answer, refuses the key, or
-        shows another host key than the image's, and the reason of the loss when the guest is lost.
+        Raises:
+            GuestSetupError: sshd does not answer, refuses the key, or has another host key than the
+                image.
+            BridgeError: the reason of the loss, if the guest is lost.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -425,12 +436,12 @@ class Guest:
                     hint="the key must be the one that the image was made with",
                 ) from error
             except (paramiko.SSHException, OSError, EOFError) as error:
-                # Nothing listens yet, or sshd is just starting: QEMU accepts and drops us.
+                # sshd does not listen yet, or is starting: QEMU accepts and drops connections.
                 self._check()
                 if left <= _RETRY_SECONDS:
                     raise GuestSetupError(
                         f"the guest's sshd does not answer within {timeout:g} s: {error}",
-                        hint="the console tells whether sshd was started",
+                        hint="the console shows whether sshd was started",
                     ) from error
                 time.sleep(_RETRY_SECONDS)
 
@@ -476,7 +487,7 @@ class Guest:
             transport.close()
 
     def _on_loss(self, _: BridgeError) -> None:
-        """Wake everyone who waits for the guest. On the machine's thread: must not block."""
+        """Wake all threads that wait for the guest. On the machine's thread: must not block."""
         with self._lock:
             self._lost = True
             transport = self._transport
@@ -489,14 +500,15 @@ class Guest:
             self._watched.check()
 
     def _broken(self, error: BaseException | None, forgotten: int) -> BridgeError:
-        """Why the connection broke: the machine's reason, which may come a moment later.
+        """Return why the connection broke: the machine's reason, which may come a moment later.
 
-        ``forgotten`` is how often :meth:`forget` had been called when it was whole.
+        Args:
+            forgotten: number of calls of :meth:`forget` before the connection was made.
         """
         if self._forgotten != forgotten:
             return GuestResetError(
                 "the guest was reset while a command ran in it",
-                hint="wait for commands to end, or start them anew",
+                hint="wait for commands to end before a reset, or start them again",
             )
         deadline = time.monotonic() + _LOSS_SECONDS
         while self._watched is not None:
@@ -514,16 +526,16 @@ class Guest:
         )
 
     def _lose_silent(self) -> NoReturn:
-        """The guest is there no more, and only its silence says so."""
+        """Raise the loss of a guest that only its silence shows."""
         if self._watched is not None:
             self._watched.lose_silent(_SILENCE_SECONDS)
             self._watched.check()
         raise GuestStoppedError(f"the guest has not answered for {_SILENCE_SECONDS:g} s")
 
     def forget(self) -> None:
-        """The guest goes on as another: break the connection; the next command makes a new one.
+        """Break the connection, because the guest is reset; the next command makes a new one.
 
-        Commands that run fail with :class:`bridge.errors.GuestResetError`. To be called within
+        Running commands fail with :class:`bridge.errors.GuestResetError`. To be called within
         :meth:`reserved`.
         """
         with self._lock:
@@ -531,7 +543,7 @@ class Guest:
             self._lost = self._logged_in = False
             transport, self._transport = self._transport, None
         if transport is not None:
-            # Not closed in order: QEMU would wait for the guest to agree.
+            # Reset instead of closed, because QEMU would wait for the guest's part in a close.
             if isinstance(transport.sock, socket.socket):
                 with contextlib.suppress(OSError):
                     transport.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
@@ -539,12 +551,12 @@ class Guest:
 
     @contextlib.contextmanager
     def reserved(self) -> Iterator[None]:
-        """While inside, only this thread starts commands; other threads that want to wait."""
+        """Let only this thread start commands while inside; other threads wait."""
         with self._reserved:
             yield
 
     def close(self) -> None:
-        """Close the connection; commands that still run get an error. Safe to call twice."""
+        """Close the connection; running commands fail. Safe to call twice."""
         self._stack.close()
         with self._lock:
             self._logged_in = False
@@ -570,17 +582,25 @@ class Guest:
     ) -> CommandResult:
         """Run a command in the guest and wait for its end.
 
-        ``command`` is a line for the guest's ``sh``, or a sequence of words that no shell
-        changes. ``stdout`` and ``stderr`` are called with the output as it comes; ``capture`` is
-        how many bytes of each the result keeps. ``timeout`` in seconds, None for none. ``check``
-        makes an exit status but 0 an error. A process that the command leaves behind with its
-        output open is waited for no longer than a second after the command's own end.
-        ``before_kill`` is called before a command that is given up is killed: the last look at it.
+        A process that the command leaves behind with its output open delays the result by at most a
+        second after the command's own end.
 
-        Raises :class:`bridge.errors.RunTimeoutError` (the command is killed, with its children),
-        :class:`bridge.errors.GuestLostError` or another reason of the loss when the guest is lost
-        (:class:`bridge.errors.GuestResetError` when it was reset), and with ``check``
-        :class:`bridge.errors.GuestSetupError`.
+        Args:
+            command: a line for the guest's ``sh``, or a sequence of words that no shell changes.
+            stdout, stderr: called with the output as it comes.
+            stdin: the command's input.
+            timeout: in seconds; None for none.
+            env: environment variables to set.
+            cwd: the working directory.
+            check: whether an exit status other than 0 is an error.
+            capture: how many bytes of each stream the result keeps.
+            before_kill: called before a command is killed early.
+
+        Raises:
+            RunTimeoutError: the command timed out and was killed, with its children.
+            GuestResetError: the guest was reset.
+            GuestLostError: the guest was lost; another reason of the loss may be raised instead.
+            GuestSetupError: the command could not be run, or failed with ``check``.
         """
         started = time.monotonic()
         deadline = None if timeout is None else started + timeout
@@ -589,7 +609,7 @@ class Guest:
         out, err = _Capture(stdout, capture), _Capture(stderr, capture)
         plain_out, plain_err = _Output(marks, begins=True), _Output(marks, begins=False)
 
-        def ran_out() -> RunTimeoutError:
+        def timed_out() -> RunTimeoutError:
             return RunTimeoutError(
                 f"the command did not end within {timeout:g} s: {line}",
                 evidence=plain_out.before.decode(errors="replace") + _end_of(out, err),
@@ -598,7 +618,7 @@ class Guest:
         try:
             channel, forgotten = self._open(_wrapped(line, env, cwd, marks), deadline)
         except TimeoutError as error:
-            raise ran_out() from error
+            raise timed_out() from error
         with contextlib.ExitStack() as stack:
             stack.callback(channel.close)
             try:
@@ -606,12 +626,12 @@ class Guest:
                 stack.callback(feeder.close)
                 streams = (out, plain_out), (err, plain_err)
                 end = self._pump(channel, *streams, deadline, feeder)
-                if end is _End.OUT_OF_TIME:
-                    raise ran_out()
+                if end is _End.TIMED_OUT:
+                    raise timed_out()
             except BaseException:
                 if before_kill is not None:
                     before_kill()
-                # Before the channel is closed, which the command would take for the end of stdin.
+                # Before the channel is closed, which the command would see as the end of stdin.
                 self._kill(plain_out.process_group, forgotten)
                 raise
         status = channel.exit_status
@@ -646,10 +666,13 @@ class Guest:
     def _open(
         self, script: str, deadline: float | None, *, expected: int | None = None
     ) -> tuple[paramiko.Channel, int]:
-        """A channel on which the script runs, and how often the guest was forgotten before.
+        """Run the script on a new channel.
 
         Args:
-            expected: how often it must have been forgotten; None for any number.
+            expected: the required number of calls of :meth:`forget`; None for any number.
+
+        Returns:
+            The channel, and the number of calls of :meth:`forget` before.
 
         Raises:
             TimeoutError: the deadline passed.
@@ -686,7 +709,7 @@ class Guest:
             raise self._broken(error, forgotten) from error
 
     def _connected(self, deadline: float | None = None) -> tuple[paramiko.Transport, int]:
-        """The connection, made anew if the guest was forgotten since.
+        """Return the connection, made again after :meth:`forget`, and the number of those calls.
 
         Raises:
             TimeoutError: the guest was reserved for another thread until the deadline.
@@ -707,7 +730,7 @@ class Guest:
         return transport, forgotten
 
     def _usable(self) -> tuple[paramiko.Transport | None, int]:
-        """The connection once it is logged in, and how often the guest was forgotten before."""
+        """Return the connection if it is logged in, and the number of calls of :meth:`forget`."""
         with self._lock:
             return self._transport if self._logged_in else None, self._forgotten
 
@@ -725,14 +748,14 @@ class Guest:
         channel.in_buffer.set_event(wake)
         channel.in_stderr_buffer.set_event(wake)
         ended = False
-        waited = 0.0  # since the command's end; no time that output took to be passed on
+        waited = 0.0  # seconds since the command's end, without those for passing output on
         while True:
             wake.rearm()
             now = time.monotonic()
             if not ended and deadline is not None and now >= deadline:
-                return _End.OUT_OF_TIME
+                return _End.TIMED_OUT
             closed = channel.closed
-            over = bool(channel.eof_received)  # and so nothing comes after the rest
+            over = bool(channel.eof_received)  # no output comes after what is buffered
             while channel.recv_ready():
                 out[0].take(out[1].strip(channel.recv(_CHUNK)))
                 alive.heard()
@@ -758,14 +781,14 @@ class Guest:
                 wait = min(wait, max(0.0, deadline - before))
             (channel.status_event if over else wake).wait(wait)
             if ended:
-                # At most a poll's time: this process may have been stopped itself.
+                # At most a poll's time, because this process may have been stopped itself.
                 waited += min(time.monotonic() - before, 2 * _POLL_SECONDS)
         out[0].take(out[1].finish())
         err[0].take(err[1].finish())
         return _End.ENDED
 
     def _kill(self, process_group: int | None, forgotten: int) -> None:
-        """End a command and what it started, if the guest still takes orders and is the same."""
+        """Kill a command and its children, if the guest still answers and was not reset."""
         if process_group is None or self._forgotten != forgotten:
             return
         deadline = time.monotonic() + _KILL_SECONDS
@@ -787,7 +810,7 @@ class Guest:
         remote: str | os.PathLike[str],
         mode: int = 0o644,
     ) -> None:
-        """Write a file in the guest: complete under its name, or not at all.
+        """Write a file in the guest, completely or not at all.
 
         Args:
             local: path of a file here, or the content as bytes.
@@ -802,7 +825,7 @@ class Guest:
         name, part = shlex.quote(path), shlex.quote(f"{path}.part")
         remove = f"rm -f {part}"
         write = f"umask 077; cat > {part} || {{ {remove}; exit 1; }}"
-        # A command of its own: the end of the input alone does not say that it was all.
+        # A separate command, because the end of the input does not prove that it was complete.
         finish = f"chmod {mode:o} {part} && mv -f {part} {name} || {{ {remove}; exit 1; }}"
         with contextlib.ExitStack() as stack:
             if isinstance(local, bytes):
@@ -828,7 +851,7 @@ class Guest:
             )
 
     def get(self, remote: str | os.PathLike[str], local: str | os.PathLike[str]) -> None:
-        """Copy a file of the guest into a local one: complete under its name, or not at all.
+        """Copy a file from the guest to this machine, completely or not at all.
 
         Raises:
             GuestSetupError: the guest cannot read it.
@@ -862,14 +885,14 @@ class Guest:
 
         Args:
             command: a line for the guest's shell; None for the shell itself.
-            stdin: descriptor to read from; that of a terminal is set to raw meanwhile.
-            stdout, stderr: are given the output as it comes.
+            stdin: descriptor to read from; a terminal is set to raw mode meanwhile.
+            stdout, stderr: called with the output as it comes.
 
         Returns:
             The exit status.
 
         Raises:
-            GuestLostError: the guest went away.
+            GuestLostError: the guest was lost.
         """
         transport, forgotten = self._connected()
         interactive = os.isatty(stdin)
@@ -894,13 +917,13 @@ class Guest:
 
 
 def _line(command: Word | Sequence[Word]) -> str:
-    """One line for the guest's shell; bytes that are no text are surrogates in it."""
+    """Return one line for the guest's shell; bytes that are not text become surrogates."""
     if isinstance(command, str | bytes | os.PathLike):
         line = os.fsdecode(command)
     else:
         line = shlex.join(os.fsdecode(word) for word in command)
     if "\0" in line:
-        raise UsageError("a command has a NUL in it, which no argument can hold")
+        raise UsageError("a command contains a NUL byte, which no argument can have")
     return line
 
 
@@ -915,15 +938,15 @@ def _new_session(transport: paramiko.Transport, deadline: float | None) -> param
 
 
 def _wrapped(line: str, env: Mapping[str, str] | None, cwd: str | None, marks: _Marks) -> str:
-    """The command for sshd: runs the line in a shell of its own, between the marks.
+    """Return the command for sshd, which runs the line in its own shell, between the marks.
 
-    sshd makes each session a process group, whose number is that of the shell it starts. The inner
-    shell makes a death by signal an exit status (128+N), which SSH would not carry.
+    sshd makes each session a process group with the number of the shell that it starts. The inner
+    shell turns a death by signal into an exit status (128+N), which SSH would not carry.
     """
     script = ""
     for name, value in (env or {}).items():
         if not _VARIABLE.match(name):
-            raise UsageError(f"{name!r} is no name for an environment variable")
+            raise UsageError(f"{name!r} is not a valid name of an environment variable")
         script += f"export {name}={shlex.quote(value)}; "
     if cwd is not None:
         script += f"cd {shlex.quote(cwd)} || exit 126; "
@@ -943,13 +966,13 @@ def _converse(channel: paramiko.Channel, stdin: int, stdout: Output, stderr: Out
     poll = select.poll()
     poll.register(stdin, select.POLLIN)
     poll.register(channel.fileno(), select.POLLIN)
-    pending = b""  # read from stdin, and not sent yet
-    quiet = 0.0  # how long the shell has ended and nothing more has come
+    pending = b""  # read from stdin, but not sent yet
+    quiet = 0.0  # seconds without output since the shell ended
     while True:
         started = time.monotonic()
         ready = {fd for fd, _ in poll.poll(_TYPING_POLL_MS if pending else _POLL_SECONDS * 1000)}
         waited = min(time.monotonic() - started, 2 * _POLL_SECONDS)
-        closed = channel.closed or bool(channel.eof_received)  # and so nothing comes after the rest
+        closed = channel.closed or bool(channel.eof_received)  # only buffered output is left
         ended = channel.exit_status_ready()
         moved = False
         while channel.recv_ready():
@@ -969,7 +992,7 @@ def _converse(channel: paramiko.Channel, stdin: int, stdout: Output, stderr: Out
                 channel.shutdown_write()
         if not pending:
             continue
-        # Never waits for the guest, which may wait for its output to be read.
+        # Never wait for the guest, which may wait until its output is read.
         with contextlib.suppress(OSError):  # closed just now
             while pending and channel.send_ready():
                 pending = pending[channel.send(pending) :]
@@ -979,7 +1002,7 @@ def _converse(channel: paramiko.Channel, stdin: int, stdout: Output, stderr: Out
 
 @contextlib.contextmanager
 def _raw_terminal(stdin: int, channel: paramiko.Channel) -> Iterator[None]:
-    """Every key goes to the guest, and so does a change of the window's size."""
+    """Send every key to the guest, and changes of the window's size."""
     before = termios.tcgetattr(stdin)
 
     def resized(*_: object) -> None:
@@ -996,7 +1019,7 @@ def _raw_terminal(stdin: int, channel: paramiko.Channel) -> Iterator[None]:
 
 
 def _terminal_size(fd: int) -> tuple[int, int]:
-    """Columns and lines."""
+    """Return columns and lines."""
     lines, columns, _, _ = struct.unpack("HHHH", fcntl.ioctl(fd, termios.TIOCGWINSZ, bytes(8)))
     return columns or 80, lines or 24
 
@@ -1019,4 +1042,4 @@ def _public_key(line: str) -> paramiko.PKey:
         from_type_string: Callable[[str, bytes], paramiko.PKey] = paramiko.PKey.from_type_string
         return from_type_string(kind, base64.b64decode(encoded, validate=True))
     except (ValueError, paramiko.SSHException, UnknownKeyType) as error:
-        raise ImageError(f"the image's host key is none: {line[:80]!r}") from error
+        raise ImageError(f"the image's host key is not a public key: {line[:80]!r}") from error

@@ -33,8 +33,8 @@ bool in_initramfs(void)
 	return !access(MODULE_LIST, F_OK);
 }
 
-/* The list has a path a line, dependencies first. A module that fails is logged and skipped: the
- * guest may work without it, and what needs it reports a fault of its own. */
+/* The list has one path per line, dependencies first. A module that fails is logged and skipped:
+ * the guest may work without it, and a part that needs it reports its own fault. */
 void load_boot_modules(void)
 {
 	char list[8192], *rest = list, *path;
@@ -200,7 +200,7 @@ void mount_root(void)
 	if (mount(disk, "/lower", "squashfs", MS_RDONLY, NULL))
 		fail_boot("disk", strerror(errno));
 	if (!mount_at("tmpfs", "/rw", 0, "mode=0755"))
-		fail_boot("overlay", "no tmpfs for what the guest writes");
+		fail_boot("overlay", "no tmpfs could be mounted for the guest's writes");
 	mkdir("/rw/upper", 0755);
 	mkdir("/rw/work", 0755);
 	if (!copy_tree(open("/layer", O_RDONLY | O_DIRECTORY | O_CLOEXEC),
@@ -223,7 +223,7 @@ void switch_root(void)
 	old_root = open("/", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (chdir("/root") || fstat(old_root, &initramfs))
 		fail_boot("root", strerror(errno));
-	/* The initramfs lies in memory, which the guest gets back. */
+	/* This frees the initramfs's memory. */
 	delete_tree(old_root, initramfs.st_dev);
 	if (mount(".", "/", NULL, MS_MOVE, NULL) || chroot(".") || chdir("/"))
 		fail_boot("root", strerror(errno));

@@ -54,8 +54,8 @@ bool power_button_pressed(int fd)
 	return false;
 }
 
-/* Reaps children for a time. Returns true once no process but this one is left: orphans become
- * children of process 1. */
+/* Reaps children for a time. Returns true once only this process is left: orphans become children
+ * of process 1. */
 static bool reap_for(long ms)
 {
 	long end = uptime_ms() + ms;
@@ -73,7 +73,7 @@ static bool reap_for(long ms)
 	}
 }
 
-/* Each wait has a limit: a mount whose server is gone may hold a process, or sync, for ever. */
+/* Each wait has a limit, because a mount without a server may block a process, or sync, forever. */
 void stop_guest(int how, const char *why)
 {
 	long waited;

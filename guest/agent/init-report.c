@@ -12,7 +12,7 @@
 #include <unistd.h>
 
 #define REPORT_PORT "/dev/ttyS1"
-/* What the port's buffer has no room for is tried again, up to a second in all. */
+/* Bytes that do not fit into the port's buffer are written again, for up to a second. */
 #define WRITE_TRIES 100
 #define WRITE_PAUSE_MS 10
 
@@ -24,7 +24,7 @@ void report_open(void)
 
 	port_fd = open(REPORT_PORT, O_RDWR | O_NOCTTY | O_CLOEXEC | O_NONBLOCK);
 	if (port_fd < 0) {
-		say("%s: %s; the host will not hear from this guest", REPORT_PORT, strerror(errno));
+		say("%s: %s; this guest cannot report to the host", REPORT_PORT, strerror(errno));
 		return;
 	}
 	if (!tcgetattr(port_fd, &settings)) {

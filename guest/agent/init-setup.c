@@ -26,7 +26,7 @@
 #define NETMASK "255.255.255.0"
 #define GATEWAY "10.0.2.2"
 
-/* Where the agent's layer has the module; bridge/guest/images/builder.py has the same. */
+/* The module's path in the agent's layer; bridge/guest/images/builder.py has the same. */
 #define MODULE_FORMAT "/usr/lib/modules/%s/extra/kcov_bridge.ko"
 #define MODULE_PARAMETER "kcov_bridge."
 
@@ -45,7 +45,7 @@ void open_console(void)
 		mount_at("sysfs", "/sys", MS_NOSUID | MS_NOEXEC | MS_NODEV, NULL);
 		mount_at("devtmpfs", "/dev", MS_NOSUID, "mode=0755");
 	}
-	/* The kernel has opened no console for us, because the initramfs has no /dev/console. */
+	/* The kernel opened no console for this process: the initramfs has no /dev/console. */
 	console = open("/dev/console", O_RDWR | O_NOCTTY);
 	if (console >= 0) {
 		dup2(console, STDIN_FILENO);

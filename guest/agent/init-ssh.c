@@ -25,7 +25,7 @@
 #define SSHD_WAIT_MS 5000
 
 static int listener = -1;
-static pid_t daemon_pid; /* listens in place of this process, unless 0 */
+static pid_t daemon_pid; /* the daemon that listens in place of this process, or 0 */
 
 bool ssh_listen(char *why, size_t size)
 {
@@ -107,8 +107,8 @@ void ssh_child_ended(pid_t pid)
 		replace_daemon();
 }
 
-/* Whoever connects to the stopped daemon waits until it continues, with random numbers that are not
- * the snapshot's. -r makes it fork without a further exec. */
+/* A client that connects to the stopped daemon waits until it continues, when the random numbers
+ * are no longer the snapshot's. -r makes it fork without a further exec. */
 void ssh_daemon_start(void)
 {
 	int null, waited = 0;
@@ -147,8 +147,8 @@ void ssh_daemon_start(void)
 	replace_daemon();
 }
 
-/* Its children have none of the snapshot's random numbers: sshd asks the kernel for each, and
- * OpenSSL takes a new seed from the kernel after a fork. */
+/* Its children use no random numbers of the snapshot: sshd asks the kernel for each, and OpenSSL
+ * takes a new seed from the kernel after a fork. */
 void ssh_daemon_continue(void)
 {
 	if (daemon_pid > 0)

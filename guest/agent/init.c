@@ -19,18 +19,18 @@
  *   {"state":"stopping","why":"power button"}
  *
  * The host makes two requests there, each a line that is answered "ready". Before it saves the
- * guest, it asks for an sshd that listens and stands still, to be part of the snapshot:
+ * guest, it asks for a stopped sshd that listens, to be part of the snapshot:
  *
  *   sshd
  *
  * After it loaded a snapshot, it sends the time, as seconds and nanoseconds, and 32 random bytes in
- * hex, so that the guest does not go on with the snapshot's clock and random numbers:
+ * hex, so that the guest does not continue with the snapshot's clock and random numbers:
  *
  *   resume 1700000000 500000000 00112233…
  *
  * An unhealthy guest still serves SSH if it can, so that a person can look inside. Process 1
- * accepts SSH connections and gives each to an `sshd -i` of its own: the guest is ready without
- * waiting for a daemon, and no daemon can die. A saved sshd only forks for a connection, which
+ * accepts SSH connections and starts an `sshd -i` for each: the guest is ready without waiting for
+ * a daemon, and no daemon can die. A saved sshd only forks for a connection, which
  * saves the time to load and link the program; if it dies, process 1 accepts connections again.
  */
 #include "init.h"
@@ -46,7 +46,7 @@
 
 enum { POLL_SIGNALS, POLL_SSH, POLL_HOST, POLL_BUTTONS };
 
-/* Returns a descriptor that tells of the signals. */
+/* Returns a descriptor to read the signals from. */
 static int block_signals(void)
 {
 	sigset_t signals;
@@ -75,7 +75,7 @@ static void take_signals(int fd)
 		ssh_child_ended(ended);
 }
 
-/* Process 1's life from here on. signals: what block_signals() returned. */
+/* The main loop of process 1. signals: the descriptor of block_signals(). */
 __attribute__((noreturn)) static void serve(int signals, const struct pollfd *buttons,
 					    size_t button_count, const char *device)
 {
@@ -124,7 +124,7 @@ __attribute__((noreturn)) static void boot_guest(void)
 	device = set_up_device(&what, why, sizeof(why));
 	button_count = power_buttons_open(buttons);
 
-	/* One report, of the first fault in the order in which a person would look. */
+	/* Report one fault: the first in the order in which a person would look. */
 	if (!device)
 		report_unhealthy(what, why);
 	if (!ssh_listen(why, sizeof(why)) && device)

@@ -1,18 +1,18 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What the parts of kcov-init share.
+ * Declarations that the files of kcov-init share.
  *
  *	init.c			the order of a boot: main, the initramfs's part, the guest's part
  *	init-initramfs.c	from the boot modules to the guest's root
  *	init-setup.c		file systems, network, module and kcov device
  *	init-ssh.c		connections to SSH, with and without a daemon
- *	init-host.c		what the host asks for on the report port
- *	init-report.c		what the host is told there
+ *	init-host.c		requests of the host on the report port
+ *	init-report.c		reports to the host on that port
  *	init-power.c		the power button, and the end of the guest
  *	init-util.c		files, mounts, modules, time
  *
  * Process 1 has one thread. The report port and the SSH daemon are state of the file that owns
- * them; everything else is passed on.
+ * them; all other state is passed as arguments.
  */
 #ifndef KCOV_BRIDGE_AGENT_INIT_H
 #define KCOV_BRIDGE_AGENT_INIT_H
@@ -38,7 +38,7 @@ bool in_initramfs(void);
 void load_boot_modules(void);
 /* Writes the kernel's symbols to the second disk and powers off; for the image's builder. */
 __attribute__((noreturn)) void dump_symbols(void);
-/* Mounts the guest's root at /root: the squashfs, what the guest writes, and the agent's files. */
+/* Mounts the guest's root at /root: the squashfs, a tmpfs for writes, and the agent's files. */
 void mount_root(void);
 /* Makes /root the root and executes this program there. */
 __attribute__((noreturn)) void switch_root(void);
@@ -49,21 +49,21 @@ __attribute__((noreturn)) void switch_root(void);
 void open_console(void);
 /* Mounts the guest's other file systems; sets host name and environment. */
 void set_up_environment(void);
-/* Brings lo and eth0 up. Returns NULL, or what is wrong. */
+/* Brings lo and eth0 up. Returns NULL, or the error as text. */
 const char *set_up_network(void);
 /* Loads kcov_bridge.ko and opens the kcov device once. Returns the device's path, or NULL with
- * what is wrong in *what and *why. */
+ * the failed part in *what and the reason in why. */
 const char *set_up_device(const char **what, char *why, size_t size);
 
 /* ---- init-ssh.c ---------------------------------------------------------------------------- */
 
-/* Listens for SSH. Returns false with what is wrong in why. */
+/* Listens for SSH. Returns false with the reason in why. */
 bool ssh_listen(char *why, size_t size);
 /* The socket to poll for connections, or -1 while the daemon listens or nothing does. */
 int ssh_listener(void);
-/* Accepts a connection and gives it to an sshd of its own. */
+/* Accepts a connection and starts an sshd for it. */
 void ssh_serve(void);
-/* Starts an sshd that listens, and stops it there until ssh_daemon_continue(). */
+/* Starts an sshd that listens, and keeps it stopped until ssh_daemon_continue(). */
 void ssh_daemon_start(void);
 void ssh_daemon_continue(void);
 /* Listens here again if the process that ended was the daemon. */
@@ -71,7 +71,7 @@ void ssh_child_ended(pid_t pid);
 
 /* ---- init-host.c --------------------------------------------------------------------------- */
 
-/* Carries out what the host wrote to the report port. device: the kcov device, or NULL. */
+/* Carries out the host's requests on the report port. device: the kcov device, or NULL. */
 void host_read_requests(const char *device);
 
 /* ---- init-report.c ------------------------------------------------------------------------- */

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * kcov-bench: what the kcov device does to system calls. Knows nothing of the bridge.
+ * kcov-bench: measures how the kcov device affects system calls. It does not depend on the bridge.
  *
- *	kcov-bench calls COUNT		each of COUNT getppid(2) by itself, with this thread's kcov off
+ *	kcov-bench calls COUNT		each of COUNT getppid(2) alone, with this thread's kcov off
  *					and then on: mean and quantiles in nanoseconds, PCs left
  *	kcov-bench others COUNT [owner]	COUNT calls of a task that owns nothing, while another one
  *					has kcov enabled and sleeps, if "owner" is given
- *	kcov-bench stream SECONDS	getppid(2) with kcov on, for so long: how many, PCs left
+ *	kcov-bench stream SECONDS	getppid(2) with kcov on, for this time: number, PCs left
  *
- * getppid is the cheapest call there is. Prints one JSON object. Single calls are timed by the
- * time-stamp counter, because reading the clock may be a system call itself.
+ * getppid is the cheapest system call. Prints one JSON object. The time-stamp counter times single
+ * calls, because reading the clock may be a system call itself.
  */
 #define _GNU_SOURCE
 #include <err.h>
@@ -52,7 +52,7 @@ static int by_size(const void *a, const void *b)
 	return left < right ? -1 : left > right;
 }
 
-/* The area of a new instance, whose descriptor goes to @fd. */
+/* Returns the area of a new instance, whose descriptor goes to @fd. */
 static uint64_t *open_area(int *fd)
 {
 	uint64_t *area;
@@ -74,7 +74,7 @@ static void enable(int fd)
 		err(FAILED, "KCOV_ENABLE");
 }
 
-/* Times single calls, and prints what they took. */
+/* Times single calls, and prints the results. */
 static void time_calls(const char *name, long count)
 {
 	static uint64_t cycles[MAX_CALLS];
@@ -128,8 +128,8 @@ static void open_call(void)
 }
 
 /*
- * Nanoseconds a call, of the quickest quarter of some bursts, all together of about @count calls:
- * what else the machine does only ever makes one slower.
+ * Returns nanoseconds per call in the quickest quarter of some bursts, about @count calls in all.
+ * The quickest, because other work on the machine can only make a burst slower.
  */
 static double quick_burst(void (*call)(void), long count)
 {
@@ -146,7 +146,7 @@ static double quick_burst(void (*call)(void), long count)
 	return (double)bursts[BURSTS / 4] / 1000 / (double)(count / BURSTS);
 }
 
-/* A process whose kcov is enabled, and that sleeps. */
+/* Starts a process that enables kcov and sleeps. */
 static pid_t make_owner(void)
 {
 	int ready[2];
@@ -170,9 +170,9 @@ static pid_t make_owner(void)
 	}
 	close(ready[1]);
 	if (read(ready[0], &byte, 1) != 1)
-		errx(FAILED, "the owner did not come up");
+		errx(FAILED, "the process that enables kcov did not start");
 	close(ready[0]);
-	/* Until it is asleep. */
+	/* Wait until it sleeps. */
 	usleep(10000);
 	return child;
 }

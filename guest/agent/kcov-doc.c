@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * kcov-doc [PATH]: covers a single read, in the way that the kernel's dev-tools/kcov.rst
- * ("Coverage collection") describes, and prints the PCs. It knows nothing of the bridge.
+ * ("Coverage collection") describes, and prints the PCs. It does not depend on the bridge.
  *
  * Without PATH the read is read(-1, NULL, 0), as there. With it, the file is opened before the
  * area is reset, so that the read alone is covered.
@@ -34,14 +34,14 @@ int main(int argc, char **argv)
 
 	if (!device)
 		device = "/sys/kernel/debug/kcov";
-	/* One descriptor lets one thread trace. */
+	/* One thread can trace through one descriptor. */
 	fd = open(device, O_RDWR);
 	if (fd == -1)
 		fail(device);
-	/* Mode and size of the trace. */
+	/* Set mode and size of the trace. */
 	if (ioctl(fd, KCOV_INIT_TRACE, COVER_SIZE))
 		fail("KCOV_INIT_TRACE");
-	/* The area that the kernel and this program share. */
+	/* Map the area that the kernel and this program share. */
 	cover = mmap(NULL, COVER_SIZE * sizeof(*cover), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	if (cover == MAP_FAILED)
 		fail("mmap");
@@ -50,10 +50,10 @@ int main(int argc, char **argv)
 		if (file == -1)
 			fail(argv[1]);
 	}
-	/* From here on this thread is covered. */
+	/* From here on this thread traces. */
 	if (ioctl(fd, KCOV_ENABLE, KCOV_TRACE_PC))
 		fail("KCOV_ENABLE");
-	/* Forget what the tail of the ioctl left. */
+	/* Discard the PCs from the end of the ioctl. */
 	__atomic_store_n(&cover[0], 0, __ATOMIC_RELAXED);
 	if (read(file, argc > 1 ? buffer : NULL, argc > 1 ? sizeof(buffer) : 0) < 0 && argc > 1)
 		fail("read");

@@ -3,16 +3,17 @@
  * kcov-exec: runs any unmodified command under kcov and writes the PCs, or the comparisons, to a
  * file.
  *
- * It uses the kcov device alone, as any program would: open, KCOV_INIT_TRACE, mmap, then
+ * It uses only the kcov device, as any program would: open, KCOV_INIT_TRACE, mmap, then
  * KCOV_ENABLE in the child just before exec (which keeps kcov), and reads the area when the child
- * has ended. With -f every further process and thread asks for a descriptor of its own through
- * libkcovexec.so (see kcov.h for the conversation, libkcovexec.c for when).
+ * has ended. With -f every further process and thread asks for its own descriptor through
+ * libkcovexec.so (kcov.h has the protocol, libkcovexec.c says when).
  *
  * With -s it does none of that: the host keeps the PCs, the module follows the command's children,
- * and kcov-exec becomes the command.
+ * and kcov-exec executes the command in its own process.
  *
- * A trace's life: ASKING (connected, with -f) → OFFERED (descriptor sent) → TRACING → collected.
- * The area stays mapped here all the time, so nothing is lost however the process ends.
+ * The life of a trace: ASKING (connected, with -f) → OFFERED (descriptor sent) → TRACING →
+ * collected.
+ * The area stays mapped here all the time, so nothing is lost, regardless of how the process ends.
  */
 #define _GNU_SOURCE
 #include "kcov.h"
@@ -44,10 +45,10 @@
 #define LIBRARY "/usr/lib/kcov-bridge/libkcovexec.so"
 #endif
 
-/* 4 MiB of area, what kcov's best known user takes for one program. */
+/* 4 MiB of area, as syzkaller takes for one program. */
 #define DEFAULT_ENTRIES (512UL * 1024)
 
-#define ENOTSUPP 524 /* the kernel's own, in no header of user space */
+#define ENOTSUPP 524 /* the kernel's own errno, which user-space headers lack */
 
 enum { EXIT_FAILED = 125, EXIT_NOT_EXECUTABLE = 126, EXIT_NOT_FOUND = 127 };
 
@@ -57,7 +58,7 @@ struct trace {
 	struct trace *next; /* newest first */
 	enum state state;
 	pid_t pid, tid;
-	bool same_pids; /* its thread id means the same to us, and will while the thread lives */
+	bool same_pids; /* its thread id is valid in this PID namespace while the thread lives */
 	int pidfd;
 	int connection; /* to libkcovexec.so until the thread traces, else -1 */
 	int kcov;
@@ -65,7 +66,7 @@ struct trace {
 	char name[16];
 };
 
-/* How the child tells that it did not get as far as the command. */
+/* The step at which the child failed before it ran the command. */
 enum step { STEP_ENABLE, STEP_EXEC };
 
 struct failure {
@@ -73,11 +74,11 @@ struct failure {
 	int error;
 };
 
-/* Of the bitmap with -u: more bits than a kernel has blocks that one workload reaches. */
+/* Size of the bitmap with -u: more bits than one workload reaches blocks of a kernel. */
 #define BITMAP_WORDS 8192UL
 
 static unsigned long entries = DEFAULT_ENTRIES;
-/* Words before the count. */
+/* Words of the bitmap, which come before the count. */
 static unsigned long bitmap;
 static bool verbose, follow, binary, comparisons;
 static const char *device_path;
@@ -103,7 +104,7 @@ static const char help[] =
 	"              a bitmap takes 65536 bytes of each area (KCOV_UNIQUE_ENABLE)\n"
 	"  -c          record comparisons instead of PCs (KCOV_TRACE_CMP): a line has the type, two\n"
 	"              operands and the PC; each takes four words of ENTRIES\n"
-	"  -v          print on standard error how many PCs each process gave\n"
+	"  -v          print the number of PCs of each process on standard error\n"
 	"  -s STREAM   send the PCs to the host, which gave the stream this number; kcov-bridge run\n"
 	"              does so\n"
 	"\n"
@@ -175,11 +176,11 @@ static int find_device(void)
 		    "the module kcov_bridge loaded?",
 		    known_devices[0], known_devices[1], known_devices[2]);
 	else if (error == EACCES || error == EPERM)
-		say("the device is root's: run kcov-exec as root");
+		say("only root may open the device: run kcov-exec as root");
 	return -1;
 }
 
-/* Why KCOV_INIT_TRACE or mmap failed, and what to do. */
+/* Returns why KCOV_INIT_TRACE or mmap failed, and the remedy. */
 static const char *advice(int error)
 {
 	switch (error) {
@@ -285,7 +286,7 @@ static void write_words(const uint64_t *words, uint64_t count, unsigned int a_li
 	}
 }
 
-/* Writes down what a trace gathered, and ends it. */
+/* Writes the PCs or comparisons of a trace, and ends it. */
 static void collect(struct trace *trace)
 {
 	uint64_t count =
@@ -326,8 +327,8 @@ static void read_name(struct trace *trace)
 
 /* ---- following ------------------------------------------------------------------------------- */
 
-/* Makes the socket that libkcovexec.so connects to. Abstract, so that it dies with us and is
- * reached from a chroot and by any user. */
+/* Makes the socket that libkcovexec.so connects to. It is abstract, so that it ends with this
+ * process and can be reached from a chroot and by any user. */
 static int make_server(char *name, size_t size)
 {
 	struct sockaddr_un address = { .sun_family = AF_UNIX };
@@ -336,7 +337,7 @@ static int make_server(char *name, size_t size)
 	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 
 	if (getrandom(&salt, sizeof(salt), GRND_NONBLOCK) < 0)
-		salt = (uint64_t)getpid(); /* early in boot; the name must only be our own */
+		salt = (uint64_t)getpid(); /* early in boot; the name must only be unique */
 	snprintf(name, size, "kcov-exec-%d-%016lx", (int)getpid(), (unsigned long)salt);
 	length = strlen(name);
 	memcpy(address.sun_path + 1, name, length);
@@ -388,12 +389,12 @@ static void accept_trace(int server)
 		trace->pidfd = (int)syscall(SYS_pidfd_open, peer.pid, 0);
 	}
 	if (trace->pidfd < 0)
-		drop_trace(trace); /* gone before it asked */
+		drop_trace(trace); /* it ended before it asked */
 }
 
-/* Collects the traces of a process's threads that have ended, so that a program with many short
- * threads does not use the region up. To be called when one of its threads asks: after an exec the
- * new image's first thread always asks before another can, and pins what was there (see offer). */
+/* Collects the traces of a process's threads that have ended, so that many short threads do not
+ * fill the region. Called when one of its threads asks: after an exec the new image's first thread
+ * always asks before others, and protects the older traces (see offer). */
 static void collect_ended_threads(pid_t pid)
 {
 	struct trace *trace = traces, *next;
@@ -411,9 +412,9 @@ static void collect_ended_threads(pid_t pid)
 	}
 }
 
-/* True if exec brought this first thread here with its kcov still on. If the old image had other
- * traced threads, it may be one of them that called exec and so became the first, under another
- * thread id: then none is to be collected before the process ends, and KCOV_ENABLE will tell. */
+/* Returns true if this first thread still traces after an exec. If the old image had other traced
+ * threads, one of them may have called exec and so become the first, with another thread id. Then
+ * no trace is collected before the process ends, and the result of KCOV_ENABLE decides. */
 static bool already_traced(const struct trace *asking)
 {
 	struct trace *first = NULL;
@@ -428,7 +429,7 @@ static bool already_traced(const struct trace *asking)
 			others = true;
 			trace->same_pids = false;
 		}
-		read_name(trace); /* exec gave it a new one */
+		read_name(trace); /* exec changed it */
 	}
 	return first && !others;
 }
@@ -457,13 +458,13 @@ static bool send_message(struct trace *trace, enum follow_kind kind, int value, 
 	return sendmsg(trace->connection, &header, MSG_NOSIGNAL | MSG_DONTWAIT) >= 0;
 }
 
-/* Answers a HELLO with an instance of the asker's own. */
+/* Answers a HELLO with a new instance. */
 static void offer(struct trace *trace, const struct follow_message *hello)
 {
 	int error;
 
 	trace->same_pids = hello->pid == trace->pid;
-	/* In another PID namespace the ids differ; a first thread is still told from the others. */
+	/* In another PID namespace the ids differ; a first thread is still recognised. */
 	trace->tid = hello->value == hello->pid ? trace->pid : hello->value;
 	read_name(trace);
 	if (trace->tid != trace->pid)
@@ -505,7 +506,7 @@ static void listen_to(struct trace *trace)
 		if (!message.value) {
 			trace->state = TRACING;
 		} else {
-			/* EBUSY: it traces through an instance that exec brought along. */
+			/* EBUSY: it traces through an instance that it had before exec. */
 			if (message.value != EBUSY)
 				say("%d %s runs untraced: KCOV_ENABLE: %s", (int)trace->tid,
 				    trace->name, strerror(message.value));
@@ -514,12 +515,12 @@ static void listen_to(struct trace *trace)
 	} else if (trace->state == ASKING) {
 		drop_trace(trace);
 	} else {
-		/* It went away, perhaps after ENABLE: its end will tell. */
+		/* The connection ended, perhaps after ENABLE; the area shows that at the end. */
 		close_fd(&trace->connection);
 	}
 }
 
-/* Collects a trace whose process has ended, reading first what it still had to say. */
+/* Collects a trace whose process has ended, after reading its last message. */
 static void end_trace(struct trace *trace)
 {
 	if (trace->state == OFFERED && trace->connection >= 0) {
@@ -553,12 +554,12 @@ __attribute__((noreturn)) static void run_child(struct trace *trace, int pipe_fd
 	_exit(EXIT_NOT_FOUND);
 }
 
-/* Says why the command did not start. Returns the exit status for it. */
+/* Prints why the command did not start. Returns the exit status for that. */
 static int explain(const struct failure *failure, const char *command)
 {
 	if (failure->step == STEP_ENABLE) {
 		if (comparisons && failure->error == ENOTSUPP)
-			say("%s: there are no comparisons here; start the bridge with --comparisons",
+			say("%s: the device has no comparisons; start the bridge with --comparisons",
 			    device_path);
 		else
 			say("%s: KCOV_ENABLE: %s", device_path, strerror(failure->error));
@@ -575,10 +576,10 @@ static bool handle_signals(int signals, pid_t child)
 	siginfo_t info = { 0 };
 
 	while (read(signals, &signal, sizeof(signal)) == (ssize_t)sizeof(signal))
-		/* The terminal's own signals reach the whole foreground group: not twice. */
+		/* CMD already has the terminal's signals, which reach the whole foreground group. */
 		if (signal.ssi_signo != SIGCHLD && signal.ssi_code != SI_KERNEL)
 			kill(child, (int)signal.ssi_signo);
-	/* Left a zombie until its trace is collected, so that its name can still be read. */
+	/* The child stays a zombie until its trace is collected, so that its name can be read. */
 	return !waitid(P_PID, (id_t)child, &info, WEXITED | WNOHANG | WNOWAIT) && info.si_pid;
 }
 
@@ -605,8 +606,8 @@ static bool wait_once(int signals, int server, pid_t child)
 	}
 	if (poll(polled, count, -1) < 0 && errno != EINTR)
 		say("poll: %s", strerror(errno));
-	/* The end of processes first, and the newest of them first: a child ends before the parent
-	 * that waits for it. */
+	/* Ended processes first, and the newest of them first, because a child ends before the
+	 * parent that waits for it. */
 	for (trace = traces, i = 2; i < count; trace = next, i += 2) {
 		next = trace->next;
 		if (polled[i].revents && trace->pid != child)
@@ -635,7 +636,7 @@ static int run(char **command)
 	int server = -1, signals, pipe_fds[2], status = 0;
 	sigset_t mask, old_mask;
 	char name[64];
-	ssize_t told;
+	ssize_t received;
 	pid_t child;
 
 	if (!trace)
@@ -670,12 +671,12 @@ static int run(char **command)
 	trace->pid = trace->tid = child;
 	close(pipe_fds[1]);
 
-	/* The library of a followed command speaks before main; exec closes the pipe before that. */
+	/* Exec closes the pipe before the library of a followed command sends its first message. */
 	do {
-		told = read(pipe_fds[0], &failure, sizeof(failure));
-	} while (told < 0 && errno == EINTR);
+		received = read(pipe_fds[0], &failure, sizeof(failure));
+	} while (received < 0 && errno == EINTR);
 	close(pipe_fds[0]);
-	if (told == (ssize_t)sizeof(failure)) {
+	if (received == (ssize_t)sizeof(failure)) {
 		waitpid(child, NULL, 0);
 		return explain(&failure, command[0]);
 	}
@@ -687,8 +688,8 @@ static int run(char **command)
 		if (own->pid == child && own->tid == child)
 			read_name(own);
 	}
-	/* What ended before the command and was not seen yet, then the command itself, then those
-	 * that outlive it. */
+	/* First the traces of processes that ended before the command, then the command's, then
+	 * those of processes that outlive it. */
 	for (int round = 0; round < 3; round++) {
 		struct trace *next;
 
@@ -707,7 +708,7 @@ static int run(char **command)
 	return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
 }
 
-/* Has the host keep what CMD covers, and becomes CMD. Returns the exit status where it cannot. */
+/* Makes the host keep the PCs of CMD, and executes CMD. Returns an exit status only on failure. */
 static int join_stream(const char *text, char **command)
 {
 	unsigned long stream;
@@ -726,7 +727,7 @@ static int join_stream(const char *text, char **command)
 		return EXIT_FAILED;
 	if (ioctl(fd, KCOV_BRIDGE_STREAM, stream | (follow ? KCOV_BRIDGE_FOLLOW : 0))) {
 		say("%s: KCOV_BRIDGE_STREAM: %s%s", device_path, strerror(errno),
-		    errno == ESRCH  ? ": the host has no such stream (any more)" :
+		    errno == ESRCH  ? ": the host has no such stream, or has closed it" :
 		    errno == ENOMEM ? ": the region has no room; give the bridge a larger region" :
 				      "");
 		return EXIT_FAILED;
@@ -814,7 +815,7 @@ int main(int argc, char **argv)
 	if (stream)
 		return join_stream(stream, argv + optind);
 	if (output_path) {
-		/* A descriptor of its own, that CMD does not inherit, for standard output too. */
+		/* A separate descriptor, for standard output too, which CMD does not inherit. */
 		int fd = strcmp(output_path, "-") ?
 				 open(output_path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666) :
 				 fcntl(STDOUT_FILENO, F_DUPFD_CLOEXEC, 3);

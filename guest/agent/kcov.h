@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What a user of kcov needs to know, as documented in the kernel's dev-tools/kcov.rst, and the
- * message that kcov-exec and libkcovexec.so exchange.
+ * The interface of kcov, as documented in the kernel's dev-tools/kcov.rst, and the message that
+ * kcov-exec and libkcovexec.so exchange.
  */
 #ifndef KCOV_BRIDGE_AGENT_KCOV_H
 #define KCOV_BRIDGE_AGENT_KCOV_H
@@ -13,7 +13,7 @@
 #define KCOV_ENABLE _IO('c', 100)                   /* 0x6364 */
 #define KCOV_DISABLE _IO('c', 101)                  /* 0x6365 */
 #define KCOV_UNIQUE_ENABLE _IOW('c', 103, unsigned long) /* 0x40086367, proposed for Linux */
-/* kcov-bridge's own: the argument is the number of a stream of the host's, perhaps with the flag. */
+/* kcov-bridge's own: the argument is the number of a stream of the host, perhaps with the flag. */
 #define KCOV_BRIDGE_STREAM _IO('c', 0xe0)
 #define KCOV_BRIDGE_FOLLOW (1UL << 63) /* children of the calling thread as well */
 #define KCOV_TRACE_PC 0
@@ -36,7 +36,7 @@
 
 enum follow_kind { FOLLOW_HELLO = 1, FOLLOW_OFFER, FOLLOW_DECLINE, FOLLOW_ENABLED };
 
-/* In place of a number of words: KCOV_TRACE_CMP. */
+/* Instead of a number of words: stands for KCOV_TRACE_CMP. */
 #define FOLLOW_COMPARISONS (-1)
 
 struct follow_message {

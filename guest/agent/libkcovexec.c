@@ -2,11 +2,11 @@
 /*
  * libkcovexec.so: follows children and threads for `kcov-exec -f`, preloaded by LD_PRELOAD.
  *
- * kcov belongs to a thread: exec keeps it, fork and pthread_create do not hand it on. So every new
- * process image (constructor), forked child (atfork handler) and thread (pthread_create wrapper)
- * asks kcov-exec for a descriptor of its own, enables it and closes it again; the task holds its
- * own reference, and kcov-exec keeps the area mapped. Whatever fails here leaves the program
- * untraced and otherwise alone: errno, descriptors and signals stay as they were.
+ * kcov belongs to a thread: exec keeps it, and children of fork and pthread_create do not inherit
+ * it. So every new process image (constructor), forked child (atfork handler) and thread
+ * (pthread_create wrapper) asks kcov-exec for its own descriptor, enables it and closes it again;
+ * the task holds its own reference, and kcov-exec keeps the area mapped. If something fails here,
+ * the program runs untraced, with its errno, descriptors and signals as they were.
  */
 #define _GNU_SOURCE
 #include "kcov.h"
@@ -71,8 +71,8 @@ static int enable(int kcov, int32_t value)
 		       ioctl(kcov, KCOV_ENABLE, KCOV_TRACE_PC);
 }
 
-/* Makes the calling thread traced. Only system calls: it also runs in a child that was forked from
- * one of many threads. */
+/* Makes the calling thread trace. Uses only system calls, because it also runs in a child that one
+ * of many threads forked. */
 static void trace_this_thread(void)
 {
 	struct follow_message message = { .kind = FOLLOW_HELLO };

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The files of an open descriptor: open, ioctl, mmap, close; and what is left of them when the
- * device goes away under it.
+ * The kcov device's file: open, ioctl, mmap and close, and open descriptors after the device's
+ * removal.
  *
- * Each operation is the host's to decide: it is forwarded, and the caller gets the errno that comes
- * back. Where the host does not answer, that is EIO, and ENODEV once the device is gone.
+ * The host decides about each operation: the module forwards it, and the caller gets the errno that
+ * comes back. The errno is EIO if the host does not answer, and ENODEV once the device is gone.
  */
 
 #include <linux/err.h>
@@ -17,7 +17,7 @@
 /* ---- the life of an instance --------------------------------------------------------------- */
 
 /**
- * kb_instance_free() - the last reference to an instance is gone
+ * kb_instance_free() - free an instance after its last reference
  * @ref: of the instance
  *
  * Process context, may sleep.
@@ -40,8 +40,8 @@ void kb_instance_free(struct kref *ref)
 
 /**
  * kb_instance_new() - make an instance with a slot and one reference
- * @bridge: the device; the caller has a reference to it, or it cannot go away
- * @mapping: of the file that it is for, or NULL
+ * @bridge: the device; the caller holds a reference to it, or it cannot be removed now
+ * @mapping: of the instance's file, or NULL
  *
  * Return: the instance, or an error pointer.
  */
@@ -62,14 +62,14 @@ struct kb_instance *kb_instance_new(struct kb_bridge *bridge, struct address_spa
 		return ERR_PTR(err);
 	}
 	kref_get(&bridge->ref);
-	/* An owner keeps the instance after the last close. */
+	/* An owner holds the instance after the last close. */
 	__module_get(THIS_MODULE);
 	return inst;
 }
 
 static int kb_open(struct inode *inode, struct file *file)
 {
-	/* The files that lead here are gone before the device is. */
+	/* Valid, because removal deletes the files of this device first. */
 	struct kb_instance *inst = kb_instance_new(kb_active, file->f_mapping);
 
 	if (IS_ERR(inst))
@@ -78,7 +78,7 @@ static int kb_open(struct inode *inode, struct file *file)
 	return nonseekable_open(inode, file);
 }
 
-/* No descriptor is left, though mappings may be. The host says whether that ends the owner. */
+/* The last descriptor was closed; mappings may remain. The host decides whether the owner ends. */
 static void kb_instance_last_close(struct kb_instance *inst)
 {
 	struct kb_owner *owner;
@@ -102,8 +102,8 @@ static int kb_flush(struct file *file, fl_owner_t id)
 	struct kb_instance *inst = file->private_data;
 
 	/*
-	 * Each mapping holds the file, and is counted for less long than it does; whoever else
-	 * holds it is or may become a descriptor.
+	 * Each mapping holds the file, a little longer than it is counted. Any other holder is a
+	 * descriptor or may become one.
 	 */
 	if (file_count(file) - atomic_read(&inst->mappings) <= 1)
 		kb_instance_last_close(inst);
@@ -114,7 +114,7 @@ static int kb_release(struct inode *inode, struct file *file)
 {
 	struct kb_instance *inst = file->private_data;
 
-	/* The last may have been a descriptor that nobody took out of its message. */
+	/* The last one may have been a descriptor in a message that no process received. */
 	kb_instance_last_close(inst);
 	mutex_lock(&inst->lock);
 	inst->mapping = NULL;
@@ -123,7 +123,7 @@ static int kb_release(struct inode *inode, struct file *file)
 	return 0;
 }
 
-/* What a request that could not be sent is to answer. */
+/* Return the error for a request that could not be sent. */
 static int kb_instance_error(const struct kb_instance *inst)
 {
 	lockdep_assert_held(&inst->lock);
@@ -132,17 +132,17 @@ static int kb_instance_error(const struct kb_instance *inst)
 
 /* ---- ioctl --------------------------------------------------------------------------------- */
 
-/* The argument of KCOV_REMOTE_ENABLE, as far as it could be read. */
+/* The argument of KCOV_REMOTE_ENABLE, as far as the module could read it. */
 struct kb_remote {
 	u32 mode;
 	u32 area_size;
-	/* As the user has it, perhaps more than there are below; ~0 if it could not be read. */
+	/* As the user gave it, perhaps more than the handles below; ~0 if it could not be read. */
 	u64 count;
 	u64 common_handle;
 	u64 handles[KCOV_REMOTE_MAX_HANDLES];
 };
 
-/* Reads the argument. Before any lock: a page fault takes mmap_lock. */
+/* Read the argument. Called without locks, because a page fault takes mmap_lock. */
 static struct kb_remote *kb_remote_read(const struct kcov_remote_arg __user *user)
 {
 	struct kb_remote *remote = kzalloc(sizeof(*remote), GFP_KERNEL);
@@ -163,7 +163,7 @@ static struct kb_remote *kb_remote_read(const struct kcov_remote_arg __user *use
 	return remote;
 }
 
-/* Hands the argument to the host, which checks it. */
+/* Pass the argument to the host, which checks it. */
 static int kb_remote_enable(struct kb_instance *inst, const struct kb_remote *remote)
 {
 	struct kb_bridge *bridge = inst->bridge;
@@ -191,7 +191,7 @@ static int kb_disable(struct kb_instance *inst, unsigned long arg)
 	return err;
 }
 
-/* @remote is the argument of KCOV_REMOTE_ENABLE. The instance is settled. */
+/* @remote is the argument of KCOV_REMOTE_ENABLE. The instance must be settled. */
 static long kb_ioctl_locked(struct kb_instance *inst, unsigned int cmd, unsigned long arg,
 			    const struct kb_remote *remote)
 {
@@ -259,9 +259,9 @@ static void kb_vma_close(struct vm_area_struct *vma)
 }
 
 /*
- * Mappings are filled at once, so a fault comes when one was taken away, with the device most of the
- * time. A program that reads its area is not to die of that: it finds one blank page everywhere.
- * Private mappings get SIGBUS, for the kernel takes no bare page frame there.
+ * mmap fills mappings completely, so a fault means that one was removed, mostly with the device. A
+ * program that reads its area must not die of that, so it finds one blank page everywhere. Private
+ * mappings get SIGBUS, because the kernel accepts no bare page frame there.
  */
 static vm_fault_t kb_vma_fault(struct vm_fault *vmf)
 {
@@ -279,7 +279,7 @@ static vm_fault_t kb_vma_fault(struct vm_fault *vmf)
 		if (!inst->blank_page)
 			result = VM_FAULT_OOM;
 	}
-	/* Inside the lock, so that removal finds it. */
+	/* Under the lock, so that removal finds the page. */
 	if (!result)
 		result = vmf_insert_pfn(vmf->vma, vmf->address, frame);
 	mutex_unlock(&inst->lock);
@@ -290,20 +290,20 @@ static const struct vm_operations_struct kb_vm_ops = {
 	.open	= kb_vma_open,
 	.close	= kb_vma_close,
 	.fault	= kb_vma_fault,
-	/* ptrace and /proc/PID/mem. */
+	/* For ptrace and /proc/PID/mem. */
 	.access	= generic_access_phys,
 };
 
 static void kb_instance_unmap(struct kb_instance *inst)
 {
 	lockdep_assert_held(&inst->lock);
-	/* What was written to private mappings is the program's own, and stays. */
+	/* Pages that a program wrote in private mappings are its own, and stay. */
 	if (inst->mapping && inst->map_end)
 		unmap_mapping_range(inst->mapping, (loff_t)inst->map_start << PAGE_SHIFT,
 				    (loff_t)(inst->map_end - inst->map_start) << PAGE_SHIFT, 0);
 }
 
-/* A new mapping that removal could not find, because the kernel had not entered it yet. */
+/* A check of a new mapping, which removal cannot find before the kernel has inserted it. */
 struct kb_mapping_check {
 	struct callback_head work;
 	struct kb_instance *inst;
@@ -322,7 +322,7 @@ static void kb_mapping_check_work(struct callback_head *head)
 	kref_put(&inst->ref, kb_instance_free);
 }
 
-/* Has a mapping looked at again when mmap has entered it. */
+/* Check a mapping again once mmap has inserted it. */
 static int kb_mapping_check_queue(struct kb_instance *inst)
 {
 	struct kb_mapping_check *check = kmalloc(sizeof(*check), GFP_KERNEL);
@@ -341,7 +341,7 @@ static int kb_mapping_check_queue(struct kb_instance *inst)
 	return err;
 }
 
-/* Asks the host where the area is, and maps it. */
+/* Ask the host for the area's offset, and map the area. */
 static int kb_mmap_locked(struct kb_instance *inst, struct vm_area_struct *vma)
 {
 	unsigned long length = vma->vm_end - vma->vm_start;
@@ -367,7 +367,7 @@ static int kb_mmap_locked(struct kb_instance *inst, struct vm_area_struct *vma)
 	err = remap_pfn_range(vma, vma->vm_start, frame, length, vma->vm_page_prot);
 	if (err)
 		return err;
-	/* As remap_pfn_range() has it for private mappings: all of a region are told apart. */
+	/* As remap_pfn_range() does for private mappings, so that the areas of a region differ. */
 	vma->vm_pgoff = frame;
 	inst->map_start = inst->map_end ? min(inst->map_start, frame) : frame;
 	inst->map_end = max(inst->map_end, frame + (length >> PAGE_SHIFT));
@@ -402,9 +402,9 @@ const struct file_operations kb_device_fops = {
 	.mmap		= kb_mmap,
 };
 
-/* ---- the device goes away ------------------------------------------------------------------ */
+/* ---- removal of the device ----------------------------------------------------------------- */
 
-/* Ends the instance for the host, and leaves nothing that leads from here to the region. */
+/* End the instance for the host, and clear its references to the region. */
 static void kb_instance_detach(struct kb_instance *inst)
 {
 	kb_instance_lock(inst);
@@ -420,16 +420,16 @@ static void kb_instance_detach(struct kb_instance *inst)
 }
 
 /**
- * kb_instances_detach() - take the device away from all instances
+ * kb_instances_detach() - detach all instances from the device
  * @bridge: the device; its files are gone
  *
- * Requests under way end first. What comes later fails with ENODEV.
+ * Current requests end first. Later ones fail with ENODEV.
  */
 void kb_instances_detach(struct kb_bridge *bridge)
 {
 	unsigned int slot;
 
-	/* From here on there is no new instance, of a task that is followed either. */
+	/* From here on no instance is made, nor for a task that is followed. */
 	spin_lock(&bridge->slots_lock);
 	bridge->removed = true;
 	spin_unlock(&bridge->slots_lock);
@@ -444,13 +444,13 @@ void kb_instances_detach(struct kb_bridge *bridge)
 		if (!inst)
 			continue;
 		if (ending) {
-			/* kb_instance_free() may wait for the host, and reads its answer. */
+			/* kb_instance_free() may wait for the host and read its answer. */
 			wait_event(bridge->slot_released, !READ_ONCE(bridge->instances[slot]));
 			continue;
 		}
 		kb_instance_detach(inst);
 		kref_put(&inst->ref, kb_instance_free);
 	}
-	/* Whoever read the old place of a hidden flag has written to it. */
+	/* Wait for writes through the old pointer to a hidden flag. */
 	synchronize_rcu();
 }

@@ -2,10 +2,10 @@
 /*
  * Following: the children of a task that traces into a stream trace into it as well.
  *
- * A stream is the host's (KCOV_BRIDGE_STREAM). Each of its tasks has an instance of its own; that
- * of a child has no descriptor, and nobody maps its area, which the host reads itself. So nothing
- * that a program may do or not do matters to it: where it is, what it has open, who it is, how it
- * was linked.
+ * A stream belongs to the host (KCOV_BRIDGE_STREAM). Each of its tasks has its own instance. A
+ * child's instance has no descriptor, and no process maps its area, which the host reads itself. So
+ * a program's restrictions do not affect it: its root and namespaces, its descriptors, its
+ * credentials, and how it was linked.
  */
 
 #include <linux/err.h>
@@ -13,19 +13,19 @@
 
 #include "kcov_bridge.h"
 
-/* A task that begins to trace as soon as it runs. Belongs to its work. */
+/* A child that starts to trace as soon as it runs. Its work owns this. */
 struct kb_child {
 	struct callback_head work;
-	/* Holds a reference to it. */
+	/* Holds a reference to the device. */
 	struct kb_bridge *bridge;
 	u64 stream;
 };
 
 /**
- * kb_untraced_report() - tell the host of tasks of a stream that are not traced
+ * kb_untraced_report() - report untraced tasks of a stream to the host
  * @bridge: the device
  * @stream: the stream
- * @tasks: how many
+ * @tasks: number of tasks
  *
  * Process context, may sleep.
  */
@@ -38,14 +38,14 @@ void kb_untraced_report(struct kb_bridge *bridge, u64 stream, u64 tasks)
 	if (kb_instance_settle(self))
 		err = kb_request(self, KB_OP_UNTRACED, 0, stream, tasks, 0);
 	if (err == -EIO && !self->detached) {
-		/* The command may end before the host answers again, and the host looks here. */
+		/* The command may end before the host answers again; the host reads this word. */
 		bridge->untraced += tasks;
 		WRITE_ONCE(bridge->header->guest_untraced, bridge->untraced);
 	}
 	mutex_unlock(&self->lock);
 }
 
-/* Makes current trace into the stream. */
+/* Make current trace into the stream. */
 static int kb_current_join(struct kb_bridge *bridge, u64 stream)
 {
 	struct kb_instance *inst = kb_instance_new(bridge, NULL);
@@ -58,21 +58,21 @@ static int kb_current_join(struct kb_bridge *bridge, u64 stream)
 		err = kb_owner_start(inst, KB_OP_STREAM, stream, (unsigned long)current, true);
 	mutex_unlock(&inst->lock);
 	kb_recording_resume_current();
-	/* The owner has a reference of its own. */
+	/* The owner holds its own reference. */
 	kref_put(&inst->ref, kb_instance_free);
 	return err;
 }
 
-/* The child is about to run for the first time, in its own context. May sleep. */
+/* Runs in the child's context, before its first instruction in user mode. May sleep. */
 static void kb_child_work(struct callback_head *head)
 {
 	struct kb_child *child = container_of(head, struct kb_child, work);
 	int err;
 
-	/* Nothing is missed of one that was killed before it did anything. */
+	/* A child that was killed before it ran has covered nothing. */
 	if (!(current->flags & PF_EXITING)) {
 		err = kb_current_join(child->bridge, child->stream);
-		/* ESRCH: the command that it belongs to has ended. */
+		/* ESRCH: the child's command has ended. */
 		if (err && err != -ESRCH)
 			kb_untraced_report(child->bridge, child->stream, 1);
 	}
@@ -87,7 +87,7 @@ static int kb_child_work_queue(struct task_struct *task, struct kb_bridge *bridg
 
 	if (!child)
 		return -ENOMEM;
-	/* Removal may just have ended the parent's ownership. */
+	/* Removal may have ended the parent's ownership just now. */
 	if (!kref_get_unless_zero(&bridge->ref)) {
 		kfree(child);
 		return -ENODEV;
@@ -105,10 +105,10 @@ static int kb_child_work_queue(struct task_struct *task, struct kb_bridge *bridg
 }
 
 /**
- * kb_process_fork() - tracepoint sched_process_fork, in the parent
- * @unused: nothing
+ * kb_process_fork() - handle the tracepoint sched_process_fork, in the parent
+ * @unused: not used
  * @parent: current
- * @child: has not run yet; its work runs before it comes to user mode for the first time
+ * @child: has not run yet; its work runs before its first instruction in user mode
  */
 void kb_process_fork(void *unused, struct task_struct *parent, struct task_struct *child)
 {

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The tracepoints by which owners are seen: sys_exit, sched_process_exit and sched_process_fork.
+ * The tracepoints that show system calls, exits and forks of owners: sys_exit,
+ * sched_process_exit and sched_process_fork.
  *
- * They are left alone until the first ENABLE. What the first of them costs other tasks is taken
- * away again; see kb_task_drop_trace_flag().
+ * The first ENABLE hooks them. The cost of sys_exit for other tasks is removed again; see
+ * kb_task_drop_trace_flag().
  */
 
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
@@ -17,7 +18,7 @@
 /* Guards kb_hooked and kb_foreign_watched. */
 static DEFINE_MUTEX(kb_hook_lock);
 static bool kb_hooked;
-/* Whether others' probes are seen when they are added. */
+/* Whether kb_foreign_probe() sees probes that others add. */
 static bool kb_foreign_watched;
 
 static struct tracepoint *kb_tp_sys_enter;
@@ -25,7 +26,7 @@ static struct tracepoint *kb_tp_sys_exit;
 static struct tracepoint *kb_tp_process_exit;
 static struct tracepoint *kb_tp_process_fork;
 
-/* Whether nobody else has a probe on the tracepoints of system calls. */
+/* Whether the module's probe is the only one on the tracepoints of system calls. */
 bool kb_trace_flag_exclusive;
 
 int (*kb_task_work_add)(struct task_struct *task, struct callback_head *work,
@@ -53,7 +54,7 @@ static void kb_task_work_add_find(void)
 {
 	struct kprobe probe = { .symbol_name = "task_work_add" };
 
-	/* A kprobe knows the address of what the kernel does not export. */
+	/* A kprobe finds the address of a function that the kernel does not export. */
 	if (!register_kprobe(&probe)) {
 		kb_task_work_add = (void *)probe.addr;
 		unregister_kprobe(&probe);
@@ -62,7 +63,7 @@ static void kb_task_work_add_find(void)
 #endif
 
 /**
- * kb_hooks_find() - find what the module hooks into
+ * kb_hooks_find() - find the tracepoints and functions that the module needs
  *
  * Return: 0, or -EOPNOTSUPP if this kernel lacks something.
  */
@@ -95,24 +96,24 @@ static void kb_tasks_set_trace_flag(void)
 	rcu_read_unlock();
 }
 
-static void kb_latecomers_set_trace_flag(struct work_struct *unused)
+static void kb_new_tasks_set_trace_flag(struct work_struct *unused)
 {
 	kb_tasks_set_trace_flag();
 }
-static DECLARE_DELAYED_WORK(kb_latecomers_work, kb_latecomers_set_trace_flag);
+static DECLARE_DELAYED_WORK(kb_new_tasks_work, kb_new_tasks_set_trace_flag);
 
-/* Somebody else wants to see system calls: all tasks are to have their flag again, for good. */
+/* Set all tasks' flags, permanently, because another user needs to see system calls. */
 static void kb_trace_flag_share(void)
 {
 	WRITE_ONCE(kb_trace_flag_exclusive, false);
-	/* Pairs with the one in kb_task_drop_trace_flag(). */
+	/* Pairs with the barrier in kb_task_drop_trace_flag(). */
 	smp_mb();
 	kb_tasks_set_trace_flag();
-	/* Once more for tasks that are being forked: they take over what their parent had. */
-	schedule_delayed_work(&kb_latecomers_work, msecs_to_jiffies(20));
+	/* Once more for tasks that are being forked, which inherit their parent's earlier flag. */
+	schedule_delayed_work(&kb_new_tasks_work, msecs_to_jiffies(20));
 }
 
-/* Before a probe is added to any tracepoint, so that it misses nothing. */
+/* Runs before a probe is added to any tracepoint, so that the probe misses nothing. */
 static int kb_foreign_probe(struct kprobe *unused, struct pt_regs *regs)
 {
 	unsigned long tp = regs_get_kernel_argument(regs, 0);
@@ -124,7 +125,7 @@ static int kb_foreign_probe(struct kprobe *unused, struct pt_regs *regs)
 	return 0;
 }
 
-/* All ways to add one: kernel/tracepoint.c. */
+/* All functions that add a probe: kernel/tracepoint.c. */
 static struct kprobe kb_adding[] = {
 	{ .symbol_name = "tracepoint_probe_register", .pre_handler = kb_foreign_probe },
 	{ .symbol_name = "tracepoint_probe_register_prio", .pre_handler = kb_foreign_probe },
@@ -147,8 +148,8 @@ static bool kb_tracepoint_has_foreign_probe(struct tracepoint *tp)
 }
 
 /*
- * From here on tasks lose the flag that the tracepoint gave them, unless others need it or it could
- * not be seen when they do. sys_exit is hooked.
+ * Let tasks lose the flag that the tracepoint set, unless others need it, or the module could not
+ * see when they do. Must be called with sys_exit hooked.
  */
 static void kb_trace_flag_start(void)
 {
@@ -160,14 +161,14 @@ static void kb_trace_flag_start(void)
 	}
 	kb_foreign_watched = true;
 	WRITE_ONCE(kb_trace_flag_exclusive, true);
-	/* A probe that is added now is seen by kb_foreign_probe(), or below. */
+	/* Either kb_foreign_probe() or the check below sees a probe that is added now. */
 	smp_mb();
 	if (kb_tracepoint_has_foreign_probe(kb_tp_sys_enter) ||
 	    kb_tracepoint_has_foreign_probe(kb_tp_sys_exit))
 		kb_trace_flag_share();
 }
 
-/* sys_exit is not hooked any more. */
+/* Must be called with sys_exit unhooked. */
 static void kb_trace_flag_stop(void)
 {
 	unsigned int i;
@@ -176,12 +177,12 @@ static void kb_trace_flag_stop(void)
 	if (!kb_foreign_watched)
 		return;
 	unregister_kprobes(kb_adding_probes, ARRAY_SIZE(kb_adding_probes));
-	/* What the kernel left in them would have it refuse them the next time. */
+	/* Clear the kernel's values, because of which it would refuse them the next time. */
 	for (i = 0; i < ARRAY_SIZE(kb_adding); i++) {
 		kb_adding[i].addr = NULL;
 		kb_adding[i].flags = 0;
 	}
-	cancel_delayed_work_sync(&kb_latecomers_work);
+	cancel_delayed_work_sync(&kb_new_tasks_work);
 	kb_foreign_watched = false;
 	WRITE_ONCE(kb_trace_flag_exclusive, false);
 }
@@ -231,7 +232,7 @@ int kb_hooks_install(void)
 }
 
 /**
- * kb_hooks_remove() - unhook the tracepoints, and wait for the last of their handlers
+ * kb_hooks_remove() - unhook the tracepoints, and wait until their handlers have ended
  */
 void kb_hooks_remove(void)
 {

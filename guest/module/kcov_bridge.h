@@ -1,30 +1,30 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What the parts of kcov_bridge.ko share.
+ * Declarations that the files of kcov_bridge.ko share.
  *
  *	main.c		the PCI device: probe, removal, module parameters
  *	transport.c	slots, requests and answers, a host that does not answer
- *	owners.c	tasks that trace, and what is done at the end of their system calls
+ *	owners.c	tasks that trace, and the work at the end of their system calls
  *	follow.c	children of tasks that trace for the host
- *	hooks.c		the tracepoints by which owners are seen
- *	device.c	the files of an open descriptor: open, ioctl, mmap, close
+ *	hooks.c		the tracepoints that show system calls, forks and exits of owners
+ *	device.c	the kcov device's file: open, ioctl, mmap, close
  *	watch.c		a host that records this kernel's own code
- *	stats.c		numbers for people, in debugfs
+ *	stats.c		figures for people, in debugfs
  *
- * Locks, outermost first. A lock is never taken inside one that stands below it.
+ * Locks, outermost first. A lock is never taken while one that is listed below it is held.
  *
  *	mmap_lock (the caller's)	held around mmap and page faults
- *	kb_tell_lock (watch.c)		one description of the kernel at a time
+ *	kb_describe_lock (watch.c)	one description of the kernel at a time
  *	kb_instance.lock		one request at a time in a slot; all of an instance
  *	  kb_hook_lock (hooks.c)	whether the tracepoints are hooked
  *	  kb_bridge.payload_lock	the payload, from filling it to the answer
- *	    i_mmap_rwsem		only to take mappings away
+ *	    i_mmap_rwsem		only to remove mappings
  *	    kb_bridge.slots_lock	which slot belongs to which instance (spinlock)
  *	    kb_owners_lock (owners.c)	the table of owners (spinlock; readers: RCU)
  *	    kb_bridge.lost_lock		which request the host missed (spinlock)
  *
- * kb_bridge.self is an instance that has no owner, and its lock is taken as one of these. Where
- * payload_lock and kb_hook_lock are both needed, payload_lock comes first.
+ * kb_bridge.self is an instance without an owner; its lock is a kb_instance.lock. If both are
+ * needed, payload_lock is taken before kb_hook_lock.
  *
  * Barriers, in pairs:
  *
@@ -59,7 +59,7 @@
 
 #include "kcov_bridge_abi.h"
 
-/* Module parameters: how long a request waits for the host, and how much of that busily. */
+/* Module parameters: how long a request waits for the host, and how much of that it polls. */
 extern unsigned int kb_timeout_ms;
 extern unsigned int kb_spin_us;
 
@@ -70,31 +70,31 @@ struct kb_owner;
  * struct kb_instance - one open descriptor, or a task that is followed without one
  * @ref: held by the file (mappings hold the file), each kb_owner made from it, until that is
  *	freed, and each check of a new mapping
- * @lock: held over a whole request: one at a time in a slot
+ * @lock: held during a whole request: one at a time in a slot
  * @bridge: the device that it was opened on; holds a reference to it
- * @mapping: where its mappings are found; NULL without a file, and once it is closed. Guarded by
- *	@lock
- * @owner: who traces through this instance, or NULL. Guarded by @lock
- * @slot: fixed from open to the end
- * @detached: the device is gone, nothing will be asked any more. Guarded by @lock
+ * @mapping: the file's address space, to find mappings; NULL without a file, and once it is closed.
+ *	Guarded by @lock
+ * @owner: the owner, or NULL. Guarded by @lock
+ * @slot: constant from open to release
+ * @detached: the device is gone, and no further request is sent. Guarded by @lock
  * @hidden: the slot's word of that name in the region; @nowhere once the device is gone. Written
- *	under @lock, readers without it under RCU
- * @nowhere: takes what is written to @hidden then
- * @generation: tells this open from the slot's earlier ones. Written under @lock
+ *	under @lock, read without it under RCU
+ * @nowhere: gets the writes to @hidden once the device is gone
+ * @generation: distinguishes this open from earlier ones in the slot. Written under @lock
  * @seq: number of the last request. Guarded by @lock
  * @answered: whether the host has answered any request of this open. Written under @lock
  * @request: the last request as it was sent, without its seq. Guarded by @lock
- * @unanswered: its op if it was given up, else 0. Guarded by @lock
- * @deferred_exit: an owner that ended while the host was gone, to be reported, else 0. Guarded
- *	by @lock
- * @deferred_returns: its returns that the host does not know of. Guarded by @lock
+ * @unanswered: op of the last request if it timed out, else 0. Guarded by @lock
+ * @deferred_exit: an owner that ended while the host was gone, still to be reported, else 0.
+ *	Guarded by @lock
+ * @deferred_returns: unreported returns of that owner. Guarded by @lock
  * @mappings: vmas that map the area
  * @map_start: page frame of the lowest page that was ever mapped. Guarded by @lock
- * @map_end: behind that of the highest, 0: none was. Guarded by @lock
- * @timeouts: requests given up. Written by the owner
+ * @map_end: page frame after the highest such page, 0 if there was none. Guarded by @lock
+ * @timeouts: requests that timed out. Written by the owner
  * @skipped: returns that were not reported. Written by the owner
  * @rcu: frees it
- * @blank_page: what mappings show once the device is gone, or 0. Guarded by @lock
+ * @blank_page: the page that mappings show once the device is gone, or 0. Guarded by @lock
  */
 struct kb_instance {
 	struct kref ref;
@@ -129,21 +129,21 @@ struct kb_instance {
  * @node: in the table of owners; readers under RCU
  * @inst: holds a reference to it
  * @task: holds a reference to it
- * @id: how the host knows the task: thread id below, a number never used before above
- * @ignores_returns: its calls are not reported: the host has no use for that
+ * @id: the host's name for the task: the thread id in the low half, a unique number in the high one
+ * @ignores_returns: returns are not reported, because the host does not need them
  * @stream: number of the host's stream that it traces into, or 0
  * @follows_children: whether its children trace into the stream as well
- * @return_work: runs at the end of a system call. This and all below belong to the task alone; who
- *	ends it when it is exiting reads @unreported_returns
+ * @return_work: runs at the end of a system call. Only the task accesses this field and those
+ *	below, except that another task which ends the owner at its exit reads @unreported_returns
  * @return_queued: whether @return_work is queued
- * @return_alone: whether the task has nothing to do before user mode but for @return_work
+ * @return_alone: whether @return_work is all that the task does before it returns to user mode
  * @nr: number of the system call that returns
  * @coverage_epoch: the header's coverage epoch before the last return that was reported
- * @unreported_returns: how many returns there were since that the host does not know of
- * @untraced_children: how many children should trace into the stream and cannot
+ * @unreported_returns: number of returns since the last one that was reported
+ * @untraced_children: number of children that should trace into the stream and cannot
  * @exit_work: runs when the task exits
  *
- * Only the task itself looks at the works, but another task may find it exiting and end the
+ * Only the task itself accesses the works. But another task may find it exiting and end the
  * ownership in its place, so an owner can outlive its place in the instance.
  */
 struct kb_owner {
@@ -176,32 +176,32 @@ struct kb_owner {
  * @responses: by slot
  * @payload: guarded by @payload_lock, from filling it to the answer
  * @payload_lock: guards @payload
- * @payload_inst: whose request it was filled for last, only to be compared. Written under
- *	@payload_lock
- * @region_start: where the region is
- * @region_bytes: how large it is
- * @host_peer: the host's number, for the doorbell
- * @kicked: what kick was when it was last moved
+ * @payload_inst: the instance whose request last filled the payload, only to be compared. Written
+ *	under @payload_lock
+ * @region_start: physical address of the region
+ * @region_bytes: size of the region
+ * @host_peer: the host's peer number, for the doorbell
+ * @kicked: the last value of kick that the module wrote
  * @device_file: the kcov device in debugfs, or NULL
- * @stats_file: numbers in debugfs
- * @host_file: written by the agent when the host is another
- * @self: what is asked in the module's own name; it has a slot, and is no open descriptor
- * @slots_lock: guards @removed to @zombie_seq
- * @removed: the device goes away: there are no new instances
- * @slots: which are taken
+ * @stats_file: figures in debugfs
+ * @host_file: the agent writes here when the host has changed
+ * @self: an instance for the module's own requests, with a slot but without a descriptor
+ * @slots_lock: guards the fields from @removed to @zombie_seq
+ * @removed: the device is being removed, and no instance is made
+ * @slots: slots in use
  * @instances: by slot
- * @zombies: slots whose release the host has not answered: not to be used again before
- * @zombie_seq: the number of that release, by slot
- * @slot_released: woken when an instance has given its slot back
- * @lost_lock: guards the four below; @lost itself is read without
+ * @zombies: slots whose release the host has not answered; they are not used again before that
+ * @zombie_seq: number of that release, by slot
+ * @slot_released: woken when an instance has released its slot
+ * @lost_lock: guards the four fields below; @lost itself is read without it
  * @lost: the host did not answer in time
  * @lost_slot: the slot of the request that it did not answer
  * @lost_seq: the number of that request
- * @lost_epoch: the host's epoch then
- * @timeouts: requests given up, of all instances
- * @skipped: returns not reported, of all instances, and modules
- * @untraced: tasks of streams that are not traced, of which the host could not be told. Guarded by
- *	the lock of @self
+ * @lost_epoch: the host's epoch at that time
+ * @timeouts: requests of all instances that timed out
+ * @skipped: returns of all instances, and modules, that were not reported
+ * @untraced: untraced tasks of streams that could not be reported to the host. Guarded by the lock
+ *	of @self
  */
 struct kb_bridge {
 	struct kref ref;
@@ -241,8 +241,8 @@ struct kb_bridge {
 };
 
 /*
- * The device that is there, or NULL. Set by probe before the files of the device exist, cleared by
- * removal when they are gone: what is reached through these files may follow it.
+ * The present device, or NULL. Probe sets it before the files of the device exist, and removal
+ * clears it when they are gone, so the operations of these files may use it.
  */
 extern struct kb_bridge *kb_active;
 
@@ -263,11 +263,11 @@ int kb_request(struct kb_instance *inst, enum kb_op op, u64 task, u64 arg0, u64 
 
 static inline bool kb_slot_is_answered(const struct kb_bridge *bridge, unsigned int slot, u64 seq)
 {
-	/* Pairs with the host's last store of a response, that of its seq. */
+	/* Pairs with the host's store of seq, the last of a response. */
 	return smp_load_acquire(&bridge->responses[slot].seq) == seq;
 }
 
-/* Whether there is no point in asking. Ends by itself once the host shows signs of life. */
+/* Return whether a request would get no answer. This ends by itself when the host is back. */
 static inline bool kb_host_is_gone(struct kb_bridge *bridge)
 {
 	u64 epoch = READ_ONCE(bridge->header->host_epoch);
@@ -277,7 +277,7 @@ static inline bool kb_host_is_gone(struct kb_bridge *bridge)
 	return kb_host_is_gone_slow(bridge, epoch);
 }
 
-/* What the host should have been told, and was not. Not once the device is gone. */
+/* Count a report that the host did not get. Must not be called once the device is gone. */
 static inline void kb_skipped_count(struct kb_bridge *bridge)
 {
 	WRITE_ONCE(bridge->header->guest_skipped, atomic64_inc_return(&bridge->skipped));
@@ -310,16 +310,17 @@ int kb_hooks_install(void);
 void kb_hooks_remove(void);
 
 /*
- * A probe on a tracepoint of system calls makes every task take the slow way in and out, by a flag
- * in each that its children inherit. Where nobody but us has a probe there, a task that owns
- * nothing loses its flag at its first system call, and an owner has it from kb_owner_start() on.
+ * Clear current's trace flag if only this module needs it. A probe on a tracepoint of system calls
+ * sets a flag in every task, which its children inherit, and which makes its system calls slow. If
+ * the module's probe is the only one, a task that owns nothing loses the flag at its first system
+ * call, and an owner has it from kb_owner_start() on.
  */
 static inline void kb_task_drop_trace_flag(void)
 {
 	if (!READ_ONCE(kb_trace_flag_exclusive))
 		return;
 	clear_syscall_work(SYSCALL_TRACEPOINT);
-	/* Pairs with the one in kb_trace_flag_share(): we see that, or it sets the flag after us. */
+	/* Pairs with kb_trace_flag_share(): we see its write, or it sets the flag after us. */
 	smp_mb__after_atomic();
 	if (!READ_ONCE(kb_trace_flag_exclusive))
 		set_syscall_work(SYSCALL_TRACEPOINT);
@@ -348,15 +349,15 @@ void kb_owner_await_recording(struct kb_instance *inst);
 
 static inline void kb_instance_set_hidden(const struct kb_instance *inst, enum kb_hidden hidden)
 {
-	/* Removal waits for this before it takes the region away. */
+	/* Removal waits for this section before it unmaps the region. */
 	rcu_read_lock();
 	WRITE_ONCE(*READ_ONCE(inst->hidden), hidden);
 	rcu_read_unlock();
 }
 
 /*
- * From here to kb_recording_resume() the owner runs the module's code: none of it is its own. Only
- * the task itself says so.
+ * Pause recording until kb_recording_resume(), because the owner runs the module's code. Only the
+ * task itself calls this.
  */
 static inline void kb_recording_pause(const struct kb_instance *inst)
 {
@@ -375,8 +376,8 @@ static inline void kb_recording_resume(const struct kb_instance *inst)
 }
 
 /*
- * What the task has to do before it goes back to user mode, and would have to do without the module
- * as well: works of others, what a signal asks for, a stop for its tracer.
+ * Return whether current has work to do before it returns to user mode that it would also have
+ * without the module: task works of others, a signal, a stop for its tracer.
  */
 static inline bool kb_exit_work_is_due(void)
 {
@@ -385,8 +386,8 @@ static inline bool kb_exit_work_is_due(void)
 }
 
 /*
- * Whether the work at the exit is the module's alone, if it queues one for the owner. There may be
- * some already, because the module slept in the owner's system call.
+ * Return whether all exit work would be the module's if the module queued a task work for the
+ * owner. There may be some already because the module slept in the owner's system call.
  */
 static inline bool kb_exit_work_is_own(const struct kb_instance *inst)
 {
@@ -395,7 +396,7 @@ static inline bool kb_exit_work_is_own(const struct kb_instance *inst)
 	return !kb_exit_work_is_due();
 }
 
-/* A task that has slept loads its floating-point registers at the exit: that is done here. */
+/* Load the floating-point registers here, which a task that slept otherwise does at the exit. */
 static inline void kb_fpu_load(void)
 {
 #ifdef KB_SWITCH_FPU_EXPORTED
@@ -407,8 +408,8 @@ static inline void kb_fpu_load(void)
 }
 
 /*
- * As kb_recording_resume(), for an owner that is about to go back to user mode: with @caused what
- * it has to do first is the module's work too, because the module queued a work, or slept.
+ * Do kb_recording_resume() for an owner that is about to return to user mode. With @caused the exit
+ * work is the module's too, because the module queued a task work or slept.
  */
 static inline void kb_recording_resume_at_exit(const struct kb_instance *inst, bool caused)
 {
@@ -419,7 +420,7 @@ static inline void kb_recording_resume_at_exit(const struct kb_instance *inst, b
 	kb_instance_set_hidden(inst, caused ? KB_HIDDEN_EXIT : KB_HIDDEN_NO);
 }
 
-/* As kb_recording_pause(), for whoever it is that uses the device. */
+/* Do kb_recording_pause() if current is an owner. */
 static inline void kb_recording_pause_current(void)
 {
 	struct kb_owner *owner;
@@ -444,7 +445,7 @@ static inline void kb_hidden_set_current(enum kb_hidden hidden)
 	rcu_read_unlock();
 }
 
-/* As kb_recording_resume(), for whoever it is that uses the device. */
+/* Do kb_recording_resume() if current is an owner. */
 static inline void kb_recording_resume_current(void)
 {
 	if (READ_ONCE(kb_kernel_watched))
@@ -452,8 +453,9 @@ static inline void kb_recording_resume_current(void)
 }
 
 /*
- * The same at the end of an operation, after which the system call has its own way to go: @due is
- * kb_exit_work_is_due() from before. Where there is work at the exit now, the module has slept.
+ * Do kb_recording_resume_current() at the end of an operation, after which the system call
+ * continues. @due is kb_exit_work_is_due() before the operation. Exit work that has come since then
+ * means that the module has slept.
  */
 static inline void kb_recording_resume_operation(bool due)
 {

@@ -2,7 +2,7 @@
 /*
  * The shared region between the guest's kcov_bridge module and the host.
  *
- * bridge/device/abi.py describes it in words; tests/device/test_abi.py holds the two together. Every field is a
+ * bridge/device/abi.py describes it; tests/device/test_abi.py compares the two. Every field is a
  * little-endian 64-bit word that one aligned access reads or writes.
  */
 #ifndef KCOV_BRIDGE_ABI_H
@@ -11,7 +11,7 @@
 #include <linux/ioctl.h>
 #include <linux/types.h>
 
-/* Proposed for <linux/kcov.h>, not there yet. */
+/* Proposed for <linux/kcov.h>. */
 #ifndef KCOV_UNIQUE_ENABLE
 #define KCOV_UNIQUE_ENABLE	_IOW('c', 103, unsigned long)
 #endif
@@ -19,9 +19,9 @@
 #define KCOV_RESET_TRACE	_IO('c', 104)
 #endif
 
-/* The bridge's own; argument: number of a stream of the host's, perhaps with the flag. */
+/* kcov-bridge's own; argument: number of a stream of the host, perhaps with KCOV_BRIDGE_FOLLOW. */
 #define KCOV_BRIDGE_STREAM	_IO('c', 0xe0)
-/* The children of the calling thread are to trace into the stream as well. */
+/* The children of the calling thread trace into the stream as well. */
 #define KCOV_BRIDGE_FOLLOW	(1ULL << 63)
 
 #define KB_PCI_VENDOR_ID	0x1af4
@@ -42,7 +42,7 @@ enum kb_host_state {
 };
 
 enum kb_op {
-	KB_OP_NONE	= 0,	/* refused: in place of one that is given up for good */
+	KB_OP_NONE	= 0,	/* refused; replaces a request that is abandoned */
 	KB_OP_INIT	= 1,	/* arg0: size in words */
 	KB_OP_MAP	= 2,	/* arg0: length, arg1: page offset, arg2: live mappings */
 	KB_OP_ENABLE	= 3,	/* arg0: mode; arg1: the task's address */
@@ -53,11 +53,11 @@ enum kb_op {
 	KB_OP_RESET	= 8,	/* arg0: the ioctl's argument */
 	KB_OP_UNIQUE	= 9,	/* arg0: words of the bitmap; arg1: the task's address */
 	KB_OP_REMOTE	= 10,	/* arg0: mode, size << 32; arg1: handles or ~0; arg2: common */
-	KB_OP_CLOSE	= 11,	/* arg1: unreported; error 0: the owner is none any more */
-	/* Both in the module's own slot, which is no instance. */
-	KB_OP_KERNEL	= 12,	/* payload: struct kb_kernel, no cpus: it ends; error 0: watched */
-	KB_OP_MODULE	= 13,	/* arg0: 1 comes, 0 goes; arg1: text, arg2: bytes; payload: name */
-	/* Of a thread in an instance of its own, which nobody has to initialise or map. */
+	KB_OP_CLOSE	= 11,	/* arg1: unreported; error 0: the instance has no owner now */
+	/* The next two come in the module's own slot, which belongs to no instance. */
+	KB_OP_KERNEL	= 12,	/* payload: struct kb_kernel, cpus 0: its end; error 0: watched */
+	KB_OP_MODULE	= 13,	/* arg0: 1 loaded, 0 gone; arg1: text, arg2: bytes; payload: name */
+	/* From a thread with an instance of its own, without INIT and MAP. */
 	KB_OP_STREAM	= 14,	/* arg0: number of the stream; arg1: the task's address */
 	/* In the module's own slot. */
 	KB_OP_UNTRACED	= 15,	/* arg0: number of the stream; arg1: threads not followed */
@@ -83,7 +83,7 @@ struct kb_header {
 	/* Written by the guest, for people. */
 	__u64 guest_timeouts;
 	__u64 guest_skipped;
-	/* As KB_OP_UNTRACED, where the host did not answer. */
+	/* Threads that KB_OP_UNTRACED could not report because the host did not answer. */
 	__u64 guest_untraced;
 	__u64 pad2[5];
 	/* Written by the host and its relays: see HeaderWord.COVERAGE_EPOCH in bridge/device/abi.py. */
@@ -99,18 +99,18 @@ struct kb_request {
 	__u64 arg0;
 	__u64 arg1;
 	__u64 arg2;
-	/* Not of the request: enum kb_hidden. */
+	/* Not part of the request: enum kb_hidden. */
 	__u64 hidden;
 };
 
-/* While it is not NO, the owner runs the module's code, not its own. */
+/* Unless it is NO or EXIT_LATER, the owner runs the module's code, which is not recorded. */
 enum kb_hidden {
 	KB_HIDDEN_NO	= 0,
 	KB_HIDDEN_YES	= 1,
-	KB_HIDDEN_SEEN	= 2,	/* written by the plugin in QEMU: it watches the owner from now on */
-	/* Until the work before user mode is done; the plugin writes NO then. */
+	KB_HIDDEN_SEEN	= 2,	/* written by the plugin in QEMU once it watches the owner */
+	/* The plugin writes NO once the work before user mode is done. */
 	KB_HIDDEN_EXIT	= 3,
-	/* As NO; the plugin writes EXIT where that work begins. */
+	/* As NO, until that work starts; the plugin writes EXIT then. */
 	KB_HIDDEN_EXIT_LATER = 4,
 };
 
@@ -130,7 +130,7 @@ enum kb_answer {
 
 #define KB_KERNEL_CPUS	64
 
-/* What the host has to know about the kernel to see which task runs. Addresses as in the guest. */
+/* Data about the kernel by which the host finds the current task. Addresses are the guest's. */
 struct kb_kernel {
 	__u64 cpus;
 	__u64 syscall_entry;
@@ -138,12 +138,12 @@ struct kb_kernel {
 	__u64 marker;
 	__u64 marker_physical;
 	__u64 pad[4];
-	/* By APIC id, physical: the per-CPU variables current_task and preempt_count; 0: no CPU. */
+	/* By APIC id: physical addresses of per-CPU current_task and preempt_count; 0: no CPU. */
 	struct {
 		__u64 current_task;
 		__u64 preempt_count;
 	} cpu[KB_KERNEL_CPUS];
-	/* The code that each vector of the interrupt descriptor table leads to. */
+	/* The address of the handler of each vector in the interrupt descriptor table. */
 	__u64 vectors[256];
 };
 

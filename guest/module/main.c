@@ -2,29 +2,29 @@
 /*
  * kcov_bridge: the kcov device on a kernel that was built without it.
  *
- * The host decides, this module forwards. Each open of the device is an instance with a slot in
- * the shared region (see kcov_bridge_abi.h); in the order of its life:
+ * The host decides, and this module forwards. Each open of the device makes an instance with a slot
+ * in the shared region (see kcov_bridge_abi.h). The life of an instance, in order:
  *
  *   open			takes a slot; the host learns of it with the first request
  *   ioctl(KCOV_INIT_TRACE)	forwarded; the host makes the area
- *   mmap			forwarded; the host says where in the region the area lies
+ *   mmap			forwarded; the host returns the area's offset in the region
  *   ioctl(KCOV_ENABLE), ioctl(KCOV_UNIQUE_ENABLE), ioctl(KCOV_REMOTE_ENABLE)
  *				forwarded; on success the calling thread becomes the owner
  *   every system call of the owner
  *				at its end, just before user mode, if the host may have covered
  *				something since the last one: forwarded; the host appends PCs
  *   ioctl(KCOV_RESET_TRACE)	forwarded; the area is empty
- *   ioctl(KCOV_DISABLE), exit	forwarded; the owner is none any more
- *   close of the last descriptor	forwarded; the host says whether the owner traces on
- *   close, munmap, exit	the last reference gone: forwarded; the slot is free again
+ *   ioctl(KCOV_DISABLE), exit	forwarded; the instance has no owner
+ *   close of the last descriptor	forwarded; the host decides whether the owner keeps tracing
+ *   close, munmap, exit	when the last reference is dropped: forwarded; the slot is free again
  *
- * The host's own commands need no area in user space (KCOV_BRIDGE_STREAM): the host makes one and
- * reads it itself, and the calling thread is the owner at once. With KCOV_BRIDGE_FOLLOW the same is
- * done for each of its children: see follow.c.
+ * Commands of the host need no area in user space (KCOV_BRIDGE_STREAM): the host makes an area and
+ * reads it itself, and the calling thread becomes the owner at once. With KCOV_BRIDGE_FOLLOW the
+ * same happens for each of its children: see follow.c.
  *
- * What the module keeps is which task owns which instance. The device may go away at any time
- * (sysfs's remove): instances then end as far as the host is concerned, and whoever has one open
- * gets ENODEV. The one that a rescan finds is a new device; they do not belong to it.
+ * The module keeps only which task owns which instance. The device may be removed at any time
+ * (remove in sysfs): the host then ends its instances, and operations on an open one fail with
+ * ENODEV. A rescan finds a new device; old instances do not belong to it.
  *
  * This file is the PCI device; kcov_bridge.h says where the rest is.
  */
@@ -42,7 +42,7 @@
 #define KB_BAR_REGISTERS	0
 #define KB_BAR_REGION		2
 
-/* There is always some time to wait: with none each request would fail. */
+/* Refuse 0, with which each request would fail. */
 static int kb_timeout_set(const char *text, const struct kernel_param *param)
 {
 	unsigned int ms;
@@ -70,7 +70,7 @@ MODULE_PARM_DESC(timeout_ms, "How long a request waits for the host (ms, at leas
 
 unsigned int kb_spin_us = 100;
 module_param_named(spin_us, kb_spin_us, uint, 0644);
-MODULE_PARM_DESC(spin_us, "How much of that it waits busily (us)");
+MODULE_PARM_DESC(spin_us, "How much of that it polls before it sleeps (us)");
 
 struct kb_bridge *kb_active;
 
@@ -99,7 +99,7 @@ void kb_bridge_put(struct kb_bridge *bridge)
 	kref_put(&bridge->ref, kb_bridge_free);
 }
 
-/* Beside the kernel's own kcov where it has one. */
+/* Return the file's name in debugfs, which differs from that of the kernel's own kcov. */
 static const char *kb_file_name(void)
 {
 	struct dentry *own = debugfs_lookup("kcov", NULL);
@@ -121,14 +121,14 @@ static int kb_header_check(struct pci_dev *pdev, const struct kb_header *header,
 	    header->responses_offset != KB_RESPONSES_OFFSET ||
 	    header->areas_offset != KB_AREAS_OFFSET || header->region_bytes != bytes) {
 		dev_err(&pdev->dev,
-			"the region is of version %llu, this module of %d: rebuild the image\n",
+			"the region has version %llu, this module has %d: rebuild the image\n",
 			header->version, KB_VERSION);
 		return -EPROTO;
 	}
 	return 0;
 }
 
-/* Maps registers and region; both go with the device. */
+/* Map registers and region; the driver core unmaps both with the device. */
 static int kb_bridge_map(struct kb_bridge *bridge, struct pci_dev *pdev)
 {
 	void *control;
@@ -167,7 +167,7 @@ static void kb_files_create(struct kb_bridge *bridge, struct pci_dev *pdev)
 	bridge->device_file = debugfs_create_file_unsafe(kb_file_name(), 0600, NULL, NULL,
 							 &kb_device_fops);
 	if (IS_ERR(bridge->device_file)) {
-		dev_info(&pdev->dev, "no debugfs: the device is /dev/%s alone\n", kb_misc.name);
+		dev_info(&pdev->dev, "no debugfs: the device is only /dev/%s\n", kb_misc.name);
 		bridge->device_file = NULL;
 	}
 	bridge->stats_file = debugfs_create_file("kcov_bridge_stats", 0400, NULL, NULL,
@@ -196,7 +196,7 @@ static int kb_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 		goto put;
 
 	kb_active = bridge;
-	/* What an earlier life of the device could not end is nobody's. */
+	/* Disown the instances that an earlier life of the device could not end. */
 	kb_slots_name_generations(bridge);
 	err = kb_watch_start(bridge);
 	if (err)
@@ -222,7 +222,7 @@ static void kb_remove(struct pci_dev *pdev)
 {
 	struct kb_bridge *bridge = pci_get_drvdata(pdev);
 
-	/* From here on nobody opens the device. */
+	/* From here on the device cannot be opened. */
 	debugfs_remove(bridge->host_file);
 	debugfs_remove(bridge->stats_file);
 	debugfs_remove(bridge->device_file);
@@ -248,8 +248,8 @@ static struct pci_driver kb_driver = {
 };
 
 /*
- * Nothing wakes a guest of ours: it has no keys and no lid, and the host cannot tell one that is
- * suspended to idle from one that is idle. So it does not fall asleep.
+ * Refuse to suspend or hibernate. Nothing would wake this guest, which has no keys and no lid, and
+ * the host cannot tell a guest that is suspended to idle from one that is idle.
  */
 static int kb_sleep_event(struct notifier_block *block, unsigned long event, void *data)
 {
@@ -284,7 +284,7 @@ static int __init kb_init(void)
 	err = register_pm_notifier(&kb_sleep_notifier);
 	if (err)
 		return err;
-	/* Last: from probe on there may be users, and a module that fails is freed under them. */
+	/* Last, because there may be users from probe on, and a failing init frees the module. */
 	err = pci_register_driver(&kb_driver);
 	if (err)
 		goto unregister;
@@ -306,7 +306,7 @@ static void __exit kb_exit(void)
 {
 	pci_unregister_driver(&kb_driver);
 	unregister_pm_notifier(&kb_sleep_notifier);
-	/* Whoever gave the last reference to the module back has left its code. */
+	/* Wait until the task that dropped the module's last reference has left its code. */
 	synchronize_rcu_tasks();
 }
 module_exit(kb_exit);

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Tasks that trace, and what is done at the end of their system calls.
+ * Tasks that trace, and the work at the end of their system calls.
  *
- * That end is seen by the sys_exit tracepoint, where one may not sleep. It queues a task work, which
- * runs in process context before the task goes back to user mode. Where the header's coverage epoch is what
- * it was, there is nothing to fetch, and none of that happens.
+ * The probe on sys_exit must not sleep. It queues a task work, which runs in process context before
+ * the task returns to user mode. If the header's coverage epoch has not changed, there is nothing
+ * to fetch, and no work is queued.
  *
- * All that runs for each system call of an owner is in this file, so that the compiler sees it as
- * one; what it calls elsewhere is kb_instance_settle() and kb_request().
+ * All code that runs for each system call of an owner is in this file, so that the compiler can
+ * optimise it as a whole; elsewhere it calls only kb_instance_settle() and kb_request().
  */
 
 #include <linux/hashtable.h>
@@ -22,7 +22,7 @@
 static DEFINE_HASHTABLE(kb_owners, KB_HASH_BITS);
 static DEFINE_SPINLOCK(kb_owners_lock);
 
-/* Tells owners apart that have one thread id. */
+/* Distinguishes owners with the same thread id. */
 static atomic_t kb_owner_number = ATOMIC_INIT(0);
 
 static void kb_owner_free(struct kref *ref)
@@ -40,7 +40,7 @@ static void kb_owner_put(struct kb_owner *owner)
 	kref_put(&owner->ref, kb_owner_free);
 }
 
-/* Within an RCU read-side section. */
+/* Must be called within an RCU read-side section. */
 static inline struct kb_owner *kb_owner_find(struct task_struct *task)
 {
 	struct kb_owner *owner;
@@ -52,11 +52,11 @@ static inline struct kb_owner *kb_owner_find(struct task_struct *task)
 }
 
 /**
- * kb_owner_of() - what a task owns
+ * kb_owner_of() - find the owner of a task
  * @task: current
  *
- * Removal, and in gVisor's personality the last close, end the ownership of other tasks: the caller
- * is in an RCU read-side section as long as it uses the answer.
+ * Removal, and in gVisor's personality the last close, end the ownership of other tasks. So the
+ * caller must be in an RCU read-side section while it uses the result.
  *
  * Return: the owner, or NULL.
  */
@@ -66,9 +66,10 @@ struct kb_owner *kb_owner_of(struct task_struct *task)
 }
 
 /**
- * kb_current_id() - how the host knows current
+ * kb_current_id() - return the host's name for current
  *
- * Return: its id if it traces, else its thread id, which is no owner's id: there is no number above.
+ * Return: its owner's id if it traces, else its thread id, which is no owner's id, because its high
+ * half is 0.
  */
 u64 kb_current_id(void)
 {
@@ -83,7 +84,7 @@ u64 kb_current_id(void)
 }
 
 /**
- * kb_owner_end() - the instance has no owner any more, if it had one
+ * kb_owner_end() - end the ownership of an instance, if it has an owner
  * @inst: the instance; the caller holds a reference to it
  */
 void kb_owner_end(struct kb_instance *inst)
@@ -101,24 +102,24 @@ void kb_owner_end(struct kb_instance *inst)
 }
 
 /**
- * kb_owner_end_exiting() - the owner is exiting: end it, and tell the host
+ * kb_owner_end_exiting() - end the ownership of an exiting task, and report that to the host
  * @inst: the instance, which has an owner; the caller holds a reference to it
  */
 void kb_owner_end_exiting(struct kb_instance *inst)
 {
 	lockdep_assert_held(&inst->lock);
-	/* Sent now, or by whoever finds the host back. */
+	/* Sent below, or by the next operation that finds the host back. */
 	kb_instance_defer_exit(inst, inst->owner->id, READ_ONCE(inst->owner->unreported_returns));
 	kb_owner_end(inst);
 	kb_instance_settle(inst);
 }
 
 /**
- * kb_instance_lock() - take the instance for an operation
+ * kb_instance_lock() - lock an instance for an operation
  * @inst: the instance
  *
- * An owner that is on its way out lets go of its mappings, and so tells those who join it, before
- * its exit work runs: that work is done here for it.
+ * An exiting owner releases its mappings, and so wakes the threads that join it, before its exit
+ * work runs. So the operation does that work in its place.
  */
 void kb_instance_lock(struct kb_instance *inst)
 {
@@ -129,23 +130,23 @@ void kb_instance_lock(struct kb_instance *inst)
 }
 
 /*
- * Whether the host may have something for the owner. What has been covered for an answer that the
- * task has got shows here: the epoch was written before the answer was passed on. A value is never
- * written twice, so each owner finds out by itself, whatever the others do.
+ * Return whether the host may have coverage for the owner. For coverage before an answer that the
+ * task has received the epoch has changed, because it is written before the answer is passed on. No
+ * value is written twice, so each owner sees the change, regardless of other owners.
  */
-static inline bool kb_owner_has_news(const struct kb_owner *owner)
+static inline bool kb_owner_may_have_coverage(const struct kb_owner *owner)
 {
 	u64 epoch = READ_ONCE(owner->inst->bridge->header->coverage_epoch);
 
 	return !epoch || epoch != owner->coverage_epoch;
 }
 
-/* Has the host append what it has for the owner. */
+/* Make the host append the owner's new coverage. */
 static void kb_owner_fetch(struct kb_owner *owner)
 {
 	struct kb_instance *inst = owner->inst;
 	struct kb_header *header = inst->bridge->header;
-	/* Before the host looks: what is covered after its look changes the epoch again. */
+	/* Read before the host collects: later coverage changes the epoch again. */
 	u64 epoch = READ_ONCE(header->coverage_epoch);
 	u64 returns = owner->unreported_returns;
 	int err;
@@ -161,20 +162,20 @@ static void kb_owner_fetch(struct kb_owner *owner)
 	if (!err)
 		owner->coverage_epoch = epoch;
 	else if (err == -EINVAL && owner->stream)
-		/* The host's command has ended, and left this task behind. */
+		/* The host's command has ended, and this task still runs. */
 		kb_owner_end(inst);
 }
 
-/* A system call of the owner is about to return to user mode. Process context, may sleep. */
+/* Runs before a system call of the owner returns to user mode. Process context, may sleep. */
 static void kb_owner_return_work(struct callback_head *head)
 {
 	struct kb_owner *owner = container_of(head, struct kb_owner, return_work);
 	struct kb_instance *inst = owner->inst;
 
 	/*
-	 * Works run in the reverse order of their queueing: what the call left for its end, as
-	 * close() leaves the last reference to a file, would come after us. Let it go first.
-	 * task_work_run() goes on until there is none, so nobody is to be told.
+	 * Works run in the reverse order of queueing, so works that the call itself queued (close()
+	 * queues one to drop the last reference to a file) would run after this one. Let them run
+	 * first. TWA_NONE, because task_work_run() continues until no work is left.
 	 */
 	if (head->next && !kb_task_work_add(current, head, TWA_NONE)) {
 		owner->return_alone = false;
@@ -185,11 +186,11 @@ static void kb_owner_return_work(struct callback_head *head)
 	mutex_lock(&inst->lock);
 	if (inst->owner == owner) {
 		kb_recording_pause(inst);
-		if (kb_owner_has_news(owner))
+		if (kb_owner_may_have_coverage(owner))
 			kb_owner_fetch(owner);
 		else
 			WRITE_ONCE(owner->unreported_returns, owner->unreported_returns + 1);
-		/* A signal is the task's own: it comes next, or it is what had this work run. */
+		/* A signal is the task's own work: it comes next, or it made this work run. */
 		kb_recording_resume_at_exit(inst, owner->return_alone && !signal_pending(current));
 	}
 	mutex_unlock(&inst->lock);
@@ -210,18 +211,18 @@ static void kb_owner_exit_work(struct callback_head *head)
 	kb_owner_put(owner);
 }
 
-/* A system call of the owner ends. Within an RCU read-side section. */
+/* Handle the end of an owner's system call. Must be called within an RCU read-side section. */
 static inline void kb_owner_call_end(struct kb_owner *owner, struct pt_regs *regs)
 {
 	if (owner->return_queued)
 		return;
-	/* A work that is queued already may yet change the epoch. */
+	/* A work that is already queued may still change the epoch. */
 	if (owner->ignores_returns ||
-	    (!kb_owner_has_news(owner) && !READ_ONCE(current->task_works))) {
+	    (!kb_owner_may_have_coverage(owner) && !READ_ONCE(current->task_works))) {
 		WRITE_ONCE(owner->unreported_returns, owner->unreported_returns + 1);
 		return;
 	}
-	/* Ended by another task just now. */
+	/* Another task may have ended it just now. */
 	if (!kref_get_unless_zero(&owner->ref))
 		return;
 	owner->return_alone = kb_exit_work_is_own(owner->inst);
@@ -232,7 +233,7 @@ static inline void kb_owner_call_end(struct kb_owner *owner, struct pt_regs *reg
 		owner->return_queued = false;
 		owner->return_alone = false;
 	}
-	/* All up to the work is the module's, if nothing else would have it run. */
+	/* All code until the work is the module's if only the module caused exit work. */
 	if (!owner->return_alone)
 		kb_recording_resume(owner->inst);
 	if (!owner->return_queued)
@@ -240,12 +241,12 @@ static inline void kb_owner_call_end(struct kb_owner *owner, struct pt_regs *reg
 }
 
 /**
- * kb_sys_exit() - tracepoint sys_exit, for system calls of owners, and of others at times
- * @unused: nothing
+ * kb_sys_exit() - handle the tracepoint sys_exit, of owners and at times of other tasks
+ * @unused: not used
  * @regs: of the system call
- * @ret: what it returns
+ * @ret: its result
  *
- * From Linux 6.13 on the tracepoints of system calls are no RCU read-side section of this kind.
+ * From Linux 6.13 on, probes of system calls do not run in an RCU read-side section of this kind.
  */
 void kb_sys_exit(void *unused, struct pt_regs *regs, long ret)
 {
@@ -261,8 +262,8 @@ void kb_sys_exit(void *unused, struct pt_regs *regs, long ret)
 }
 
 /**
- * kb_process_exit() - tracepoint sched_process_exit, before the task's last works run
- * @unused: nothing
+ * kb_process_exit() - handle the tracepoint sched_process_exit, before the task's last works run
+ * @unused: not used
  * @task: current, which is exiting
  */
 void kb_process_exit(void *unused, struct task_struct *task)
@@ -281,12 +282,12 @@ void kb_process_exit(void *unused, struct task_struct *task)
 }
 
 /**
- * kb_owner_start() - current begins to trace, if the host lets it
+ * kb_owner_start() - make current the owner, if the host agrees
  * @inst: the instance; settled
- * @op: one of those that begin to trace
- * @arg0: the request's first argument
- * @arg1: its second
- * @arg2: its third
+ * @op: an op that starts to trace
+ * @arg0: first argument of the request
+ * @arg1: second argument
+ * @arg2: third argument
  *
  * Return: 0 or a negative errno.
  */
@@ -307,13 +308,13 @@ int kb_owner_start(struct kb_instance *inst, enum kb_op op, u64 arg0, u64 arg1, 
 	owner->task = current;
 	owner->inst = inst;
 	/*
-	 * A task that traces through another instance shows the id that the host knows: the host
-	 * refuses it. The number above the thread id makes up for thread ids that change hands.
+	 * A task that traces through another instance sends the id that the host knows, so that the
+	 * host refuses it. The number above the thread id is needed because thread ids are reused.
 	 */
 	owner->id = mine >> 32 ? mine : mine | (u64)atomic_inc_return(&kb_owner_number) << 32;
 	init_task_work(&owner->return_work, kb_owner_return_work);
 	init_task_work(&owner->exit_work, kb_owner_exit_work);
-	/* Until kb_recording_resume_current(): the host may watch the task from its answer on. */
+	/* Until kb_recording_resume_current(): the host may watch the task once it answers. */
 	if (!inst->owner)
 		kb_recording_pause(inst);
 	err = kb_request(inst, op, owner->id, arg0, arg1, arg2);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-/* Numbers for people: kcov_bridge_stats in debugfs. */
+/* Figures for people: kcov_bridge_stats in debugfs. */
 
 #include <linux/seq_file.h>
 
@@ -7,7 +7,7 @@
 
 static int kb_stats_show(struct seq_file *file, void *unused)
 {
-	/* The file is gone before the device is. */
+	/* Valid, because removal deletes this file before the device. */
 	struct kb_bridge *bridge = kb_active;
 	unsigned int slot;
 
@@ -25,7 +25,7 @@ static int kb_stats_show(struct seq_file *file, void *unused)
 		if (!inst)
 			continue;
 		owner = READ_ONCE(inst->owner);
-		/* A slot's response may still be that of the instance before. */
+		/* A slot's response may still belong to the previous instance. */
 		seq_printf(file, "%u %u %llu %llu %lld %lld\n", slot, owner ? (u32)owner->id : 0,
 			   READ_ONCE(inst->answered) ? READ_ONCE(response->appended) : 0,
 			   READ_ONCE(inst->answered) ? READ_ONCE(response->dropped) : 0,

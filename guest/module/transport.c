@@ -2,10 +2,10 @@
 /*
  * Slots, requests and answers, and a host that does not answer.
  *
- * A request is written into its slot, its number last; then the host is told by a word of the
- * header (kick), and by the doorbell where it sleeps. The answer is waited for: busily for a
- * moment, then asleep, kb_timeout_ms at most. A host that does not answer in time is taken for
- * gone, and nobody waits for it again until it shows itself by an answer or a new epoch.
+ * The module writes a request into its slot, seq last. It notifies the host by a word of the header
+ * (kick), and by the doorbell if the host sleeps. Then it waits for the answer: it polls for a
+ * moment, then sleeps, kb_timeout_ms at most. A host that does not answer in time counts as gone,
+ * and no task waits for it again until an answer or a new epoch shows that it is back.
  */
 
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
@@ -28,9 +28,9 @@
 static atomic64_t kb_number = ATOMIC64_INIT(0);
 
 /**
- * kb_numbers_seed() - begin to count at random
+ * kb_numbers_seed() - start the numbers at a random value
  *
- * So a module that is loaded again, or a guest that was rebooted, repeats no number.
+ * So a module that is loaded again, or a guest that was rebooted, does not repeat a number.
  */
 void kb_numbers_seed(void)
 {
@@ -38,7 +38,7 @@ void kb_numbers_seed(void)
 }
 
 /**
- * kb_number_new() - a number for a request or a generation
+ * kb_number_new() - make a number for a request or a generation
  *
  * Return: a number that was never used before.
  */
@@ -50,11 +50,11 @@ u64 kb_number_new(void)
 /* ---- a host that does not answer ----------------------------------------------------------- */
 
 /**
- * kb_host_is_gone_slow() - kb_host_is_gone() where that is not clear at once
+ * kb_host_is_gone_slow() - the slow path of kb_host_is_gone()
  * @bridge: the device
- * @epoch: the host's epoch, as just read
+ * @epoch: the host's epoch, read just before
  *
- * Return: true if there is no point in asking.
+ * Return: true if a request would get no answer.
  */
 bool kb_host_is_gone_slow(struct kb_bridge *bridge, u64 epoch)
 {
@@ -76,7 +76,7 @@ bool kb_host_is_gone_slow(struct kb_bridge *bridge, u64 epoch)
 
 static void kb_host_mark_lost(struct kb_bridge *bridge, unsigned int slot, u64 seq)
 {
-	/* Before the host can learn of it: it answers a time-out with a new epoch. */
+	/* Read before the host can see the time-out, to which it reacts with a new epoch. */
 	u64 epoch = READ_ONCE(bridge->header->host_epoch);
 	bool first;
 
@@ -89,7 +89,7 @@ static void kb_host_mark_lost(struct kb_bridge *bridge, unsigned int slot, u64 s
 	WRITE_ONCE(bridge->lost, true);
 	spin_unlock(&bridge->lost_lock);
 	if (first)
-		pr_info_ratelimited("no answer from the host in %u ms; going on without it\n",
+		pr_info_ratelimited("no answer from the host in %u ms; continuing without it\n",
 				    kb_timeout_ms);
 }
 
@@ -97,7 +97,7 @@ static void kb_host_mark_lost(struct kb_bridge *bridge, unsigned int slot, u64 s
 
 static void kb_doorbell_kick(struct kb_bridge *bridge, unsigned int slot)
 {
-	/* A guess: to read it first would fetch the cache line from the host once more. */
+	/* A guess, because reading kick first would fetch its cache line from the host once more. */
 	u64 old = READ_ONCE(bridge->kicked);
 	int tries;
 
@@ -112,14 +112,14 @@ static void kb_doorbell_kick(struct kb_bridge *bridge, unsigned int slot)
 		old = seen;
 	}
 	/*
-	 * cmpxchg() is a full barrier between kick and host_state; it pairs with the one of the
+	 * cmpxchg() is a full barrier between kick and host_state. It pairs with the barrier of the
 	 * host's doorbell, which writes host_state and then reads kick before it sleeps.
 	 */
 	if (tries == KB_KICK_TRIES || READ_ONCE(bridge->header->host_state) != KB_HOST_AWAKE)
 		iowrite32(bridge->host_peer << 16, bridge->registers + KB_REG_DOORBELL);
 }
 
-/* Waits for the answer to the request @seq in @slot: true if it came. May sleep. */
+/* Wait for the answer to the request @seq in @slot; return whether it came. May sleep. */
 static bool kb_request_wait(struct kb_bridge *bridge, unsigned int slot, u64 seq)
 {
 	u64 spin = (u64)READ_ONCE(kb_spin_us) * tsc_khz / 1000;
@@ -129,8 +129,8 @@ static bool kb_request_wait(struct kb_bridge *bridge, unsigned int slot, u64 seq
 
 	/*
 	 * The time-stamp counter, because reading the clock may leave the guest. A task that
-	 * moves to a processor with another counter only waits busily for less or for longer;
-	 * the loop below is bounded by the clock.
+	 * moves to a processor with another counter only polls for less or for longer; the clock
+	 * bounds the loop below.
 	 */
 	do {
 		if (kb_slot_is_answered(bridge, slot, seq))
@@ -148,7 +148,7 @@ static bool kb_request_wait(struct kb_bridge *bridge, unsigned int slot, u64 seq
 	return true;
 }
 
-/* Writes a request into @slot and tells the host. Sent again with its old @seq, it is one still. */
+/* Write a request into @slot and notify the host. With the same @seq it is the same request. */
 static void kb_request_send(struct kb_bridge *bridge, unsigned int slot, u64 seq,
 			    const struct kb_request *from)
 {
@@ -165,7 +165,7 @@ static void kb_request_send(struct kb_bridge *bridge, unsigned int slot, u64 seq
 	kb_doorbell_kick(bridge, slot);
 }
 
-/* Sends inst->request and waits for its answer; see kb_request(). */
+/* Send inst->request and wait for its answer; see kb_request(). */
 static int kb_request_try(struct kb_instance *inst)
 {
 	struct kb_bridge *bridge = inst->bridge;
@@ -185,10 +185,10 @@ static int kb_request_try(struct kb_instance *inst)
 }
 
 /**
- * kb_slots_name_generations() - say in each slot which open it belongs to, 0 for none
+ * kb_slots_name_generations() - write to each slot the generation of its instance, 0 for none
  * @bridge: the device
  *
- * Return: whether any slot said otherwise.
+ * Return: whether any slot had another value.
  */
 bool kb_slots_name_generations(struct kb_bridge *bridge)
 {
@@ -211,25 +211,25 @@ bool kb_slots_name_generations(struct kb_bridge *bridge)
 
 /**
  * kb_request() - send a request and wait for its answer
- * @inst: whose slot is used; settled
- * @op: what is asked
- * @task: how the host knows the task that it is about, or 0
+ * @inst: the instance whose slot is used; settled
+ * @op: the operation
+ * @task: the host's name for the task of the request, or 0
  * @arg0: see enum kb_op
  * @arg1: see enum kb_op
  * @arg2: see enum kb_op
  *
- * Anybody who can write to the region can make the host take a slot for somebody else's, and hold
- * room and tasks in its name. Where the host is short of them, each slot says again whose it is;
- * the host ends what no slot names, and is asked once more.
+ * A program that writes to the region can make the host assign a slot to a false instance, which
+ * holds room and tasks. If the host is short of these, the module writes each slot's generation
+ * again; the host ends instances that no slot names, and the module sends the request once more.
  *
- * Return: 0, a negative errno from the host, or -EIO where there is no answer.
+ * Return: 0, a negative errno from the host, or -EIO without an answer.
  */
 int kb_request(struct kb_instance *inst, enum kb_op op, u64 task, u64 arg0, u64 arg1, u64 arg2)
 {
 	int err;
 
 	lockdep_assert_held(&inst->lock);
-	/* Field by field: a whole struct is cleared and copied by string instructions first. */
+	/* Field by field: a whole struct would be cleared and copied by string instructions. */
 	inst->request.op = op;
 	inst->request.generation = inst->generation;
 	inst->request.task = task;
@@ -243,15 +243,15 @@ int kb_request(struct kb_instance *inst, enum kb_op op, u64 task, u64 arg0, u64 
 	return err;
 }
 
-/* ---- instances, as the host knows them ----------------------------------------------------- */
+/* ---- the host's view of instances ---------------------------------------------------------- */
 
 /**
- * kb_instance_defer_exit() - note that the host is to be told that a task owns the instance no more
+ * kb_instance_defer_exit() - note an end of ownership that must be reported to the host
  * @inst: the instance
- * @task: how the host knows the task
- * @returns: its returns that the host does not know of
+ * @task: the host's name for the task
+ * @returns: its unreported returns
  *
- * kb_instance_settle() tells it.
+ * kb_instance_settle() reports it.
  */
 void kb_instance_defer_exit(struct kb_instance *inst, u64 task, u64 returns)
 {
@@ -264,10 +264,10 @@ void kb_instance_defer_exit(struct kb_instance *inst, u64 task, u64 returns)
  * kb_instance_settle() - make the slot usable for a request
  * @inst: the instance
  *
- * Where the last request was given up, its caller was told that it failed; what the host made of
- * it later is undone or followed here.
+ * If the last request timed out, its caller got an error. If the host has carried it out since,
+ * this function undoes or completes that.
  *
- * Return: false while the host does not answer, or once the device is gone.
+ * Return: false while the host does not answer, and once the device is gone.
  */
 bool kb_instance_settle(struct kb_instance *inst)
 {
@@ -281,11 +281,11 @@ bool kb_instance_settle(struct kb_instance *inst)
 	if (likely(!op && !inst->deferred_exit))
 		return true;
 	if (op && !kb_slot_is_answered(bridge, inst->slot, inst->seq)) {
-		/* Its payload may be another's by now. */
+		/* Another request may have overwritten its payload. */
 		if ((op == KB_OP_REMOTE || op == KB_OP_KERNEL || op == KB_OP_MODULE) &&
 		    READ_ONCE(bridge->payload_inst) != inst)
 			inst->request.op = KB_OP_NONE;
-		/* Overwritten on its way, perhaps. The answer is for the next caller. */
+		/* It may have been overwritten on its way. The next caller gets the answer. */
 		kb_request_send(bridge, inst->slot, inst->seq, &inst->request);
 		return false;
 	}
@@ -308,8 +308,8 @@ bool kb_instance_settle(struct kb_instance *inst)
 }
 
 /**
- * kb_instance_init() - begin an instance, except for its slot and references
- * @inst: zeroed
+ * kb_instance_init() - initialise an instance, except for its slot and references
+ * @inst: the instance, zeroed
  * @bridge: the device that it belongs to
  */
 void kb_instance_init(struct kb_instance *inst, struct kb_bridge *bridge)
@@ -321,10 +321,10 @@ void kb_instance_init(struct kb_instance *inst, struct kb_bridge *bridge)
 }
 
 /**
- * kb_slot_acquire() - give an instance a slot of its own
+ * kb_slot_acquire() - give an instance its own slot
  * @inst: the instance
  *
- * Return: 0, -ENOMEM if all slots are taken, or -ENODEV if the device goes away.
+ * Return: 0, -ENOMEM if all slots are in use, or -ENODEV if the device is being removed.
  */
 int kb_slot_acquire(struct kb_instance *inst)
 {
@@ -348,7 +348,7 @@ int kb_slot_acquire(struct kb_instance *inst)
 	slot = find_first_zero_bit(bridge->slots, KB_SLOTS);
 	if (slot < KB_SLOTS) {
 		__set_bit(slot, bridge->slots);
-		/* The module's own has no owner, and never ends before the device. */
+		/* The module's own instance has no owner, and never ends before the device. */
 		if (inst != &bridge->self)
 			bridge->instances[slot] = inst;
 		inst->slot = slot;
@@ -359,8 +359,8 @@ int kb_slot_acquire(struct kb_instance *inst)
 }
 
 /**
- * kb_slot_release() - give the slot of an instance that ends back
- * @inst: the instance; nobody else has it any more
+ * kb_slot_release() - release the slot of an instance that ends
+ * @inst: the instance; the caller has the only reference
  */
 void kb_slot_release(struct kb_instance *inst)
 {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * A host that records this kernel's own code, through a plugin in QEMU
- * (bridge/sources/guest_kernel/tcg/kcov_tcg.c): what it is told of this kernel, and which code is
- * the module's own.
+ * (bridge/sources/guest_kernel/tcg/kcov_tcg.c): the description of this kernel for it, and the
+ * start of an owner's recording.
  */
 
 #include <linux/align.h>
@@ -20,12 +20,12 @@
 /* Whether the host records this kernel's code. */
 bool kb_kernel_watched;
 
-/* PLAN_MARKER_BYTES: the plugin expects the marker within so many bytes of the reported address. */
+/* PLAN_MARKER_BYTES: the plugin expects the marker within this many bytes of its address. */
 #define KB_MARKER_BYTES	64
 
 /*
- * A sign to the plugin: a NOP that nobody else writes, first in a block of its own. Within one page,
- * so that its physical address is known.
+ * A signal to the plugin: a NOP that no other code contains, at the start of its own basic block.
+ * Within one page, so that its physical address is known.
  */
 static noinline notrace __aligned(KB_MARKER_BYTES) void kb_marker(void)
 {
@@ -34,7 +34,7 @@ static noinline notrace __aligned(KB_MARKER_BYTES) void kb_marker(void)
 
 static void kb_cpu_halt(void)
 {
-	/* The next interrupt ends it, a timer's tick at the latest. */
+	/* The next interrupt ends the halt, at the latest a timer's tick. */
 	asm volatile("hlt" : : : "memory");
 }
 
@@ -42,8 +42,8 @@ static void kb_cpu_halt(void)
  * kb_owner_await_recording() - wait until the plugin records the new owner, kb_timeout_ms at most
  * @inst: the instance; recording is paused
  *
- * While nobody traces the plugin looks at no code, so there is no sign to be seen; but it learns
- * that there is an owner now when a vCPU halts.
+ * Without an owner the plugin watches no code, so it cannot see the marker. It learns of the new
+ * owner when a vCPU halts.
  */
 void kb_owner_await_recording(struct kb_instance *inst)
 {
@@ -58,7 +58,7 @@ void kb_owner_await_recording(struct kb_instance *inst)
 	}
 }
 
-/* ---- what the host is told of this kernel -------------------------------------------------- */
+/* ---- the description of this kernel -------------------------------------------------------- */
 
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 2, 0) && LINUX_VERSION_CODE < KERNEL_VERSION(6, 15, 0)
 #define kb_current_task(cpu)	per_cpu_ptr(&pcpu_hot.current_task, cpu)
@@ -73,7 +73,7 @@ static unsigned int kb_cpu_apic_id(unsigned int cpu)
 #ifdef CONFIG_SMP
 	return cpu_physical_id(cpu);
 #else
-	/* The only one is this one. Intel manual, CPUID leaf 1: the initial APIC id. */
+	/* This is the only CPU. Intel manual, CPUID leaf 1: the initial APIC id. */
 	return cpuid_ebx(1) >> 24;
 #endif
 }
@@ -106,14 +106,16 @@ static void kb_kernel_describe(struct kb_kernel *kernel)
 			kernel->vectors[vector] = gate_offset(&gates[vector]);
 }
 
-/* This kernel is @here, or will not be from now on. Returns whether the host records it. */
+/*
+ * Report this kernel to the host, or its end if @here is false. Return whether the host records it.
+ */
 static bool kb_kernel_report(struct kb_bridge *bridge, bool here)
 {
 	struct kb_kernel *kernel = (struct kb_kernel *)bridge->payload;
 	int err = -EIO;
 
 	mutex_lock(&bridge->self.lock);
-	/* Before that the payload may be needed still. */
+	/* Until it is settled, its last request may still need the payload. */
 	if (kb_instance_settle(&bridge->self)) {
 		mutex_lock(&bridge->payload_lock);
 		WRITE_ONCE(bridge->payload_inst, &bridge->self);
@@ -125,13 +127,13 @@ static bool kb_kernel_report(struct kb_bridge *bridge, bool here)
 		mutex_unlock(&bridge->payload_lock);
 	}
 	mutex_unlock(&bridge->self.lock);
-	/* A halt, at which the plugin throws away what it knows of the code of before. */
+	/* At a halt the plugin discards all code that was translated before. */
 	if (!err)
 		kb_cpu_halt();
 	return !err;
 }
 
-/* Reboot, power-off, or kexec: another kernel may run in this memory before the host sees it. */
+/* At reboot, power-off or kexec, because another kernel may run here before the host notices. */
 static int kb_reboot_event(struct notifier_block *block, unsigned long event, void *data)
 {
 	kb_recording_pause_current();
@@ -144,7 +146,7 @@ static struct notifier_block kb_reboot_notifier = {
 	.notifier_call	= kb_reboot_event,
 };
 
-/* A module's code is there, and has not run yet; or it has run for the last time. */
+/* Report a module whose code was loaded and has not run yet, or has run for the last time. */
 static int kb_module_event(struct notifier_block *block, unsigned long event, void *data)
 {
 	struct kb_bridge *bridge = kb_active;
@@ -201,7 +203,7 @@ static void kb_notifiers_unregister(void)
 	unregister_module_notifier(&kb_module_notifier);
 }
 
-/* Tells the host, and from then on what changes, as long as it wants to know. */
+/* Describe this kernel to the host, and report later changes if the host records the kernel. */
 static int kb_watch_update(struct kb_bridge *bridge)
 {
 	bool before = kb_kernel_watched;
@@ -218,10 +220,11 @@ static int kb_watch_update(struct kb_bridge *bridge)
 }
 
 /**
- * kb_watch_start() - tell the host of this kernel
+ * kb_watch_start() - describe this kernel to the host
  * @bridge: the device, which is active; its slots are free
  *
- * Return: 0 or a negative errno. A host that does not want to know, or to answer, is no error.
+ * Return: 0 or a negative errno. It is no error if the host does not record the kernel, or does not
+ * answer.
  */
 int kb_watch_start(struct kb_bridge *bridge)
 {
@@ -235,7 +238,7 @@ int kb_watch_start(struct kb_bridge *bridge)
 }
 
 /**
- * kb_watch_stop() - have the host forget this kernel
+ * kb_watch_stop() - make the host forget this kernel
  * @bridge: the device, whose files are gone
  */
 void kb_watch_stop(struct kb_bridge *bridge)
@@ -245,25 +248,25 @@ void kb_watch_stop(struct kb_bridge *bridge)
 		kb_kernel_report(bridge, false);
 	}
 	kb_kernel_watched = false;
-	/* Nor does anybody else ask in the module's name: see kb_untraced_report(). */
+	/* No further request in the module's name: see kb_untraced_report(). */
 	mutex_lock(&bridge->self.lock);
 	bridge->self.detached = true;
 	mutex_unlock(&bridge->self.lock);
 }
 
 /*
- * The agent writes here when the guest goes on from a snapshot: the host is another, and knows
- * nothing of this kernel.
+ * The agent writes here when the guest continues from a snapshot, because the host is a new one
+ * that does not know this kernel.
  */
 static ssize_t kb_host_write(struct file *file, const char __user *data, size_t size, loff_t *at)
 {
-	static DEFINE_MUTEX(kb_tell_lock);
+	static DEFINE_MUTEX(kb_describe_lock);
 	int err;
 
-	mutex_lock(&kb_tell_lock);
-	/* The file is gone before the device is. */
+	mutex_lock(&kb_describe_lock);
+	/* Valid, because removal deletes this file before the device. */
 	err = kb_watch_update(kb_active);
-	mutex_unlock(&kb_tell_lock);
+	mutex_unlock(&kb_describe_lock);
 	return err ? err : (ssize_t)size;
 }
 

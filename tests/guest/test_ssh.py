@@ -338,7 +338,7 @@ def test_stdin_environment_and_directory(guest: Guest) -> None:
     assert result.stdout == b"a 'b'\n/usr\n"
     assert guest.run("cat").stdout == b""
     assert guest.run("true", cwd="/no/such/directory").exit_status == 126
-    with pytest.raises(UsageError, match="no name"):
+    with pytest.raises(UsageError, match="not a valid name"):
         guest.run("true", env={"a b": "c"})
 
 
@@ -758,7 +758,7 @@ def test_keys_that_are_none(tmp_path: Path, key: Path) -> None:
     with pytest.raises(UsageError, match="cannot be used"):
         Guest(1, rubbish, None)
     for line in ("", "ssh-ed25519", "ssh-ed25519 ????", "no-such-kind AAAA"):
-        with pytest.raises(ImageError, match="host key is none"):
+        with pytest.raises(ImageError, match="host key is not a public key"):
             Guest(1, key, line)
 
 

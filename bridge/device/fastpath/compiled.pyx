@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
 # cython: freethreading_compatible=False
-"""What is done for each signal, compiled: bridge/device/fastpath/plain.py says what and why.
+"""The fast path in C: bridge/device/fastpath/plain.py is the definition, and gives the reasons.
 
-ReturnPoller.poll() alone releases the interpreter lock.
+Only ReturnPoller.poll() releases the interpreter lock.
 """
 
 from cpython.buffer cimport (
@@ -51,7 +51,7 @@ cdef extern from *:
     void kb_pause() nogil
 
 
-# The layout, from its one definition.
+# The layout, from its definition in abi.py.
 cdef Py_ssize_t _KICK = abi.HeaderWord.KICK
 cdef Py_ssize_t _REQUESTS = abi.REQUESTS_OFFSET // abi.WORD
 cdef Py_ssize_t _RESPONSES = abi.RESPONSES_OFFSET // abi.WORD
@@ -90,13 +90,13 @@ cdef class _Words:
         self.length = self._view.len // 8
         return 0
 
-    cdef void let_go(self) noexcept:
+    cdef void drop(self) noexcept:
         if self.words != NULL:
             self.words = NULL
             PyBuffer_Release(&self._view)
 
     def __dealloc__(self):
-        self.let_go()
+        self.drop()
 
 
 cdef class AreaWords:
@@ -107,7 +107,7 @@ cdef class AreaWords:
 
     def __init__(self, words, Py_ssize_t size):
         if not 1 <= size <= len(words):
-            raise ValueError(f"an area of {size} words in {len(words)}")
+            raise ValueError(f"an area of {size} words does not fit in {len(words)}")
         self._held = _Words()
         self._held.hold(words)
         self._words = words
@@ -121,11 +121,11 @@ cdef class AreaWords:
     @bitmap_words.setter
     def bitmap_words(self, Py_ssize_t words):
         if not 0 <= words < self.size:
-            raise ValueError(f"a bitmap of {words} words in an area of {self.size}")
+            raise ValueError(f"a bitmap of {words} words does not fit in an area of {self.size}")
         self._head = words
 
     cdef Py_ssize_t room(self, uint64_t *count) except -1:
-        """How many more PCs fit, and the count as it is now."""
+        """Return how many more PCs fit; store the current count in ``count``."""
         cdef uint64_t most = <uint64_t>(self.size - 1 - self._head)
         if self._held.words == NULL:
             raise ValueError("the area was released")
@@ -133,7 +133,7 @@ cdef class AreaWords:
         return 0 if count[0] >= most else <Py_ssize_t>(most - count[0])
 
     cdef Py_ssize_t put(self, object first, object pcs) except -1:
-        """Append ``first``, if it is not None, and a sequence after it; how many fitted."""
+        """Append ``first`` unless it is None, then a sequence; return how many fitted."""
         cdef uint64_t count = 0
         cdef Py_ssize_t room = self.room(&count)
         cdef Py_ssize_t put = 0
@@ -158,13 +158,13 @@ cdef class AreaWords:
         return self.put(None, pcs)
 
     def release(self):
-        self._held.let_go()
+        self._held.drop()
         self._words.release()
 
 
 cdef Py_ssize_t _copy_list(uint64_t *words, list pcs, Py_ssize_t room) except -1:
     cdef Py_ssize_t fitting = 0
-    # Asked for its length each time: a number that is no plain one may run code.
+    # Reads the length each time, because converting an item that is no plain int may run code.
     while fitting < room and fitting < PyList_GET_SIZE(pcs):
         words[fitting] = <uint64_t>(<object>PyList_GET_ITEM(pcs, fitting))
         fitting += 1
@@ -177,7 +177,7 @@ cdef Py_ssize_t _copy_words(uint64_t *words, object pcs, Py_ssize_t room) except
     PyObject_GetBuffer(pcs, &view, PyBUF_ND | PyBUF_FORMAT)
     try:
         if view.itemsize != 8 or view.format == NULL or view.format[0] != c"Q":
-            raise TypeError("PCs are of the format Q, as array('Q') has them")
+            raise TypeError("PCs in a buffer must have the format Q, like array('Q')")
         fitting = min(view.len // 8, room)
         memcpy(words, view.buf, <size_t>fitting * 8)
     finally:
@@ -198,7 +198,7 @@ cdef class KcovState:
 
     @classmethod
     def __class_getitem__(cls, parameters):
-        """For annotations alone, as that of a generic class."""
+        """Allow annotations like those of a generic class."""
         return cls
 
 
@@ -230,11 +230,11 @@ cdef class ReturnHandler:
         self._syscall_pc = syscall_pc
         self._update_watched = update_watched
         self._append_rest = append_rest
-        # The PCs of system calls' numbers.
+        # The PC of each system call, by its number.
         self._numbers = {}
 
     def syscall_return(self, KcovState kcov, task, number, unreported):
-        """Append coverage since the owner's last return; 0, or None if nothing was done."""
+        """Append coverage since the owner's last return; return 0, or None if nothing was done."""
         return 0 if self.answer(kcov, task, number, unreported) else None
 
     cdef bint answer(
@@ -263,7 +263,7 @@ cdef class ReturnHandler:
         self._append(kcov, area, None, pcs)
 
     cdef int _append(self, KcovState kcov, AreaWords area, object first, object pcs) except -1:
-        """Append ``first``, if it is not None, and ``pcs`` after it."""
+        """Append ``first`` unless it is None, then ``pcs``."""
         cdef Totals totals = self._totals
         cdef Py_ssize_t total = len(pcs)
         cdef Py_ssize_t fitted
@@ -298,7 +298,7 @@ cdef class ReturnHandler:
             return <object>known
         pc = self._syscall_pc(number)
         if pc is not None:
-            # So no more than there are PCs, whatever numbers the guest tells.
+            # Only numbers with a PC, so that a hostile guest cannot make the dict grow.
             PyDict_SetItem(self._numbers, key, pc)
         return pc
 
@@ -317,7 +317,7 @@ cdef class ReturnPoller:
     cdef readonly int64_t until
     cdef readonly int64_t looked
     cdef readonly uint64_t served
-    """How many requests the last poll() has answered."""
+    """Number of requests that the last poll() answered."""
 
     def __init__(
         self,
@@ -331,9 +331,9 @@ cdef class ReturnPoller:
         self._control = _Words()
         self._control.hold(control)
         if self._control.length < _CONTROL_WORDS:
-            raise ValueError(f"the region has {_CONTROL_WORDS} control words or more")
+            raise ValueError(f"the region must have at least {_CONTROL_WORDS} control words")
         if not len(slots) == len(handled) == len(answered) == _SLOTS:
-            raise ValueError(f"each list has {_SLOTS} entries, one for each slot")
+            raise ValueError(f"each list must have {_SLOTS} entries, one for each slot")
         self._handler = handler
         self._slots = slots
         self._handled = handled
@@ -341,15 +341,15 @@ cdef class ReturnPoller:
         self._failed = failed
 
     def release(self):
-        """Let go of the region; no other method may be called afterwards."""
-        self._control.let_go()
+        """Release the region; no other method may be called afterwards."""
+        self._control.drop()
 
     def interrupt(self):
-        """Make poll() return at once, now or when it is called next; from any thread."""
+        """Make the current or next poll() return at once; from any thread."""
         self._interrupted = 1
 
     def serve(self, Py_ssize_t slot):
-        """Answer the request in ``slot`` if it is new and the handler can; say whether it did."""
+        """Answer the request in ``slot`` if it is new and a return; return whether it did."""
         return self._serve(slot)
 
     def poll(
@@ -362,7 +362,7 @@ cdef class ReturnPoller:
     ):
         """Answer returns as they come, until ``until``; see bridge/device/fastpath/plain.py."""
         cdef uint64_t *kick = self._control.words + _KICK
-        cdef uint64_t now_there = last
+        cdef uint64_t seen = last
         cdef int64_t now
         cdef Py_ssize_t slot
         cdef int looks
@@ -375,24 +375,24 @@ cdef class ReturnPoller:
                 while True:
                     looks = 0
                     while looks < _LOOKS:
-                        now_there = kb_read(kick)
-                        if now_there != last:
+                        seen = kb_read(kick)
+                        if seen != last:
                             break
                         kb_pause()
                         looks += 1
-                    if now_there != last or self._interrupted:
+                    if seen != last or self._interrupted:
                         break
                     now = _clock()
                     if now >= until or now >= repair_at or now - self.looked > preempted_ns:
                         break
                     self.looked = now
-            if now_there == last or self._interrupted:
+            if seen == last or self._interrupted:
                 break
-            slot = <Py_ssize_t>(now_there & ((<uint64_t>1 << _SLOT_BITS) - 1))
+            slot = <Py_ssize_t>(seen & ((<uint64_t>1 << _SLOT_BITS) - 1))
             # Several requests at once need a look at all slots.
-            if now_there >> _SLOT_BITS != (last >> _SLOT_BITS) + 1 or not self._serve(slot):
+            if seen >> _SLOT_BITS != (last >> _SLOT_BITS) + 1 or not self._serve(slot):
                 break
-            last = now_there
+            last = seen
             self.served += 1
             self.looked = now = _clock()
             until = now + poll_ns
@@ -438,13 +438,13 @@ cdef class ReturnPoller:
         kb_write(answer + _ERROR, error)
         kb_write(answer + _APPENDED, kcov.appended)
         kb_write(answer + _DROPPED, kcov.dropped)
-        # Last: what it answers.
+        # SEQ last: it makes the answer valid.
         kb_write(answer + _ANSWER_SEQ, sequence)
         return True
 
 
 cdef inline int64_t _clock() noexcept nogil:
-    """As time.perf_counter_ns()."""
+    """Return the time of time.perf_counter_ns()."""
     cdef timespec now
     clock_gettime(CLOCK_MONOTONIC, &now)
     return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec

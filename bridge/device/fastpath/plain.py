@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plain form of the fast path: its definition, and what runs without a C compiler."""
+"""The fast path in Python: the definition, and the fallback without a C compiler."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
     "Totals",
 ]
 
-# As plain numbers: looking up a member of an enumeration costs as much as reading the region.
+# Plain numbers, because looking up a member of an enumeration costs as much as reading the region.
 _KICK = int(HeaderWord.KICK)
 _REQUESTS = REQUESTS_OFFSET // WORD
 _RESPONSES = RESPONSES_OFFSET // WORD
@@ -66,7 +66,7 @@ class AreaWords:
 
     def __init__(self, words: memoryview, size: int) -> None:
         if not 1 <= size <= len(words):
-            raise ValueError(f"an area of {size} words in {len(words)}")
+            raise ValueError(f"an area of {size} words does not fit in {len(words)}")
         self._words = words
         self.size = size
         self.bitmap_words = 0
@@ -96,7 +96,7 @@ class AreaWords:
         return fitting
 
     def release(self) -> None:
-        """Release the words; the area is not used any more."""
+        """Release the words; the area must not be used afterwards."""
         self._words.release()
 
 
@@ -157,7 +157,7 @@ class ReturnHandler(Generic[K]):
         totals: the sums to add to.
         unique: gets every PC that is appended.
         syscall_pc: maps a system call's number to its PC or None; None without such PCs.
-        update_watched: called after each return; None if nobody else writes into areas.
+        update_watched: called after each return; None if no watcher writes into areas.
         append_rest: called with PCs that did not fit; returns how many of them fitted after all.
     """
 
@@ -247,9 +247,9 @@ class ReturnPoller(Generic[K]):
         failed: Callable[[BaseException], object],
     ) -> None:
         if len(control) < AREAS_OFFSET // WORD:
-            raise ValueError(f"the region has {AREAS_OFFSET // WORD} control words or more")
+            raise ValueError(f"the region must have at least {AREAS_OFFSET // WORD} control words")
         if not len(slots) == len(handled) == len(answered) == SLOTS:
-            raise ValueError(f"each list has {SLOTS} entries, one for each slot")
+            raise ValueError(f"each list must have {SLOTS} entries, one for each slot")
         self._control = control
         self._handler = handler
         self._slots = slots

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guest images: from a Debian release's packages to a bootable kernel, initramfs and root.
 
-image = build()            # or find(): None if it is not built yet
+image = build()            # or find(), which returns None if it is not built yet
 image.kernel, image.initrd, image.root, image.ssh_key, image.host_key
 """
 

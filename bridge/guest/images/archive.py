@@ -2,8 +2,8 @@
 """Reproducible archives: sorted, with one fixed time, owned by root.
 
 ``newc`` is the cpio format of ``Documentation/driver-api/early-userspace/buffer-format.rst``: the
-kernel unpacks any number of such archives, one after the other, into its initramfs. So an
-initramfs can be made of layers by appending.
+kernel unpacks any number of such archives, one after the other, into its initramfs. So layers of
+an initramfs can be appended to each other.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Entry:
 def read_tree(root: Path, prefix: str = "") -> list[Entry]:
     """Return everything below a directory, as entries below ``prefix``.
 
-    Of a file's permissions only the execute bit is kept, so that the result depends on no umask.
+    Only the execute bit of a file's permissions is kept, so that the umask does not matter.
     """
     entries = []
     for path in sorted(root.rglob("*")):

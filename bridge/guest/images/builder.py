@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds a guest image: base (packages, kernel, root), agent (compiled sources), keys.
 
-The compiler and all tools that shape the result come from the *build root*, a tree of packages of
-the image's own Debian release, so the host's do not matter; the host gives mmdebstrap to make it,
-and QEMU to boot the result once. Nothing needs root: where this process is not root, mmdebstrap
-and the build root run in a user namespace.
+The compiler and all tools that affect the result come from the *build root*, a tree of packages of
+the image's own Debian release, so the host's tools do not matter. The host provides mmdebstrap to
+make the build root, and QEMU to boot the result once. Without root, mmdebstrap and the build root
+run in a user namespace.
 
 Everything is made in a temporary directory beside its destination and renamed into place
-(:func:`bridge.util.files.atomic_output`). Whoever builds holds the recipe's lock, so a temporary
-directory that another finds is a dead one.
+(:func:`bridge.util.files.atomic_output`). A build holds the recipe's lock, so a temporary directory
+that another build finds is left over.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ _BASE_BYTES = 2 << 30
 """Free space in bytes that a base needs while it is built: measured 1.6 GiB at the peak."""
 
 _IMAGE_BYTES = 64 << 20
-"""Free space in bytes that the agent's layer needs, the base being there."""
+"""Free space in bytes that the agent's layer needs, without its base."""
 
 _BOOT_SECONDS = 120.0
 _SYMBOLS_BYTES = 32 << 20
-"""Room for the kernel's symbol table as text: Debian 12's takes 5 MiB."""
+"""Room for the kernel's symbol table as text; Debian 12's takes 5 MiB."""
 
 _ANY_FINGERPRINT = "[0-9a-f]" * 12
 """A pattern for the fingerprints in the names of bases and images."""
@@ -82,14 +82,19 @@ def build(
     mirror: str | None = None,
     progress: Progress = print_progress,
 ) -> Image:
-    """The image of a recipe as it stands in the source tree now, built if it is not there.
+    """Return the image of a recipe's current sources, built if it is missing.
 
-    ``include`` adds packages to the guest, ``modules`` kernel modules; ``mirror`` is where packages
-    come from, as mmdebstrap takes it (default: ``KCOV_BRIDGE_MIRROR``, else mmdebstrap's own
-    choice); ``force`` builds all layers anew, with the newest packages.
+    Args:
+        force: build all layers again, with the newest packages.
+        include: further packages of the guest.
+        modules: further kernel modules.
+        mirror: where packages come from, in mmdebstrap's syntax (default: ``KCOV_BRIDGE_MIRROR``,
+            else mmdebstrap's own choice).
 
-    Raises :class:`bridge.errors.UsageError` for an unknown recipe or a wrong name,
-    :class:`bridge.errors.MissingDependencyError` and :class:`bridge.errors.ImageError`.
+    Raises:
+        UsageError: the recipe is unknown, or a name is not valid.
+        MissingDependencyError: a program is not installed.
+        ImageError: the build failed.
     """
     sources = Sources.find()
     wanted = Recipe.load(recipe, sources.recipes).extended(include, modules)
@@ -124,11 +129,18 @@ def compile_for_guest(
     flags: Sequence[str] = ("-O2", "-Wall", "-Wextra", "-Werror"),
     progress: Progress = print_progress,
 ) -> Path:
-    """Compiles a C program for an image's guest, with the compiler and libraries of its release.
+    """Compile a C program for an image's guest, with the compiler and libraries of its release.
 
-    ``out`` is the executable to write; headers beside ``source`` are found. Returns ``out``.
-    Raises :class:`bridge.errors.ImageError` with the compiler's messages, or if the image's build
-    root was removed.
+    Args:
+        source: the program; headers beside it are found.
+        out: the executable to write.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ImageError: compiling failed, with the compiler's messages, or the image's build root was
+            removed.
     """
     base = _Base.load(base_directory(image.recipe, image.base_fingerprint), image.base_fingerprint)
     if base is None:
@@ -158,7 +170,7 @@ def _recipe_lock(recipe: str, progress: Progress) -> contextlib.AbstractContextM
 
 
 def _usable(directory: Path) -> Image | None:
-    """The image in a directory, None if it is absent or broken: then it is to be built."""
+    """Return the image in a directory, or None if it is missing or broken and must be built."""
     try:
         image = Image.load(directory)
         image.check()
@@ -210,10 +222,10 @@ class _BuildRoot:
         what: str,
         feed: Callable[[IO[bytes]], None] | None = None,
     ) -> None:
-        """Runs a program of the tree, in a mount namespace with /proc and some devices."""
+        """Run a program of the tree, in a mount namespace with /proc and some devices."""
         as_root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
         binds = "".join(f'mount --bind /dev/{name} "$0/dev/{name}" && ' for name in _BOUND_DEVICES)
-        # objtool of Linux 7 reads its stack's limit there.
+        # objtool of Linux 7 reads the limit of its stack in /proc.
         binds += 'mount --rbind /proc "$0/proc" && '
         script = f'{binds}exec chroot "$0" "$@"'
         self._commands.run(
@@ -225,8 +237,11 @@ class _BuildRoot:
 
     @contextlib.contextmanager
     def workspace(self) -> Iterator[Path]:
-        """An empty ``/work`` in the tree. The path is always the same, for it may end up in what
-        is compiled there; the recipe's lock makes it ours."""
+        """Yield an empty ``/work`` in the tree.
+
+        The path is always the same, because compiled files may contain it. The recipe's lock keeps
+        other builds out.
+        """
         work = self.root / "work"
         if work.exists():
             shutil.rmtree(work)
@@ -238,7 +253,7 @@ class _BuildRoot:
 
 
 class _Builder:
-    """One build. Its methods are the layers, from the bottom up."""
+    """One build. Its methods make the layers, from the bottom up."""
 
     def __init__(
         self,
@@ -257,7 +272,7 @@ class _Builder:
     # -- the base ----------------------------------------------------------------------------
 
     def base(self, *, force: bool) -> _Base:
-        """The base, built if it is missing."""
+        """Return the base, built if it is missing."""
         fingerprint = self.sources.base_fingerprint(self.recipe)
         directory = base_directory(self.recipe.name, fingerprint)
         base = _Base.load(directory, fingerprint)
@@ -279,14 +294,14 @@ class _Builder:
             record = {"kernel_release": release, "kernel_version": version, "packages": packages}
             _write_json(temporary / "base.json", record)
         base = _Base.load(directory, fingerprint)
-        assert base is not None  # it was written a moment ago
+        assert base is not None  # it was written just now
         return base
 
     def _make_build_root(self, build_root: _BuildRoot, temporary: Path, commands: Commands) -> None:
         self.phases.begin("installing the build root (compiler, kernel headers)")
-        # The headers must be those of the very kernel that the guest gets, so both follow from
-        # the one package that names it. The image package of a later release is empty, and
-        # depends on the ones that have the kernel, its modules and the lists of them.
+        # The headers must belong to the guest's kernel, so both come from the package that names
+        # it. The image package of a later release is empty, and depends on the packages with the
+        # kernel, its modules and their lists.
         depends = "apt-cache show --no-all-versions"
         hook = (
             f"set -e; image=$({depends} {self.recipe.kernel}"
@@ -302,7 +317,7 @@ class _Builder:
             self.recipe.build_packages,
             archive,
             commands,
-            # To a hook, $1 is the tree.
+            # mmdebstrap gives the hook the tree as $1.
             [f'--customize-hook=chroot "$1" sh -c {shlex.quote(hook)}'],
         )
         self.phases.begin("unpacking the build root and the kernel")
@@ -320,8 +335,11 @@ class _Builder:
             (build_root.root / "dev" / name).touch()
 
     def _unpack_kernel(self, build_root: _BuildRoot, temporary: Path) -> tuple[str, str]:
-        """Unpacks the kernel packages in the build root and takes what is the base's. Returns the
-        kernel's release and the packages' version."""
+        """Unpack the kernel packages in the build root, and copy the base's files from them.
+
+        Returns:
+            The kernel's release, and the packages' version.
+        """
         kernel = build_root.root / "kernel"
         image = next(kernel.glob("linux-image-*.deb"), None)
         if image is None:
@@ -340,7 +358,7 @@ class _Builder:
         places = (kernel / "boot" / f"vmlinuz-{release}", kernel / f"lib/modules/{release}/vmlinuz")
         vmlinuz = next((path for path in places if path.is_file()), None)
         if vmlinuz is None:
-            raise ImageError(f"the packages of {name} have no kernel")
+            raise ImageError(f"the packages of {name} contain no kernel")
         shutil.copyfile(vmlinuz, temporary / "vmlinuz")
         _write_sparse(temporary / "vmlinux", self._unpacked(vmlinuz, build_root))
         compressed = sorted((kernel / "lib" / "modules" / release).rglob("*.ko.xz"))
@@ -351,7 +369,7 @@ class _Builder:
         return release, version.replace("%3a", ":")
 
     def _unpacked(self, vmlinuz: Path, build_root: _BuildRoot) -> bytes:
-        """What a bzImage holds: an ELF file, packed with xz or another program of the build root.
+        """Return the ELF file in a bzImage, which xz or another program of the build root unpacks.
 
         ``Documentation/x86/boot.rst``: the number of setup sectors is at 0x1f1, the payload's
         offset from there at 0x248 and its length at 0x24c.
@@ -364,8 +382,8 @@ class _Builder:
         programs = {b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"\x1f\x8b": "gzip"}
         program = next((p for magic, p in programs.items() if payload.startswith(magic)), None)
         if program is None:
-            raise ImageError(f"{vmlinuz.name} is packed in an unknown way: {payload[:6].hex()}")
-        # The build appends the unpacked size, four bytes that are no part of the stream.
+            raise ImageError(f"{vmlinuz.name} has an unknown compression: {payload[:6].hex()}")
+        # The kernel's build appends the unpacked size, four bytes that the stream does not include.
         with build_root.workspace() as work:
             (work / "payload").write_bytes(payload[:-4])
             build_root.run(
@@ -374,7 +392,7 @@ class _Builder:
             )
             unpacked = (work / "vmlinux").read_bytes()
         if not unpacked.startswith(b"\x7fELF"):
-            raise ImageError(f"{vmlinuz.name} holds no ELF file")
+            raise ImageError(f"{vmlinuz.name} contains no ELF file")
         return unpacked
 
     def _make_boot_archive(
@@ -398,7 +416,7 @@ class _Builder:
         temporary: Path,
         commands: Commands,
     ) -> dict[str, str]:
-        """Makes root.squashfs. Returns the packages in it with their versions."""
+        """Make root.squashfs; return the packages in it with their versions."""
         self.phases.begin("installing the guest's root")
         archive = temporary / "root.tar"
         self._bootstrap(self.recipe.packages, archive, commands, [])
@@ -435,15 +453,15 @@ class _Builder:
     def _bootstrap(
         self, packages: Sequence[str], out: Path, commands: Commands, options: Sequence[str]
     ) -> None:
-        """Runs mmdebstrap. Its own temporary tree lies beside ours, to be removed with it."""
+        """Run mmdebstrap, its temporary tree beside ours, so that both are removed together."""
         with tempfile.TemporaryDirectory(prefix="mmdebstrap-", dir=out.parent) as scratch:
-            Path(scratch).chmod(0o755)  # a user namespace's root is another user
+            Path(scratch).chmod(0o755)  # root of a user namespace is another user
             command = [
                 *("mmdebstrap", "--variant=essential", "--format=tar"),
-                # The tree has a merged /usr from the start; else a package with perl would do it.
+                # A merged /usr from the start; otherwise a package that needs perl would merge it.
                 "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr",
                 "--include=usr-is-merged," + ",".join(packages),
-                # What these would unpack is left out of the guest, and not needed for building.
+                # The guest leaves these paths out, and building does not need them.
                 "--dpkgopt=path-exclude=/usr/share/man/*",
                 "--dpkgopt=path-exclude=/usr/share/locale/*",
                 "--dpkgopt=path-exclude=/usr/share/doc/*",
@@ -459,7 +477,7 @@ class _Builder:
             except ImageError as error:
                 if not error.hint and "is expired" in error.evidence:
                     error.hint = (
-                        "the mirror's index is older than Debian allows; to use it all the same: "
+                        "the mirror's index is older than Debian allows; to use it anyway: "
                         f"--mirror 'deb [check-valid-until=no] URI {self.recipe.suite} main'"
                     )
                 raise
@@ -467,20 +485,20 @@ class _Builder:
     # -- the image ---------------------------------------------------------------------------
 
     def image(self, base: _Base, directory: Path) -> Image:
-        """The image on top of a base."""
+        """Make the image on top of a base."""
         _require_room(_IMAGE_BYTES)
         with _new_directory(directory) as temporary:
             commands = self._commands(temporary)
             build_root = _BuildRoot(base.build_root, commands)
             for name in ("vmlinux", "vmlinuz", "root.squashfs"):
                 _link(base.directory / name, temporary / name)
-            # A base that an earlier version built has no such list.
+            # Bases that an earlier version built lack these.
             for name in OPTIONAL_FILES:
                 if (base.directory / name).exists():
                     _link(base.directory / name, temporary / name)
             agent = self._compile_agent(build_root, base.kernel_release, temporary)
             keys = _make_keys(temporary)
-            (temporary / "initrd.img").touch(mode=0o600)  # the host's private key is in it
+            (temporary / "initrd.img").touch(mode=0o600)  # it contains the host's private key
             with (temporary / "initrd.img").open("wb") as initrd:
                 initrd.write((base.directory / "boot.cpio").read_bytes())
                 write_newc(initrd, agent)
@@ -512,7 +530,7 @@ class _Builder:
         return image
 
     def _compile_agent(self, build_root: _BuildRoot, release: str, temporary: Path) -> list[Entry]:
-        """Compiles ``guest/`` in the build root. Returns what belongs into the initramfs."""
+        """Compile ``guest/`` in the build root; return the entries for the initramfs."""
         self.phases.begin("compiling the module and the agent")
         with build_root.workspace() as work:
             for name, path in self.sources.agent_files():
@@ -536,8 +554,10 @@ class _Builder:
         return [*entries, Entry.link("init", "layer/usr/sbin/kcov-init")]
 
     def _read_symbols(self, base: _Base, temporary: Path, commands: Commands) -> None:
-        """Boots the image once to read the kernel's symbols: Debian's packages lack System.map,
-        and its debug package is a hundred times larger. Also shows that the image boots."""
+        """Boot the image once to read the kernel's symbols; this also shows that it boots.
+
+        Debian's packages lack System.map, and its debug package is a hundred times larger.
+        """
         self.phases.begin("booting once, for the kernel's symbols")
         out = temporary / "symbols"
         with out.open("wb") as file:
@@ -579,7 +599,7 @@ class _Builder:
 
 
 class _Modules:
-    """A kernel's modules and what they depend on, by depmod's files."""
+    """A kernel's modules and their dependencies, from depmod's files."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -605,7 +625,7 @@ class _Modules:
             self._aliases.setdefault(_module_name(words[0]), []).append(_module_name(words[-1]))
 
     def _words(self, file: str, keyword: str) -> Iterator[list[str]]:
-        """The words behind the keyword of each such line of a file of depmod's."""
+        """Yield the words after the keyword, of each line with it in one of depmod's files."""
         path = self._directory / file
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             words = line.split()
@@ -613,22 +633,23 @@ class _Modules:
                 yield words[1:]
 
     def require(self, names: Iterable[str]) -> None:
-        """Raise :class:`bridge.errors.ImageError` that names all that the kernel does not have."""
+        """Raise :class:`bridge.errors.ImageError` if the kernel lacks modules; name all of them."""
         known = self._builtin | set(self._paths)
         missing = [name for name in names if _module_name(name) not in known]
         if missing:
             raise ImageError(
                 f"the kernel {self._directory.name} has no module {', '.join(missing)}",
-                hint="leave them out (of --module, or of `modules` in the recipe), or set another "
+                hint="leave them out of --module, or of `modules` in the recipe, or set another "
                 "`kernel` in the recipe",
             )
 
     def closure(self, names: Iterable[str]) -> list[Path]:
-        """The files of these modules and of all that they need, in an order to load them.
+        """Return the files of modules and their dependencies, in an order in which they load.
 
-        What a module asks for softly (modules.softdep) is part of it where the kernel has it.
+        Soft dependencies (modules.softdep) are included if the kernel has them.
 
-        Raises :class:`bridge.errors.ImageError` for one that the kernel does not have.
+        Raises:
+            ImageError: the kernel lacks a module.
         """
         names = list(names)
         self.require(names)
@@ -639,13 +660,13 @@ class _Modules:
         return [self._directory / path for path in order]
 
     def _add(self, name: str, order: dict[str, None], seen: set[str]) -> None:
-        """Put a module behind what it needs, and what it wants after it behind it."""
+        """Add a module after its dependencies, and its soft post-dependencies after it."""
         if name in seen or name not in self._paths:
             return
         seen.add(name)
         for wanted in self._before.get(name, ()):
             self._add_wanted(wanted, order, seen)
-        # modules.dep lists what a module needs with the one to be loaded first at the end.
+        # modules.dep lists dependencies in the reverse order of loading.
         for path in reversed(self._needs[self._paths[name]]):
             self._add(_module_name(path), order, seen)
             order.setdefault(path)
@@ -654,20 +675,20 @@ class _Modules:
             self._add_wanted(wanted, order, seen)
 
     def _add_wanted(self, wanted: str, order: dict[str, None], seen: set[str]) -> None:
-        """What is wanted softly is a module, or an alias of one or more; or it is not there."""
+        """Add a soft dependency: a module, or an alias of modules; it may be missing."""
         name = _module_name(wanted)
         for each in [name] if name in self._paths else self._aliases.get(name, []):
             self._add(each, order, seen)
 
     def text_sizes(self) -> dict[str, int]:
-        """The bytes of text that each module keeps while it is loaded, by its name."""
+        """Return the bytes of text that each module keeps while it is loaded, by name."""
         return {
             name: core_text_size(self._directory / path)
             for name, path in sorted(self._paths.items())
         }
 
     def copy(self, files: Iterable[Path], to: Path) -> None:
-        """Copies modules, and what depmod needs besides, to another tree of modules."""
+        """Copy modules, and depmod's other input files, to another tree of modules."""
         extra = ("modules.builtin", "modules.builtin.modinfo", "modules.order")
         for path in (*files, *(self._directory / name for name in extra)):
             if path.exists():
@@ -681,7 +702,7 @@ def _module_name(path: str) -> str:
 
 
 def _packages(archive: IO[bytes]) -> dict[str, str]:
-    """The packages that dpkg's status in a root's tar archive names, with their versions."""
+    """Return the packages in the dpkg status of a root's tar archive, with their versions."""
     with tarfile.open(fileobj=archive, mode="r:") as tar:
         status = tar.extractfile("./var/lib/dpkg/status")
         if status is None:
@@ -696,13 +717,15 @@ def _packages(archive: IO[bytes]) -> dict[str, str]:
 
 
 def _without_dates(shadow: bytes) -> bytes:
-    """shadow(5): the third field is the day of the last change; a fixed one, long past."""
+    """Set the day of the last change, the third field in shadow(5), to a fixed one in the past."""
     return re.sub(rb"^([^:]*:[^:]*):\d+:", rb"\1:19000:", shadow, flags=re.MULTILINE)
 
 
 def _make_keys(directory: Path) -> list[Entry]:
-    """Makes the image's key pairs: the user's stays in the directory, the host's private key goes
-    into the guest alone. Returns what belongs into the initramfs."""
+    """Make the image's key pairs; return the entries for the initramfs.
+
+    The user's keys stay in the directory. Only the guest gets the host's private key.
+    """
     user, host = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
     user_public = _public_line(user, "kcov-bridge")
     host_public = _public_line(host, "kcov-guest")
@@ -755,7 +778,7 @@ def _require_room(needed: int) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Gives a file a second name, or copies it where the file system has no hard links."""
+    """Link a file, or copy it if the file system has no hard links."""
     try:
         target.hardlink_to(source)
     except OSError:
@@ -763,8 +786,10 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _write_sparse(path: Path, data: bytes) -> None:
-    """Writes a file with holes for its pages of zeros: half of an unpacked kernel is alignment and
-    the memory that it wants cleared."""
+    """Write a file with holes in place of pages of zeros.
+
+    Half of an unpacked kernel is alignment and memory that must be zero.
+    """
     page = 4096
     with path.open("wb") as out:
         for offset in range(0, len(data), page):
@@ -782,12 +807,12 @@ def _write_json(path: Path, data: object) -> None:
 
 @contextlib.contextmanager
 def _new_directory(destination: Path) -> Iterator[Path]:
-    """Give an empty directory, which becomes ``destination`` at the end, in place of an older one.
+    """Yield an empty directory, which becomes ``destination`` at the end and replaces an older one.
 
-    What killed builds of the same recipe left is removed. The recipe's lock must be held.
+    Remains of killed builds of the same recipe are removed. The recipe's lock must be held.
 
     Raises:
-        ImageError: something is mounted in the older one.
+        ImageError: something is mounted in the older directory, or in such remains.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     refuse_mounts(destination)
@@ -797,11 +822,11 @@ def _new_directory(destination: Path) -> Iterator[Path]:
         try:
             remove(left)
         except OSError as error:
-            # Without root, what a user namespace's root made may be another user's.
-            logger.warning("what is left of a dead build cannot be removed: %s", error)
+            # Without root, files that root of a user namespace made may belong to another user.
+            logger.warning("cannot remove the remains of a killed build: %s", error)
     with atomic_output(destination) as directory:
         directory.mkdir()
-        # A user namespace's root is another user, and mmdebstrap's has to come through.
+        # Root of mmdebstrap's user namespace is another user, who must be able to pass.
         directory.parent.chmod(0o755)
         directory.chmod(0o755)
         yield directory

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a build runs and waits for: commands with a log, phases with progress."""
+"""The programs and phases of a build: commands with a log, phases with progress."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bridge.errors import ImageError, MissingDependencyError
 __all__ = ["Commands", "Phases", "Progress", "disk_full", "print_progress"]
 
 Progress = Callable[[str], None]
-"""Called with lines that say what is being done."""
+"""Called with lines of progress."""
 
 _EVIDENCE_LINES = 15
 _TICK_SECONDS = 10.0
@@ -35,27 +35,27 @@ def print_progress(line: str) -> None:
 
 
 class Phases:
-    """Reports each phase of a build when it begins, and every ten seconds while it lasts."""
+    """Reports each phase of a build at its start, and every ten seconds after that."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._start = time.monotonic()
         self._name = ""
-        self._told = self._start
+        self._reported = self._start
 
     def begin(self, name: str) -> None:
         """Begin a new phase."""
         self._name = name
-        self._tell(name)
+        self._report(name)
 
     def tick(self) -> None:
-        """Report that the phase lasts; call it every now and then."""
-        if time.monotonic() - self._told >= _TICK_SECONDS:
-            self._tell(f"still {self._name}")
+        """Report that the phase continues; to be called often."""
+        if time.monotonic() - self._reported >= _TICK_SECONDS:
+            self._report(f"still {self._name}")
 
-    def _tell(self, text: str) -> None:
-        self._told = time.monotonic()
-        self._progress(f"[{self._told - self._start:4.0f} s] {text}")
+    def _report(self, text: str) -> None:
+        self._reported = time.monotonic()
+        self._progress(f"[{self._reported - self._start:4.0f} s] {text}")
 
     @property
     def elapsed(self) -> float:
@@ -66,8 +66,8 @@ class Phases:
 class Commands:
     """Runs the programs of a build.
 
-    Each runs in a session of its own, with its output in a log. They inherit ``keep_fds``, so a
-    lock remains held while a program runs, even if this process was killed.
+    Each runs in its own session, with its output in a log. Programs inherit ``keep_fds``, so a lock
+    remains held while one runs, even if this process was killed.
     """
 
     def __init__(self, log: Path, phases: Phases, keep_fds: Sequence[int] = ()) -> None:
@@ -90,11 +90,11 @@ class Commands:
         Args:
             what: names the step in errors.
             feed: writes the program's stdin.
-            seconds: how long it may take.
+            seconds: its time limit.
 
         Raises:
             ImageError: it failed; the evidence is the end of its output.
-            MissingDependencyError: there is no such program.
+            MissingDependencyError: the program is not installed.
         """
         with self.log.open("ab") as log:
             log.write(f"$ {shlex.join(argv)}\n".encode())
@@ -116,8 +116,8 @@ class Commands:
                         stack.enter_context(_ended(process))
                 except FileNotFoundError as error:
                     raise MissingDependencyError(
-                        f"{what}: there is no {argv[0]} on this machine",
-                        hint="`kcov-bridge doctor` says how to get what is missing",
+                        f"{what}: the program {argv[0]} is not installed",
+                        hint="`kcov-bridge doctor` says how to install it",
                     ) from error
                 broken = self._feed(process, feed)
                 status = self._wait(process, seconds)
@@ -128,7 +128,7 @@ class Commands:
     def _feed(
         self, process: subprocess.Popen[bytes], feed: Callable[[IO[bytes]], None] | None
     ) -> str | None:
-        """Write the program's stdin. Returns what went wrong; the program's output says why."""
+        """Write the program's stdin; return what failed, or None. Its output has the reason."""
         if not process.stdin or not feed:
             return None
         try:
@@ -163,7 +163,7 @@ class Commands:
 
 @contextlib.contextmanager
 def _interrupts_deferred() -> Iterator[None]:
-    """Have Ctrl-C wait until the block ends, so that no program is started and then forgotten."""
+    """Defer Ctrl-C to the end of the block, so that no program is started and then forgotten."""
     previous = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(previous):
         yield
@@ -180,7 +180,7 @@ def _interrupts_deferred() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """End the process, with all that it started, when the block ends."""
+    """Kill the process and its children at the end of the block."""
     try:
         yield
     finally:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an image is made of: the recipe, and the fingerprints of all that goes into it.
+"""Recipes of images, and the fingerprints of everything that an image is made of.
 
-A fingerprint has two levels, because the layers change at different speeds. The *base* is a
-function of the recipe and the files of ``images/root``; it takes Debian packages and about a
-minute to make. The *agent* is a function of the sources in ``guest/``; it is compiled in seconds.
+A fingerprint has two levels, because the layers change at different speeds. The *base* depends on
+the recipe and the files of ``images/root``; making it needs Debian packages and about a minute. The
+*agent* depends on the sources in ``guest/``; compiling it takes seconds.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ __all__ = [
 ]
 
 DEFAULT_RECIPE = "bookworm"
-"""The recipe of the image that a run boots if its settings name none; images/README.md says why."""
+"""The recipe for runs whose settings name no image; images/README.md has the reasons."""
 
 BASE_FORMAT = 3
-"""Version of what the builder makes of a recipe; a new one makes every base be built anew. 2: bases
-have ``modules.json``; 3: they have the modules that ``modules.softdep`` names."""
+"""Version of bases; every base is built again after a change. 2: bases have ``modules.json``; 3:
+they have the modules that ``modules.softdep`` names."""
 
 IMAGE_FORMAT = 1
-"""Version of an image's files and manifest; a new one makes every image be built anew."""
+"""Version of an image's files and manifest; every image is built again after a change."""
 
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+")
-"""A package's name, as Debian Policy 5.6.1 has it."""
+"""A package's name, by Debian Policy 5.6.1."""
 
 _MODULE = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -50,12 +50,15 @@ _AGENT_SOURCES = ("*.c", "*.h", "Makefile", "Kbuild")
 class Recipe:
     """One file of ``images/``.
 
-    ``suite`` is the Debian release; ``kernel`` the package that depends on the kernel to use;
-    ``packages`` are installed in the guest and ``build_packages`` in the root where everything is
-    compiled and packed; ``boot_modules`` are loaded before there is a root file system, in this
-    order, and ``modules`` wait there for modprobe (what they depend on comes with both);
-    ``exclude`` has patterns of paths that the guest's root does without, where ``*`` also matches
-    slashes.
+    Attributes:
+        suite: the Debian release.
+        kernel: the package that depends on the kernel to use.
+        packages: packages of the guest.
+        build_packages: packages of the root in which everything is compiled and packed.
+        boot_modules: modules to load before the root file system is mounted, in this order.
+            Their dependencies are added.
+        modules: modules in the root file system for modprobe. Their dependencies are added.
+        exclude: patterns of paths to leave out of the guest's root; ``*`` also matches slashes.
     """
 
     name: str
@@ -71,8 +74,9 @@ class Recipe:
     def load(cls, name: str, directory: Path) -> Recipe:
         """Read the recipe ``name`` from a directory of recipes.
 
-        Raises :class:`bridge.errors.UsageError` if there is none of this name, and
-        :class:`bridge.errors.ImageError` if it can't be read.
+        Raises:
+            UsageError: there is no such recipe.
+            ImageError: it cannot be read.
         """
         known = recipes(directory)
         if name not in known:
@@ -84,11 +88,13 @@ class Recipe:
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ImageError(f"the recipe {path} can't be read: {error}") from error
+            raise ImageError(f"the recipe {path} cannot be read: {error}") from error
         names = [field.name for field in fields(cls) if field.name != "name"]
         if sorted(data) != sorted(names):
             different = sorted(set(data) ^ set(names))
-            raise ImageError(f"the recipe {path} lacks, or has too many of: {', '.join(different)}")
+            raise ImageError(
+                f"the recipe {path} lacks keys, or has unknown ones: {', '.join(different)}"
+            )
         values: dict[str, str] = {}
         lists: dict[str, tuple[str, ...]] = {}
         for key, value in data.items():
@@ -97,25 +103,25 @@ class Recipe:
             elif isinstance(value, list) and all(isinstance(item, str) for item in value):
                 lists[key] = tuple(value)
             else:
-                raise ImageError(f"the recipe {path} has a wrong kind of value for {key}")
+                raise ImageError(f"the recipe {path} has a value of the wrong type for {key}")
         if set(values) != {"suite", "kernel"}:
-            raise ImageError(f"the recipe {path} has a list where suite or kernel should be")
+            raise ImageError(f"the recipe {path} has a list for suite or kernel instead of text")
         return cls(name=name, suite=values["suite"], kernel=values["kernel"], **lists)
 
     def extended(self, packages: Iterable[str] = (), modules: Iterable[str] = ()) -> Recipe:
         """Return this recipe with more packages and kernel modules for the guest.
 
         Raises:
-            UsageError: something cannot be the name of a package or of a module.
+            UsageError: a name is not valid for a package or module.
         """
         more_packages = sorted(set(packages) - set(self.packages))
         for package in more_packages:
             if not _PACKAGE.fullmatch(package):
-                raise UsageError(f"{package!r} is no name of a Debian package")
+                raise UsageError(f"{package!r} is not a valid name of a Debian package")
         more_modules = sorted(set(modules) - set(self.modules))
         for module in more_modules:
             if not _MODULE.fullmatch(module):
-                raise UsageError(f"{module!r} is no name of a kernel module")
+                raise UsageError(f"{module!r} is not a valid name of a kernel module")
         return replace(
             self,
             packages=(*self.packages, *more_packages),
@@ -139,7 +145,7 @@ def is_recipe(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the project's own parts of an image come from: its source tree."""
+    """The source tree, with the project's own parts of an image."""
 
     root: Path
 
@@ -147,7 +153,8 @@ class Sources:
     def find(cls) -> Sources:
         """Find the source tree of this package, or the copy that is installed with it.
 
-        Raises :class:`bridge.errors.InfrastructureError` where neither is there.
+        Raises:
+            InfrastructureError: there is neither.
         """
         return cls(source_root())
 
@@ -158,16 +165,16 @@ class Sources:
 
     @property
     def root_files(self) -> Path:
-        """The tree of files that is put over the guest's root."""
+        """The tree of files that are added to the guest's root, or replace files there."""
         return self.root / "images" / "root"
 
     def agent_files(self) -> list[tuple[str, Path]]:
-        """Return what is compiled for the guest: (path inside the tree, file), sorted by path."""
+        """Return the sources for the guest: (path inside the tree, file), sorted by path."""
         found: list[tuple[str, Path]] = []
         for part in ("agent", "module"):
             for pattern in _AGENT_SOURCES:
                 for path in (self.root / "guest" / part).glob(pattern):
-                    # Kbuild leaves a generated kcov_bridge.mod.c behind where somebody ran it.
+                    # A build in the tree leaves Kbuild's generated kcov_bridge.mod.c behind.
                     if path.is_file() and not path.name.endswith(".mod.c"):
                         found.append((f"{part}/{path.name}", path))
         return sorted(found)
@@ -203,7 +210,7 @@ def _contents(files: Iterable[tuple[str, Path]]) -> list[tuple[str, bytes]]:
 def _fingerprint(parts: Iterable[tuple[str, bytes]]) -> str:
     digest = hashlib.sha256()
     for name, content in parts:
-        # Lengths first, so that no two lists of parts read the same.
+        # Lengths first, so that different lists of parts give different bytes.
         digest.update(f"{len(name)} {len(content)} {name}\n".encode())
         digest.update(content)
     return digest.hexdigest()[:12]

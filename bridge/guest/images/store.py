@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cache of images: where they are, what one consists of, how to find and remove them.
+"""The cache of images: their place and contents, and how to find and remove them.
 
 Layout of :func:`bridge.util.cache.cache_directory`::
 
-    images/NAME-FINGERPRINT/   one image; its name says all that went into it
+    images/NAME-FINGERPRINT/   one image; its name depends on everything that it is made of
     bases/NAME-FINGERPRINT/    the slow part of images, and the root in which the rest is compiled
     locks/NAME                 held while an image of this recipe is built
 
@@ -60,10 +60,10 @@ FILES = (
     "ssh_host_ed25519_key.pub",
     "kcov_bridge.ko",
 )
-"""The files of an image besides its manifest."""
+"""The files of an image, except its manifest."""
 
 OPTIONAL_FILES = ("modules.json",)
-"""Files that an image may have besides: those built by an earlier version don't."""
+"""Further files; images that an earlier version built lack them."""
 
 _CMDLINE = "quiet mitigations=off norandmaps cryptomgr.notests"
 """``mitigations=off``: the guest needs no defence against its own programs, and its system calls
@@ -74,7 +74,7 @@ of boot under TCG. Other options that were tried had no measurable effect."""
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What the manifest says about a file: its size in bytes and its SHA-256 in hex."""
+    """A file in the manifest: size in bytes, SHA-256 in hex."""
 
     size: int
     sha256: str
@@ -84,8 +84,9 @@ class FileRecord:
 class Image:
     """A complete guest image on disk.
 
-    ``packages`` are the packages of the guest with their versions; ``base_fingerprint`` and
-    ``agent_fingerprint`` the two levels of :mod:`bridge.guest.images.recipe`.
+    Attributes:
+        base_fingerprint, agent_fingerprint: the two levels of :mod:`bridge.guest.images.recipe`.
+        packages: the packages of the guest with their versions.
     """
 
     directory: Path
@@ -107,7 +108,8 @@ class Image:
     def load(cls, directory: Path) -> Image:
         """Read an image's manifest; :meth:`check` looks at the files.
 
-        Raises :class:`bridge.errors.ImageError` if it can't be read or is of another format.
+        Raises:
+            ImageError: it cannot be read, or has another format.
         """
         path = directory / MANIFEST
         try:
@@ -127,7 +129,7 @@ class Image:
                 kernel_release=str(data["kernel_release"]),
                 kernel_version=str(data["kernel_version"]),
                 include=tuple(map(str, data["include"])),
-                # An earlier version did not write any.
+                # Missing in manifests of an earlier version.
                 modules=tuple(map(str, data.get("modules", ()))),
                 packages=MappingProxyType({str(k): str(v) for k, v in data["packages"].items()}),
                 files=MappingProxyType(
@@ -199,26 +201,26 @@ class Image:
 
     @property
     def name(self) -> str:
-        """How commands name the image: ``RECIPE-FINGERPRINT``."""
+        """The image's name in commands: ``RECIPE-FINGERPRINT``."""
         return self.directory.name
 
     @property
     def size(self) -> int:
-        """Bytes on disk, holes not counted."""
+        """Bytes on disk, without holes."""
         return disk_usage(self.directory)
 
     @property
     def kernel(self) -> Path:
         """The kernel to boot: ``vmlinux``, which QEMU starts through its PVH entry.
 
-        It is what ``vmlinuz`` holds, unpacked: under TCG the kernel takes three seconds to unpack
-        itself. There is no address randomisation on this way.
+        It is the unpacked ``vmlinuz``, because under TCG the kernel takes three seconds to unpack
+        itself. A kernel that is entered this way does not randomise its address.
         """
         return self.directory / "vmlinux"
 
     @property
     def vmlinuz(self) -> Path:
-        """The distribution's own kernel file, for whatever can't boot :attr:`kernel`."""
+        """The distribution's own kernel file, for loaders that cannot boot :attr:`kernel`."""
         return self.directory / "vmlinuz"
 
     @property
@@ -228,7 +230,7 @@ class Image:
 
     @property
     def root(self) -> Path:
-        """The root file system: a squashfs, to be attached as a read-only virtio disk."""
+        """The root file system: a squashfs, for a read-only virtio disk."""
         return self.directory / "root.squashfs"
 
     @property
@@ -238,9 +240,10 @@ class Image:
 
     @property
     def modules_list(self) -> Path | None:
-        """The sizes of the kernel's modules, as
-        :class:`bridge.sources.guest_kernel.placement.ModulePlacement` reads them; None for an
-        image without them."""
+        """The sizes of the kernel's modules; None if the image lacks them.
+
+        :class:`bridge.sources.guest_kernel.placement.ModulePlacement` reads them.
+        """
         return self.directory / "modules.json" if "modules.json" in self.files else None
 
     @property
@@ -255,12 +258,12 @@ class Image:
 
     @property
     def module(self) -> Path:
-        """The kcov device's module, as it is in the guest."""
+        """The kernel module of the kcov device, as in the guest."""
         return self.directory / "kcov_bridge.ko"
 
     @property
     def cmdline(self) -> str:
-        """The kernel's command line for this image, but for the console and panic policy."""
+        """The kernel's command line for this image, without the console and panic policy."""
         return _CMDLINE
 
 
@@ -298,8 +301,9 @@ def find(
 ) -> Image | None:
     """Return the image of a recipe's current sources; None if it is not built yet.
 
-    Raises :class:`bridge.errors.ImageError` for a broken one and
-    :class:`bridge.errors.UsageError` for an unknown recipe.
+    Raises:
+        ImageError: it is broken.
+        UsageError: the recipe is unknown.
     """
     sources = Sources.find()
     wanted = Recipe.load(recipe, sources.recipes).extended(include, modules)
@@ -334,9 +338,10 @@ def base_directories() -> list[Path]:
 
 
 def resolve(name: str) -> Path:
-    """Return the directory of the only image with this name, or whose name begins with it.
+    """Return the directory of the image with this name, or of the only one whose name begins so.
 
-    Raises :class:`bridge.errors.UsageError` if there is none, or more than one.
+    Raises:
+        UsageError: there is no such image, or more than one.
     """
     directories = _directories("images")
     exact = [directory for directory in directories if directory.name == name]
@@ -352,10 +357,15 @@ def resolve(name: str) -> Path:
 
 
 def remove(name: str) -> Path:
-    """Remove an image, named in full or by the beginning of its name. Returns where it was.
+    """Remove an image, named in full or by the beginning of its name.
 
-    A guest that runs from it continues, because QEMU has the files open. Raises
-    :class:`bridge.errors.UsageError` if there is none of this name.
+    A guest that runs from it continues, because QEMU has the files open.
+
+    Returns:
+        The directory that it had.
+
+    Raises:
+        UsageError: there is no such image.
     """
     directory = resolve(name)
     remove_tree(directory)
@@ -365,8 +375,10 @@ def remove(name: str) -> Path:
 def remove_tree(directory: Path) -> None:
     """Remove a directory of the cache; refuse if something is mounted below it.
 
-    It disappears by a rename first, so that nobody finds half of it. Raises
-    :class:`bridge.errors.ImageError`.
+    A rename comes first, so that no process finds half of the directory.
+
+    Raises:
+        ImageError: it cannot be removed.
     """
     refuse_mounts(directory)
     doomed = directory.with_name(f".rm-{directory.name}-{os.getpid()}")
@@ -374,20 +386,20 @@ def remove_tree(directory: Path) -> None:
         directory.rename(doomed)
         shutil.rmtree(doomed)
     except FileNotFoundError:
-        return  # somebody else removed it at the same time
+        return  # another process removed it at the same time
     except OSError as error:
-        raise ImageError(f"{directory} can't be removed: {error}") from error
+        raise ImageError(f"{directory} cannot be removed: {error}") from error
 
 
 def refuse_mounts(directory: Path) -> None:
     """Raise :class:`bridge.errors.ImageError` if something is mounted below ``directory``.
 
-    Removing the directory would remove what is in the mount.
+    Removing the directory would remove the contents of the mount.
     """
     mounts = _mounts_below(directory)
     if mounts:
         raise ImageError(
-            f"{directory} can't be removed: something is mounted in it",
+            f"{directory} cannot be removed: something is mounted in it",
             evidence="\n".join(mounts),
             hint="unmount it and try again",
         )

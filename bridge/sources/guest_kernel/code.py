@@ -32,10 +32,10 @@ Piece = tuple[PC, PC, RangeFlag]
 
 _OWN_MODULE = "kcov_bridge"
 
-_COUNTS = ("irq_enter", "irq_enter_rcu", "irq_exit", "irq_exit_rcu", "__irq_exit_rcu")
+_INTERRUPT_COUNT = ("irq_enter", "irq_enter_rcu", "irq_exit", "irq_exit_rcu", "__irq_exit_rcu")
 """Functions that interrupt handlers call first and last (kernel/softirq.c in Linux)."""
 
-_LEAVES = (
+_SWITCH_START = (
     "__perf_event_task_sched_out",
     "__kmap_local_sched_out",
     "enter_lazy_tlb",
@@ -101,10 +101,14 @@ class KernelCode:
             {
                 RangeFlag.RECORD: recorded,
                 RangeFlag.NOINSTR: union([entry, noinstr]),
-                RangeFlag.SWITCHES: self._functions("__schedule"),
-                RangeFlag.LEAVES: union(itertools.chain(*map(self._functions, _LEAVES))),
-                RangeFlag.SWITCHED: self._functions("finish_task_switch*"),
-                RangeFlag.COUNTS: union(itertools.chain(*map(self._functions, _COUNTS))),
+                RangeFlag.SCHEDULE: self._functions("__schedule"),
+                RangeFlag.SWITCH_START: union(
+                    itertools.chain(*map(self._functions, _SWITCH_START))
+                ),
+                RangeFlag.SCHEDULE_END: self._functions("finish_task_switch*"),
+                RangeFlag.INTERRUPT_COUNT: union(
+                    itertools.chain(*map(self._functions, _INTERRUPT_COUNT))
+                ),
                 RangeFlag.EXIT_WORK: union(itertools.chain(*map(self._functions, _EXIT_WORK))),
                 RangeFlag.EXIT_DONE: union(
                     itertools.chain([entry], *map(self._functions, _EXIT_DONE))

@@ -129,10 +129,10 @@ class RangeFlag(IntFlag):
 
     RECORD = 1
     NOINSTR = 2
-    SWITCHES = 4
-    SWITCHED = 8
-    LEAVES = 16
-    COUNTS = 32
+    SCHEDULE = 4
+    SCHEDULE_END = 8
+    SWITCH_START = 16
+    INTERRUPT_COUNT = 32
     EXIT_WORK = 64
     EXIT_DONE = 128
 

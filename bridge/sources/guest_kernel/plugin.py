@@ -38,7 +38,7 @@ _NEWEST_API = 7
 _TOO_OLD = re.compile(r"supports only a minimum version of (\d+)")
 """Error of ``plugin_load`` in QEMU's ``plugins/loader.c`` for a plugin with an older API."""
 
-_GREETING = "kcov_tcg: the bridge starts it"
+_GREETING = "kcov_tcg: plan=FD,region=FD is missing"
 """The plugin's error without a plan; it shows that QEMU loaded the plugin."""
 
 _PROBE_SECONDS = 30.0

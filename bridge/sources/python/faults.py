@@ -22,14 +22,14 @@ if MYPY:
 
 __all__ = [
     "ACTIVE",
+    "CHANGED",
     "FAULTED",
     "FAULTS",
     "MAGIC",
-    "NEWS",
+    "REPORTED",
     "TEXT",
     "TEXT_LIMIT",
-    "TOLD",
-    "TO_TELL",
+    "UNREPORTED",
     "Faulted",
     "count",
     "describe",
@@ -41,10 +41,10 @@ __all__ = [
 
 MAGIC = b"kcovln02"
 ACTIVE = 8
-NEWS = 9
+CHANGED = 9
 FAULTED = 11
-"""Offset of a byte: 0 for no fault, else :data:`TO_TELL` or :data:`TOLD`."""
-TO_TELL, TOLD = 1, 2
+"""Offset of a byte: 0 for no fault, else :data:`UNREPORTED` or :data:`REPORTED`."""
+UNREPORTED, REPORTED = 1, 2
 FAULTS = 32
 """Offset of a u64: the number of faults."""
 _LENGTH = 40
@@ -75,8 +75,8 @@ def keep(buffer: mmap.mmap, text: str) -> None:
 def report(buffer: mmap.mmap) -> None:
     """Have the next look raise :class:`Faulted`, unless one did already."""
     if not buffer[FAULTED]:
-        buffer[FAULTED] = TO_TELL
-    buffer[NEWS] = 1
+        buffer[FAULTED] = UNREPORTED
+    buffer[CHANGED] = 1
 
 
 def note_in(path: str, text: str) -> None:

@@ -11,7 +11,7 @@ The layout is little-endian; offsets and lengths are in bytes:
 ======================  =========================================================
 0                       ``MAGIC``, which names the version of the layout too
 8                       ``ACTIVE``: 1 while the source measures
-9                       ``NEWS``: 1 if a ``dirty`` byte may be 1, or after a fault
+9                       ``CHANGED``: 1 if a ``dirty`` byte may be 1, or after a fault
 10                      ``MISSED``: 1 if a process ran a file that is not here
 11                      ``FAULTED``: whether the tracer failed; see :mod:`.faults`
 16, 24                  u64: offset and length of the index
@@ -25,7 +25,7 @@ then, for each file     ``block_of``: u32 for each line: number of its block, or
 ======================  =========================================================
 
 The index is JSON, as :meth:`LineMemory.create` writes it. Stores come in the order taken, hit,
-dirty, NEWS. The reader clears in the opposite order, each level before it reads the next.
+dirty, CHANGED. The reader clears in the opposite order, each level before it reads the next.
 
 Programs that a target starts use this module, ``faults``, ``hooks`` and ``tracer``, and may not
 have this project installed. So these import only the standard library and each other.
@@ -42,9 +42,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from . import faults
-from .faults import ACTIVE, MAGIC, NEWS
+from .faults import ACTIVE, CHANGED, MAGIC
 
-__all__ = ["ACTIVE", "DIRTY", "MISSED", "NEWS", "FileLines", "LineMemory"]
+__all__ = ["ACTIVE", "CHANGED", "DIRTY", "MISSED", "FileLines", "LineMemory"]
 
 MISSED: Final = 10
 DIRTY: Final = faults.TEXT + faults.TEXT_LIMIT

@@ -116,7 +116,7 @@ def test_an_unknown_recipe_names_those_that_exist() -> None:
         (lambda text: text.replace('suite = "bookworm"', ""), "suite"),
         (lambda text: text.replace('suite = "bookworm"', 'suite = ["bookworm"]'), "suite"),
         (lambda text: text.replace('suite = "bookworm"', "suite = 12"), "suite"),
-        (lambda text: text + "\n]", "can't be read"),
+        (lambda text: text + "\n]", "cannot be read"),
     ],
 )
 def test_a_broken_recipe_is_an_error(

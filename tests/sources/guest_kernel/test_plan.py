@@ -210,8 +210,8 @@ def test_a_kernel_that_was_moved(kernel: GuestKernel) -> None:
         (0, 0x2000, R),
         (0x2000, 0x3000, R | N | RangeFlag.EXIT_DONE),
         (0x3000, 0x4000, R),
-        (0x4000, 0x4100, R | RangeFlag.SWITCHES),
-        (0x4100, 0x4200, R | RangeFlag.SWITCHED),
+        (0x4000, 0x4100, R | RangeFlag.SCHEDULE),
+        (0x4100, 0x4200, R | RangeFlag.SCHEDULE_END),
         (0x4200, 0x8000, R),
         (0x8000, 0x9000, R | N),
         (0x9000, 0x10000, R),
@@ -342,9 +342,9 @@ def test_where_a_task_leaves_for_another(kernel: GuestKernel) -> None:
     text = SYSTEM_MAP.replace("T third", "T switch_mm_irqs_off")
     symbols = KernelSymbols.from_kallsyms(text)
     code = KernelCode(symbols, ModulePlacement({}), KernelFilter(kcov_rules=False))
-    (leaving,) = [piece for piece in code.pieces if RangeFlag.LEAVES in piece[2]]
+    (leaving,) = [piece for piece in code.pieces if RangeFlag.SWITCH_START in piece[2]]
     assert leaving[0] == KERNEL + 0x4200
-    assert RangeFlag.SWITCHED not in leaving[2]
+    assert RangeFlag.SCHEDULE_END not in leaving[2]
 
 
 class TestWhatIsRecorded:

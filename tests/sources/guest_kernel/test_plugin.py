@@ -9,7 +9,7 @@ import pytest
 
 from bridge.sources.guest_kernel import plugin
 
-LOADS = "kcov_tcg: the bridge starts it: plan=FD,region=FD"
+LOADS = "kcov_tcg: plan=FD,region=FD is missing; kcov-bridge passes it"
 REFUSES = (
     "qemu: Could not load plugin x.so: plugin requires API version 6, "
     "but this QEMU supports only a minimum version of {}"

@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * kcov_tcg: a QEMU plugin that does for a kernel built without CONFIG_KCOV what the calls of
- * __sanitizer_cov_trace_pc() do in one built with it.
+ * kcov_tcg: a QEMU plugin that records PCs of a kernel built without CONFIG_KCOV, as the calls of
+ * __sanitizer_cov_trace_pc() do in a kernel built with it.
  *
- * Each block of kernel code that a vCPU executes comes by block_runs(). If the task that runs owns
- * an instance, and is in its own kernel context, the block's PC goes into the instance's area, at
- * once and in order, as in kernel/kcov.c. Who owns what stands in the plan (plan.h), which the
- * bridge writes; which task runs, and whether in an interrupt, is read from the guest's own
- * per-CPU variables current_task and preempt_count, as the kernel itself reads them.
+ * QEMU calls block_runs() before each basic block of kernel code that a vCPU executes. If the
+ * current task owns an instance and is in its own kernel context, the plugin appends the block's PC
+ * to the instance's area, at once and in order, as kernel/kcov.c does. The bridge writes the owner
+ * of each instance to the plan (plan.h). The plugin reads the current task, and whether it is in an
+ * interrupt, from the guest's per-CPU variables current_task and preempt_count, as the kernel does.
  *
- * While nobody traces, nothing is watched: QEMU translates as it does without a plugin. Once there
- * is an owner the guest's module lets its vCPU halt, and all code is translated anew, to be watched;
- * the module sees that from what its marker does then.
+ * Without an owner the plugin watches no code, and QEMU translates as it does without a plugin.
+ * Once there is an owner, the guest's module halts its vCPU, and QEMU translates all code again,
+ * with calls of block_runs(). The module learns from the effect of its marker that watching has
+ * started.
  *
- * Where QEMU has the guest's memory follows from the marker as well: the module says where in that
- * memory it is, and QEMU where it reads the code of an instruction from.
+ * The marker also shows where QEMU keeps the guest's memory: the module reports the marker's offset
+ * in that memory, and QEMU reports the address from which it reads the marker's code.
  *
  * Arguments: plan=FD,region=FD, inherited from the bridge.
  */
@@ -40,49 +41,51 @@
 
 #define KERNEL_START	0xffff800000000000ULL
 
-/* include/linux/preempt.h; what in_task() looks at. */
+/* include/linux/preempt.h: the bits that in_task() tests. */
 #define HARD_OR_NMI	0x00ff0000U
 #define SERVING_SOFTIRQ	0x00000100U
 
-#define DEPTH		16
+#define MAX_DEPTH		16
 #define BUCKETS		(1U << 18)
 
-/* A NOP that nobody else writes: nopl 0x766f636b(%rax); kb_marker() in guest/module. */
+/* A NOP that only kb_marker() in guest/module contains: nopl 0x766f636b(%rax). */
 static const uint8_t marker[] = { 0x0f, 0x1f, 0x80, 'k', 'c', 'o', 'v' };
 
 enum block_flags {
-	/* The last instruction goes elsewhere: what follows is a block of its own. */
-	ENDS		= 1,
-	/* The last instruction repeats itself, and is translated as a jump to itself. */
-	REPEATS		= 2,
-	/* A single instruction that QEMU may carry out alone, with all other vCPUs stopped. */
-	ALONE		= 4,
-	RECORD		= 8,
-	NOINSTR		= 16,
-	INTERRUPT	= 32,
-	EXCEPTION	= 64,
-	SYSCALL		= 128,
-	RETURNS		= 256,	/* from interrupt or exception: iret */
-	SWITCHES	= 512,
-	SWITCHED	= 1024,
-	CALLS_SWITCH	= 2048,
-	LEAVES		= 4096,
-	COUNTS		= 8192,
-	AFTER_SWITCH	= 16384,
-	EXIT_WORK	= 32768,
-	EXIT_DONE	= 65536,
-	SPECIAL		= NOINSTR | INTERRUPT | EXCEPTION | SYSCALL | RETURNS | SWITCHES |
-			  SWITCHED | CALLS_SWITCH | LEAVES | COUNTS |
-			  AFTER_SWITCH | EXIT_WORK | EXIT_DONE,
+	/* The last instruction branches, so the code after it is another basic block. */
+	BLOCK_ENDS_IN_BRANCH	= 1,
+	/* The last instruction repeats, and QEMU translates it as a jump to itself. */
+	BLOCK_REPEATS		= 2,
+	/* A single instruction that QEMU may execute exclusively, with all other vCPUs stopped. */
+	BLOCK_EXCLUSIVE		= 4,
+	BLOCK_RECORD		= 8,
+	BLOCK_NOINSTR		= 16,
+	BLOCK_INTERRUPT		= 32,
+	BLOCK_EXCEPTION		= 64,
+	BLOCK_SYSCALL		= 128,
+	BLOCK_IRET		= 256,	/* returns from an interrupt or exception */
+	BLOCK_SCHEDULE		= 512,	/* the start of __schedule() */
+	BLOCK_SCHEDULE_END	= 1024,
+	BLOCK_CALLS_SCHEDULE	= 2048,
+	BLOCK_SWITCH_START	= 4096,
+	BLOCK_INTERRUPT_COUNT	= 8192,
+	BLOCK_AFTER_SCHEDULE	= 16384,
+	BLOCK_EXIT_WORK		= 32768,
+	BLOCK_EXIT_DONE		= 65536,
+	BLOCK_SPECIAL		= BLOCK_NOINSTR | BLOCK_INTERRUPT | BLOCK_EXCEPTION | BLOCK_SYSCALL |
+				  BLOCK_IRET | BLOCK_SCHEDULE | BLOCK_SCHEDULE_END |
+				  BLOCK_CALLS_SCHEDULE | BLOCK_SWITCH_START |
+				  BLOCK_INTERRUPT_COUNT | BLOCK_AFTER_SCHEDULE |
+				  BLOCK_EXIT_WORK | BLOCK_EXIT_DONE,
 };
 
 /*
- * A translated piece of kernel code. Never freed, and found again when it is translated again. One
+ * A translated block of kernel code. Never freed; translating the same code again finds it. One
  * cache line.
  */
 struct block {
 	struct block *next;
-	uint64_t start, last, end;	/* last: its last instruction */
+	uint64_t start, last, end;	/* last: address of the last instruction */
 	uint64_t pc;			/* canonical */
 	uint64_t number;
 	uint32_t flags;
@@ -90,38 +93,39 @@ struct block {
 } __attribute__((aligned(64)));
 
 enum interrupt {
-	NONE,
-	/* Begun, and not yet counted in preempt_count. */
-	ENTERED,
-	COUNTED,
-	/* Not counted any more; ends when the code around the handler goes on. */
-	LEAVING,
+	INTERRUPT_NONE,
+	/* Entered, but preempt_count does not count it yet. */
+	INTERRUPT_ENTERED,
+	INTERRUPT_COUNTED,
+	/* preempt_count no longer counts it; ends when the code around the handler continues. */
+	INTERRUPT_UNCOUNTED,
 };
 
-/* What a slot's owner is about. Touched by the vCPU that runs the owner. */
+/* The state of a slot's owner. Accessed by the vCPU that runs the owner. */
 struct owner {
 	struct plan_slot *slot;
 	_Atomic uint64_t *hidden;
-	/* The slot's area as of the vCPU's epoch, inside the region: NULL: none. */
+	/* The slot's area in the region as of the vCPU's epoch; NULL for none. */
 	uint64_t *area, *bitmap;
 	uint64_t most, half, bitmap_bits;
-	/* The block before, in this task and context. */
-	const struct block *before;
+	/* The previous block of this task in this context. */
+	const struct block *previous;
 	bool resumed;
 	/* In __schedule(). */
 	bool scheduling;
 	/* In a context switch: Linux' KCOV_IN_CTXSW. */
 	bool switching;
-	/* Where the call of __schedule() returns to. */
-	uint64_t switched;
+	/* The return address of the call of __schedule(). */
+	uint64_t schedule_return;
 	enum interrupt interrupt;
-	/* What interrupts and exceptions broke into, innermost last. */
+	/* What interrupts and exceptions interrupted, innermost last. */
 	struct {
 		const struct block *block;
-		/* What owner.interrupt was. */
+		/* The value of owner.interrupt before. */
 		enum interrupt outer;
+		/* By an interrupt rather than an exception. */
 		bool interrupt;
-	} broken[DEPTH];
+	} interrupted[MAX_DEPTH];
 	unsigned int depth;
 	uint64_t task;
 };
@@ -140,7 +144,7 @@ static struct plan_slot *slots;
 static struct plan_block *blocks;
 static uint8_t *region;
 static uint64_t region_bytes;
-/* Set once, under translation. */
+/* Set once, with translation held. */
 static _Atomic(uint8_t *) guest_memory;
 
 static struct vcpu vcpus[PLAN_CPUS];
@@ -149,29 +153,29 @@ static struct owner owners[PLAN_SLOTS];
 static qemu_plugin_id_t plugin_id;
 static bool insn_data_copies;
 static any_cb trans_cb;
-/* The bridge uses membarrier(2), and it concerns this process. */
+/* The bridge calls membarrier(2), and this process is registered for it. */
 static bool expedited;
 static void *insn_data_symbol;
 
-/* Guards what follows: translation happens on every vCPU. */
+/* Guards the variables below, because every vCPU translates. */
 static pthread_mutex_t translation = PTHREAD_MUTEX_INITIALIZER;
 static struct block *buckets[BUCKETS];
 static uint64_t n_blocks;
 static struct plan_range *ranges;
 static uint64_t n_ranges, ranges_epoch;
 static uint64_t vectors[PLAN_VECTORS];
-/* Where calls of __schedule() return to, in schedule() and a few for preemption, in this kernel. */
-static uint64_t after_switch[16], syscall_entry;
+/* Return addresses of this kernel's calls of __schedule(): in schedule(), a few for preemption. */
+static uint64_t after_schedule[16], syscall_entry;
 
-/* The version of the plugin API whose callbacks have no id of the plugin any more. */
+/* The first version of the plugin API whose callbacks do not get the plugin's id. */
 #define API_WITHOUT_ID	7
 
 #ifdef PLUGIN_API
-/* No symbol tells this version from the one before: the bridge knows what QEMU asks for. */
+/* No symbol tells this version from the previous one; the bridge knows what QEMU requires. */
 EXPORTED int qemu_plugin_version = PLUGIN_API;
 #else
 /*
- * QEMU reads this after it has loaded the file, so the constructor below can still choose. A QEMU may
+ * QEMU reads this after it has loaded the file, so the constructor below can still set it. QEMU may
  * refuse old versions.
  */
 EXPORTED int qemu_plugin_version = 1;
@@ -190,7 +194,7 @@ static void choose_version(void)
 		{ "qemu_plugin_register_vcpu_discon_cb", 6 },
 	};
 
-	/* Old names that went away with version 2. */
+	/* Version 2 removed this symbol. */
 	if (!dlsym(RTLD_DEFAULT, "qemu_plugin_n_vcpus"))
 		for (size_t i = 0; i < sizeof(since) / sizeof(since[0]); i++)
 			if (dlsym(RTLD_DEFAULT, since[i].symbol))
@@ -210,7 +214,7 @@ static inline void store(uint64_t *word, uint64_t value)
 	__atomic_store_n(word, value, __ATOMIC_RELEASE);
 }
 
-static const void *in_ram(uint64_t offset, size_t bytes)
+static const void *guest_word(uint64_t offset, size_t bytes)
 {
 	const uint8_t *ram = atomic_load(&guest_memory);
 
@@ -219,7 +223,7 @@ static const void *in_ram(uint64_t offset, size_t bytes)
 	return ram + offset;
 }
 
-/* Whether all of this memory of QEMU's is there to be read. */
+/* Return whether all of this range of QEMU's memory is readable. */
 static bool is_mapped(uintptr_t start, uintptr_t end)
 {
 	FILE *maps = fopen("/proc/self/maps", "re");
@@ -238,10 +242,11 @@ static bool is_mapped(uintptr_t start, uintptr_t end)
 }
 
 /*
- * The guest's memory, from where QEMU reads the marker at @address. What the guest says of where
- * it is may be a lie: what is found is used only if it is memory from end to end. Under translation.
+ * Find the guest's memory from the place where QEMU reads the marker at @address. The guest may lie
+ * about the marker's offset, so the memory is used only if all of it is readable. Called with
+ * translation held.
  */
-static void find_ram(const struct qemu_plugin_insn *insn, uint64_t address)
+static void find_guest_memory(const struct qemu_plugin_insn *insn, uint64_t address)
 {
 	uint64_t offset = address - plan->marker, at = load(&plan->marker_offset);
 	uintptr_t here = (uintptr_t)qemu_plugin_insn_haddr(insn);
@@ -262,7 +267,7 @@ static void find_ram(const struct qemu_plugin_insn *insn, uint64_t address)
 
 /* ---- recording ----------------------------------------------------------------------------- */
 
-static void first_time(struct block *block)
+static void list_block(struct block *block)
 {
 	uint64_t at;
 
@@ -279,11 +284,11 @@ static void first_time(struct block *block)
 }
 
 /*
- * Has owners report their next return, as coverage_epoch_value() in bridge/device/coverage_epoch.py does: the
- * bridge empties an area that is half full, where it is one that it reads itself. 0: they report each
- * return.
+ * Make owners report their next return, as coverage_epoch_value() in
+ * bridge/device/coverage_epoch.py does: the bridge empties a half-full area if it reads that area
+ * itself. At 0 owners report each return anyway.
  */
-static void announce(void)
+static void change_coverage_epoch(void)
 {
 	uint64_t *epoch = (uint64_t *)(region + plan->coverage_epoch);
 	struct timespec now;
@@ -296,14 +301,15 @@ static void announce(void)
 }
 
 /*
- * As Area.append() in bridge/device/region.py: every value from the area is bounded.
+ * Append a block's PC to the owner's area, like Area.append() in bridge/device/region.py: every
+ * value from the area is bounded.
  *
- * The bridge takes an area away by changing slot and epoch, and then waits until no vCPU is busy
- * with the slot. So the store to busy must be seen before the epoch is read again. It costs a third
- * of all this to have the processor see to that each time; the bridge makes all threads of QEMU do
- * so when it takes one away (membarrier(2)), where there is such a call.
+ * To detach an area the bridge changes slot and epoch, and then waits until no vCPU is busy with
+ * the slot. So the store to busy must be visible before the epoch is read again. A full barrier for
+ * each PC costs a third of the whole. Instead, if membarrier(2) exists, the bridge makes all
+ * threads of QEMU pass a barrier when it detaches an area.
  *
- * False where the plan has changed since the epoch.
+ * Return false if the plan has changed since @epoch.
  */
 static bool append(unsigned int index, uint64_t epoch, struct owner *owner, struct block *block)
 {
@@ -321,7 +327,7 @@ static bool append(unsigned int index, uint64_t epoch, struct owner *owner, stru
 	if (unlikely(!same || !area))
 		goto out;
 	if (owner->bitmap) {
-		/* Even numbers are the bridge's. */
+		/* The bridge uses the even numbers. */
 		uint64_t number = block->number * 2 + 1;
 
 		if (likely(number < owner->bitmap_bits)) {
@@ -338,9 +344,9 @@ static bool append(unsigned int index, uint64_t epoch, struct owner *owner, stru
 		__atomic_store_n(&area[0], count + 1, __ATOMIC_RELEASE);
 		owner->slot->appended++;
 		if (unlikely(count == owner->half))
-			announce();
+			change_coverage_epoch();
 		if (unlikely(!atomic_load_explicit(&block->seen, memory_order_relaxed)))
-			first_time(block);
+			list_block(block);
 	} else {
 		owner->slot->dropped++;
 	}
@@ -349,8 +355,8 @@ out:
 	return same;
 }
 
-/* Where the owner's area is, as the plan has it now. */
-static void find_area(struct owner *owner)
+/* Update the owner's area from the plan. */
+static void update_area(struct owner *owner)
 {
 	uint64_t at = owner->slot->area, words = owner->slot->words;
 	uint64_t bitmap = owner->slot->bitmap_words;
@@ -368,14 +374,14 @@ static void find_area(struct owner *owner)
 	}
 }
 
-/* Another task runs, or the plan has changed: who owns what? */
-static void look_up(unsigned int index, struct vcpu *vcpu, uint64_t epoch)
+/* Find the vCPU's owner again after a change of its task or of the plan. */
+static void find_owner(unsigned int index, struct vcpu *vcpu, uint64_t epoch)
 {
 	vcpu->owner = NULL;
-	/* No plan has the epoch 0: until the memory is found, look again each time. */
+	/* Until the guest's memory is found, look again each time: no plan has the epoch 0. */
 	vcpu->epoch = atomic_load(&guest_memory) ? epoch : 0;
-	vcpu->current = in_ram(load(&cpus[index].current), 8);
-	vcpu->preempt = in_ram(load(&cpus[index].preempt), 4);
+	vcpu->current = guest_word(load(&cpus[index].current), 8);
+	vcpu->preempt = guest_word(load(&cpus[index].preempt), 4);
 	vcpu->task = vcpu->current && vcpu->preempt ? *vcpu->current : 0;
 	if (!vcpu->task)
 		return;
@@ -391,181 +397,184 @@ static void look_up(unsigned int index, struct vcpu *vcpu, uint64_t epoch)
 				.task = vcpu->task,
 			};
 		}
-		find_area(owner);
+		update_area(owner);
 		vcpu->owner = owner;
 		return;
 	}
 }
 
-static void break_in(struct owner *owner, bool interrupt)
+/* An interrupt handler starts, or an exception handler. */
+static void enter_handler(struct owner *owner, bool interrupt)
 {
-	if (owner->depth < DEPTH) {
-		owner->broken[owner->depth].block = owner->before;
-		owner->broken[owner->depth].outer = owner->interrupt;
-		owner->broken[owner->depth].interrupt = interrupt;
+	if (owner->depth < MAX_DEPTH) {
+		owner->interrupted[owner->depth].block = owner->previous;
+		owner->interrupted[owner->depth].outer = owner->interrupt;
+		owner->interrupted[owner->depth].interrupt = interrupt;
 	}
-	if (interrupt && owner->interrupt == NONE)
-		owner->interrupt = ENTERED;
+	if (interrupt && owner->interrupt == INTERRUPT_NONE)
+		owner->interrupt = INTERRUPT_ENTERED;
 	owner->depth++;
-	owner->before = NULL;
+	owner->previous = NULL;
 	owner->resumed = false;
 }
 
-static void go_back(struct owner *owner)
+static void leave_handler(struct owner *owner)
 {
 	if (!owner->depth)
 		return;
 	owner->depth--;
-	owner->before = NULL;
-	if (owner->depth >= DEPTH)
+	owner->previous = NULL;
+	if (owner->depth >= MAX_DEPTH)
 		return;
-	owner->before = owner->broken[owner->depth].block;
-	/* An interrupt comes between blocks, an exception in the middle of one. */
-	owner->resumed = !owner->broken[owner->depth].interrupt;
-	owner->interrupt = owner->broken[owner->depth].outer;
+	owner->previous = owner->interrupted[owner->depth].block;
+	/* An interrupt arrives between blocks, an exception inside one. */
+	owner->resumed = !owner->interrupted[owner->depth].interrupt;
+	owner->interrupt = owner->interrupted[owner->depth].outer;
 }
 
 /*
- * The work before the owner goes back to user mode, where the guest's module caused it: hidden from
- * where that begins to where it is done.
+ * Hide the work before the owner returns to user mode, from its start to its end, if the guest's
+ * module caused it.
  */
 static void hide_exit_work(struct owner *owner, uint32_t flags)
 {
 	uint64_t hidden = atomic_load_explicit(owner->hidden, memory_order_relaxed);
 
-	if (flags & (EXIT_DONE | SYSCALL)) {
+	if (flags & (BLOCK_EXIT_DONE | BLOCK_SYSCALL)) {
 		if (hidden == PLAN_HIDDEN_EXIT || hidden == PLAN_HIDDEN_EXIT_LATER)
 			atomic_store(owner->hidden, PLAN_HIDDEN_NO);
-	} else if (flags & EXIT_WORK && hidden == PLAN_HIDDEN_EXIT_LATER) {
+	} else if (flags & BLOCK_EXIT_WORK && hidden == PLAN_HIDDEN_EXIT_LATER) {
 		atomic_store(owner->hidden, PLAN_HIDDEN_EXIT);
 	}
 }
 
-/* What tells own work from that of interrupts, beside preempt_count. */
-static void special(struct owner *owner, const struct block *block)
+/* Track what separates the task's own work from interrupts, besides preempt_count. */
+static void track_context(struct owner *owner, const struct block *block)
 {
-	if (block->flags & SYSCALL) {
-		owner->interrupt = NONE;
+	if (block->flags & BLOCK_SYSCALL) {
+		owner->interrupt = INTERRUPT_NONE;
 		owner->depth = 0;
-		owner->before = NULL;
+		owner->previous = NULL;
 		owner->resumed = false;
 		owner->scheduling = owner->switching = false;
-	} else if (block->flags & INTERRUPT) {
-		break_in(owner, true);
-	} else if (block->flags & EXCEPTION) {
-		break_in(owner, false);
+	} else if (block->flags & BLOCK_INTERRUPT) {
+		enter_handler(owner, true);
+	} else if (block->flags & BLOCK_EXCEPTION) {
+		enter_handler(owner, false);
 	}
-	if (block->flags & SWITCHES)
+	if (block->flags & BLOCK_SCHEDULE)
 		owner->scheduling = true;
-	else if (block->flags & LEAVES && owner->scheduling)
+	else if (block->flags & BLOCK_SWITCH_START && owner->scheduling)
 		owner->switching = true;
-	else if (block->flags & SWITCHED)
+	else if (block->flags & BLOCK_SCHEDULE_END)
 		owner->scheduling = owner->switching = false;
-	if (block->flags & CALLS_SWITCH)
-		owner->switched = block->end;
-	/* The handler was called from code of this kind, and has returned to it. */
-	if (owner->interrupt == LEAVING && block->flags & NOINSTR)
-		owner->interrupt = NONE;
+	if (block->flags & BLOCK_CALLS_SCHEDULE)
+		owner->schedule_return = block->end;
+	/* Code of this kind called the handler, which has now returned to it. */
+	if (owner->interrupt == INTERRUPT_UNCOUNTED && block->flags & BLOCK_NOINSTR)
+		owner->interrupt = INTERRUPT_NONE;
 }
 
-/* Whether @block only goes on with what @before began. */
-static bool goes_on(const struct block *before, const struct block *block, bool resumed)
+/* Return whether @block only continues @previous. */
+static bool continues_block(const struct block *previous, const struct block *block, bool resumed)
 {
-	if (!(before->flags & ENDS) && block->start == before->end)
+	if (!(previous->flags & BLOCK_ENDS_IN_BRANCH) && block->start == previous->end)
 		return true;
-	if (before->flags & REPEATS && block->start == before->last)
+	if (previous->flags & BLOCK_REPEATS && block->start == previous->last)
 		return true;
-	if (resumed || block->flags & ALONE)
-		return block->start >= before->start && block->start < before->end;
+	if (resumed || block->flags & BLOCK_EXCLUSIVE)
+		return block->start >= previous->start && block->start < previous->end;
 	return false;
 }
 
 /*
- * A block of interrupts, exceptions and switches, or one that runs during such. Answers whether it
- * is the task's own.
+ * Return whether @block is the task's own work. It is a block of interrupts, exceptions or context
+ * switches, or runs during one.
  */
-static bool is_own(struct owner *owner, const struct block *block, uint32_t preempt)
+static bool is_own_work(struct owner *owner, const struct block *block, uint32_t preempt)
 {
-	if (block->flags & SPECIAL)
-		special(owner, block);
-	if (owner->scheduling && block->start == owner->switched)
+	if (block->flags & BLOCK_SPECIAL)
+		track_context(owner, block);
+	if (owner->scheduling && block->start == owner->schedule_return)
 		owner->scheduling = owner->switching = false;
-	if (owner->interrupt != NONE) {
+	if (owner->interrupt != INTERRUPT_NONE) {
 		bool counted = preempt & (HARD_OR_NMI | SERVING_SOFTIRQ);
 
 		if (counted)
-			owner->interrupt = COUNTED;
-		else if (owner->interrupt == COUNTED)
-			owner->interrupt = LEAVING;
-		if (block->flags & RETURNS)
-			go_back(owner);
+			owner->interrupt = INTERRUPT_COUNTED;
+		else if (owner->interrupt == INTERRUPT_COUNTED)
+			owner->interrupt = INTERRUPT_UNCOUNTED;
+		if (block->flags & BLOCK_IRET)
+			leave_handler(owner);
 		return false;
 	}
-	if (block->flags & RETURNS) {
-		go_back(owner);
+	if (block->flags & BLOCK_IRET) {
+		leave_handler(owner);
 		return false;
 	}
 	/* in_task() */
 	if (preempt & (HARD_OR_NMI | SERVING_SOFTIRQ))
 		return false;
-	if (block->flags & (EXIT_WORK | EXIT_DONE | SYSCALL) && !owner->depth && !owner->scheduling)
+	if (block->flags & (BLOCK_EXIT_WORK | BLOCK_EXIT_DONE | BLOCK_SYSCALL) && !owner->depth &&
+	    !owner->scheduling)
 		hide_exit_work(owner, block->flags);
-	/* The way back from an interrupt is not the task's own either. */
-	return !(block->flags & NOINSTR && owner->depth && owner->depth <= DEPTH &&
-		 owner->broken[owner->depth - 1].interrupt);
+	/* The return path of an interrupt is not the task's own work either. */
+	return !(block->flags & BLOCK_NOINSTR && owner->depth && owner->depth <= MAX_DEPTH &&
+		 owner->interrupted[owner->depth - 1].interrupt);
 }
 
-/* A block of kernel code is about to run, and its task is an owner. */
+/* Handle a block of kernel code that is about to run in an owner. */
 static void owner_runs(unsigned int index, struct vcpu *vcpu, struct block *block)
 {
 	struct owner *owner = vcpu->owner;
-	const struct block *before;
+	const struct block *previous;
 	uint32_t preempt = *vcpu->preempt;
 	bool resumed;
 
-	if (unlikely(block->flags & SPECIAL || owner->scheduling || owner->interrupt != NONE ||
+	if (unlikely(block->flags & BLOCK_SPECIAL || owner->scheduling ||
+		     owner->interrupt != INTERRUPT_NONE ||
 		     preempt & (HARD_OR_NMI | SERVING_SOFTIRQ)) &&
-	    !is_own(owner, block, preempt))
+	    !is_own_work(owner, block, preempt))
 		return;
-	before = owner->before;
+	previous = owner->previous;
 	resumed = owner->resumed;
-	owner->before = block;
+	owner->previous = block;
 	owner->resumed = false;
-	if (!(block->flags & RECORD) || owner->switching ||
+	if (!(block->flags & BLOCK_RECORD) || owner->switching ||
 	    atomic_load_explicit(owner->hidden, memory_order_relaxed) & PLAN_HIDDEN_MASK)
 		return;
-	if (before && unlikely(goes_on(before, block, resumed)))
+	if (previous && unlikely(continues_block(previous, block, resumed)))
 		return;
 	while (unlikely(!append(index, vcpu->epoch, owner, block))) {
-		look_up(index, vcpu, load(&plan->epoch));
+		find_owner(index, vcpu, load(&plan->epoch));
 		if (vcpu->owner != owner)
 			return;
 	}
 }
 
 static __attribute__((noinline))
-void another_runs(unsigned int index, struct vcpu *vcpu, struct block *block)
+void block_runs_after_change(unsigned int index, struct vcpu *vcpu, struct block *block)
 {
-	look_up(index, vcpu, load(&plan->epoch));
+	find_owner(index, vcpu, load(&plan->epoch));
 	if (vcpu->owner)
 		owner_runs(index, vcpu, block);
 }
 
-/* Before each execution of a block of kernel code. */
+/* QEMU calls this before each execution of a block of kernel code. */
 static void block_runs(unsigned int index, void *block)
 {
 	struct vcpu *vcpu = &vcpus[index];
 
 	if (unlikely(load(&plan->epoch) != vcpu->epoch ||
 		     (vcpu->current && *vcpu->current != vcpu->task)))
-		another_runs(index, vcpu, block);
+		block_runs_after_change(index, vcpu, block);
 	else if (vcpu->owner)
 		owner_runs(index, vcpu, block);
 }
 
 /* ---- translation --------------------------------------------------------------------------- */
 
-/* The bridge's ranges and vectors, if they have changed. Under translation. */
+/* Copy the bridge's ranges and vectors if they have changed. Called with translation held. */
 static void read_ranges(void)
 {
 	const struct plan_range *from = (void *)((uint8_t *)plan + PLAN_RANGES_OFFSET);
@@ -579,10 +588,10 @@ static void read_ranges(void)
 	memcpy(ranges, from, n * sizeof(*ranges));
 	memcpy(vectors, (uint8_t *)plan + PLAN_VECTORS_OFFSET, sizeof(vectors));
 	if (syscall_entry != plan->syscall_entry)
-		memset(after_switch, 0, sizeof(after_switch));
+		memset(after_schedule, 0, sizeof(after_schedule));
 	syscall_entry = plan->syscall_entry;
 	__atomic_thread_fence(__ATOMIC_ACQUIRE);
-	/* Written meanwhile: the epoch is another by now, so it is read again. */
+	/* If the bridge wrote meanwhile, the epoch has changed, and the next call copies again. */
 	n_ranges = n;
 	ranges_epoch = epoch;
 }
@@ -604,8 +613,8 @@ static const struct plan_range *range_of(uint64_t address)
 	return NULL;
 }
 
-/* Whether the instruction before @end is a call of __schedule(). Under translation. */
-static bool calls_switch(uint64_t end, const uint8_t *code, size_t size)
+/* Return whether the instruction before @end calls __schedule(). Called with translation held. */
+static bool calls_schedule(uint64_t end, const uint8_t *code, size_t size)
 {
 	const struct plan_range *range;
 	int32_t distance;
@@ -614,17 +623,20 @@ static bool calls_switch(uint64_t end, const uint8_t *code, size_t size)
 		return false;
 	memcpy(&distance, code + 1, sizeof(distance));
 	range = range_of(end + distance);
-	return range && range->flags & PLAN_SWITCHES && range->start == end + distance;
+	return range && range->flags & PLAN_SCHEDULE && range->start == end + distance;
 }
 
-/* Whether calls of __schedule() return to @address; with @add: from now on. Under translation. */
-static bool is_after_switch(uint64_t address, bool add)
+/*
+ * Return whether calls of __schedule() return to @address; @add adds it to the known addresses.
+ * Called with translation held.
+ */
+static bool is_after_schedule(uint64_t address, bool add)
 {
-	for (size_t i = 0; i < sizeof(after_switch) / sizeof(after_switch[0]); i++) {
-		if (!after_switch[i] && add)
-			after_switch[i] = address;
-		if (!after_switch[i] || after_switch[i] == address)
-			return after_switch[i];
+	for (size_t i = 0; i < sizeof(after_schedule) / sizeof(after_schedule[0]); i++) {
+		if (!after_schedule[i] && add)
+			after_schedule[i] = address;
+		if (!after_schedule[i] || after_schedule[i] == address)
+			return after_schedule[i];
 	}
 	return false;
 }
@@ -652,7 +664,7 @@ static bool is_prefix(uint8_t byte)
 	}
 }
 
-/* What an instruction is to us: opcode map of the Intel manual, volume 2, appendix A. */
+/* Return an instruction's block flags: opcode map in the Intel manual, volume 2, appendix A. */
 static uint32_t classify(const uint8_t *code, size_t size)
 {
 	bool repeat = false, lock = false;
@@ -669,36 +681,38 @@ static uint32_t classify(const uint8_t *code, size_t size)
 	if (op == 0x0f && i + 1 < size) {
 		op = code[i + 1];
 		if (op >= 0x80 && op <= 0x8f)
-			return ENDS;
+			return BLOCK_ENDS_IN_BRANCH;
 		if (op == 0x05 || op == 0x07 || op == 0x34 || op == 0x35 || op == 0x0b || op == 0xb9)
-			return ENDS;
+			return BLOCK_ENDS_IN_BRANCH;
 		/* cmpxchg8b, cmpxchg16b */
-		return lock || op == 0xc7 ? ALONE : 0;
+		return lock || op == 0xc7 ? BLOCK_EXCLUSIVE : 0;
 	}
 	if ((op >= 0x70 && op <= 0x7f) || (op >= 0xe0 && op <= 0xe3))
-		return ENDS;
+		return BLOCK_ENDS_IN_BRANCH;
 	if (op == 0xcf)
-		return ENDS | RETURNS;
+		return BLOCK_ENDS_IN_BRANCH | BLOCK_IRET;
 	if (op == 0xc2 || op == 0xc3 || (op >= 0xca && op <= 0xcd) || op == 0xe8 || op == 0xe9 ||
 	    op == 0xeb)
-		return ENDS;
+		return BLOCK_ENDS_IN_BRANCH;
 	if (op == 0xff && i + 1 < size && (code[i + 1] >> 3 & 7) >= 2 && (code[i + 1] >> 3 & 7) <= 5)
-		return ENDS;
+		return BLOCK_ENDS_IN_BRANCH;
 	if (repeat && ((op >= 0xa4 && op <= 0xa7) || (op >= 0xaa && op <= 0xaf) ||
 		       (op >= 0x6c && op <= 0x6f)))
-		return REPEATS;
-	return lock ? ALONE : 0;
+		return BLOCK_REPEATS;
+	return lock ? BLOCK_EXCLUSIVE : 0;
 }
 
 static uint32_t vector_flags(uint64_t address)
 {
 	for (unsigned int i = 0; i < PLAN_VECTORS; i++)
 		if (vectors[i] == address)
-			return i < 32 ? EXCEPTION : i == 0x80 ? SYSCALL : INTERRUPT;
+			return i < 32	 ? BLOCK_EXCEPTION :
+			       i == 0x80 ? BLOCK_SYSCALL :
+					   BLOCK_INTERRUPT;
 	return 0;
 }
 
-/* The block from start to end, new or as before. Under translation. */
+/* Return the block that equals @wanted, new or known. Called with translation held. */
 static struct block *intern(const struct block *wanted)
 {
 	uint64_t hash = (wanted->start ^ wanted->end << 20) * 0x9e3779b97f4a7c15;
@@ -725,7 +739,7 @@ static struct block *intern(const struct block *wanted)
 
 static void reset_done(void);
 
-/* Begins or ends to watch, if the bridge wants that; on a vCPU's thread. */
+/* Start or stop watching if the bridge asked for it; on a vCPU's thread. */
 static void follow_plan(void)
 {
 	static atomic_bool resetting;
@@ -736,13 +750,13 @@ static void follow_plan(void)
 		qemu_plugin_reset(plugin_id, reset_done, NULL);
 }
 
-/* All code that runs from here on is watched: tell the owner. */
+/* Tell the owner that all code is watched from now on. */
 static void marker_runs(unsigned int index, void *data)
 {
 	struct vcpu *vcpu = &vcpus[index];
 
 	(void)data;
-	look_up(index, vcpu, load(&plan->epoch));
+	find_owner(index, vcpu, load(&plan->epoch));
 	if (vcpu->owner)
 		atomic_store(vcpu->owner->hidden, PLAN_HIDDEN_SEEN);
 }
@@ -752,7 +766,7 @@ static void vcpu_idles(void)
 	follow_plan();
 }
 
-static void translates(struct qemu_plugin_tb *tb)
+static void block_translated(struct qemu_plugin_tb *tb)
 {
 	uint64_t start = qemu_plugin_tb_vaddr(tb);
 	size_t n = qemu_plugin_tb_n_insns(tb);
@@ -768,7 +782,7 @@ static void translates(struct qemu_plugin_tb *tb)
 	size = insn_data(qemu_plugin_tb_get_insn(tb, 0), code, sizeof(code));
 	if (size == sizeof(marker) && !memcmp(code, marker, sizeof(marker))) {
 		pthread_mutex_lock(&translation);
-		find_ram(qemu_plugin_tb_get_insn(tb, 0), start);
+		find_guest_memory(qemu_plugin_tb_get_insn(tb, 0), start);
 		pthread_mutex_unlock(&translation);
 		qemu_plugin_register_vcpu_tb_exec_cb(tb, marker_runs, QEMU_PLUGIN_CB_NO_REGS, NULL);
 	}
@@ -779,35 +793,35 @@ static void translates(struct qemu_plugin_tb *tb)
 	size = insn_data(last, code, sizeof(code));
 	block.flags = classify(code, size);
 	if (n != 1)
-		block.flags &= ~ALONE;
+		block.flags &= ~BLOCK_EXCLUSIVE;
 
 	pthread_mutex_lock(&translation);
 	read_ranges();
 	range = range_of(start);
 	if (range) {
 		block.pc = start + range->delta;
-		block.flags |= range->flags & PLAN_RECORD ? RECORD : 0;
-		block.flags |= range->flags & PLAN_NOINSTR ? NOINSTR : 0;
-		block.flags |= range->flags & PLAN_SWITCHED ? SWITCHED : 0;
-		if (range->flags & PLAN_SWITCHES && start == range->start)
-			block.flags |= SWITCHES;
-		if (range->flags & PLAN_LEAVES && start == range->start)
-			block.flags |= LEAVES;
-		block.flags |= range->flags & PLAN_COUNTS ? COUNTS : 0;
-		block.flags |= range->flags & PLAN_EXIT_WORK ? EXIT_WORK : 0;
-		block.flags |= range->flags & PLAN_EXIT_DONE ? EXIT_DONE : 0;
-		if (calls_switch(block.end, code, size)) {
-			block.flags |= CALLS_SWITCH;
-			is_after_switch(block.end, true);
+		block.flags |= range->flags & PLAN_RECORD ? BLOCK_RECORD : 0;
+		block.flags |= range->flags & PLAN_NOINSTR ? BLOCK_NOINSTR : 0;
+		block.flags |= range->flags & PLAN_SCHEDULE_END ? BLOCK_SCHEDULE_END : 0;
+		if (range->flags & PLAN_SCHEDULE && start == range->start)
+			block.flags |= BLOCK_SCHEDULE;
+		if (range->flags & PLAN_SWITCH_START && start == range->start)
+			block.flags |= BLOCK_SWITCH_START;
+		block.flags |= range->flags & PLAN_INTERRUPT_COUNT ? BLOCK_INTERRUPT_COUNT : 0;
+		block.flags |= range->flags & PLAN_EXIT_WORK ? BLOCK_EXIT_WORK : 0;
+		block.flags |= range->flags & PLAN_EXIT_DONE ? BLOCK_EXIT_DONE : 0;
+		if (calls_schedule(block.end, code, size)) {
+			block.flags |= BLOCK_CALLS_SCHEDULE;
+			is_after_schedule(block.end, true);
 		}
-		if (is_after_switch(start, false))
-			block.flags |= AFTER_SWITCH;
-		block.flags |= start == plan->syscall_entry ? SYSCALL : vector_flags(start);
+		if (is_after_schedule(start, false))
+			block.flags |= BLOCK_AFTER_SCHEDULE;
+		block.flags |= start == plan->syscall_entry ? BLOCK_SYSCALL : vector_flags(start);
 		/*
-		 * What is not recorded need not be seen: nothing goes on with it, for it is other
-		 * functions than what is recorded.
+		 * Other blocks need no callback: no recorded block continues one, because they
+		 * belong to other functions.
 		 */
-		if (block.flags & (RECORD | SPECIAL)) {
+		if (block.flags & (BLOCK_RECORD | BLOCK_SPECIAL)) {
 			found = intern(&block);
 			if (!found)
 				plan->blocks_lost++;
@@ -818,10 +832,10 @@ static void translates(struct qemu_plugin_tb *tb)
 		qemu_plugin_register_vcpu_tb_exec_cb(tb, block_runs, QEMU_PLUGIN_CB_NO_REGS, found);
 }
 
-static void translates_with_id(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
+static void block_translated_with_id(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 {
 	(void)id;
-	translates(tb);
+	block_translated(tb);
 }
 
 static void reset_done(void)
@@ -838,7 +852,7 @@ static void reset_done(void)
 	follow_plan();
 }
 
-/* ---- beginning ----------------------------------------------------------------------------- */
+/* ---- installation -------------------------------------------------------------------------- */
 
 static void *map(const char *value, uint64_t *bytes)
 {
@@ -870,11 +884,11 @@ int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, 
 			region = map(argv[i] + 7, &region_bytes);
 	}
 	if (!info->system_emulation || strcmp(info->target_name, "x86_64"))
-		return refuse("made for qemu-system-x86_64 alone");
+		return refuse("only qemu-system-x86_64 is supported");
 	if (!plan || !region)
-		return refuse("the bridge starts it: plan=FD,region=FD");
+		return refuse("plan=FD,region=FD is missing; kcov-bridge passes it");
 	if (plan_bytes < PLAN_BYTES || plan->magic != PLAN_MAGIC || plan->version != PLAN_VERSION)
-		return refuse("the plan is of another version of the bridge");
+		return refuse("another version of kcov-bridge wrote the plan");
 	if (plan->hidden > region_bytes || plan->hidden % 8 || plan->hidden_stride % 8 ||
 	    plan->hidden_stride > (region_bytes - plan->hidden) / PLAN_SLOTS ||
 	    plan->ram_bytes < 4096)
@@ -882,10 +896,10 @@ int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, 
 	ranges = calloc(PLAN_RANGES, sizeof(*ranges));
 	insn_data_symbol = dlsym(RTLD_DEFAULT, "qemu_plugin_insn_data");
 	if (!ranges || !insn_data_symbol)
-		return refuse("out of memory, or not loaded by QEMU");
+		return refuse("out of memory, or the program is not QEMU");
 	insn_data_copies = qemu_plugin_version >= 3;
-	trans_cb = info->version.cur >= API_WITHOUT_ID ? (any_cb)translates :
-							 (any_cb)translates_with_id;
+	trans_cb = info->version.cur >= API_WITHOUT_ID ? (any_cb)block_translated :
+							 (any_cb)block_translated_with_id;
 	cpus = (void *)((uint8_t *)plan + PLAN_CPUS_OFFSET);
 	slots = (void *)((uint8_t *)plan + PLAN_SLOTS_OFFSET);
 	blocks = (void *)((uint8_t *)plan + PLAN_BLOCKS_OFFSET);

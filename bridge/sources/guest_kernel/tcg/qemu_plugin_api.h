@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What kcov_tcg.c uses of QEMU's plugin API. Distributions ship QEMU without its header, so the
- * few functions are declared here (include/qemu/qemu-plugin.h, plugins/loader.c in QEMU). Two things
- * are not the same in all API versions from 1 (QEMU 4.2) to 7 (QEMU 11.1):
+ * The part of QEMU's plugin API that kcov_tcg.c uses. Distributions ship QEMU without the header,
+ * so its functions are declared here (include/qemu/qemu-plugin.h, plugins/loader.c in QEMU). Two
+ * functions differ between the API versions from 1 (QEMU 4.2) to 7 (QEMU 11.1):
  *
- * - qemu_plugin_insn_data() copies since version 3;
- * - since version 7 callbacks get data of the plugin's, behind all other arguments, and not the
- *   plugin's id, which was the first. Who registers one gives the data as one more argument, which
- *   older versions do not look at.
+ * - qemu_plugin_insn_data() copies from version 3 on;
+ * - from version 7 on, callbacks get the plugin's data after all other arguments, and no longer
+ *   its id as the first. The data is one more argument of the registration, which older versions
+ *   ignore.
  */
 #ifndef QEMU_PLUGIN_API_H
 #define QEMU_PLUGIN_API_H
@@ -56,10 +56,10 @@ uint64_t qemu_plugin_tb_vaddr(const struct qemu_plugin_tb *tb);
 struct qemu_plugin_insn *qemu_plugin_tb_get_insn(const struct qemu_plugin_tb *tb, size_t index);
 size_t qemu_plugin_insn_size(const struct qemu_plugin_insn *insn);
 uint64_t qemu_plugin_insn_vaddr(const struct qemu_plugin_insn *insn);
-/* Where QEMU reads the instruction from, in its own memory; NULL if that is no RAM. */
+/* The address in QEMU's memory that it reads the instruction from; NULL if that is not RAM. */
 void *qemu_plugin_insn_haddr(const struct qemu_plugin_insn *insn);
 
-/* Not declared as a function: see insn_data() in kcov_tcg.c. */
+/* The type differs between versions; see insn_data() in kcov_tcg.c. */
 typedef const void *(*insn_data_1)(const struct qemu_plugin_insn *insn);
 typedef size_t (*insn_data_3)(const struct qemu_plugin_insn *insn, void *to, size_t length);
 

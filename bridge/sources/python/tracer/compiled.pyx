@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
 # cython: freethreading_compatible=False
-"""The tracer, compiled: plain.py says what and why."""
+"""The tracer in C: plain.py is the definition, and gives the reasons."""
 
 from cpython.buffer cimport (
     PyBUF_SIMPLE,
@@ -58,20 +58,20 @@ cdef extern from *:
     void kb_count(uint8_t *place) nogil
 
 cdef Py_ssize_t _ACTIVE = _layout.ACTIVE
-cdef Py_ssize_t _NEWS = _layout.NEWS
+cdef Py_ssize_t _CHANGED = _layout.CHANGED
 cdef Py_ssize_t _DIRTY = _layout.DIRTY
 cdef Py_ssize_t _FAULTED = _faults.FAULTED
 cdef Py_ssize_t _FAULTS = _faults.FAULTS
-cdef int _TO_TELL = _faults.TO_TELL
-cdef int _TOLD = _faults.TOLD
+cdef int _UNREPORTED = _faults.UNREPORTED
+cdef int _REPORTED = _faults.REPORTED
 
-# That of the interpreter, whatever hooks have put in its place since.
+# The interpreter's own; hooks may replace them later.
 _settrace = sys.settrace
 _gettrace = sys.gettrace
 
 
 cdef class _Memory:
-    """The bytes of a memory, held as long as this is."""
+    """The bytes of a memory, held for the life of this object."""
 
     cdef Py_buffer _held
     cdef uint8_t *base
@@ -137,17 +137,17 @@ cdef class View:
         PyMem_Free(self._covered)
 
     cdef inline bint note(self, Py_ssize_t line) noexcept:
-        """Note that a line has run; false where there is no room for it."""
+        """Note that a line has run; return False if it is outside the view."""
         cdef uint32_t block
         if not 0 <= line < self.lines:
             return False
         kb_store(self.taken + line, 1)
         block = self.block_of[line]
-        # Bounded, for other processes can write here.
+        # Bounded, because other processes can write here.
         if 0 < block <= self.blocks:
             kb_store(self.hit + block - 1, 1)
             kb_store(self.dirty, 1)
-            kb_store(self.base + _NEWS, 1)
+            kb_store(self.base + _CHANGED, 1)
         return True
 
     def record(self, Py_ssize_t line):
@@ -171,7 +171,7 @@ cdef class View:
         cdef Py_ssize_t within
         self.pcs()
         while at < self.blocks:
-            # Eight at a time: the memory goes on to the next multiple of eight.
+            # Eight at a time: the memory is padded to a multiple of eight.
             if (<uint64_t *>(self.hit + at))[0]:
                 for within in range(at, min(at + 8, self.blocks)):
                     if kb_load(self.hit + within):
@@ -272,13 +272,13 @@ cdef class Feed:
         cdef uint8_t *flags
         cdef Py_ssize_t at, within, files
         for held in self._memories:
-            if not kb_load(held.base + _NEWS):
+            if not kb_load(held.base + _CHANGED):
                 continue
-            if kb_load(held.base + _FAULTED) == _TO_TELL:
-                kb_store(held.base + _FAULTED, _TOLD)
+            if kb_load(held.base + _FAULTED) == _UNREPORTED:
+                kb_store(held.base + _FAULTED, _REPORTED)
                 dirty.clear()
                 raise _faults.Faulted
-            kb_store(held.base + _NEWS, 0)
+            kb_store(held.base + _CHANGED, 0)
             kb_order()
             flags = held.base + _DIRTY
             files = len(held.views)
@@ -292,7 +292,7 @@ cdef class Feed:
                 at += 8
         if not dirty:
             return out
-        # What was stored before a byte that was just cleared is seen below.
+        # A full barrier, so that stores before a byte that was just cleared are seen below.
         kb_order()
         if len(self._memories) > 1:
             dirty.sort(key=_name_of)
@@ -313,10 +313,10 @@ cdef class Group:
         self._code_views = CodeViews()
         for feed in self.feeds:
             if type(feed) is not Feed:
-                raise TypeError(f"{feed!r} is no feed")
+                raise TypeError(f"{feed!r} is not a Feed")
 
     cdef bint lasts(self) noexcept:
-        """Whether some feed has not ended."""
+        """Return whether any feed has not ended."""
         cdef Py_ssize_t at
         for at in range(PyTuple_GET_SIZE(self.feeds)):
             if (<Feed>PyTuple_GET_ITEM(self.feeds, at)).base[_ACTIVE]:
@@ -324,7 +324,7 @@ cdef class Group:
         return False
 
     cdef inline bint ended(self) noexcept:
-        """Whether some feed has ended."""
+        """Return whether any feed has ended."""
         cdef Py_ssize_t at
         for at in range(PyTuple_GET_SIZE(self.feeds)):
             if not (<Feed>PyTuple_GET_ITEM(self.feeds, at)).base[_ACTIVE]:
@@ -405,13 +405,13 @@ cdef class _Keeping:
 
 
 cdef class ThreadTracer:
-    """The trace function of one thread, and the one that it has taken the place of."""
+    """The trace function of one thread, and the one that it replaced."""
 
     cdef Group group
     cdef Apart apart
     cdef Py_tracefunc function
     cdef PyObject *of
-    # What was looked up last; the reference keeps the address from being used again.
+    # The last look-up; the reference keeps the code's address from being reused.
     cdef PyCodeObject *code
     cdef tuple views
 
@@ -425,12 +425,12 @@ cdef class ThreadTracer:
         Py_XDECREF(self.of)
 
     def __call__(self, frame, event, arg):
-        # Somebody has called sys.settrace() with what sys.gettrace() once gave.
+        # A caller passed an earlier result of sys.gettrace() to sys.settrace().
         _set(self)
         return self
 
     cdef void chain_to(self, PyThreadState *state) noexcept:
-        """Go on with the trace function that has taken the place of this one."""
+        """Chain the trace function that has replaced this one."""
         cdef PyObject *before = self.of
         Py_XINCREF(state.c_traceobj)
         self.function = state.c_tracefunc
@@ -474,7 +474,7 @@ cdef class ThreadTracer:
 
 
 cdef int _trace(PyObject *of, PyFrameObject *frame, int what, PyObject *arg) noexcept:
-    """What the interpreter calls at each event of a thread that is measured."""
+    """Handle an event of a measured thread; the interpreter calls this."""
     cdef ThreadTracer tracer = <ThreadTracer>of
     cdef PyThreadState *state
     cdef Py_tracefunc function
@@ -494,7 +494,7 @@ cdef int _trace(PyObject *of, PyFrameObject *frame, int what, PyObject *arg) noe
     status = function(tracer.of, frame, what, arg)
     state = PyThreadState_Get()
     if state.c_tracefunc != _trace:
-        # It has ended its tracing, or put another one in its place (coverage.py does both).
+        # It removed or replaced itself (coverage.py does both).
         PyErr_Fetch(&kind, &value, &trace)
         tracer.chain_to(state)
         PyEval_SetTrace(_trace, <PyObject *>tracer)
@@ -503,7 +503,7 @@ cdef int _trace(PyObject *of, PyFrameObject *frame, int what, PyObject *arg) noe
 
 
 cdef int _line(ThreadTracer tracer, PyFrameObject *frame) except -1:
-    """Note a line; raise nothing in the code that is traced but what was meant for it."""
+    """Note a line; raise only KeyboardInterrupt, which is meant for the code that is traced."""
     try:
         tracer.line(frame)
     except KeyboardInterrupt as error:
@@ -515,7 +515,7 @@ cdef int _line(ThreadTracer tracer, PyFrameObject *frame) except -1:
 
 
 cdef void _fault(ThreadTracer tracer, PyFrameObject *frame, error) noexcept:
-    """As plain.note_fault(); what must not fail needs no memory."""
+    """Do plain.note_fault(); the part that must not fail allocates no memory."""
     cdef Py_ssize_t at
     cdef tuple feeds = tracer.group.feeds
     cdef uint8_t *base
@@ -529,20 +529,20 @@ cdef void _fault(ThreadTracer tracer, PyFrameObject *frame, error) noexcept:
             code = PyFrame_GetCode(frame)
             keep_fault(feeds, error, <object>code.co_filename, PyFrame_GetLineNumber(frame))
     except BaseException:
-        # The count is there, only its reason is missing.
+        # The fault is counted already; only its reason is missing.
         pass
     Py_XDECREF(<PyObject *>code)
     for at in range(PyTuple_GET_SIZE(feeds)):
         base = (<Feed>PyTuple_GET_ITEM(feeds, at)).base
         if not kb_load(base + _FAULTED):
-            kb_store(base + _FAULTED, _TO_TELL)
-        kb_store(base + _NEWS, 1)
+            kb_store(base + _FAULTED, _UNREPORTED)
+        kb_store(base + _CHANGED, 1)
 
 
 cdef bint _stay(ThreadTracer tracer, PyFrameObject *frame) noexcept:
     """Forget the feeds that have ended; return whether there are others.
 
-    Where that fails, the tracer goes on for all of them, so nothing is lost.
+    If that fails, the tracer continues for all of them, so nothing is lost.
     """
     if not tracer.group.lasts():
         return False
@@ -557,7 +557,7 @@ cdef bint _stay(ThreadTracer tracer, PyFrameObject *frame) noexcept:
 
 
 cdef ThreadTracer _tracer():
-    """That of this thread, or None."""
+    """Return this thread's tracer, or None."""
     cdef PyThreadState *state = PyThreadState_Get()
     if state.c_tracefunc == _trace:
         return <ThreadTracer>state.c_traceobj
@@ -565,12 +565,12 @@ cdef ThreadTracer _tracer():
 
 
 cdef int _set(ThreadTracer tracer) except -1:
-    """Put a tracer in the place of what traces this thread now, and chain that to it."""
+    """Replace the trace function of this thread by a tracer, which chains it."""
     cdef PyThreadState *state = PyThreadState_Get()
     if state.c_tracefunc != _trace:
         tracer.chain_to(state)
         if tracer.of == <PyObject *>tracer:
-            # By way of sys.settrace(): there is nothing behind it.
+            # Set through sys.settrace(), so there is no other function to chain.
             Py_XDECREF(tracer.of)
             tracer.of = NULL
             tracer.function = NULL

@@ -19,7 +19,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 from .. import faults
-from ..lines import ACTIVE, DIRTY, NEWS, LineMemory
+from ..lines import ACTIVE, CHANGED, DIRTY, LineMemory
 
 __all__ = [
     "Apart",
@@ -42,7 +42,7 @@ interpreters_gettrace: Callable[[], Any] = sys.gettrace
 
 
 def canonical(filename: str, file: object = None) -> str:
-    """Return the path of a source file as coverage.py names it; "" for what is no file.
+    """Return the path of a source file as coverage.py names it; "" if it is not a file.
 
     Args:
         filename: of the code object.
@@ -54,12 +54,12 @@ def canonical(filename: str, file: object = None) -> str:
 
 
 def is_settled(filename: str, file: object = None) -> bool:
-    """Whether a file name means one file, whatever module and working directory it is used in."""
+    """Return whether a file name means one file, in any module and working directory."""
     return filename.startswith(("/", "<")) and _moved(filename, file) is None
 
 
 def _moved(filename: str, file: object) -> str | None:
-    """The path of a module whose code has the name of a file that is elsewhere or nowhere."""
+    """Return the path of a module whose code names a missing or relative file, or None."""
     if not isinstance(file, str | os.PathLike) or file == filename:
         return None
     path = os.fspath(file)
@@ -78,16 +78,16 @@ class CodeViews:
     __slots__ = ("_known",)
 
     def __init__(self) -> None:
-        # By the code's identity, for equal code may be of two files.
+        # By the code's identity, because equal code may belong to two files.
         self._known: dict[int, tuple[weakref.ref[CodeType], tuple[View, ...]]] = {}
 
     def get(self, code: CodeType) -> tuple[View, ...] | None:
-        """The views of some code, or None if it never ran."""
+        """Return the views of a code object, or None if it never ran."""
         known = self._known.get(id(code))
         return known[1] if known is not None and known[0]() is code else None
 
     def put(self, code: CodeType, views: tuple[View, ...]) -> None:
-        """Remember the views of some code and of all code in it."""
+        """Store the views of a code object and of all code in it."""
         known = self._known
         todo = [code]
         while todo:
@@ -95,7 +95,7 @@ class CodeViews:
             number = id(each)
 
             def forget(gone: weakref.ref[CodeType], number: int = number) -> None:
-                # Not if other code has got the number since.
+                # Unless other code has got the number since.
                 if number in known and known[number][0] is gone:
                     del known[number]
 
@@ -115,15 +115,15 @@ def keep_fault(
 def note_fault(
     feeds: Sequence[Feed], error: BaseException, filename: object = None, line: int = 0
 ) -> None:
-    """Note that a line may be lost, and why; raise nothing.
+    """Note that a line may be lost, and the reason; raise nothing.
 
     Args:
-        feeds: whose line it is.
+        feeds: the feeds that the line belongs to.
         error, filename, line: as for :func:`bridge.sources.python.faults.describe`.
     """
     for feed in feeds:
         faults.count(feed.memory.buffer)
-    # The count is there; without memory its reason is missing.
+    # The fault is counted already; without memory its reason is missing.
     with suppress(BaseException):
         keep_fault(feeds, error, filename, line)
     for feed in feeds:
@@ -163,7 +163,7 @@ class View:
         if block:
             buffer[file.hit + block - 1] = 1
             buffer[self._dirty] = 1
-            buffer[NEWS] = 1
+            buffer[CHANGED] = 1
 
     def take(self) -> list[int]:
         """Return the PCs of the blocks that ran since the last call, and forget them."""
@@ -256,12 +256,12 @@ class Feed:
         dirty: list[View] = []
         for memory, views in self._memories:
             buffer = memory.buffer
-            if not buffer[NEWS]:
+            if not buffer[CHANGED]:
                 continue
-            if buffer[faults.FAULTED] == faults.TO_TELL:
-                buffer[faults.FAULTED] = faults.TOLD
+            if buffer[faults.FAULTED] == faults.UNREPORTED:
+                buffer[faults.FAULTED] = faults.REPORTED
                 raise faults.Faulted
-            buffer[NEWS] = 0
+            buffer[CHANGED] = 0
             with self._fence:
                 pass
             end = DIRTY + len(views)
@@ -393,7 +393,7 @@ class _ThreadTracer:
         try:
             return self.group.views(frame.f_code, frame.f_globals.get("__file__"))
         except KeyboardInterrupt as error:
-            # It is meant for the code that is traced.
+            # The interrupt is meant for the code that is traced.
             self.fault(error, frame)
             raise
         except BaseException as error:
@@ -401,7 +401,7 @@ class _ThreadTracer:
             return None
 
     def line(self, frame: FrameType, event: str, arg: object) -> Any:
-        """The local trace function of a frame whose code is covered."""
+        """Handle an event of a frame whose code is covered, as its local trace function."""
         if event != "line" or (self.group.stale and self.leave(frame)):
             return self.line
         for view in self.views(frame) or ():
@@ -424,7 +424,7 @@ class _ThreadTracer:
     def leave(self, frame: FrameType | None = None) -> bool:
         """Forget the feeds that have ended; return whether that was the end of this tracer.
 
-        Where that fails, the tracer goes on for all of them, so nothing is lost.
+        If that fails, the tracer continues for all of them, so nothing is lost.
         """
         if any(feed.active for feed in self.group.feeds):
             try:
