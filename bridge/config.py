@@ -517,18 +517,20 @@ def load(
     environ: Mapping[str, str] | None = None,
     directory: Path | None = None,
     file: Path | None = None,
+    defaults: Mapping[str, object] | None = None,
 ) -> Settings:
     """Gather the settings: defaults, then the file, then the environment, then the flags.
 
     ``flags`` are texts or values by setting name, ``None`` for one that was not given.
     ``environ`` is the process's environment and ``directory`` (where the file is looked for) the
     working directory when not given; ``file`` names the file instead of looking for one.
+    ``defaults`` take the place of the general ones.
 
     Raises :class:`bridge.errors.UsageError`.
     """
     environ = os.environ if environ is None else environ
     known = options()
-    values: dict[str, object] = {}
+    values: dict[str, object] = dict(defaults or {})
 
     path = file if file is not None else find_file(Path() if directory is None else directory)
     if path is not None:

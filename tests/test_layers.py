@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "bridge"
 
 LAYERS = (
     ("__main__",),
-    ("cli",),
+    ("cli", "pytest_plugin"),
     ("bench",),
     ("results",),
     ("__init__",),

@@ -392,6 +392,7 @@ class Guest:
         self._port = port
         self._dialed = dialed
         self._user = user
+        self._key_file = key
         self._key = _private_key(key)
         self._host_key = _public_key(host_key) if host_key is not None else None
         self._watched = watched
@@ -412,6 +413,16 @@ class Guest:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def ssh_command(self) -> tuple[str, ...]:
+        """The words of the command with which a person on this machine gets into the guest."""
+        return (
+            *("ssh", "-i", str(self._key_file), "-p", str(self._port)),
+            # Each guest of an image has the same host key, on another port.
+            *("-o", "UserKnownHostsFile=/dev/null", "-o", "StrictHostKeyChecking=no"),
+            *("-o", "LogLevel=ERROR", f"{self._user}@{LOCALHOST}"),
+        )
 
     # The connection
 

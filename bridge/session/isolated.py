@@ -153,6 +153,7 @@ class IsolatedTarget:
 
     def __init__(self, target: str, directory: Path | None, out: Path | None) -> None:
         self.name = target
+        self.packages: tuple[str, ...] = ()
         self.table = BlockTable()
         self._arguments = (target, str(directory or ""), str(out or ""))
         self._out = out
@@ -221,7 +222,8 @@ class IsolatedTarget:
             from bridge.sources.python.source import block_table
 
             with foreign(f"the target {self.name}", "while its packages were looked for"):
-                self.table = block_table(tuple(answer["packages"]))
+                self.packages = tuple(answer["packages"])
+                self.table = block_table(self.packages)
             server = threading.Thread(
                 target=self._serve_handles,
                 args=(_Channel(asked), deliver),

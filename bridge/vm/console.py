@@ -112,6 +112,12 @@ class ConsoleLog:
         with self._lock:
             return _last_lines(bytes(self._tail), lines)
 
+    def since(self, start: int) -> str:
+        """Return what the guest wrote after its first ``start`` bytes, if memory still has it."""
+        with self._lock:
+            wanted = self._size - start
+            return plain_text(bytes(self._tail[-wanted:])) if wanted > 0 else ""
+
     def close(self) -> None:
         """Close the file; if it was cut, append a note and the last output first. Idempotent."""
         with self._lock:

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a guest, and the target that serves it, are well.
+
+A guest is sick if its kernel says so in its log (an oops, a warning, a hung task, a report of a
+sanitizer, a process that was killed by a fault), or if its taint mask has new bits. A target is
+sick if it raised an exception on any of its threads.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["KernelLog", "Symptom", "TargetFaults", "new_taint", "symptoms"]
+
+_COMPLAINTS: Final = re.compile(
+    r"WARNING: |BUG: |BUG [a-z]|Oops|Kernel panic|general protection fault|"
+    r"refcount_t: |UBSAN: |KASAN: |KFENCE: |KMSAN: |KCSAN: |ODEBUG|"
+    r"INFO: task .* blocked for more than|detected stall|self-detected stall|"
+    r"watchdog: .* stuck|soft lockup|hard LOCKUP|INFO: trying to register|"
+    r"possible recursive locking|possible circular locking|unreferenced object|"
+    r"segfault at |traps: .* trap |traps: .* general protection|Out of memory: Killed process"
+)
+"""What Linux writes to its log: lib/bug.c, kernel/panic.c, kernel/hung_task.c, kernel/watchdog.c,
+lib/ubsan.c, mm/kasan/report.c, arch/x86/mm/fault.c (show_signal_msg), arch/x86/kernel/traps.c,
+mm/oom_kill.c."""
+
+_TAINTS: Final = {
+    0: "a proprietary module was loaded",
+    1: "a module was loaded by force",
+    2: "a kernel runs on processors that it is not made for",
+    3: "a module was removed by force",
+    4: "a processor reported a machine check error",
+    5: "a page is bad",
+    6: "user space asked for it",
+    7: "the kernel died: oops or BUG",
+    8: "an ACPI table was overridden",
+    9: "the kernel warned",
+    10: "a staging driver was loaded",
+    11: "a workaround for a firmware bug was applied",
+    12: "a module from outside the kernel's tree was loaded",
+    13: "an unsigned module was loaded",
+    14: "a soft lockup occurred",
+    15: "the kernel was patched live",
+    17: "a struct was randomised",
+    18: "an in-kernel test has run",
+}
+"""The bits of /proc/sys/kernel/tainted: Documentation/admin-guide/tainted-kernels.rst."""
+
+_SHOWN: Final = 200
+
+
+@dataclass(frozen=True)
+class Symptom:
+    """One sign that something is wrong; ``text`` is a line that people read."""
+
+    where: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.text}"
+
+
+@dataclass(frozen=True)
+class KernelLog:
+    """The kernel's log, line by line, and its taint mask, at one moment."""
+
+    lines: tuple[str, ...]
+    taint: int
+
+    def since(self, before: KernelLog) -> tuple[str, ...]:
+        """Return the lines that were added; all of them if the log began anew."""
+        known = len(before.lines)
+        if self.lines[:known] == before.lines:
+            return self.lines[known:]
+        # The ring buffer has dropped its oldest lines.
+        last = before.lines[-1:]
+        for at in range(len(self.lines) - 1, -1, -1):
+            if self.lines[at : at + 1] == last:
+                return self.lines[at + 1 :]
+        return self.lines
+
+
+def symptoms(lines: Iterable[str], ignore: Sequence[re.Pattern[str]]) -> list[Symptom]:
+    """Return what the kernel complains about in these lines of its log."""
+    return [
+        Symptom("the guest's kernel", line.strip()[:_SHOWN])
+        for line in lines
+        if _COMPLAINTS.search(line) and not _ignored(line, ignore)
+    ]
+
+
+def new_taint(before: int, after: int, ignore: Sequence[re.Pattern[str]]) -> list[Symptom]:
+    """Return a symptom for each bit that the taint mask has now and had not before."""
+    new = after & ~before
+    found = []
+    for bit in range(new.bit_length()):
+        if new >> bit & 1:
+            text = f"new taint: {_TAINTS.get(bit, f'bit {bit}')}"
+            if not _ignored(text, ignore):
+                found.append(Symptom("the guest's kernel", text))
+    return found
+
+
+def _ignored(text: str, ignore: Sequence[re.Pattern[str]]) -> bool:
+    return any(pattern.search(text) for pattern in ignore)
+
+
+class TargetFaults:
+    """Exceptions that end threads of this process while it is open.
+
+    The target's threads cannot be told from others, so each thread but pytest's counts.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _faults
+        self._faults: list[str] = []
+        self._before = threading.excepthook
+        threading.excepthook = self._note
+
+    def close(self) -> None:
+        """Put back the hook that was there before, unless another has taken its place."""
+        if threading.excepthook == self._note:
+            threading.excepthook = self._before
+
+    def take(self) -> list[str]:
+        """Return the exceptions since the last call, with their tracebacks."""
+        with self._lock:
+            faults, self._faults = self._faults, []
+        return faults
+
+    def _note(self, args: threading.ExceptHookArgs) -> None:
+        if args.exc_type is not SystemExit:
+            name = args.thread.name if args.thread is not None else "?"
+            text = "".join(
+                traceback.format_exception(args.exc_type, args.exc_value, args.exc_traceback)
+            )
+            with self._lock:
+                self._faults.append(f"the thread {name} ended by an exception\n{text}")
+        self._before(args)

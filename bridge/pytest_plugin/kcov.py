@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands of a test cover on the host, and in the guest's kernel."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from bridge.errors import UsageError
+from bridge.pytest_plugin.guest import Command, Guest, Result, Tracer
+from bridge.session.session import Session
+from bridge.sources.pcs import BlockTable, Location
+from bridge.sources.python.blocks import decode_source
+from bridge.sources.python.packages import find_packages
+
+__all__ = ["Kcov", "Trace"]
+
+_SHOWN: Final = 40
+"""How many files or functions a failing assertion shows at most."""
+
+
+class Kcov:
+    """Runs commands in the test's guest under kcov."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
+
+    def run(self, command: Command, *, timeout: float | None = 60.0) -> Trace:
+        """Run one command under kcov and return what it covered; ``trace.results`` has its result.
+
+        Raises:
+            RunTimeoutError: it did not end in time.
+            GuestLostError: the guest was lost.
+            IncompleteError: the PCs could not all be kept.
+        """
+        with self.trace(self._guest) as trace:
+            self._guest.run(command, timeout=timeout)
+        return trace
+
+    @contextlib.contextmanager
+    def trace(self, guest: Guest | None = None) -> Iterator[Trace]:
+        """Have all commands of the guest inside the block run under kcov.
+
+        Yields:
+            The trace, which grows with each command.
+        """
+        guest = guest or self._guest
+        trace = Trace(guest.session)
+        with guest.traced_by(trace):
+            yield trace
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What an assertion asks for: a file, a function in it, or lines of it.
+
+    Attributes:
+        file: the end of its path, at a slash.
+        function: a dotted name as ``__qualname__`` has it, without ``<locals>``; or "".
+        lines: the numbers of lines, all of which count; or empty.
+    """
+
+    file: str
+    function: str
+    lines: range
+
+    @staticmethod
+    def parse(text: str) -> _Wanted:
+        file, colon, rest = text.partition(":")
+        if not file or (colon and not rest):
+            raise UsageError(
+                f"{text!r} names nothing that can be covered",
+                hint="write a file, file:function, file:Class.method, file:12 or file:12-20",
+            )
+        first, dash, last = rest.partition("-")
+        if first.isdigit() and (not dash or last.isdigit()):
+            return _Wanted(file, "", range(int(first), int(last if dash else first) + 1))
+        return _Wanted(file, rest, range(0))
+
+
+class _Code:
+    """The host's code that a session covers."""
+
+    def __init__(self, session: Session) -> None:
+        source = session.source
+        self.table = source.table if source is not None else BlockTable()
+        self._packages = source.packages if source is not None else ()
+
+    @functools.cached_property
+    def _paths(self) -> dict[str, str]:
+        return {name: path for path, name in find_packages(self._packages).names.items()}
+
+    def functions(self, file: str) -> dict[str, range]:
+        """Return the functions of a file and the lines of their bodies."""
+        path = self._paths.get(file)
+        return _functions_of(Path(path)) if path is not None else {}
+
+    def lines(self, file: str) -> set[int]:
+        """Return the lines of a file that can be covered."""
+        blocks = self.table.file(file)
+        return {line for block in blocks.blocks() for line in block.lines} if blocks else set()
+
+
+class Trace(Tracer):
+    """What the commands inside a block covered.
+
+    Attributes:
+        pcs: the PCs in the order in which they came.
+        results: the results of the commands.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._code = _Code(session)
+        self.pcs: list[int] = []
+        self.results: list[Result] = []
+
+    def run(self, command: Command, timeout: float | None) -> Result:
+        """Run a command under kcov and add what it covers."""
+        words: Sequence[str] | str
+        if isinstance(command, str | os.PathLike):
+            words = os.fspath(command)
+        else:
+            words = [os.fspath(word) for word in command]
+        began = time.monotonic()
+        done = self._session.kcov(words, timeout=timeout)
+        result = Result(done.exit_status, done.stdout, done.stderr, time.monotonic() - began)
+        self.pcs += done.pcs
+        self.results.append(result)
+        return result
+
+    # What was covered
+
+    @property
+    def lines(self) -> dict[str, list[int]]:
+        """The covered lines of the host's code, by file; those of each covered block."""
+        found: dict[str, set[int]] = {}
+        for pc in set(self.pcs):
+            location = self._session.symbolize(pc)
+            if isinstance(location, Location):
+                found.setdefault(location.file, set()).update(location.block.lines)
+        return {file: sorted(numbers) for file, numbers in sorted(found.items())}
+
+    @property
+    def functions(self) -> list[str]:
+        """The covered functions of the host's code, each ``file:name``, sorted."""
+        found = set()
+        for file, numbers in self.lines.items():
+            for name, span in self._code.functions(file).items():
+                if any(number in span for number in numbers):
+                    found.add(f"{file}:{name}")
+        return sorted(found)
+
+    @property
+    def kernel_functions(self) -> list[str]:
+        """The covered functions of the guest's kernel, where that is a source, sorted."""
+        found = set()
+        for pc in set(self.pcs):
+            text = self._session.symbolize(pc)
+            if isinstance(text, str):
+                # [file:line ]function+0xoffset[ [module]]
+                words = text.removesuffix("]").split()
+                (name,) = [word for word in words if "+0x" in word][-1:]
+                found.add(name.partition("+")[0])
+        return sorted(found)
+
+    def new_since(self, other: Trace) -> dict[str, list[int]]:
+        """Return the covered lines that another trace has not, by file."""
+        before = other.lines
+        new = {
+            file: sorted(set(numbers) - set(before.get(file, ())))
+            for file, numbers in self.lines.items()
+        }
+        return {file: numbers for file, numbers in new.items() if numbers}
+
+    # Assertions
+
+    def assert_covered(self, *wanted: str) -> None:
+        """Assert that code of the host ran.
+
+        Args:
+            wanted: each the end of a file's path, ``file:function``, ``file:Class.method``,
+                ``file:12`` or ``file:12-20``. Of lines each must be covered, of a function or a
+                file one.
+
+        Raises:
+            AssertionError: it did not; with what was covered instead.
+            UsageError: no covered package has such a file or such a function.
+        """
+        __tracebackhide__ = True
+        for text in wanted:
+            missing = self._missing(_Wanted.parse(text))
+            if missing:
+                raise AssertionError(f"{text} is not covered{missing}\n{self._summary()}")
+
+    def assert_not_covered(self, *unwanted: str) -> None:
+        """Assert that code of the host did not run; arguments as :meth:`assert_covered`.
+
+        Raises:
+            AssertionError: some of it did.
+            UsageError: as above.
+        """
+        __tracebackhide__ = True
+        for text in unwanted:
+            hit = self._hit(_Wanted.parse(text))
+            if hit:
+                raise AssertionError(f"{text} is covered: lines {_ranges(hit)}")
+
+    def _hit(self, wanted: _Wanted) -> list[int]:
+        """Return the covered lines of what is wanted."""
+        hit: list[int] = []
+        for file, span in self._places(wanted):
+            numbers = self.lines.get(file, [])
+            hit += [number for number in numbers if span is None or number in span]
+        return hit
+
+    def _missing(self, wanted: _Wanted) -> str:
+        """Return "" if it is covered, else a text to follow "is not covered"."""
+        hit = self._hit(wanted)
+        if not wanted.lines:
+            return "" if hit else ":"
+        # A line without a block (a comment, a blank one) cannot be covered.
+        known = self._known_lines(wanted)
+        lacking = sorted(set(wanted.lines) & known - set(hit))
+        if not set(wanted.lines) & known:
+            raise UsageError(f"no line of {wanted.lines.start}-{wanted.lines.stop - 1} has code")
+        return f": lines {_ranges(lacking)} did not run" if lacking else ""
+
+    def _known_lines(self, wanted: _Wanted) -> set[int]:
+        return {line for file, _ in self._places(wanted) for line in self._code.lines(file)}
+
+    def _places(self, wanted: _Wanted) -> list[tuple[str, range | None]]:
+        """Return the files that are meant, and which lines of them; None for all."""
+        files = [
+            file
+            for file in self._code.table.files
+            if file == wanted.file or file.endswith("/" + wanted.file)
+        ]
+        if not files:
+            raise UsageError(
+                f"no file of the covered packages ends with {wanted.file}",
+                hint="is its package among the target's packages?",
+            )
+        if not wanted.function:
+            return [(file, wanted.lines or None) for file in files]
+        places: list[tuple[str, range | None]] = []
+        for file in files:
+            spans = self._code.functions(file)
+            places += [
+                (file, span)
+                for name, span in spans.items()
+                if name == wanted.function or name.endswith("." + wanted.function)
+            ]
+        if not places:
+            raise UsageError(f"{', '.join(files)} has no function {wanted.function}")
+        return places
+
+    def _summary(self) -> str:
+        if not self.pcs:
+            return "nothing was covered: no command ran under kcov, or none reached the target"
+        functions = self.functions
+        if not functions:
+            return f"{len(set(self.pcs)):,} different PCs were covered, none in the host's code"
+        shown = "\n".join(f"  {name}" for name in functions[:_SHOWN])
+        more = len(functions) - _SHOWN
+        return f"covered were:\n{shown}" + (f"\n  and {more} more" if more > 0 else "")
+
+
+@functools.lru_cache(maxsize=256)
+def _functions_of(path: Path) -> dict[str, range]:
+    """Return the functions of a source file and their lines, by name (``Class.method``)."""
+    try:
+        tree = ast.parse(decode_source(path.read_bytes()))
+    except (OSError, SyntaxError, ValueError):
+        return {}
+    return dict(_spans(tree, ""))
+
+
+def _spans(node: ast.AST, prefix: str) -> Iterable[tuple[str, range]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            name = f"{prefix}{child.name}"
+            if not isinstance(child, ast.ClassDef):
+                # The line of "def" runs when the module is imported.
+                yield name, range(child.body[0].lineno, (child.end_lineno or child.lineno) + 1)
+            yield from _spans(child, f"{name}.")
+        else:
+            yield from _spans(child, prefix)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return numbers as people write them: 1-3, 7."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

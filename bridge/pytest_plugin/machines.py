@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guests of a test run: one for each set of settings, lent to one test after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import pytest
+
+from bridge.errors import (
+    BridgeError,
+    GuestLostError,
+    InfrastructureError,
+    MissingDependencyError,
+    UsageError,
+)
+from bridge.pytest_plugin.health import KernelLog, Symptom, TargetFaults, new_taint, symptoms
+from bridge.pytest_plugin.request import GuestRequest, Machine, Reset, request_of
+from bridge.session.session import Session
+
+__all__ = ["Lease", "Machines", "Options", "SickMachineError", "StartsFailed", "options_of"]
+
+logger = logging.getLogger(__name__)
+
+ALIVE: Final = 2
+"""How many guests wait for later tests at most; each takes memory."""
+
+_FAILED_STARTS: Final = 2
+"""After so many failed starts in a row the test run stops."""
+
+_LOOK_SECONDS: Final = 20.0
+_LOOK: Final = "cat /proc/sys/kernel/tainted; dmesg"
+
+
+class SickMachineError(GuestLostError):
+    """The commands of a test passed, but its guest or its target is not well."""
+
+
+class StartsFailed(InfrastructureError):
+    """Guests do not start: no test that needs one can run."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says of all guests.
+
+    Attributes:
+        overrides: settings that come before those of a test.
+        scope: how long a guest lives: ``session``, ``module`` or ``function``.
+        ignore: what does not make a test fail.
+        keep: which guests outlive their tests: ``always``, ``failed``, or None for none.
+    """
+
+    overrides: Mapping[str, object]
+    scope: str
+    ignore: tuple[re.Pattern[str], ...]
+    keep: str | None
+
+
+def options_of(config: pytest.Config) -> Options:
+    """Read pytest's options and its configuration file.
+
+    Raises:
+        pytest.UsageError: ``guest_ignore`` has something that is not a regular expression.
+    """
+    option = config.option
+    overrides = {"image": option.guest_image, "accel": option.guest_accel}
+    try:
+        ignore = tuple(re.compile(each) for each in config.getini("guest_ignore"))
+    except re.error as error:
+        raise pytest.UsageError(f"guest_ignore: {error.pattern!r}: {error}") from None
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return Options(given, option.guest_scope, ignore, option.guest_keep)
+
+
+@dataclass
+class _Guest:
+    """A session and what is known of its guest."""
+
+    machine: Machine
+    session: Session
+    faults: TargetFaults
+    log: KernelLog
+    module: str
+    """The test file for which it became as new the last time."""
+    sick: bool = False
+    stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+
+class Lease:
+    """A guest, lent to one test.
+
+    Attributes:
+        request: what the test asked for.
+        session: what the test works with.
+        console_start: how many bytes of console output there were when the test began.
+    """
+
+    def __init__(self, machines: Machines, guest: _Guest, request: GuestRequest) -> None:
+        self.request = request
+        self._machines = machines
+        self._guest = guest
+        self._checked = False
+        self._loss_expected = False
+        self._log = guest.log
+        self.console_start = guest.session.machine.console.size
+
+    @property
+    def session(self) -> Session:
+        return self._guest.session
+
+    @property
+    def properties(self) -> list[tuple[str, object]]:
+        """What reports say of the guest."""
+        return [
+            ("guest_image", self.session.image.name),
+            ("guest_kernel", self.session.ready.kernel),
+            ("guest_accel", self.session.accelerator.name),
+        ]
+
+    def kernel_log(self) -> str:
+        """Return what the kernel has logged since the test began.
+
+        Raises:
+            BridgeError: the guest does not answer.
+        """
+        return "\n".join(_look(self.session).since(self._log))
+
+    def reset(self) -> None:
+        """Return the guest to its ready state, in the middle of a test.
+
+        What the kernel complained about before fails the test now, as its log is gone afterwards.
+        """
+        self.check()
+        self.session.reset()
+        self._checked = False
+
+    def replace(self) -> None:
+        """End the guest and start another in its place."""
+        self._guest = self._machines.start(self.request)
+        self._log = self._guest.log
+        self.console_start = 0
+        self._checked = self._loss_expected = False
+
+    def expect_loss(self) -> None:
+        """Note that the test itself has ended the guest, so that this is no fault."""
+        self._loss_expected = True
+
+    def check(self) -> None:
+        """Look at the guest and its target.
+
+        Raises:
+            SickMachineError: one of them is not well. The guest is not used for another test.
+            BridgeError: the guest is lost.
+        """
+        guest = self._guest
+        if self._checked:
+            return
+        self._checked = True
+        if (loss := guest.session.machine.loss) is not None:
+            if self._loss_expected:
+                return
+            raise loss
+        ignore = (*self._machines.options.ignore, *self.request.ignore)
+        found: list[Symptom] = []
+        evidence = ""
+        for fault in guest.faults.take():
+            if not any(pattern.search(fault) for pattern in ignore):
+                found.append(Symptom("the target", fault.partition("\n")[0]))
+                evidence += fault
+        log = _look(guest.session)
+        found += symptoms(log.since(self._log), ignore)
+        found += new_taint(self._log.taint, log.taint, ignore)
+        if found:
+            guest.sick = True
+            raise SickMachineError(
+                "the commands passed, but the machine is not well:\n"
+                + "\n".join(f"  {each}" for each in found),
+                evidence=evidence,
+                hint="a marker guest(ignore=[...]), or guest_ignore in pytest's configuration, "
+                "excludes what is expected",
+            )
+
+    def keep(self) -> None:
+        """Have the guest outlive its tests, for the user to look at."""
+        self._machines.keep(self._guest)
+
+    def release(self, following: pytest.Item | None) -> None:
+        """End the test's use of the guest."""
+        self._machines.release(self._guest, self.request, following)
+
+
+class Machines:
+    """The guests that tests share, the one that was used last at the end."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self._kept: list[_Guest] = []
+        self._wanted: Counter[Machine] = Counter()
+        self._alive: dict[Machine, _Guest] = {}
+        self._failed_starts = 0
+        self._reason = ""
+
+    def expect(self, items: Sequence[pytest.Item]) -> None:
+        """Learn which tests will run: no guest outlives the last test that asks for it."""
+        self._wanted = Counter(request_of(item).machine for item in items)
+
+    def lease(self, item: pytest.Item) -> Lease:
+        """Return the guest that a test asks for, started or as new.
+
+        Raises:
+            StartsFailed: guests failed to start before.
+            BridgeError: it does not start.
+        """
+        request = request_of(item)
+        guest = self._alive.get(request.machine)
+        if guest is not None and not self._ready(guest, request):
+            self._discard(guest)
+            guest = None
+        if guest is None:
+            guest = self.start(request)
+        # The one that was used last is at the end.
+        self._alive[request.machine] = self._alive.pop(request.machine)
+        return Lease(self, guest, request)
+
+    def _ready(self, guest: _Guest, request: GuestRequest) -> bool:
+        """Make a guest as new if the test wants that; return whether it can be used."""
+        if guest.session.machine.loss is not None and request.reset is Reset.NEVER:
+            return False
+        same = request.reset is Reset.MODULE and guest.module == request.module
+        if request.reset is not Reset.NEVER and not same:
+            try:
+                guest.session.reset()
+            except UsageError:
+                # It was booted, not started from a snapshot.
+                return False
+            except BridgeError as error:
+                logger.warning("the guest is replaced: %s", error.message)
+                return False
+        guest.module = request.module
+        guest.faults.take()
+        return True
+
+    def start(self, request: GuestRequest) -> _Guest:
+        """Start a guest, in the place of another with the same settings.
+
+        Raises:
+            StartsFailed: it is not the first that does not start.
+            BridgeError: it does not start.
+        """
+        if self._failed_starts >= _FAILED_STARTS:
+            raise StartsFailed(
+                f"no guest is started after {_FAILED_STARTS} failed starts in a row: {self._reason}"
+            )
+        if (old := self._alive.get(request.machine)) is not None:
+            self._discard(old)
+        while len(self._alive) >= ALIVE:
+            self._discard(next(iter(self._alive.values())))
+        try:
+            guest = self._start(request)
+        except MissingDependencyError:
+            raise
+        except BridgeError as error:
+            self._failed_starts += 1
+            self._reason = error.message
+            if self._failed_starts >= _FAILED_STARTS:
+                raise StartsFailed(
+                    f"{_FAILED_STARTS} guests in a row did not start; the last: {error.message}",
+                    evidence=error.evidence,
+                    hint=error.hint or "`kcov-bridge doctor` says what this machine lacks",
+                ) from error
+            raise
+        self._failed_starts = 0
+        self._alive[request.machine] = guest
+        return guest
+
+    def _start(self, request: GuestRequest) -> _Guest:
+        with contextlib.ExitStack() as stack:
+            faults = TargetFaults()
+            stack.callback(faults.close)
+            session = stack.enter_context(Session(request.settings(self.options.overrides)))
+            log = _look(session)
+            guest = _Guest(request.machine, session, faults, log, request.module)
+            guest.stack = stack.pop_all()
+        return guest
+
+    def keep(self, guest: _Guest) -> None:
+        """Take a guest out of use and leave it running until :meth:`close`."""
+        if guest not in self._kept and guest.session.machine.loss is None:
+            self._kept.append(guest)
+            self._forget(guest)
+
+    @property
+    def kept(self) -> list[Session]:
+        """The guests that are to outlive their tests, for the user to look at."""
+        guests = [*self._kept, *(self._alive.values() if self.options.keep == "always" else ())]
+        return [guest.session for guest in guests if guest.session.machine.loss is None]
+
+    def release(self, guest: _Guest, request: GuestRequest, following: pytest.Item | None) -> None:
+        """Close what no later test uses."""
+        self._wanted[guest.machine] -= 1
+        module = following.nodeid.partition("::")[0] if following is not None else None
+        scope = self.options.scope
+        ends = scope == "function" or (scope == "module" and module != request.module)
+        if (ends or guest.sick) and guest not in self._kept:
+            self._discard(guest)
+        if following is None and self.options.keep == "always":
+            return
+        for each in list(self._alive.values()):
+            if self._wanted[each.machine] <= 0:
+                self._discard(each)
+
+    def _discard(self, guest: _Guest) -> None:
+        self._forget(guest)
+        with contextlib.suppress(BridgeError):
+            guest.stack.close()
+
+    def _forget(self, guest: _Guest) -> None:
+        if self._alive.get(guest.machine) is guest:
+            del self._alive[guest.machine]
+
+    def close(self) -> None:
+        """End all guests. Safe to call twice."""
+        for guest in [*self._alive.values(), *self._kept]:
+            self._discard(guest)
+        self._kept.clear()
+
+
+def _look(session: Session) -> KernelLog:
+    """Read the kernel's log and its taint mask."""
+    result = session.run(_LOOK, timeout=_LOOK_SECONDS)
+    first, _, rest = result.stdout.decode(errors="replace").partition("\n")
+    if result.exit_status or not first.strip().isdigit():
+        raise GuestLostError(
+            f"the guest's kernel log cannot be read (exit status {result.exit_status}): "
+            f"{shlex.quote(_LOOK)}",
+            evidence=result.stderr.decode(errors="replace"),
+        )
+    return KernelLog(tuple(rest.splitlines()), int(first))

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What pytest calls: options, markers, fixtures, and the checks around each test.
+
+This module imports only pytest and the standard library; see the package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from bridge.pytest_plugin.guest import Guest
+    from bridge.pytest_plugin.kcov import Kcov
+    from bridge.pytest_plugin.machines import Lease, Machines
+
+__all__ = ["MARKER"]
+
+MARKER = "guest"
+"""The marker whose arguments are the settings of the guest."""
+
+_FIXTURE = "guest"
+_SCOPES = ("session", "module", "function")
+_RESETS = ("test", "module", "never")
+_REQUIRE = "KCOV_BRIDGE_REQUIRE"
+"""An environment variable: 1 makes a missing program a failure of the test instead of a skip."""
+
+_MACHINES: pytest.StashKey[Machines] = pytest.StashKey()
+_LEASE: pytest.StashKey[Lease] = pytest.StashKey()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("guest", "guests (kcov-bridge)")
+    group.addoption(
+        "--guest-image",
+        metavar="IMAGE",
+        help="guest image: a recipe such as trixie, or a name from `kcov-bridge image list`",
+    )
+    group.addoption(
+        "--guest-accel",
+        choices=("auto", "kvm", "tcg"),
+        help="accelerator: auto takes KVM where it can boot a stock kernel, else TCG",
+    )
+    group.addoption(
+        "--guest-scope",
+        choices=_SCOPES,
+        default="session",
+        help="how long a guest lives: for all tests that ask for the same one (session, the "
+        "default), for those of a module, or for one test (function)",
+    )
+    group.addoption(
+        "--guest-keep",
+        nargs="?",
+        const="always",
+        choices=("always", "failed"),
+        help="keep the guest at the end, or that of the first failed test (failed), print how to "
+        "get in, and wait for Ctrl-C",
+    )
+    group.addoption(
+        "--guest-shell",
+        action="store_true",
+        help="open a shell in the guest of each test that fails",
+    )
+    parser.addini(
+        "guest_ignore",
+        type="linelist",
+        help="regular expressions: lines of the guest's kernel log, or texts of errors of the "
+        "target, that do not make a test fail",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "guest(reset='test', ignore=(), **settings): the test's guest has these settings of "
+        "kcov-bridge (memory, cpus, image, target, source, personality, ...); reset says how often "
+        "it becomes as new: before each test, before each module, or never; ignore takes regular "
+        "expressions as guest_ignore does",
+    )
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    machines = config.stash.get(_MACHINES, None)
+    if machines is not None:
+        machines.close()
+
+
+def _machines(config: pytest.Config) -> Machines:
+    """Return the guests of this process, which are made when the first test asks for one."""
+    machines = config.stash.get(_MACHINES, None)
+    if machines is None:
+        from bridge.pytest_plugin.machines import Machines, options_of
+
+        machines = config.stash[_MACHINES] = Machines(options_of(config))
+    return machines
+
+
+# ---- collection: wrong arguments are found before anything runs, tests of one guest are together
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not any(_wants_guest(item) for item in items):
+        return
+    from bridge.pytest_plugin.request import group, request_of
+
+    requests = {item: request_of(item) for item in items if _wants_guest(item)}
+    items[:] = group(items, requests)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    items = [item for item in session.items if _wants_guest(item)]
+    if items and not session.config.option.collectonly:
+        _machines(session.config).expect(items)
+
+
+def _wants_guest(item: pytest.Item) -> bool:
+    return _FIXTURE in getattr(item, "fixturenames", ())
+
+
+# ---- fixtures
+
+
+@pytest.fixture
+def guest(request: pytest.FixtureRequest) -> Guest:
+    """The guest that the marker ``guest`` asks for, as new."""
+    from bridge.errors import MissingDependencyError
+    from bridge.pytest_plugin.guest import Guest
+    from bridge.pytest_plugin.machines import StartsFailed
+
+    machines = _machines(request.config)
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    # An image may be built, which takes minutes and reports its progress.
+    shown = capture.global_and_fixture_disabled() if capture else contextlib.nullcontext()
+    try:
+        with shown:
+            lease = machines.lease(request.node)
+    except MissingDependencyError as error:
+        if os.environ.get(_REQUIRE) == "1":
+            raise
+        pytest.skip(error.report())
+    except StartsFailed as error:
+        request.session.shouldstop = str(error)
+        raise
+    request.node.stash[_LEASE] = lease
+    request.node.user_properties += lease.properties
+    return Guest(lease, request.config)
+
+
+@pytest.fixture
+def kcov(guest: Guest) -> Kcov:
+    """What commands in the test's guest cover on the host, and in the guest's kernel."""
+    from bridge.pytest_plugin.kcov import Kcov
+
+    return Kcov(guest)
+
+
+# ---- around a test
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a test whose machine is sick, even if its commands passed."""
+    yield
+    lease = item.stash.get(_LEASE, None)
+    if lease is not None:
+        lease.check()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[Any]
+) -> Iterator[pytest.TestReport]:
+    report: pytest.TestReport = yield  # type: ignore[assignment,misc]
+    if _wants_guest(item):
+        from bridge.pytest_plugin.reports import complete
+
+        complete(report, call, item.stash.get(_LEASE, None))
+    return report  # type: ignore[return-value]
+
+
+def pytest_exception_interact(
+    node: pytest.Item | pytest.Collector, report: pytest.CollectReport | pytest.TestReport
+) -> None:
+    lease = node.stash.get(_LEASE, None)
+    if lease is None or not isinstance(node, pytest.Item):
+        return
+    if node.config.option.guest_shell:
+        from bridge.pytest_plugin.interact import open_shell
+
+        greeting = f"a shell in the guest of {node.nodeid}, which failed; `exit` goes on"
+        open_shell(node.config, lease.session, greeting)
+    if node.config.option.guest_keep == "failed":
+        lease.keep()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    try:
+        return (yield)
+    finally:
+        lease = item.stash.get(_LEASE, None)
+        if lease is not None:
+            del item.stash[_LEASE]
+            lease.release(nextitem)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    machines = session.config.stash.get(_MACHINES, None)
+    if machines is None:
+        return
+    if session.config.option.guest_keep and machines.kept:
+        from bridge.pytest_plugin.interact import wait_for_user
+
+        wait_for_user(session.config, machines.kept)
+    machines.close()

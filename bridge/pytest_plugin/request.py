@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a test asks for with the marker ``guest``, and the order in which tests run."""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from bridge import config
+from bridge.errors import UsageError
+
+__all__ = ["GuestRequest", "Reset", "group", "request_of"]
+
+_MARKER = "guest"
+_DEFAULTS: Mapping[str, object] = {"target": "none"}
+"""Settings of a guest for tests where neither the test nor the user's settings say otherwise."""
+
+Machine = tuple[tuple[str, object], ...]
+"""The settings that a test asks for, sorted by name: tests with the same ones share a guest."""
+
+
+class Reset(enum.Enum):
+    """When a guest becomes as new."""
+
+    TEST = "test"
+    MODULE = "module"
+    NEVER = "never"
+
+
+@dataclass(frozen=True)
+class GuestRequest:
+    """What one test asks for.
+
+    Attributes:
+        machine: the settings.
+        reset: when the guest becomes as new.
+        ignore: what does not make the test fail; see :mod:`.health`.
+        module: the test's file, relative to pytest's root directory.
+    """
+
+    machine: Machine
+    reset: Reset
+    ignore: tuple[re.Pattern[str], ...]
+    module: str
+
+    def settings(self, overrides: Mapping[str, object]) -> config.Settings:
+        """Return the settings of the guest; ``overrides`` are those of the command line."""
+        return config.load({**dict(self.machine), **overrides}, defaults=_DEFAULTS)
+
+
+def request_of(item: pytest.Item) -> GuestRequest:
+    """Read the markers of a test; the one nearest to the test wins, argument by argument.
+
+    Raises:
+        pytest.UsageError: an argument is unknown or has a wrong value.
+    """
+    values: dict[str, Any] = {}
+    for marker in reversed(list(item.iter_markers(_MARKER))):
+        if marker.args:
+            raise _wrong(item, f"takes settings by name, not {marker.args[0]!r}")
+        values.update(marker.kwargs)
+    reset = values.pop("reset", Reset.TEST.value)
+    if reset not in {each.value for each in Reset}:
+        choices = ", ".join(repr(each.value) for each in Reset)
+        raise _wrong(item, f"reset is {reset!r}; it can be {choices}")
+    ignore = values.pop("ignore", ())
+    patterns = (ignore,) if isinstance(ignore, str) else ignore
+    try:
+        compiled = tuple(re.compile(each) for each in patterns)
+    except (re.error, TypeError) as error:
+        raise _wrong(item, f"ignore is {ignore!r}: {error}") from None
+    try:
+        config.load(values)
+    except UsageError as error:
+        raise _wrong(item, error.report()) from None
+    try:
+        hash(machine := tuple(sorted(values.items())))
+    except TypeError as error:
+        raise _wrong(item, str(error)) from None
+    return GuestRequest(machine, Reset(reset), compiled, item.nodeid.partition("::")[0])
+
+
+def _wrong(item: pytest.Item, what: str) -> pytest.UsageError:
+    return pytest.UsageError(f"{item.nodeid}: the marker {_MARKER}: {what}")
+
+
+def group(
+    items: Sequence[pytest.Item], requests: Mapping[pytest.Item, GuestRequest]
+) -> list[pytest.Item]:
+    """Return the tests in an order in which those that ask for the same machine are together.
+
+    They move behind the first of them; all others stay where they are.
+    """
+    groups: dict[Machine, list[pytest.Item]] = {}
+    places: list[pytest.Item | list[pytest.Item]] = []
+    for item in items:
+        request = requests.get(item)
+        if request is None:
+            places.append(item)
+            continue
+        together = groups.setdefault(request.machine, [])
+        if not together:
+            places.append(together)
+        together.append(item)
+    ordered: list[pytest.Item] = []
+    for place in places:
+        ordered += place if isinstance(place, list) else [place]
+    return ordered

@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of pytest with the plugin, with real guests: what a user's tests see."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.vm
+
+pytest_plugins = ["pytester"]
+
+
+@pytest.fixture
+def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run tests in a process of their own."""
+    monkeypatch.setenv("KCOV_BRIDGE_REQUIRE", "1")
+    # pytester makes a home of its own.
+    monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(_cache()))
+    return Run(pytester)
+
+
+def _cache() -> Path:
+    from bridge.util.cache import cache_directory
+
+    return cache_directory()
+
+
+class Run:
+    def __init__(self, pytester: pytest.Pytester) -> None:
+        self.pytester = pytester
+
+    def __call__(self, tests: str, *arguments: str) -> pytest.RunResult:
+        self.pytester.makepyfile(test_it=tests)
+        return self.pytester.runpytest_subprocess("-p", "no:cacheprovider", *arguments, timeout=300)
+
+
+def test_guest_each_test_finds_it_as_new(run: Run) -> None:
+    result = run(
+        """
+        import pytest
+
+        def test_writes(guest):
+            guest.succeed("echo 1 >/root/left && mkdir /run/left")
+            assert guest.run(["cat", "/root/left"]).stdout == "1\\n"
+
+        def test_finds_nothing(guest):
+            guest.fail("test -e /root/left")
+            guest.fail("test -e /run/left")
+
+        @pytest.mark.guest(reset="never")
+        def test_leaves(guest):
+            guest.succeed("touch /run/left")
+
+        @pytest.mark.guest(reset="never")
+        def test_finds_what_was_left(guest):
+            guest.succeed("test -e /run/left")
+            assert guest.session.resets == 1
+        """
+    )
+    result.assert_outcomes(passed=4)
+
+
+def test_guest_verbs_do_what_they_say(run: Run) -> None:
+    result = run(
+        """
+        import pathlib, time
+        import pytest
+
+        def test_run(guest, tmp_path):
+            done = guest.run("echo out; echo err >&2; exit 3")
+            assert (done.status, done.stdout, done.stderr) == (3, "out\\n", "err\\n")
+            assert done.stdout_bytes == b"out\\n" and 0 < done.seconds < 60
+            assert guest.run(["echo", "a  b", "$HOME"]).stdout == "a  b $HOME\\n"
+            assert guest.run("cat", stdin="typed").stdout == "typed"
+            assert guest.run("pwd; echo $WORD", cwd="/tmp", env={"WORD": "x y"}).stdout == (
+                "/tmp\\nx y\\n")
+            assert guest.succeed("printf 1", "printf 2") == "12"
+            with pytest.raises(AssertionError, match="status 7"):
+                guest.succeed("exit 7")
+            with pytest.raises(AssertionError, match="should fail"):
+                guest.fail("true")
+            guest.put(b"bytes", pathlib.PurePosixPath("/root/file"))
+            assert guest.get("/root/file") == b"bytes"
+            copy = guest.get_file("/root/file", tmp_path / "copy")
+            assert copy.read_bytes() == b"bytes"
+
+        def test_waits(guest):
+            guest.succeed("(sleep 0.3; echo ready >/run/made) >/dev/null 2>&1 &")
+            guest.wait_for_file("/run/made")
+            assert guest.wait_until_succeeds("grep ready /run/made") == "ready"
+            guest.succeed("(sleep 0.3; rm /run/made) >/dev/null 2>&1 &")
+            guest.wait_until_fails("test -e /run/made")
+            with pytest.raises(AssertionError) as caught:
+                guest.wait_until_succeeds("echo not yet; false", timeout=0.5)
+            assert "within 0.5 s" in str(caught.value) and "not yet" in str(caught.value)
+            began = time.monotonic()
+            with pytest.raises(AssertionError, match="exists"):
+                guest.wait_for_file("/nowhere", timeout=0.2)
+            assert time.monotonic() - began < 10
+            guest.wait_for_open_port(22)
+            with pytest.raises(AssertionError, match="port 9 is open"):
+                guest.wait_for_open_port(9, timeout=0.2)
+
+        def test_console(guest):
+            guest.succeed("echo 'a word on the console' >/dev/console")
+            assert guest.wait_for_console_text("w.rd on") == "word on"
+            assert "a word" in guest.console_log()
+            with pytest.raises(AssertionError, match="shows no 'nothing'"):
+                guest.wait_for_console_text("nothing", timeout=0.2)
+            guest.succeed("echo 'a word in the log' >/dev/kmsg")
+            assert "a word in the log" in guest.dmesg()
+
+        def test_console_of_the_test_before_is_not_this_ones(guest):
+            assert "a word" not in guest.console_log() + guest.dmesg()
+
+        def test_reset_in_the_middle(guest):
+            guest.succeed("touch /run/left")
+            guest.reset()
+            guest.fail("test -e /run/left")
+
+        def test_reboot(guest):
+            guest.succeed("touch /run/left")
+            guest.reboot()
+            guest.fail("test -e /run/left")
+            guest.succeed("true")
+        """
+    )
+    result.assert_outcomes(passed=6)
+
+
+def test_guest_machine_is_sick_the_test_fails_and_the_next_has_another(run: Run) -> None:
+    result = run(
+        """
+        import pytest, threading
+
+        def test_warning(guest):
+            guest.succeed("echo 'WARNING: CPU: 0 PID: 1 at x' >/dev/kmsg")
+
+        @pytest.mark.guest(ignore=["expected here"])
+        def test_expected(guest):
+            guest.succeed("echo 'BUG: expected here' >/dev/kmsg")
+
+        def test_crash_of_a_process(guest):
+            guest.run("sh -c 'kill -SEGV $$'")
+            guest.succeed("echo 'a.out[99]: segfault at 0 ip 0' >/dev/kmsg")
+
+        def test_thread_of_the_target(guest):
+            def fail():
+                raise RuntimeError("in the target")
+            thread = threading.Thread(target=fail)
+            thread.start()
+            thread.join()
+
+        def test_well(guest):
+            guest.succeed("true")
+
+        def test_panic(guest):
+            guest.run("echo c >/proc/sysrq-trigger")
+
+        def test_crash_on_purpose(guest):
+            guest.crash()
+
+        def test_power_off(guest):
+            guest.run("echo o >/proc/sysrq-trigger; sleep 30")
+
+        def test_afterwards(guest):
+            guest.succeed("true")
+        """,
+        "-p",
+        "no:threadexception",
+    )
+    result.assert_outcomes(passed=4, failed=5)
+    text = result.stdout.str()
+    assert "the machine not well" in text
+    assert "WARNING: CPU: 0 PID: 1 at x" in text
+    assert "RuntimeError: in the target" in text
+    assert "panicked" in text
+    assert "was switched off" in text
+
+
+def test_guest_assertion_fails_shows_the_frames_of_the_test_alone(run: Run) -> None:
+    result = run(
+        """
+        def test_it(guest):
+            guest.succeed("echo why >&2; echo in the log >/dev/kmsg; exit 5")
+        """,
+        "--junitxml=junit.xml",
+    )
+    result.assert_outcomes(failed=1)
+    text = result.stdout.str()
+    assert "ended with status 5" in text
+    assert "| why" in text
+    assert "guest kernel log since the test began" in text
+    assert "in the log" in text
+    assert "guest.py" not in text
+    junit = (run.pytester.path / "junit.xml").read_text()
+    assert 'name="guest_kernel"' in junit
+    assert 'name="guest_accel"' in junit
+
+
+@pytest.mark.parametrize(
+    ("marker", "message"),
+    [
+        ("memory='much'", "memory"),
+        ("memmory=256", "memory"),
+        ("reset='sometimes'", "it can be 'test', 'module', 'never'"),
+        ("ignore=['(']", "ignore"),
+        ("'trixie'", "takes settings by name"),
+    ],
+)
+def test_guest_wrong_argument_is_a_usage_error(run: Run, marker: str, message: str) -> None:
+    result = run(
+        f"""
+        import pytest
+
+        @pytest.mark.guest({marker})
+        def test_it(guest):
+            pass
+        """
+    )
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert message in result.stderr.str() + result.stdout.str()
+
+
+def test_guest_tests_of_one_machine_run_together(run: Run) -> None:
+    result = run(
+        """
+        import os, pytest
+
+        def pid(guest):
+            return guest.session.machine.pid
+
+        seen = []
+
+        def test_a(guest):
+            seen.append(pid(guest))
+
+        @pytest.mark.guest(memory=192)
+        def test_b(guest):
+            seen.append(pid(guest))
+
+        def test_c(guest):
+            seen.append(pid(guest))
+
+        @pytest.mark.guest(memory=192)
+        def test_d(guest):
+            assert pid(guest) == seen[2] != seen[0] == seen[1]
+        """
+    )
+    result.assert_outcomes(passed=4)
+    result.stdout.fnmatch_lines(["*test_it.py ....*"])
+
+
+def test_guest_no_qemu_is_a_skip_with_the_remedy_or_a_failure(run: Run) -> None:
+    tests = """
+        import pytest
+
+        @pytest.mark.guest(qemu="qemu-that-nobody-has")
+        def test_it(guest):
+            pass
+        """
+    required = run(tests)
+    required.assert_outcomes(errors=1)
+    os.environ["KCOV_BRIDGE_REQUIRE"] = ""
+    skipped = run(tests, "-rs")
+    skipped.assert_outcomes(skipped=1)
+    assert "kcov-bridge setup" in skipped.stdout.str()
+
+
+def test_guest_two_failed_starts_in_a_row_end_the_run_with_one_message(run: Run) -> None:
+    result = run(
+        """
+        import pytest
+
+        @pytest.mark.parametrize("number", range(6))
+        @pytest.mark.guest(memory=64, boot_timeout=1, snapshot=False)
+        def test_it(guest, number):
+            pass
+        """
+    )
+    result.assert_outcomes(errors=2)
+    assert "guests in a row did not start" in result.stdout.str()
+
+
+def test_kcov_trace_shows_what_the_target_ran(run: Run) -> None:
+    result = run(
+        """
+        import pytest
+
+        pytestmark = pytest.mark.guest(target="plan9", source="python")
+
+        def test_read(guest, kcov):
+            with kcov.trace(guest) as trace:
+                text = guest.succeed("cat /mnt/target/README")
+            assert text and len(trace.results) == 1
+            trace.assert_covered("plan9/server.py")
+            assert any("server.py:" in name for name in trace.functions)
+            assert not trace.kernel_functions
+            listed = kcov.run(["ls", "-l", "/mnt/target"])
+            assert listed.results[0].status == 0
+            assert trace.new_since(trace) == {}
+            assert listed.new_since(trace) or trace.new_since(listed)
+
+        def test_nothing(guest, kcov):
+            trace = kcov.run(["true"])
+            trace.assert_not_covered("plan9/server.py")
+            with pytest.raises(AssertionError, match="nothing was covered"):
+                trace.assert_covered("plan9/server.py")
+
+        def test_unknown(kcov):
+            trace = kcov.run(["true"])
+            with pytest.raises(Exception, match="ends with nowhere.py"):
+                trace.assert_covered("nowhere.py")
+        """
+    )
+    result.assert_outcomes(passed=3)
+
+
+def test_plugin_import_loads_nothing_of_the_package_but_itself(
+    pytester: pytest.Pytester,
+) -> None:
+    pytester.makepyfile(
+        """
+        import sys
+
+        def test_it():
+            loaded = {name for name in sys.modules if name.partition(".")[0] == "bridge"}
+            assert loaded <= {"bridge", "bridge.pytest_plugin", "bridge.pytest_plugin.plugin"}
+            assert not {"coverage", "paramiko", "asyncio"} & set(sys.modules)
+        """
+    )
+    pytester.runpytest_subprocess("-p", "no:cacheprovider", "-p", "no:cov").assert_outcomes(
+        passed=1
+    )
