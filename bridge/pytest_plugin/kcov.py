@@ -209,7 +209,10 @@ class Trace(Tracer):
         """
         __tracebackhide__ = True
         for text in unwanted:
-            hit = self._hit(_Wanted.parse(text))
+            each = _Wanted.parse(text)
+            if each.lines:
+                self._known_lines(each)
+            hit = self._hit(each)
             if hit:
                 raise AssertionError(f"{text} is covered: lines {_ranges(hit)}")
 
@@ -226,15 +229,16 @@ class Trace(Tracer):
         hit = self._hit(wanted)
         if not wanted.lines:
             return "" if hit else ":"
-        # A line without a block (a comment, a blank one) cannot be covered.
-        known = self._known_lines(wanted)
-        lacking = sorted(set(wanted.lines) & known - set(hit))
-        if not set(wanted.lines) & known:
-            raise UsageError(f"no line of {wanted.lines.start}-{wanted.lines.stop - 1} has code")
+        lacking = sorted(self._known_lines(wanted) - set(hit))
         return f": lines {_ranges(lacking)} did not run" if lacking else ""
 
     def _known_lines(self, wanted: _Wanted) -> set[int]:
-        return {line for file, _ in self._places(wanted) for line in self._code.lines(file)}
+        """Return which of the wanted lines have code; a comment or a blank line has none."""
+        known = {line for file, _ in self._places(wanted) for line in self._code.lines(file)}
+        if not known & set(wanted.lines):
+            numbers = f"{wanted.lines.start}-{wanted.lines.stop - 1}"
+            raise UsageError(f"{wanted.file} has no code in the lines {numbers}")
+        return known & set(wanted.lines)
 
     def _places(self, wanted: _Wanted) -> list[tuple[str, range | None]]:
         """Return the files that are meant, and which lines of them; None for all."""

@@ -51,6 +51,11 @@ def _block_that_has(word: str) -> str:
     return found
 
 
+def test_example_tests_pass(directory: Path) -> None:
+    done = _shell(_block_that_has("pytest"), directory)
+    assert "3 passed" in done.stdout
+
+
 def test_example_target_is_covered_by_a_guest_that_uses_it(directory: Path) -> None:
     done = _shell(_block_that_has("key_value_target"), directory)
     lines = done.stdout.splitlines()

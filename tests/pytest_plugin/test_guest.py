@@ -314,6 +314,10 @@ def test_kcov_trace_shows_what_the_target_ran(run: Run) -> None:
             trace = kcov.run(["true"])
             with pytest.raises(Exception, match="ends with nowhere.py"):
                 trace.assert_covered("nowhere.py")
+            with pytest.raises(Exception, match="no code in the lines 9990-9999"):
+                trace.assert_not_covered("plan9/server.py:9990-9999")
+            with pytest.raises(Exception, match="has no function nothing"):
+                trace.assert_not_covered("plan9/server.py:nothing")
         """
     )
     result.assert_outcomes(passed=3)
