@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from paramiko.common import (
     AUTH_FAILED,
     AUTH_SUCCESSFUL,
+    MSG_CHANNEL_SUCCESS,
     OPEN_FAILED_RESOURCE_SHORTAGE,
     OPEN_SUCCEEDED,
 )
@@ -88,7 +89,7 @@ class Server:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            transport = paramiko.Transport(connection)
+            transport = Transport(connection)
             transport.add_server_key(self.host_key)
             self.transports.append(transport)
             time.sleep(self.greeting_seconds)
@@ -109,6 +110,32 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+class Transport(paramiko.Transport):
+    """The server's end of a connection, which says when a request was answered.
+
+    sshd starts a command once it has answered. Paramiko answers when the handler returns, so a
+    short command could close its channel before.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__(connection)
+        self._on_answer = threading.Condition()
+        self._answered_channels: set[int] = set()
+
+    def _send_user_message(self, data: paramiko.Message) -> None:
+        super()._send_user_message(data)  # type: ignore[misc]
+        message = data.asbytes()
+        if message[0] == MSG_CHANNEL_SUCCESS:
+            with self._on_answer:
+                self._answered_channels.add(int.from_bytes(message[1:5], "big"))
+                self._on_answer.notify_all()
+
+    def wait_answered(self, channel: paramiko.Channel) -> None:
+        """Wait until a request of the channel was answered, or the connection ends."""
+        with self._on_answer:
+            self._on_answer.wait_for(lambda: channel.remote_chanid in self._answered_channels, 30)
 
 
 class Session(paramiko.ServerInterface):
@@ -152,6 +179,8 @@ class Session(paramiko.ServerInterface):
 
 def serve(server: Server, channel: paramiko.Channel, process: subprocess.Popen[bytes]) -> None:
     """Carry a process's three streams and its exit status."""
+    assert isinstance(channel.transport, Transport)
+    channel.transport.wait_answered(channel)
 
     def feed() -> None:
         assert process.stdin is not None
