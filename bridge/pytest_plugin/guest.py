@@ -30,9 +30,13 @@ SECONDS: Final = 60.0
 _POLL_SECONDS: Final = 0.02
 """How often a wait looks, inside the guest."""
 _CONSOLE_POLL_SECONDS: Final = 0.01
-_GRACE_SECONDS: Final = 20.0
+_WAIT_OUTPUT: Final = 64 * 1024
+"""How many bytes of the last output a wait returns or shows."""
+_GRACE_SECONDS: Final = 5.0
 """A wait ends itself inside the guest; if it does not within this time, the guest is at fault."""
 _CONSOLE_LINES: Final = 20
+_CAPTURE: Final = 16 * 1024 * 1024
+"""How many bytes of the output of a command a result keeps."""
 _STDIN: Final = "/run/kcov-bridge/stdin"
 """In the guest: what a traced command reads."""
 _TIMED_OUT: Final = 124
@@ -43,16 +47,23 @@ Command = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 _WAIT: Final = """\
 now() {{ read -r up rest </proc/uptime; now=${{up%.*}}${{up#*.}}; }}
+command=$1
+shift
 now; end=$((now + {centiseconds}))
 while :; do
-    output=$({command}
-    ) 2>&1 && status=0 || status=$?
+    output=$({{ (eval "$command") && echo "=0" || echo "=$?"; }} 2>&1 | tail -c {limit})
+    status=${{output##*=}}
+    output=${{output%=*}}
     [ $status {test} 0 ] && {{ printf '%s' "$output"; exit 0; }}
     now; [ $now -lt $end ] || {{ printf '%s' "$output"; exit {timed_out}; }}
     sleep {poll}
 done
 """
-"""Runs a command until it ends as wanted, and prints what it printed the last time."""
+"""Runs the command ``$1`` until it ends as wanted, and prints what it printed the last time.
+
+``eval`` keeps whatever the command is out of the syntax of this script. ``tail`` bounds the memory
+that the output takes.
+"""
 
 
 class CommandError(AssertionError):
@@ -70,7 +81,7 @@ class Result:
     Attributes:
         status: the exit status as in a shell: 127 for a command that does not exist, 128+N after
             signal N.
-        stdout_bytes, stderr_bytes: the first 16 MiB of its output.
+        stdout_bytes, stderr_bytes: the first 16 MiB of its output; 1 MiB under kcov.
         seconds: the time that it took, measured on the host.
     """
 
@@ -133,6 +144,7 @@ class Guest:
             GuestLostError: the guest was lost.
         """
         data = stdin.encode() if isinstance(stdin, str) else stdin
+        self._lease.used()
         if self._traces:
             return self._traces[-1].run(self._plain(command, data, env, cwd), timeout)
         result = self.session.guest.run(
@@ -141,6 +153,7 @@ class Guest:
             stdin=data,
             env=env,
             cwd=os.fspath(cwd) if cwd is not None else None,
+            capture=_CAPTURE,
         )
         return Result(result.exit_status, result.stdout, result.stderr, result.seconds)
 
@@ -260,25 +273,26 @@ class Guest:
     def _wait(self, command: Command, timeout: float, *, succeeds: bool, what: str) -> str:
         __tracebackhide__ = True
         script = _WAIT.format(
-            command=_line(command),
+            limit=_WAIT_OUTPUT,
             test="-eq" if succeeds else "-ne",
             centiseconds=max(0, round(timeout * 100)),
             timed_out=_TIMED_OUT,
             poll=_POLL_SECONDS,
         )
         try:
-            result = self.run(["sh", "-c", script], timeout=timeout + _GRACE_SECONDS)
+            words = ["sh", "-c", script, "sh", _line(command)]
+            result = self.run(words, timeout=timeout + _GRACE_SECONDS)
         except RunTimeoutError:
             raise WaitTimeoutError(
                 f"it does not happen within {timeout:g} s that {what}: the command itself does "
-                f"not end\n{self._console_end()}"
+                f"not end, or keeps its output open in the background\n{self._console_end()}"
             ) from None
         if result.status:
             raise WaitTimeoutError(
                 f"it does not happen within {timeout:g} s that {what}\n"
                 f"last output:\n{_indented(result.stdout + result.stderr)}\n{self._console_end()}"
             )
-        return result.stdout
+        return result.stdout.rstrip("\n")
 
     # Files
 
@@ -289,19 +303,24 @@ class Guest:
         mode: int = 0o644,
     ) -> None:
         """Write a file of the host, or bytes, into the guest."""
+        self._lease.used()
         self.session.put(local, remote, mode)
 
     def get(self, remote: str | os.PathLike[str]) -> bytes:
-        """Return what a file in the guest holds.
+        """Return what a file in the guest holds, whatever its size.
 
         Raises:
             CommandError: it cannot be read.
         """
         __tracebackhide__ = True
-        result = self.run(["cat", "--", remote])
-        if result.status:
-            raise CommandError(_told(["cat", "--", remote], "failed", result))
-        return result.stdout_bytes
+        self._lease.used()
+        pieces: list[bytes] = []
+        command = ["cat", "--", remote]
+        done = self.session.guest.run(command, timeout=SECONDS, stdout=pieces.append, capture=4096)
+        if done.exit_status:
+            result = Result(done.exit_status, b"", done.stderr, done.seconds)
+            raise CommandError(_told(command, "failed", result))
+        return b"".join(pieces)
 
     def get_file(self, remote: str | os.PathLike[str], local: str | os.PathLike[str]) -> Path:
         """Copy a file of the guest to the host, and return where it is now."""

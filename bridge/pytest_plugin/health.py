@@ -8,10 +8,11 @@ sick if it raised an exception on any of its threads.
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -52,6 +53,8 @@ _TAINTS: Final = {
 """The bits of /proc/sys/kernel/tainted: Documentation/admin-guide/tainted-kernels.rst."""
 
 _SHOWN: Final = 200
+_ASYNCIO: Final = "asyncio"
+"""The logger of asyncio's event loops."""
 
 
 @dataclass(frozen=True)
@@ -110,28 +113,47 @@ def _ignored(text: str, ignore: Sequence[re.Pattern[str]]) -> bool:
     return any(pattern.search(text) for pattern in ignore)
 
 
-class TargetFaults:
-    """Exceptions that end threads of this process while it is open.
+class TargetFaults(logging.Handler):
+    """Exceptions on threads of this process while it watches.
 
-    The target's threads cannot be told from others, so each thread but pytest's counts.
+    Those that end a thread, and those that asyncio logs, because nobody awaits them. The target's
+    threads cannot be told from others, so each thread but the main one counts.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _faults
+        super().__init__(logging.ERROR)
+        self._faults_lock = threading.Lock()  # guards _faults
         self._faults: list[str] = []
-        self._before = threading.excepthook
-        threading.excepthook = self._note
+        self._before: Callable[[threading.ExceptHookArgs], object] = threading.excepthook
+        self._noting = threading.local()
+
+    def watch(self) -> None:
+        """Begin, or take the place again that another hook has taken meanwhile."""
+        if threading.excepthook != self._note:
+            self._before = threading.excepthook
+            threading.excepthook = self._note
+        logging.getLogger(_ASYNCIO).addHandler(self)  # once, however often it is called
 
     def close(self) -> None:
         """Put back the hook that was there before, unless another has taken its place."""
         if threading.excepthook == self._note:
             threading.excepthook = self._before
+        logging.getLogger(_ASYNCIO).removeHandler(self)
+        super().close()
 
     def take(self) -> list[str]:
         """Return the exceptions since the last call, with their tracebacks."""
-        with self._lock:
+        with self._faults_lock:
             faults, self._faults = self._faults, []
         return faults
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Note what asyncio logs."""
+        if record.thread != threading.main_thread().ident:
+            text = self.format(record)
+            first, _, rest = text.partition("\n")
+            with self._faults_lock:
+                self._faults.append(f"asyncio on the thread {record.threadName}: {first}\n{rest}")
 
     def _note(self, args: threading.ExceptHookArgs) -> None:
         if args.exc_type is not SystemExit:
@@ -139,6 +161,12 @@ class TargetFaults:
             text = "".join(
                 traceback.format_exception(args.exc_type, args.exc_value, args.exc_traceback)
             )
-            with self._lock:
+            with self._faults_lock:
                 self._faults.append(f"the thread {name} ended by an exception\n{text}")
-        self._before(args)
+        if getattr(self._noting, "active", False):
+            return  # a hook that took this one's place calls it, and is called by it
+        self._noting.active = True
+        try:
+            self._before(args)
+        finally:
+            self._noting.active = False

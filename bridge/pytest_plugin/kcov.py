@@ -52,7 +52,7 @@ class Kcov:
             The trace, which grows with each command.
         """
         guest = guest or self._guest
-        trace = Trace(guest.session)
+        trace = Trace(guest)
         with guest.traced_by(trace):
             yield trace
 
@@ -116,9 +116,11 @@ class Trace(Tracer):
         results: the results of the commands.
     """
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._code = _Code(session)
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
+        self._code = _Code(guest.session)
+        self._by_session: list[tuple[Session, set[int]]] = []
+        """The PCs of each session: they mean nothing to the one that follows a reboot."""
         self.pcs: list[int] = []
         self.results: list[Result] = []
 
@@ -130,20 +132,28 @@ class Trace(Tracer):
         else:
             words = [os.fspath(word) for word in command]
         began = time.monotonic()
-        done = self._session.kcov(words, timeout=timeout)
+        session = self._guest.session
+        done = session.kcov(words, timeout=timeout)
         result = Result(done.exit_status, done.stdout, done.stderr, time.monotonic() - began)
+        if not self._by_session or self._by_session[-1][0] is not session:
+            self._by_session.append((session, set()))
+            self._code = _Code(session)
+        self._by_session[-1][1].update(done.pcs)
         self.pcs += done.pcs
         self.results.append(result)
         return result
 
     # What was covered
 
+    def _locations(self) -> Iterator[Location | str | None]:
+        for session, pcs in self._by_session:
+            yield from map(session.symbolize, pcs)
+
     @property
     def lines(self) -> dict[str, list[int]]:
         """The covered lines of the host's code, by file; those of each covered block."""
         found: dict[str, set[int]] = {}
-        for pc in set(self.pcs):
-            location = self._session.symbolize(pc)
+        for location in self._locations():
             if isinstance(location, Location):
                 found.setdefault(location.file, set()).update(location.block.lines)
         return {file: sorted(numbers) for file, numbers in sorted(found.items())}
@@ -162,8 +172,7 @@ class Trace(Tracer):
     def kernel_functions(self) -> list[str]:
         """The covered functions of the guest's kernel, where that is a source, sorted."""
         found = set()
-        for pc in set(self.pcs):
-            text = self._session.symbolize(pc)
+        for text in self._locations():
             if isinstance(text, str):
                 # [file:line ]function+0xoffset[ [module]]
                 words = text.removesuffix("]").split()

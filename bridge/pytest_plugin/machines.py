@@ -19,6 +19,7 @@ from bridge.errors import (
     GuestLostError,
     InfrastructureError,
     MissingDependencyError,
+    RunTimeoutError,
     UsageError,
 )
 from bridge.pytest_plugin.health import KernelLog, Symptom, TargetFaults, new_taint, symptoms
@@ -86,7 +87,6 @@ class _Guest:
 
     machine: Machine
     session: Session
-    faults: TargetFaults
     log: KernelLog
     module: str
     """The test file for which it became as new the last time."""
@@ -103,13 +103,17 @@ class Lease:
         console_start: how many bytes of console output there were when the test began.
     """
 
-    def __init__(self, machines: Machines, guest: _Guest, request: GuestRequest) -> None:
+    def __init__(
+        self, machines: Machines, guest: _Guest, request: GuestRequest, log: KernelLog
+    ) -> None:
         self.request = request
         self._machines = machines
         self._guest = guest
         self._checked = False
         self._loss_expected = False
-        self._log = guest.log
+        self._mute: BridgeError | None = None
+        """Why the guest does not answer, once it did not."""
+        self._log = log
         self.console_start = guest.session.machine.console.size
 
     @property
@@ -131,7 +135,11 @@ class Lease:
         Raises:
             BridgeError: the guest does not answer.
         """
-        return "\n".join(_look(self.session).since(self._log))
+        log = self._look()
+        if self._complaints(log):
+            # Also of a test that fails for another reason: no other test is to find it so.
+            self._guest.sick = True
+        return "\n".join(log.since(self._log))
 
     def reset(self) -> None:
         """Return the guest to its ready state, in the middle of a test.
@@ -140,7 +148,9 @@ class Lease:
         """
         self.check()
         self.session.reset()
+        self._log = self._guest.log
         self._checked = False
+        self._mute = None
 
     def replace(self) -> None:
         """End the guest and start another in its place."""
@@ -148,6 +158,15 @@ class Lease:
         self._log = self._guest.log
         self.console_start = 0
         self._checked = self._loss_expected = False
+        self._mute = None
+
+    def used(self) -> None:
+        """Note that the guest is used, so that what it says is looked at once more."""
+        self._checked = False
+
+    def settle(self) -> None:
+        """Note that the test has ended: only what uses the guest from now on is looked at."""
+        self._checked = True
 
     def expect_loss(self) -> None:
         """Note that the test itself has ended the guest, so that this is no fault."""
@@ -168,16 +187,12 @@ class Lease:
             if self._loss_expected:
                 return
             raise loss
-        ignore = (*self._machines.options.ignore, *self.request.ignore)
         found: list[Symptom] = []
         evidence = ""
-        for fault in guest.faults.take():
-            if not any(pattern.search(fault) for pattern in ignore):
-                found.append(Symptom("the target", fault.partition("\n")[0]))
-                evidence += fault
-        log = _look(guest.session)
-        found += symptoms(log.since(self._log), ignore)
-        found += new_taint(self._log.taint, log.taint, ignore)
+        for fault in self.target_faults():
+            found.append(Symptom("the target", fault.partition("\n")[0]))
+            evidence += fault
+        found += self._complaints(self._look())
         if found:
             guest.sick = True
             raise SickMachineError(
@@ -187,6 +202,35 @@ class Lease:
                 hint="a marker guest(ignore=[...]), or guest_ignore in pytest's configuration, "
                 "excludes what is expected",
             )
+
+    def target_faults(self) -> list[str]:
+        """Return the exceptions of the target since the last call, with their tracebacks."""
+        return [each for each in self._machines.faults.take() if not self._ignored(each)]
+
+    def watch(self) -> None:
+        """Watch the target's threads, whoever else has begun to do so."""
+        self._machines.faults.watch()
+
+    def _look(self) -> KernelLog:
+        if self._mute is not None:
+            raise self._mute  # to find that out takes long enough once
+        try:
+            return _look(self.session)
+        except BridgeError as error:
+            self._mute = error
+            self._guest.sick = True
+            raise
+
+    def _ignored(self, text: str) -> bool:
+        return any(pattern.search(text) for pattern in self._ignore)
+
+    @property
+    def _ignore(self) -> tuple[re.Pattern[str], ...]:
+        return (*self._machines.options.ignore, *self.request.ignore)
+
+    def _complaints(self, log: KernelLog) -> list[Symptom]:
+        found = symptoms(log.since(self._log), self._ignore)
+        return found + new_taint(self._log.taint, log.taint, self._ignore)
 
     def keep(self) -> None:
         """Have the guest outlive its tests, for the user to look at."""
@@ -202,6 +246,7 @@ class Machines:
 
     def __init__(self, options: Options) -> None:
         self.options = options
+        self.faults = TargetFaults()
         self._kept: list[_Guest] = []
         self._wanted: Counter[Machine] = Counter()
         self._alive: dict[Machine, _Guest] = {}
@@ -210,7 +255,11 @@ class Machines:
 
     def expect(self, items: Sequence[pytest.Item]) -> None:
         """Learn which tests will run: no guest outlives the last test that asks for it."""
-        self._wanted = Counter(request_of(item).machine for item in items)
+        self._wanted.clear()
+        for item in items:
+            # A wrong request is reported when its test begins.
+            with contextlib.suppress(pytest.UsageError):
+                self._wanted[request_of(item).machine] += 1
 
     def lease(self, item: pytest.Item) -> Lease:
         """Return the guest that a test asks for, started or as new.
@@ -220,33 +269,43 @@ class Machines:
             BridgeError: it does not start.
         """
         request = request_of(item)
+        self.faults.watch()
         guest = self._alive.get(request.machine)
-        if guest is not None and not self._ready(guest, request):
-            self._discard(guest)
-            guest = None
-        if guest is None:
+        log = None
+        if guest is not None and not guest.sick:
+            log = self._ready(guest, request)
+        if guest is None or log is None:
+            # In the place of the other, if there is one.
             guest = self.start(request)
+            log = guest.log
         # The one that was used last is at the end.
         self._alive[request.machine] = self._alive.pop(request.machine)
-        return Lease(self, guest, request)
+        return Lease(self, guest, request, log)
 
-    def _ready(self, guest: _Guest, request: GuestRequest) -> bool:
-        """Make a guest as new if the test wants that; return whether it can be used."""
-        if guest.session.machine.loss is not None and request.reset is Reset.NEVER:
-            return False
+    def _ready(self, guest: _Guest, request: GuestRequest) -> KernelLog | None:
+        """Make a guest as new if the test wants that.
+
+        Returns:
+            The kernel's log as it is now; None if the guest cannot be used.
+        """
         same = request.reset is Reset.MODULE and guest.module == request.module
-        if request.reset is not Reset.NEVER and not same:
-            try:
+        try:
+            if request.reset is Reset.NEVER or same:
+                # Another test has used it: it may be lost, or not answer.
+                guest.session.machine.check()
+                log = _look(guest.session)
+            else:
                 guest.session.reset()
-            except UsageError:
-                # It was booted, not started from a snapshot.
-                return False
-            except BridgeError as error:
-                logger.warning("the guest is replaced: %s", error.message)
-                return False
+                log = guest.log
+        except UsageError:
+            # It was booted, not started from a snapshot.
+            return None
+        except BridgeError as error:
+            logger.warning("the guest is replaced: %s", error.message)
+            return None
         guest.module = request.module
-        guest.faults.take()
-        return True
+        self.faults.take()
+        return log
 
     def start(self, request: GuestRequest) -> _Guest:
         """Start a guest, in the place of another with the same settings.
@@ -283,11 +342,9 @@ class Machines:
 
     def _start(self, request: GuestRequest) -> _Guest:
         with contextlib.ExitStack() as stack:
-            faults = TargetFaults()
-            stack.callback(faults.close)
             session = stack.enter_context(Session(request.settings(self.options.overrides)))
             log = _look(session)
-            guest = _Guest(request.machine, session, faults, log, request.module)
+            guest = _Guest(request.machine, session, log, request.module)
             guest.stack = stack.pop_all()
         return guest
 
@@ -328,14 +385,26 @@ class Machines:
 
     def close(self) -> None:
         """End all guests. Safe to call twice."""
-        for guest in [*self._alive.values(), *self._kept]:
-            self._discard(guest)
-        self._kept.clear()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.faults.close)
+            for guest in [*self._alive.values(), *self._kept]:
+                stack.callback(self._discard, guest)
+            self._kept.clear()
 
 
 def _look(session: Session) -> KernelLog:
-    """Read the kernel's log and its taint mask."""
-    result = session.run(_LOOK, timeout=_LOOK_SECONDS)
+    """Read the kernel's log and its taint mask.
+
+    Raises:
+        GuestLostError: the guest does not answer.
+    """
+    try:
+        result = session.run(_LOOK, timeout=_LOOK_SECONDS)
+    except RunTimeoutError:
+        raise GuestLostError(
+            f"the guest does not answer: its kernel log could not be read in {_LOOK_SECONDS:g} s",
+            hint="did the test leave processes that take all of its processors or memory?",
+        ) from None
     first, _, rest = result.stdout.decode(errors="replace").partition("\n")
     if result.exit_status or not first.strip().isdigit():
         raise GuestLostError(

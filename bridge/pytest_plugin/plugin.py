@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -28,6 +31,12 @@ _SCOPES = ("session", "module", "function")
 _RESETS = ("test", "module", "never")
 _REQUIRE = "KCOV_BRIDGE_REQUIRE"
 """An environment variable: 1 makes a missing program a failure of the test instead of a skip."""
+
+_SCOPE_HINT = (
+    "the guest is lent to one test at a time, so a fixture that takes it has the scope function. "
+    'To prepare a guest once for a file, mark the tests with guest(reset="module"), and let the '
+    "fixture look whether the guest is prepared already."
+)
 
 _MACHINES: pytest.StashKey[Machines] = pytest.StashKey()
 _LEASE: pytest.StashKey[Lease] = pytest.StashKey()
@@ -52,13 +61,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="how long a guest lives: for all tests that ask for the same one (session, the "
         "default), for those of a module, or for one test (function)",
     )
+    # Each form is an option of its own: an optional argument would take the path after it.
     group.addoption(
         "--guest-keep",
-        nargs="?",
+        "--guest-keep=always",
+        action="store_const",
         const="always",
-        choices=("always", "failed"),
-        help="keep the guest at the end, or that of the first failed test (failed), print how to "
-        "get in, and wait for Ctrl-C",
+        dest="guest_keep",
+        help="keep the guest at the end, print how to get in, and wait for Ctrl-C",
+    )
+    group.addoption(
+        "--guest-keep=failed",
+        action="store_const",
+        const="failed",
+        dest="guest_keep",
+        help="the same with the guest of the first test that fails",
     )
     group.addoption(
         "--guest-shell",
@@ -74,6 +91,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    option = config.option
+    if (option.guest_keep or option.guest_shell) and getattr(option, "dist", "no") != "no":
+        raise pytest.UsageError(
+            "--guest-keep and --guest-shell need the terminal, which the workers of pytest-xdist "
+            "do not have: leave out -n"
+        )
     config.addinivalue_line(
         "markers",
         "guest(reset='test', ignore=(), **settings): the test's guest has these settings of "
@@ -96,7 +119,31 @@ def _machines(config: pytest.Config) -> Machines:
         from bridge.pytest_plugin.machines import Machines, options_of
 
         machines = config.stash[_MACHINES] = Machines(options_of(config))
+        _end_in_order(config)
     return machines
+
+
+def _end_in_order(config: pytest.Config) -> None:
+    """Have SIGTERM and SIGHUP end the run as Ctrl-C does, so that nothing of a guest is left."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def received(number: int, frame: FrameType | None) -> None:
+        for each in handled:
+            signal.signal(each, signal.SIG_IGN)
+        pytest.exit(f"{signal.Signals(number).name} was received", returncode=128 + number)
+
+    handled = [
+        each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) == signal.SIG_DFL
+    ]
+
+    def restore() -> None:
+        for each in handled:
+            signal.signal(each, signal.SIG_DFL)
+
+    for each in handled:
+        signal.signal(each, received)
+    config.add_cleanup(restore)
 
 
 # ---- collection: wrong arguments are found before anything runs, tests of one guest are together
@@ -108,7 +155,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     from bridge.pytest_plugin.request import group, request_of
 
-    requests = {item: request_of(item) for item in items if _wants_guest(item)}
+    requests = {}
+    for item in items:
+        if _wants_guest(item):
+            try:
+                requests[item] = request_of(item)
+            except pytest.UsageError:
+                if not hasattr(item.config, "workerinput"):
+                    raise
+                # A worker of pytest-xdist that ends here breaks the whole run: the test fails.
     items[:] = group(items, requests)
 
 
@@ -119,7 +174,16 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def _wants_guest(item: pytest.Item) -> bool:
-    return _FIXTURE in getattr(item, "fixturenames", ())
+    """Return whether a test takes this plugin's fixture, not one of its own with that name."""
+    if _FIXTURE not in getattr(item, "fixturenames", ()):
+        return False
+    definitions = getattr(item, "_fixtureinfo").name2fixturedefs.get(_FIXTURE, ())  # noqa: B009
+    for definition in reversed(definitions):
+        if definition.func.__module__ == __name__:
+            return True
+        if _FIXTURE not in definition.argnames:
+            return False
+    return False
 
 
 # ---- fixtures
@@ -136,6 +200,7 @@ def guest(request: pytest.FixtureRequest) -> Guest:
     capture = request.config.pluginmanager.getplugin("capturemanager")
     # An image may be built, which takes minutes and reports its progress.
     shown = capture.global_and_fixture_disabled() if capture else contextlib.nullcontext()
+    wrong = ""
     try:
         with shown:
             lease = machines.lease(request.node)
@@ -143,9 +208,13 @@ def guest(request: pytest.FixtureRequest) -> Guest:
         if os.environ.get(_REQUIRE) == "1":
             raise
         pytest.skip(error.report())
+    except pytest.UsageError as error:
+        wrong = str(error)
     except StartsFailed as error:
         request.session.shouldstop = str(error)
         raise
+    if wrong:
+        pytest.fail(wrong, pytrace=False)
     request.node.stash[_LEASE] = lease
     request.node.user_properties += lease.properties
     return Guest(lease, request.config)
@@ -165,9 +234,11 @@ def kcov(guest: Guest) -> Kcov:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Fail a test whose machine is sick, even if its commands passed."""
+    if (lease := item.stash.get(_LEASE, None)) is not None:
+        lease.watch()
     yield
-    lease = item.stash.get(_LEASE, None)
-    if lease is not None:
+    # The test may have asked for its guest by itself.
+    if (lease := item.stash.get(_LEASE, None)) is not None:
         lease.check()
 
 
@@ -176,7 +247,10 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[Any]
 ) -> Iterator[pytest.TestReport]:
     report: pytest.TestReport = yield  # type: ignore[assignment,misc]
-    if _wants_guest(item):
+    if report.failed and "ScopeMismatch" in report.longreprtext and _wants_guest(item):
+        report.sections.append(("guest", _SCOPE_HINT))
+    # Nothing of the package is imported for tests without a guest.
+    if _MACHINES in item.config.stash:
         from bridge.pytest_plugin.reports import complete
 
         complete(report, call, item.stash.get(_LEASE, None))
@@ -199,7 +273,18 @@ def pytest_exception_interact(
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """Fail the teardown of a test in which the machine became sick."""
+    if (lease := item.stash.get(_LEASE, None)) is not None:
+        lease.settle()
+    yield
+    if (lease := item.stash.get(_LEASE, None)) is not None:
+        lease.check()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Take the guest back when all reports of a test are written."""
     try:
         return (yield)
     finally:

@@ -26,16 +26,22 @@ def complete(report: pytest.TestReport, call: pytest.CallInfo[Any], lease: Lease
     """Add to a report what is known of the test's guest."""
     error = call.excinfo.value if call.excinfo is not None else None
     if isinstance(error, BridgeError) and report.failed:
-        report.longrepr = _of_the_machine(error)
+        report.longrepr = _of_the_machine(error, lease)
     elif isinstance(error, CommandError | WaitTimeoutError) and report.failed:
         report.longrepr = _of_the_test(report, call)
     if lease is not None and report.failed:
+        if faults := lease.target_faults():
+            report.sections.append(("exceptions of the target", "\n".join(faults)))
         _add_evidence(report, lease)
 
 
-def _of_the_machine(error: BridgeError) -> str:
-    kind = "not well" if isinstance(error, SickMachineError) else "failed"
-    return f"the machine {kind}, not an assertion of the test: {error.report()}"
+def _of_the_machine(error: BridgeError, lease: Lease | None) -> str:
+    kind = "is not well" if isinstance(error, SickMachineError) else "failed"
+    text = error.report()
+    if lease is not None and error is lease.session.machine.loss:
+        # Its evidence is the console's end, also of the tests before: a section has this test's.
+        text = error.message + (f"\nhint: {error.hint}" if error.hint else "")
+    return f"the machine {kind}, not an assertion of the test: {text}"
 
 
 def _of_the_test(report: pytest.TestReport, call: pytest.CallInfo[Any]) -> Any:

@@ -65,15 +65,20 @@ def request_of(item: pytest.Item) -> GuestRequest:
             raise _wrong(item, f"takes settings by name, not {marker.args[0]!r}")
         values.update(marker.kwargs)
     reset = values.pop("reset", Reset.TEST.value)
-    if reset not in {each.value for each in Reset}:
+    if reset not in [each.value for each in Reset]:
         choices = ", ".join(repr(each.value) for each in Reset)
         raise _wrong(item, f"reset is {reset!r}; it can be {choices}")
     ignore = values.pop("ignore", ())
-    patterns = (ignore,) if isinstance(ignore, str) else ignore
+    patterns = (ignore,) if isinstance(ignore, str | re.Pattern) else ignore
     try:
         compiled = tuple(re.compile(each) for each in patterns)
     except (re.error, TypeError) as error:
         raise _wrong(item, f"ignore is {ignore!r}: {error}") from None
+    try:
+        config.load({})
+    except UsageError as error:
+        # The settings file or the environment, whatever the marker says.
+        raise pytest.UsageError(error.report()) from None
     try:
         config.load(values)
     except UsageError as error:

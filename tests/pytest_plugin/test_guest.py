@@ -86,6 +86,8 @@ def test_guest_verbs_do_what_they_say(run: Run) -> None:
             assert guest.get("/root/file") == b"bytes"
             copy = guest.get_file("/root/file", tmp_path / "copy")
             assert copy.read_bytes() == b"bytes"
+            guest.put(b"x" * 3_000_000, "/root/file")
+            assert len(guest.get("/root/file")) == 3_000_000
 
         def test_waits(guest):
             guest.succeed("(sleep 0.3; echo ready >/run/made) >/dev/null 2>&1 &")
@@ -93,9 +95,20 @@ def test_guest_verbs_do_what_they_say(run: Run) -> None:
             assert guest.wait_until_succeeds("grep ready /run/made") == "ready"
             guest.succeed("(sleep 0.3; rm /run/made) >/dev/null 2>&1 &")
             guest.wait_until_fails("test -e /run/made")
+            here = "cat <<'EOF'\\nit's `x` $(1\\nEOF\\n# a comment"
+            assert guest.wait_until_succeeds(here) == "it's `x` $(1"
+            assert guest.wait_until_fails("echo on both; echo 1 >&2; exit 3") == "on both\\n1"
             with pytest.raises(AssertionError) as caught:
                 guest.wait_until_succeeds("echo not yet; false", timeout=0.5)
             assert "within 0.5 s" in str(caught.value) and "not yet" in str(caught.value)
+            with pytest.raises(AssertionError) as caught:
+                guest.wait_until_succeeds("echo why >&2; false", timeout=0.5)
+            assert str(caught.value).count("why") == 2, "the command, and its output once"
+            for wrong in ("false); true; (true", "echo '"):
+                with pytest.raises(AssertionError, match="yntax|nterminated"):
+                    guest.wait_until_succeeds(wrong, timeout=0.2)
+            with pytest.raises(AssertionError, match="itself does not end"):
+                guest.wait_until_succeeds("yes", timeout=0.5)
             began = time.monotonic()
             with pytest.raises(AssertionError, match="exists"):
                 guest.wait_for_file("/nowhere", timeout=0.2)
@@ -134,7 +147,7 @@ def test_guest_verbs_do_what_they_say(run: Run) -> None:
 def test_guest_machine_is_sick_the_test_fails_and_the_next_has_another(run: Run) -> None:
     result = run(
         """
-        import pytest, threading
+        import logging, pytest, threading
 
         def test_warning(guest):
             guest.succeed("echo 'WARNING: CPU: 0 PID: 1 at x' >/dev/kmsg")
@@ -146,6 +159,39 @@ def test_guest_machine_is_sick_the_test_fails_and_the_next_has_another(run: Run)
         def test_crash_of_a_process(guest):
             guest.run("sh -c 'kill -SEGV $$'")
             guest.succeed("echo 'a.out[99]: segfault at 0 ip 0' >/dev/kmsg")
+
+        def test_failed_assertion_hides_no_fault_of_the_target(guest):
+            def fail():
+                logging.getLogger("asyncio").error("Task exception", exc_info=OSError("unawaited"))
+            thread = threading.Thread(target=fail)
+            thread.start()
+            thread.join()
+            assert False
+
+        @pytest.fixture
+        def warns_at_the_end(guest):
+            yield
+            guest.succeed("echo 'BUG: in the teardown' >/dev/kmsg")
+
+        def test_teardown(warns_at_the_end):
+            pass
+
+        @pytest.mark.guest(reset="module")
+        class TestModule:
+            def test_crash(self, guest):
+                guest.crash()
+
+            def test_lost_guest_is_replaced(self, guest):
+                guest.succeed("true")
+
+            @pytest.mark.guest(ignore="mine")
+            def test_ignored(self, guest):
+                guest.succeed("echo 'BUG: mine' >/dev/kmsg")
+                assert "BUG: mine" in guest.dmesg()
+
+            def test_log_of_another_test_does_not_count(self, guest):
+                guest.succeed("true")
+                assert "mine" not in guest.dmesg()
 
         def test_thread_of_the_target(guest):
             def fail():
@@ -169,12 +215,12 @@ def test_guest_machine_is_sick_the_test_fails_and_the_next_has_another(run: Run)
         def test_afterwards(guest):
             guest.succeed("true")
         """,
-        "-p",
-        "no:threadexception",
     )
-    result.assert_outcomes(passed=4, failed=5)
+    result.assert_outcomes(passed=9, failed=6, errors=1, warnings=1)
     text = result.stdout.str()
-    assert "the machine not well" in text
+    assert "the machine is not well" in text
+    assert "OSError: unawaited" in text
+    assert "BUG: in the teardown" in text
     assert "WARNING: CPU: 0 PID: 1 at x" in text
     assert "RuntimeError: in the target" in text
     assert "panicked" in text
@@ -201,12 +247,98 @@ def test_guest_assertion_fails_shows_the_frames_of_the_test_alone(run: Run) -> N
     assert 'name="guest_accel"' in junit
 
 
+def test_guest_asked_for_by_the_test_itself_or_by_a_fixture_of_a_module(run: Run) -> None:
+    result = run(
+        """
+        import pytest
+
+        def test_asks(request):
+            request.getfixturevalue("guest").succeed("echo in the log >/dev/kmsg; exit 5")
+
+        @pytest.fixture(scope="module")
+        def prepared(guest):
+            pass
+
+        def test_prepared(prepared):
+            pass
+        """
+    )
+    result.assert_outcomes(failed=1, errors=1)
+    text = result.stdout.str()
+    assert "guest kernel log since the test began" in text
+    assert "guest.py" not in text
+    assert 'guest(reset="module")' in text
+
+
+def test_guest_fixture_of_the_user_with_this_name_is_left_alone(run: Run) -> None:
+    result = run(
+        """
+        import sys
+        import pytest
+
+        @pytest.fixture
+        def guest():
+            return "Bob"
+
+        @pytest.mark.guest("of honour", table=1)
+        def test_first(guest):
+            assert guest == "Bob"
+
+        def test_second():
+            pass
+
+        def test_third(guest):
+            assert "bridge.pytest_plugin.request" not in sys.modules
+        """,
+        "-v",
+        "--guest-keep",
+        "test_it.py",
+    )
+    result.assert_outcomes(passed=3)
+    result.stdout.fnmatch_lines(["*test_first*", "*test_second*", "*test_third*"])
+
+
+def test_guest_options_that_need_the_terminal_and_workers_is_a_usage_error(run: Run) -> None:
+    for option in ("--guest-keep=failed", "--guest-shell"):
+        result = run("def test_it(guest): pass", "-n1", option)
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        assert "leave out -n" in result.stderr.str()
+
+
+def test_guest_wrong_argument_in_a_worker_is_an_error_of_the_test(run: Run) -> None:
+    result = run(
+        """
+        import pytest
+
+        @pytest.mark.guest(memmory=256)
+        def test_it(guest):
+            pass
+
+        def test_other():
+            pass
+        """,
+        "-n1",
+    )
+    result.assert_outcomes(errors=1, passed=1)
+    assert "did you mean memory?" in result.stdout.str()
+
+
+def test_guest_broken_settings_file_is_named_and_no_marker(run: Run) -> None:
+    (run.pytester.path / "kcov-bridge.toml").write_text("memory = = 3")
+    result = run("def test_it(guest): pass")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    text = result.stderr.str() + result.stdout.str()
+    assert "kcov-bridge.toml is not valid TOML" in text
+    assert "the marker" not in text
+
+
 @pytest.mark.parametrize(
     ("marker", "message"),
     [
         ("memory='much'", "memory"),
         ("memmory=256", "memory"),
         ("reset='sometimes'", "it can be 'test', 'module', 'never'"),
+        ("reset=['test']", "it can be 'test', 'module', 'never'"),
         ("ignore=['(']", "ignore"),
         ("'trixie'", "takes settings by name"),
     ],
@@ -304,6 +436,17 @@ def test_kcov_trace_shows_what_the_target_ran(run: Run) -> None:
             assert trace.new_since(trace) == {}
             assert listed.new_since(trace) or trace.new_since(listed)
 
+        def test_reboot(guest, kcov):
+            with kcov.trace() as trace:
+                guest.succeed("cat /mnt/target/README")
+                before = trace.lines
+                guest.reboot()
+                guest.succeed("true")
+                assert trace.lines == before
+                guest.succeed("ls -l /mnt/target")
+            assert len(trace.results) == 3
+            trace.assert_covered("plan9/server.py")
+
         def test_nothing(guest, kcov):
             trace = kcov.run(["true"])
             trace.assert_not_covered("plan9/server.py")
@@ -320,7 +463,7 @@ def test_kcov_trace_shows_what_the_target_ran(run: Run) -> None:
                 trace.assert_not_covered("plan9/server.py:nothing")
         """
     )
-    result.assert_outcomes(passed=3)
+    result.assert_outcomes(passed=4)
 
 
 def test_plugin_import_loads_nothing_of_the_package_but_itself(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 
@@ -67,6 +68,7 @@ def test_target_faults_exception_of_a_thread_is_noted_once() -> None:
     shown: list[object] = []
     threading.excepthook = shown.append
     faults = TargetFaults()
+    faults.watch()
 
     def fail() -> None:
         raise RuntimeError("in the target")
@@ -82,3 +84,43 @@ def test_target_faults_exception_of_a_thread_is_noted_once() -> None:
     faults.close()
     assert threading.excepthook == shown.append
     threading.excepthook = hook
+
+
+def test_target_faults_hook_in_its_place_calls_it_no_endless_chain() -> None:
+    hook = threading.excepthook
+    shown: list[object] = []
+    threading.excepthook = shown.append
+    faults = TargetFaults()
+    faults.watch()
+    watching = threading.excepthook
+    threading.excepthook = lambda args: watching(args)
+    faults.watch()
+
+    def fail() -> None:
+        raise RuntimeError("in the target")
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    faults.close()
+    threading.excepthook = hook
+    assert faults.take()
+
+
+def test_target_faults_errors_that_asyncio_logs_on_other_threads_count() -> None:
+    faults = TargetFaults()
+    faults.watch()
+    log = logging.getLogger("asyncio")
+
+    def fail() -> None:
+        log.error("Task exception was never retrieved", exc_info=RuntimeError("in the target"))
+
+    thread = threading.Thread(target=fail, name="serving")
+    thread.start()
+    thread.join()
+    log.error("on the thread of the test itself")
+    (fault,) = faults.take()
+    assert "serving: Task exception was never retrieved" in fault
+    assert "RuntimeError: in the target" in fault
+    faults.close()
+    assert faults not in log.handlers
