@@ -42,6 +42,7 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 CONFIG_FILE = "kcov-bridge.toml"
+_TABLE = "kcov-bridge"
 """The settings file looked for in the working directory."""
 
 ENVIRONMENT_PREFIX = "KCOV_BRIDGE_"
@@ -92,10 +93,15 @@ class Option:
         if self.power_of_two:
             words += ", a power of two"
         if self.minimum is not None and self.maximum is not None:
-            words += f", {self.minimum:g} to {self.maximum:g}"
+            words += f", {_in_full(self.minimum)} to {_in_full(self.maximum)}"
         elif self.minimum is not None:
-            words += f", {self.minimum:g} or more"
+            words += f", {_in_full(self.minimum)} or more"
         return words
+
+
+def _in_full(number: float) -> str:
+    """Write a number without an exponent if it is whole."""
+    return f"{int(number)}" if number == int(number) else f"{number:g}"
 
 
 def _about(kind: Kind, help: str, **limits: Any) -> dict[str, Option]:
@@ -365,7 +371,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint with the nearest known name, or all of them."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]}?" if near else "there are: " + ", ".join(names)
+    return f"did you mean {near[0]}?" if near else "the names are: " + ", ".join(names)
 
 
 def _wrong(where: str, value: object, option: Option) -> UsageError:
@@ -499,15 +505,24 @@ def _read_file(path: Path) -> dict[str, object]:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
+        raise UsageError(
+            f"the settings file {path} cannot be read: {error.strerror}",
+            hint="--config FILE names another",
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML", evidence=str(error)) from error
     if path.name != "pyproject.toml":
         return document
     tool = document.get("tool", {})
-    table = tool.get("kcov-bridge", {}) if isinstance(tool, dict) else {}
+    if not isinstance(tool, dict):
+        return {}
+    if _TABLE not in tool:
+        for near in difflib.get_close_matches(_TABLE, tool, n=1, cutoff=0.8):
+            # No error: it may be the table of another program.
+            _log.warning("%s: [tool.%s] is not read; did you mean [tool.%s]?", path, near, _TABLE)
+    table = tool.get(_TABLE, {})
     if not isinstance(table, dict):
-        raise UsageError(f"{path}: tool.kcov-bridge is not a table")
+        raise UsageError(f"{path}: tool.{_TABLE} is not a table")
     return table
 
 
@@ -537,7 +552,10 @@ def load(
         for key, value in _read_file(path).items():
             name = key.replace("-", "_")
             if name not in known:
-                raise UsageError(f"{path}: unknown key {key}", hint=_nearest(name, known))
+                hint = _nearest(name, known)
+                if isinstance(value, dict) and path.name != "pyproject.toml":
+                    hint = "settings stand at the top level of this file, outside of any table"
+                raise UsageError(f"{path}: unknown key {key}", hint=hint)
             values[name] = _from_toml(name, known[name], value, f"{path}: {key}", path.parent)
 
     for variable, text in environ.items():

@@ -55,6 +55,17 @@ def test_pyproject_without_the_table_changes_nothing(tmp_path: Path) -> None:
     assert load(environ={}, directory=tmp_path) == Settings()
 
 
+def test_load_pyproject_with_a_misspelt_table_warns(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    path = toml(tmp_path, "[tool.kcov_bridge]\ncpus = 2\n[tool.ruff]\n", "pyproject.toml")
+    with caplog.at_level(logging.WARNING, logger="bridge.config"):
+        assert load(environ={}, directory=tmp_path) == Settings()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: [tool.kcov_bridge] is not read; did you mean [tool.kcov-bridge]?"
+    ]
+
+
 def test_relative_paths_of_a_file_start_at_the_file(tmp_path: Path) -> None:
     path = toml(tmp_path, 'out = "there"\nimage = "disks/a.qcow2"\nqemu = "qemu-kvm"\n')
     settings = load(environ={}, directory=Path("/"), file=path)
@@ -67,10 +78,11 @@ def test_relative_paths_of_a_file_start_at_the_file(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("memroy = 1\n", ["unknown key memroy", "did you mean memory?"]),
-        ("zzz = 1\n", ["unknown key zzz", "there are: personality"]),
+        ("zzz = 1\n", ["unknown key zzz", "the names are: personality"]),
         ('memory = "256"\n', ["memory", '"256" is not allowed', "a whole number"]),
         ("memory = true\n", ["memory: True is not allowed"]),
-        ("memory = 1\n", ["memory: 1 is not allowed", "64 to"]),
+        ("memory = 1\n", ["memory: 1 is not allowed", "a whole number, 64 to 1048576"]),
+        ("[kcov-bridge]\nmemory = 256\n", ["unknown key kcov-bridge", "outside of any table"]),
         ("region = 100\n", ["region: 100", "power of two"]),
         ('accel = "kvn"\n', ["auto or kvm or tcg", "did you mean kvm?"]),
         ("syscall_pcs = 1\n", ["syscall_pcs: 1", "true or false"]),

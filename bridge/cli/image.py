@@ -222,7 +222,7 @@ def _path(args: argparse.Namespace) -> int:
 def _rm(args: argparse.Namespace) -> int:
     if args.all == bool(args.names):
         raise UsageError(
-            "no image to remove is named" if not args.all else "--all takes no names",
+            "`image rm` needs the name of an image" if not args.all else "--all takes no names",
             hint="`kcov-bridge image list` shows the names; --all removes all",
         )
     directories: list[Path] = [resolve(name) for name in args.names]

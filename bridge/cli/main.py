@@ -96,7 +96,7 @@ class _Parser(argparse.ArgumentParser):
             fill(self)
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        raise UsageError(message, hint=f"`{self.prog} --help` shows what there is")
+        raise UsageError(message, hint=f"`{self.prog} --help` shows what is allowed")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -189,12 +189,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:
     parsed: tuple[argparse.Namespace, list[str]] = parser.parse_known_args(own)
     args, extra = parsed
     if extra:
-        hint = f"`{_PROGRAM} {args.subcommand or ''} --help` shows what there is".replace("  ", " ")
+        hint = f"`{_PROGRAM} {args.subcommand or ''} --help` shows what is allowed".replace(
+            "  ", " "
+        )
         if args.subcommand == "run" and not extra[0].startswith("-"):
             hint = f"the command comes after --: {_PROGRAM} run -- {' '.join(extra)}"
         raise UsageError(f"unexpected argument: {' '.join(extra)}", hint=hint)
     if args.subcommand is None:
-        raise UsageError("no command is given", hint=f"`{_PROGRAM} --help` shows what there is")
+        raise UsageError("no command is given", hint=f"`{_PROGRAM} --help` shows what is allowed")
     if split is not None and args.subcommand != "run":
         raise UsageError(
             f"`{_PROGRAM} {args.subcommand}` takes no command after --",

@@ -22,6 +22,7 @@ from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
 from bridge.sources.guest_kernel import SYMBOLS_FILE
 from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.targets import DEFAULT_TARGET, MOUNT_POINT
+from bridge.targets.registry import check_name
 from bridge.util.files import remove, remove_partial
 from bridge.util.resources import guest_directory
 
@@ -47,13 +48,14 @@ def run(settings: Settings, command: Sequence[str], streams: Streams) -> int:
         The command's exit status.
 
     Raises:
-        UsageError: another run writes into ``settings.out``.
+        UsageError: another run is writing to ``settings.out``.
         BridgeError: what ended the run.
     """
     if not command and settings.target != DEFAULT_TARGET:
+        check_name(settings.target)
         raise UsageError(
             f"the target {settings.target} has no default workload",
-            hint="say what to run in the guest: kcov-bridge run … -- CMD",
+            hint="give a command to run in the guest: kcov-bridge run … -- CMD",
         )
     with _claimed(settings.out) as out:
         _clear(out)
@@ -137,8 +139,8 @@ def _claimed(out: Path) -> Iterator[Path]:
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(
-                f"another run{_lock_holder(directory)} writes into {out}",
-                hint="wait for its end, or take another directory: --out DIR",
+                f"another run{_lock_holder(directory)} is writing to {out}",
+                hint="wait until it ends, or choose another directory: --out DIR",
             ) from error
         except OSError as error:
             logger.debug("%s is on a file system without locks: %s", out, error.strerror)
@@ -168,10 +170,16 @@ def _clear(out: Path) -> None:
         raise _unusable(out, error) from error
 
 
-def _unusable(out: Path, error: OSError) -> InfrastructureError:
+def _unusable(out: Path, error: OSError) -> BridgeError:
+    hint = "choose another directory: --out DIR"
+    for each in (out, *out.parents):
+        if each.exists() and not each.is_dir():
+            return UsageError(
+                f"the results cannot be written to {out}: {each} is a file", hint=hint
+            )
     return InfrastructureError(
         f"the directory {out} cannot be used: {error.strerror}",
-        hint="--out DIR takes another one",
+        hint=hint,
     )
 
 

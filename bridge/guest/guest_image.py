@@ -113,11 +113,17 @@ def find_guest_image(settings: Settings) -> GuestImage:
         UsageError: there is no such image.
         ImageError: the image is broken, or cannot be built.
     """
+    own = settings.image is not None and settings.ssh_key is not None
+    if settings.append and not (own and settings.kernel):
+        raise UsageError(
+            "--append is given without --kernel and a disk image of your own",
+            hint="leave --append out: only a disk image of your own takes a kernel command line",
+        )
     if settings.image is not None and settings.ssh_key is not None:
         return CustomImage(Path(settings.image), settings.ssh_key)
     if settings.ssh_key is not None:
         raise UsageError(
-            "an SSH key is given without a disk image of your own",
+            "--ssh-key is given without a disk image of your own",
             hint="give both, --image FILE --ssh-key FILE",
         )
     name = settings.image or DEFAULT_RECIPE
@@ -125,10 +131,15 @@ def find_guest_image(settings: Settings) -> GuestImage:
         return ProjectImage(_current_image(name))
     if Path(name).is_file():
         raise UsageError(
-            f"the disk image {name} is given without a key",
-            hint="--ssh-key FILE names the private key that its root accepts",
+            f"the disk image {name} is given without an SSH key",
+            hint="--ssh-key FILE names the private key that root in the image accepts",
         )
-    found = Image.load(resolve(name))
+    if "/" in name:
+        raise UsageError(
+            f"there is no disk image {name}",
+            hint="--image takes a file, a recipe, or a name from `kcov-bridge image list`",
+        )
+    found = Image.load(resolve(name, recipes=True))
     found.check()
     return ProjectImage(found)
 

@@ -105,8 +105,8 @@ class Session:
     def __init__(self, settings: Settings, out: str | os.PathLike[str] | None = None) -> None:
         if settings.comparisons and settings.isolate:
             raise UsageError(
-                "comparisons of a target in a process of its own are not recorded",
-                hint="leave out --comparisons or --isolate",
+                "--comparisons cannot be combined with --isolate",
+                hint="leave out --comparisons, or --isolate",
             )
         self.settings = settings
         self.events = Events()

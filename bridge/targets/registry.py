@@ -22,7 +22,7 @@ from bridge.targets import DEFAULT_TARGET, Target
 from bridge.targets.none import NoTarget
 from bridge.targets.thread import foreign
 
-__all__ = ["create", "names"]
+__all__ = ["check_name", "create", "names"]
 
 
 def _plan9(directory: Path | None) -> Target:
@@ -64,24 +64,34 @@ def create(name: str, directory: Path | None = None) -> Target:
         UsageError: the name stands for nothing.
         TargetError: the code behind it raises, or what it makes is no target.
     """
+    check_name(name)
+    return _own(name, directory) if ":" in name else _BUILT_IN[name](directory)
+
+
+def check_name(name: str) -> None:
+    """Check that a name is that of a built-in target, or has the form ``module:Class``.
+
+    Raises:
+        UsageError: it is neither.
+    """
     if ":" in name:
-        return _own(name, directory)
-    try:
-        factory = _BUILT_IN[name]
-    except KeyError:
+        module, _, attribute = name.partition(":")
+        if not module or not attribute:
+            raise UsageError(
+                f"the target {name!r} is not of the form module:Class",
+                hint="for example --target mypackage.server:Server",
+            )
+    elif name not in _BUILT_IN:
         near = difflib.get_close_matches(name, _BUILT_IN, n=1)
         raise UsageError(
             f"there is no target {name}",
             hint=(f"did you mean {near[0]}? " if near else "")
-            + f"there are {', '.join(_BUILT_IN)}, and module:Class of your own",
-        ) from None
-    return factory(directory)
+            + f"the targets are {', '.join(_BUILT_IN)}, and module:Class for your own",
+        )
 
 
 def _own(name: str, directory: Path | None) -> Target:
     module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise UsageError(f"target {name} is not written as module:Class")
     # An installed command does not search the working directory. Last, so that nothing there hides
     # an installed module.
     here = os.getcwd()  # noqa: PTH109
@@ -114,8 +124,8 @@ def _own(name: str, directory: Path | None) -> Target:
         missing = [member for member in _MEMBERS if member not in present]
         if missing:
             raise TargetError(
-                f"target {name} is no target: it lacks {', '.join(missing)}",
-                hint="the protocol bridge.Target says what each is",
+                f"target {name} is not a target: it lacks {', '.join(missing)}",
+                hint="the docstring of bridge.Target explains each",
             )
         packages = target.packages
         if not isinstance(packages, tuple) or not all(isinstance(each, str) for each in packages):

@@ -64,10 +64,13 @@ def read_directory(directory: Path) -> tuple[Entry, ...]:
     Symbolic links, devices and names that are not ASCII are left out with a warning.
 
     Raises:
-        UsageError: it is no directory, cannot be read, or is too big.
+        UsageError: it is not a directory, cannot be read, or is too big.
     """
     if not directory.is_dir():
-        raise UsageError(f"{directory} is no directory")
+        raise UsageError(
+            f"the target directory {directory} is not a directory",
+            hint="--target-dir DIR names the directory whose copy the guest sees",
+        )
     entries: list[Entry] = []
     left_out: list[str] = []
     total = 0

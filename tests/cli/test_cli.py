@@ -91,7 +91,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "--memory"], "expected one argument"),
         (["run", "--memory", "lots"], '--memory: "lots" is not allowed'),
         (["run", "--accel", "tgc"], "did you mean tcg?"),
-        (["run", "--config", "none.toml"], "none.toml: No such file"),
+        (
+            ["run", "--config", "none.toml"],
+            "the settings file none.toml cannot be read: No such file",
+        ),
     ],
 )
 def test_wrong_usage(

@@ -235,7 +235,7 @@ def test_run_into_the_directory_of_another_run_is_refused_until_that_one_has_end
             command = [*COMMAND, "run", "--out", str(out), "--target", "none", "--", "true"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
             assert done.returncode == UsageError.exit_status
-            assert f"another run (process {other.pid}) writes into {out}" in done.stderr
+            assert f"another run (process {other.pid}) is writing to {out}" in done.stderr
             assert "--out DIR" in done.stderr
             assert kept.read_text() == "of the other run\n"
         finally:

@@ -331,10 +331,12 @@ class TestWhatIsMissing:
         assert "No space left" in result.stderr
 
     def test_a_place_for_results_that_is_none(self, image: Image, tmp_path: Path) -> None:
-        (tmp_path / "file").write_text("")
-        result = run(tmp_path / "file" / "run", *QUICK, "--", "true")
-        assert result.returncode == 125
-        assert "cannot be used" in result.stderr
+        file = tmp_path / "file"
+        file.write_text("")
+        for out in (file, file / "run"):
+            result = run(out, *QUICK, "--", "true")
+            assert result.returncode == 2
+            assert f"the results cannot be written to {out}: {file} is a file" in result.stderr
 
     def test_a_target_that_raises(self, image: Image, tmp_path: Path) -> None:
         (tmp_path / "broken_target.py").write_text(
@@ -358,6 +360,12 @@ class TestWhatIsMissing:
         result = run(tmp_path, "--target", "none")
         assert result.returncode == 2
         assert "-- CMD" in result.stderr
+
+    def test_run_unknown_target_without_a_command_is_named(self, tmp_path: Path) -> None:
+        result = run(tmp_path, "--target", "plan99")
+        assert result.returncode == 2
+        assert "there is no target plan99" in result.stderr
+        assert "did you mean plan9?" in result.stderr
 
 
 def test_a_target_of_ones_own(image: Image, tmp_path: Path) -> None:

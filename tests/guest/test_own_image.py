@@ -231,10 +231,20 @@ def _take_headers_away(guest: Session, cache: Path, monkeypatch: pytest.MonkeyPa
 def test_find_guest_image_disk_or_key_alone_is_a_usage_error(tmp_path: Path) -> None:
     disk = tmp_path / "disk.img"
     disk.write_bytes(b"")
-    with pytest.raises(UsageError, match="without a key"):
+    with pytest.raises(UsageError, match="without an SSH key"):
         find_guest_image(Settings(image=str(disk)))
     with pytest.raises(UsageError, match="without a disk image"):
         find_guest_image(Settings(ssh_key=disk))
     with pytest.raises(UsageError, match="does not exist"):
         find_guest_image(Settings(image=str(tmp_path / "no.img"), ssh_key=disk))
-    assert isinstance(find_guest_image(Settings(image=str(disk), ssh_key=disk)), CustomImage)
+    with pytest.raises(UsageError, match="there is no disk image"):
+        find_guest_image(Settings(image=str(tmp_path / "no.img")))
+    with pytest.raises(UsageError, match="there is no image 'no-such'") as caught:
+        find_guest_image(Settings(image="no-such"))
+    assert "the recipes are: bookworm" in caught.value.hint
+    own = Settings(image=str(disk), ssh_key=disk)
+    assert isinstance(find_guest_image(own), CustomImage)
+    for without in (Settings(append="x"), own.replace(append="x")):
+        with pytest.raises(UsageError, match="--append is given without --kernel"):
+            find_guest_image(without)
+    find_guest_image(own.replace(append="x", kernel=disk))

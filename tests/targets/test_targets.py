@@ -301,9 +301,9 @@ def test_names_and_none() -> None:
     ("name", "message", "hint"),
     [
         ("plan8", "there is no target plan8", "did you mean plan9?"),
-        ("zzz", "there is no target zzz", "there are plan9, none"),
-        (":Class", "not written as module:Class", ""),
-        ("module:", "not written as module:Class", ""),
+        ("zzz", "there is no target zzz", "the targets are plan9, none"),
+        (":Class", "is not of the form module:Class", ""),
+        ("module:", "is not of the form module:Class", ""),
         ("no_such_module_here:A", "there is no module no_such_module_here", "working directory"),
         ("bridge.targets.plan9:Plan8Target", "has no class", "did you mean Plan9Target?"),
         ("bridge.targets.plan9:GUEST_PORT", "has no class GUEST_PORT", ""),
@@ -407,7 +407,7 @@ def test_create_class_is_no_target_is_a_target_error(
 def test_tree_directory_cannot_be_served_is_a_usage_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UsageError, match="is no directory"):
+    with pytest.raises(UsageError, match="is not a directory"):
         Plan9Target(tmp_path / "none").start()
     (tmp_path / "file").write_bytes(b"12345")
     monkeypatch.setattr("bridge.targets.tree.MAX_BYTES", 4)

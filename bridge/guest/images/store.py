@@ -24,6 +24,7 @@ from typing import Any
 
 from bridge.errors import ImageError, UsageError
 from bridge.guest.images.recipe import DEFAULT_RECIPE, IMAGE_FORMAT, Recipe, Sources
+from bridge.guest.images.recipe import recipes as recipe_names
 from bridge.util.cache import cache_directory
 
 __all__ = [
@@ -337,8 +338,11 @@ def base_directories() -> list[Path]:
     return _directories("bases")
 
 
-def resolve(name: str) -> Path:
+def resolve(name: str, *, recipes: bool = False) -> Path:
     """Return the directory of the image with this name, or of the only one whose name begins so.
+
+    Args:
+        recipes: the name of a recipe was allowed too; the hint lists them.
 
     Raises:
         UsageError: there is no such image, or more than one.
@@ -351,9 +355,10 @@ def resolve(name: str) -> Path:
     names = ", ".join(directory.name for directory in (matching or directories))
     if matching:
         raise UsageError(f"{name!r} could be any of: {names}")
-    raise UsageError(
-        f"there is no image {name!r}", hint=f"the images are: {names}" if names else ""
-    )
+    hints = [f"the images are: {names}"] if names else []
+    if recipes:
+        hints.insert(0, f"the recipes are: {', '.join(recipe_names(Sources.find().recipes))}")
+    raise UsageError(f"there is no image {name!r}", hint="; ".join(hints))
 
 
 def remove(name: str) -> Path:
