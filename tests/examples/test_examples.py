@@ -82,7 +82,7 @@ def test_example_script_tells_what_each_command_reached_first(directory: Path) -
 
 
 def test_example_commands_are_all_run_by_these_tests() -> None:
-    assert len(_blocks(EXAMPLES / "README.md", "sh")) == 3
+    assert len(_blocks(EXAMPLES / "README.md", "sh")) == 4
     page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\w+\.(?:py|c)\b", page))
     assert named == {path.name for path in sources() if path.parent == EXAMPLES} - {"README.md"}

@@ -34,7 +34,9 @@ class Run:
 
     def __call__(self, tests: str, *arguments: str) -> pytest.RunResult:
         self.pytester.makepyfile(test_it=tests)
-        return self.pytester.runpytest_subprocess("-p", "no:cacheprovider", *arguments, timeout=300)
+        return self.pytester.runpytest_subprocess(
+            "-p", "no:cacheprovider", *arguments, timeout=1200
+        )
 
 
 def test_guest_each_test_finds_it_as_new(run: Run) -> None:
