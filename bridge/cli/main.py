@@ -278,9 +278,11 @@ def _main(arguments: Sequence[str], streams: Streams) -> int:
     verbosity = 0
 
     def complain(text: str) -> None:
-        print(f"{_PROGRAM}: error: {text}", file=streams.err)
-        if verbosity:
-            traceback.print_exc(file=streams.err)
+        # The exit status also tells it where stderr cannot be written.
+        with contextlib.suppress(OSError, ValueError):
+            print(f"{_PROGRAM}: error: {text}", file=streams.err)
+            if verbosity:
+                traceback.print_exc(file=streams.err)
 
     try:
         args = _parse(arguments)
@@ -301,7 +303,8 @@ def _main(arguments: Sequence[str], streams: Streams) -> int:
         complain(error.report())
         return error.exit_status
     except KeyboardInterrupt as interrupt:
-        print(f"{_PROGRAM}: interrupted", file=streams.err)
+        with contextlib.suppress(OSError, ValueError):
+            print(f"{_PROGRAM}: interrupted", file=streams.err)
         return getattr(interrupt, "exit_status", 128 + signal.SIGINT)
     except BrokenPipeError:
         # Else the interpreter's own flush at exit would complain about the same pipe.

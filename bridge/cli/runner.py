@@ -8,7 +8,6 @@ import fcntl
 import logging
 import os
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from bridge.config import Settings
 from bridge.errors import BridgeError, InfrastructureError, SourceError, UsageError
 from bridge.results import summary as summaries
 from bridge.results.coverage_files import HTML_DIRECTORY, LCOV_FILE, make_html, make_lcov
+from bridge.session.device_host import reason_of
 from bridge.session.session import Session
 from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
 from bridge.sources.guest_kernel import SYMBOLS_FILE
@@ -109,11 +109,7 @@ def _check_complete(session: Session) -> None:
     """Raise what made the session lose PCs without ending it."""
     doorbell, stats = session.doorbell, session.stats()
     if (failure := doorbell.failure) is not None:
-        if isinstance(failure, BridgeError):
-            reason, evidence = failure.message, failure.evidence
-        else:
-            reason = f"the coverage source raised {type(failure).__name__}: {failure}"
-            evidence = "".join(traceback.format_exception(failure))
+        reason, evidence = reason_of(failure)
         counts = f"failures of sources: {stats.source_failures}"
         if stats.tracer_faults:
             counts += f", faults of the tracer: {stats.tracer_faults}"

@@ -143,9 +143,10 @@ class Doorbell(Generic[C]):
     Attributes:
         polling: decides when to poll.
         failure: the first exception of a source; the guest gets no PCs then, and continues.
+        last_failure: the last one.
         ended_by: the exception that ended the thread, which is a defect of the bridge.
-        guest_timeouts: requests that timed out, as the guest counted them. This and the three below
-            are as of the last :meth:`look_at_guest` or :meth:`stop`.
+        guest_timeouts: requests that timed out, as the guest counted them, also before resets. This
+            and the three below are as of the last :meth:`look_at_guest` or :meth:`stop`.
         guest_skipped: returns that the guest did not report because it considered the host gone.
         guest_untraced: threads that could not trace for that reason.
         target_answered: whether a relay has passed anything from the target to the guest.
@@ -164,6 +165,7 @@ class Doorbell(Generic[C]):
     ) -> None:
         self.counters = DoorbellCounters()
         self.failure: BaseException | None = None
+        self.last_failure: BaseException | None = None
         self.ended_by: BaseException | None = None
         self.guest_timeouts = 0
         self.guest_skipped = 0
@@ -182,6 +184,8 @@ class Doorbell(Generic[C]):
         self._answered: list[int] = [0] * SLOTS
         self._repair_at = 0
         self._guest_counts = (0, 0)
+        # What guests counted before they were reset: time-outs, skipped returns, untraced threads.
+        self._counted_before = (0, 0, 0)
         self._epoch_changes = 0
         self._relayed = False
         self._coverage_epoch = 0
@@ -284,7 +288,9 @@ class Doorbell(Generic[C]):
         """
         for slot, kcov in self.instances():
             self._end(slot, kcov)
-        self._look_for_answers()
+        # Their words in the header start at 0 again.
+        self.look_at_guest()
+        self._counted_before = (self.guest_timeouts, self.guest_skipped, self.guest_untraced)
         self._region.clear()
         # In place, because the compiled part shares these lists.
         self._handled[:] = self._answered[:] = [0] * SLOTS
@@ -302,9 +308,10 @@ class Doorbell(Generic[C]):
 
         On the doorbell's thread (see :meth:`call`).
         """
-        self.guest_timeouts = self._control[HeaderWord.GUEST_TIMEOUTS]
-        self.guest_skipped = self._control[HeaderWord.GUEST_SKIPPED]
-        self.guest_untraced = self._control[HeaderWord.GUEST_UNTRACED]
+        timeouts, skipped, untraced = self._counted_before
+        self.guest_timeouts = timeouts + self._control[HeaderWord.GUEST_TIMEOUTS]
+        self.guest_skipped = skipped + self._control[HeaderWord.GUEST_SKIPPED]
+        self.guest_untraced = untraced + self._control[HeaderWord.GUEST_UNTRACED]
         self._look_for_answers()
 
     def _look_for_answers(self) -> None:
@@ -621,6 +628,7 @@ class Doorbell(Generic[C]):
     def source_failed(self, failure: BaseException) -> None:
         """Count an exception of a source, and keep the first; on the doorbell's thread."""
         self.counters.source_failures += 1
+        self.last_failure = failure
         if self.failure is None:
             self.failure = failure
             logger.error("a coverage source failed, so PCs are missing: %r", failure)

@@ -20,7 +20,6 @@ Not thread-safe: only the doorbell's thread calls the methods.
 from __future__ import annotations
 
 import errno
-import logging
 import time
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -60,7 +59,6 @@ Task = int
 """Names a guest thread: never 0, and unique among all threads that ever became owners."""
 
 C = TypeVar("C")
-logger = logging.getLogger(__name__)
 
 # Handles: include/uapi/linux/kcov.h, KCOV_SUBSYSTEM_* and KCOV_*_MASK.
 _SUBSYSTEM_BITS = 0xFF << 56
@@ -457,7 +455,7 @@ class Device(Generic[C]):
                 try:
                     self._reset(kcov)
                 except SourceError as error:
-                    logger.warning("PCs of a running process may be missing: %s", error.message)
+                    stream.failure = error
                 if time.monotonic() > deadline:
                     return False
         return True
@@ -508,6 +506,8 @@ class Device(Generic[C]):
     def _end_stream(self, kcov: Kcov[C]) -> None:
         stream = kcov.stream
         if stream is not None:
+            if not kcov.compares:
+                stream.dropped += kcov.dropped
             try:
                 self._hand_over(kcov)
             finally:

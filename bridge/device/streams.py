@@ -29,7 +29,7 @@ from typing import Protocol, overload
 
 from bridge.device.abi import KCOV_WORDS_PER_CMP, PAGE_SIZE, STREAM_MASK, WORD, Comparison
 from bridge.device.region import Area
-from bridge.errors import IncompleteError
+from bridge.errors import IncompleteError, SourceError
 
 __all__ = ["ComparisonLog", "PcLog", "Stream", "WordLog"]
 
@@ -358,7 +358,9 @@ class Stream:
     Attributes:
         number: the stream's name for the guest, which cannot guess it.
         untraced: number of processes and threads that could not be traced.
-        dropped: number of comparisons of its threads that are missing.
+        dropped: number of comparisons of its threads that are missing, or of PCs that had no room
+            in an area.
+        failure: why PCs of a thread that ran to the end of the stream may be missing.
     """
 
     def __init__(
@@ -375,6 +377,7 @@ class Stream:
         self.comparisons = comparisons
         self.untraced = 0
         self.dropped = 0
+        self.failure: SourceError | None = None
         self._area_words = area_words
         self._log = WordLog(directory)
         self._segments = _Segments(self._log)
@@ -418,6 +421,10 @@ class Stream:
 
     def check(self) -> None:
         """Raise IncompleteError if words were lost; after :meth:`finish`."""
+        if self.failure is not None:
+            raise IncompleteError(
+                f"the PCs of a process that still ran are incomplete: {self.failure.message}"
+            )
         if not self._log.lost:
             return
         error = self._log.error

@@ -833,11 +833,16 @@ class Guest:
             BridgeError: as :meth:`run`.
         """
         path = os.fspath(remote)
-        name, part = shlex.quote(path), shlex.quote(f"{path}.part")
+        # Not shared with another put() of the same path at the same time.
+        name, part = shlex.quote(path), shlex.quote(f"{path}.{secrets.token_hex(8)}.part")
         remove = f"rm -f {part}"
         write = f"umask 077; cat > {part} || {{ {remove}; exit 1; }}"
         # A separate command, because the end of the input does not prove that it was complete.
-        finish = f"chmod {mode:o} {part} && mv -f {part} {name} || {{ {remove}; exit 1; }}"
+        finish = (
+            # mv would put the file into the directory.
+            f"if [ -d {name} ]; then echo {name} is a directory >&2; false; "
+            f"else chmod {mode:o} {part} && mv -f {part} {name}; fi || {{ {remove}; exit 1; }}"
+        )
         with contextlib.ExitStack() as stack:
             if isinstance(local, bytes):
                 source: BinaryIO = io.BytesIO(local)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import logging
 import socket
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple, TypeVar
@@ -16,7 +17,7 @@ from bridge.device.ivshmem import IvshmemServer
 from bridge.device.kcov import Device, Personality
 from bridge.device.region import Region
 from bridge.device.streams import Stream
-from bridge.errors import DoorbellError, SourceError
+from bridge.errors import BridgeError, DoorbellError, SourceError
 from bridge.session.stats import InstanceStats, Stats
 from bridge.sources import Consumed
 from bridge.sources.comparisons import Comparing, ComparisonLedger
@@ -25,7 +26,7 @@ from bridge.sources.ledger import Cursor, Ledger
 from bridge.sources.pcs import syscall_pc
 from bridge.vm.network import EpochWord
 
-__all__ = ["DeviceHost", "Unanswered"]
+__all__ = ["DeviceHost", "Unanswered", "reason_of"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -41,6 +42,14 @@ class Unanswered(NamedTuple):
     """How often it went on without an answer."""
     untraced: int
     """Threads of streams that were not traced because of that."""
+
+
+def reason_of(failure: BaseException) -> tuple[str, str]:
+    """Return message and evidence for what a source raised."""
+    if isinstance(failure, BridgeError):
+        return failure.message, failure.evidence
+    reason = f"the coverage source raised {type(failure).__name__}: {failure}"
+    return reason, "".join(traceback.format_exception(failure))
 
 
 class DeviceHost:
@@ -166,6 +175,11 @@ class DeviceHost:
             )
 
         return self.call(look)
+
+    @property
+    def source_failures(self) -> int:
+        """How often a source raised so far."""
+        return self.doorbell.counters.source_failures
 
     def close_stream(self, stream: Stream) -> None:
         """End the stream, which has what its threads covered so far; raises as :meth:`call`."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from bridge.device.abi import SLOTS, Comparison
 from bridge.device.streams import Stream
 from bridge.errors import DoorbellError, IncompleteError
-from bridge.session.device_host import DeviceHost
+from bridge.session.device_host import DeviceHost, reason_of
 from bridge.sources.comparisons import LIMIT as COMPARISONS_LIMIT
 
 if TYPE_CHECKING:
@@ -127,6 +127,13 @@ class SshExecutor:
         try:
             result = self._run(stream, command, follow, timeout, stdout, stderr)
             stream.check()
+            if stream.dropped:
+                raise IncompleteError(
+                    f"the PCs are incomplete: {stream.dropped:,} did not fit into an area between "
+                    "two returns",
+                    hint="record less of the kernel (--kernel-exclude), or take a larger region "
+                    "(--region MIB)",
+                )
         except BaseException:
             self._cut_off(stream.pcs)
             raise
@@ -169,6 +176,7 @@ class SshExecutor:
         options = ["-s", f"{stream.number:#x}", *(["-f"] if follow else [])]
         try:
             before = self._device.unanswered()
+            failures = self._device.source_failures
             self._device.open_stream(stream)
             result = self._guest.run(
                 ["kcov-exec", *options, "--", *command],
@@ -184,6 +192,10 @@ class SshExecutor:
             raise
         finally:
             stream.finish()
+        failure = self._device.doorbell.last_failure
+        if self._device.source_failures > failures and failure is not None:
+            reason, evidence = reason_of(failure)
+            raise IncompleteError(f"the PCs are incomplete: {reason}", evidence=evidence)
         untraced = after.untraced - before.untraced
         if untraced > 0:
             raise IncompleteError(

@@ -244,9 +244,13 @@ class GuestKernelWatch:
             # Logged where nobody asked for the kernel.
             if self._by_name:
                 stats.problem = "the guest's memory was not found in QEMU: its kernel has no PCs"
+        elif self._source.mismatched and self._by_name:
+            stats.problem = "the guest kernel does not match its symbols: it has no PCs"
         elif self.kernel is not None:
             blocks = self._source.blocks_covered
             stats.kernel_blocks_covered = blocks
+            if lost := self._source.blocks_lost:
+                stats.problem = f"{lost:,} blocks of the guest kernel had no room: they have no PCs"
             stats.pcs_unique += blocks
             stats.sources = sorted({*stats.sources, "kernel"})
 

@@ -308,6 +308,13 @@ def test_main_reader_goes_away_prints_no_error() -> None:
         assert process.wait(20) == 141
 
 
+def test_main_stderr_is_full_the_status_is_the_errors_own() -> None:
+    command = [sys.executable, "-m", "bridge", "symbolize", "--run", "/no/such/run"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=full)
+    assert done.returncode == UsageError.exit_status
+
+
 def test_main_leaves_signals_and_loggers_as_they_were(runner: Callable[[Runner], None]) -> None:
     import logging
 

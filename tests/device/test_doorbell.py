@@ -249,6 +249,21 @@ def test_reset_rewound_guest_is_served_anew(bench: Bench) -> None:
     assert bench.doorbell.counters.repaired == 0
 
 
+def test_reset_keeps_what_the_guest_counted_before(bench: Bench) -> None:
+    control, doorbell = bench.guest.control, bench.doorbell
+    words = HeaderWord.GUEST_TIMEOUTS, HeaderWord.GUEST_SKIPPED, HeaderWord.GUEST_UNTRACED
+    for word, count in zip(words, (5, 7, 11), strict=True):
+        control[word] = count
+    doorbell.call(doorbell.reset)
+    doorbell.call(doorbell.look_at_guest)
+    counts = doorbell.guest_timeouts, doorbell.guest_skipped, doorbell.guest_untraced
+    assert counts == (5, 7, 11)
+    # The rewound guest counts from 0 again.
+    control[HeaderWord.GUEST_UNTRACED] = 2
+    doorbell.call(doorbell.look_at_guest)
+    assert doorbell.guest_untraced == 13
+
+
 class Hanging:
     """Stands for QEMU's plugin where it hangs while it writes, so that nothing can be detached."""
 

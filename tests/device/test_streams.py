@@ -19,7 +19,7 @@ from bridge.device.abi import ENOTSUPP, FOLLOW_FLAG, KCOV_TRACE_PC, Comparison
 from bridge.device.kcov import Device, Kcov, Mode, Personality
 from bridge.device.region import Area, Region
 from bridge.device.streams import PcLog, Stream, WordLog
-from bridge.errors import IncompleteError
+from bridge.errors import IncompleteError, SourceError
 from bridge.sources.comparisons import ComparisonCursor
 
 ALICE, BOB, CAROL = 0x1_0000_0064, 0x2_0000_0065, 0x3_0000_0066
@@ -517,3 +517,44 @@ def test_close_of_a_stream_with_many_threads_is_done_in_portions(host: Host) -> 
     assert len(done) >= 5
     assert host.device.enabled == 0
     assert host.pcs(stream) == [0, 1, 2, 3, 4]
+
+
+class Dropping(Watching):
+    """The plugin, to which the area was too small."""
+
+    def counts(self, slot: int) -> tuple[int, int]:
+        return self.written[slot], 9
+
+    def detach(self, slot: int) -> tuple[int, int]:
+        return super().detach(slot)[0], 9
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_stream_pcs_that_the_watcher_dropped_are_counted(region: Region, ends: bool) -> None:
+    watching = Dropping()
+    host = Host(region, watcher=watching)
+    stream = host.stream()
+    kcov = host.join(stream, ALICE)
+    watching.write(0, [1])
+    host.cover(kcov, 2)
+    if ends:
+        host.end(kcov)
+    assert host.pcs(stream) == [1, 2]
+    assert stream.dropped == 9
+
+
+class Stuck(Watching):
+    """The plugin in a QEMU that hangs."""
+
+    def detach(self, slot: int) -> tuple[int, int]:
+        raise SourceError("QEMU hangs while it writes coverage")
+
+
+def test_close_stream_of_a_watcher_that_fails_makes_it_incomplete(region: Region) -> None:
+    host = Host(region, watcher=Stuck())
+    stream = host.stream()
+    kcov = host.join(stream, ALICE)
+    host.cover(kcov, 2)
+    with pytest.raises(IncompleteError, match="still ran are incomplete: QEMU hangs"):
+        host.pcs(stream)
+    assert stream.pcs == [2]

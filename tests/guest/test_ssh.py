@@ -651,6 +651,38 @@ def test_files_come_and_go_whole(guest: Guest, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".back*"))
 
 
+def test_put_two_at_once_of_one_path_each_arrives_whole(guest: Guest, tmp_path: Path) -> None:
+    remote = tmp_path / "remote"
+    contents = [bytes([letter]) * 300_000 for letter in b"abcd"]
+    failures: list[BaseException] = []
+
+    def put(content: bytes) -> None:
+        try:
+            for _ in range(4):
+                guest.put(content, remote)
+                assert remote.read_bytes() in contents
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=put, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert list(tmp_path.glob("remote*")) == [remote]
+
+
+def test_put_onto_a_directory_is_an_error(guest: Guest, tmp_path: Path) -> None:
+    remote = tmp_path / "remote"
+    remote.mkdir()
+    with pytest.raises(GuestSetupError, match="cannot write") as caught:
+        guest.put(b"x", remote)
+    assert "is a directory" in caught.value.evidence
+    assert list(tmp_path.glob("remote*")) == [remote]
+    assert not list(remote.iterdir())
+
+
 def test_files_that_cannot_be(guest: Guest, tmp_path: Path) -> None:
     with pytest.raises(GuestSetupError, match="cannot write /no/such/file") as caught:
         guest.put(b"x", "/no/such/file")

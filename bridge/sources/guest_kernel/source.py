@@ -109,6 +109,9 @@ class GuestKernel:
         # Slots that were attached when their kernel ended: they get no more PCs, but still count.
         self._cut_off: set[int] = set()
         self._blocks_covered = 0
+        self._blocks_lost = 0
+        self.mismatched = False
+        """Whether a kernel was reported that the symbols do not belong to; it is not watched."""
         self._quiet_since: float | None = None
         self._blind = False
 
@@ -122,6 +125,7 @@ class GuestKernel:
     def close(self) -> None:
         """Release the memory. Safe to call twice."""
         self._blocks_covered, self._blind = self.blocks_covered, self.blind
+        self._blocks_lost = self.blocks_lost
         self.plan.close()
 
     @property
@@ -152,6 +156,7 @@ class GuestKernel:
         entry = payload[KernelWord.SYSCALL_ENTRY]
         offset = entry - self.code.syscall_entry
         if offset % _PAGE or not 0 <= offset < 1 << 30:
+            self.mismatched = True
             logger.warning(
                 "the guest kernel does not match its symbols "
                 "(entry_SYSCALL_64 at %#x): its code is not watched",
@@ -299,6 +304,13 @@ class GuestKernel:
         if self.plan.fd >= 0:
             self._blocks_covered = self.plan.words[PlanWord.BLOCKS]
         return self._blocks_covered
+
+    @property
+    def blocks_lost(self) -> int:
+        """How often a block had no room in the plan and is not recorded; also after close()."""
+        if self.plan.fd >= 0:
+            self._blocks_lost = self.plan.words[PlanWord.BLOCKS_LOST]
+        return self._blocks_lost
 
     def save(self, directory: Path) -> None:
         """Write what exports and ``symbolize`` need into a run directory.
