@@ -329,8 +329,8 @@ class Doorbell(Generic[C]):
         except BaseException as error:
             self.ended_by = error
             logger.exception("the doorbell ended by itself; the guest gets no further PCs")
-            while self._calls:
-                self._calls.popleft()[1].set_exception(self._not_running())
+        while self._calls:
+            self._calls.popleft()[1].set_exception(self._not_running())
 
     def _run(self) -> None:
         control = self._control

@@ -45,6 +45,9 @@ _CHUNK_WORDS = 1 << 16
 """Words of a log that are read at a time."""
 _SHARE = 256
 """An area takes at most 1/256 of the free room, unless it has the smallest size."""
+_FEW = 8
+_SHARE_OF_FEW = 16
+"""Instead of _SHARE, for the first _FEW threads at a time: the guest kernel fills much at once."""
 _SMALLEST_AREA_WORDS = 2 * PAGE_SIZE // WORD
 
 
@@ -387,7 +390,8 @@ class Stream:
     def allocate(self, areas: AreaSource) -> Area | None:
         """Return an area for one more thread, smaller if little room is left for others."""
         size, smallest = self._area_words, _SMALLEST_AREA_WORDS + self.bitmap_words
-        most = areas.bytes_free // _SHARE // WORD
+        share = _SHARE_OF_FEW if len(self._open) < _FEW else _SHARE
+        most = areas.bytes_free // share // WORD
         while size > most and size // 2 >= smallest:
             size //= 2
         while size >= smallest:

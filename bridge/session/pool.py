@@ -24,6 +24,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -48,6 +49,9 @@ _LAST = 1 << 62
 _READY_SECONDS = 600.0
 _ANSWER_SECONDS = 120.0
 _END_SECONDS = 30.0
+_SHORT = 1 << 14
+"""Bytes of a request for which the socket has room."""
+_TURN_SECONDS = 0.01
 
 
 class Service:
@@ -108,8 +112,8 @@ class Worker:
         # Requests are numbered from 1 on; 0 is the start.
         self._asked = 0
         self._answered = 0
-        # The last answer that came, until it is given out: number, good, answer.
-        self._come: tuple[int, bool, Any] | None = None
+        # The answers that came, until they are given out or dropped: number, good, answer.
+        self._come: deque[tuple[int, bool, Any]] = deque()
         ours, theirs = socket.socketpair()
         with theirs:
             self._connection: Connection = Connection(ours.detach())
@@ -155,10 +159,16 @@ class Worker:
     def ask(self, method: str, *arguments: object, **options: object) -> None:
         """Send a request; its answer comes with :meth:`answer`."""
         self.wait_ready()
-        try:
-            self._connection.send((method, arguments, options))
-        except OSError as error:
-            raise self._ended() from error
+        request = pickle.dumps((method, arguments, options))
+        if len(request) <= _SHORT:
+            self._send(request)
+        else:
+            # A worker that sends a long answer reads nothing until that is received.
+            with ThreadPoolExecutor(1, "ask") as sender:
+                sending = sender.submit(self._send, request)
+                while not sending.done():
+                    self._receive_next(_TURN_SECONDS)
+            sending.result()
         self._asked += 1
 
     def answer(self, seconds: float = _ANSWER_SECONDS) -> Any:
@@ -190,6 +200,11 @@ class Worker:
         """Take what has come; return whether the oldest request that has no answer gets one."""
         return self._take(self._answered + 1, 0.0)
 
+    @property
+    def has_come(self) -> bool:
+        """Whether something has come already that the descriptor does not show any more."""
+        return bool(self._come)
+
     def close(self) -> None:
         """End session and process. Safe to call twice."""
         self._connection.close()
@@ -197,9 +212,9 @@ class Worker:
             self._process.kill()
 
     def _receive(self, number: int, seconds: float) -> Any:
-        if not self._take(number, seconds) or self._come is None:
+        if not self._take(number, seconds):
             raise InfrastructureError(f"a worker does not answer within {seconds:g} s")
-        (_, good, answer), self._come = self._come, None
+        _, good, answer = self._come.popleft()
         if not good:
             raise answer
         return answer
@@ -207,14 +222,29 @@ class Worker:
     def _take(self, number: int, seconds: float) -> bool:
         """Wait until the answer of this number has come, and drop those before it."""
         deadline = monotonic() + seconds
-        while self._come is None or self._come[0] < number:
-            try:
-                if not self._connection.poll(max(0.0, deadline - monotonic())):
-                    return False
-                self._come = pickle.loads(self._connection.recv_bytes())
-            except (EOFError, OSError) as error:
-                raise self._ended() from error
+        while True:
+            while self._come and self._come[0][0] < number:
+                self._come.popleft()
+            if self._come:
+                return True
+            if not self._receive_next(max(0.0, deadline - monotonic())):
+                return False
+
+    def _receive_next(self, seconds: float) -> bool:
+        """Receive one answer, whichever it is; return False if none comes in time."""
+        try:
+            if not self._connection.poll(seconds):
+                return False
+            self._come.append(pickle.loads(self._connection.recv_bytes()))
+        except (EOFError, OSError) as error:
+            raise self._ended() from error
         return True
+
+    def _send(self, request: bytes) -> None:
+        try:
+            self._connection.send_bytes(request)
+        except OSError as error:
+            raise self._ended() from error
 
     def _ended(self) -> InfrastructureError:
         self._process.wait(_END_SECONDS)
@@ -354,6 +384,9 @@ class Pool:
 
 def _first(workers: Iterable[Worker], seconds: float) -> list[Worker]:
     """Wait for answers and return the workers that have one; none when the time is up."""
+    workers = tuple(workers)
+    if come := [worker for worker in workers if worker.has_come]:
+        return come
     ready = set(wait([worker.fileno() for worker in workers], max(0.0, seconds)))
     return [worker for worker in workers if worker.fileno() in ready]
 

@@ -558,3 +558,13 @@ def test_close_stream_of_a_watcher_that_fails_makes_it_incomplete(region: Region
     with pytest.raises(IncompleteError, match="still ran are incomplete: QEMU hangs"):
         host.pcs(stream)
     assert stream.pcs == [2]
+
+
+def test_stream_few_threads_get_whole_areas_many_leave_room_for_others(host: Host) -> None:
+    """The kernel's part of one execve() has 75,000 PCs with repeats."""
+    stream = host.stream(1 << 17)
+    sizes = [host.join(stream, 1 + slot, slot).size for slot in range(200)]
+    assert sizes[0] == 1 << 17
+    assert sizes[:8] == sorted(sizes[:8], reverse=True)
+    assert min(sizes[:8]) >= 1 << 15
+    assert max(sizes[8:]) < 1 << 13

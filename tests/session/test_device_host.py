@@ -88,6 +88,37 @@ def test_call_that_waits_when_the_doorbell_ends_fails_at_once(host: DeviceHost) 
     ]
 
 
+def test_call_that_waits_when_the_doorbell_is_stopped_fails_at_once(host: DeviceHost) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+    failures: list[BaseException] = []
+
+    def block() -> None:
+        entered.set()
+        go_on.wait(60)
+
+    def wait() -> None:
+        try:
+            host.doorbell.call(lambda: None, 20)
+        except (DoorbellError, TimeoutError) as error:
+            failures.append(error)
+
+    blocking = threading.Thread(target=host.doorbell.call, args=(block, 60))
+    blocking.start()
+    assert entered.wait(20)
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    while not host.doorbell._calls:
+        time.sleep(0.001)
+    closing = threading.Thread(target=host.close)
+    closing.start()
+    while not host.doorbell._stopping:
+        time.sleep(0.001)
+    go_on.set()
+    for thread in (closing, waiting, blocking):
+        thread.join(40)
+    assert [str(failure) for failure in failures] == ["the doorbell's thread does not run"]
+
+
 def test_deliver_without_a_doorbell_counts_as_a_failure_of_the_source(host: DeviceHost) -> None:
     end_doorbell(host)
     host.deliver(0x17, [1, 2])

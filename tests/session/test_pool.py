@@ -3,10 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
+import pickle
 import signal
+import socket
 import threading
 import time
+from collections import deque
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -15,6 +22,7 @@ from bridge.config import Settings
 from bridge.errors import InfrastructureError, RunTimeoutError, UsageError
 from bridge.session.pool import Pool, Worker
 from bridge.session.session import Session
+from bridge.session.stats import Stats
 
 SETTINGS = Settings(target="none", source="python", syscall_pcs=True)
 
@@ -55,6 +63,44 @@ def test_worker_whose_session_fails_raises_what_it_raised() -> None:
             worker.wait_ready()
         with pytest.raises(InfrastructureError, match="a worker exited with status 2"):
             worker.wait_ready()
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    """A worker without a session: it answers with 2 MB, and the length of what it was given."""
+    worker = Worker.__new__(Worker)
+    ours, theirs = (Connection(sock.detach()) for sock in socket.socketpair())
+    worker._connection = ours
+    worker._asked = worker._answered = 0
+    worker._come = deque()
+    worker.stats = Stats()
+
+    def serve() -> None:
+        with contextlib.suppress(EOFError), theirs:
+            for number in itertools.count(1):
+                _, (argument,), _ = theirs.recv()
+                answer = bytes(2 << 20), len(argument)
+                theirs.send_bytes(pickle.dumps((number, True, answer)))
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    yield worker
+    ours.close()
+    thread.join(20)
+
+
+@pytest.mark.parametrize("forgotten", [True, False])
+def test_ask_much_while_a_long_answer_is_due_does_not_hang(worker: Worker, forgotten: bool) -> None:
+    worker.ask("kcov", b"1")
+    if forgotten:
+        worker.forget()
+    asking = threading.Thread(target=worker.ask, args=("put", bytes(3 << 20)), daemon=True)
+    asking.start()
+    asking.join(20)
+    assert not asking.is_alive()
+    if not forgotten:
+        assert worker.answer(20)[1] == 1
+    assert worker.answer(20)[1] == 3 << 20
 
 
 def test_worker_that_dies_says_how() -> None:
