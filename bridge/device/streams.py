@@ -46,7 +46,7 @@ _CHUNK_WORDS = 1 << 16
 _SHARE = 256
 """An area takes at most 1/256 of the free room, unless it has the smallest size."""
 _FEW = 8
-_SHARE_OF_FEW = 16
+_SHARE_OF_FEW = 12
 """Instead of _SHARE, for the first _FEW threads at a time: the guest kernel fills much at once."""
 _SMALLEST_AREA_WORDS = 2 * PAGE_SIZE // WORD
 
