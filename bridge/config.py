@@ -118,7 +118,7 @@ class Settings:
     personality: str = field(
         default="linux",
         metadata=_about(
-            Kind.TEXT, "whose kcov contract the device keeps", choices=("linux", "gvisor")
+            Kind.TEXT, "whose kcov rules the device follows", choices=("linux", "gvisor")
         ),
     )
     syscall_pcs: bool = field(
@@ -133,7 +133,7 @@ class Settings:
         metadata=_about(
             Kind.TEXT,
             "where coverage comes from: python (the target on the host), kernel (the guest "
-            "kernel, under TCG only), or both; auto takes what is available: both under TCG, "
+            "kernel, under TCG only), or both; auto uses what is available: both under TCG, "
             "python under KVM and with the personality gvisor",
             choices=("auto", "python", "kernel", "python,kernel", "kernel,python"),
         ),
@@ -172,8 +172,8 @@ class Settings:
         default=None,
         metadata=_about(
             Kind.PATH,
-            "debug information of the guest kernel, for files and lines (default: where Debian's "
-            "-dbg packages put it)",
+            "debug information of the guest kernel, for files and lines (default: that of "
+            "Debian's -dbg package, if installed)",
             metavar="FILE",
         ),
     )
@@ -181,7 +181,7 @@ class Settings:
         default="auto",
         metadata=_about(
             Kind.TEXT,
-            "accelerator; auto takes KVM where it can boot a stock kernel, else TCG",
+            "accelerator; auto uses KVM if it can boot a stock kernel, else TCG",
             choices=("auto", "kvm", "tcg"),
         ),
     )
@@ -189,8 +189,8 @@ class Settings:
         default=True,
         metadata=_about(
             Kind.FLAG,
-            "start the guest from a snapshot, made the first time it was ready, instead of "
-            "booting it; needs an image built by kcov-bridge and its own kernel",
+            "start the guest from a snapshot instead of booting it; the first run makes the "
+            "snapshot; disk images and kernels of your own are always booted",
         ),
     )
     memory: int = field(
@@ -208,7 +208,7 @@ class Settings:
         metadata=_about(
             Kind.TEXT,
             "processor model and features, as QEMU's -cpu takes them, for example "
-            "host,-arch-capabilities; chosen by the accelerator when not given",
+            "host,-arch-capabilities (default: depends on the accelerator)",
             metavar="MODEL",
         ),
     )
@@ -216,8 +216,8 @@ class Settings:
         default=1024,
         metadata=_about(
             Kind.INTEGER,
-            "size of the memory shared with the guest, from which all kcov areas come; only what "
-            "is used is taken; below 1024 a guest may have to map it uncached",
+            "size of the memory shared with the guest, which holds all kcov areas; the host "
+            "allocates only what is used; below 1024, a guest may have to map it uncached",
             metavar="MIB",
             minimum=1,
             maximum=1 << 16,
@@ -236,7 +236,7 @@ class Settings:
         default=None,
         metadata=_about(
             Kind.PATH,
-            "directory that a file server target serves a copy of (default: a small built-in tree)",
+            "directory whose copy a file server target serves (default: a small built-in tree)",
             metavar="DIR",
         ),
     )
@@ -244,7 +244,7 @@ class Settings:
         default=False,
         metadata=_about(
             Kind.FLAG,
-            "run the target in its own process: if it dies or hangs, the device goes on",
+            "run the target in its own process, so that the device survives its crash or hang",
         ),
     )
     image: str | None = field(
@@ -296,7 +296,7 @@ class Settings:
         default=None,
         metadata=_about(
             Kind.SECONDS,
-            "boot timeout; the default depends on the accelerator",
+            "boot timeout (default: depends on the accelerator)",
             metavar="SECONDS",
             minimum=0.001,
             maximum=1e9,
@@ -307,7 +307,7 @@ class Settings:
         metadata=_about(
             Kind.SECONDS,
             "keep polling for this time after a call that closely followed another, because "
-            "waking up costs more than answering; 0: sleep at once",
+            "waking up costs more than answering; 0 sleeps at once",
             metavar="SECONDS",
             minimum=0.0,
             maximum=60.0,
@@ -316,7 +316,8 @@ class Settings:
     sandbox: bool = field(
         default=True,
         metadata=_about(
-            Kind.FLAG, "run QEMU in its seccomp sandbox, which a QEMU may be built without"
+            Kind.FLAG,
+            "run QEMU in its seccomp sandbox; --no-sandbox is for a QEMU built without seccomp",
         ),
     )
     qemu: str = field(

@@ -68,8 +68,8 @@ def add_run_directory(parser: argparse.ArgumentParser) -> None:
         "--run",
         type=Path,
         metavar="DIR",
-        help="directory of the run (default: the one that stdin is a file of, else the last run, "
-        "else build/run)",
+        help="directory of the run (default: the run that the file on stdin belongs to, else the "
+        "last run, else build/run)",
     )
 
 
@@ -79,6 +79,6 @@ def add_vmlinux(parser: argparse.ArgumentParser) -> None:
         "--vmlinux",
         type=Path,
         metavar="FILE",
-        help="debug information of the guest kernel, for files and lines (default: where Debian's "
-        "package linux-image-…-dbg puts it)",
+        help="debug information of the guest kernel, for files and lines (default: that of "
+        "Debian's package linux-image-…-dbg, if installed)",
     )

@@ -19,9 +19,9 @@ from bridge.util.files import write_atomically
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
 DESCRIPTION = """\
-Measure what the bridge costs on this machine. Each figure stands beside its baseline, taken in turn
-in the same run; a comparison of too few runs, or of runs that differ too much, is refused with the
-reason. docs/performance.md says what is measured and how.
+Measure what the bridge costs on this machine. Each figure is shown beside its baseline; both are
+measured in turn in the same run. A comparison of too few runs, or of runs that differ too much, is
+refused, with the reason. docs/performance.md says what is measured and how.
 """
 
 EPILOG = """\
@@ -40,12 +40,12 @@ DEFAULT_OUTPUT = Path("bench.json")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command and the settings that count for it."""
-    parser.add_argument("--list", action="store_true", help="list the measurements and end")
+    parser.add_argument("--list", action="store_true", help="list the measurements and exit")
     parser.add_argument(
-        "--only", metavar="NAME,...", help="take only these measurements (default: all)"
+        "--only", metavar="NAME,...", help="run only these measurements (default: all)"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="take few rounds, and the smaller cases alone"
+        "--quick", action="store_true", help="run fewer rounds and only the smaller cases"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument(
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=DEFAULT_OUTPUT,
         metavar="FILE",
-        help="where the JSON document goes; - for stdout, as --json (default: %(default)s)",
+        help="file for the JSON document; - is stdout, as with --json (default: %(default)s)",
     )
     parser.add_argument(
         "--plot", type=Path, metavar="FILE.svg", help="also draw consume and vms into this file"

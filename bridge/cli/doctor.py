@@ -2,7 +2,7 @@
 """``kcov-bridge doctor``: each thing that the bridge needs, found or not, and how to get it.
 
 With ``--json`` it prints one object: ``format`` (``"kcov-bridge-doctor"``), ``version`` (1), ``ok``
-(all that is required is there) and ``checks``, whose items are the fields of :class:`Check`.
+(nothing required is missing) and ``checks``, whose items are the fields of :class:`Check`.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ examples:
   kcov-bridge doctor --source kernel --accel tcg
   kcov-bridge doctor --json | jq '.checks[] | select(.found | not)'
 
-`kcov-bridge setup` installs the Debian packages that are missing. The exit status is 0 when all
-that is required is there, else 1.
+`kcov-bridge setup` installs the Debian packages that are missing. The exit status is 0 if
+nothing required is missing, else 1.
 """
 
 _FORMAT = "kcov-bridge-doctor"
@@ -347,7 +347,7 @@ def render(checks: tuple[Check, ...]) -> str:
     missing = sum(check.required and not check.found for check in checks)
     lines.append("")
     lines.append(
-        "all that is required is there" if not missing else f"{missing} required, and missing"
+        "nothing required is missing" if not missing else f"{missing} required, and missing"
     )
     if any(check.required and not check.found and "apt-get" in check.remedy for check in checks):
         lines.append("`kcov-bridge setup` installs the Debian packages that are missing")
@@ -361,7 +361,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the diagnosis to stdout; return 0 if all that is required is there, else 1."""
+    """Print the diagnosis to stdout; return 0 if nothing required is missing, else 1."""
     checks = diagnose(settings_of(args))
     ok = all(check.found for check in checks if check.required)
     if args.json:

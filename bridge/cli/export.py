@@ -15,7 +15,7 @@ from bridge.util.files import write_atomically
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
 DESCRIPTION = """\
-Write the coverage of the guest kernel that a run has left, in a format that other programs read.
+Write the guest kernel coverage of a finished run in a format that other programs read.
 The target's coverage needs no export: it is in .coverage, html/ and lcov.info of the run directory.
 """
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         default="-",
         metavar="FILE",
-        help="where to write it; - is stdout (default: %(default)s)",
+        help="file to write; - is stdout (default: %(default)s)",
     )
     add_vmlinux(parser)
 

@@ -31,8 +31,8 @@ __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = """\
-Build, list and remove guest images. They lie in the cache, with the snapshots made of them. `run`
-builds the default image by itself when it is missing.
+Build, list and remove guest images. The cache keeps them, with the snapshots made from them. `run`
+builds a missing image by itself.
 """
 
 EPILOG = """\
@@ -52,9 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     command = commands.add_parser(
         "build",
-        help="build the image, or find it already built",
-        description="Build the guest image and print its directory. Layers that are built already "
-        "are used again: a change in guest/ takes seconds; the first time and --force, minutes.",
+        help="build an image, if it is not built yet",
+        description="Build a guest image, if it is not built yet, and print its directory.\n"
+        "The first build takes minutes; layers that did not change are used again.",
     )
     _add_recipe(command)
     command.add_argument(
@@ -79,13 +79,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "path", help="print an image's directory", description="Print an image's directory."
     )
     command.add_argument(
-        "name", nargs="?", help="image, or the beginning of its name (default: the current one)"
+        "name",
+        nargs="?",
+        metavar="NAME",
+        help="image, or the beginning of its name (default: the current one)",
     )
     command.add_argument("--recipe", help=argparse.SUPPRESS)
     command.set_defaults(image_function=_path)
 
     command = commands.add_parser(
-        "rm", help="remove images", description="Remove images, and the snapshots made of them."
+        "rm", help="remove images", description="Remove images, and the snapshots made from them."
     )
     command.add_argument(
         "names", nargs="*", metavar="NAME", help="image, or the beginning of its name"
@@ -109,8 +112,8 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
         "--recipe",
         "--suite",
         metavar="RECIPE",
-        help="what to build the image from, a file of images/ (default: the recipe that the "
-        f"setting `image` names, or {DEFAULT_RECIPE})",
+        help="recipe to build the image from: bookworm, trixie or sid (default: the recipe that "
+        f"the setting `image` names, or {DEFAULT_RECIPE})",
     )
     command.add_argument(
         "--include",
@@ -124,7 +127,7 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE",
-        help="add a module of its kernel, for modprobe, with what it depends on; may be repeated",
+        help="add a module of the guest kernel and its dependencies, for modprobe; may be repeated",
     )
 
 

@@ -45,16 +45,16 @@ _log = logging.getLogger("bridge")
 _EPILOG = """\
 examples:
   kcov-bridge setup                  install the Debian packages that are missing
-  kcov-bridge doctor                 what else this machine lacks, and how to get it
+  kcov-bridge doctor                 check what else is missing, and how to get it
   kcov-bridge run                    boot, mount the default target, run the default workload
   kcov-bridge run -- ls -lR /mnt/target
                                      run one command in the guest under kcov
   kcov-bridge symbolize <build/run/pcs.txt
-                                     the source of each of those PCs
-  kcov-bridge ssh                    a shell in a booted guest, its target mounted
+                                     print the source of each of those PCs
+  kcov-bridge ssh                    open a shell in a booted guest, with its target mounted
 
 Settings come from flags, from KCOV_BRIDGE_<NAME> in the environment, and from kcov-bridge.toml
-or [tool.kcov-bridge] in pyproject.toml, in this order.
+or [tool.kcov-bridge] in pyproject.toml; the first that gives a value wins.
 """
 
 
@@ -105,25 +105,25 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--verbose",
         action="count",
         default=argparse.SUPPRESS,
-        help="say more on stderr; twice: also what the libraries say",
+        help="log more to stderr; -vv also logs what the libraries do",
     )
     parser.add_argument(
         "-q",
         "--quiet",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="only errors on stderr",
+        help="log only errors to stderr",
     )
 
 
 _SUBCOMMANDS = {
     "setup": "install the Debian packages that are missing",
-    "doctor": "check what this machine needs, has and lacks",
-    "run": "run a command in a guest under kcov, covered by a target on this machine",
+    "doctor": "check that this machine has all that a run needs",
+    "run": "run a command in a guest under kcov, with a target on this machine",
     "ssh": "open a shell in a booted guest",
     "symbolize": "print the source of each PC",
     "export": "write the guest kernel's coverage for other programs",
-    "status": "show what the running bridges do",
+    "status": "show the figures of the running bridges",
     "bench": "measure what the bridge costs, beside baselines",
     "image": "build, list and remove guest images",
 }
@@ -158,8 +158,8 @@ def make_parser(*, complete: bool = False) -> argparse.ArgumentParser:
     """
     parser = _Parser(
         prog=_PROGRAM,
-        description="The kcov device for guests whose kernel was built without it, filled with the "
-        "coverage of\nthe host code that serves them, and of the guest kernel itself.",
+        description="Give virtual machines that run stock Linux kernels a kcov device, filled with "
+        "the coverage\nof the host code that serves them, and of the guest kernel itself.",
         epilog=_EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"{_PROGRAM} {bridge.__version__}")

@@ -27,7 +27,7 @@ The directory --out then holds summary.json, pcs.txt (one hex PC a line, in orde
 .coverage, html/, lcov.info and console.log; `kcov-bridge symbolize <build/run/pcs.txt` says which
 source each PC is.
 
-The exit status is that of the command; 125: the bridge failed, 124: the time was up, 123: the guest
+The exit status is that of the command; 125: the bridge failed, 124: time-out, 123: the guest
 was lost, 2: wrong usage.
 """
 

@@ -13,29 +13,29 @@ __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
 DESCRIPTION = """\
 Install the Debian packages that kcov-bridge needs and this machine lacks: QEMU, mmdebstrap, gcc.
-This takes root, or a sudo that asks for no password; otherwise the line to run is printed.
+This needs root, or sudo without a password; otherwise the line to run is printed.
 """
 
 EPILOG = """\
 examples:
   kcov-bridge setup
   kcov-bridge setup --print
-  kcov-bridge doctor                 what else is missing
+  kcov-bridge doctor                 check what else is missing
 
-The exit status is 0 when nothing is missing any more, and 1 when the line is left for you to run.
+The exit status is 0 if nothing is missing at the end, and 1 if you still have to run the line.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument(
-        "--print", action="store_true", help="print the line that installs them, install nothing"
+        "--print", action="store_true", help="print the line that installs them, without running it"
     )
     parser.add_argument(
-        "--bench", action="store_true", help="also what the baseline of `bench` needs"
+        "--bench", action="store_true", help="also install what the baseline of `bench` needs"
     )
     parser.add_argument(
-        "--tests", action="store_true", help="also what the tests of kcov-bridge need"
+        "--tests", action="store_true", help="also install what the tests of kcov-bridge need"
     )
 
 

@@ -10,7 +10,7 @@ from bridge.cli.arguments import add_settings, settings_of
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
 DESCRIPTION = """\
-Boot the guest that `kcov-bridge run` boots, its target mounted, and open a shell in it. The guest
+Boot the same guest as `kcov-bridge run`, with its target mounted, and open a shell in it. The guest
 is powered off when the shell ends.
 """
 

@@ -13,7 +13,7 @@ from bridge.session.status import ask_all
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
 DESCRIPTION = """\
-Show what each running bridge of yours has signalled, appended and lost, and its kcov instances.
+Show the figures of each of your running bridges (returns, PCs, lost PCs) and its kcov instances.
 """
 
 EPILOG = """\
@@ -21,7 +21,7 @@ examples:
   kcov-bridge status
   kcov-bridge status --json | jq .lost_pcs
 
-The exit status is 1 when no bridge is running.
+The exit status is 1 if no bridge is running.
 """
 
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _text(status: dict[str, Any]) -> str:
     if "error" in status:
-        return f"a bridge that cannot tell: {status['error']}"
+        return f"a bridge that does not answer: {status['error']}"
     # A bridge of another version may leave figures out.
     status = Stats().as_dict() | status
     lines = [

@@ -29,7 +29,7 @@ examples:
   echo 0xfffffffff0010008 | kcov-bridge symbolize --run build/run
   kcov-bridge symbolize --all
 
-The exit status is 1 when a PC was unknown.
+The exit status is 1 if a PC is unknown.
 """
 
 
@@ -39,14 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all",
         action="store_true",
-        help="print all blocks of source files that the run could have covered, none of the "
-        "kernel's; stdin is not read",
+        help="print every block of the target's source files, covered or not; stdin is not read",
     )
     parser.add_argument(
         "--prefix",
         default="",
         metavar="PATH/",
-        help="put this before each path (syzkaller wants paths with pkg/ in them)",
+        help="put this before each path (syzkaller expects paths with pkg/ in them)",
     )
     add_vmlinux(parser)
 

@@ -60,7 +60,7 @@ class DeviceHost:
         source: what is consumed at each return of an owner.
         comparing: what hands over comparisons; None refuses TRACE_CMP.
         kernel: the guest kernel as a source, which writes into areas by itself.
-        personality: whose kcov contract the device keeps.
+        personality: whose kcov rules the device follows.
         syscall_pcs: whether each return appends a PC for the system call.
         poll_seconds: how long the doorbell polls after a request before it sleeps.
 

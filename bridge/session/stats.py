@@ -43,7 +43,7 @@ class Stats:
     target: str = ""
     """Name of the target."""
     personality: str = ""
-    """Whose kcov contract the device keeps."""
+    """Whose kcov rules the device follows."""
     sources: list[str] = field(default_factory=list)
     """Names of the coverage sources in use, sorted."""
     boot_seconds: float | None = None

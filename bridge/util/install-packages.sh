@@ -53,7 +53,7 @@ else
 	print=yes
 fi
 if [ -n "$print" ]; then
-	echo "packages are missing; run this line as a user who may, then try again:" >&2
+	echo "packages are missing, and installing them needs root or sudo; run this line, then try again:" >&2
 	echo "sudo apt-get update && sudo apt-get install -y --no-install-recommends$missing"
 	exit 2
 fi

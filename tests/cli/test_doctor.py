@@ -255,7 +255,7 @@ def test_render_has_a_line_for_each_check() -> None:
     assert lines[2].endswith("-> get it")
     assert lines[3] == "     no  luxury  is not there"
     assert lines[-1] == "1 required, and missing"
-    assert render(checks[:1]).endswith("all that is required is there")
+    assert render(checks[:1]).endswith("nothing required is missing")
 
 
 def test_doctor_names_each_compiled_part_that_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
