@@ -653,6 +653,21 @@ def test_files_of_one_name_are_told_apart(
     assert found[2] == found[0]
 
 
+def test_moved_code_is_covered_after_code_of_its_name_ran_without_a_module(
+    files_of_one_name: tuple[Path, PythonSource], on_target: TargetThread
+) -> None:
+    package, source = files_of_one_name
+    path = package / "one" / "m.py"
+    namespace: dict[str, Any] = {}
+    for namespace in ({}, {"__file__": str(path)}):
+        code = compile(path.read_text(), "/not/here/m.py", "exec")
+        on_target(exec, code, namespace)
+    source.consume()
+    on_target(namespace["first"])
+    (pc,) = source.consume()
+    assert "/one/m.py:3" in str(source.table.lookup(pc))
+
+
 def test_code_that_is_run_in_the_module_of_another_file_stays_of_its_own(
     files_of_one_name: tuple[Path, PythonSource], on_target: TargetThread
 ) -> None:

@@ -55,7 +55,10 @@ def canonical(filename: str, file: object = None) -> str:
 
 def is_settled(filename: str, file: object = None) -> bool:
     """Return whether a file name means one file, in any module and working directory."""
-    return filename.startswith(("/", "<")) and _moved(filename, file) is None
+    if filename.startswith("<"):
+        return True
+    # A name without a file may be that of moved code, which only ``__file__`` of its module tells.
+    return filename.startswith("/") and _moved(filename, file) is None and _exists(filename)
 
 
 def _moved(filename: str, file: object) -> str | None:
@@ -65,7 +68,12 @@ def _moved(filename: str, file: object) -> str | None:
     path = os.fspath(file)
     if not isinstance(path, str) or Path(path).name != Path(filename).name:
         return None
-    return None if filename.startswith("/") and Path(filename).exists() else path
+    return None if filename.startswith("/") and _exists(filename) else path
+
+
+def _exists(path: str) -> bool:
+    # Not pathlib's, which raises where a directory may not be searched.
+    return os.path.exists(path)  # noqa: PTH110
 
 
 class CodeViews:
