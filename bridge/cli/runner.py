@@ -36,6 +36,8 @@ _RESULTS = (
     *(LCOV_FILE, HTML_DIRECTORY, "console.log"),
 )
 _WORKLOAD = guest_directory() / "workload" / "files.sh"
+_EXAMPLE_BYTES = 2 << 20
+"""More than kcov-doc prints where its area, 65,536 words, is full."""
 _EXAMPLE = f'kcov-doc "$(find {MOUNT_POINT} -type f | head -n 1)"'
 
 
@@ -99,7 +101,7 @@ def _work(session: Session, command: Sequence[str], record: _Record, streams: St
     if result.exit_status:
         return result.exit_status
     # The second one uses the device itself, in the way of the kernel's documentation.
-    example = session.run(_EXAMPLE, timeout=timeout, stderr=err)
+    example = session.guest.run(_EXAMPLE, timeout=timeout, stderr=err, capture=_EXAMPLE_BYTES)
     words = [word for word in example.text.split() if word.startswith("0x")]
     record.pcs.append([int(word, 16) for word in words])
     return example.exit_status

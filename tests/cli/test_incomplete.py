@@ -12,6 +12,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import coverage
 import pytest
@@ -20,7 +21,8 @@ from bridge.cli import runner
 from bridge.cli.streams import Streams
 from bridge.config import Settings
 from bridge.errors import UsageError
-from bridge.session.session import Session
+from bridge.guest.ssh import CAPTURE_LIMIT, CommandResult, Guest
+from bridge.session.session import KcovResult, Session
 from tests.support import COMMAND, run
 
 TARGET = """
@@ -131,6 +133,33 @@ def test_run_that_lost_coverage_is_125_and_leaves_what_is_known(
         assert summary["tracer_faults"] > 0
         assert summary["source_failures"] == 1
         assert (out / "pcs.txt").read_text()
+
+
+class Printing(Session):
+    """A session without a guest, whose example prints as many PCs as its area holds."""
+
+    pcs = range(0xFFFF_FFFF_8100_0000, 0xFFFF_FFFF_8100_0000 + 65535)
+
+    def put(self, *_: object) -> None:
+        pass
+
+    def kcov(self, *_: object, **__: object) -> KcovResult:
+        return KcovResult(0, [1], b"", b"")
+
+    @property
+    def guest(self) -> Guest:
+        return cast(Guest, self)
+
+    def run(self, *_: object, capture: int = CAPTURE_LIMIT, **__: object) -> CommandResult:
+        text = "".join(f"{pc:#x}\n" for pc in self.pcs).encode()
+        return CommandResult(0, text[:capture], b"", len(text) > capture, 0.0)
+
+
+def test_work_example_fills_its_area_all_pcs_are_kept() -> None:
+    session = Printing(Settings())
+    record = runner._Record(session, ("true",))
+    assert runner._work(session, (), record, Streams(io.StringIO(), io.StringIO())) == 0
+    assert record.pcs[1] == list(session.pcs)
 
 
 @pytest.fixture
