@@ -18,7 +18,7 @@ from typing import Final
 
 import pytest
 
-from bridge.errors import BridgeError, GuestLostError, RunTimeoutError
+from bridge.errors import BridgeError, GuestLostError, GuestSetupError, RunTimeoutError
 from bridge.pytest_plugin.machines import Lease
 from bridge.session.session import Session
 
@@ -302,9 +302,18 @@ class Guest:
         remote: str | os.PathLike[str],
         mode: int = 0o644,
     ) -> None:
-        """Write a file of the host, or bytes, into the guest."""
+        """Write a file of the host, or bytes, into the guest.
+
+        Raises:
+            CommandError: the guest cannot write it.
+            UsageError: the file cannot be read here.
+        """
+        __tracebackhide__ = True
         self._lease.used()
-        self.session.put(local, remote, mode)
+        try:
+            self.session.put(local, remote, mode)
+        except GuestSetupError as error:
+            raise CommandError(error.report()) from None
 
     def get(self, remote: str | os.PathLike[str]) -> bytes:
         """Return what a file in the guest holds, whatever its size.
@@ -323,8 +332,18 @@ class Guest:
         return b"".join(pieces)
 
     def get_file(self, remote: str | os.PathLike[str], local: str | os.PathLike[str]) -> Path:
-        """Copy a file of the guest to the host, and return where it is now."""
-        self.session.get(remote, local)
+        """Copy a file of the guest to the host, and return where it is now.
+
+        Raises:
+            CommandError: it cannot be read.
+            UsageError: it cannot be written here.
+        """
+        __tracebackhide__ = True
+        self._lease.used()
+        try:
+            self.session.get(remote, local)
+        except GuestSetupError as error:
+            raise CommandError(error.report()) from None
         return Path(local)
 
     # What the machine says

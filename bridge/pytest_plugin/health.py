@@ -156,7 +156,8 @@ class TargetFaults(logging.Handler):
                 self._faults.append(f"asyncio on the thread {record.threadName}: {first}\n{rest}")
 
     def _note(self, args: threading.ExceptHookArgs) -> None:
-        if args.exc_type is not SystemExit:
+        ended_in_order = isinstance(args.exc_value, SystemExit) and not args.exc_value.code
+        if not ended_in_order:
             name = args.thread.name if args.thread is not None else "?"
             text = "".join(
                 traceback.format_exception(args.exc_type, args.exc_value, args.exc_traceback)

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import re
 import shlex
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from bridge.errors import (
     InfrastructureError,
     MissingDependencyError,
     RunTimeoutError,
+    TargetError,
     UsageError,
 )
 from bridge.pytest_plugin.health import KernelLog, Symptom, TargetFaults, new_taint, symptoms
@@ -324,7 +326,8 @@ class Machines:
             self._discard(next(iter(self._alive.values())))
         try:
             guest = self._start(request)
-        except MissingDependencyError:
+        except (MissingDependencyError, TargetError, UsageError):
+            # Another target, or other settings, may do.
             raise
         except BridgeError as error:
             self._failed_starts += 1
@@ -376,8 +379,11 @@ class Machines:
 
     def _discard(self, guest: _Guest) -> None:
         self._forget(guest)
-        with contextlib.suppress(BridgeError):
+        try:
             guest.stack.close()
+        except BridgeError as error:
+            if error is not guest.session.machine.loss:
+                _warn(f"a guest did not end in order: {error.report()}")
 
     def _forget(self, guest: _Guest) -> None:
         if self._alive.get(guest.machine) is guest:
@@ -390,6 +396,13 @@ class Machines:
             for guest in [*self._alive.values(), *self._kept]:
                 stack.callback(self._discard, guest)
             self._kept.clear()
+
+
+def _warn(text: str) -> None:
+    """Add to pytest's summary of warnings; no test is left that could fail."""
+    # Where warnings are errors, this one would end the run.
+    with contextlib.suppress(pytest.PytestWarning):
+        warnings.warn(pytest.PytestWarning(text), stacklevel=2)
 
 
 def _look(session: Session) -> KernelLog:

@@ -8,51 +8,79 @@ log since the test began are added.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Final
 
+import _pytest
+import pluggy
 import pytest
+from _pytest._code.code import Traceback
 
-from bridge.errors import BridgeError
+import bridge
+from bridge.errors import BridgeError, RunTimeoutError, UsageError
 from bridge.pytest_plugin.guest import CommandError, WaitTimeoutError
 from bridge.pytest_plugin.machines import Lease, SickMachineError
 
 __all__ = ["complete"]
 
 _LINES: Final = 40
+_OF_THE_TEST: Final = (CommandError, WaitTimeoutError, UsageError, RunTimeoutError)
+"""What a test's own commands and arguments lead to."""
+_NOT_THE_TEST: Final = tuple(
+    Path(module.__file__ or "").parent for module in (bridge, _pytest, pluggy)
+)
 
 
 def complete(report: pytest.TestReport, call: pytest.CallInfo[Any], lease: Lease | None) -> None:
     """Add to a report what is known of the test's guest."""
     error = call.excinfo.value if call.excinfo is not None else None
-    if isinstance(error, BridgeError) and report.failed:
-        report.longrepr = _of_the_machine(error, lease)
-    elif isinstance(error, CommandError | WaitTimeoutError) and report.failed:
-        report.longrepr = _of_the_test(report, call)
+    if call.excinfo is not None and report.failed:
+        if isinstance(error, _OF_THE_TEST) and report.when != "setup":
+            report.longrepr = _of_the_test(call.excinfo)
+        elif isinstance(error, BridgeError):
+            report.longrepr = _of_the_machine(error, call.excinfo, lease)
     if lease is not None and report.failed:
         if faults := lease.target_faults():
             report.sections.append(("exceptions of the target", "\n".join(faults)))
         _add_evidence(report, lease)
 
 
-def _of_the_machine(error: BridgeError, lease: Lease | None) -> str:
+def _of_the_machine(
+    error: BridgeError, excinfo: pytest.ExceptionInfo[BaseException], lease: Lease | None
+) -> str:
     kind = "is not well" if isinstance(error, SickMachineError) else "failed"
     text = error.report()
-    if lease is not None and error is lease.session.machine.loss:
+    loss = lease.session.machine.loss if lease is not None else None
+    # What a command raises then is a copy.
+    if loss is not None and (type(error), error.message) == (type(loss), loss.message):
         # Its evidence is the console's end, also of the tests before: a section has this test's.
         text = error.message + (f"\nhint: {error.hint}" if error.hint else "")
+    for entry in reversed(_frames(excinfo)):
+        text += (
+            f"\nat {os.path.relpath(entry.path)}:{entry.lineno + 1}: {str(entry.statement).strip()}"
+        )
+        break
     return f"the machine {kind}, not an assertion of the test: {text}"
 
 
-def _of_the_test(report: pytest.TestReport, call: pytest.CallInfo[Any]) -> Any:
-    """Return the report without the frames of this package."""
-    excinfo = call.excinfo
-    if excinfo is None:
-        return report.longrepr
-    excinfo.traceback = excinfo.traceback.filter(
-        lambda entry: "pytest_plugin" not in Path(entry.path).parts
+def _of_the_test(excinfo: pytest.ExceptionInfo[BaseException]) -> Any:
+    """Return what pytest shows, without the frames of this package."""
+    excinfo.traceback = _frames(excinfo) or excinfo.traceback
+    error = excinfo.value
+    # What the bridge ran into to raise this is of no use to the test.
+    of_the_bridge = isinstance(error, BridgeError)
+    shown = excinfo.getrepr(style="short", abspath=False, chain=not of_the_bridge)
+    if isinstance(error, BridgeError) and (error.evidence or error.hint):
+        shown.addsection("more about this error", error.report())
+    return shown
+
+
+def _frames(excinfo: pytest.ExceptionInfo[BaseException]) -> Traceback:
+    """Return the frames from the test's file on, without those of the bridge and of pytest."""
+    return excinfo.traceback.filter(
+        lambda entry: not any(Path(entry.path).is_relative_to(path) for path in _NOT_THE_TEST)
     )
-    return excinfo.getrepr(style="short", abspath=False)
 
 
 def _add_evidence(report: pytest.TestReport, lease: Lease) -> None:

@@ -4,6 +4,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -90,6 +95,10 @@ def test_guest_verbs_do_what_they_say(run: Run) -> None:
             assert copy.read_bytes() == b"bytes"
             guest.put(b"x" * 3_000_000, "/root/file")
             assert len(guest.get("/root/file")) == 3_000_000
+            with pytest.raises(AssertionError, match="cannot write /nowhere/file"):
+                guest.put(b"", "/nowhere/file")
+            with pytest.raises(AssertionError, match="cannot read /nowhere"):
+                guest.get_file("/nowhere", tmp_path / "copy")
 
         def test_waits(guest):
             guest.succeed("(sleep 0.3; echo ready >/run/made) >/dev/null 2>&1 &")
@@ -226,6 +235,8 @@ def test_guest_machine_is_sick_the_test_fails_and_the_next_has_another(run: Run)
     assert "WARNING: CPU: 0 PID: 1 at x" in text
     assert "RuntimeError: in the target" in text
     assert "panicked" in text
+    assert '\nat test_it.py:58: guest.run("echo c >' in text
+    assert "  | [" not in text, "the end of the console is shown once"
     assert "was switched off" in text
 
 
@@ -234,11 +245,23 @@ def test_guest_assertion_fails_shows_the_frames_of_the_test_alone(run: Run) -> N
         """
         def test_it(guest):
             guest.succeed("echo why >&2; echo in the log >/dev/kmsg; exit 5")
+
+        def test_mistake(guest):
+            guest.run("true", env={"no name": ""})
+
+        def test_slow(guest):
+            guest.run("echo before the end; sleep 100", timeout=5)
         """,
         "--junitxml=junit.xml",
     )
-    result.assert_outcomes(failed=1)
+    result.assert_outcomes(failed=3)
     text = result.stdout.str()
+    assert "the machine" not in text
+    assert "test_it.py:5: in test_mistake" in text
+    assert "'no name' is not a valid name" in text
+    assert "test_it.py:8: in test_slow" in text
+    assert "| before the end" in text
+    assert "direct cause" not in text
     assert "ended with status 5" in text
     assert "| why" in text
     assert "guest kernel log since the test began" in text
@@ -419,6 +442,69 @@ def test_guest_two_failed_starts_in_a_row_end_the_run_with_one_message(run: Run)
     assert "guests in a row did not start" in result.stdout.str()
 
 
+def test_guest_target_that_fails_does_not_end_the_run(run: Run) -> None:
+    run.pytester.makepyfile(
+        failing="""
+        import sys, threading
+
+        class Target:
+            name = "failing"
+            packages = guest_modules = endpoints = ()
+            guest_setup = guest_teardown = ""
+            def __init__(self, directory=None): pass
+            def start(self): pass
+            def stop(self): pass
+
+        class Raises(Target):
+            def start(self):
+                raise ValueError("no such device")
+
+        class Exits(Target):
+            def start(self):
+                sys.exit(3)
+
+        class Late(Target):
+            def start(self):
+                self.asked = threading.Event()
+                self.thread = threading.Thread(target=self.serve, name="serving")
+                self.thread.start()
+            def serve(self):
+                self.asked.wait()
+                sys.exit(4)
+            def stop(self):
+                self.asked.set()
+                self.thread.join()
+                raise OSError("cannot stop")
+        """
+    )
+    result = run(
+        """
+        import pytest
+
+        @pytest.mark.guest(target="failing:Raises")
+        def test_raises(guest):
+            pass
+
+        @pytest.mark.guest(target="failing:Exits")
+        def test_exits(guest):
+            pass
+
+        @pytest.mark.guest(target="failing:Late")
+        def test_thread_ends(guest):
+            target = guest.session._running.host.target
+            target.asked.set()
+            target.thread.join()
+        """
+    )
+    result.assert_outcomes(errors=2, failed=1, warnings=2)
+    text = result.stdout.str()
+    assert "raised ValueError on start: no such device" in text
+    assert "raised SystemExit on start: 3" in text
+    assert "the target: the thread serving ended by an exception" in text
+    assert "a guest did not end in order" in text
+    assert "cannot stop" in text
+
+
 def test_kcov_trace_shows_what_the_target_ran(run: Run) -> None:
     result = run(
         """
@@ -484,3 +570,52 @@ def test_plugin_import_loads_nothing_of_the_package_but_itself(
     pytester.runpytest_subprocess("-p", "no:cacheprovider", "-p", "no:cov").assert_outcomes(
         passed=1
     )
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 2)]
+)
+def test_guest_signal_in_the_middle_of_a_command_leaves_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch, number: int, status: int
+) -> None:
+    path = run.pytester.path
+    run.pytester.makepyfile(
+        test_it="""
+        import pathlib
+
+        def test_it(guest):
+            pathlib.Path("pid").write_text(str(guest.session.machine.pid))
+            pathlib.Path("running").touch()
+            guest.run("sleep 1000", timeout=None)
+        """
+    )
+    temporary = path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    process = run.pytester.popen([sys.executable, "-c", _INTERRUPTIBLE], stdin=subprocess.DEVNULL)
+    try:
+        _wait(lambda: (path / "running").exists() or process.poll() is not None)
+        os.kill(process.pid, number)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == status, output.decode()
+    _wait(lambda: not Path("/proc", (path / "pid").read_text()).exists())
+    assert list(temporary.iterdir()) == []
+
+
+_INTERRUPTIBLE = """
+import signal, sys
+import pytest
+
+# A shell's background job ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(pytest.main(["-p", "no:cacheprovider"]))
+"""
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
