@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 
 _AREA_WORDS = 1 << 14
 """Size of the area of each thread that is traced; it is emptied when it is full."""
-_WATCHED_AREA_WORDS = 1 << 19
-"""The same where the guest kernel fills it by itself between two system calls."""
+_WATCHED_AREA_WORDS = 1 << 21
+"""The same where the guest kernel fills it by itself between two system calls, if the region has
+room: one call may have half a million PCs."""
 _BITMAP_WORDS = 1 << 13
 """A bit for more blocks than a kernel has that one process reaches."""
 
