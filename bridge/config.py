@@ -351,7 +351,7 @@ class Settings:
         if "kernel" in named and accelerator != "tcg":
             raise UsageError(
                 "the guest kernel cannot be watched under KVM: only TCG lets QEMU see its code",
-                hint="--accel tcg allows it; --source python does without",
+                hint="choose --accel tcg, or leave the guest kernel out: --source python",
             )
         return named
 

@@ -266,7 +266,8 @@ class Guest:
                 raise loss
             if time.monotonic() > deadline:
                 raise WaitTimeoutError(
-                    f"the console shows no {pattern!r} within {timeout:g} s\n{self._console_end()}"
+                    f"the console did not show {pattern!r} within {timeout:g} s\n"
+                    f"{self._console_end()}"
                 )
             time.sleep(_CONSOLE_POLL_SECONDS)
 
@@ -284,12 +285,12 @@ class Guest:
             result = self.run(words, timeout=timeout + _GRACE_SECONDS)
         except RunTimeoutError:
             raise WaitTimeoutError(
-                f"it does not happen within {timeout:g} s that {what}: the command itself does "
-                f"not end, or keeps its output open in the background\n{self._console_end()}"
+                f"timed out after {timeout:g} s, waiting until {what}: the command itself did not "
+                f"end, or keeps its output open in the background\n{self._console_end()}"
             ) from None
         if result.status:
             raise WaitTimeoutError(
-                f"it does not happen within {timeout:g} s that {what}\n"
+                f"timed out after {timeout:g} s, waiting until {what}\n"
                 f"last output:\n{_indented(result.stdout + result.stderr)}\n{self._console_end()}"
             )
         return result.stdout.rstrip("\n")

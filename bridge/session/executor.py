@@ -207,13 +207,13 @@ class SshExecutor:
         gave_up = after.gave_up - before.gave_up
         if gave_up > 0:
             logger.warning(
-                "PCs may be missing: the guest did not wait for the host any longer %d times; "
+                "PCs may be missing: the guest stopped waiting for the host %d times; "
                 "is this machine overloaded?",
                 gave_up,
             )
         if stream.untraced:
             logger.warning(
-                "%d processes or threads were not traced: no more than %d can be at a time, and "
+                "%d processes or threads were not traced: at most %d can be traced at a time, and "
                 "each needs room in the region (--region)",
                 stream.untraced,
                 SLOTS - 1,

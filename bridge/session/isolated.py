@@ -287,7 +287,7 @@ class IsolatedTarget:
                 if quiet:
                     return ()
                 raise SourceError(
-                    f"the target {self.name} does not answer in {CONSUME_SECONDS:g} s"
+                    f"the target {self.name} did not answer within {CONSUME_SECONDS:g} s"
                 ) from error
             except (EOFError, OSError, ValueError) as error:
                 running.gone = True

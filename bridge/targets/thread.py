@@ -114,8 +114,8 @@ class TargetThread:
         if self._stuck or not wait([last], _STUCK_SECONDS).done:
             self._stuck = True
             raise TargetError(
-                f"the target does not return within {_STUCK_SECONDS:g} s from the call in which "
-                "it was interrupted; its thread is left behind"
+                f"the target was interrupted, but its code did not return within "
+                f"{_STUCK_SECONDS:g} s; its thread is abandoned"
             )
 
     def _run(self) -> None:

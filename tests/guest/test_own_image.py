@@ -205,7 +205,7 @@ def _hide_symbols(guest: Session) -> None:
         guest.guest.run(f"echo {level} >/proc/sys/kernel/kptr_restrict", check=True)
 
     hide(2)
-    with pytest.raises(KernelUnknownError, match="hides its addresses"):
+    with pytest.raises(KernelUnknownError, match="hides the addresses"):
         read_kernel(shell, KernelFilter(), None)
     hide(1)
     assert guest.kernel is not None

@@ -24,6 +24,9 @@ __all__ = ["Commands", "Phases", "Progress", "disk_full", "print_progress"]
 Progress = Callable[[str], None]
 """Called with lines of progress."""
 
+_APT_NO_MIRROR = ("Temporary failure resolving", "Could not resolve", "Could not connect")
+"""What apt prints if it does not reach a mirror."""
+
 _EVIDENCE_LINES = 15
 _TICK_SECONDS = 10.0
 _TERM_SECONDS = 10.0
@@ -156,8 +159,11 @@ class Commands:
         evidence = "\n".join(deque(lines, maxlen=_EVIDENCE_LINES))
         if os.strerror(errno.ENOSPC) in evidence:
             return disk_full(self.log.parent)
+        hint = ""
+        if any(sign in evidence for sign in _APT_NO_MIRROR):
+            hint = "check the network, or name another mirror of Debian: KCOV_BRIDGE_MIRROR=URI"
         return ImageError(
-            f"{what} failed: {Path(argv[0]).name} ended with {why}", evidence=evidence
+            f"{what} failed: {Path(argv[0]).name} ended with {why}", evidence=evidence, hint=hint
         )
 
 

@@ -375,7 +375,7 @@ def kaslr_offset(text: str, said: int | None = None) -> int:
 
 def _hidden() -> KernelUnknownError:
     return KernelUnknownError(
-        "the guest's kernel hides its addresses of its symbols",
+        "the guest's kernel hides the addresses of its symbols",
         hint="/proc/kallsyms (CONFIG_KALLSYMS) has to be read as root, with kernel.kptr_restrict "
         "0 or 1; or ask for --source python",
     )

@@ -387,6 +387,19 @@ def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
         commands.run(["sh", "-c", "cat /proc/version > /dev/full"], what="writing")
 
 
+def test_commands_run_unreachable_mirror_hint_names_the_setting(tmp_path: Path) -> None:
+    (tmp_path / "sources").write_text("deb http://127.0.0.1:1/ bookworm main\n")
+    for directory in ("state/lists/partial", "cache/archives/partial"):
+        (tmp_path / directory).mkdir(parents=True)
+    places = {"Etc::SourceList": "sources", "State": "state", "Cache": "cache"}
+    options = [f"-oDir::{key}={tmp_path / name}" for key, name in places.items()]
+    options += ["-oDir::Etc::SourceParts=-", f"-oDir::State::status={os.devnull}"]
+    commands = Commands(tmp_path / "log", Phases(lambda line: None))
+    with pytest.raises(ImageError) as caught:
+        commands.run(["apt-get", "update", "--error-on=any", *options], what="updating")
+    assert "KCOV_BRIDGE_MIRROR" in caught.value.hint
+
+
 def test_a_command_that_does_not_read_its_input_is_an_error(tmp_path: Path) -> None:
     commands = Commands(tmp_path / "log", Phases(lambda line: None))
     with pytest.raises(ImageError, match="failed"):

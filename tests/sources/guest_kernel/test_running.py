@@ -85,7 +85,7 @@ def test_an_offset_that_cannot_be(by: int, said: str) -> None:
 def test_a_kernel_that_hides_its_symbols() -> None:
     hidden = re.sub("^[0-9a-f]+", "0" * 16, KALLSYMS, flags=re.MULTILINE)
     for text in (hidden, "", "nonsense\n"):
-        with pytest.raises(KernelUnknownError, match="hides its addresses") as caught:
+        with pytest.raises(KernelUnknownError, match="hides the addresses") as caught:
             kernel_of(text, "KERNELOFFSET=0\n", FILES, ALL, None)
         assert "kptr_restrict" in caught.value.hint
 
@@ -184,7 +184,7 @@ def test_only_a_kernel_that_was_asked_for_must_be_known(
     with contextlib.closing(watch):
         assert watch.kernel is not None
         if source == "kernel":
-            with pytest.raises(KernelUnknownError, match="hides its addresses"):
+            with pytest.raises(KernelUnknownError, match="hides the addresses"):
                 watch.read_kernel(guest, "6.1", never)
         else:
             watch.read_kernel(guest, "6.1", never)
