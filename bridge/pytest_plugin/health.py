@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import logging
 import re
+import socketserver
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 __all__ = ["KernelLog", "Symptom", "TargetFaults", "new_taint", "symptoms"]
 
@@ -116,7 +118,8 @@ def _ignored(text: str, ignore: Sequence[re.Pattern[str]]) -> bool:
 class TargetFaults(logging.Handler):
     """Exceptions on threads of this process while it watches.
 
-    Those that end a thread, and those that asyncio logs, because nobody awaits them. The target's
+    Those that end a thread, those that asyncio logs, because nobody awaits them, and those of a
+    request that socketserver prints. The target's
     threads cannot be told from others, so each thread but the main one counts.
     """
 
@@ -126,6 +129,7 @@ class TargetFaults(logging.Handler):
         self._faults: list[str] = []
         self._before: Callable[[threading.ExceptHookArgs], object] = threading.excepthook
         self._noting = threading.local()
+        self._handle_error: Callable[[socketserver.BaseServer, Any, Any], None] | None = None
 
     def watch(self) -> None:
         """Begin, or take the place again that another hook has taken meanwhile."""
@@ -133,12 +137,24 @@ class TargetFaults(logging.Handler):
             self._before = threading.excepthook
             threading.excepthook = self._note
         logging.getLogger(_ASYNCIO).addHandler(self)  # once, however often it is called
+        if self._handle_error is None:
+            self._handle_error = original = socketserver.BaseServer.handle_error
+
+            def handle_error(server: socketserver.BaseServer, request: Any, address: Any) -> None:
+                if threading.current_thread() is not threading.main_thread():
+                    self._add(f"{type(server).__name__} failed on a request", sys.exc_info()[1])
+                original(server, request, address)
+
+            setattr(socketserver.BaseServer, "handle_error", handle_error)  # noqa: B010
 
     def close(self) -> None:
         """Put back the hook that was there before, unless another has taken its place."""
         if threading.excepthook == self._note:
             threading.excepthook = self._before
         logging.getLogger(_ASYNCIO).removeHandler(self)
+        if self._handle_error is not None:
+            setattr(socketserver.BaseServer, "handle_error", self._handle_error)  # noqa: B010
+            self._handle_error = None
         super().close()
 
     def take(self) -> list[str]:
@@ -155,15 +171,16 @@ class TargetFaults(logging.Handler):
             with self._faults_lock:
                 self._faults.append(f"asyncio on the thread {record.threadName}: {first}\n{rest}")
 
+    def _add(self, what: str, error: BaseException | None) -> None:
+        text = "".join(traceback.format_exception(error)) if error is not None else ""
+        with self._faults_lock:
+            self._faults.append(f"{what}\n{text}")
+
     def _note(self, args: threading.ExceptHookArgs) -> None:
         ended_in_order = isinstance(args.exc_value, SystemExit) and not args.exc_value.code
         if not ended_in_order:
             name = args.thread.name if args.thread is not None else "?"
-            text = "".join(
-                traceback.format_exception(args.exc_type, args.exc_value, args.exc_traceback)
-            )
-            with self._faults_lock:
-                self._faults.append(f"the thread {name} ended by an exception\n{text}")
+            self._add(f"the thread {name} ended by an exception", args.exc_value)
         if getattr(self._noting, "active", False):
             return  # a hook that took this one's place calls it, and is called by it
         self._noting.active = True

@@ -51,7 +51,7 @@ def _terminal(config: pytest.Config) -> Iterator[_Write]:
         capture.suspend(in_=True)
     try:
         if reporter is not None:
-            reporter.ensure_newline()
+            reporter.write_line("")  # below the dots of the tests
             yield reporter.write_line
         else:
             yield print

@@ -352,8 +352,8 @@ class Machines:
         return guest
 
     def keep(self, guest: _Guest) -> None:
-        """Take a guest out of use and leave it running until :meth:`close`."""
-        if guest not in self._kept and guest.session.machine.loss is None:
+        """Take a guest out of use and leave it running until :meth:`close`; the first one only."""
+        if not self._kept and guest.session.machine.loss is None:
             self._kept.append(guest)
             self._forget(guest)
 

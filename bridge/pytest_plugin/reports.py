@@ -28,7 +28,7 @@ _LINES: Final = 40
 _OF_THE_TEST: Final = (CommandError, WaitTimeoutError, UsageError, RunTimeoutError)
 """What a test's own commands and arguments lead to."""
 _NOT_THE_TEST: Final = tuple(
-    Path(module.__file__ or "").parent for module in (bridge, _pytest, pluggy)
+    Path(module.__file__ or "").parent for module in (bridge, _pytest, pluggy, os)
 )
 
 
@@ -77,7 +77,7 @@ def _of_the_test(excinfo: pytest.ExceptionInfo[BaseException]) -> Any:
 
 
 def _frames(excinfo: pytest.ExceptionInfo[BaseException]) -> Traceback:
-    """Return the frames from the test's file on, without those of the bridge and of pytest."""
+    """Return the frames of the test, without those of the bridge, pytest and Python's library."""
     return excinfo.traceback.filter(
         lambda entry: not any(Path(entry.path).is_relative_to(path) for path in _NOT_THE_TEST)
     )

@@ -440,6 +440,7 @@ def test_guest_two_failed_starts_in_a_row_end_the_run_with_one_message(run: Run)
     )
     result.assert_outcomes(errors=2)
     assert "guests in a row did not start" in result.stdout.str()
+    assert "\nat " not in result.stdout.str(), "no line of the test is to blame"
 
 
 def test_guest_target_that_fails_does_not_end_the_run(run: Run) -> None:
@@ -604,13 +605,46 @@ def test_guest_signal_in_the_middle_of_a_command_leaves_nothing(
     assert list(temporary.iterdir()) == []
 
 
+def test_guest_keep_failed_keeps_the_first_until_ctrl_c(run: Run) -> None:
+    path = run.pytester.path
+    run.pytester.makepyfile(
+        test_it="""
+        import pathlib, pytest
+
+        @pytest.mark.parametrize("number", [1, 2, 3])
+        def test_it(guest, number):
+            with open("pids", "a") as file:
+                print(guest.session.machine.pid, file=file)
+            assert number == 2
+        """
+    )
+    with (path / "output").open("w") as output:
+        process = run.pytester.popen(
+            [sys.executable, "-c", _INTERRUPTIBLE, "--guest-keep=failed"],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+        )
+    shown = (path / "output").read_text
+    try:
+        _wait(lambda: "Ctrl-C ends them" in shown() or process.poll() is not None)
+        pids = (path / "pids").read_text().split()
+        assert [Path("/proc", pid).exists() for pid in pids] == [True, False, False]
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=120)
+    finally:
+        process.kill()
+    assert shown().count("\nssh -i ") == 1
+    assert "2 failed, 1 passed" in shown()
+    _wait(lambda: not any(Path("/proc", pid).exists() for pid in pids))
+
+
 _INTERRUPTIBLE = """
 import signal, sys
 import pytest
 
 # A shell's background job ignores it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.exit(pytest.main(["-p", "no:cacheprovider"]))
+sys.exit(pytest.main(["-p", "no:cacheprovider", *sys.argv[1:]]))
 """
 
 

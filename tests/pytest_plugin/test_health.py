@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import logging
 import re
+import socket
+import socketserver
 import threading
 
 import pytest
@@ -105,6 +107,27 @@ def test_target_faults_hook_in_its_place_calls_it_no_endless_chain() -> None:
     faults.close()
     threading.excepthook = hook
     assert faults.take()
+
+
+def test_target_faults_error_of_a_request_that_socketserver_prints_counts() -> None:
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            raise RuntimeError("in the handler")
+
+    before = socketserver.BaseServer.handle_error
+    faults = TargetFaults()
+    faults.watch()
+    faults.watch()
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        socket.create_connection(server.server_address[:2]).close()  # type: ignore[arg-type]
+        thread.join()
+    (fault,) = faults.take()
+    assert "TCPServer failed on a request" in fault
+    assert "RuntimeError: in the handler" in fault
+    faults.close()
+    assert socketserver.BaseServer.handle_error is before
 
 
 def test_target_faults_errors_that_asyncio_logs_on_other_threads_count() -> None:
