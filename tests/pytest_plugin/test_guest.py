@@ -111,14 +111,14 @@ def test_guest_verbs_do_what_they_say(run: Run) -> None:
             assert guest.wait_until_fails("echo on both; echo 1 >&2; exit 3") == "on both\\n1"
             with pytest.raises(AssertionError) as caught:
                 guest.wait_until_succeeds("echo not yet; false", timeout=0.5)
-            assert "within 0.5 s" in str(caught.value) and "not yet" in str(caught.value)
+            assert "timed out after 0.5 s" in str(caught.value) and "not yet" in str(caught.value)
             with pytest.raises(AssertionError) as caught:
                 guest.wait_until_succeeds("echo why >&2; false", timeout=0.5)
             assert str(caught.value).count("why") == 2, "the command, and its output once"
             for wrong in ("false); true; (true", "echo '"):
                 with pytest.raises(AssertionError, match="yntax|nterminated"):
                     guest.wait_until_succeeds(wrong, timeout=0.2)
-            with pytest.raises(AssertionError, match="itself does not end"):
+            with pytest.raises(AssertionError, match="itself did not end"):
                 guest.wait_until_succeeds("yes", timeout=0.5)
             began = time.monotonic()
             with pytest.raises(AssertionError, match="exists"):
