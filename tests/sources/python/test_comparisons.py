@@ -782,5 +782,5 @@ def test_helpers_have_names_that_no_class_changes() -> None:
 
 def test_a_target_in_a_process_of_its_own_is_refused() -> None:
     settings = Settings(comparisons=True, isolate=True)
-    with pytest.raises(UsageError, match="process of its own"):
+    with pytest.raises(UsageError, match="cannot be combined"):
         Session(settings, None)
