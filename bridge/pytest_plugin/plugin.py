@@ -28,7 +28,6 @@ MARKER = "guest"
 
 _FIXTURE = "guest"
 _SCOPES = ("session", "module", "function")
-_RESETS = ("test", "module", "never")
 _REQUIRE = "KCOV_BRIDGE_REQUIRE"
 """An environment variable: 1 makes a missing program a failure of the test instead of a skip."""
 
