@@ -53,7 +53,7 @@ from bridge.sources.symbolize import Symbolizer
 from bridge.targets.description import Description
 from bridge.vm.accel import Accelerator
 from bridge.vm.agent import Ready
-from bridge.vm.machine import Machine
+from bridge.vm.machine import Machine, require_qemu
 from bridge.vm.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -159,6 +159,8 @@ class Session:
         # For a start that goes no further; see below.
         stack.push(functools.partial(stop_target, host))
         self._measured.append(host)
+        # Before an image is built for it, which takes minutes.
+        require_qemu(settings.qemu)
         image = find_guest_image(settings)
         watch = watch_kernel(settings, image, wanted="kernel" in attempt.sources)
         stack.callback(watch.close)

@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 
     from bridge.vm.qmp import EventLoopThread, Qmp
 
-__all__ = ["PLUGIN_REMEDY", "Ending", "LossListener", "Machine", "State"]
+__all__ = ["PLUGIN_REMEDY", "Ending", "LossListener", "Machine", "State", "require_qemu"]
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +121,15 @@ class Ending(enum.Enum):
     QUIT = "quit"
     KILL = "kill"
     GONE = "gone"
+
+
+def require_qemu(program: str) -> None:
+    """Raise :class:`bridge.errors.MissingDependencyError` if QEMU's program is missing."""
+    if shutil.which(program) is None:
+        raise MissingDependencyError(
+            f"QEMU ({program}) is not installed, or not an executable file",
+            hint="`kcov-bridge setup` installs Debian's; --qemu PROGRAM names another",
+        )
 
 
 class Machine:
@@ -278,11 +287,7 @@ class Machine:
             self._memory,
         )
 
-        if shutil.which(self.config.qemu) is None:
-            raise MissingDependencyError(
-                f"QEMU ({self.config.qemu}) is not installed, or not an executable file",
-                hint="`kcov-bridge setup` installs Debian's; --qemu PROGRAM names another",
-            )
+        require_qemu(self.config.qemu)
         self._started_at = time.monotonic()
         self._process = spawn(
             qemu_command(self.config, fds),

@@ -15,7 +15,13 @@ import pytest
 
 import bridge
 from bridge.config import Settings
-from bridge.errors import GuestLostError, GuestSetupError, RunTimeoutError, UsageError
+from bridge.errors import (
+    GuestLostError,
+    GuestSetupError,
+    MissingDependencyError,
+    RunTimeoutError,
+    UsageError,
+)
 from bridge.guest.ssh import Word
 from bridge.session.events import Booted, Event, GuestLost, Reset, TraceBegan, TraceEnded
 from bridge.session.session import Session
@@ -40,6 +46,18 @@ def test_api_every_name_is_there_and_import_is_cheap() -> None:
 def test_api_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = bridge.nothing
+
+
+def test_session_without_qemu_says_so_before_an_image_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(tmp_path))
+    with (
+        pytest.raises(MissingDependencyError, match=r"QEMU \(/nowhere/qemu\) is not installed"),
+        bridge.boot(target="none", source="python", qemu="/nowhere/qemu"),
+    ):
+        pass
+    assert not list(tmp_path.rglob("*")), "an image was begun"
 
 
 def test_session_that_was_not_entered_has_no_guest() -> None:
