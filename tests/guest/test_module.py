@@ -20,6 +20,7 @@ from tests.support.programs import guest_image
 
 pytestmark = pytest.mark.vm  # no machine, but an image's build root
 
+MODULE = Path(__file__).resolve().parents[2] / "guest" / "module"
 _OPTION = re.compile(r"(CONFIG_\w+)=(.+)|# (CONFIG_\w+) is not set")
 
 
@@ -58,7 +59,9 @@ def configure(tree: Path, changes: dict[str, str | None]) -> None:
         path.write_text("\n".join(kept) + "\n")
 
 
-def compile_module(build_root: _BuildRoot, changes: dict[str, str | None], out: Path) -> None:
+def compile_module(
+    build_root: _BuildRoot, changes: dict[str, str | None], out: Path, *arguments: str
+) -> None:
     """Compile the module for the guest's kernel with other options; ``out`` gets its objects."""
     tree = headers(build_root)
     with build_root.workspace() as work:
@@ -76,6 +79,7 @@ def compile_module(build_root: _BuildRoot, changes: dict[str, str | None], out: 
                 shutil.copyfile(path, work / name)
         # The kernel's list of symbols is the original one's, so some are missing: no error.
         words = ["make", "-C", "/work/tree", "M=/work/module", "KBUILD_MODPOST_WARN=1", "modules"]
+        words += arguments
         build_root.run(words, what="compiling the module")
         shutil.copyfile(work / "module" / "kcov_bridge.o", out)
 
@@ -96,3 +100,15 @@ def test_module_without_smp_compiles_without_a_warning(
     symbols = subprocess.run(["nm", objects], check=True, capture_output=True, text=True).stdout
     # The table of all processors' numbers, which the module reads where there are several.
     assert "x86_cpu_to_apicid" not in symbols
+
+
+def test_module_as_one_unit_compiles_without_a_warning(
+    build_root: _BuildRoot, tmp_path: Path
+) -> None:
+    compile_module(build_root, {}, tmp_path / "module.o", "ONE_UNIT=1")
+    log = (tmp_path / "log").read_text()
+    assert re.findall(r"CC \[M\]  /work/module/(\w+)\.o", log) == ["unit"]
+    assert not re.search(r"(?<!modpost: )warning:", log, re.IGNORECASE)
+    sources = (MODULE / "unit.c").read_text()
+    named = set(re.findall(r'#include "(\w+\.c)"', sources))
+    assert named == {path.name for path in MODULE.glob("*.c")} - {"unit.c"}
