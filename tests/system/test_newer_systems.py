@@ -8,6 +8,7 @@ each with its own image in full, and each of the two with the usual other in one
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 from collections.abc import Iterator
@@ -60,7 +61,10 @@ def has_the_pcs_of_both_sources(session: Session) -> None:
     assert not never_traced(names)
 
 
-def test_the_qemu_is_another_one(qemu: str) -> None:
+def test_the_qemu_is_another_one(release: str, qemu: str) -> None:
+    if platform.freedesktop_os_release().get("VERSION_CODENAME") == release:
+        pytest.skip("this machine runs the release itself, so its QEMU is the same")
+
     def version(program: str) -> str:
         done = subprocess.run([program, "--version"], check=True, capture_output=True, text=True)
         (found,) = re.findall(r"version ([\d.]+)", done.stdout)
