@@ -93,8 +93,8 @@ def test_guest_verbs_do_what_they_say(run: Run) -> None:
             assert guest.get("/root/file") == b"bytes"
             copy = guest.get_file("/root/file", tmp_path / "copy")
             assert copy.read_bytes() == b"bytes"
-            guest.put(b"x" * 3_000_000, "/root/file")
-            assert len(guest.get("/root/file")) == 3_000_000
+            guest.put(b"x" * 1_200_000, "/root/file")
+            assert len(guest.get("/root/file")) == 1_200_000
             with pytest.raises(AssertionError, match="cannot write /nowhere/file"):
                 guest.put(b"", "/nowhere/file")
             with pytest.raises(AssertionError, match="cannot read /nowhere"):
@@ -123,7 +123,7 @@ def test_guest_verbs_do_what_they_say(run: Run) -> None:
             began = time.monotonic()
             with pytest.raises(AssertionError, match="exists"):
                 guest.wait_for_file("/nowhere", timeout=0.2)
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < 50, "the default of 60 s"
             guest.wait_for_open_port(22)
             with pytest.raises(AssertionError, match="port 9 is open"):
                 guest.wait_for_open_port(9, timeout=0.2)
