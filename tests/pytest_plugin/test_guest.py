@@ -13,24 +13,25 @@ from pathlib import Path
 
 import pytest
 
+from bridge.util.cache import cache_directory
+
 pytestmark = pytest.mark.vm
 
 pytest_plugins = ["pytester"]
 
 
 @pytest.fixture
-def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
+def cache() -> Path:
+    return cache_directory()
+
+
+@pytest.fixture
+def run(cache: Path, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run tests in a process of their own."""
     monkeypatch.setenv("KCOV_BRIDGE_REQUIRE", "1")
-    # pytester makes a home of its own.
-    monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(_cache()))
+    # ``pytester`` makes a home of its own, so ``cache`` comes before it.
+    monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(cache))
     return Run(pytester)
-
-
-def _cache() -> Path:
-    from bridge.util.cache import cache_directory
-
-    return cache_directory()
 
 
 class Run:
