@@ -344,7 +344,8 @@ class CustomImage:
         tree = shlex.quote(_BUILD_TREE.format(kernel=kernel))
         script = (
             f"cd {_BUILT} && "
-            f"make -C module KDIR={tree} ONE_UNIT=1 modules && make -C agent kcov-exec libkcovexec.so"
+            f"make -C module KDIR={tree} ONE_UNIT=1 modules && "
+            "make -C agent kcov-exec libkcovexec.so"
         )
         result = guest.run(script, timeout=_BUILD_SECONDS)
         if result.exit_status:
