@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import pytest
 
@@ -406,11 +406,11 @@ class Guest:
             self._traces.remove(tracer)
 
 
-class Tracer:
-    """Runs a command in the place of :meth:`Guest.run`; see :mod:`.kcov`."""
+class Tracer(Protocol):
+    """Runs commands in the place of :meth:`Guest.run`: :class:`bridge.pytest_plugin.Trace`."""
 
     def run(self, command: Command, timeout: float | None) -> Result:
-        raise NotImplementedError
+        """Run a command and return its result."""
 
 
 def _words(command: Command) -> list[str]:

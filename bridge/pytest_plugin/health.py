@@ -118,9 +118,9 @@ def _ignored(text: str, ignore: Sequence[re.Pattern[str]]) -> bool:
 class TargetFaults(logging.Handler):
     """Exceptions on threads of this process while it watches.
 
-    Those that end a thread, those that asyncio logs, because nobody awaits them, and those of a
-    request that socketserver prints. The target's
-    threads cannot be told from others, so each thread but the main one counts.
+    These are exceptions that end a thread, those that asyncio only logs, and those that
+    socketserver prints for a request. The target's threads look like all others, so each thread
+    but the main one counts.
     """
 
     def __init__(self) -> None:

@@ -21,10 +21,7 @@ if TYPE_CHECKING:
     from bridge.pytest_plugin.kcov import Kcov
     from bridge.pytest_plugin.machines import Lease, Machines
 
-__all__ = ["MARKER"]
-
-MARKER = "guest"
-"""The marker whose arguments are the settings of the guest."""
+__all__: list[str] = []
 
 _FIXTURE = "guest"
 _SCOPES = ("session", "module", "function")
