@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +52,8 @@ logger = logging.getLogger(__name__)
 _RESUME_SECONDS = 20.0
 _HANG_UP_SECONDS = 20.0
 _HANG_UP_POLL_SECONDS = 0.002
+_ENDED_BY_TARGET = re.compile(r"TCP\[(FIN_WAIT_1|FIN_WAIT_2|CLOSING|LAST_ACK|TIME_WAIT)\]")
+"""A connection in QEMU's ``info usernet`` that only waits for the guest now, which is paused."""
 
 
 # ---- attempts
@@ -176,18 +179,27 @@ class RunningGuest:
             device.reset()
             self._gate.reset_all()
             snapshot.restore(memory)
-            # The guest will take the same ports again.
-            deadline = time.monotonic() + _HANG_UP_SECONDS
-            while any(TARGET_ADDRESS in line for line in self.machine.connections):
-                if time.monotonic() > deadline:
-                    raise InfrastructureError("connections of the guest to its target do not end")
-                time.sleep(_HANG_UP_POLL_SECONDS)
-                # A relay that had just started opened the gate after the last reset.
-                self._gate.reset_all()
+            self._hang_up()
 
         with self._resetting, self.guest.reserved():
             self.ready = self.machine.rewind(restore_snapshot, _RESUME_SECONDS)
             yield
+
+    def _hang_up(self) -> None:
+        """End the guest's connections to its target: it will take the same ports again."""
+        deadline = time.monotonic() + _HANG_UP_SECONDS
+        while open_now := [line for line in self.machine.connections if TARGET_ADDRESS in line]:
+            if all(_ENDED_BY_TARGET.match(line) for line in open_now):
+                self.machine.replace_network()
+                return
+            if time.monotonic() > deadline:
+                raise InfrastructureError(
+                    "connections of the guest to its target do not end",
+                    evidence="\n".join(open_now),
+                )
+            time.sleep(_HANG_UP_POLL_SECONDS)
+            # A relay that had just started opened the gate after the last reset.
+            self._gate.reset_all()
 
     def fill(self, stats: Stats) -> None:
         """As :class:`bridge.session.stats.Measured`."""

@@ -20,15 +20,26 @@ from bridge.vm.network import EpochWord, netdev_option
 
 __all__ = [
     "DEFAULT_QEMU",
+    "HUB",
+    "NETWORK",
+    "NETWORK_PORT",
     "BackendFds",
     "MachineConfig",
     "MemoryFds",
     "WatchFds",
     "paste_command",
     "qemu_command",
+    "user_network",
 ]
 
 DEFAULT_QEMU = "qemu-system-x86_64"
+
+NETWORK = "net"
+"""QEMU's name for its user network."""
+HUB = 0
+NETWORK_PORT = "net-port"
+"""The hub's port for :data:`NETWORK`."""
+_CARD_PORT = "card-port"
 
 _CPU = {"kvm": "host", "tcg": "max,la57=off"}
 """Five-level paging would cost TCG one more level on each page walk; a small guest needs four."""
@@ -274,18 +285,22 @@ def _disks(config: MachineConfig) -> list[str]:
 def _network(config: MachineConfig) -> list[str]:
     if not config.network:
         return ["-nic", "none"]
+    # A hub between them, so that a reset can replace the network below the card.
     return [
-        *("-netdev", _netdev(config)),
+        *("-netdev", user_network(config, config.ssh_port)),
+        *("-netdev", f"hubport,id={NETWORK_PORT},hubid={HUB},netdev={NETWORK}"),
+        *("-netdev", f"hubport,id={_CARD_PORT},hubid={HUB}"),
         # With an empty romfile the firmware has no boot ROM to copy and run.
-        *("-device", "virtio-net-pci,netdev=net,romfile="),
+        *("-device", f"virtio-net-pci,netdev={_CARD_PORT},romfile="),
     ]
 
 
-def _netdev(config: MachineConfig) -> str:
+def user_network(config: MachineConfig, ssh_port: int) -> str:
+    """Return the value of ``-netdev`` for the machine's network."""
     return netdev_option(
-        "net",
+        NETWORK,
         config.endpoints,
-        ssh_port=config.ssh_port,
+        ssh_port=ssh_port,
         coverage_epoch=config.coverage_epoch,
         gate=config.gate,
     )

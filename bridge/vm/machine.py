@@ -43,12 +43,16 @@ from bridge.errors import (
 )
 from bridge.vm.agent import Ready, ReportReader, Unhealthy
 from bridge.vm.config import (
+    HUB,
+    NETWORK,
+    NETWORK_PORT,
     BackendFds,
     MachineConfig,
     MemoryFds,
     WatchFds,
     paste_command,
     qemu_command,
+    user_network,
 )
 from bridge.vm.console import ConsoleLog
 from bridge.vm.events import (
@@ -496,6 +500,22 @@ class Machine:
             return []
         lines = self._monitor("info usernet").splitlines()
         return [line.strip() for line in lines if "[" in line and "HOST_FORWARD" not in line]
+
+    def replace_network(self) -> None:
+        """Give the guest's card a new network, which knows no connection of the old one.
+
+        The host's port for SSH stays the same. To be called while the guest is paused. A network
+        keeps a connection that waits for the guest to end it, and a rewound guest, which takes the
+        same ports again, would be refused there.
+        """
+        self.execute("netdev_del", {"id": NETWORK_PORT})
+        self.execute("netdev_del", {"id": NETWORK})
+        network = user_network(self.config, self.ssh_port)
+        quoted = network.replace("\\", "\\\\").replace('"', '\\"')
+        if answer := self._monitor(f'netdev_add "{quoted}"').strip():
+            raise QemuError("QEMU did not make the guest's network anew", evidence=answer)
+        port = {"type": "hubport", "id": NETWORK_PORT, "hubid": HUB, "netdev": NETWORK}
+        self.execute("netdev_add", port)
 
     def wait_ready(self, timeout: float | None = None) -> Ready:
         """Wait until the guest's agent reports that the guest is ready.

@@ -184,7 +184,7 @@ def serve(server: Server, channel: paramiko.Channel, process: subprocess.Popen[b
 
     def feed() -> None:
         assert process.stdin is not None
-        with process.stdin as stdin, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), process.stdin as stdin:
             while data := channel.recv(65536):
                 stdin.write(data)
                 stdin.flush()

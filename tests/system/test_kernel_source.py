@@ -20,7 +20,7 @@ from bridge.config import Settings
 from bridge.errors import (
     GuestLostError,
     GuestPoweredOffError,
-    MissingDependencyError,
+    QemuError,
     UnwatchableError,
     UsageError,
 )
@@ -335,9 +335,12 @@ def test_a_qemu_without_plugins(tmp_path: Path) -> None:
 def test_by_default_it_goes_without_the_kernel_where_it_must(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As far as to QEMU, which is not there."""
+    """As far as to a QEMU that does not start."""
     guest_image()
-    everything: dict[str, Any] = {"target": "none", "accel": "tcg", "qemu": "/nowhere/qemu"}
+    qemu = tmp_path / "broken-qemu"
+    qemu.write_text("#!/bin/sh\necho a library is missing >&2\nexit 127\n")
+    qemu.chmod(0o755)
+    everything: dict[str, Any] = {"target": "none", "accel": "tcg", "qemu": str(qemu)}
     monkeypatch.setenv("PATH", str(tmp_path))
     with (
         pytest.raises(UnwatchableError, match="has no C compiler"),
@@ -345,7 +348,7 @@ def test_by_default_it_goes_without_the_kernel_where_it_must(
     ):
         pass
     caplog.clear()
-    with pytest.raises(MissingDependencyError, match="/nowhere/qemu"), bridge.boot(**everything):
+    with pytest.raises(QemuError, match="status 127"), bridge.boot(**everything):
         pass
     (said,) = warnings(caplog)
     assert "has no C compiler" in said

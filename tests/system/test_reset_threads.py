@@ -52,3 +52,16 @@ def test_reset_relays_that_start_meanwhile_are_reset_too(session: Session) -> No
         session.run(f"{clients} {clients} sleep {0.5 + 0.07 * turn}")
         session.reset()
     assert session.run("cat /mnt/target/README").exit_status == 0
+
+
+@pytest.mark.guest(target="tests.session.test_python_targets:Elsewhere", source="python")
+def test_reset_connections_that_the_target_ended_first_are_forgotten(session: Session) -> None:
+    """They wait for the guest to end them too, which it cannot any more."""
+    connect = "exec {fd}<>/dev/tcp/10.0.2.100/80; cat <&$fd"
+    closed, left_open = f"{connect}; exec {{fd}}>&-", f"{connect}; sleep 60"
+    leave = f"bash -c '{left_open}' </dev/null >/dev/null 2>&1 & bash -c '{closed}'"
+    for _ in range(3):
+        assert session.run(f"{leave}; sleep 0.5").text == "answer\n"
+        session.reset()
+        # The guest takes the same ports as before the reset.
+        assert session.run(f"bash -c '{closed}'").text == "answer\n"
