@@ -20,6 +20,7 @@ LAYERS = (
     ("guest",),
     ("vm",),
     ("targets",),
+    ("trace",),
     ("sources",),
     ("device",),
     ("util",),
