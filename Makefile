@@ -5,6 +5,16 @@
 VENV ?= .venv
 OUT ?= build/run
 ARGS ?=
+# Of `make run`: a line for the guest's shell, a target, sources. Exported, so that no shell on the
+# host reads a word of them.
+CMD ?=
+TARGET ?=
+SOURCE ?=
+export CMD TARGET SOURCE
+COVERED = $(if $(TARGET),--target "$$TARGET") $(if $(SOURCE),--source "$$SOURCE")
+COMMAND = $(if $(CMD),-- sh -c "$$CMD")
+# Of `make check-guest`: what pytest runs.
+TESTS ?= examples
 PYTHON ?=
 export PYTHON
 
@@ -31,15 +41,17 @@ SOURCES := bridge tests examples docs setup.py
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help run image bench test test-unit test-all test-on storm answers executor kills conformance reference lint docs dist format venv packages packages-test clean distclean
+.PHONY: help run check-guest image bench test test-unit test-all test-on storm answers executor kills conformance reference lint docs dist format venv packages packages-test clean distclean
 
 help: ## print this help
 	@awk -F ' ## ' '/^##@/ { print "\n" substr($$0, 5) } \
 		/^[a-z-]+:.* ## / { split($$1, name, ":"); printf "make %-11s %s\n", name[1], $$2 }' \
 		$(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo 'Variables: OUT=$(OUT) (where `make run` puts its results), ARGS="..." (more arguments for'
-	@echo 'run or for pytest), VENV=$(VENV), PYTHON=PROGRAM. Examples:'
+	@echo 'Variables: OUT=$(OUT) (where `make run` puts its results), CMD="..." TARGET=... SOURCE=...'
+	@echo '(what it runs, and what it covers), TESTS="..." (of check-guest), ARGS="..." (more arguments'
+	@echo 'for run or for pytest), VENV=$(VENV), PYTHON=PROGRAM. Examples:'
+	@echo "  make run CMD='ls -lR /mnt/target | wc -l' SOURCE=python"
 	@echo '  make run ARGS="--memory 512 -- ls -l /mnt/target"'
 	@echo '  make test ARGS="-k config"'
 	@echo '  make test-on RELEASE=trixie STEPS=run   (STEPS="run test" if not said; ARGS for the tests)'
@@ -48,7 +60,7 @@ help: ## print this help
 ##@ Use
 
 run: packages $(VENV)/installed ## install what is missing, boot a guest and run the default workload under kcov
-	$(VENV)/bin/kcov-bridge run --out $(OUT) $(ARGS)
+	$(VENV)/bin/kcov-bridge run --out $(OUT) $(strip $(COVERED) $(ARGS) $(COMMAND))
 
 image: packages $(VENV)/installed ## build the default guest image
 	$(VENV)/bin/kcov-bridge image build $(ARGS)
@@ -64,6 +76,9 @@ test: packages-test $(VENV)/installed-dev ## run all tests; boots virtual machin
 	@mkdir -p build
 	@status=0; $(VENV)/bin/python -m pytest $(WORKERS) $(ARGS) || status=$$?; \
 		echo $$status >build/test.status; exit $$status
+
+check-guest: packages-test $(VENV)/installed-dev ## run the tests that take a guest from TESTS, without any skip for a missing QEMU
+	KCOV_BRIDGE_REQUIRE=1 $(VENV)/bin/python -m pytest -m guest $(TESTS) $(ARGS)
 
 test-unit: packages-test $(VENV)/installed-dev ## run the tests that need no virtual machine (a minute or two)
 	$(VENV)/bin/python -m pytest -m 'not vm and not bench' $(ARGS)

@@ -25,6 +25,7 @@ def sh(
 ) -> subprocess.CompletedProcess[str]:
     # A make around this one hands its flags and variables down otherwise.
     outer = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHON", "VENV", "OUT", "ARGS"}
+    outer |= {"CMD", "TARGET", "SOURCE", "TESTS"}
     environment = {key: text for key, text in os.environ.items() if key not in outer}
     environment |= variables
     if path is not None:
@@ -64,6 +65,22 @@ def test_makefile_each_target_has_commands_that_parse(target: str) -> None:
 def test_run_hands_its_variables_on(tmp_path: Path) -> None:
     done = sh("make", "-n", "run", f"OUT={tmp_path}", "ARGS=--memory 512 -- ls")
     assert f"kcov-bridge run --out {tmp_path} --memory 512 -- ls" in done.stdout
+
+
+def test_run_command_target_and_source_reach_the_guest_as_they_are(tmp_path: Path) -> None:
+    """With a program in the place of ``kcov-bridge`` that shows its words."""
+    (tmp_path / "bin").mkdir()
+    script(tmp_path / "bin", "kcov-bridge", "printf '<%s>' \"$@\"; exit 3")
+    (tmp_path / "installed").touch()
+    command = "echo \"$HOME\" 'a b' | wc -l; ls /mnt/*"
+    words = (f"VENV={tmp_path}", "OUT=out", "TARGET=a b:C", "SOURCE=python", "ARGS=--memory 512")
+    done = sh("make", "-s", "run", *words, f"CMD={command.replace('$', '$$')}")
+    shown = "<--target><a b:C><--source><python><--memory><512><--><sh><-c>"
+    assert f"<run><--out><out>{shown}<{command}>" in done.stdout
+    assert done.returncode == 2  # make's own for each failure
+    assert "Error 3" in done.stderr
+    environment = {"CMD": command, "TARGET": "none"}
+    assert f"<-c><{command}>" in sh("make", "-s", "run", words[0], **environment).stdout
 
 
 def test_up_to_date_stamps_mean_no_pip(tmp_path: Path) -> None:

@@ -145,6 +145,12 @@ def _end_in_order(config: pytest.Config) -> None:
 # ---- collection: wrong arguments are found before anything runs, tests of one guest are together
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    # So that -m guest and -m "not guest" choose by the fixture, with the marker or without.
+    if _wants_guest(item) and item.get_closest_marker(_FIXTURE) is None:
+        item.add_marker(_FIXTURE)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not any(_wants_guest(item) for item in items):
