@@ -115,6 +115,12 @@ def test_children_and_their_programs_are_traced(session: Session) -> None:
     assert "v9fs_fid_lookup" in kernel_functions(session, result.pcs)
 
 
+def test_replace_network_gives_a_guest_that_is_reset_its_target_again(session: Session) -> None:
+    session.machine.replace_network()
+    session.reset()
+    assert session.run(READ).exit_status == 0
+
+
 def test_reset_takes_the_guest_back_again_and_again(session: Session) -> None:
     session.run(READ)
     before = set(session.kcov(READ, follow=False).pcs)
