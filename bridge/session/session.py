@@ -161,6 +161,10 @@ class Session:
         self._measured.append(host)
         # Before an image is built for it, which takes minutes.
         require_qemu(settings.qemu)
+        if settings.vmlinux is not None:
+            from bridge.sources.guest_kernel.lines import find_vmlinux
+
+            find_vmlinux("", settings.vmlinux)
         image = find_guest_image(settings)
         watch = watch_kernel(settings, image, wanted="kernel" in attempt.sources)
         stack.callback(watch.close)

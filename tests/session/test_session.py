@@ -60,6 +60,16 @@ def test_session_without_qemu_says_so_before_an_image_is_built(
     assert not list(tmp_path.rglob("*")), "an image was begun"
 
 
+@pytest.mark.parametrize("source", ["python", "kernel"])
+def test_session_with_a_vmlinux_that_does_not_exist_says_so(tmp_path: Path, source: str) -> None:
+    missing = tmp_path / "vmlinux"
+    with (
+        pytest.raises(UsageError, match=f"there is no file {missing}"),
+        bridge.boot(target="none", accel="tcg", source=source, vmlinux=missing),
+    ):
+        pass
+
+
 def test_session_that_was_not_entered_has_no_guest() -> None:
     session = Session(Settings())
     for part in ("guest", "device", "machine", "ready", "snapshot", "kernel"):
