@@ -38,6 +38,7 @@ from bridge.targets.thread import TargetThread, foreign
 from bridge.vm.process import Process, spawn
 
 if TYPE_CHECKING:
+    from bridge.sources.python.lines import LineMemory
     from bridge.sources.python.source import PythonSource
 
 __all__ = ["CONSUME_SECONDS", "IsolatedTarget"]
@@ -165,6 +166,9 @@ class IsolatedTarget:
         # Under _lock: one conversation at a time.
         self._lock = threading.Lock()
         self._running: _Running | None = None
+        self._lines: LineMemory | None = None
+        # Lines of files that are not in _lines; the process tells them at its end.
+        self._rest_of_lines: dict[str, set[int]] = {}
         # What settle() has received for the next consume().
         self._settled: tuple[bytes, bytes] | None = None
 
@@ -219,8 +223,16 @@ class IsolatedTarget:
             description = Description.from_dict(answer["description"])
             self.name = description.name
             # Imported here, for a run that isolates nothing.
+            from bridge.sources.python.lines import LineMemory
             from bridge.sources.python.source import block_table
 
+            try:
+                self._lines = LineMemory.attach(answer["lines"])
+            except (OSError, ValueError) as error:
+                raise TargetError(
+                    f"the lines of the target {self.name} cannot be read: {error}"
+                ) from error
+            self._lines.close()
             with foreign(f"the target {self.name}", "while its packages were looked for"):
                 self.packages = tuple(answer["packages"])
                 self.table = block_table(self.packages)
@@ -302,6 +314,18 @@ class IsolatedTarget:
             self.given += len(pcs)
             return pcs
 
+    def take_lines(self) -> dict[str, set[int]]:
+        """As :class:`bridge.sources.python.source.PythonSource`; also when the process is dead.
+
+        Lines of files that appeared during the run come after :meth:`stop`.
+        """
+        taken, self._rest_of_lines = self._rest_of_lines, {}
+        if self._lines is not None:
+            for file in self._lines.files:
+                if lines := self._lines.take_lines(file):
+                    taken.setdefault(file.path, set()).update(lines)
+        return taken
+
     def stop(self) -> None:
         """As :class:`bridge.session.target_host.TargetHost`.
 
@@ -330,6 +354,7 @@ class IsolatedTarget:
                     channel.send(_STOP)
                 done = running.conclude(self.name, _DONE)
                 self._covered.update(done["rest"])
+                self._rest_of_lines = {file: set(lines) for file, lines in done["lines"].items()}
                 self.tracer_faults = done["faults"]
                 if self._out is not None:
                     # With the files that appeared at run time.
@@ -385,12 +410,20 @@ def _target_process(answers: _Channel, asks: _Channel, host: InProcessTarget) ->
             asks.receive()
 
     description = host.start(deliver)
-    answer = {"description": description.as_dict(), "packages": source.packages}
+    answer = {
+        "description": description.as_dict(),
+        "packages": source.packages,
+        "lines": source.shared_lines,
+    }
     answers.send(_READY, json.dumps(answer).encode())
     ready.set()
     stop.wait()
     host.stop()
-    done = {"rest": source.consume(), "faults": source.tracer_faults}
+    done = {
+        "rest": source.consume(),
+        "lines": {path: sorted(lines) for path, lines in source.later_lines().items()},
+        "faults": source.tracer_faults,
+    }
     answers.send(_DONE, json.dumps(done).encode())
 
 

@@ -502,6 +502,15 @@ class Session:
             _set_up(parts.running, parts.target)
         self.events.publish(Reset(parts.running.resets))
 
+    def take_lines(self) -> dict[str, set[int]]:
+        """Return the lines of the target's packages that ran since the last call, by file.
+
+        Unlike PCs these are exact, and belong to no instance. After the end of the session the
+        first call returns those of the target's own end.
+        """
+        source = self._running.host.source
+        return source.take_lines() if source is not None else {}
+
     def symbolize(self, pc: int) -> Location | str | None:
         """Return the location of a PC in the target's code; None if it belongs to no block.
 

@@ -172,6 +172,44 @@ def test_isolated_target_dies_only_its_coverage_is_lost(own_target: OwnTarget) -
     isolated.stop()
 
 
+def test_isolated_take_lines_has_what_ran_also_of_a_process_that_died(
+    own_target: OwnTarget, tmp_path: Path
+) -> None:
+    isolated = own_target("os.kill(os.getpid(), signal.SIGKILL)")
+    assert isolated.take_lines() == {}
+    service = str(tmp_path / "own_service.py")
+    work, kill = (
+        number
+        for number, line in enumerate(SERVICE.splitlines(), 1)
+        if line.strip() in ("return 1", "BODY")
+    )
+    target = isolated.start(nowhere)
+    imported = isolated.take_lines()[service]
+    assert len(imported) > 1
+    assert not imported & {work, kill}
+    with socket.create_connection(("127.0.0.1", target.endpoints[0].host_port)) as sock:
+        sock.sendall(b".")
+        assert sock.recv(1) == b"."
+        assert work in isolated.take_lines()[service]
+        sock.sendall(b"x")
+        assert sock.recv(1) == b""
+    assert {work, kill} <= isolated.take_lines()[service]
+    with pytest.raises(TargetError, match="was killed by SIGKILL"):
+        isolated.stop()
+    assert isolated.take_lines() == {}
+
+
+def test_isolated_take_lines_after_the_stop_has_lines_of_code_made_at_run_time(
+    own_target: OwnTarget, tmp_path: Path
+) -> None:
+    isolated = own_target(r"exec(compile('\n' * 99 + 'a = 1', __file__, 'exec'), {})")
+    target = isolated.start(nowhere)
+    assert tell(target, b"x")() == b"."
+    isolated.take_lines()
+    isolated.stop()
+    assert 100 in isolated.take_lines()[str(tmp_path / "own_service.py")]
+
+
 def test_isolated_target_hangs_with_the_interpreter_lock_is_given_up(
     own_target: OwnTarget, tmp_path: Path
 ) -> None:

@@ -178,6 +178,17 @@ class LineMemory:
         taken = self.buffer[file.taken : file.taken + file.lines]
         return [line for line, ran in enumerate(taken) if ran]
 
+    def take_lines(self, file: FileLines) -> list[int]:
+        """Return the lines of a file that ran since the last call, and forget them."""
+        buffer, start, end = self.buffer, file.taken, file.taken + file.lines
+        lines = []
+        at = buffer.find(b"\1", start, end)
+        while at >= 0:
+            buffer[at] = 0
+            lines.append(at - start)
+            at = buffer.find(b"\1", at + 1, end)
+        return lines
+
 
 def _aligned(offset: int) -> int:
     """Round up to a multiple of 8, because the reader looks at eight blocks at a time."""

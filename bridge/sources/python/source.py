@@ -88,6 +88,8 @@ class PythonSource:
         self._running = False
         # Memories of files that appeared after the start.
         self._later: list[LineMemory] = []
+        # What take_lines() returned, for the data file.
+        self._taken_lines: dict[str, set[int]] = {}
         self._site_pcs: dict[int, PC] = {}
         self._rest: list[PC] = []
         self._recorder = Recorder(self._is_ours) if comparisons else None
@@ -177,6 +179,42 @@ class PythonSource:
                     raise self._fault() from None
             self.given += len(pcs)
             return pcs
+
+    def take_lines(self) -> dict[str, set[int]]:
+        """Return the lines that ran since the last call, by the path of their file.
+
+        Independent of :meth:`consume`, and also after :meth:`stop`; the data file has all lines.
+        """
+        with self._lock:
+            feed = self._feed
+            if feed is None:
+                return {}
+            taken: dict[str, set[int]] = {}
+            for path in list(feed.beyond):
+                taken[path] = feed.beyond.pop(path)
+            for memory in (feed.memory, *self._later):
+                for file in memory.files:
+                    if lines := memory.take_lines(file):
+                        taken.setdefault(file.path, set()).update(lines)
+            for path, lines_of_file in taken.items():
+                self._taken_lines.setdefault(path, set()).update(lines_of_file)
+            return taken
+
+    def later_lines(self) -> dict[str, set[int]]:
+        """Return the lines that are not in the memory of :attr:`shared_lines`."""
+        with self._lock:
+            lines = {
+                path: set(run) for path, run in (self._feed.beyond if self._feed else {}).items()
+            }
+            for memory in self._later:
+                for file in memory.files:
+                    lines.setdefault(file.path, set()).update(memory.lines_run(file))
+            return lines
+
+    @property
+    def shared_lines(self) -> str:
+        """Path by which other processes attach the lines; see :class:`.lines.LineMemory`."""
+        return self._feed.memory.path if self._feed is not None else ""
 
     @property
     def tracer_faults(self) -> int:
@@ -309,7 +347,9 @@ class PythonSource:
     def _write(self, feed: Feed) -> None:
         if self.data_file is None:
             return
-        lines: dict[str, set[int]] = {path: set(beyond) for path, beyond in feed.beyond.items()}
+        lines = {path: set(taken) for path, taken in self._taken_lines.items()}
+        for path, beyond in feed.beyond.items():
+            lines.setdefault(path, set()).update(beyond)
         for memory in (feed.memory, *self._later):
             for file in memory.files:
                 lines.setdefault(file.path, set()).update(memory.lines_run(file))

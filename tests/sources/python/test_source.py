@@ -704,3 +704,39 @@ def test_stop_with_a_path_that_is_not_utf8_writes_the_other_files(
     found = executed(source.data_file)
     assert {Path(file).name for file in found} == {"work.py", "__init__.py"}
     assert f"lacks {os.fsencode(str(other.__file__))!r}: its path is not UTF-8" in caplog.text
+
+
+def test_take_lines_gives_each_run_of_a_line_once_and_the_data_file_has_all(
+    make_package: MakePackage, make_source: MakeSource, tmp_path: Path
+) -> None:
+    name = make_package(first="def f(a):\n    if a:\n        return 1\n    return 2\n")
+    source = make_source(name)
+    assert source.take_lines() == {}
+    source.start()
+    module = importlib.import_module(f"{name}.first")
+    path = str(tmp_path / "packages" / name / "first.py")
+    assert source.take_lines()[path] == {1}
+    module.f(0)
+    assert source.take_lines() == {path: {2, 4}}
+    assert source.take_lines() == {}
+    # A child that was forked writes to the same memory.
+    if (child := os.fork()) == 0:
+        module.f(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert source.take_lines() == {path: {2, 3}}
+    before = places(source)
+    later = tmp_path / "packages" / name / "later.py"
+    later.write_text("a = 1\n")
+    importlib.invalidate_caches()
+    importlib.import_module(f"{name}.later")
+    # Lines after the end that the file had when it was read.
+    exec(compile("\n" * 99 + "a = 1\n", path, "exec"), {})
+    assert source.take_lines() == {str(later): {1}, path: {100}}
+    module.f(0)
+    source.stop()
+    assert source.take_lines() == {path: {2, 4}}
+    assert before == ["first:1", "first:2", "first:3", "first:4"], "consume() is not concerned"
+    data = executed(source.data_file)
+    assert data[path] == [1, 2, 3, 4, 100]
+    assert data[str(later)] == [1]
