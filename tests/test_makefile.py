@@ -79,8 +79,8 @@ def test_run_command_target_and_source_reach_the_guest_as_they_are(tmp_path: Pat
     assert f"<run><--out><out>{shown}<{command}>" in done.stdout
     assert done.returncode == 2  # make's own for each failure
     assert "Error 3" in done.stderr
-    environment = {"CMD": command, "TARGET": "none"}
-    assert f"<-c><{command}>" in sh("make", "-s", "run", words[0], **environment).stdout
+    done = sh("make", "-s", "run", words[0], CMD=command, TARGET="none")
+    assert f"<-c><{command}>" in done.stdout
 
 
 def test_up_to_date_stamps_mean_no_pip(tmp_path: Path) -> None:
