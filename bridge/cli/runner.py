@@ -232,7 +232,8 @@ class _Record:
             with _noted("summary.json", problems):
                 summaries.write(summary, out / "summary.json")
             with _noted("the summary on stderr", problems):
-                print(summaries.render(summary), file=streams.err)
+                if self.started is not None:
+                    print(summaries.render(summary), file=streams.err)
                 print(f"{'results in':>12}  {out}", file=streams.err)
         return not problems
 

@@ -294,7 +294,7 @@ def _check_header(path: Path, line: bytes) -> None:
     if (version := header.get("version")) != VERSION or isinstance(version, bool):
         raise InfrastructureError(
             f"{path} has version {version}, this program reads version {VERSION}",
-            hint="use the version of kcov-bridge that wrote it, or run the tests again",
+            hint="install the version that wrote it, or run the tests again",
         )
 
 
