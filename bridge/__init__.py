@@ -52,17 +52,28 @@ if TYPE_CHECKING:
     from bridge.session.session import Session
     from bridge.session.stats import Stats
     from bridge.sources.pcs import Location
-    from bridge.targets import Endpoint, Target
+    from bridge.targets import (
+        BlockDevice,
+        Endpoint,
+        GuestFile,
+        QemuDevice,
+        SerialPort,
+        Target,
+        UnixEndpoint,
+        VirtioPort,
+    )
 
     __version__: str
 
 __all__ = [
+    "BlockDevice",
     "BootTimeoutError",
     "BridgeError",
     "CommandResult",
     "DoorbellError",
     "Endpoint",
     "Event",
+    "GuestFile",
     "GuestLostError",
     "GuestPanicError",
     "GuestPoweredOffError",
@@ -77,24 +88,34 @@ __all__ = [
     "Location",
     "MissingDependencyError",
     "Pool",
+    "QemuDevice",
     "QemuError",
     "RegionError",
     "RunTimeoutError",
+    "SerialPort",
     "Session",
     "Settings",
     "SourceError",
     "Stats",
     "Target",
     "TargetError",
+    "UnixEndpoint",
     "UnwatchableError",
     "UsageError",
+    "VirtioPort",
     "__version__",
     "boot",
 ]  # fmt: skip
 
 _MODULES = {
+    "BlockDevice": "bridge.targets",
     "CommandResult": "bridge.guest.ssh",
     "Endpoint": "bridge.targets",
+    "GuestFile": "bridge.targets",
+    "QemuDevice": "bridge.targets",
+    "SerialPort": "bridge.targets",
+    "UnixEndpoint": "bridge.targets",
+    "VirtioPort": "bridge.targets",
     "Event": "bridge.session.events",
     "KcovResult": "bridge.session.executor",
     "Location": "bridge.sources.pcs",

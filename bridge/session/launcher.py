@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from bridge.errors import (
     InfrastructureError,
     MissingDependencyError,
     QemuError,
+    TargetError,
     UnwatchableError,
     UsageError,
 )
@@ -32,8 +34,9 @@ from bridge.session.device_host import DeviceHost
 from bridge.session.kernel_watch import KernelWatch
 from bridge.session.snapshots import ready_snapshot, remove_if_damaged
 from bridge.session.stats import Stats
-from bridge.targets import TARGET_ADDRESS
+from bridge.targets import TARGET_ADDRESS, QemuDevice
 from bridge.targets.description import Description
+from bridge.targets.devices import QmpCommand
 from bridge.vm.accel import Accelerator, choose_accelerator, next_accelerator
 from bridge.vm.agent import Ready
 from bridge.vm.config import MachineConfig, MemoryFds
@@ -50,6 +53,18 @@ __all__ = ["Attempt", "Launcher", "RunningGuest", "first_attempt", "next_attempt
 logger = logging.getLogger(__name__)
 
 _RESUME_SECONDS = 20.0
+
+_BUSY = "is busy"
+_BUSY_SECONDS = 5.0
+_BUSY_POLL_SECONDS = 0.001
+
+_NOT_CONNECTED = ("Failed to connect", "Connection refused", "Could not open")
+"""What QEMU prints if it does not reach a target."""
+
+_LISTENS_HINT = (
+    "the target must listen at the address of each of its devices from start() to stop(), and "
+    "accept a new connection at each reset of the guest"
+)
 _HANG_UP_SECONDS = 20.0
 _HANG_UP_POLL_SECONDS = 0.002
 _ENDED_BY_TARGET = re.compile(r"TCP\[(FIN_WAIT_1|FIN_WAIT_2|CLOSING|LAST_ACK|TIME_WAIT)\]")
@@ -178,11 +193,16 @@ class RunningGuest:
             self.guest.forget()
             device.reset()
             self._gate.reset_all()
+            # Before the memory is restored, because a device may write into it.
+            for each in self.machine.config.devices:
+                _execute(self.machine, each, each.on_reset)
             snapshot.restore(memory)
             self._hang_up()
 
         with self._resetting, self.guest.reserved():
-            self.ready = self.machine.rewind(restore_snapshot, _RESUME_SECONDS)
+            self.ready = self.machine.rewind(
+                restore_snapshot, _RESUME_SECONDS, loaded=functools.partial(_connect, self.machine)
+            )
             yield
 
     def _hang_up(self) -> None:
@@ -244,13 +264,15 @@ class Launcher:
         self._image = image
         self._device = device
         self._watch = watch
-        self._modules = target.guest_modules
+        self._target = target
         self._console = out / "console.log" if out is not None else None
         config = image.machine_config(settings, accelerator)
         self._gate = RelayGate()
         self._config = dataclasses.replace(
             config,
             endpoints=target.endpoints,
+            devices=target.devices,
+            connected=True,
             coverage_epoch=coverage_epoch,
             gate=self._gate.path,
             plugin=watch.plugin,
@@ -274,7 +296,7 @@ class Launcher:
         if snapshot is not None:
             try:
                 return self._start(snapshot)
-            except (MissingDependencyError, UnwatchableError, UsageError):
+            except (MissingDependencyError, TargetError, UnwatchableError, UsageError):
                 raise
             except BridgeError as error:
                 damaged = " (it was damaged, and is removed)" if remove_if_damaged(snapshot) else ""
@@ -290,8 +312,12 @@ class Launcher:
         settings, image = self._settings, self._image
         if not settings.snapshot or not image.can_be_saved or settings.kernel is not None:
             return None
+        for device in self._target.devices:
+            if not device.can_be_saved:
+                logger.info("the guest is booted: the device %r cannot be saved", device.name)
+                return None
         try:
-            return ready_snapshot(image, self._config, settings.region << 20, self._modules)
+            return ready_snapshot(image, self._config, settings.region << 20, self._target.modules)
         except (CacheError, ImageError) as error:
             # Anything else would keep the guest from booting too.
             logger.warning("the guest is booted, not started from a snapshot: %s", error.message)
@@ -323,10 +349,12 @@ class Launcher:
             stack.callback(machine.close)
             try:
                 machine.start()
-            except QemuError:
+            except QemuError as error:
                 if loading is not None:
                     loading.check()
+                _check_connections(self._target, error)
                 raise
+            _connect(machine)
             doorbell.close()
             if loading is not None:
                 loading.end()
@@ -346,6 +374,46 @@ class Launcher:
                 ready.kernel,
             )
             return RunningGuest(machine, guest, ready, saved, self._gate, stack.pop_all())
+
+
+def _connect(machine: Machine) -> None:
+    """Connect the devices to the target, before the guest runs."""
+    for each in machine.config.devices:
+        _execute(machine, each, each.on_start)
+
+
+def _execute(machine: Machine, device: QemuDevice, commands: Sequence[QmpCommand]) -> None:
+    """Execute a device's commands of QMP.
+
+    Raises:
+        TargetError: one fails; nearly always the target does not listen.
+    """
+    deadline = time.monotonic() + _BUSY_SECONDS
+    for command, arguments in commands:
+        while True:
+            try:
+                machine.execute(command, dict(arguments))
+                break
+            except QemuError as error:
+                # QEMU frees what a removed device held a moment later.
+                if _BUSY in error.message and time.monotonic() < deadline:
+                    time.sleep(_BUSY_POLL_SECONDS)
+                    continue
+                raise TargetError(
+                    f"the device {device.name!r} cannot be connected to its target",
+                    evidence=error.report(),
+                    hint=_LISTENS_HINT,
+                ) from error
+
+
+def _check_connections(target: Description, error: QemuError) -> None:
+    """Raise TargetError if QEMU did not start because it could not connect to the target."""
+    if target.devices and any(words in error.evidence for words in _NOT_CONNECTED):
+        raise TargetError(
+            f"QEMU cannot connect a device to the target {target.name}",
+            evidence=error.evidence,
+            hint=_LISTENS_HINT,
+        ) from error
 
 
 def _memory(snapshot: Snapshot, config: MachineConfig, stack: ExitStack) -> tuple[int, int]:

@@ -32,7 +32,6 @@ from bridge.errors import (
     BridgeError,
     GuestLostError,
     GuestResetError,
-    GuestSetupError,
     InfrastructureError,
     UsageError,
 )
@@ -40,6 +39,7 @@ from bridge.guest.guest_image import GuestImage, find_guest_image
 from bridge.session.device_host import DeviceHost
 from bridge.session.events import Booted, Events, GuestLost, Reset, TraceBegan, TraceEnded
 from bridge.session.executor import Executor, KcovResult, SshExecutor
+from bridge.session.guest_setup import set_up, tear_down
 from bridge.session.isolated import IsolatedTarget
 from bridge.session.kernel_watch import KernelWatch, watch_kernel
 from bridge.session.launcher import Attempt, Launcher, RunningGuest, first_attempt, next_attempt
@@ -64,9 +64,6 @@ if TYPE_CHECKING:
 __all__ = ["KcovResult", "Session"]
 
 logger = logging.getLogger(__name__)
-
-_SET_UP_SECONDS = 60.0
-_TEAR_DOWN_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -190,8 +187,8 @@ class Session:
             # What the target covers of itself when it starts is nobody's yet.
             device.consume()
             stack.callback(_warn_of_silence, device, source, source.given)
-        # A target without endpoints has ways to the guest that nobody here knows of.
-        relayed = source is None or bool(target.endpoints)
+        # Answers of devices, and of a target that names nothing, pass through no relay.
+        relayed = source is None or (bool(target.endpoints) and not target.devices)
         coverage_epoch = device.rely_on_relays() if relayed and not settings.syscall_pcs else None
         launcher = Launcher(
             settings,
@@ -538,30 +535,12 @@ def _words(command: Word | Sequence[Word]) -> tuple[str, ...]:
 
 
 def _set_up(running: RunningGuest, target: Description) -> None:
-    """Make the target usable in the guest."""
-    # A snapshot has the target's modules.
-    for module in target.guest_modules if running.snapshot is None else ():
-        _step(running.guest, f"load the module {module}", ["modprobe", module])
-    if target.guest_setup:
-        _step(running.guest, f"set up the target {target.name}", target.guest_setup)
-
-
-def _step(guest: Guest, what: str, command: str | Sequence[str]) -> None:
-    result = guest.run(command, timeout=_SET_UP_SECONDS)
-    if result.exit_status:
-        raise GuestSetupError(
-            f"the guest could not {what} (exit status {result.exit_status})",
-            evidence=(result.stdout + result.stderr).decode(errors="replace"),
-        )
+    set_up(running.guest, target, modules_loaded=running.snapshot is not None)
 
 
 def _tear_down(running: RunningGuest, target: Description) -> None:
-    """Undo :func:`_set_up`, if the guest still is there."""
     if running.machine.loss is None:
-        try:
-            running.guest.run(target.guest_teardown, timeout=_TEAR_DOWN_SECONDS)
-        except BridgeError as error:
-            logger.debug("the target was not taken down in the guest: %s", error)
+        tear_down(running.guest, target)
 
 
 def _warn_of_silence(

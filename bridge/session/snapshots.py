@@ -21,6 +21,7 @@ from bridge.errors import GuestLostError, ImageError, QemuError
 from bridge.guest.guest_image import GuestImage
 from bridge.guest.images.store import image_directory
 from bridge.session.device_host import DeviceHost
+from bridge.session.guest_setup import load_modules
 from bridge.util.cache import cache_directory, lock_file, locked
 from bridge.vm.config import MachineConfig, MemoryFds
 from bridge.vm.machine import Machine
@@ -114,8 +115,7 @@ def _make(
         guest, _ = image.bring_up(machine, stack, lambda guest, release: None)
         # The first login is the slow one: by now sshd and all that it is linked with is in memory.
         guest.run(_WARM_UP)
-        for module in modules:
-            guest.run(["modprobe", module], check=True)
+        load_modules(guest, modules)
         guest.close()
         deadline = time.monotonic() + _QUIET_SECONDS
         while machine.connections and time.monotonic() < deadline:

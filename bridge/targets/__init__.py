@@ -3,10 +3,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
-__all__ = ["DEFAULT_TARGET", "MOUNT_POINT", "TARGET_ADDRESS", "Endpoint", "Target"]
+from bridge.targets.devices import (
+    DEVICE_DIRECTORY,
+    BlockDevice,
+    Device,
+    QemuDevice,
+    SerialPort,
+    VirtioPort,
+)
+
+__all__ = [
+    "DEFAULT_TARGET",
+    "DEVICE_DIRECTORY",
+    "MOUNT_POINT",
+    "TARGET_ADDRESS",
+    "AnyEndpoint",
+    "BlockDevice",
+    "Device",
+    "DeviceTarget",
+    "Endpoint",
+    "GuestFile",
+    "QemuDevice",
+    "SerialPort",
+    "Target",
+    "UnixEndpoint",
+    "VirtioPort",
+]
 
 DEFAULT_TARGET = "plan9"
 """The target that has a default workload."""
@@ -32,12 +59,42 @@ class Endpoint:
     guest_port: int
 
 
+@dataclass(frozen=True)
+class UnixEndpoint:
+    """A service of a target that listens on a Unix socket (a stream) instead of a port.
+
+    The guest connects with TCP to :data:`TARGET_ADDRESS`, ``guest_port``.
+    """
+
+    name: str
+    host_path: Path
+    guest_port: int
+
+
+AnyEndpoint = Endpoint | UnixEndpoint
+"""What a target may name as an endpoint."""
+
+
+@dataclass(frozen=True)
+class GuestFile:
+    """A file that a target needs in the guest, written before ``guest_setup`` runs.
+
+    Its directory must exist.
+    """
+
+    path: str
+    content: bytes
+    mode: int = 0o644
+
+
 class Target(Protocol):
     """A service on the host whose Python code is to be covered.
 
     The bridge starts the coverage source first and calls :meth:`start` then, on a thread of its
     own that is measured, so that even the import of ``packages`` counts: a target module must not
     import the code under test at its top level.
+
+    A target may also have the members of :class:`DeviceTarget`.
     """
 
     name: str
@@ -47,7 +104,7 @@ class Target(Protocol):
         """Serve. Returns when requests are answered. Raises whatever the service raises."""
 
     @property
-    def endpoints(self) -> tuple[Endpoint, ...]:
+    def endpoints(self) -> Sequence[AnyEndpoint]:
         """What the guest must be able to reach; valid after :meth:`start`."""
 
     @property
@@ -64,3 +121,22 @@ class Target(Protocol):
 
     def stop(self) -> None:
         """End the service and join its threads. Safe to call twice."""
+
+
+class DeviceTarget(Target, Protocol):
+    """A target with the members that are optional; each counts as empty where it is missing.
+
+    They are read once, when :meth:`start` has returned, as the others are.
+    """
+
+    @property
+    def devices(self) -> Sequence[Device]:
+        """Devices that QEMU gives the guest; valid after :meth:`start`."""
+
+    @property
+    def guest_files(self) -> Sequence[GuestFile]:
+        """Files to write in the guest before :attr:`guest_setup`."""
+
+    @property
+    def guest_packages(self) -> Sequence[str]:
+        """Debian packages that the guest's image must have."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from bridge.device.abi import VECTORS
 from bridge.errors import UsageError
-from bridge.targets import Endpoint
+from bridge.targets import AnyEndpoint, QemuDevice
 from bridge.vm.accel import Accelerator
 from bridge.vm.network import EpochWord, netdev_option
 
@@ -71,6 +71,8 @@ class MachineConfig:
             view of it; the file is never written.
         cpu: QEMU's ``-cpu``; None for the accelerator's default.
         endpoints: the target's servers that the guest can reach.
+        devices: the target's devices.
+        connected: whether the devices are connected to the target; otherwise they are stand-ins.
         coverage_epoch: the word that the relays to ``endpoints`` change.
         gate: resets these relays (:class:`bridge.vm.network.RelayGate`).
         ssh_port: the port of 127.0.0.1 for SSH; 0 for a free one.
@@ -91,7 +93,9 @@ class MachineConfig:
     memory_mib: int = 256
     cpus: int = 1
     cpu: str | None = None
-    endpoints: tuple[Endpoint, ...] = field(default=(), metadata=_WIRING)
+    endpoints: tuple[AnyEndpoint, ...] = field(default=(), metadata=_WIRING)
+    devices: tuple[QemuDevice, ...] = ()
+    connected: bool = field(default=False, metadata=_WIRING)
     coverage_epoch: EpochWord | None = field(default=None, metadata=_WIRING)
     gate: Path | None = field(default=None, metadata=_WIRING)
     network: bool = True
@@ -213,7 +217,15 @@ def qemu_command(config: MachineConfig, fds: BackendFds) -> list[str]:
             # The saved memory already holds what would be loaded from them.
             config = replace(config, kernel=None, initrd=None)
         chardevs += _memory(config, fds.memory)
-    return [*_machine(config), *chardevs, *_disks(config), *_network(config), *config.extra_args]
+    return [
+        *_machine(config),
+        *chardevs,
+        *_disks(config),
+        *_network(config),
+        # After the rest, whose places on the bus stay the same.
+        *_devices(config),
+        *config.extra_args,
+    ]
 
 
 def _memory(config: MachineConfig, fds: MemoryFds) -> list[str]:
@@ -235,10 +247,21 @@ def _memory(config: MachineConfig, fds: MemoryFds) -> list[str]:
 
 
 def paste_command(config: MachineConfig) -> str:
-    """Return the command to paste into a shell: console on the terminal, no kcov device."""
+    """Return the command to paste into a shell.
+
+    The console is on the terminal, there is no kcov device, and the target's devices are stand-ins.
+    """
     console = ["-serial", "mon:stdio", "-serial", "null"]
+    stand_ins = _devices(replace(config, connected=False))
     return shlex.join(
-        [*_machine(config), *console, *_disks(config), *_network(config), *config.extra_args]
+        [
+            *_machine(config),
+            *console,
+            *_disks(config),
+            *_network(config),
+            *stand_ins,
+            *config.extra_args,
+        ]
     )
 
 
@@ -280,6 +303,12 @@ def _disks(config: MachineConfig) -> list[str]:
         drive = f"if=none,id=image,format={form},snapshot=on,file={_escaped(config.image)}"
         command += ["-drive", drive, "-device", "virtio-blk-pci,drive=image"]
     return command
+
+
+def _devices(config: MachineConfig) -> list[str]:
+    return [
+        option for each in config.devices for option in each.options(connected=config.connected)
+    ]
 
 
 def _network(config: MachineConfig) -> list[str]:

@@ -416,7 +416,13 @@ class Machine:
         sock, self._dialed = self._dialed, None
         return sock
 
-    def rewind(self, restore: Callable[[], object], timeout: float | None = None) -> Ready:
+    def rewind(
+        self,
+        restore: Callable[[], object],
+        timeout: float | None = None,
+        *,
+        loaded: Callable[[], object] = lambda: None,
+    ) -> Ready:
         """Return the guest to ``memory.states``, and wait until it is ready again.
 
         If this fails, the guest is lost.
@@ -424,6 +430,7 @@ class Machine:
         Args:
             restore: restores the guest's memory; called while the guest is paused.
             timeout: as for :meth:`wait_ready`.
+            loaded: called when the devices' state is loaded, before the guest runs.
 
         Raises:
             UsageError: the machine has no ``memory``, or is not ready. And what
@@ -441,6 +448,7 @@ class Machine:
             restore()
             self._monitor(f"loadvm {SNAPSHOT_NAME}")
             self._loop.run(self._forget(started))
+            loaded()
             self.resume()
         except BaseException as error:
             self._lose(GuestLostError(f"the guest could not be reset: {error}"))

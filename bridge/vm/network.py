@@ -5,7 +5,8 @@
 
 * a port of 127.0.0.1 on the host, forwarded to the guest's sshd, and
 * for each endpoint of a target, ``TARGET_ADDRESS:guest_port`` in the guest: QEMU starts
-  :mod:`bridge.vm.relay` for each connection, which connects to ``127.0.0.1:host_port``.
+  :mod:`bridge.vm.relay` for each connection, which connects to ``127.0.0.1:host_port``, or to
+  the endpoint's Unix socket.
 
 QEMU can also forward a guest's connection to a chardev, without a program between. But a chardev
 is one connection for the life of the VM, so a second client or a second mount would find it taken.
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bridge.errors import QemuError, UsageError
-from bridge.targets import TARGET_ADDRESS, Endpoint
+from bridge.targets import TARGET_ADDRESS, AnyEndpoint, Endpoint
 
 __all__ = [
     "GUEST_ADDRESS",
@@ -80,10 +81,14 @@ class RelayGate:
 
 
 def relay_command(
-    endpoint: Endpoint, epoch: EpochWord | None = None, gate: Path | None = None
+    endpoint: AnyEndpoint, epoch: EpochWord | None = None, gate: Path | None = None
 ) -> list[str]:
     """Return the command that QEMU runs for each connection to an endpoint."""
-    command = [sys.executable, "-I", "-S", str(_RELAY), str(endpoint.host_port)]
+    if isinstance(endpoint, Endpoint):
+        address = str(endpoint.host_port)
+    else:
+        address = str(endpoint.host_path.absolute())
+    command = [sys.executable, "-I", "-S", str(_RELAY), address]
     if gate is not None:
         command += ["--gate", str(gate)]
     if epoch is not None:
@@ -93,7 +98,7 @@ def relay_command(
 
 def netdev_option(
     name: str,
-    endpoints: Sequence[Endpoint] = (),
+    endpoints: Sequence[AnyEndpoint] = (),
     *,
     ssh_port: int = 0,
     ssh: bool = True,
@@ -114,10 +119,11 @@ def netdev_option(
     if ssh:
         _check_port("the SSH port", ssh_port, lowest=0)
         parts.append(f"hostfwd=tcp:{LOCALHOST}:{ssh_port}-{GUEST_ADDRESS}:{SSH_GUEST_PORT}")
-    taken: dict[int, Endpoint] = {}
+    taken: dict[int, AnyEndpoint] = {}
     for endpoint in endpoints:
         _check_port(f"the guest port of endpoint {endpoint.name!r}", endpoint.guest_port)
-        _check_port(f"the host port of endpoint {endpoint.name!r}", endpoint.host_port)
+        if isinstance(endpoint, Endpoint):
+            _check_port(f"the host port of endpoint {endpoint.name!r}", endpoint.host_port)
         if other := taken.get(endpoint.guest_port):
             raise UsageError(
                 f"the endpoints {other.name!r} and {endpoint.name!r} have the same guest port "

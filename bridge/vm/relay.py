@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carry one TCP connection of the guest to a port of 127.0.0.1. Run as a script, by QEMU.
+"""Carry one TCP connection of the guest to a service of the host. Run as a script, by QEMU.
 
-``relay.py HOST_PORT [--gate GATE] [--epoch FILE OFFSET]``
+``relay.py ADDRESS [--gate GATE] [--epoch FILE OFFSET]``
+
+ADDRESS is a port of 127.0.0.1, or the absolute path of a Unix socket.
 
 Before it passes anything from the target to the guest, end of file included, it changes the word at
 OFFSET in FILE, the shared region's coverage epoch. What the target did before it answered is
@@ -177,6 +179,19 @@ def relay(
             ends[fd].handle(events)
 
 
+def connect(address: str) -> socket.socket:
+    """Connect to a port of 127.0.0.1, or to a path. Raises OSError."""
+    if not address.startswith("/"):
+        return socket.create_connection((LOCALHOST, int(address)))
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.connect(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 def main(argv: list[str]) -> int:
     guest = socket.socket(fileno=os.dup(0))
     # 0, 1 and 2 are the connection; nothing that Python prints may get into it.
@@ -193,7 +208,7 @@ def main(argv: list[str]) -> int:
                 words = words[2:]
             if words[:1] == ["--epoch"]:
                 change_epoch = epoch_writer(words[1], int(words[2]))
-            host = socket.create_connection((LOCALHOST, int(argv[1])))
+            host = connect(argv[1])
         except OSError:
             guest.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             return 1

@@ -29,6 +29,7 @@ from bridge.targets.description import Description
 from bridge.targets.plan9 import Plan9Target
 from bridge.vm.process import spawn
 from tests.support.coverage_data import executed
+from tests.support.endpoints import tcp_port
 
 
 def nowhere(handle: int, pcs: Sequence[int]) -> None:
@@ -60,7 +61,7 @@ def test_isolated_coverage_is_the_same_as_in_process(tmp_path: Path) -> None:
     try:
         first = set(isolated.consume())
         assert first, "the import of the packages counts"
-        use(description.endpoints[0].host_port)
+        use(tcp_port(description.endpoints))
         news = list(isolated.consume())
         assert news
         assert list(isolated.consume()) == []
@@ -148,7 +149,7 @@ def own_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OwnTarget:
 
 
 def tell(target: Description, request: bytes) -> Callable[[], bytes]:
-    sock = socket.create_connection(("127.0.0.1", target.endpoints[0].host_port))
+    sock = socket.create_connection(("127.0.0.1", tcp_port(target.endpoints)))
     sock.settimeout(20)
     sock.sendall(request)
     return lambda: sock.recv(1)

@@ -24,6 +24,7 @@ from bridge.targets import MOUNT_POINT, TARGET_ADDRESS, Target
 from bridge.targets.plan9 import GUEST_PORT, Plan9Target
 from bridge.targets.registry import create, names
 from bridge.targets.tree import Entry, built_in, read_directory
+from tests.support.endpoints import tcp_port
 
 Talk = Callable[[Any], Awaitable[Any]]
 
@@ -32,7 +33,7 @@ def talk(target: Target, conversation: Talk) -> Any:
     """Connect pyroute2's own client to a target, hold a conversation, disconnect."""
 
     async def session() -> Any:
-        client = Plan9ClientSocket(address=("127.0.0.1", target.endpoints[0].host_port))
+        client = Plan9ClientSocket(address=("127.0.0.1", tcp_port(target.endpoints)))
         try:
             await client.start_session()
             return await asyncio.wait_for(conversation(client), 20)
@@ -374,7 +375,7 @@ def test_example_of_the_documentation_serves(
     target = create("documented_web_target:WebServer", tmp_path)
     target.start()
     try:
-        address = ("127.0.0.1", target.endpoints[0].host_port)
+        address = ("127.0.0.1", tcp_port(target.endpoints))
         with socket.create_connection(address, 5) as connection:
             connection.sendall(b"GET /file HTTP/1.0\r\n\r\n")
             with connection.makefile("rb") as answer:

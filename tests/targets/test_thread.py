@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bridge.errors import BridgeError, TargetError, UsageError
-from bridge.targets import Endpoint
+from bridge.targets import Endpoint, GuestFile, QemuDevice, UnixEndpoint
 from bridge.targets.description import Description, describe
 from bridge.targets.registry import create
 from bridge.targets.thread import TargetThread, foreign
@@ -134,7 +135,18 @@ class Odd:
     def stop(self) -> None: ...
 
 
-@pytest.mark.parametrize("member", ["endpoints", "guest_modules", "guest_setup", "guest_teardown"])
+@pytest.mark.parametrize(
+    "member",
+    [
+        "endpoints",
+        "guest_modules",
+        "guest_setup",
+        "guest_teardown",
+        "devices",
+        "guest_files",
+        "guest_packages",
+    ],
+)
 def test_describe_a_property_that_exits_is_a_target_error(member: str) -> None:
     class Exits(Odd):
         pass
@@ -153,6 +165,11 @@ def test_describe_a_property_that_exits_is_a_target_error(member: str) -> None:
         ("guest_modules", (1,)),
         ("guest_setup", None),
         ("guest_teardown", b"umount /mnt"),
+        ("devices", ("serial",)),
+        ("devices", 1),
+        ("guest_files", ("/etc/motd",)),
+        ("guest_files", (GuestFile("etc/motd", b""),)),
+        ("guest_packages", "python3"),
     ],
 )
 def test_describe_a_member_of_a_wrong_type_is_a_target_error(member: str, value: object) -> None:
@@ -163,8 +180,29 @@ def test_describe_a_member_of_a_wrong_type_is_a_target_error(member: str, value:
 
 
 def test_description_comes_back_from_json() -> None:
-    description = Description("x", (Endpoint("http", 1, 2),), ("9p",), "mount", "umount")
-    assert Description.from_dict(description.as_dict()) == description
+    description = Description(
+        "x",
+        (Endpoint("http", 1, 2), UnixEndpoint("u", Path("/run/u"), 3)),
+        ("9p",),
+        "mount",
+        "umount",
+        (
+            QemuDevice(
+                "edu",
+                ("-device", "edu"),
+                ("-device", "edu,x"),
+                on_start=(("qom-set", {"path": "/x", "value": 1}),),
+                on_reset=(("stop", {}),),
+                guest_modules=("edu",),
+                guest_setup="true",
+                can_be_saved=False,
+            ),
+        ),
+        (GuestFile("/etc/motd", b"\xff", 0o600),),
+        ("python3",),
+    )
+    text = json.dumps(description.as_dict())
+    assert Description.from_dict(json.loads(text)) == description
 
 
 @pytest.mark.parametrize("where", ["import", "constructor", "packages", "name", "members"])

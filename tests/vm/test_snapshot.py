@@ -17,7 +17,7 @@ import pytest
 from bridge.errors import BridgeError, GuestLostError, ImageError, QemuError, UsageError
 from bridge.guest.guest_image import CustomImage
 from bridge.session import snapshots
-from bridge.targets import Endpoint
+from bridge.targets import Endpoint, QemuDevice
 from bridge.vm.accel import Accelerator
 from bridge.vm.agent import Ready
 from bridge.vm.config import MachineConfig, MemoryFds
@@ -249,6 +249,7 @@ def test_those_not_used_for_long_are_thrown_away(tmp_path: Path) -> None:
 
 WIRING: dict[str, Any] = {
     "endpoints": (Endpoint("9p", 4000, 564),),
+    "connected": True,
     "coverage_epoch": EpochWord("/proc/1/fd/4", 256),
     "gate": Path("/proc/1/fd/3"),
     "ssh_port": 2222,
@@ -266,6 +267,7 @@ IDENTITY: dict[str, Any] = {
     "memory_mib": 512,
     "cpus": 2,
     "cpu": "Nehalem",
+    "devices": (QemuDevice("edu", ("-device", "edu")),),
     "network": False,
     "qemu": "qemu-system-x86_64",
     "sandbox": False,
