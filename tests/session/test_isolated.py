@@ -188,7 +188,7 @@ def test_isolated_take_lines_has_what_ran_also_of_a_process_that_died(
     imported = isolated.take_lines()[service]
     assert len(imported) > 1
     assert not imported & {work, kill}
-    with socket.create_connection(("127.0.0.1", target.endpoints[0].host_port)) as sock:
+    with socket.create_connection(("127.0.0.1", tcp_port(target.endpoints))) as sock:
         sock.sendall(b".")
         assert sock.recv(1) == b"."
         assert work in isolated.take_lines()[service]
