@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""USB devices in Python, behind the real drivers of a guest: vhci_hcd and that of the device."""
+
+from __future__ import annotations
+
+import pytest
+
+from bridge.session.session import Session
+from tests.support.named_calls import make_calls
+
+pytestmark = pytest.mark.vm
+
+DISK = {"target": "tests.system.usb_targets:UsbDisk", "source": "python"}
+MSC = "usbip/classes/device/msc.py"
+
+
+@pytest.mark.guest(**DISK)
+def test_usb_disk_each_call_reaches_its_scsi_command(session: Session) -> None:
+    opened, written, synced, read = make_calls(
+        session, "open /dev/sda wd", "pwrite sector 512 1024", "fsync", "pread 512 1024"
+    )
+    assert not opened.error
+    assert written.result == read.result == 512
+    assert read.data.startswith(b"sector\0")
+    assert f"{MSC}:MSC._recv_write" in written.functions
+    assert f"{MSC}:MSC._recv_write" not in read.functions | synced.functions
+    assert f"{MSC}:MSC._data_in" in read.functions
+    assert "usbip/device.py:USBDevice.handle_urb" in read.functions & written.functions
+
+
+@pytest.mark.guest(**DISK)
+def test_usb_disk_after_a_reset_is_imported_anew_with_its_contents(session: Session) -> None:
+    write = "printf kept | dd of=/dev/sda bs=512 seek=9 conv=sync,notrunc oflag=direct status=none"
+    session.guest.run(write, check=True)
+    session.reset()
+    result = session.run("dd if=/dev/sda bs=512 skip=9 count=1 status=none | head -c 4")
+    assert result.text == "kept"
+    imports = session.run("dmesg | grep -c 'device found, idVendor=1209'").text
+    assert imports.strip() == "1"

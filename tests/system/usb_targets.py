@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""USB devices of the package usbip as targets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bridge.targets.usbip import UsbTarget
+
+BLOCK = 512
+BLOCKS = 4096
+
+
+class Memory:
+    """The medium of a disk, as the package's class for mass storage takes it."""
+
+    block_size = BLOCK
+    num_blocks = BLOCKS
+
+    def __init__(self) -> None:
+        self._bytes = bytearray(BLOCK * BLOCKS)
+
+    def read(self, lba: int, count: int) -> bytes:
+        return bytes(self._bytes[lba * BLOCK : (lba + count) * BLOCK])
+
+    def write(self, lba: int, count: int, data: bytes) -> None:
+        self._bytes[lba * BLOCK : (lba + count) * BLOCK] = data
+
+
+class UsbDisk(UsbTarget):
+    """A USB stick."""
+
+    driver_modules = ("usb_storage", "sd_mod")
+    ready = "/dev/sda"
+
+    def device(self) -> Any:
+        from usbip import USBDevice
+        from usbip.classes.device.msc import MSC
+        from usbip.core import SPEED_HIGH
+
+        device = USBDevice(0x1209, 0x0002, product="Stick", serial="0001")
+        device.set_speed(SPEED_HIGH)
+        device.add(MSC(Memory()))
+        return device
+
+    @property
+    def guest_setup(self) -> str:
+        # The driver waits a second for a stick to settle.
+        return "echo 0 >/sys/module/usb_storage/parameters/delay_use\n" + super().guest_setup
