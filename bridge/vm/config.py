@@ -23,6 +23,7 @@ __all__ = [
     "HUB",
     "NETWORK",
     "NETWORK_PORT",
+    "STATES",
     "BackendFds",
     "MachineConfig",
     "MemoryFds",
@@ -40,6 +41,9 @@ HUB = 0
 NETWORK_PORT = "net-port"
 """The hub's port for :data:`NETWORK`."""
 _CARD_PORT = "card-port"
+
+STATES = "states-node"
+"""QEMU's name for the disk of :attr:`MemoryFds.states`; that of a device must differ."""
 
 _CPU = {"kvm": "host", "tcg": "max,la57=off"}
 """Five-level paging would cost TCG one more level on each page walk; a small guest needs four."""
@@ -239,7 +243,7 @@ def _memory(config: MachineConfig, fds: MemoryFds) -> list[str]:
         *("-global", "migration.send-configuration=off"),
     ]
     if fds.states is not None:
-        states = "if=none,id=states,format=qcow2,file.locking=off"
+        states = f"if=none,id=states,node-name={STATES},format=qcow2,file.locking=off"
         command += ["-drive", f"{states},file.filename=/proc/self/fd/{fds.states}"]
     if fds.devices is not None:
         command += ["-S", "-incoming", f"fd:{fds.devices}"]

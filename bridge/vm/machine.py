@@ -46,6 +46,7 @@ from bridge.vm.config import (
     HUB,
     NETWORK,
     NETWORK_PORT,
+    STATES,
     BackendFds,
     MachineConfig,
     MemoryFds,
@@ -90,6 +91,7 @@ _EVENTS_KEPT = 256
 _READ_SIZE = 64 * 1024
 _DRAIN_CHUNKS = 64
 _LOAD_SECONDS = 30.0
+_LOAD_JOB = "load-states"
 _SAVE_SECONDS = 60.0
 _STATUS_POLL_SECONDS = 0.002
 _RESET_SECONDS = 10.0
@@ -446,7 +448,7 @@ class Machine:
             else:
                 self.execute("stop")
             restore()
-            self._monitor(f"loadvm {SNAPSHOT_NAME}")
+            self._load_states()
             self._loop.run(self._forget(started))
             loaded()
             self.resume()
@@ -482,6 +484,29 @@ class Machine:
                 time.sleep(_STATUS_POLL_SECONDS)
         finally:
             self.execute("set-action", {"reboot": "shutdown"})
+
+    def _load_states(self) -> None:
+        """Load the devices' state from ``memory.states``."""
+        if not self.config.devices:
+            self._monitor(f"loadvm {SNAPSHOT_NAME}")
+            return
+        # loadvm refuses where a disk can be written that keeps no snapshots. This job names the
+        # disks that it is about; it works in the background.
+        job = {"job-id": _LOAD_JOB, "tag": SNAPSHOT_NAME, "vmstate": STATES, "devices": [STATES]}
+        self.execute("snapshot-load", dict(job))
+        deadline = time.monotonic() + _LOAD_SECONDS
+        while (found := self._load_job()).get("status") != "concluded":
+            if time.monotonic() > deadline:
+                raise QemuError(f"QEMU did not load the devices' state within {_LOAD_SECONDS:g} s")
+            time.sleep(_STATUS_POLL_SECONDS)
+        self.execute("job-dismiss", {"id": _LOAD_JOB})
+        if "error" in found:
+            raise QemuError("QEMU failed to load the devices' state", evidence=str(found["error"]))
+
+    def _load_job(self) -> dict[str, object]:
+        jobs = self.execute("query-jobs")
+        assert isinstance(jobs, list)
+        return next((dict(each) for each in jobs if each["id"] == _LOAD_JOB), {})
 
     async def _forget(self, started: float) -> None:
         """Discard, on the loop, what the guest sent before it was rewound."""

@@ -62,6 +62,15 @@ class Measuring:
             self.threads[get_ident()] = group
             tracer.install(group)
 
+    def join(self) -> None:
+        """Measure this thread too, which was started by code in C, for all feeds of the process."""
+        if tracer.current() is not None:
+            return
+        with self._lock:
+            feeds = [feed for feed in self._feeds if feed.active]
+            if feeds:
+                tracer.install(self._group(feeds))
+
     def end(self, feed: Feed) -> None:
         """End the measurement for a feed, at once on this thread, elsewhere at the next event."""
         self._check_tracer([feed])

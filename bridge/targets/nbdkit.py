@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A disk whose sectors a plugin of nbdkit in Python serves, as a virtio disk of the guest.
+
+nbdkit (the Debian packages ``nbdkit`` and ``nbdkit-plugin-python``) has a Python of its own, the
+system's. It finds the packages of this Python too, except for modules in C if the versions differ.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from bridge.errors import MissingDependencyError, TargetError
+from bridge.targets import BlockDevice, Endpoint
+from bridge.targets.nbd import export_size
+
+__all__ = ["NbdkitTarget"]
+
+_SCRIPT = Path(__file__).with_name("nbdkit_plugin.py")
+_VARIABLE = "KCOV_BRIDGE_NBDKIT_PLUGIN"
+"""As in nbdkit_plugin.py, which imports nothing of this package."""
+
+_START_SECONDS = 30.0
+_STOP_SECONDS = 10.0
+_POLL_SECONDS = 0.01
+_STDERR_SHOWN = 4000
+
+
+class NbdkitTarget:
+    """A target that is one disk: nbdkit with a plugin in Python.
+
+    A subclass sets :attr:`packages` and defines :meth:`plugin`::
+
+        class Disk(NbdkitTarget):
+            packages = ("mydisk",)
+            arguments = {"size": "64M"}
+
+            def plugin(self):
+                return Path(mydisk.__file__).with_name("plugin.py")
+
+    The guest finds the disk at ``/dev/target/disk``.
+    """
+
+    name = "nbdkit"
+    packages: tuple[str, ...] = ()
+    arguments: Mapping[str, str] = {}
+    """What the plugin's ``config`` is given."""
+    filters: tuple[str, ...] = ()
+    """Filters of nbdkit in front of the plugin, such as ``cow``, which keeps what is written."""
+    read_only = False
+    endpoints: tuple[Endpoint, ...] = ()
+    guest_modules: tuple[str, ...] = ()
+    guest_setup = ""
+    guest_teardown = ""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = directory
+        self.devices: tuple[BlockDevice, ...] = ()
+        self._stack = ExitStack()
+
+    def plugin(self) -> Path:
+        """Return the path of the plugin's script; called by :meth:`start`."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Start nbdkit; returns when it serves.
+
+        Raises:
+            MissingDependencyError: nbdkit is not installed.
+            TargetError: it ended, or did not serve in time.
+        """
+        program = shutil.which("nbdkit")
+        if program is None:
+            raise MissingDependencyError(
+                "nbdkit is not installed",
+                hint="on Debian: apt install nbdkit nbdkit-plugin-python",
+            )
+        with ExitStack() as stack:
+            place = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="kcov-bridge-nbdkit-"))
+            )
+            stderr = stack.enter_context((place / "stderr").open("w+b"))
+            address = place / "socket"
+            command = [program, "--foreground", "--exit-with-parent", "--unix", str(address)]
+            command += [f"--filter={name}" for name in self.filters]
+            if self.read_only:
+                command.append("--readonly")
+            command += ["python", str(_SCRIPT)]
+            command += [f"{key}={value}" for key, value in self.arguments.items()]
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                env=self._environment(),
+            )
+            stack.callback(_end, process)
+            deadline = time.monotonic() + _START_SECONDS
+            while not address.exists():
+                if (status := process.poll()) is not None:
+                    raise TargetError(
+                        f"nbdkit ended with status {status}", evidence=_end_of(place / "stderr")
+                    )
+                if time.monotonic() > deadline:
+                    raise TargetError(
+                        f"nbdkit did not serve within {_START_SECONDS:g} s",
+                        evidence=_end_of(place / "stderr"),
+                    )
+                time.sleep(_POLL_SECONDS)
+            try:
+                size = export_size(address)
+            except TargetError as error:
+                error.evidence = error.evidence or _end_of(place / "stderr")
+                raise
+            self.devices = (BlockDevice("disk", address, size, read_only=self.read_only),)
+            self._stack = stack.pop_all()
+
+    def stop(self) -> None:
+        """End nbdkit."""
+        self.devices = ()
+        self._stack.close()
+
+    def _environment(self) -> dict[str, str]:
+        """Return an environment in which nbdkit's Python finds this one's packages."""
+        # Not its standard library: nbdkit's Python has its own.
+        library = Path(sysconfig.get_path("stdlib"))
+        skipped = (library, library / "lib-dynload")
+        paths = [Path(path).absolute() for path in sys.path]
+        found = [str(path) for path in paths if path.is_dir() and path not in skipped]
+        return {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(found),
+            # Its caches do not belong beside this Python's packages.
+            "PYTHONDONTWRITEBYTECODE": "1",
+            _VARIABLE: str(self.plugin()),
+        }
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process, and the plugin's clean-up with it."""
+    process.terminate()
+    try:
+        process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _end_of(path: Path) -> str:
+    return path.read_bytes()[-_STDERR_SHOWN:].decode(errors="replace")

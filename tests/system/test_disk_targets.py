@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks that Python on the host serves, behind the real drivers of a guest."""
+
+from __future__ import annotations
+
+import pytest
+
+from bridge.session.session import Session
+from tests.support.named_calls import make_calls
+from tests.system.disk_targets import TEXT
+
+pytestmark = pytest.mark.vm
+
+CACHED = {"target": "tests.system.disk_targets:CachedDisk", "source": "python"}
+
+
+@pytest.mark.guest(**CACHED)
+def test_nbdkit_disk_with_ext4_each_call_reaches_the_plugin(session: Session) -> None:
+    opened, read, again = make_calls(session, "open /mnt/disk/file r", "pread 64 0", "pread 64 0")
+    assert not opened.error
+    assert read.data == TEXT.encode()
+    assert "blkcache/backend.py:pread" in read.functions
+    assert "blkcache/backend.py:pread" not in again.functions, "the guest's page cache has it"
+
+
+@pytest.mark.guest(**CACHED)
+def test_nbdkit_disk_is_there_after_a_reset(session: Session) -> None:
+    session.reset()
+    assert session.run("cat /mnt/disk/file").text == TEXT
+
+
+WRITTEN = {"target": "tests.system.disk_targets:RamDisk", "source": "python"}
+DISK = "tests/system/ram_disk.py"
+
+
+@pytest.mark.guest(**WRITTEN)
+def test_nbdkit_disk_is_written_when_a_file_is_synced(session: Session) -> None:
+    opened, written, synced = make_calls(session, "open /mnt/disk/new wct", "write text", "fsync")
+    assert not opened.error
+    assert written.result == 4
+    assert f"{DISK}:pwrite" not in written.functions
+    assert synced.functions >= {f"{DISK}:pwrite", f"{DISK}:flush"}
+
+
+@pytest.mark.guest(**WRITTEN)
+def test_nbdkit_disk_that_was_written_is_there_after_a_reset(session: Session) -> None:
+    session.guest.run("echo text >/mnt/disk/kept && sync", check=True)
+    session.reset()
+    assert session.run("cat /mnt/disk/kept").text == "text\n"
