@@ -157,9 +157,9 @@ class HeaderWord(IntEnum):
     GUEST_UNTRACED = 26
     """GUEST: as ``UNTRACED``, where the host did not answer: threads not followed."""
     COVERAGE_EPOCH = 32
-    """Changes to a new value, never used before, whenever something may have been covered. The host
-    and its relays (``bridge/vm/relay.py``) write it. An owner reports a return only if the value
-    differs from that at the last reported one. 0: every return is reported."""
+    """Changes to a new value, never used before, whenever something may have been covered. The
+    target's tracer, the relays and the doorbell write it. An owner reports a return only if the
+    value differs from that at the last reported one. 0: every return is reported."""
 
 
 KICK_SLOT_BITS = 16

@@ -149,7 +149,8 @@ class Doorbell(Generic[C]):
             and the three below are as of the last :meth:`look_at_guest` or :meth:`stop`.
         guest_skipped: returns that the guest did not report because it considered the host gone.
         guest_untraced: threads that could not trace for that reason.
-        target_answered: whether a relay has passed anything from the target to the guest.
+        target_answered: whether code of the target has run since :meth:`rely_on_epoch`, or a relay
+            has passed anything from the target to the guest.
     """
 
     def __init__(
@@ -210,11 +211,12 @@ class Doorbell(Generic[C]):
         self._barrier = threading.Lock()
         self._thread = threading.Thread(target=self._thread_run, name="kcov-doorbell", daemon=True)
 
-    def rely_on_relays(self) -> None:
+    def rely_on_epoch(self) -> None:
         """Let owners report only returns that find ``COVERAGE_EPOCH`` changed.
 
-        Relays change it for all that the sources cover before they answer the guest; the doorbell
-        changes it a few times a second for the rest. Without this call every return is reported.
+        The tracer changes it for each line of the target, before the target can answer the guest;
+        relays change it for each answer; the doorbell changes it a few times a second for the rest.
+        Without this call every return is reported.
         """
         self._relayed = True
         self._coverage_epoch = coverage_epoch_value()
@@ -315,8 +317,8 @@ class Doorbell(Generic[C]):
         self._look_for_answers()
 
     def _look_for_answers(self) -> None:
-        """Note whether a relay, or a hostile guest, has written ``COVERAGE_EPOCH``."""
-        # It is 0 after a reset; no relay writes 0.
+        """Note whether anybody else, maybe a hostile guest, has written ``COVERAGE_EPOCH``."""
+        # It is 0 after a reset; nobody else writes 0.
         if self._relayed and self._control[HeaderWord.COVERAGE_EPOCH] not in (
             0,
             self._coverage_epoch,

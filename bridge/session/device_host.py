@@ -137,10 +137,14 @@ class DeviceHost:
                 "the doorbell does not answer", hint="is this machine, or a disk of it, overloaded?"
             ) from error
 
-    def rely_on_relays(self) -> EpochWord:
-        """Report no return of an owner that finds nothing new; return what relays must write."""
-        self.doorbell.rely_on_relays()
+    @property
+    def coverage_epoch(self) -> EpochWord:
+        """The word that the tracer and the relays change."""
         return EpochWord(self.region.path, HeaderWord.COVERAGE_EPOCH * WORD)
+
+    def rely_on_epoch(self) -> None:
+        """Have no return reported that finds the coverage epoch unchanged."""
+        self.doorbell.rely_on_epoch()
 
     def reset(self) -> None:
         """End all instances and clear the region: the guest goes on as another."""

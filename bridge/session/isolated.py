@@ -35,6 +35,7 @@ from bridge.sources.remote import Deliver
 from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.targets.description import Description
 from bridge.targets.thread import TargetThread, foreign
+from bridge.vm.network import EpochWord
 from bridge.vm.process import Process, spawn
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ class IsolatedTarget:
         """As :class:`bridge.sources.python.source.PythonSource`."""
         return len(self._covered)
 
-    def start(self, deliver: Deliver) -> Description:
+    def start(self, deliver: Deliver, epoch: EpochWord | None = None) -> Description:
         """As :class:`bridge.session.target_host.TargetHost`.
 
         Raises:
@@ -212,6 +213,7 @@ class IsolatedTarget:
                 "bridge.session.isolated",
                 *map(str, fds),
                 *self._arguments,
+                *((epoch.file, str(epoch.offset)) if epoch is not None else ()),
             ]
             process = spawn(command, name=f"target {self.name}", pass_fds=fds)
             stack.callback(process.kill)
@@ -385,7 +387,9 @@ class IsolatedTarget:
 # ---- the process
 
 
-def _target_process(answers: _Channel, asks: _Channel, host: InProcessTarget) -> None:
+def _target_process(
+    answers: _Channel, asks: _Channel, host: InProcessTarget, epoch: EpochWord | None
+) -> None:
     """Serve until told to stop. Raises what goes wrong on start and on stop."""
     source = host.source
     if source is None:
@@ -409,7 +413,7 @@ def _target_process(answers: _Channel, asks: _Channel, host: InProcessTarget) ->
             asks.send(_HANDLE, array("Q", [handle, *pcs]).tobytes())
             asks.receive()
 
-    description = host.start(deliver)
+    description = host.start(deliver, epoch)
     answer = {
         "description": description.as_dict(),
         "packages": source.packages,
@@ -446,7 +450,10 @@ def _serve(channel: _Channel, source: PythonSource, stop: threading.Event) -> No
 
 
 def main(argv: Sequence[str]) -> int:
-    """``isolated.py ANSWERS_FD ASKS_FD TARGET DIRECTORY OUT``; the last two may be empty."""
+    """``isolated.py ANSWERS_FD ASKS_FD TARGET DIRECTORY OUT [EPOCH_FILE OFFSET]``.
+
+    DIRECTORY and OUT may be empty.
+    """
     answers = _Channel(socket.socket(fileno=int(argv[1])))
     asks = _Channel(socket.socket(fileno=int(argv[2])))
     name, directory, out = argv[3:6]
@@ -455,7 +462,8 @@ def main(argv: Sequence[str]) -> int:
         host = InProcessTarget(
             name, Path(directory) if directory else None, out=Path(out) if out else None
         )
-        _target_process(answers, asks, host)
+        epoch = EpochWord(argv[6], int(argv[7])) if len(argv) > 6 else None
+        _target_process(answers, asks, host, epoch)
     except BaseException as error:
         # Whatever it is, the bridge is to show it to a person.
         failure = _failure(name, error)

@@ -182,14 +182,15 @@ class Session:
         stack.enter_context(StatusServer(self.status))
         # After the doorbell, whose thread must not be measured.
         stack.push(functools.partial(stop_target, host))
-        target = host.start(device.deliver)
+        # With a PC for each return the guest is to report every return.
+        coverage_epoch = device.coverage_epoch if not settings.syscall_pcs else None
+        target = host.start(device.deliver, coverage_epoch)
+        if coverage_epoch is not None:
+            device.rely_on_epoch()
         if source is not None:
             # What the target covers of itself when it starts is nobody's yet.
             device.consume()
             stack.callback(_warn_of_silence, device, source, source.given)
-        # Answers of devices, and of a target that names nothing, pass through no relay.
-        relayed = source is None or (bool(target.endpoints) and not target.devices)
-        coverage_epoch = device.rely_on_relays() if relayed and not settings.syscall_pcs else None
         launcher = Launcher(
             settings,
             image,

@@ -78,8 +78,8 @@ class Stats:
     tracer_faults: int = 0
     """How often the tracer of the target's code failed; each time a line may be missing."""
     target_answered: bool = False
-    """Whether the target answered the guest through a relay; always False with ``syscall_pcs`` and
-    for a target without endpoints."""
+    """Whether the target answered the guest through a relay, or code of its packages ran while the
+    guest did; always False with ``syscall_pcs``."""
 
     blocks_total: int = 0
     """Basic blocks that the target's sources could cover."""

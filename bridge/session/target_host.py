@@ -8,6 +8,7 @@ other way.
 
 from __future__ import annotations
 
+import functools
 import logging
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from bridge.targets import Target
 from bridge.targets.description import Description, describe
 from bridge.targets.registry import create as create_target
 from bridge.targets.thread import TargetThread
+from bridge.vm.network import EpochWord
 
 if TYPE_CHECKING:
     # Imported where it is used: a run that covers no Python does without coverage.py.
@@ -47,11 +49,12 @@ class TargetHost(Protocol):
     def thread(self) -> TargetThread | None:
         """The thread on which the target runs, where that is in this process."""
 
-    def start(self, deliver: Deliver) -> Description:
+    def start(self, deliver: Deliver, epoch: EpochWord | None = None) -> Description:
         """Start the source, then the target; return when the target serves.
 
         Args:
             deliver: takes coverage on behalf of handles.
+            epoch: the word that each line of the target changes.
 
         Raises:
             TargetError: the target raised something, whatever it is.
@@ -124,13 +127,15 @@ class InProcessTarget:
                 self._stack.close()
             raise
 
-    def start(self, deliver: Deliver) -> Description:
+    def start(self, deliver: Deliver, epoch: EpochWord | None = None) -> Description:
         """As :class:`TargetHost`."""
         thread, source, target = self.thread, self.source, self.target
         who = f"the target {self.name}"
         if source is not None:
             # Which imports packages that others lie in.
-            thread.call_foreign(who, "while its packages were looked for", source.start)
+            place = (epoch.file, epoch.offset) if epoch is not None else None
+            begin = functools.partial(source.start, place)
+            thread.call_foreign(who, "while its packages were looked for", begin)
             # In the reverse order: the source writes .coverage, and its table is whole then.
             if self._out is not None:
                 self._stack.callback(source.table.save, self._out / BLOCKS_FILE)

@@ -131,7 +131,7 @@ def test_coverage_epoch_with_relays_changes_by_itself(bench: Bench) -> None:
     control[HeaderWord.COVERAGE_EPOCH] = 7
     time.sleep(0.6)
     assert control[HeaderWord.COVERAGE_EPOCH] == 0, "every return is to be reported"
-    bench.doorbell.rely_on_relays()
+    bench.doorbell.rely_on_epoch()
     seen: set[int] = set()
     end = time.monotonic() + 10
     while len(seen) < 5 and time.monotonic() < end:
@@ -149,7 +149,7 @@ def test_target_answered_is_what_relays_write_alone(bench: Bench) -> None:
         return doorbell.target_answered
 
     assert not answered()
-    doorbell.rely_on_relays()
+    doorbell.rely_on_epoch()
     for _ in range(3):
         # The doorbell writes twice meanwhile.
         time.sleep(0.6)

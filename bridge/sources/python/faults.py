@@ -39,7 +39,7 @@ __all__ = [
     "report",
 ]
 
-MAGIC = b"kcovln02"
+MAGIC = b"kcovln03"
 ACTIVE = 8
 CHANGED = 9
 FAULTED = 11

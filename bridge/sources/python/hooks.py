@@ -137,6 +137,7 @@ class Measuring:
     def _after_fork(self) -> None:
         # Another thread may have held the lock.
         self._lock = threading.Lock()
+        tracer.forked()
 
     # The functions that are replaced
 

@@ -25,7 +25,14 @@ then, for each file     ``block_of``: u32 for each line: number of its block, or
 ======================  =========================================================
 
 The index is JSON, as :meth:`LineMemory.create` writes it. Stores come in the order taken, hit,
-dirty, CHANGED. The reader clears in the opposite order, each level before it reads the next.
+dirty, CHANGED, and last the coverage epoch. The reader clears in the opposite order, each level
+before it reads the next.
+
+The coverage epoch is a word of the region that the guest reads too: a system call in the guest has
+its coverage fetched only if that word has changed. So each line that runs gives it a new value,
+before the code after that line can answer the guest, in whatever way. A value consists of a count
+of this process above the process id, and is even: the values of :mod:`bridge.device.coverage_epoch`
+are odd.
 
 Programs that a target starts use this module, ``faults``, ``hooks`` and ``tracer``, and may not
 have this project installed. So these import only the standard library and each other.
@@ -39,7 +46,7 @@ import os
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from . import faults
 from .faults import ACTIVE, CHANGED, MAGIC
@@ -76,6 +83,7 @@ class LineMemory:
         buffer: mmap.mmap,
         files: list[FileLines],
         roots: Sequence[str],
+        epoch: tuple[mmap.mmap, int],
     ) -> None:
         self.descriptor = descriptor
         self.path = path
@@ -83,16 +91,22 @@ class LineMemory:
         self.buffer = buffer
         self.files = files
         self.roots = tuple(roots)
+        self.epoch, self.epoch_at = epoch
+        """The page of the coverage epoch, and its offset; a page of our own where there is none."""
 
     @classmethod
     def create(
-        cls, files: Sequence[tuple[str, Sequence[tuple[int, int]]]], roots: Sequence[str] = ()
+        cls,
+        files: Sequence[tuple[str, Sequence[tuple[int, int]]]],
+        roots: Sequence[str] = (),
+        epoch: tuple[str, int] | None = None,
     ) -> LineMemory:
         """Create memory for files.
 
         Args:
             files: path, and first and last line of each block in order.
             roots: see the class.
+            epoch: the file with the coverage epoch, and the word's offset in it.
 
         Raises:
             OSError: there is no memory.
@@ -108,6 +122,7 @@ class LineMemory:
         index = json.dumps(
             {
                 "roots": list(roots),
+                "epoch": epoch,
                 "files": [
                     [file.path, file.lines, file.blocks, file.block_of, file.taken, file.hit]
                     for file in laid_out
@@ -118,6 +133,7 @@ class LineMemory:
         try:
             os.ftruncate(descriptor, end + len(index))
             buffer = mmap.mmap(descriptor, end + len(index))
+            word = _epoch_word(epoch)
         except BaseException:
             os.close(descriptor)
             raise
@@ -133,7 +149,7 @@ class LineMemory:
         buffer[ACTIVE] = 1
         buffer[: len(MAGIC)] = MAGIC
         path = f"/proc/{os.getpid()}/fd/{descriptor}"
-        return cls(descriptor, path, buffer, laid_out, roots)
+        return cls(descriptor, path, buffer, laid_out, roots, word)
 
     @classmethod
     def attach(cls, path: str) -> LineMemory:
@@ -151,7 +167,12 @@ class LineMemory:
         length = int.from_bytes(buffer[_INDEX + 8 : _INDEX + 16], "little")
         index = json.loads(buffer[at : at + length])
         files = [FileLines(*file) for file in index["files"]]
-        return cls(descriptor, path, buffer, files, index["roots"])
+        try:
+            word = _epoch_word(index["epoch"])
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return cls(descriptor, path, buffer, files, index["roots"], word)
 
     @property
     def active(self) -> bool:
@@ -188,6 +209,20 @@ class LineMemory:
             lines.append(at - start)
             at = buffer.find(b"\1", at + 1, end)
         return lines
+
+
+def _epoch_word(place: Sequence[Any] | None) -> tuple[mmap.mmap, int]:
+    """Map the coverage epoch; raises OSError."""
+    if place is None:
+        return mmap.mmap(-1, mmap.PAGESIZE), 0
+    path, offset = place
+    start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        page = mmap.mmap(descriptor, mmap.PAGESIZE, offset=start)
+    finally:
+        os.close(descriptor)
+    return page, offset - start
 
 
 def _aligned(offset: int) -> int:

@@ -116,11 +116,15 @@ class PythonSource:
         feed = self._feed
         return feed is not None and os.getpid() == self._pid and MEASURING.measures(feed)
 
-    def start(self) -> None:
+    def start(self, epoch: tuple[str, int] | None = None) -> None:
         """Measure this thread from now on, and all threads and processes that it starts.
 
         Threads that run already are not measured. If a module of the packages was imported before,
         its import is not covered, and a warning is logged. Finding the files imports nothing.
+
+        Args:
+            epoch: a file and the offset in it of a word that each line changes; see
+                :mod:`bridge.sources.python.lines`.
 
         Raises:
             SourceError: a package does not exist or has no source, the source was started before,
@@ -144,6 +148,7 @@ class PythonSource:
             memory = LineMemory.create(
                 [(paths[file.name], file.line_ranges()) for file in files],
                 [root for root, _ in self._files.roots],
+                epoch,
             )
         except OSError as error:
             raise SourceError(f"no memory for the lines: {error.strerror}") from error

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from .plain import note_fault
 
 if TYPE_CHECKING:
-    from .plain import Apart, Feed, Group, View, chain, chained, current, install, uninstall
+    from .plain import Apart, Feed, Group, View, chain, chained, current, forked, install, uninstall
 
 __all__ = [
     "COMPILED",
@@ -26,6 +26,7 @@ __all__ = [
     "chain",
     "chained",
     "current",
+    "forked",
     "install",
     "note_fault",
     "uninstall",
@@ -38,7 +39,18 @@ if os.environ.get("KCOV_BRIDGE_PLAIN", "0") not in ("", "0"):
     WHY_PLAIN = "KCOV_BRIDGE_PLAIN is set"
 elif not TYPE_CHECKING:
     try:
-        from .compiled import Apart, Feed, Group, View, chain, chained, current, install, uninstall
+        from .compiled import (
+            Apart,
+            Feed,
+            Group,
+            View,
+            chain,
+            chained,
+            current,
+            forked,
+            install,
+            uninstall,
+        )
     except (ImportError, AttributeError) as error:
         # It was not built, or is older than its source and imports names that no longer exist.
         WHY_PLAIN = str(error)
@@ -47,4 +59,4 @@ COMPILED = not WHY_PLAIN
 """Whether the compiled classes are used."""
 
 if not (COMPILED or TYPE_CHECKING):
-    from .plain import Apart, Feed, Group, View, chain, chained, current, install, uninstall
+    from .plain import Apart, Feed, Group, View, chain, chained, current, forked, install, uninstall

@@ -1,6 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """See plain.py."""
 
-from .plain import Apart, Feed, Group, View, chain, chained, current, install, uninstall
+from .plain import (
+    Apart,
+    Feed,
+    Group,
+    View,
+    chain,
+    chained,
+    current,
+    forked,
+    install,
+    uninstall,
+)
 
-__all__ = ["Apart", "Feed", "Group", "View", "chain", "chained", "current", "install", "uninstall"]
+__all__ = [
+    "Apart",
+    "Feed",
+    "Group",
+    "View",
+    "chain",
+    "chained",
+    "current",
+    "forked",
+    "install",
+    "uninstall",
+]

@@ -16,14 +16,27 @@ from cpython.object cimport PyObject
 from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+import os
 import sys
+import time
 from operator import attrgetter
 
 from .. import faults as _faults
 from .. import lines as _layout
 from .plain import CodeViews, canonical, is_settled, keep_fault
 
-__all__ = ["Apart", "Feed", "Group", "View", "chain", "chained", "current", "install", "uninstall"]
+__all__ = [
+    "Apart",
+    "Feed",
+    "Group",
+    "View",
+    "chain",
+    "chained",
+    "current",
+    "forked",
+    "install",
+    "uninstall",
+]
 
 cdef extern from *:
     """
@@ -33,6 +46,10 @@ cdef extern from *:
     #define kb_store(place, value) __atomic_store_n((place), (value), __ATOMIC_RELEASE)
     #define kb_load(place) __atomic_load_n((place), __ATOMIC_ACQUIRE)
     #define kb_count(place) __atomic_fetch_add((uint64_t *)(place), 1, __ATOMIC_RELAXED)
+    /* Guarded by the interpreter lock; plain.py says what a value consists of. */
+    static uint64_t kb_epoch_count, kb_epoch_process;
+    #define kb_change_epoch(word) __atomic_store_n((word), \
+        ++kb_epoch_count << 23 | kb_epoch_process, __ATOMIC_RELEASE)
     """
     ctypedef struct PyFrameObject
     ctypedef struct PyCodeObject:
@@ -56,6 +73,8 @@ cdef extern from *:
     void kb_store(uint8_t *place, int value) nogil
     int kb_load(const uint8_t *place) nogil
     void kb_count(uint8_t *place) nogil
+    uint64_t kb_epoch_count, kb_epoch_process
+    void kb_change_epoch(uint64_t *word) nogil
 
 cdef Py_ssize_t _ACTIVE = _layout.ACTIVE
 cdef Py_ssize_t _CHANGED = _layout.CHANGED
@@ -101,10 +120,12 @@ cdef class View:
     cdef Py_ssize_t _step
     cdef list _pcs  # made when they are first asked for
     cdef _Memory _memory
+    cdef _Memory _word
     cdef uint8_t *base
     cdef uint8_t *dirty
     cdef uint8_t *taken
     cdef uint8_t *hit
+    cdef uint64_t *epoch
     cdef const uint32_t *block_of
     cdef Py_ssize_t lines, blocks
     cdef uint8_t *_covered
@@ -122,6 +143,8 @@ cdef class View:
         self._memory = memory
         self.base = memory.base
         self.dirty = memory.base + _DIRTY + index
+        self._word = (<Feed?>feed)._epoch
+        self.epoch = <uint64_t *>(self._word.base + <Py_ssize_t>feed.memory.epoch_at)
         self.taken = memory.base + <Py_ssize_t>file.taken
         self.hit = memory.base + <Py_ssize_t>file.hit
         self.block_of = <const uint32_t *>(memory.base + <Py_ssize_t>file.block_of)
@@ -148,6 +171,7 @@ cdef class View:
             kb_store(self.hit + block - 1, 1)
             kb_store(self.dirty, 1)
             kb_store(self.base + _CHANGED, 1)
+            kb_change_epoch(self.epoch)
         return True
 
     def record(self, Py_ssize_t line):
@@ -212,6 +236,7 @@ cdef class Feed:
     cdef object _unknown
     cdef dict _views
     cdef list _memories
+    cdef _Memory _epoch
     cdef uint8_t *base
     cdef list _dirty
 
@@ -222,6 +247,7 @@ cdef class Feed:
         self._unknown = unknown
         self._views = {}
         self._memories = [held]
+        self._epoch = _Memory(memory.epoch)
         self._dirty = []
         self.base = held.base
 
@@ -576,6 +602,15 @@ cdef int _set(ThreadTracer tracer) except -1:
             tracer.function = NULL
         PyEval_SetTrace(_trace, <PyObject *>tracer)
     return 0
+
+
+def forked():
+    global kb_epoch_process
+    kb_epoch_process = <uint64_t>os.getpid() << 1
+
+
+kb_epoch_count = time.monotonic_ns()
+forked()
 
 
 def install(Group group not None):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -30,6 +31,7 @@ __all__ = [
     "chain",
     "chained",
     "current",
+    "forked",
     "install",
     "interpreters_gettrace",
     "note_fault",
@@ -138,10 +140,42 @@ def note_fault(
         faults.report(feed.memory.buffer)
 
 
+_EPOCH_COUNT_SHIFT = 23
+"""A process id needs 22 bits on Linux; the lowest bit is 0."""
+
+_MASK = (1 << 64) - 1
+# The count starts where no process of the same id was before; the interpreter lock guards it.
+_epoch_count = time.monotonic_ns()
+_epoch_process = os.getpid() << 1
+
+
+def _epoch_value() -> int:
+    """Return a value for the coverage epoch that it never had before."""
+    global _epoch_count
+    _epoch_count += 1
+    return (_epoch_count << _EPOCH_COUNT_SHIFT | _epoch_process) & _MASK
+
+
+def forked() -> None:
+    """Tell this process from its parent, of which it is a forked child."""
+    global _epoch_process
+    _epoch_process = os.getpid() << 1
+
+
 class View:
     """A file in the memory of a feed."""
 
-    __slots__ = ("_block_of", "_buffer", "_dirty", "_file", "covered", "feed", "first_pc", "name")
+    __slots__ = (
+        "_block_of",
+        "_buffer",
+        "_dirty",
+        "_epoch",
+        "_file",
+        "covered",
+        "feed",
+        "first_pc",
+        "name",
+    )
 
     def __init__(
         self, feed: Feed, memory: LineMemory, index: int, name: str, first_pc: int, step: int
@@ -153,6 +187,8 @@ class View:
         self._file = file = memory.files[index]
         self._buffer = memory.buffer
         self._dirty = DIRTY + index
+        at = feed.memory.epoch_at
+        self._epoch = memoryview(feed.memory.epoch)[at : at + 8].cast("Q")
         self._block_of = memoryview(memory.buffer)[
             file.block_of : file.block_of + 4 * file.lines
         ].cast("I")
@@ -172,6 +208,7 @@ class View:
             buffer[file.hit + block - 1] = 1
             buffer[self._dirty] = 1
             buffer[CHANGED] = 1
+            self._epoch[0] = _epoch_value()
 
     def take(self) -> list[int]:
         """Return the PCs of the blocks that ran since the last call, and forget them."""
