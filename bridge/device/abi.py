@@ -30,6 +30,9 @@ from enum import IntEnum, IntFlag
 
 __all__ = [
     "AREAS_OFFSET",
+    "CALL_STRINGS",
+    "CALL_STRING_BYTES",
+    "CALL_WORDS_BITS",
     "ENOTSUPP",
     "FOLLOW_FLAG",
     "GVISOR_MAX_WORDS",
@@ -63,6 +66,9 @@ __all__ = [
     "VECTORS",
     "VERSION",
     "WORD",
+    "CallFlag",
+    "CallLogWord",
+    "CallWord",
     "Comparison",
     "HeaderWord",
     "Hidden",
@@ -117,7 +123,7 @@ ENOTSUPP = 524
 PAGE_SIZE = 4096
 WORD = 8
 MAGIC = 0x47445242564F434B  # "KCOVBRDG" in memory
-VERSION = 7
+VERSION = 8
 SLOTS = 1024
 SLOT_WORDS = 8
 REQUESTS_OFFSET = PAGE_SIZE
@@ -215,6 +221,8 @@ class Op(IntEnum):
     UNTRACED = 15
     """In the module's own slot: threads that could not be followed; ARG0 = number of the stream,
     ARG1 = how many."""
+    CALLS = 16
+    """The log of the owner's system calls is to be emptied; see :class:`CallLogWord`."""
 
 
 UNREPORTED_MASK = (1 << 32) - 1
@@ -258,7 +266,7 @@ class ResponseWord(IntEnum):
     ERROR = 1
     """0 or an errno (positive)."""
     AREA_OFFSET = 2
-    """MAP: where the area starts in the region, bytes."""
+    """MAP: where the area starts in the region, bytes. STREAM with CALLS: where the log starts."""
     APPENDED = 3
     """PCs that the instance has got so far."""
     DROPPED = 4
@@ -272,6 +280,71 @@ class Answer(IntFlag):
 
     SILENT = 1
     """To an ENABLE: the owner need not send RETURN."""
+    CALLS = 2
+    """To a STREAM: the owner logs its system calls."""
+
+
+class CallLogWord(IntEnum):
+    """Index of each word of a log of system calls.
+
+    The log is a ring of records. Positions count words since the start; a word's index in the ring
+    is its position modulo RING_WORDS, a power of two.
+    """
+
+    HEAD = 0
+    """GUEST: the end of the last record."""
+    LOST = 1
+    """GUEST: records that had no room."""
+    TAIL = 8
+    """The end of the last record that the host has taken."""
+    RING_WORDS = 9
+    COUNT_OFFSET = 10
+    """Where the count of the owner's area lies in the region, bytes ..."""
+    BITMAP_OFFSET = 11
+    """... and where its bitmap does, which the guest clears at each call."""
+    BITMAP_WORDS = 12
+    """0: the guest leaves the bitmap alone."""
+    RING = 16
+    """The first word of the ring."""
+
+
+class CallWord(IntEnum):
+    """Index of each word of the record of a system call. Its strings follow, each with its NUL,
+    padded to whole words."""
+
+    WORDS = 0
+    """The record's length with its strings, and :class:`CallFlag` above ``CALL_WORDS_BITS``."""
+    NUMBER = 1
+    RESULT = 2
+    ENTERED = 3
+    """Nanoseconds of the guest's monotonic clock, as RETURNED."""
+    RETURNED = 4
+    COUNT = 5
+    """The count of the owner's area when the call was entered."""
+    ARGUMENTS = 6
+    """Six words."""
+    COMMAND = 12
+    """The thread's name: 16 bytes with NULs up to the end."""
+    STRINGS = 14
+
+
+CALL_WORDS_BITS = 16
+CALL_STRINGS = 4
+"""The most strings in a record."""
+CALL_STRING_BYTES = 256
+"""The longest string, with its NUL."""
+
+
+class CallFlag(IntFlag):
+    """Flags of a record, shifted down by ``CALL_WORDS_BITS``. Bits 0 to 5: the argument's string
+    follows. Bits 8 to 13: it was cut."""
+
+    RETURNED = 1 << 16
+    """RESULT and RETURNED are valid."""
+    IA32 = 1 << 17
+    """A call of a 32-bit program, with its own numbers."""
+    REFUSED = 1 << 18
+    """Refused before it was entered, by seccomp; the time of its start is that of its return."""
 
 
 class KernelWord(IntEnum):

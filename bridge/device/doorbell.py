@@ -497,7 +497,7 @@ class Doorbell(Generic[C]):
             except BaseException as failure:
                 error = self._source_failed(failure)
             kcov = self._slots[slot]
-            control[answer + ResponseWord.FLAGS] = self._answer_flags(op)
+            control[answer + ResponseWord.FLAGS] = self._answer_flags(op, kcov)
         self.counters.requests += 1
         control[answer + _ERROR] = error if 0 <= error <= _MAX_ERRNO else errno.EIO
         if kcov is not None:
@@ -507,10 +507,10 @@ class Doorbell(Generic[C]):
         control[answer] = sequence
         self._answered[slot] = sequence
 
-    def _answer_flags(self, op: int) -> Answer:
+    def _answer_flags(self, op: int, kcov: Kcov[C] | None) -> Answer:
         if op == Op.STREAM:
             # The doorbell needs the owner's returns to empty the area before it is full.
-            return Answer(0)
+            return Answer.CALLS if kcov is not None and kcov.calls is not None else Answer(0)
         return Answer.SILENT if op == Op.REMOTE else self._flags
 
     def _end(self, slot: int, kcov: Kcov[C]) -> None:
@@ -572,7 +572,13 @@ class Doorbell(Generic[C]):
             mode = args[0] & 0xFFFFFFFF
             return device.remote_enable(kcov, task, mode, self._handles(args[1]), args[2])
         if op == Op.STREAM:
-            return device.join_stream(kcov, task, args[0], args[1])
+            error = device.join_stream(kcov, task, args[0], args[1])
+            if kcov.calls is not None:
+                at = _RESPONSES + slot * SLOT_WORDS
+                self._control[at + ResponseWord.AREA_OFFSET] = kcov.calls.area.offset
+            return error
+        if op == Op.CALLS:
+            return device.take_calls(kcov, task)
         if op == Op.DISABLE:
             return device.disable(kcov, task, args[0], args[1] & UNREPORTED_MASK)
         if op == Op.RESET:

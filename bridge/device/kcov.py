@@ -37,6 +37,7 @@ from bridge.device.abi import (
     WORD,
     Comparison,
 )
+from bridge.device.calls import LOG_WORDS, CallLog
 from bridge.device.fastpath import KcovState, ReturnHandler, Totals
 from bridge.device.region import Area
 from bridge.device.streams import AreaSource, Stream
@@ -154,9 +155,12 @@ class Kcov(KcovState[Area, C], Generic[C]):
             and ``dropped`` count comparisons then.
         compares: whether the last ENABLE was for comparisons.
         stream: where the area's words go, if no process maps the area.
+        calls: the log of the owner's system calls, if the stream wants them. The guest writes into
+            it until it releases the instance.
     """
 
     __slots__ = (
+        "calls",
         "compares",
         "comparing",
         "handles",
@@ -180,6 +184,7 @@ class Kcov(KcovState[Area, C], Generic[C]):
         self.compares = False
         self.handles: tuple[int, ...] = ()
         self.stream: Stream | None = None
+        self.calls: CallLog | None = None
 
 
 class Device(Generic[C]):
@@ -219,6 +224,8 @@ class Device(Generic[C]):
         self._bits: dict[int, int] = {}
         self._owners: dict[Task, Kcov[C]] = {}
         self._streams: dict[int, Stream] = {}
+        # Of streams whose threads log calls: see join_stream().
+        self._stream_cursors: dict[Stream, C] = {}
         self.untraced = 0
         """Number of threads that should have joined a stream and could not."""
         # A dict, because it keeps the order of opening.
@@ -404,8 +411,10 @@ class Device(Generic[C]):
         self.return_handler.append(kcov, kcov.area, pcs)
         return True
 
-    def _begin(self, kcov: Kcov[C], task: Task, mode: Mode, address: int) -> None:
-        kcov.cursor = self._coverage.open_cursor()
+    def _begin(
+        self, kcov: Kcov[C], task: Task, mode: Mode, address: int, cursor: C | None = None
+    ) -> None:
+        kcov.cursor = cursor if cursor is not None else self._coverage.open_cursor()
         self._own(kcov, task, mode)
         if self._watcher is not None and kcov.area is not None:
             self._watcher.attach(kcov.slot, kcov.area, address)
@@ -458,12 +467,19 @@ class Device(Generic[C]):
                     stream.failure = error
                 if time.monotonic() > deadline:
                     return False
+        cursor = self._stream_cursors.pop(stream, None)
+        if cursor is not None:
+            self._coverage.close_cursor(cursor)
         return True
 
     def join_stream(self, kcov: Kcov[C], task: Task, number: int, address: int = 0) -> Errno:
         """Carry out KCOV_BRIDGE_STREAM: ``task`` traces into a stream, through an unmapped area.
 
         This combines init, enable and the choice of a mode. ``address`` as for :meth:`enable`.
+
+        Threads that log their calls share a cursor, so each block belongs to the call that returns
+        first after the block was covered, and a thread that waits for another gets none of its
+        blocks.
         """
         stream = self._streams.get(number)
         if stream is None:
@@ -475,17 +491,27 @@ class Device(Generic[C]):
         kcov.area = stream.allocate(self._areas)
         if kcov.area is None:
             return errno.ENOMEM
+        kcov.area.bitmap_words = stream.bitmap_words
+        if stream.calls is not None:
+            log = self._areas.allocate(LOG_WORDS)
+            if log is None:
+                self._areas.free(kcov.area)
+                kcov.area = None
+                return errno.ENOMEM
+            kcov.calls = CallLog(log, kcov.area, clear_bitmap=stream.unique_per_call)
+            stream.calls.begin(kcov, task)
         kcov.size = kcov.area.size
         kcov.mode = Mode.INIT
-        kcov.area.bitmap_words = stream.bitmap_words
         kcov.stream = stream
         stream.begin(kcov)
         if stream.comparisons and self._comparisons is not None:
             kcov.comparing = self._comparisons.open_cursor()
             self._own(kcov, task, Mode.TRACE_CMP)
         else:
-            unique = stream.bitmap_words > 0
-            self._begin(kcov, task, Mode.UNIQUE_PC if unique else Mode.TRACE_PC, address)
+            mode = Mode.UNIQUE_PC if stream.bitmap_words else Mode.TRACE_PC
+            if stream.calls is not None and stream not in self._stream_cursors:
+                self._stream_cursors[stream] = self._coverage.open_cursor()
+            self._begin(kcov, task, mode, address, self._stream_cursors.get(stream))
         return 0
 
     def count_untraced(self, number: int, threads: int) -> Errno:
@@ -497,9 +523,23 @@ class Device(Generic[C]):
         self.untraced += threads
         return 0
 
+    def take_calls(self, kcov: Kcov[C], task: Task) -> Errno:
+        """Empty the log of ``task``'s system calls."""
+        if kcov.owner is None or kcov.owner != task or kcov.calls is None:
+            return errno.EINVAL
+        self._take_calls(kcov)
+        return 0
+
+    def _take_calls(self, kcov: Kcov[C]) -> None:
+        stream = kcov.stream
+        if kcov.calls is not None and stream is not None and stream.calls is not None:
+            stream.calls.add(kcov, kcov.calls)
+
     def _hand_over(self, kcov: Kcov[C]) -> None:
         """Move the words in an instance's area to its stream."""
         if kcov.stream is not None and kcov.area is not None:
+            # First, because the calls' records name places in the area.
+            self._take_calls(kcov)
             each = KCOV_WORDS_PER_CMP if kcov.compares else 1
             kcov.stream.record(kcov, kcov.area.take(each))
 
@@ -606,6 +646,9 @@ class Device(Generic[C]):
             if kcov.area is not None:
                 self._areas.free(kcov.area)
                 kcov.area = None
+            if kcov.calls is not None:
+                self._areas.free(kcov.calls.area)
+                kcov.calls = None
             kcov.mode = Mode.DISABLED
             kcov.size = 0
             self._open.pop(kcov, None)
@@ -700,7 +743,8 @@ class Device(Generic[C]):
             kcov.comparing = None
             kcov.mode = Mode.INIT
             self._leave_handles(kcov)
-            if cursor is not None:
+            shared = kcov.stream is not None and kcov.stream in self._stream_cursors
+            if cursor is not None and not shared:
                 self._coverage.close_cursor(cursor)
             if comparing is not None and self._comparisons is not None:
                 self._comparisons.close_cursor(comparing)

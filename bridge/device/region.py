@@ -62,6 +62,11 @@ class Area(AreaWords):
         self.abandoned = False
 
     @property
+    def words(self) -> memoryview:
+        """All words, for those that use the area in another way; until it is freed."""
+        return self._words
+
+    @property
     def count(self) -> int:
         """The current count: whatever the guest wrote, 0 to 2**64-1."""
         value: int = self._words[self.bitmap_words]

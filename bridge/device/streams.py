@@ -25,11 +25,14 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, overload
+from typing import TYPE_CHECKING, Protocol, overload
 
 from bridge.device.abi import KCOV_WORDS_PER_CMP, PAGE_SIZE, STREAM_MASK, WORD, Comparison
 from bridge.device.region import Area
 from bridge.errors import IncompleteError, SourceError
+
+if TYPE_CHECKING:
+    from bridge.device.calls import CallBook
 
 __all__ = ["ComparisonLog", "PcLog", "Stream", "WordLog"]
 
@@ -356,6 +359,9 @@ class Stream:
         area_words: the size of each thread's area; smaller if the region has no room.
         bitmap_words: the size of each thread's bitmap, which keeps out repeated PCs; 0 for none.
         comparisons: whether to collect comparisons instead of PCs.
+        calls: the book into which its threads log their system calls; None to log none.
+        unique_per_call: the bitmap keeps out PCs that a call repeats, not those of earlier calls;
+            only with ``calls``.
         directory: for the temporary file.
 
     Attributes:
@@ -372,12 +378,16 @@ class Stream:
         *,
         bitmap_words: int = 0,
         comparisons: bool = False,
+        calls: CallBook | None = None,
+        unique_per_call: bool = False,
         directory: Path | None = None,
     ) -> None:
         # Never 0, and without the bit that the guest's module uses as a flag.
         self.number = (int.from_bytes(os.urandom(8), "little") | 1) & STREAM_MASK
         self.bitmap_words = bitmap_words
         self.comparisons = comparisons
+        self.calls = calls
+        self.unique_per_call = unique_per_call
         self.untraced = 0
         self.dropped = 0
         self.failure: SourceError | None = None
@@ -410,10 +420,14 @@ class Stream:
         place = len(self._log)
         if words and self._log.append(words):
             self._open[thread].extend((place, len(words) // WORD))
+            if self.calls is not None:
+                self.calls.recorded(thread, len(words) // WORD)
 
     def end(self, thread: object) -> None:
         """End a thread; its words follow those of threads that ended before."""
         pieces = self._open.pop(thread)
+        if self.calls is not None:
+            self.calls.end(thread, len(self._segments))
         for index in range(0, len(pieces), 2):
             self._segments.add(pieces[index], pieces[index + 1])
 
@@ -422,14 +436,18 @@ class Stream:
         self._log.finish()
         if self._log.lost:
             self._segments.clip(len(self._log))
+        if self.calls is not None:
+            self.calls.finish()
 
     def check(self) -> None:
-        """Raise IncompleteError if words were lost; after :meth:`finish`."""
+        """Raise IncompleteError if words or calls were lost; after :meth:`finish`."""
         if self.failure is not None:
             raise IncompleteError(
                 f"the PCs of a process that still ran are incomplete: {self.failure.message}"
             )
         if not self._log.lost:
+            if self.calls is not None:
+                self.calls.check()
             return
         error = self._log.error
         raise IncompleteError(
@@ -453,4 +471,4 @@ class Stream:
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):
-            self._log.finish()
+            self.finish()

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from bridge.device.abi import SLOTS, Comparison
+from bridge.device.calls import CallBook, LoggedCalls
 from bridge.device.streams import Stream
 from bridge.errors import DoorbellError, IncompleteError
 from bridge.session.device_host import DeviceHost, reason_of
 from bridge.sources.comparisons import LIMIT as COMPARISONS_LIMIT
+from bridge.trace.call import Call
 
 if TYPE_CHECKING:
     from bridge.guest.ssh import CommandResult, Guest, Output
@@ -31,6 +33,8 @@ _WATCHED_AREA_WORDS = 1 << 21
 room: one call may have half a million PCs."""
 _BITMAP_WORDS = 1 << 13
 """A bit for more blocks than a kernel has that one process reaches."""
+_CALL_BITMAP_WORDS = 1 << 11
+"""The same for the blocks of a few calls; the guest clears it at each call of a trace."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class KcovResult:
 
     The PCs of many are read from a file when they are asked for (see
     :class:`bridge.device.streams.PcLog`). ``untraced``: how many processes and threads were not
-    traced, because as many were traced already as can be.
+    traced, because as many were traced already as can be. ``calls``: the system calls with the code
+    that each reached, in the order in which they were entered, if a trace was asked for.
     """
 
     exit_status: int
@@ -47,6 +52,7 @@ class KcovResult:
     stdout: bytes
     stderr: bytes
     untraced: int = 0
+    calls: Sequence[Call] = ()
 
 
 class Executor(Protocol):
@@ -57,7 +63,8 @@ class Executor(Protocol):
         command: Sequence[str],
         *,
         follow: bool,
-        unique: bool,
+        unique: bool | None,
+        trace: bool = False,
         timeout: float | None = None,
         stdout: Output | None = None,
         stderr: Output | None = None,
@@ -67,7 +74,9 @@ class Executor(Protocol):
         Args:
             command: its words; bytes that are no text as surrogates (:func:`os.fsdecode`).
             follow: trace its children and threads too.
-            unique: record each PC once a process.
+            unique: record each PC once a process; None: once a call if there is a trace, else once
+                a process, where that is possible and the guest kernel is a source.
+            trace: have ``calls`` in the result.
             timeout: seconds.
             stdout, stderr: are given the output as it comes.
 
@@ -91,7 +100,9 @@ class SshExecutor:
         device: whose streams they trace into.
         watched: whether the guest kernel writes into areas by itself.
         directory: takes the unnamed files of many PCs; None for the system's temporary directory.
-        cut_off: is given the PCs of a command that did not end well.
+        can_be_unique: whether the device's personality can record each PC once.
+        explain: turns the records of calls, with the PCs of the stream, into calls.
+        cut_off: is given the PCs and the calls of a command that did not end well.
     """
 
     def __init__(
@@ -101,12 +112,16 @@ class SshExecutor:
         *,
         watched: bool,
         directory: Path | None,
-        cut_off: Callable[[Sequence[int]], object],
+        can_be_unique: bool,
+        explain: Callable[[LoggedCalls, Sequence[int]], Sequence[Call]],
+        cut_off: Callable[[Sequence[int], Sequence[Call]], object],
     ) -> None:
         self._guest = guest
         self._device = device
         self._watched = watched
         self._directory = directory
+        self._can_be_unique = can_be_unique
+        self._explain = explain
         self._cut_off = cut_off
 
     def kcov(
@@ -114,15 +129,22 @@ class SshExecutor:
         command: Sequence[str],
         *,
         follow: bool,
-        unique: bool,
+        unique: bool | None,
+        trace: bool = False,
         timeout: float | None = None,
         stdout: Output | None = None,
         stderr: Output | None = None,
     ) -> KcovResult:
         """As :class:`Executor`."""
+        once_a_call = unique is None and trace and self._watched and self._can_be_unique
+        if unique is None:
+            unique = self._watched and self._can_be_unique
+        bitmap_words = _CALL_BITMAP_WORDS if once_a_call else _BITMAP_WORDS
         stream = Stream(
             _WATCHED_AREA_WORDS if self._watched else _AREA_WORDS,
-            bitmap_words=_BITMAP_WORDS if unique else 0,
+            bitmap_words=bitmap_words if unique else 0,
+            calls=CallBook(self._directory) if trace else None,
+            unique_per_call=once_a_call,
             directory=self._directory,
         )
         try:
@@ -136,11 +158,22 @@ class SshExecutor:
                     "(--region MIB)",
                 )
         except BaseException:
-            self._cut_off(stream.pcs)
+            calls: Sequence[Call] = ()
+            with contextlib.suppress(OSError):
+                calls = self._calls(stream)
+            self._cut_off(stream.pcs, calls)
             raise
         return KcovResult(
-            result.exit_status, stream.pcs, result.stdout, result.stderr, stream.untraced
+            result.exit_status,
+            stream.pcs,
+            result.stdout,
+            result.stderr,
+            stream.untraced,
+            self._calls(stream),
         )
+
+    def _calls(self, stream: Stream) -> Sequence[Call]:
+        return self._explain(stream.calls.calls, stream.pcs) if stream.calls is not None else ()
 
     def compare(
         self, command: Sequence[str], *, follow: bool, timeout: float | None = None

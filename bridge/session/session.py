@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.config import Settings
 from bridge.device.abi import Comparison
+from bridge.device.calls import LoggedCalls
 from bridge.device.doorbell import Doorbell
 from bridge.device.kcov import Device, Personality
 from bridge.device.region import Region
@@ -49,8 +50,11 @@ from bridge.session.target_host import InProcessTarget, TargetHost, stop_target
 from bridge.sources.guest_kernel.source import GuestKernel
 from bridge.sources.ledger import Cursor
 from bridge.sources.pcs import BlockTable, Location
+from bridge.sources.python.functions import FunctionIndex
 from bridge.sources.symbolize import Symbolizer
 from bridge.targets.description import Description
+from bridge.trace.call import Call
+from bridge.trace.explained import CodeFinder, ExplainedCalls
 from bridge.vm.accel import Accelerator
 from bridge.vm.agent import Ready
 from bridge.vm.machine import Machine, require_qemu
@@ -97,6 +101,7 @@ class Session:
     Attributes:
         events: what happens, for those who subscribe.
         partial_pcs: the PCs of the last command under kcov that was cut off.
+        partial_calls: its calls, if they were traced.
     """
 
     def __init__(self, settings: Settings, out: str | os.PathLike[str] | None = None) -> None:
@@ -108,6 +113,7 @@ class Session:
         self.settings = settings
         self.events = Events()
         self.partial_pcs: Sequence[int] = ()
+        self.partial_calls: Sequence[Call] = ()
         self._out = Path(out).absolute() if out is not None else None
         self._entered = False
         self._basic = Stats(target=settings.target, personality=settings.personality)
@@ -219,6 +225,8 @@ class Session:
             device,
             watched=watch.kernel is not None,
             directory=out,
+            can_be_unique=settings.personality == "linux",
+            explain=self._explain,
             cut_off=self._keep_partial,
         )
         return _Parts(attempt.accelerator, image, target, host, watch, device, running, executor)
@@ -381,6 +389,7 @@ class Session:
         *,
         follow: bool = True,
         unique: bool | None = None,
+        trace: bool = False,
         timeout: float | None = None,
         stdout: Output | None = None,
         stderr: Output | None = None,
@@ -391,7 +400,9 @@ class Session:
             command: as for :meth:`run`.
             follow: trace its children and threads too.
             unique: record each PC once a process, in the order in which they came first; None:
-                where the guest kernel is a source, whose PCs else are too many.
+                where the guest kernel is a source, whose PCs else are too many, and with ``trace``
+                once a call then.
+            trace: record its system calls too: ``calls`` of the result.
             timeout: seconds.
             stdout, stderr: are given the output as it comes.
 
@@ -401,12 +412,16 @@ class Session:
             IncompleteError: the PCs could not all be kept.
         """
         parts = self._running
-        if unique is None:
-            unique = parts.watch.kernel is not None and self.settings.personality == "linux"
         words = _words(command)
         with self._tracing(words) as ended:
             result = parts.executor.kcov(
-                words, follow=follow, unique=unique, timeout=timeout, stdout=stdout, stderr=stderr
+                words,
+                follow=follow,
+                unique=unique,
+                trace=trace,
+                timeout=timeout,
+                stdout=stdout,
+                stderr=stderr,
             )
             ended(result.exit_status, len(result.pcs))
             self._load_symbols(parts, result)
@@ -418,7 +433,7 @@ class Session:
             parts.watch.load_symbols(parts.running.guest, parts.device.call)
         except BaseException as error:
             if isinstance(error, GuestLostError) or not isinstance(error, BridgeError):
-                self._keep_partial(result.pcs)
+                self._keep_partial(result.pcs, result.calls)
                 raise
             logger.warning(
                 "PCs in modules that were loaded meanwhile have no names: %s", error.message

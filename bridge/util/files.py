@@ -7,12 +7,12 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from bridge.errors import InfrastructureError
 
-__all__ = ["atomic_output", "remove", "remove_partial", "sync", "write_atomically"]
+__all__ = ["atomic_output", "remove", "remove_partial", "sync", "write_atomically", "write_stream"]
 
 
 @contextlib.contextmanager
@@ -48,9 +48,21 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     Raises:
         InfrastructureError: the file cannot be written.
     """
+    write_stream(path, [data.encode() if isinstance(data, str) else data])
+
+
+def write_stream(path: Path, pieces: Iterable[bytes | str]) -> None:
+    """Write a file of many pieces, whole or not at all. Text is encoded as UTF-8.
+
+    Raises:
+        InfrastructureError: the file cannot be written.
+    """
     try:
-        with atomic_output(path) as part:
-            part.write_bytes(data.encode() if isinstance(data, str) else data)
+        with atomic_output(path) as part, part.open("wb") as file:
+            for piece in pieces:
+                file.write(
+                    piece.encode(errors="backslashreplace") if isinstance(piece, str) else piece
+                )
     except OSError as error:
         raise InfrastructureError(
             f"cannot write {path}: {error.strerror}",

@@ -3,7 +3,7 @@
  * The tracepoints that show system calls, exits and forks of owners: sys_exit,
  * sched_process_exit and sched_process_fork.
  *
- * The first ENABLE hooks them. The cost of sys_exit for other tasks is removed again; see
+ * The first ENABLE hooks them, and the first owner with a log of its calls sys_enter. The cost of sys_exit for other tasks is removed again; see
  * kb_task_drop_trace_flag().
  */
 
@@ -15,9 +15,10 @@
 
 #include "kcov_bridge.h"
 
-/* Guards kb_hooked and kb_foreign_watched. */
+/* Guards kb_hooked, kb_enter_hooked and kb_foreign_watched. */
 static DEFINE_MUTEX(kb_hook_lock);
 static bool kb_hooked;
+static bool kb_enter_hooked;
 /* Whether kb_foreign_probe() sees probes that others add. */
 static bool kb_foreign_watched;
 
@@ -120,7 +121,7 @@ static int kb_foreign_probe(struct kprobe *unused, struct pt_regs *regs)
 	unsigned long probe = regs_get_kernel_argument(regs, 1);
 
 	if ((tp == (unsigned long)kb_tp_sys_enter || tp == (unsigned long)kb_tp_sys_exit) &&
-	    probe != (unsigned long)kb_sys_exit)
+	    probe != (unsigned long)kb_sys_exit && probe != (unsigned long)kb_sys_enter)
 		kb_trace_flag_share();
 	return 0;
 }
@@ -142,7 +143,7 @@ static bool kb_tracepoint_has_foreign_probe(struct tracepoint *tp)
 	preempt_disable();
 	funcs = rcu_dereference_sched(tp->funcs);
 	for (; funcs && funcs->func; funcs++)
-		others |= funcs->func != kb_sys_exit;
+		others |= funcs->func != kb_sys_exit && funcs->func != kb_sys_enter;
 	preempt_enable();
 	return others;
 }
@@ -232,11 +233,35 @@ int kb_hooks_install(void)
 }
 
 /**
+ * kb_hooks_install_enter() - hook sys_enter, if it is not hooked yet
+ *
+ * Return: 0 or a negative errno.
+ */
+int kb_hooks_install_enter(void)
+{
+	int err = 0;
+
+	mutex_lock(&kb_hook_lock);
+	if (!kb_enter_hooked) {
+		err = kb_tp_sys_enter ?
+			      tracepoint_probe_register(kb_tp_sys_enter, kb_sys_enter, NULL) :
+			      -EOPNOTSUPP;
+		kb_enter_hooked = !err;
+	}
+	mutex_unlock(&kb_hook_lock);
+	return err;
+}
+
+/**
  * kb_hooks_remove() - unhook the tracepoints, and wait until their handlers have ended
  */
 void kb_hooks_remove(void)
 {
 	mutex_lock(&kb_hook_lock);
+	if (kb_enter_hooked) {
+		tracepoint_probe_unregister(kb_tp_sys_enter, kb_sys_enter, NULL);
+		kb_enter_hooked = false;
+	}
 	if (kb_hooked) {
 		tracepoint_probe_unregister(kb_tp_sys_exit, kb_sys_exit, NULL);
 		tracepoint_probe_unregister(kb_tp_process_fork, kb_process_fork, NULL);

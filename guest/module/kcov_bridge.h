@@ -5,6 +5,7 @@
  *	main.c		the PCI device: probe, removal, module parameters
  *	transport.c	slots, requests and answers, a host that does not answer
  *	owners.c	tasks that trace, and the work at the end of their system calls
+ *	calls.c		the log of an owner's system calls
  *	follow.c	children of tasks that trace for the host
  *	hooks.c		the tracepoints that show system calls, forks and exits of owners
  *	device.c	the kcov device's file: open, ioctl, mmap, close
@@ -17,6 +18,7 @@
  *	kb_describe_lock (watch.c)	one description of the kernel at a time
  *	kb_instance.lock		one request at a time in a slot; all of an instance
  *	  kb_hook_lock (hooks.c)	whether the tracepoints are hooked
+ *	  kb_region_lock (calls.c)	whether the region is mapped as a whole
  *	  kb_bridge.payload_lock	the payload, from filling it to the answer
  *	    i_mmap_rwsem		only to remove mappings
  *	    kb_bridge.slots_lock	which slot belongs to which instance (spinlock)
@@ -30,6 +32,7 @@
  *
  *	kb_request_send() stores seq last	the host reads seq first
  *	the host stores a response's seq last	kb_slot_is_answered() reads it first
+ *	kb_call_write() stores head last	the host reads head first
  *	kick, full barrier, host_state		the host: host_state, full barrier, kick
  *						  (kb_doorbell_kick(), Doorbell in doorbell.py)
  *	kb_task_drop_trace_flag()		kb_trace_flag_share(): flag and exclusiveness
@@ -64,6 +67,7 @@ extern unsigned int kb_timeout_ms;
 extern unsigned int kb_spin_us;
 
 struct kb_bridge;
+struct kb_calls;
 struct kb_owner;
 
 /**
@@ -142,6 +146,7 @@ struct kb_instance {
  * @unreported_returns: number of returns since the last one that was reported
  * @untraced_children: number of children that should trace into the stream and cannot
  * @exit_work: runs when the task exits
+ * @calls: the log of its system calls, or NULL. Constant while it is in the table
  *
  * Only the task itself accesses the works. But another task may find it exiting and end the
  * ownership in its place, so an owner can outlive its place in the instance.
@@ -164,6 +169,7 @@ struct kb_owner {
 	u64 unreported_returns;
 	u64 untraced_children;
 	struct callback_head exit_work;
+	struct kb_calls *calls;
 };
 
 /**
@@ -174,6 +180,7 @@ struct kb_owner {
  * @header: the region up to the areas, unmapped with the device, as the three below
  * @requests: by slot
  * @responses: by slot
+ * @region: the whole region, mapped for the first owner with a log, or NULL; see calls.c
  * @payload: guarded by @payload_lock, from filling it to the answer
  * @payload_lock: guards @payload
  * @payload_inst: the instance whose request last filled the payload, only to be compared. Written
@@ -210,6 +217,7 @@ struct kb_bridge {
 	struct kb_header *header;
 	struct kb_request *requests;
 	const struct kb_response *responses;
+	void *region;
 	u64 *payload;
 	struct mutex payload_lock;
 	const struct kb_instance *payload_inst;
@@ -294,6 +302,16 @@ void kb_instance_lock(struct kb_instance *inst);
 void kb_sys_exit(void *unused, struct pt_regs *regs, long ret);
 void kb_process_exit(void *unused, struct task_struct *task);
 
+/* calls.c */
+
+void kb_sys_enter(void *unused, struct pt_regs *regs, long id);
+void kb_call_returns(struct kb_owner *owner, struct pt_regs *regs, long result);
+bool kb_calls_are_many(const struct kb_owner *owner);
+void kb_calls_end(struct kb_owner *owner);
+void kb_calls_free(struct kb_owner *owner);
+int kb_calls_start(struct kb_owner *owner, u64 offset, bool joining);
+void kb_calls_stop(struct kb_bridge *bridge);
+
 /* follow.c */
 
 void kb_process_fork(void *unused, struct task_struct *parent, struct task_struct *child);
@@ -307,6 +325,7 @@ extern bool kb_trace_flag_exclusive;
 
 int kb_hooks_find(void);
 int kb_hooks_install(void);
+int kb_hooks_install_enter(void);
 void kb_hooks_remove(void);
 
 /*

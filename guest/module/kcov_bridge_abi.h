@@ -28,7 +28,7 @@
 #define KB_PCI_DEVICE_ID	0x1110
 
 #define KB_MAGIC		0x47445242564f434bULL	/* "KCOVBRDG" */
-#define KB_VERSION		7
+#define KB_VERSION		8
 #define KB_SLOTS		1024
 #define KB_REQUESTS_OFFSET	4096
 #define KB_RESPONSES_OFFSET	(KB_REQUESTS_OFFSET + KB_SLOTS * 64)
@@ -61,6 +61,8 @@ enum kb_op {
 	KB_OP_STREAM	= 14,	/* arg0: number of the stream; arg1: the task's address */
 	/* In the module's own slot. */
 	KB_OP_UNTRACED	= 15,	/* arg0: number of the stream; arg1: threads not followed */
+	/* From the owner. */
+	KB_OP_CALLS	= 16,	/* the owner's log of calls is to be emptied */
 };
 
 struct kb_header {
@@ -126,6 +128,51 @@ struct kb_response {
 
 enum kb_answer {
 	KB_ANSWER_SILENT	= 1,	/* to an ENABLE: the host needs no RETURN of this owner */
+	KB_ANSWER_CALLS		= 2,	/* to a STREAM: log calls; area_offset: struct kb_call_log */
+};
+
+/*
+ * The log of an owner's system calls: a ring of records. Positions count words since the start; a
+ * word's index in the ring is its position modulo ring_words, a power of two.
+ */
+struct kb_call_log {
+	/* Written by the guest. */
+	__u64 head;		/* the end of the last record */
+	__u64 lost;		/* records that had no room */
+	__u64 pad0[6];
+	/* Written by the host; the guest reads the last four once, when it joins the stream. */
+	__u64 tail;		/* the end of the last record that the host has taken */
+	__u64 ring_words;
+	__u64 count_offset;	/* of the owner's area: its count, in the region ... */
+	__u64 bitmap_offset;	/* ... and its bitmap, which the guest clears at each call */
+	__u64 bitmap_words;	/* 0: the guest leaves the bitmap alone */
+	__u64 pad1[3];
+	__u64 ring[];
+};
+
+/* A record; the strings follow, each with its NUL, padded to whole words. */
+struct kb_call {
+	__u64 words;		/* of the record with its strings; enum kb_call_flags */
+	__u64 number;
+	__u64 result;
+	__u64 entered;		/* nanoseconds of the monotonic clock */
+	__u64 returned;
+	__u64 count;		/* of the owner's area when the call was entered */
+	__u64 arguments[6];
+	__u64 command[2];	/* the thread's name, with NULs up to the end */
+};
+
+#define KB_CALL_WORDS_BITS	16
+#define KB_CALL_STRINGS		4	/* at most, in a record */
+#define KB_CALL_STRING_BYTES	256	/* the longest string, with its NUL */
+
+/* Above KB_CALL_WORDS_BITS. */
+enum kb_call_flags {
+	/* Bits 0 to 5: the argument's string follows. Bits 8 to 13: it was cut. */
+	KB_CALL_CUT_SHIFT	= 8,
+	KB_CALL_RETURNED	= 1 << 16,	/* result and returned are valid */
+	KB_CALL_IA32		= 1 << 17,	/* a call of a 32-bit program; its own numbers */
+	KB_CALL_REFUSED		= 1 << 18,	/* refused before it was entered: entered = returned */
 };
 
 #define KB_KERNEL_CPUS	64

@@ -229,6 +229,7 @@ static void kb_remove(struct pci_dev *pdev)
 	misc_deregister(&kb_misc);
 	kb_instances_detach(bridge);
 	kb_hooks_remove();
+	kb_calls_stop(bridge);
 	kb_watch_stop(bridge);
 	kb_active = NULL;
 	kb_bridge_put(bridge);

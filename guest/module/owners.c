@@ -31,6 +31,7 @@ static void kb_owner_free(struct kref *ref)
 	struct kb_instance *inst = owner->inst;
 
 	put_task_struct(owner->task);
+	kb_calls_free(owner);
 	kfree_rcu(owner, rcu);
 	kref_put(&inst->ref, kb_instance_free);
 }
@@ -108,6 +109,8 @@ void kb_owner_end(struct kb_instance *inst)
 void kb_owner_end_exiting(struct kb_instance *inst)
 {
 	lockdep_assert_held(&inst->lock);
+	if (inst->owner->calls)
+		kb_calls_end(inst->owner);
 	/* Sent below, or by the next operation that finds the host back. */
 	kb_instance_defer_exit(inst, inst->owner->id, READ_ONCE(inst->owner->unreported_returns));
 	kb_owner_end(inst);
@@ -166,6 +169,18 @@ static void kb_owner_fetch(struct kb_owner *owner)
 		kb_owner_end(inst);
 }
 
+/* Make the host empty the log of the owner's calls. */
+static void kb_owner_report_calls(struct kb_owner *owner)
+{
+	struct kb_instance *inst = owner->inst;
+
+	lockdep_assert_held(&inst->lock);
+	if (kb_instance_settle(inst) &&
+	    kb_request(inst, KB_OP_CALLS, owner->id, 0, 0, 0) == -EINVAL)
+		/* The host's command has ended, and this task still runs. */
+		kb_owner_end(inst);
+}
+
 /* Runs before a system call of the owner returns to user mode. Process context, may sleep. */
 static void kb_owner_return_work(struct callback_head *head)
 {
@@ -186,7 +201,9 @@ static void kb_owner_return_work(struct callback_head *head)
 	mutex_lock(&inst->lock);
 	if (inst->owner == owner) {
 		kb_recording_pause(inst);
-		if (kb_owner_may_have_coverage(owner))
+		if (owner->calls && kb_calls_are_many(owner))
+			kb_owner_report_calls(owner);
+		if (inst->owner == owner && kb_owner_may_have_coverage(owner))
 			kb_owner_fetch(owner);
 		else
 			WRITE_ONCE(owner->unreported_returns, owner->unreported_returns + 1);
@@ -212,13 +229,19 @@ static void kb_owner_exit_work(struct callback_head *head)
 }
 
 /* Handle the end of an owner's system call. Must be called within an RCU read-side section. */
-static inline void kb_owner_call_end(struct kb_owner *owner, struct pt_regs *regs)
+static inline void kb_owner_call_end(struct kb_owner *owner, struct pt_regs *regs, long result)
 {
+	bool many = false;
+
+	if (unlikely(owner->calls)) {
+		kb_call_returns(owner, regs, result);
+		many = kb_calls_are_many(owner);
+	}
 	if (owner->return_queued)
 		return;
 	/* A work that is already queued may still change the epoch. */
-	if (owner->ignores_returns ||
-	    (!kb_owner_may_have_coverage(owner) && !READ_ONCE(current->task_works))) {
+	if (owner->ignores_returns || (!kb_owner_may_have_coverage(owner) &&
+				       !READ_ONCE(current->task_works) && !many)) {
 		WRITE_ONCE(owner->unreported_returns, owner->unreported_returns + 1);
 		return;
 	}
@@ -255,7 +278,7 @@ void kb_sys_exit(void *unused, struct pt_regs *regs, long ret)
 	rcu_read_lock();
 	owner = kb_owner_find(current);
 	if (unlikely(owner))
-		kb_owner_call_end(owner, regs);
+		kb_owner_call_end(owner, regs, ret);
 	rcu_read_unlock();
 	if (likely(!owner))
 		kb_task_drop_trace_flag();
@@ -293,8 +316,10 @@ void kb_process_exit(void *unused, struct task_struct *task)
  */
 int kb_owner_start(struct kb_instance *inst, enum kb_op op, u64 arg0, u64 arg1, u64 arg2)
 {
+	const struct kb_response *response = &inst->bridge->responses[inst->slot];
 	u64 mine = kb_current_id();
 	struct kb_owner *owner;
+	u64 flags;
 	int err;
 
 	lockdep_assert_held(&inst->lock);
@@ -322,11 +347,21 @@ int kb_owner_start(struct kb_instance *inst, enum kb_op op, u64 arg0, u64 arg1, 
 		kfree(owner);
 		return err;
 	}
-	owner->ignores_returns =
-		READ_ONCE(inst->bridge->responses[inst->slot].flags) & KB_ANSWER_SILENT;
+	flags = READ_ONCE(response->flags);
+	owner->ignores_returns = flags & KB_ANSWER_SILENT;
 	if (op == KB_OP_STREAM) {
 		owner->stream = arg0;
 		owner->follows_children = arg2;
+	}
+	if (op == KB_OP_STREAM && flags & KB_ANSWER_CALLS) {
+		/* A descriptor's owner joins by ioctl(), others before their first call. */
+		err = kb_calls_start(owner, READ_ONCE(response->area_offset), inst->mapping);
+		if (err) {
+			kb_instance_defer_exit(inst, owner->id, 0);
+			kb_instance_settle(inst);
+			kfree(owner);
+			return err;
+		}
 	}
 	if (kb_kernel_watched && op != KB_OP_REMOTE)
 		kb_owner_await_recording(inst);

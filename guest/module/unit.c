@@ -8,6 +8,7 @@
 #include "main.c"
 #include "transport.c"
 #include "owners.c"
+#include "calls.c"
 #include "follow.c"
 #include "hooks.c"
 #include "device.c"

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trace for people: a line a call, as strace prints it, with the code that it reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import PurePosixPath
+from typing import Final
+
+from bridge.sources.python.functions import ranges_text
+from bridge.trace.call import Call, HostCode
+from bridge.trace.names import error_text
+
+__all__ = ["call_text", "render_trace"]
+
+_POINTERS: Final = frozenset({"mmap", "brk", "mremap", "shmat"})
+"""Calls that return an address."""
+_KERNEL_FUNCTIONS: Final = 6
+"""How many functions of the kernel a line shows."""
+
+
+def render_trace(calls: Iterable[Call], *, thread: bool | None = None) -> Iterator[str]:
+    """Yield a line for each call, without its end.
+
+    Args:
+        thread: begin each line with the thread; None: from the second thread on.
+    """
+    first: int | None = None
+    for call in calls:
+        if first is None:
+            first = call.thread
+        yield call_text(call, thread=call.thread != first if thread is None else thread)
+
+
+def call_text(call: Call, *, thread: bool = False) -> str:
+    """Return a call as one line: ``openat("…") = 3  1.2 ms → server.py: Session.walk 120-134``."""
+    arguments = "..." if call.arguments is None else ", ".join(call.arguments)
+    parts = [f"[{_plain(call.command)} {call.thread}] " if thread else ""]
+    parts.append(f"{call.name}({arguments}) = {_result(call)}")
+    if call.seconds is not None:
+        parts.append(f"  {_duration(call.seconds)}")
+    if call.host:
+        parts.append(f" → {host_text(call.host)}")
+    if call.kernel:
+        shown = ", ".join(call.kernel[:_KERNEL_FUNCTIONS])
+        more = len(call.kernel) - _KERNEL_FUNCTIONS
+        parts.append(f" → kernel: {shown}" + (f" and {more} more" if more > 0 else ""))
+    return "".join(parts)
+
+
+def host_text(host: Iterable[HostCode]) -> str:
+    """Return the target's code: ``server.py: Session.walk 120-134, open 201; util.py: f 3``."""
+    files: dict[str, list[str]] = {}
+    for code in host:
+        lines = ranges_text(code.lines)
+        text = f"{code.function} {lines}" if code.function else lines
+        files.setdefault(code.file, []).append(text)
+    names = _short(files)
+    return "; ".join(f"{names[file]}: {', '.join(texts)}" for file, texts in files.items())
+
+
+def _short(files: Iterable[str]) -> dict[str, str]:
+    """Return the last part of each file's path, or all of it where two have the same."""
+    last = {file: PurePosixPath(file).name for file in files}
+    seen = list(last.values())
+    return {file: name if seen.count(name) == 1 else file for file, name in last.items()}
+
+
+def _result(call: Call) -> str:
+    result = call.result
+    if result is None:
+        return "?"
+    if call.error is not None:
+        text = error_text(result)
+        return f"-1 {call.error} ({text})" if text else f"? {call.error}"
+    return f"{result:#x}" if call.name in _POINTERS else str(result)
+
+
+def _duration(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}" if seconds < 1000 else f"{seconds:.0f} s"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def _plain(text: str) -> str:
+    """Return text of the guest that a terminal may show."""
+    return "".join(each if each.isprintable() else "?" for each in text)
