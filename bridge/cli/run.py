@@ -19,6 +19,7 @@ examples:
   kcov-bridge run
   kcov-bridge run --out build/ls -- ls -lR /mnt/target
   kcov-bridge run --source python -- cat /mnt/target/README
+  kcov-bridge run --trace -- cat /mnt/target/README
   kcov-bridge run --target none --syscall-pcs -- true
   kcov-bridge run --target mypackage.target:Server --timeout 60 -- sh -c 'cat /mnt/target/*'
   KCOV_BRIDGE_MEMORY=512 kcov-bridge run
@@ -33,8 +34,16 @@ was lost, 2: wrong usage.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for each setting."""
+    """Add a flag for each setting, and ``--trace``."""
     add_settings(parser)
+    parser.add_argument(
+        "--trace",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="trace the command's system calls: print them with the code that each reached, to "
+        "stderr or to --trace=FILE, and leave trace.jsonl and trace.perfetto.json in --out",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,6 +54,6 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     out = settings.out
     try:
-        return runner.run(settings, args.command, args.streams)
+        return runner.run(settings, args.command, args.streams, trace=args.trace)
     finally:
         remember(out)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
+import itertools
 import logging
 import os
 import time
@@ -17,13 +19,17 @@ from bridge.errors import BridgeError, InfrastructureError, SourceError, UsageEr
 from bridge.results import summary as summaries
 from bridge.results.coverage_files import HTML_DIRECTORY, LCOV_FILE, make_html, make_lcov
 from bridge.session.device_host import reason_of
-from bridge.session.session import Session
+from bridge.session.session import KcovResult, Session
 from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
 from bridge.sources.guest_kernel import SYMBOLS_FILE
 from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.targets import DEFAULT_TARGET, MOUNT_POINT
 from bridge.targets.registry import check_name
-from bridge.util.files import remove, remove_partial
+from bridge.trace import Call, TraceHeader, TraceWriter
+from bridge.trace.perfetto import PERFETTO_FILE, write_perfetto
+from bridge.trace.text import render_trace
+from bridge.trace.trace_file import TRACE_FILE
+from bridge.util.files import remove, remove_partial, write_stream
 from bridge.util.resources import guest_directory
 
 __all__ = ["run", "shell"]
@@ -34,6 +40,7 @@ _RESULTS = (
     *("summary.json", "pcs.txt", ".coverage", BLOCKS_FILE),
     *(SYMBOLS_FILE, KERNEL_BLOCKS_FILE),
     *(LCOV_FILE, HTML_DIRECTORY, "console.log"),
+    *(TRACE_FILE, PERFETTO_FILE),
 )
 _WORKLOAD = guest_directory() / "workload" / "files.sh"
 _EXAMPLE_BYTES = 2 << 20
@@ -41,10 +48,15 @@ _EXAMPLE_BYTES = 2 << 20
 _EXAMPLE = f'kcov-doc "$(find {MOUNT_POINT} -type f | head -n 1)"'
 
 
-def run(settings: Settings, command: Sequence[str], streams: Streams) -> int:
+def run(
+    settings: Settings, command: Sequence[str], streams: Streams, *, trace: str | None = None
+) -> int:
     """Run ``command``, or the default workload if it is empty, under kcov in a fresh guest.
 
     Leaves its results in ``settings.out``, also when the run is cut off.
+
+    Args:
+        trace: the file for the readable trace, "-" for stderr; None to trace no system calls.
 
     Returns:
         The command's exit status.
@@ -61,12 +73,14 @@ def run(settings: Settings, command: Sequence[str], streams: Streams) -> int:
         )
     with _claimed(settings.out) as out:
         _clear(out)
-        return _run(settings, out, command, streams)
+        return _run(settings, out, command, streams, trace)
 
 
-def _run(settings: Settings, out: Path, command: Sequence[str], streams: Streams) -> int:
+def _run(
+    settings: Settings, out: Path, command: Sequence[str], streams: Streams, trace: str | None
+) -> int:
     session = Session(settings, out)
-    record = _Record(session, tuple(command) or (f"{_WORKLOAD.name} {MOUNT_POINT}",))
+    record = _Record(session, tuple(command) or (f"{_WORKLOAD.name} {MOUNT_POINT}",), trace)
     try:
         with session:
             record.exit_status = _work(session, command, record, streams)
@@ -89,15 +103,16 @@ def shell(settings: Settings, streams: Streams) -> int:
 def _work(session: Session, command: Sequence[str], record: _Record, streams: Streams) -> int:
     out, err = streams.write_out, streams.write_err
     timeout = session.settings.timeout
+    trace = record.trace is not None
     record.started = time.monotonic()
     if command:
-        result = session.kcov(command, timeout=timeout, stdout=out, stderr=err)
-        record.pcs.append(result.pcs)
+        result = session.kcov(command, trace=trace, timeout=timeout, stdout=out, stderr=err)
+        record.keep(result)
         return result.exit_status
     session.put(_WORKLOAD, "/run/kcov-bridge/files.sh", 0o755)
     words = ["sh", "/run/kcov-bridge/files.sh", MOUNT_POINT]
-    result = session.kcov(words, timeout=timeout, stdout=out, stderr=err)
-    record.pcs.append(result.pcs)
+    result = session.kcov(words, trace=trace, timeout=timeout, stdout=out, stderr=err)
+    record.keep(result)
     if result.exit_status:
         return result.exit_status
     # The second one uses the device itself, in the way of the kernel's documentation.
@@ -184,18 +199,28 @@ def _unusable(out: Path, error: OSError) -> BridgeError:
 class _Record:
     """What is known of the run so far, to be written at its end, however that comes."""
 
-    def __init__(self, session: Session, command: tuple[str, ...]) -> None:
+    def __init__(
+        self, session: Session, command: tuple[str, ...], trace: str | None = None
+    ) -> None:
         self.session = session
         self.command = command
+        self.trace = trace
         self.pcs: list[Sequence[int]] = []
+        self.calls: list[Sequence[Call]] = []
         self.exit_status = BridgeError.exit_status
         self.error = ""
         self.started: float | None = None
         self._ended: float | None = None
 
+    def keep(self, result: KcovResult) -> None:
+        """Add what a command covered."""
+        self.pcs.append(result.pcs)
+        self.calls.append(result.calls)
+
     def failed(self, error: BaseException) -> None:
         """The run is cut off by this; the PCs so far say how far it had come."""
         self.pcs.append(self.session.partial_pcs)
+        self.calls.append(self.session.partial_calls)
         if isinstance(error, BridgeError):
             self.error, self.exit_status = error.message, error.exit_status
         elif isinstance(error, KeyboardInterrupt):
@@ -218,6 +243,8 @@ class _Record:
             ):
                 for pcs in self.pcs:
                     file.writelines(f"{pc:#018x}\n" for pc in pcs)
+            if self.trace is not None:
+                self._write_trace(self.trace, out, streams, problems)
             data_file = out / ".coverage"
             if data_file.is_file():
                 with _noted("the HTML report", problems):
@@ -236,6 +263,27 @@ class _Record:
                     print(summaries.render(summary), file=streams.err)
                 print(f"{'results in':>12}  {out}", file=streams.err)
         return not problems
+
+    def _write_trace(self, place: str, out: Path, streams: Streams, problems: list[str]) -> None:
+        stats = self.session.stats()
+        header = TraceHeader(
+            source=",".join(stats.sources),
+            image=self.session.settings.image or "",
+            kernel=stats.kernel or "",
+            command=self.command,
+        )
+        calls = functools.partial(itertools.chain.from_iterable, self.calls)
+        with _noted(TRACE_FILE, problems), TraceWriter(out / TRACE_FILE, header) as writer:
+            writer.write_all(calls())
+        with _noted(PERFETTO_FILE, problems):
+            write_perfetto(calls(), out / PERFETTO_FILE)
+        with _noted("the readable trace", problems):
+            lines = (f"{line}\n" for line in render_trace(calls()))
+            if place == "-":
+                for line in lines:
+                    streams.write_err(line.encode(streams.err.encoding or "utf-8", "replace"))
+            else:
+                write_stream(Path(place), lines)
 
     def _summary(self, seconds: float | None) -> summaries.Summary:
         return summaries.Summary(

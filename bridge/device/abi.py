@@ -30,6 +30,7 @@ from enum import IntEnum, IntFlag
 
 __all__ = [
     "AREAS_OFFSET",
+    "CALL_CUT_SHIFT",
     "CALL_STRINGS",
     "CALL_STRING_BYTES",
     "CALL_WORDS_BITS",
@@ -329,6 +330,8 @@ class CallWord(IntEnum):
 
 
 CALL_WORDS_BITS = 16
+CALL_CUT_SHIFT = 8
+"""Where the flags begin that say that a string was cut."""
 CALL_STRINGS = 4
 """The most strings in a record."""
 CALL_STRING_BYTES = 256

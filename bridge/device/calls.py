@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Final, overload
 
 from bridge.device.abi import (
+    CALL_CUT_SHIFT,
     CALL_STRING_BYTES,
     CALL_STRINGS,
     CALL_WORDS_BITS,
@@ -45,7 +46,6 @@ _LEAST: Final = int(CallWord.STRINGS)
 _MOST: Final = _LEAST + CALL_STRINGS * CALL_STRING_BYTES // WORD
 _SIZE_MASK: Final = (1 << CALL_WORDS_BITS) - 1
 _MASK: Final = 2**64 - 1
-_CUT_SHIFT: Final = 8
 _ARGUMENTS: Final = 6
 _TASK_ID: Final = 0xFFFFFFFF
 _CHUNK_HEADER: Final = 3
@@ -315,7 +315,7 @@ class LoggedCalls(Sequence[LoggedCall]):
         for argument in range(_ARGUMENTS):
             if flags >> argument & 1 and rest:
                 text, nul, _ = rest.partition(b"\0")
-                cut = bool(flags >> _CUT_SHIFT + argument & 1) or not nul
+                cut = bool(flags >> CALL_CUT_SHIFT + argument & 1) or not nul
                 strings[argument] = text, cut
                 rest = rest[(len(text) // WORD + 1) * WORD :]
         command = words[CallWord.COMMAND : CallWord.STRINGS].tobytes()

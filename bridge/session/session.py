@@ -254,8 +254,18 @@ class Session:
             ) from error
         return self._out
 
-    def _keep_partial(self, pcs: Sequence[int]) -> None:
+    def _keep_partial(self, pcs: Sequence[int], calls: Sequence[Call]) -> None:
         self.partial_pcs = pcs
+        self.partial_calls = calls
+
+    def _explain(self, logged: LoggedCalls, pcs: Sequence[int]) -> Sequence[Call]:
+        return ExplainedCalls(logged, pcs, CodeFinder(self.symbolize, self.functions.at))
+
+    @functools.cached_property
+    def functions(self) -> FunctionIndex:
+        """The functions of the target's packages."""
+        source = self._running.host.source
+        return FunctionIndex(source.packages if source is not None else ())
 
     def _guest_lost(self, error: BridgeError) -> None:
         self.events.publish(GuestLost(error))

@@ -83,8 +83,9 @@ def _plain(kind: str, name: str, value: int) -> str:
 
 
 def _number(value: int, name: str) -> str:
-    hexadecimal = name in _ADDRESSES or "flags" in name or "mask" in name
-    return f"{value:#x}" if hexadecimal and value else str(value)
+    if name in _ADDRESSES:
+        return f"{value:#x}" if value else "NULL"
+    return f"{value:#x}" if value and ("flags" in name or "mask" in name) else str(value)
 
 
 def _signed(value: int, bits: int) -> int:

@@ -76,5 +76,5 @@ def error_name(result: int) -> str | None:
 
 
 def error_text(result: int) -> str:
-    """Return what the C library says about an errno, "" for one that only the kernel uses."""
-    return os.strerror(-result) if -result in errno.errorcode else ""
+    """Return what the C library says about an errno that is a call's result."""
+    return os.strerror(-result)

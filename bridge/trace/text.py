@@ -60,8 +60,10 @@ def host_text(host: Iterable[HostCode]) -> str:
 
 
 def _short(files: Iterable[str]) -> dict[str, str]:
-    """Return the last part of each file's path, or all of it where two have the same."""
-    last = {file: PurePosixPath(file).name for file in files}
+    """Return the last part of each file's path, or all of it where that says too little."""
+    last = {
+        file: file if file.endswith("/__init__.py") else PurePosixPath(file).name for file in files
+    }
     seen = list(last.values())
     return {file: name if seen.count(name) == 1 else file for file, name in last.items()}
 
@@ -71,8 +73,10 @@ def _result(call: Call) -> str:
     if result is None:
         return "?"
     if call.error is not None:
-        text = error_text(result)
-        return f"-1 {call.error} ({text})" if text else f"? {call.error}"
+        # The kernel carries the call out again, or makes EINTR of it.
+        if call.error.startswith("ERESTART"):
+            return f"? {call.error}"
+        return f"-1 {call.error} ({error_text(result)})"
     return f"{result:#x}" if call.name in _POINTERS else str(result)
 
 

@@ -50,6 +50,12 @@ CONSTANTS = {
     "offsetof(struct kb_kernel, cpu[0].preempt_count)": (abi.KernelWord.CPU + 1) * abi.WORD,
     "offsetof(struct kb_kernel, vectors)": abi.KernelWord.VECTORS * abi.WORD,
     **{f"KB_ANSWER_{flag.name}": int(flag) for flag in abi.Answer},
+    **{f"KB_CALL_{flag.name}": int(flag) for flag in abi.CallFlag},
+    "KB_CALL_WORDS_BITS": abi.CALL_WORDS_BITS,
+    "KB_CALL_STRINGS": abi.CALL_STRINGS,
+    "KB_CALL_STRING_BYTES": abi.CALL_STRING_BYTES,
+    "KB_CALL_CUT_SHIFT": abi.CALL_CUT_SHIFT,
+    "sizeof(struct kb_call)": abi.CallWord.STRINGS * abi.WORD,
 }
 
 
@@ -59,6 +65,8 @@ def _expected() -> dict[str, int]:
         ("kb_header", abi.HeaderWord),
         ("kb_request", abi.RequestWord),
         ("kb_response", abi.ResponseWord),
+        ("kb_call_log", abi.CallLogWord),
+        ("kb_call", [word for word in abi.CallWord if word is not abi.CallWord.STRINGS]),
     ):
         for word in words:
             expected[f"offsetof(struct {struct}, {word.name.lower()})"] = word * abi.WORD

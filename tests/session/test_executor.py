@@ -13,6 +13,9 @@ from bridge.errors import IncompleteError, SourceError
 from bridge.guest.ssh import CommandResult, Guest
 from bridge.session.device_host import DeviceHost
 from bridge.session.executor import SshExecutor
+from bridge.trace import Call
+
+CutOff = list[tuple[Sequence[int], Sequence[Call]]]
 
 
 class Source:
@@ -56,14 +59,20 @@ def guest() -> Here:
 
 
 @pytest.fixture
-def cut_off() -> list[Sequence[int]]:
+def cut_off() -> CutOff:
     return []
 
 
 @pytest.fixture
-def executor(host: DeviceHost, guest: Here, cut_off: list[Sequence[int]]) -> SshExecutor:
+def executor(host: DeviceHost, guest: Here, cut_off: CutOff) -> SshExecutor:
     return SshExecutor(
-        cast(Guest, guest), host, watched=False, directory=None, cut_off=cut_off.append
+        cast(Guest, guest),
+        host,
+        watched=False,
+        directory=None,
+        can_be_unique=True,
+        explain=lambda logged, pcs: (),
+        cut_off=lambda pcs, calls: cut_off.append((pcs, calls)),
     )
 
 
@@ -76,7 +85,7 @@ def test_kcov_source_fails_meanwhile_is_incomplete(
     host: DeviceHost,
     guest: Here,
     source: Source,
-    cut_off: list[Sequence[int]],
+    cut_off: CutOff,
 ) -> None:
     def fail(text: str) -> None:
         source.failure = SourceError(text, evidence="seen")
