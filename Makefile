@@ -14,7 +14,7 @@ export CMD TARGET SOURCE
 COVERED = $(if $(TARGET),--target "$$TARGET") $(if $(SOURCE),--source "$$SOURCE")
 COMMAND = $(if $(CMD),-- sh -c "$$CMD")
 # Of `make check-guest`: what pytest runs.
-TESTS ?= examples
+TESTS ?= examples/test_key_value.py
 PYTHON ?=
 export PYTHON
 

@@ -456,7 +456,11 @@ class _Builder:
         """Run mmdebstrap, its temporary tree beside ours, so that both are removed together."""
         with tempfile.TemporaryDirectory(prefix="mmdebstrap-", dir=out.parent) as scratch:
             Path(scratch).chmod(0o755)  # root of a user namespace is another user
+            # Root's mmdebstrap mounts into its tree. In a namespace of its own that ends with it,
+            # even if it is killed; another user's makes one itself.
+            private = ["unshare", "--mount", "--"] if os.geteuid() == 0 else []
             command = [
+                *private,
                 *("mmdebstrap", "--variant=essential", "--format=tar"),
                 # A merged /usr from the start; otherwise a package that needs perl would merge it.
                 "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr",
