@@ -19,7 +19,7 @@ from typing import Final, Protocol
 import pytest
 
 from bridge.errors import BridgeError, GuestLostError, GuestSetupError, RunTimeoutError
-from bridge.pytest_plugin.machines import Lease
+from bridge.pytest_plugin.machines import Lease, Traced
 from bridge.session.session import Session
 
 __all__ = ["CommandError", "Guest", "Result", "WaitTimeoutError"]
@@ -400,13 +400,15 @@ class Guest:
     def traced_by(self, tracer: Tracer) -> Iterator[None]:
         """Have ``tracer`` run all commands inside the block."""
         self._traces.append(tracer)
+        if tracer not in self._lease.traces:
+            self._lease.traces.append(tracer)
         try:
             yield
         finally:
             self._traces.remove(tracer)
 
 
-class Tracer(Protocol):
+class Tracer(Traced, Protocol):
     """Runs commands in the place of :meth:`Guest.run`: :class:`bridge.pytest_plugin.Trace`."""
 
     def run(self, command: Command, timeout: float | None) -> Result:

@@ -7,11 +7,12 @@ import contextlib
 import logging
 import re
 import shlex
+import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 import pytest
 
@@ -28,7 +29,16 @@ from bridge.pytest_plugin.health import KernelLog, Symptom, TargetFaults, new_ta
 from bridge.pytest_plugin.request import GuestRequest, Machine, Reset, request_of
 from bridge.session.session import Session
 
-__all__ = ["Lease", "Machines", "Options", "SickMachineError", "StartsFailed", "options_of"]
+__all__ = [
+    "Lease",
+    "Machines",
+    "Options",
+    "SickMachineError",
+    "StartsFailed",
+    "Traced",
+    "options_of",
+    "warn",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +103,15 @@ class _Guest:
     module: str
     """The test file for which it became as new the last time."""
     sick: bool = False
+    reset_seconds: float = 0.0
+    """How long its last reset took; 0 if it was not reset for the last test."""
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+
+class Traced(Protocol):
+    """What a test has traced: :class:`bridge.pytest_plugin.Trace`."""
+
+    pcs: list[int]
 
 
 class Lease:
@@ -117,6 +135,10 @@ class Lease:
         """Why the guest does not answer, once it did not."""
         self._log = log
         self.console_start = guest.session.machine.console.size
+        self.reset_seconds = guest.reset_seconds
+        """How long the reset before the test took; 0 if there was none."""
+        self.traces: list[Traced] = []
+        """What the test has traced."""
 
     @property
     def session(self) -> Session:
@@ -129,6 +151,7 @@ class Lease:
             ("guest_image", self.session.image.name),
             ("guest_kernel", self.session.ready.kernel),
             ("guest_accel", self.session.accelerator.name),
+            ("guest_reset_seconds", round(self.reset_seconds, 3)),
         ]
 
     def kernel_log(self) -> str:
@@ -252,6 +275,8 @@ class Machines:
         self._kept: list[_Guest] = []
         self._wanted: Counter[Machine] = Counter()
         self._alive: dict[Machine, _Guest] = {}
+        # Of guests that have ended.
+        self._lines: dict[str, set[int]] = {}
         self._failed_starts = 0
         self._reason = ""
 
@@ -291,13 +316,16 @@ class Machines:
             The kernel's log as it is now; None if the guest cannot be used.
         """
         same = request.reset is Reset.MODULE and guest.module == request.module
+        guest.reset_seconds = 0.0
         try:
             if request.reset is Reset.NEVER or same:
                 # Another test has used it: it may be lost, or not answer.
                 guest.session.machine.check()
                 log = _look(guest.session)
             else:
+                began = time.monotonic()
                 guest.session.reset()
+                guest.reset_seconds = time.monotonic() - began
                 log = guest.log
         except UsageError:
             # It was booted, not started from a snapshot.
@@ -377,13 +405,26 @@ class Machines:
             if self._wanted[each.machine] <= 0:
                 self._discard(each)
 
+    def take_lines(self) -> dict[str, set[int]]:
+        """Return the lines of all targets that ran since the last call, by file."""
+        for guest in [*self._alive.values(), *self._kept]:
+            self._add_lines(guest)
+        lines, self._lines = self._lines, {}
+        return lines
+
+    def _add_lines(self, guest: _Guest) -> None:
+        for file, lines in guest.session.take_lines().items():
+            self._lines.setdefault(file, set()).update(lines)
+
     def _discard(self, guest: _Guest) -> None:
         self._forget(guest)
         try:
             guest.stack.close()
         except BridgeError as error:
             if error is not guest.session.machine.loss:
-                _warn(f"a guest did not end in order: {error.report()}")
+                warn(f"a guest did not end in order: {error.report()}")
+        finally:
+            self._add_lines(guest)
 
     def _forget(self, guest: _Guest) -> None:
         if self._alive.get(guest.machine) is guest:
@@ -398,7 +439,7 @@ class Machines:
             self._kept.clear()
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
     """Add to pytest's summary of warnings; no test is left that could fail."""
     # Where warnings are errors, this one would end the run.
     with contextlib.suppress(pytest.PytestWarning):

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +22,9 @@ if TYPE_CHECKING:
     from bridge.pytest_plugin.guest import Guest
     from bridge.pytest_plugin.kcov import Kcov
     from bridge.pytest_plugin.machines import Lease, Machines
+    from bridge.pytest_plugin.recorder import Recorder
 
-__all__: list[str] = []
+__all__ = ["LINES", "REPORT"]
 
 _FIXTURE = "guest"
 _SCOPES = ("session", "module", "function")
@@ -34,8 +37,16 @@ _SCOPE_HINT = (
     "fixture look whether the guest is prepared already."
 )
 
+LINES = "guest_lines"
+"""Lines by context: the attribute of a report, and the key of a worker's input and output."""
+REPORT = "guest_report"
+"""The key of a worker's input for the directory of the report."""
+
 _MACHINES: pytest.StashKey[Machines] = pytest.StashKey()
 _LEASE: pytest.StashKey[Lease] = pytest.StashKey()
+_RECORDER: pytest.StashKey[Recorder] = pytest.StashKey()
+_CONTEXT: pytest.StashKey[str] = pytest.StashKey()
+"""The phase of a test that runs now, as coverage data names it."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -78,6 +89,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="open a shell in the guest of each test that fails",
     )
+    group.addoption(
+        "--guest-cov",
+        action="store_true",
+        help="write the lines of targets that tests reached, with the tests as contexts, into "
+        "coverage.py's data file; not needed with pytest-cov or `coverage run`, whose data they "
+        "join",
+    )
+    group.addoption(
+        "--guest-report",
+        metavar="DIR",
+        help="write a report of the tests, and what they reached, into this directory",
+    )
     parser.addini(
         "guest_ignore",
         type="linelist",
@@ -88,7 +111,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     option = config.option
-    if (option.guest_keep or option.guest_shell) and getattr(option, "dist", "no") != "no":
+    distributed = getattr(option, "dist", "no") != "no"
+    if distributed and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Controller(config), "guest_controller")
+    if distributed and (option.guest_keep or option.guest_shell):
         raise pytest.UsageError(
             "--guest-keep and --guest-shell need the terminal, which the workers of pytest-xdist "
             "do not have: leave out -n"
@@ -100,6 +126,14 @@ def pytest_configure(config: pytest.Config) -> None:
         "it becomes as new: before each test, before each module, or never; ignore takes regular "
         "expressions as guest_ignore does",
     )
+
+
+@pytest.hookimpl(tryfirst=True)  # before workers are started
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.option.guest_report:
+        from bridge.pytest_plugin.recorder import prepare
+
+        prepare(session.config)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -115,8 +149,19 @@ def _machines(config: pytest.Config) -> Machines:
         from bridge.pytest_plugin.machines import Machines, options_of
 
         machines = config.stash[_MACHINES] = Machines(options_of(config))
+        _recorder(config).watch(machines)
         _end_in_order(config)
     return machines
+
+
+def _recorder(config: pytest.Config) -> Recorder:
+    """Return the recorder of this process, which is made when there is something to record."""
+    recorder = config.stash.get(_RECORDER, None)
+    if recorder is None:
+        from bridge.pytest_plugin.recorder import Recorder
+
+        recorder = config.stash[_RECORDER] = Recorder(config, config.stash.get(_CONTEXT, ""))
+    return recorder
 
 
 def _end_in_order(config: pytest.Config) -> None:
@@ -233,14 +278,32 @@ def kcov(guest: Guest) -> Kcov:
 # ---- around a test
 
 
+def _enter(item: pytest.Item, phase: str) -> None:
+    """Have lines that run from now on belong to a phase of a test."""
+    item.config.stash[_CONTEXT] = context = f"{item.nodeid}|{phase}"
+    if (recorder := item.config.stash.get(_RECORDER, None)) is not None:
+        recorder.enter(context)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    _enter(item, "setup")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Fail a test whose machine is sick, even if its commands passed."""
+    _enter(item, "run")
     if (lease := item.stash.get(_LEASE, None)) is not None:
         lease.watch()
-    yield
-    # The test may have asked for its guest by itself.
-    if (lease := item.stash.get(_LEASE, None)) is not None:
+    try:
+        yield
+    finally:
+        # The test may have asked for its guest by itself.
+        if (lease := item.stash.get(_LEASE, None)) is not None and lease.traces:
+            pcs = sum(len(trace.pcs) for trace in lease.traces)
+            item.user_properties.append(("guest_pcs", pcs))
+    if lease is not None:
         lease.check()
 
 
@@ -252,10 +315,12 @@ def pytest_runtest_makereport(
     if report.failed and "ScopeMismatch" in report.longreprtext and _wants_guest(item):
         report.sections.append(("guest", _SCOPE_HINT))
     # Nothing of the package is imported for tests without a guest.
-    if _MACHINES in item.config.stash:
+    if _MACHINES in item.config.stash or item.config.option.guest_report:
         from bridge.pytest_plugin.reports import complete
 
-        complete(report, call, item.stash.get(_LEASE, None))
+        lease = item.stash.get(_LEASE, None)
+        kind = complete(report, call, lease)
+        _recorder(item.config).note(report, call.start, kind, lease)
     return report  # type: ignore[return-value]
 
 
@@ -277,6 +342,7 @@ def pytest_exception_interact(
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     """Fail the teardown of a test in which the machine became sick."""
+    _enter(item, "teardown")
     if (lease := item.stash.get(_LEASE, None)) is not None:
         lease.settle()
     yield
@@ -296,6 +362,26 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
             lease.release(nextitem)
 
 
+# ---- around all tests
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)  # inside the one in which pytest-cov writes its data
+def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
+    try:
+        return (yield)
+    finally:
+        _finish(session.config)
+
+
+def _finish(config: pytest.Config) -> None:
+    """End the guests, and record what is left to record."""
+    machines = config.stash.get(_MACHINES, None)
+    if machines is not None and not config.option.guest_keep:
+        machines.close()
+    if _RECORDER in config.stash or config.option.guest_report or config.option.guest_cov:
+        _recorder(config).finish()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     machines = session.config.stash.get(_MACHINES, None)
@@ -306,3 +392,42 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
         wait_for_user(session.config, machines.kept)
     machines.close()
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    recorder = config.stash.get(_RECORDER, None)
+    if recorder is not None and recorder.coverage_file is not None:
+        terminalreporter.write_line(f"coverage data of guest tests: {recorder.coverage_file}")
+
+
+# ---- the controller of pytest-xdist
+
+
+class _Controller:
+    """What the process that gives tests to workers is told."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        option = self._config.option
+        wanted = option.guest_cov or option.guest_report or "coverage" in sys.modules
+        node.workerinput[LINES] = bool(wanted)
+        if option.guest_report:
+            directory = Path(self._config.invocation_params.dir, option.guest_report)
+            node.workerinput[REPORT] = str(directory.absolute())
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        # Not kept for the other plugins, which keep reports to the end.
+        if (lines := vars(report).pop(LINES, None)) is not None:
+            _recorder(self._config).receive(lines)
+        if str(report.when) == "???" and self._config.option.guest_report:
+            _recorder(self._config).note_crash(report)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        if lines := getattr(node, "workeroutput", {}).get(LINES):
+            _recorder(self._config).receive(lines)

@@ -9,6 +9,7 @@ log since the test began are added.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,8 +22,9 @@ import bridge
 from bridge.errors import BridgeError, RunTimeoutError, UsageError
 from bridge.pytest_plugin.guest import CommandError, WaitTimeoutError
 from bridge.pytest_plugin.machines import Lease, SickMachineError
+from bridge.results.test_record import FailureKind
 
-__all__ = ["complete"]
+__all__ = ["add_extras", "complete"]
 
 _LINES: Final = 40
 _OF_THE_TEST: Final = (CommandError, WaitTimeoutError, UsageError, RunTimeoutError)
@@ -32,18 +34,23 @@ _NOT_THE_TEST: Final = tuple(
 )
 
 
-def complete(report: pytest.TestReport, call: pytest.CallInfo[Any], lease: Lease | None) -> None:
-    """Add to a report what is known of the test's guest."""
+def complete(
+    report: pytest.TestReport, call: pytest.CallInfo[Any], lease: Lease | None
+) -> FailureKind | None:
+    """Add to a report what is known of the test's guest; return what made the test fail."""
+    kind = FailureKind.ASSERTION if report.failed else None
     error = call.excinfo.value if call.excinfo is not None else None
     if call.excinfo is not None and report.failed:
         if isinstance(error, _OF_THE_TEST) and report.when != "setup":
             report.longrepr = _of_the_test(call.excinfo)
         elif isinstance(error, BridgeError):
+            kind = FailureKind.MACHINE
             report.longrepr = _of_the_machine(error, call.excinfo, lease)
     if lease is not None and report.failed:
         if faults := lease.target_faults():
             report.sections.append(("exceptions of the target", "\n".join(faults)))
         _add_evidence(report, lease)
+    return kind
 
 
 def _of_the_machine(
@@ -96,3 +103,36 @@ def _add_evidence(report: pytest.TestReport, lease: Lease) -> None:
         return
     if log:
         report.sections.append(("guest kernel log since the test began", "\n".join(log[-_LINES:])))
+
+
+def add_extras(
+    report: pytest.TestReport,
+    config: pytest.Config,
+    lease: Lease,
+    lines: Mapping[str, Iterable[int]],
+    page: Path | None,
+) -> None:
+    """Add to a report what pytest-html shows beside a test; nothing without pytest-html.
+
+    Args:
+        report: of the test's teardown.
+        lines: the lines that the test reached, by file.
+        page: the report of all guest tests, or None.
+    """
+    html = config.getoption("htmlpath", None)
+    if not html:
+        return
+    from pytest_html import extras
+
+    texts = {"guest": "\n".join(f"{name}: {value}" for name, value in report.user_properties)}
+    texts["lines"] = "\n".join(
+        f"{os.path.relpath(file)}: {', '.join(map(str, sorted(numbers)))}"
+        for file, numbers in sorted(lines.items())
+    )
+    texts["console"] = lease.session.machine.console.since(lease.console_start)
+    added = [extras.text(text, name) for name, text in texts.items() if text]
+    if page is not None:
+        at = os.path.relpath(page, Path(config.invocation_params.dir, html).absolute().parent)
+        added.append(extras.url(at, "all guest tests"))
+    # Not an attribute of pytest's own class.
+    report.__dict__["extras"] = [*getattr(report, "extras", []), *added]
