@@ -48,7 +48,7 @@ def test_check_guest_runs_the_tests_with_one(project: Path) -> None:
     done = make(project, "check-guest", "ARGS=--junit-xml=junit.xml")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 passed, 6 deselected" in done.stdout
-    assert 'name="kernel"' in (project / "junit.xml").read_text()
+    assert 'name="guest_kernel"' in (project / "junit.xml").read_text()
 
 
 @pytest.mark.vm
