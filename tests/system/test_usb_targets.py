@@ -3,14 +3,21 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from bridge.session.session import Session
+from tests.support import ROOT
 from tests.support.named_calls import make_calls
 
 pytestmark = pytest.mark.vm
 
+# For lm75_target.
+sys.path.append(str(ROOT / "examples"))
+
 DISK = {"target": "tests.system.usb_targets:UsbDisk", "source": "python"}
+SENSOR = {"target": "lm75_target:Lm75Target", "source": "python"}
 MSC = "usbip/classes/device/msc.py"
 
 
@@ -37,3 +44,22 @@ def test_usb_disk_after_a_reset_is_imported_anew_with_its_contents(session: Sess
     assert result.text == "kept"
     imports = session.run("dmesg | grep -c 'device found, idVendor=1209'").text
     assert imports.strip() == "1"
+
+
+@pytest.mark.guest(**SENSOR)
+def test_i2c_sensor_is_read_through_its_driver(session: Session) -> None:
+    opened, read = make_calls(session, "open /sys/class/hwmon/hwmon0/temp1_input r", "read 32")
+    assert read.data == b"21500\n"
+    assert read.functions >= {"lm75.py:Lm75.write", "lm75.py:Lm75.read", "lm75.py:register"}
+    assert not opened.functions
+
+
+@pytest.mark.guest(**SENSOR)
+def test_i2c_address_without_a_chip_does_not_answer(session: Session) -> None:
+    _, taken, free, written, read = make_calls(
+        session, "open /dev/target/i2c w", "i2c 0x48", "i2c 0x49", "write 0x00", "read 2"
+    )
+    assert taken.error == "EBUSY", "a driver has the chip"
+    assert not free.error
+    assert written.error == read.error == "ENXIO"
+    assert not written.functions | read.functions
