@@ -240,6 +240,16 @@ class Settings:
             metavar="DIR",
         ),
     )
+    target_timeout: float = field(
+        default=90.0,
+        metadata=_about(
+            Kind.SECONDS,
+            "how long the target may take to start",
+            metavar="SECONDS",
+            minimum=0.001,
+            maximum=1e9,
+        ),
+    )
     isolate: bool = field(
         default=False,
         metadata=_about(

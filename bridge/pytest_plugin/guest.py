@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import pytest
 
@@ -118,6 +118,16 @@ class Guest:
     def session(self) -> Session:
         """The bridge's session, for what this class does not offer."""
         return self._lease.session
+
+    @property
+    def target(self) -> Any:
+        """The target that serves this guest now; a tuple where there are several.
+
+        A target in a process of its own (``reset="fork"``, ``isolate``) is not here: attributes
+        are copies, methods run in that process.
+        """
+        targets = self.session.target_objects
+        return targets if len(targets) > 1 else targets[0]
 
     # Commands
 

@@ -25,11 +25,13 @@ from bridge.errors import (
     TargetError,
     UsageError,
 )
-from bridge.pytest_plugin.health import KernelLog, Symptom, TargetFaults, new_taint, symptoms
+from bridge.pytest_plugin.health import KernelLog, Symptom, new_taint, symptoms
 from bridge.pytest_plugin.request import GuestRequest, Machine, Reset, request_of
 from bridge.session.session import Session
+from bridge.targets.faults import TargetFaults
 
 __all__ = [
+    "GivenTarget",
     "Lease",
     "Machines",
     "Options",
@@ -91,6 +93,19 @@ def options_of(config: pytest.Config) -> Options:
         raise pytest.UsageError(f"guest_ignore: {error.pattern!r}: {error}") from None
     given = {name: value for name, value in overrides.items() if value is not None}
     return Options(given, option.guest_scope, ignore, option.guest_keep)
+
+
+@dataclass(frozen=True)
+class GivenTarget:
+    """What a test's own fixture ``target`` returned.
+
+    Attributes:
+        target: the target.
+        lasting: whether later tests may get the same one.
+    """
+
+    target: object
+    lasting: bool
 
 
 @dataclass
@@ -215,8 +230,10 @@ class Lease:
         found: list[Symptom] = []
         evidence = ""
         for fault in self.target_faults():
-            found.append(Symptom("the target", fault.partition("\n")[0]))
-            evidence += fault
+            line, _, trace = fault.partition("\n")
+            found.append(Symptom("the target", line))
+            if trace.strip():
+                evidence += f"{fault.rstrip()}\n"
         found += self._complaints(self._look())
         if found:
             guest.sick = True
@@ -230,7 +247,10 @@ class Lease:
 
     def target_faults(self) -> list[str]:
         """Return the exceptions of the target since the last call, with their tracebacks."""
-        return [each for each in self._machines.faults.take() if not self._ignored(each)]
+        faults = self._machines.faults.take()
+        if self.session.machine.loss is None:
+            faults += self.session.target_problems()
+        return [each for each in faults if not self._ignored(each)]
 
     def watch(self) -> None:
         """Watch the target's threads, whoever else has begun to do so."""
@@ -288,14 +308,22 @@ class Machines:
             with contextlib.suppress(pytest.UsageError):
                 self._wanted[request_of(item).machine] += 1
 
-    def lease(self, item: pytest.Item) -> Lease:
+    def lease(self, item: pytest.Item, given: GivenTarget | None = None) -> Lease:
         """Return the guest that a test asks for, started or as new.
+
+        Args:
+            given: the target that a fixture of the test returned, if it has one.
 
         Raises:
             StartsFailed: guests failed to start before.
             BridgeError: it does not start.
         """
         request = request_of(item)
+        if given is not None:
+            # Nobody could expect it before.
+            self._wanted[request.machine] -= 1
+            request = request_of(item, given.target)
+            self._wanted[request.machine] = 2 if given.lasting else 1
         self.faults.watch()
         guest = self._alive.get(request.machine)
         log = None
@@ -373,7 +401,14 @@ class Machines:
 
     def _start(self, request: GuestRequest) -> _Guest:
         with contextlib.ExitStack() as stack:
-            session = stack.enter_context(Session(request.settings(self.options.overrides)))
+            target = request.machine.target
+            session = stack.enter_context(
+                Session(
+                    request.settings(self.options.overrides),
+                    target=target.services,
+                    target_state=target.state,
+                )
+            )
             log = _look(session)
             guest = _Guest(request.machine, session, log, request.module)
             guest.stack = stack.pop_all()

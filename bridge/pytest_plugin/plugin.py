@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["LINES", "REPORT"]
 
 _FIXTURE = "guest"
+_TARGET = "target"
 _SCOPES = ("session", "module", "function")
 _REQUIRE = "KCOV_BRIDGE_REQUIRE"
 """An environment variable: 1 makes a missing program a failure of the test instead of a skip."""
@@ -126,6 +127,13 @@ def pytest_configure(config: pytest.Config) -> None:
         "it becomes as new: before each test, before each module, or never; ignore takes regular "
         "expressions as guest_ignore does",
     )
+    config.addinivalue_line(
+        "markers",
+        "target(*targets, reset='keep', **arguments): what the test's guest reaches: names "
+        '("module:Class"), classes, which are called with the arguments, or instances; several '
+        "are there at once; reset says what becomes of them when the guest becomes as new: keep, "
+        "restart, or fork",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before workers are started
@@ -196,6 +204,22 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(_FIXTURE)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Let the parameter ``target`` choose the target of a test that does not take the fixture."""
+    names = metafunc.fixturenames
+    if _FIXTURE not in names or _TARGET in names:
+        return
+    for marker in metafunc.definition.iter_markers("parametrize"):
+        wanted = marker.args[0] if marker.args else marker.kwargs.get("argnames", ())
+        if isinstance(wanted, str):
+            wanted = [each.strip() for each in wanted.split(",")]
+        indirect = marker.kwargs.get("indirect", marker.args[2] if len(marker.args) > 2 else False)
+        if _TARGET in wanted and (indirect is True or (indirect and _TARGET in indirect)):
+            names.append(_TARGET)
+            return
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not any(_wants_guest(item) for item in items):
@@ -241,16 +265,22 @@ def guest(request: pytest.FixtureRequest) -> Guest:
     """The guest that the marker ``guest`` asks for, as new."""
     from bridge.errors import MissingDependencyError
     from bridge.pytest_plugin.guest import Guest
-    from bridge.pytest_plugin.machines import StartsFailed
+    from bridge.pytest_plugin.machines import GivenTarget, StartsFailed
+    from bridge.pytest_plugin.target import user_fixture
 
     machines = _machines(request.config)
+    given = None
+    if user_fixture(request.node):
+        value = request.getfixturevalue(_TARGET)
+        lasting = request._get_active_fixturedef(_TARGET).scope != "function"
+        given = GivenTarget(value, lasting)
     capture = request.config.pluginmanager.getplugin("capturemanager")
     # An image may be built, which takes minutes and reports its progress.
     shown = capture.global_and_fixture_disabled() if capture else contextlib.nullcontext()
     wrong = ""
     try:
         with shown:
-            lease = machines.lease(request.node)
+            lease = machines.lease(request.node, given)
     except MissingDependencyError as error:
         if os.environ.get(_REQUIRE) == "1":
             raise
@@ -265,6 +295,20 @@ def guest(request: pytest.FixtureRequest) -> Guest:
     request.node.stash[_LEASE] = lease
     request.node.user_properties += lease.properties
     return Guest(lease, request.config)
+
+
+@pytest.fixture
+def target(guest: Guest) -> Any:
+    """The target that serves the test's guest: an object of the class that the test names.
+
+    With several of them, a tuple. ``@pytest.mark.parametrize("target", [...], indirect=True)``
+    chooses it.
+    """
+    from bridge.pytest_plugin.guest import Guest
+
+    if not isinstance(guest, Guest):
+        pytest.fail("the fixture target needs the guest of kcov-bridge", pytrace=False)
+    return guest.target
 
 
 @pytest.fixture

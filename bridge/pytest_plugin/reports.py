@@ -19,7 +19,7 @@ import pytest
 from _pytest._code.code import Traceback
 
 import bridge
-from bridge.errors import BridgeError, RunTimeoutError, UsageError
+from bridge.errors import BridgeError, RunTimeoutError, TargetError, UsageError
 from bridge.pytest_plugin.guest import CommandError, WaitTimeoutError
 from bridge.pytest_plugin.machines import Lease, SickMachineError
 from bridge.results.test_record import FailureKind
@@ -56,7 +56,14 @@ def complete(
 def _of_the_machine(
     error: BridgeError, excinfo: pytest.ExceptionInfo[BaseException], lease: Lease | None
 ) -> str:
-    kind = "is not well" if isinstance(error, SickMachineError) else "failed"
+    if isinstance(error, UsageError):
+        kind = "what the test asks for cannot be had"
+    elif isinstance(error, TargetError):
+        kind = "the target failed, not an assertion of the test"
+    elif isinstance(error, SickMachineError):
+        kind = "the machine is not well, not an assertion of the test"
+    else:
+        kind = "the machine failed, not an assertion of the test"
     text = error.report()
     loss = lease.session.machine.loss if lease is not None else None
     # What a command raises then is a copy.
@@ -68,7 +75,7 @@ def _of_the_machine(
             f"\nat {os.path.relpath(entry.path)}:{entry.lineno + 1}: {str(entry.statement).strip()}"
         )
         break
-    return f"the machine {kind}, not an assertion of the test: {text}"
+    return f"{kind}: {text}"
 
 
 def _of_the_test(excinfo: pytest.ExceptionInfo[BaseException]) -> Any:

@@ -13,15 +13,26 @@ import pytest
 
 from bridge import config
 from bridge.errors import UsageError
+from bridge.pytest_plugin.target import TargetRequest, target_request
 
-__all__ = ["GuestRequest", "Reset", "group", "request_of"]
+__all__ = ["GuestRequest", "Machine", "Reset", "group", "request_of"]
 
 _MARKER = "guest"
 _DEFAULTS: Mapping[str, object] = {"target": "none"}
 """Settings of a guest for tests where neither the test nor the user's settings say otherwise."""
 
-Machine = tuple[tuple[str, object], ...]
-"""The settings that a test asks for, sorted by name: tests with the same ones share a guest."""
+
+@dataclass(frozen=True)
+class Machine:
+    """What makes a guest: tests that ask for the same share one.
+
+    Attributes:
+        settings: the settings that the test asks for, sorted by name.
+        target: its targets.
+    """
+
+    settings: tuple[tuple[str, object], ...]
+    target: TargetRequest
 
 
 class Reset(enum.Enum):
@@ -37,7 +48,7 @@ class GuestRequest:
     """What one test asks for.
 
     Attributes:
-        machine: the settings.
+        machine: which guest.
         reset: when the guest becomes as new.
         ignore: what does not make the test fail; see :mod:`.health`.
         module: the test's file, relative to pytest's root directory.
@@ -50,11 +61,14 @@ class GuestRequest:
 
     def settings(self, overrides: Mapping[str, object]) -> config.Settings:
         """Return the settings of the guest; ``overrides`` are those of the command line."""
-        return config.load({**dict(self.machine), **overrides}, defaults=_DEFAULTS)
+        return config.load({**dict(self.machine.settings), **overrides}, defaults=_DEFAULTS)
 
 
-def request_of(item: pytest.Item) -> GuestRequest:
+def request_of(item: pytest.Item, target: object = None) -> GuestRequest:
     """Read the markers of a test; the one nearest to the test wins, argument by argument.
+
+    Args:
+        target: what the test's own fixture ``target`` returned, if it has one.
 
     Raises:
         pytest.UsageError: an argument is unknown or has a wrong value.
@@ -74,6 +88,8 @@ def request_of(item: pytest.Item) -> GuestRequest:
         compiled = tuple(re.compile(each) for each in patterns)
     except (re.error, TypeError) as error:
         raise _wrong(item, f"ignore is {ignore!r}: {error}") from None
+    # A name is a setting like others; here it may also be an object.
+    otherwise = None if isinstance(values.get("target"), str) else values.pop("target", None)
     try:
         config.load({})
     except UsageError as error:
@@ -84,9 +100,10 @@ def request_of(item: pytest.Item) -> GuestRequest:
     except UsageError as error:
         raise _wrong(item, error.report()) from None
     try:
-        hash(machine := tuple(sorted(values.items())))
+        hash(settings := tuple(sorted(values.items())))
     except TypeError as error:
         raise _wrong(item, str(error)) from None
+    machine = Machine(settings, target_request(item, target, otherwise))
     return GuestRequest(machine, Reset(reset), compiled, item.nodeid.partition("::")[0])
 
 

@@ -2,10 +2,10 @@
 """A target in a process of its own: one that dies or hangs does not take the device with it.
 
 The process (``python -m bridge.session.isolated``) runs source and target as the bridge would.
-Two sockets connect it. On the first the bridge asks what was covered, and at the end to stop; a
-thread that is not measured answers at once. On the second the process asks: to have coverage on
-behalf of a handle appended to an area. A message is a kind (one byte), a length (eight bytes,
-little-endian) and that many bytes.
+Two sockets connect it. On the first the bridge says what the target is, asks what was covered, and
+at the end to stop; a thread that is not measured answers at once. On the second the process asks:
+to have coverage on behalf of a handle appended to an area. A message is a kind (one byte), a length
+(eight bytes, little-endian) and that many bytes.
 
 The source answers within :data:`CONSUME_SECONDS`. If not, it raises once, and gives nothing until a
 late answer comes; so the guest goes on, without PCs, whatever the target does.
@@ -13,9 +13,15 @@ late answer comes; so the guest goes on, without PCs, whatever the target does.
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import dataclasses
+import functools
+import importlib.util
+import io
 import json
 import logging
+import pickle
 import socket
 import struct
 import sys
@@ -24,16 +30,26 @@ import time
 import traceback
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.errors import BridgeError, SourceError, TargetError, UsageError
+from bridge.session.forked import ForkedTarget
 from bridge.session.stats import Stats
-from bridge.session.target_host import InProcessTarget, fill_blocks
+from bridge.session.target_host import (
+    InProcessTarget,
+    TargetState,
+    describe_failure,
+    fill_blocks,
+)
 from bridge.sources.pcs import BlockTable
 from bridge.sources.remote import Deliver
 from bridge.sources.symbolize import BLOCKS_FILE
+from bridge.targets import Target
 from bridge.targets.description import Description
+from bridge.targets.faults import TargetFaults
+from bridge.targets.registry import TargetMaker
 from bridge.targets.thread import TargetThread, foreign
 from bridge.vm.network import EpochWord
 from bridge.vm.process import Process, spawn
@@ -42,7 +58,7 @@ if TYPE_CHECKING:
     from bridge.sources.python.lines import LineMemory
     from bridge.sources.python.source import PythonSource
 
-__all__ = ["CONSUME_SECONDS", "IsolatedTarget"]
+__all__ = ["CONSUME_SECONDS", "IsolatedTarget", "RemoteTarget"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +66,115 @@ CONSUME_SECONDS = 0.25
 """How long a system call's return may wait for a target that holds the interpreter lock: well
 below the time that the guest waits for the host."""
 
-_START_SECONDS = 90.0
 _STOP_SECONDS = 60.0
 _SETTLE_SECONDS = 20.0
 _HEAD = struct.Struct("<cQ")
 _LENGTH_LIMIT = 1 << 30
 _CONSUME, _STOP, _READY, _DONE, _FAILED, _HANDLE = b"c", b"s", b"r", b"d", b"f", b"h"
+_ORDER, _RENEW, _PROBLEMS, _READ = b"o", b"n", b"p", b"g"
+_SPARE_SECONDS = 10.0
+"""What the process needs on top of the target's own time to start."""
+_ANSWER_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What the process is to run; the bridge pickles it.
+
+    Attributes:
+        target: a name, or a maker of targets, pickled.
+        modules: the files of the modules whose classes the maker needs, by the module's name.
+        path: where those are looked for (``sys.path``).
+    """
+
+    target: str | bytes
+    name: str
+    modules: dict[str, str]
+    path: tuple[str, ...]
+    directory: Path | None
+    out: Path | None
+    start_seconds: float | None
+    state: TargetState
+    epoch: EpochWord | None = None
+
+
+def _order(
+    target: str | TargetMaker,
+    directory: Path | None,
+    out: Path | None,
+    start_seconds: float | None,
+    state: TargetState,
+) -> _Order:
+    if isinstance(target, str):
+        return _Order(target, target, {}, (), directory, out, start_seconds, state)
+    files: dict[str, str] = {}
+
+    class Pickler(pickle.Pickler):
+        """Notes the modules that a pickle needs."""
+
+        def reducer_override(self, thing: Any) -> Any:
+            module = getattr(thing, "__module__", None)
+            if isinstance(module, str):
+                file = getattr(sys.modules.get(module), "__file__", None)
+                if file is not None:
+                    files[module] = file
+            return NotImplemented
+
+    buffer = io.BytesIO()
+    try:
+        Pickler(buffer).dump(target)
+    except Exception as error:
+        raise UsageError(
+            f"the target {target} cannot run in a process of its own: {error}",
+            hint="its class must be at the top level of a module, and what an instance holds must "
+            "be plain data before start(); open files and sockets, and make locks and threads, in "
+            "prepare() or start()",
+        ) from error
+    path = tuple(sys.path)
+    return _Order(buffer.getvalue(), str(target), files, path, directory, out, start_seconds, state)
+
+
+class _Maker:
+    """The maker of an order, which is unpickled when it is called."""
+
+    def __init__(self, order: _Order, pickled: bytes) -> None:
+        self._order = order
+        self._pickled = pickled
+
+    def __str__(self) -> str:
+        return self._order.name
+
+    def __call__(self, directory: Path | None) -> Target:
+        order = self._order
+        sys.path += [each for each in order.path if each not in sys.path]
+
+        class Unpickler(pickle.Unpickler):
+            def find_class(self, module: str, name: str) -> Any:
+                try:
+                    if module == "__main__":
+                        raise ModuleNotFoundError  # this process has another one
+                    return super().find_class(module, name)
+                except (ModuleNotFoundError, AttributeError):
+                    if module not in order.modules:
+                        raise
+                return functools.reduce(
+                    getattr, name.split("."), _load_file(module, order.modules[module])
+                )
+
+        made: Target = Unpickler(io.BytesIO(self._pickled)).load()(directory)
+        return made
+
+
+def _load_file(name: str, file: str) -> object:
+    """Import a module of a test run, which has no name that Python finds here."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ModuleNotFoundError(f"no module {name} in {file}", name=name)
+    module = importlib.util.module_from_spec(spec)
+    if name != "__main__":
+        sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 class _Channel:
@@ -146,18 +265,31 @@ class IsolatedTarget:
     """The bridge's side: a target and the source of its coverage at once.
 
     Args:
-        target: name and directory as :func:`bridge.targets.registry.create` takes them; it must
-            have packages to cover.
+        target: what makes the target, and its directory, as
+            :func:`bridge.targets.registry.create` takes them; it must have packages to cover.
         out: where the process leaves ``.coverage`` and ``blocks.tsv``; None for nowhere.
+        start_seconds: how long the target may take to start.
+        state: what :meth:`renew` does.
+
+    Raises:
+        UsageError: what makes the target cannot be given to another process.
     """
 
     thread: TargetThread | None = None
 
-    def __init__(self, target: str, directory: Path | None, out: Path | None) -> None:
-        self.name = target
+    def __init__(
+        self,
+        target: str | TargetMaker,
+        directory: Path | None,
+        out: Path | None,
+        *,
+        start_seconds: float = 90.0,
+        state: TargetState = TargetState.KEEP,
+    ) -> None:
+        self.name = str(target)
         self.packages: tuple[str, ...] = ()
         self.table = BlockTable()
-        self._arguments = (target, str(directory or ""), str(out or ""))
+        self._order = _order(target, directory, out, start_seconds, state)
         self._out = out
         self._covered: set[int] = set()
         self.given = 0
@@ -207,20 +339,18 @@ class IsolatedTarget:
             for sock in (ours, theirs, asked, asking):
                 stack.callback(sock.close)
             fds = (theirs.fileno(), asking.fileno())
-            command = [
-                sys.executable,
-                "-m",
-                "bridge.session.isolated",
-                *map(str, fds),
-                *self._arguments,
-                *((epoch.file, str(epoch.offset)) if epoch is not None else ()),
-            ]
+            command = [sys.executable, "-m", "bridge.session.isolated", *map(str, fds), self.name]
             process = spawn(command, name=f"target {self.name}", pass_fds=fds)
             stack.callback(process.kill)
             theirs.close()
             asking.close()
             running = _Running(process, _Channel(ours))
-            ours.settimeout(_START_SECONDS)
+            seconds = self._order.start_seconds
+            ours.settimeout(None if seconds is None else seconds + _SPARE_SECONDS)
+            # A process that is dead already is noticed by what follows.
+            with contextlib.suppress(OSError):
+                order = dataclasses.replace(self._order, epoch=epoch)
+                running.answers.send(_ORDER, pickle.dumps(order))
             answer = running.conclude(self.name, _READY)
             description = Description.from_dict(answer["description"])
             self.name = description.name
@@ -250,6 +380,57 @@ class IsolatedTarget:
             # A target may be busy with itself for longer than a return could wait.
             self.settle()
             return description
+
+    def renew(self) -> Description:
+        """As :class:`bridge.session.target_host.TargetHost`."""
+        seconds = self._order.start_seconds
+        answer = self._ask(
+            _RENEW, None if seconds is None else 2 * (seconds + _SPARE_SECONDS), self.name
+        )
+        return Description.from_dict(answer["description"])
+
+    def problems(self) -> list[str]:
+        """As :class:`bridge.session.target_host.TargetHost`, with the exceptions on its threads."""
+        running = self._running
+        if running is None or running.gone:
+            return []
+        try:
+            return list(self._ask(_PROBLEMS, _ANSWER_SECONDS, self.name)["problems"])
+        except TargetError as error:
+            return [f"{error.message}\n{error.evidence}"]
+
+    def read(self, name: str, call: str | None) -> str:
+        """As :class:`bridge.session.target_host.InProcessTarget`."""
+        answer = self._ask(_READ, _ANSWER_SECONDS, self.name, {"name": name, "call": call})
+        return str(answer["value"])
+
+    def _ask(
+        self, kind: bytes, seconds: float | None, name: str, arguments: object = None
+    ) -> dict[str, Any]:
+        """Have the process do something; raises TargetError, UsageError."""
+        with self._lock:
+            running = self._running
+            if running is None or running.gone:
+                raise TargetError(f"the process of the target {name} has ended")
+            channel = running.answers
+            channel.socket.settimeout(seconds)
+            # What is due from before comes first.
+            with contextlib.suppress(EOFError, OSError, ValueError):
+                while running.owed:
+                    self._keep(*channel.receive())
+                    running.owed -= 1
+                channel.send(kind, json.dumps(arguments).encode())
+            try:
+                return running.conclude(self.name, kind)
+            except TargetError:
+                running.gone = not running.process.running or running.gone
+                raise
+
+    def _keep(self, kind: bytes, payload: bytes) -> None:
+        """Keep an answer for the next :meth:`consume`; under the lock."""
+        if self._settled is not None and self._settled[0] == kind == _CONSUME:
+            payload = self._settled[1] + payload
+        self._settled = kind, payload
 
     def settle(self, seconds: float = _SETTLE_SECONDS) -> None:
         """Wait for what is covered so far, which the next :meth:`consume` returns.
@@ -384,28 +565,72 @@ class IsolatedTarget:
                 channel.send(_HANDLE)
 
 
+class RemoteTarget:
+    """Stands for a target in a process of its own: attributes are copies, methods run there.
+
+    A method's arguments and result are copied too. An attribute cannot be set.
+
+    Args:
+        host: what runs the target.
+        prefix: what leads to it from there: empty, or ``targets.N.`` for a part of a composite.
+    """
+
+    def __init__(self, host: IsolatedTarget, prefix: str = "") -> None:
+        object.__setattr__(self, "_host", host)
+        object.__setattr__(self, "_prefix", prefix)
+
+    def __getattr__(self, name: str) -> Any:
+        host: IsolatedTarget = object.__getattribute__(self, "_host")
+        if name.startswith("__"):
+            raise AttributeError(name)
+        name = object.__getattribute__(self, "_prefix") + name
+        callable_, value = pickle.loads(base64.b64decode(host.read(name, None)))
+        if not callable_:
+            return value
+
+        def method(*places: Any, **names: Any) -> Any:
+            call = base64.b64encode(pickle.dumps((places, names))).decode()
+            return pickle.loads(base64.b64decode(host.read(name, call)))[1]
+
+        return method
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise UsageError(
+            f"{name} cannot be set: the target runs in a process of its own",
+            hint="call a method of the target that sets it",
+        )
+
+
 # ---- the process
 
 
 def _target_process(
-    answers: _Channel, asks: _Channel, host: InProcessTarget, epoch: EpochWord | None
+    answers: _Channel, asks: _Channel, order: _Order, stack: contextlib.ExitStack
 ) -> None:
     """Serve until told to stop. Raises what goes wrong on start and on stop."""
+    faults = TargetFaults()
+    faults.watch()
+    own_threads: list[threading.Thread] = []
+    host = _host(order, faults, own_threads, (answers.socket, asks.socket))
+    stack.callback(host.stop)
     source = host.source
     if source is None:
         raise UsageError(
-            f"the target {host.name} has nothing to isolate: it covers no packages",
-            hint="leave out --isolate",
+            f"the target {host.name} cannot run in a process of its own: it covers no packages",
+            hint="name the packages that it runs in its `packages`; or leave out --isolate, and "
+            'reset="fork" in a test',
         )
     stop = threading.Event()
     ready = threading.Event()
 
     def serve() -> None:
         ready.wait()
-        _serve(answers, source, stop)
+        _serve(answers, host, source, faults, stop)
 
     # Before the source starts, so that it is not measured.
-    threading.Thread(target=serve, name="answers", daemon=True).start()
+    answering = threading.Thread(target=serve, name="answers", daemon=True)
+    own_threads.append(answering)
+    answering.start()
     asking = threading.Lock()
 
     def deliver(handle: int, pcs: Sequence[int]) -> None:
@@ -413,7 +638,7 @@ def _target_process(
             asks.send(_HANDLE, array("Q", [handle, *pcs]).tobytes())
             asks.receive()
 
-    description = host.start(deliver, epoch)
+    description = host.start(deliver, order.epoch)
     answer = {
         "description": description.as_dict(),
         "packages": source.packages,
@@ -431,15 +656,46 @@ def _target_process(
     answers.send(_DONE, json.dumps(done).encode())
 
 
-def _serve(channel: _Channel, source: PythonSource, stop: threading.Event) -> None:
+def _host(
+    order: _Order,
+    faults: TargetFaults,
+    own_threads: Sequence[threading.Thread],
+    sockets: Sequence[socket.socket],
+) -> InProcessTarget:
+    target = order.target if isinstance(order.target, str) else _Maker(order, order.target)
+    if order.state is not TargetState.FORK:
+        return InProcessTarget(
+            target, order.directory, out=order.out, start_seconds=order.start_seconds
+        )
+    return ForkedTarget(
+        target,
+        order.directory,
+        faults=faults,
+        own_threads=own_threads,
+        not_for_child=sockets,
+        out=order.out,
+        start_seconds=order.start_seconds,
+    )
+
+
+def _serve(
+    channel: _Channel,
+    host: InProcessTarget,
+    source: PythonSource,
+    faults: TargetFaults,
+    stop: threading.Event,
+) -> None:
     """Answer the bridge until it wants the end, or is gone."""
     try:
         while True:
-            kind, _ = channel.receive()
+            kind, payload = channel.receive()
             if kind == _STOP:
                 break
             try:
-                answer = _CONSUME, array("Q", source.consume()).tobytes()
+                if kind == _CONSUME:
+                    answer = kind, array("Q", source.consume()).tobytes()
+                else:
+                    answer = kind, json.dumps(_work(kind, payload, host, faults)).encode()
             except Exception as error:
                 failure = {**_failure("", error), "faults": source.tracer_faults}
                 answer = _FAILED, json.dumps(failure).encode()
@@ -449,21 +705,26 @@ def _serve(channel: _Channel, source: PythonSource, stop: threading.Event) -> No
     stop.set()
 
 
-def main(argv: Sequence[str]) -> int:
-    """``isolated.py ANSWERS_FD ASKS_FD TARGET DIRECTORY OUT [EPOCH_FILE OFFSET]``.
+def _work(
+    kind: bytes, payload: bytes, host: InProcessTarget, faults: TargetFaults
+) -> dict[str, object]:
+    """Do what the bridge asks for, except for coverage."""
+    if kind == _RENEW:
+        return {"description": host.renew().as_dict()}
+    if kind == _READ:
+        return {"value": host.read(**json.loads(payload))}
+    return {"problems": [*faults.take(), *host.problems()]}
 
-    DIRECTORY and OUT may be empty.
-    """
+
+def main(argv: Sequence[str]) -> int:
+    """``isolated.py ANSWERS_FD ASKS_FD TARGET``; the rest comes as the first message."""
     answers = _Channel(socket.socket(fileno=int(argv[1])))
     asks = _Channel(socket.socket(fileno=int(argv[2])))
-    name, directory, out = argv[3:6]
-    host: InProcessTarget | None = None
+    name = argv[3]
+    stack = contextlib.ExitStack()
     try:
-        host = InProcessTarget(
-            name, Path(directory) if directory else None, out=Path(out) if out else None
-        )
-        epoch = EpochWord(argv[6], int(argv[7])) if len(argv) > 6 else None
-        _target_process(answers, asks, host, epoch)
+        _, payload = answers.receive()
+        _target_process(answers, asks, pickle.loads(payload), stack)
     except BaseException as error:
         # Whatever it is, the bridge is to show it to a person.
         failure = _failure(name, error)
@@ -471,22 +732,25 @@ def main(argv: Sequence[str]) -> int:
             answers.send(_FAILED, json.dumps(failure).encode())
         return 1
     finally:
-        if host is not None:
-            with contextlib.suppress(BridgeError):
-                host.stop()
+        with contextlib.suppress(BridgeError):
+            stack.close()
     return 0
 
 
 def _failure(name: str, error: BaseException) -> dict[str, object]:
     if isinstance(error, BridgeError):
-        message, evidence, hint = error.message, error.evidence, error.hint
-    else:
-        who = f"the process of the target {name}" if name else "the source"
-        message = f"{who} raised {type(error).__name__}: {error}"
-        evidence, hint = "".join(traceback.format_exception(error)), ""
-    usage = isinstance(error, UsageError)
-    return {"message": message, "evidence": evidence, "hint": hint, "usage": usage}
+        return describe_failure(error)
+    who = f"the process of the target {name}" if name else "the source"
+    return {
+        "message": f"{who} raised {type(error).__name__}: {error}",
+        "evidence": "".join(traceback.format_exception(error)),
+        "hint": "",
+        "usage": False,
+    }
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    # Pickles name the classes of this module by its full name, not __main__.
+    from bridge.session.isolated import main as _main
+
+    sys.exit(_main(sys.argv))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import logging
 import os
@@ -41,7 +40,7 @@ from bridge.vm.accel import Accelerator, choose_accelerator, next_accelerator
 from bridge.vm.agent import Ready
 from bridge.vm.config import MachineConfig, MemoryFds
 from bridge.vm.machine import Machine
-from bridge.vm.network import EpochWord, RelayGate
+from bridge.vm.network import EpochWord, HostAddresses, RelayGate
 from bridge.vm.snapshot import Loading, Snapshot, new_memory
 
 if TYPE_CHECKING:
@@ -141,6 +140,7 @@ class RunningGuest:
         ready: what the guest's agent reported when it was ready the last time.
         snapshot: what the guest was started from; None for one that was booted.
         resets: how often it was reset.
+        endpoints: what the guest reaches now.
     """
 
     def __init__(
@@ -150,6 +150,7 @@ class RunningGuest:
         ready: Ready,
         saved: tuple[Snapshot, int] | None,
         gate: RelayGate,
+        addresses: HostAddresses,
         resources: ExitStack,
     ) -> None:
         self.machine = machine
@@ -159,7 +160,10 @@ class RunningGuest:
         self.resets = 0
         self._saved = saved
         self._gate = gate
+        self._addresses = addresses
         self._resources = resources
+        # As the target describes them now.
+        self._devices, self.endpoints = machine.config.devices, machine.config.endpoints
         self._resetting = threading.Lock()  # held by resetting()
 
     @property
@@ -175,11 +179,17 @@ class RunningGuest:
                 logger.debug("the machine ended by %s", ending.value)
 
     @contextmanager
-    def resetting(self, device: DeviceHost) -> Iterator[None]:
+    def resetting(
+        self, device: DeviceHost, renew: Callable[[], Description] | None = None
+    ) -> Iterator[None]:
         """Reset the guest to its ready state, in the same QEMU; one reset at a time.
 
         Inside, the guest takes commands of this thread; those of other threads wait, and so does
         the next reset. A guest that had stopped running (GuestStoppedError) is rescued.
+
+        Args:
+            renew: called while the guest has no connection to its target; returns what the target
+                says of itself from then on, which may differ in its addresses on the host.
 
         Raises:
             UsageError: the guest was booted.
@@ -194,15 +204,20 @@ class RunningGuest:
             device.reset()
             self._gate.reset_all()
             # Before the memory is restored, because a device may write into it.
-            for each in self.machine.config.devices:
+            for each in self._devices:
                 _execute(self.machine, each, each.on_reset)
             snapshot.restore(memory)
             self._hang_up()
+            if renew is not None:
+                target = renew()
+                self._addresses.set(target.endpoints)
+                self._devices, self.endpoints = target.devices, target.endpoints
+
+        def connect() -> None:
+            _connect(self.machine, self._devices)
 
         with self._resetting, self.guest.reserved():
-            self.ready = self.machine.rewind(
-                restore_snapshot, _RESUME_SECONDS, loaded=functools.partial(_connect, self.machine)
-            )
+            self.ready = self.machine.rewind(restore_snapshot, _RESUME_SECONDS, loaded=connect)
             yield
 
     def _hang_up(self) -> None:
@@ -268,6 +283,7 @@ class Launcher:
         self._console = out / "console.log" if out is not None else None
         config = image.machine_config(settings, accelerator)
         self._gate = RelayGate()
+        self._addresses = HostAddresses(target.endpoints)
         self._config = dataclasses.replace(
             config,
             endpoints=target.endpoints,
@@ -275,6 +291,7 @@ class Launcher:
             connected=True,
             coverage_epoch=coverage_epoch,
             gate=self._gate.path,
+            host_addresses=self._addresses.path,
             plugin=watch.plugin,
         )
 
@@ -283,6 +300,7 @@ class Launcher:
 
     def __exit__(self, *_: object) -> None:
         self._gate.close()
+        self._addresses.close()
 
     def launch(self) -> RunningGuest:
         """Start the guest from its snapshot, or boot it; return when it takes commands.
@@ -354,7 +372,7 @@ class Launcher:
                     loading.check()
                 _check_connections(self._target, error)
                 raise
-            _connect(machine)
+            _connect(machine, self._config.devices)
             doorbell.close()
             if loading is not None:
                 loading.end()
@@ -373,12 +391,14 @@ class Launcher:
                 " (from a snapshot)" if snapshot is not None else "",
                 ready.kernel,
             )
-            return RunningGuest(machine, guest, ready, saved, self._gate, stack.pop_all())
+            return RunningGuest(
+                machine, guest, ready, saved, self._gate, self._addresses, stack.pop_all()
+            )
 
 
-def _connect(machine: Machine) -> None:
+def _connect(machine: Machine, devices: Sequence[QemuDevice]) -> None:
     """Connect the devices to the target, before the guest runs."""
-    for each in machine.config.devices:
+    for each in devices:
         _execute(machine, each, each.on_start)
 
 

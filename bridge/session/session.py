@@ -34,6 +34,7 @@ from bridge.errors import (
     GuestLostError,
     GuestResetError,
     InfrastructureError,
+    TargetError,
     UsageError,
 )
 from bridge.guest.guest_image import GuestImage, find_guest_image
@@ -41,23 +42,27 @@ from bridge.session.device_host import DeviceHost
 from bridge.session.events import Booted, Events, GuestLost, Reset, TraceBegan, TraceEnded
 from bridge.session.executor import Executor, KcovResult, SshExecutor
 from bridge.session.guest_setup import set_up, tear_down
-from bridge.session.isolated import IsolatedTarget
+from bridge.session.isolated import IsolatedTarget, RemoteTarget
 from bridge.session.kernel_watch import KernelWatch, watch_kernel
 from bridge.session.launcher import Attempt, Launcher, RunningGuest, first_attempt, next_attempt
 from bridge.session.stats import Measured, Stats
 from bridge.session.status import StatusServer
-from bridge.session.target_host import InProcessTarget, TargetHost, stop_target
+from bridge.session.target_host import InProcessTarget, TargetHost, TargetState, stop_target
 from bridge.sources.guest_kernel.source import GuestKernel
 from bridge.sources.ledger import Cursor
 from bridge.sources.pcs import BlockTable, Location
 from bridge.sources.python.functions import FunctionIndex
 from bridge.sources.symbolize import Symbolizer
+from bridge.targets import Endpoint
 from bridge.targets.description import Description
+from bridge.targets.registry import TargetMaker
+from bridge.targets.services import CompositeTarget, Services
 from bridge.trace.call import Call
 from bridge.trace.explained import CodeFinder, ExplainedCalls
 from bridge.vm.accel import Accelerator
 from bridge.vm.agent import Ready
 from bridge.vm.machine import Machine, require_qemu
+from bridge.vm.network import silent_endpoints
 from bridge.vm.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -93,6 +98,8 @@ class Session:
         settings: what to start.
         out: directory for what the session leaves: ``console.log`` while it runs, ``.coverage``
             and ``blocks.tsv`` at its end; None for nowhere.
+        target: what makes the target, in place of the setting ``target``.
+        target_state: what a reset does to the target.
 
     Raises:
         UsageError: settings that do not go together.
@@ -104,19 +111,29 @@ class Session:
         partial_calls: its calls, if they were traced.
     """
 
-    def __init__(self, settings: Settings, out: str | os.PathLike[str] | None = None) -> None:
-        if settings.comparisons and settings.isolate:
+    def __init__(
+        self,
+        settings: Settings,
+        out: str | os.PathLike[str] | None = None,
+        *,
+        target: TargetMaker | None = None,
+        target_state: TargetState = TargetState.KEEP,
+    ) -> None:
+        apart = settings.isolate or target_state is TargetState.FORK
+        if settings.comparisons and apart:
             raise UsageError(
                 "--comparisons cannot be combined with --isolate",
                 hint="leave out --comparisons, or --isolate",
             )
         self.settings = settings
+        self._target: str | TargetMaker = target if target is not None else settings.target
+        self._target_state = target_state
         self.events = Events()
         self.partial_pcs: Sequence[int] = ()
         self.partial_calls: Sequence[Call] = ()
         self._out = Path(out).absolute() if out is not None else None
         self._entered = False
-        self._basic = Stats(target=settings.target, personality=settings.personality)
+        self._basic = Stats(target=str(self._target), personality=settings.personality)
         self._measured: list[Measured] = []
         self._parts: _Parts | None = None
         self._stack = ExitStack()
@@ -233,14 +250,26 @@ class Session:
 
     def _target_host(self, out: Path | None, *, measured: bool) -> TargetHost:
         settings = self.settings
-        if measured and settings.isolate:
-            return IsolatedTarget(settings.target, settings.target_dir, out)
+        if self._target_state is TargetState.FORK and not measured:
+            raise UsageError(
+                "a target that is forked for each reset must be measured",
+                hint="have the setting source include python",
+            )
+        if measured and (settings.isolate or self._target_state is TargetState.FORK):
+            return IsolatedTarget(
+                self._target,
+                settings.target_dir,
+                out,
+                start_seconds=settings.target_timeout,
+                state=self._target_state,
+            )
         return InProcessTarget(
-            settings.target,
+            self._target,
             settings.target_dir,
             measured=measured,
             comparisons=settings.comparisons,
             out=out,
+            start_seconds=settings.target_timeout,
         )
 
     def _output_directory(self) -> Path | None:
@@ -297,6 +326,21 @@ class Session:
         return self._running.target
 
     @property
+    def target_objects(self) -> tuple[Any, ...]:
+        """The target itself, or those of a composite one, in order.
+
+        Where it runs in a process of its own, what stands for it:
+        :class:`bridge.session.isolated.RemoteTarget`.
+        """
+        host = self._running.host
+        count = len(self._target) if isinstance(self._target, Services) else 1
+        if isinstance(host, IsolatedTarget):
+            prefixes = [f"targets.{number}." for number in range(count)] if count > 1 else [""]
+            return tuple(RemoteTarget(host, prefix) for prefix in prefixes)
+        target = host.target if isinstance(host, InProcessTarget) else None
+        return target.targets if isinstance(target, CompositeTarget) else (target,)
+
+    @property
     def source(self) -> PythonSource | IsolatedTarget | None:
         """What covers the target; None where nothing does."""
         return self._running.host.source
@@ -350,6 +394,20 @@ class Session:
     def resets(self) -> int:
         """How often the guest was reset."""
         return self._running.running.resets
+
+    def target_problems(self) -> list[str]:
+        """Return what has gone wrong in the target since the last call and raised nothing here.
+
+        See :meth:`bridge.session.target_host.TargetHost.problems`.
+        """
+        parts = self._running
+        return [
+            *parts.host.problems(),
+            *(
+                f"the target no longer listens on its endpoint {name}"
+                for name in silent_endpoints(parts.running.endpoints)
+            ),
+        ]
 
     # What it says of itself
 
@@ -509,8 +567,9 @@ class Session:
         """Reset the used guest to its ready state, in the same QEMU.
 
         Its memory, and with it all files, processes and connections; its devices; all instances
-        of the kcov device, and the region. Then the target is set up in it again. The target
-        itself goes on as it is, and what the guest has covered stays counted.
+        of the kcov device, and the region. The target goes on as it is, unless ``target_state``
+        says otherwise. Then it is set up in the guest again. What the guest has covered stays
+        counted.
 
         A command that runs meanwhile fails with :class:`bridge.errors.GuestResetError`. A guest
         that is lost because it stopped running (GuestStoppedError) runs again.
@@ -518,9 +577,12 @@ class Session:
         Raises:
             UsageError: the guest was booted, not started from a snapshot.
             GuestLostError: the guest is lost for good.
+            TargetError: the target raised something.
         """
         parts = self._running
-        with parts.running.resetting(parts.device):
+        renew = functools.partial(_renew, parts)
+        keep = self._target_state is TargetState.KEEP
+        with parts.running.resetting(parts.device, None if keep else renew):
             parts.watch.restore_modules(parts.device.call)
             _set_up(parts.running, parts.target)
         self.events.publish(Reset(parts.running.resets))
@@ -558,6 +620,42 @@ def _words(command: Word | Sequence[Word]) -> tuple[str, ...]:
 
 
 # ---- the target in the guest
+
+
+def _renew(parts: _Parts) -> Description:
+    """Give the target its first state again; its next connections and devices reach it."""
+    now = parts.host.renew()
+    if _on_guest_side(now) != _on_guest_side(parts.target):
+        raise TargetError(
+            f"the target {now.name} describes itself in another way, now that it was started again",
+            evidence=f"before: {parts.target}\nnow:    {now}",
+            hint="the guest and its devices stay, so only addresses on the host may differ",
+        )
+    if parts.host.source is not None:
+        # What it covers of itself when it starts is nobody's.
+        parts.device.consume()
+    return now
+
+
+def _on_guest_side(target: Description) -> Description:
+    """Return a description without the addresses on the host."""
+    return dataclasses.replace(
+        target,
+        endpoints=tuple(
+            Endpoint(f"{type(each).__name__} {each.name}", 0, each.guest_port)
+            for each in target.endpoints
+        ),
+        devices=tuple(
+            dataclasses.replace(
+                each,
+                # QEMU was started with these, unless commands take their place.
+                arguments=() if each.on_start else each.arguments,
+                on_start=(),
+                on_reset=(),
+            )
+            for each in target.devices
+        ),
+    )
 
 
 def _set_up(running: RunningGuest, target: Description) -> None:

@@ -8,20 +8,25 @@ other way.
 
 from __future__ import annotations
 
+import base64
+import enum
 import functools
 import logging
+import pickle
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from bridge.errors import BridgeError, TargetError
+from bridge.errors import BridgeError, TargetError, UsageError
 from bridge.session.stats import Stats
 from bridge.sources.remote import Deliver, serving
 from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.targets import Target
 from bridge.targets.description import Description, describe
+from bridge.targets.faults import ServingThreads
+from bridge.targets.registry import TargetMaker
 from bridge.targets.registry import create as create_target
-from bridge.targets.thread import TargetThread
+from bridge.targets.thread import TargetThread, foreign
 from bridge.vm.network import EpochWord
 
 if TYPE_CHECKING:
@@ -29,7 +34,15 @@ if TYPE_CHECKING:
     from bridge.session.isolated import IsolatedTarget
     from bridge.sources.python.source import PythonSource
 
-__all__ = ["InProcessTarget", "TargetHost", "fill_blocks", "stop_target"]
+__all__ = [
+    "InProcessTarget",
+    "TargetHost",
+    "TargetState",
+    "describe_failure",
+    "fill_blocks",
+    "read_attribute",
+    "stop_target",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +74,25 @@ class TargetHost(Protocol):
             SourceError: the source did not start.
         """
 
+    def renew(self) -> Description:
+        """Give the target the state again that it had when it served first.
+
+        Call it while the guest has no connection to it.
+
+        Returns:
+            What the target says of itself; only the ports on the host may differ.
+
+        Raises:
+            TargetError: the target raised something, whatever it is.
+        """
+
+    def problems(self) -> list[str]:
+        """Return what has gone wrong in the target since the last call and raised nothing here.
+
+        Each is a line, and where there is one a traceback below it. Exceptions on threads of this
+        process are not among them: see :class:`bridge.targets.faults.TargetFaults`.
+        """
+
     def stop(self) -> None:
         """Stop the target, then the source, and write what it covered. Safe to call twice.
 
@@ -81,11 +113,24 @@ def fill_blocks(stats: Stats, source: PythonSource | IsolatedTarget | None) -> N
         stats.tracer_faults = source.tracer_faults
 
 
+class TargetState(enum.Enum):
+    """What happens to a target when its guest is reset."""
+
+    KEEP = "keep"
+    """It goes on."""
+    RESTART = "restart"
+    """It is stopped, made and started again."""
+    FORK = "fork"
+    """The process that serves ends, and another is forked from the one that is ready."""
+
+
 class InProcessTarget:
     """A target in this process.
 
     Args:
-        target: name and directory as :func:`bridge.targets.registry.create` takes them.
+        target: what makes it, and its directory, as :func:`bridge.targets.registry.create` takes
+            them.
+        start_seconds: how long it may take to start; None for no limit.
         measured: whether the packages of the target are covered.
         comparisons: whether what they compare is recorded.
         out: directory for ``.coverage`` and ``blocks.tsv``; None for nowhere.
@@ -97,19 +142,23 @@ class InProcessTarget:
 
     def __init__(
         self,
-        target: str,
+        target: str | TargetMaker,
         directory: Path | None,
         *,
         measured: bool = True,
         comparisons: bool = False,
         out: Path | None = None,
+        start_seconds: float | None = None,
     ) -> None:
         self._out = out
+        self._start_seconds = start_seconds
+        self._serving: ServingThreads | None = None
+        self._make = functools.partial(create_target, target, directory)
         self.thread = TargetThread()
         self._stack = ExitStack()
         self._stack.callback(self.thread.close)
         try:
-            made = self.thread.call(lambda: create_target(target, directory))
+            made = self.thread.call(self._make)
             self.target: Target = made
             who, when = f"the target {target}", "when asked for its name and packages"
             self.name, packages = self.thread.call_foreign(
@@ -129,29 +178,57 @@ class InProcessTarget:
 
     def start(self, deliver: Deliver, epoch: EpochWord | None = None) -> Description:
         """As :class:`TargetHost`."""
-        thread, source, target = self.thread, self.source, self.target
-        who = f"the target {self.name}"
+        thread, source = self.thread, self.source
         if source is not None:
             # Which imports packages that others lie in.
             place = (epoch.file, epoch.offset) if epoch is not None else None
             begin = functools.partial(source.start, place)
-            thread.call_foreign(who, "while its packages were looked for", begin)
+            thread.call_foreign(self._who, "while its packages were looked for", begin)
             # In the reverse order: the source writes .coverage, and its table is whole then.
             if self._out is not None:
                 self._stack.callback(source.table.save, self._out / BLOCKS_FILE)
             self._stack.callback(thread.call, source.stop)
             self._stack.enter_context(serving(source, deliver))
         logger.debug("starting the target %s", self.name)
+        description = self._serve()
+        self._stack.callback(self._end_service)
+        return description
+
+    @property
+    def _who(self) -> str:
+        return f"the target {self.name}"
+
+    def _serve(self) -> Description:
+        thread, target = self.thread, self.target
+        before = ServingThreads.running()
         try:
-            thread.call_foreign(who, "on start", target.start)
-            description = thread.call(lambda: describe(target))
+            thread.call_foreign(self._who, "on start", target.start, self._start_seconds)
+            self._serving = ServingThreads(before)
+            return thread.call(lambda: describe(target))
         except BaseException:
             # What a target that never started raises on its end says nothing.
             with suppress(TargetError):
-                thread.call_foreign(who, "on stop", target.stop)
+                self._end_service()
             raise
-        self._stack.callback(thread.call_foreign, who, "on stop", target.stop)
-        return description
+
+    def _end_service(self) -> None:
+        self._serving = None
+        self.thread.call_foreign(self._who, "on stop", self.target.stop)
+
+    def renew(self) -> Description:
+        """As :class:`TargetHost`: stops the target, and starts one that is made anew."""
+        self._end_service()
+        self.target = self.thread.call(self._make)
+        return self._serve()
+
+    def read(self, name: str, call: str | None) -> str:
+        """As :func:`read_attribute`, on the target's thread."""
+        return self.thread.call(lambda: read_attribute(self._who, self.target, name, call))
+
+    def problems(self) -> list[str]:
+        """As :class:`TargetHost`."""
+        serving = self._serving
+        return serving.take_ended() if serving is not None else []
 
     def stop(self) -> None:
         """As :class:`TargetHost`."""
@@ -161,6 +238,52 @@ class InProcessTarget:
         """As :class:`bridge.session.stats.Measured`."""
         stats.target = self.name
         fill_blocks(stats, self.source)
+
+
+def describe_failure(error: BridgeError) -> dict[str, object]:
+    """Return an error of a target as JSON can hold it."""
+    return {
+        "message": error.message,
+        "evidence": error.evidence,
+        "hint": error.hint,
+        "usage": isinstance(error, UsageError),
+    }
+
+
+def read_attribute(who: str, target: Target, name: str, call: str | None) -> str:
+    """Return an attribute of a target, or what its method returns, for another process.
+
+    Args:
+        who: the target, for messages.
+        name: the attribute; with ``.`` between the steps of a longer way, which may be indices.
+        call: arguments of the method, by place and by name, pickled, in base64; None reads it.
+
+    Returns:
+        ``[whether it can be called, value]``, pickled, in base64.
+
+    Raises:
+        UsageError: there is no such attribute, or it cannot be pickled.
+        TargetError: it raised something.
+    """
+    missing: Any = object()
+    with foreign(who, f"when asked for {name}"):
+        value: Any = target
+        for step in name.split("."):
+            value = value[int(step)] if step.isdigit() else getattr(value, step, missing)
+        if call is not None:
+            places, names = pickle.loads(base64.b64decode(call))
+            value = value(*places, **names)
+        elif callable(value):
+            return base64.b64encode(pickle.dumps([True, None])).decode()
+    if value is missing:
+        raise UsageError(f"{who} has no attribute {name}")
+    try:
+        return base64.b64encode(pickle.dumps([False, value])).decode()
+    except Exception as error:
+        raise UsageError(
+            f"{who}: {name} cannot be copied out of the target's process: {error}",
+            hint="have a method of the target return what the test needs, as plain data",
+        ) from error
 
 
 def stop_target(host: TargetHost, kind: type[BaseException] | None, *_: object) -> None:

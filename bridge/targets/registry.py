@@ -22,7 +22,10 @@ from bridge.targets import DEFAULT_TARGET, Target
 from bridge.targets.none import NoTarget
 from bridge.targets.thread import foreign
 
-__all__ = ["check_name", "create", "names"]
+__all__ = ["TargetMaker", "check_name", "create", "find_factory", "made", "names"]
+
+TargetMaker = Callable[[Path | None], Target]
+"""Makes a target for a directory, the setting ``target_dir``."""
 
 
 def _plan9(directory: Path | None) -> Target:
@@ -54,8 +57,8 @@ def names() -> tuple[str, ...]:
     return tuple(_BUILT_IN)
 
 
-def create(name: str, directory: Path | None = None) -> Target:
-    """Make the target of this name, not yet started.
+def create(name: str | TargetMaker, directory: Path | None = None) -> Target:
+    """Make the target of this name, or what a maker makes, not yet started.
 
     A target of your own runs its code here: call this on the target's thread
     (:class:`bridge.targets.thread.TargetThread`).
@@ -64,8 +67,12 @@ def create(name: str, directory: Path | None = None) -> Target:
         UsageError: the name stands for nothing.
         TargetError: the code behind it raises, or what it makes is no target.
     """
+    if not isinstance(name, str):
+        with foreign(f"the target {name}", "while it was made"):
+            return name(directory)
     check_name(name)
-    return _own(name, directory) if ":" in name else _BUILT_IN[name](directory)
+    factory = find_factory(name)
+    return made(name, lambda: factory(directory))
 
 
 def check_name(name: str) -> None:
@@ -90,7 +97,15 @@ def check_name(name: str) -> None:
         )
 
 
-def _own(name: str, directory: Path | None) -> Target:
+def find_factory(name: str) -> Callable[..., Any]:
+    """Return what makes the target of this name; imports its module.
+
+    Raises:
+        UsageError: the name stands for nothing.
+        TargetError: its module raises something.
+    """
+    if ":" not in name:
+        return _BUILT_IN[name]
     module_name, _, attribute = name.partition(":")
     # An installed command does not search the working directory. Last, so that nothing there hides
     # an installed module.
@@ -117,8 +132,18 @@ def _own(name: str, directory: Path | None) -> Target:
             f"target {name}: module {module_name} has no class {attribute}",
             hint=f"did you mean {near[0]}?" if near else "",
         )
+    found: Callable[..., Any] = factory
+    return found
+
+
+def made(name: str, make: Callable[[], Any]) -> Target:
+    """Return what ``make`` returns, which must be a target.
+
+    Raises:
+        TargetError: it raises, or what it returns is no target.
+    """
     with foreign(f"the target {name}", "while it was made"):
-        target = factory(directory)
+        target = make()
         # dir() rather than hasattr(): a property such as endpoints is valid only after start().
         present = dir(target)
         missing = [member for member in _MEMBERS if member not in present]

@@ -8,7 +8,10 @@ reaches the main thread alone, cannot be mistaken for something that the target 
 from __future__ import annotations
 
 import contextlib
+import math
+import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -71,30 +74,61 @@ class TargetThread:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def call(self, function: Callable[[], T]) -> T:
+    @property
+    def thread(self) -> threading.Thread:
+        """The thread itself."""
+        return self._thread
+
+    def call(self, function: Callable[[], T], seconds: float | None = None) -> T:
         """Run ``function`` on the thread and return its result.
+
+        Args:
+            seconds: how long that may take; None for no limit.
 
         Raises:
             TargetError: a call before this one was given up by its caller and does not end.
+            TimeoutError: it did not return in time. It is given up.
             BaseException: what the function raises.
         """
         self._check()
         future: Future[T] = Future()
         self._last = future
         self._calls.put((function, future))
+        deadline = time.monotonic() + seconds if seconds is not None else math.inf
         # In turns: a signal that comes just before a wait without an end would not be seen in it.
-        while not wait([future], _TURN_SECONDS).done:
-            pass
+        while not wait([future], min(_TURN_SECONDS, max(0, deadline - time.monotonic()))).done:
+            if time.monotonic() >= deadline:
+                self._stuck = True
+                raise TimeoutError
         return future.result()
 
-    def call_foreign(self, who: str, when: str, function: Callable[[], T]) -> T:
-        """As :meth:`call`, with :func:`foreign` around the function."""
+    def call_foreign(
+        self, who: str, when: str, function: Callable[[], T], seconds: float | None = None
+    ) -> T:
+        """As :meth:`call`, with :func:`foreign` around the function.
+
+        Raises:
+            TargetError: also if the function did not return in time; the evidence is where it is.
+        """
 
         def guarded() -> T:
             with foreign(who, when):
                 return function()
 
-        return self.call(guarded)
+        try:
+            return self.call(guarded, seconds)
+        except TimeoutError:
+            # What the function raises is a TargetError.
+            raise TargetError(
+                f"{who} did not return {when} within {seconds or 0:g} s",
+                evidence=self.stack(),
+                hint="--target-timeout allows it more time",
+            ) from None
+
+    def stack(self) -> str:
+        """Return where the code on the thread is now."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        return "".join(traceback.format_stack(frame)) if frame is not None else ""
 
     def close(self) -> None:
         """End the thread; one that is stuck in code of the target is left behind.
@@ -114,8 +148,7 @@ class TargetThread:
         if self._stuck or not wait([last], _STUCK_SECONDS).done:
             self._stuck = True
             raise TargetError(
-                f"the target was interrupted, but its code did not return within "
-                f"{_STUCK_SECONDS:g} s; its thread is abandoned"
+                "the target was interrupted, but its code did not return; its thread is abandoned"
             )
 
     def _run(self) -> None:

@@ -79,6 +79,8 @@ class MachineConfig:
         connected: whether the devices are connected to the target; otherwise they are stand-ins.
         coverage_epoch: the word that the relays to ``endpoints`` change.
         gate: resets these relays (:class:`bridge.vm.network.RelayGate`).
+        host_addresses: where these relays find the endpoints on the host
+            (:class:`bridge.vm.network.HostAddresses`).
         ssh_port: the port of 127.0.0.1 for SSH; 0 for a free one.
         boot_timeout: seconds; None for the accelerator's default.
         sandbox: False for a QEMU that was built without seccomp.
@@ -102,6 +104,7 @@ class MachineConfig:
     connected: bool = field(default=False, metadata=_WIRING)
     coverage_epoch: EpochWord | None = field(default=None, metadata=_WIRING)
     gate: Path | None = field(default=None, metadata=_WIRING)
+    host_addresses: Path | None = field(default=None, metadata=_WIRING)
     network: bool = True
     ssh_port: int = field(default=0, metadata=_WIRING)
     boot_timeout: float | None = field(default=None, metadata=_WIRING)
@@ -336,6 +339,7 @@ def user_network(config: MachineConfig, ssh_port: int) -> str:
         ssh_port=ssh_port,
         coverage_epoch=config.coverage_epoch,
         gate=config.gate,
+        host_addresses=config.host_addresses,
     )
 
 

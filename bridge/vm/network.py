@@ -14,6 +14,7 @@ is one connection for the life of the VM, so a second client or a second mount w
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -24,15 +25,18 @@ from pathlib import Path
 
 from bridge.errors import QemuError, UsageError
 from bridge.targets import TARGET_ADDRESS, AnyEndpoint, Endpoint
+from bridge.vm.relay import SLOT
 
 __all__ = [
     "GUEST_ADDRESS",
     "LOCALHOST",
     "SSH_GUEST_PORT",
     "EpochWord",
+    "HostAddresses",
     "RelayGate",
     "find_ssh_port",
     "netdev_option",
+    "silent_endpoints",
 ]
 
 LOCALHOST = "127.0.0.1"
@@ -43,6 +47,8 @@ GUEST_ADDRESS = "10.0.2.15"
 SSH_GUEST_PORT = 22
 
 _RELAY = Path(__file__).with_name("relay.py")
+_LISTENS = re.compile(r"^ *[0-9]+: [0-9A-F]+:([0-9A-F]{4}) [0-9A-F]+:[0-9A-F]+ 0A ", re.MULTILINE)
+"""A socket that listens, and its port: Linux, net/ipv4/tcp_ipv4.c, get_tcp4_sock()."""
 _HOST_FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+(\S+)\s+(\d+)\s+(\S+)\s+(\d+)")
 
 
@@ -80,14 +86,61 @@ class RelayGate:
         os.close(self._reading)
 
 
-def relay_command(
-    endpoint: AnyEndpoint, epoch: EpochWord | None = None, gate: Path | None = None
-) -> list[str]:
-    """Return the command that QEMU runs for each connection to an endpoint."""
+class HostAddresses:
+    """Where endpoints are served now: relays read their address for each connection.
+
+    QEMU's command line cannot change, and a target that is started again listens elsewhere. The
+    addresses lie in a memfd of this process, :data:`bridge.vm.relay.SLOT` bytes each.
+    """
+
+    def __init__(self, endpoints: Sequence[AnyEndpoint]) -> None:
+        self._fd = os.memfd_create("kcov-bridge-addresses", os.MFD_CLOEXEC)
+        self.path = Path(f"/proc/{os.getpid()}/fd/{self._fd}")
+        self.set(endpoints)
+
+    def set(self, endpoints: Sequence[AnyEndpoint]) -> None:
+        """Take the addresses of endpoints: as many as before, in the same order."""
+        slots = (os.fsencode(_host_address(each)).ljust(SLOT, b"\0") for each in endpoints)
+        os.pwrite(self._fd, b"".join(slots), 0)
+
+    def close(self) -> None:
+        """Close the memory: new connections fail from now on. Call it once."""
+        os.close(self._fd)
+
+
+def silent_endpoints(endpoints: Sequence[AnyEndpoint]) -> list[str]:
+    """Return the names of those that nobody on the host listens on; nothing connects to them."""
+    ports = {each.host_port for each in endpoints if isinstance(each, Endpoint)}
+    if ports:
+        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+            with contextlib.suppress(OSError):
+                ports -= {int(port, 16) for port in _LISTENS.findall(Path(table).read_text())}
+    return [
+        each.name
+        for each in endpoints
+        if (each.host_port in ports if isinstance(each, Endpoint) else not each.host_path.exists())
+    ]
+
+
+def _host_address(endpoint: AnyEndpoint) -> str:
+    """Return an address as relays take it."""
     if isinstance(endpoint, Endpoint):
-        address = str(endpoint.host_port)
-    else:
-        address = str(endpoint.host_path.absolute())
+        return str(endpoint.host_port)
+    return str(endpoint.host_path.absolute())
+
+
+def relay_command(
+    endpoint: AnyEndpoint,
+    epoch: EpochWord | None = None,
+    gate: Path | None = None,
+    slot: tuple[Path, int] | None = None,
+) -> list[str]:
+    """Return the command that QEMU runs for each connection to an endpoint.
+
+    Args:
+        slot: a file, and the number of the endpoint's address in it (:class:`HostAddresses`).
+    """
+    address = f"@{slot[0]}:{slot[1]}" if slot is not None else _host_address(endpoint)
     command = [sys.executable, "-I", "-S", str(_RELAY), address]
     if gate is not None:
         command += ["--gate", str(gate)]
@@ -104,6 +157,7 @@ def netdev_option(
     ssh: bool = True,
     coverage_epoch: EpochWord | None = None,
     gate: Path | None = None,
+    host_addresses: Path | None = None,
 ) -> str:
     """Return the value of QEMU's ``-netdev`` for a network called ``name``.
 
@@ -111,6 +165,7 @@ def netdev_option(
         ssh_port: with 0 the kernel chooses a free port; see :func:`find_ssh_port`.
         coverage_epoch: the word that the relays change.
         gate: the pipe that resets the relays.
+        host_addresses: the file of :class:`HostAddresses`; None for addresses that stay.
 
     Raises:
         UsageError: a port is impossible, or two endpoints have the same guest port.
@@ -120,7 +175,7 @@ def netdev_option(
         _check_port("the SSH port", ssh_port, lowest=0)
         parts.append(f"hostfwd=tcp:{LOCALHOST}:{ssh_port}-{GUEST_ADDRESS}:{SSH_GUEST_PORT}")
     taken: dict[int, AnyEndpoint] = {}
-    for endpoint in endpoints:
+    for number, endpoint in enumerate(endpoints):
         _check_port(f"the guest port of endpoint {endpoint.name!r}", endpoint.guest_port)
         if isinstance(endpoint, Endpoint):
             _check_port(f"the host port of endpoint {endpoint.name!r}", endpoint.host_port)
@@ -130,7 +185,9 @@ def netdev_option(
                 f"{endpoint.guest_port}"
             )
         taken[endpoint.guest_port] = endpoint
-        command = shlex.join(relay_command(endpoint, coverage_epoch, gate)).replace(",", ",,")
+        slot = (host_addresses, number) if host_addresses is not None else None
+        words = relay_command(endpoint, coverage_epoch, gate, slot)
+        command = shlex.join(words).replace(",", ",,")
         parts.append(f"guestfwd=tcp:{TARGET_ADDRESS}:{endpoint.guest_port}-cmd:{command}")
     return ",".join(parts)
 

@@ -3,7 +3,8 @@
 
 ``relay.py ADDRESS [--gate GATE] [--epoch FILE OFFSET]``
 
-ADDRESS is a port of 127.0.0.1, or the absolute path of a Unix socket.
+ADDRESS is a port of 127.0.0.1, or the absolute path of a Unix socket; or ``@FILE:INDEX``, where
+FILE is an array of such addresses, of ``SLOT`` bytes each.
 
 Before it passes anything from the target to the guest, end of file included, it changes the word at
 OFFSET in FILE, the shared region's coverage epoch. What the target did before it answered is
@@ -32,6 +33,9 @@ CHUNK = 256 * 1024
 """Bytes read at once, so that a big transfer costs few system calls."""
 
 LOCALHOST = "127.0.0.1"
+
+SLOT = 128
+"""Bytes of an address in a file, padded with zeroes; a Unix socket's path has 107 at most."""
 
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 """Seconds, seconds, count. Detects a peer that vanished after it had closed its half."""
@@ -180,7 +184,9 @@ def relay(
 
 
 def connect(address: str) -> socket.socket:
-    """Connect to a port of 127.0.0.1, or to a path. Raises OSError."""
+    """Connect to what the first argument means. Raises OSError, ValueError."""
+    if address.startswith("@"):
+        address = read_address(address)
     if not address.startswith("/"):
         return socket.create_connection((LOCALHOST, int(address)))
     sock = socket.socket(socket.AF_UNIX)
@@ -190,6 +196,16 @@ def connect(address: str) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def read_address(slot: str) -> str:
+    """Return the address in ``@FILE:INDEX``. Raises OSError, ValueError."""
+    file, _, index = slot[1:].rpartition(":")
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.fsdecode(os.pread(fd, SLOT, SLOT * int(index)).rstrip(b"\0"))
+    finally:
+        os.close(fd)
 
 
 def main(argv: list[str]) -> int:
@@ -209,7 +225,7 @@ def main(argv: list[str]) -> int:
             if words[:1] == ["--epoch"]:
                 change_epoch = epoch_writer(words[1], int(words[2]))
             host = connect(argv[1])
-        except OSError:
+        except (OSError, ValueError):
             guest.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             return 1
         with host:
