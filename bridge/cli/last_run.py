@@ -37,12 +37,13 @@ def remember(out: Path) -> None:
             write_atomically(_note(), f"{out.absolute()}\n")
 
 
-def find_run(given: Path | None, *, stdin: bool = False) -> Path:
+def find_run(given: Path | None, *, stdin: bool = False, flag: str = "--run DIR") -> Path:
     """Return the directory of the run that is meant; the log says which unless it was given.
 
     Args:
         given: what ``--run`` says.
         stdin: PCs come from stdin, so the run that wrote that file is meant, if it is one of a run.
+        flag: the argument that names another, for the log.
     """
     if given is not None:
         return given
@@ -54,7 +55,7 @@ def find_run(given: Path | None, *, stdin: bool = False) -> Path:
         run, why = last, "the last run"
     else:
         run, why = DEFAULT_RUN, "the default"
-    _log.info("run directory: %s (%s; --run DIR names another)", run, why)
+    _log.info("run directory: %s (%s; %s names another)", run, why, flag)
     return run
 
 

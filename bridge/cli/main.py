@@ -123,6 +123,7 @@ _SUBCOMMANDS = {
     "ssh": "open a shell in a booted guest",
     "symbolize": "print the source of each PC",
     "export": "write the guest kernel's coverage for other programs",
+    "report": "make a page of a finished run or of tests, for a browser; also LCOV and others",
     "status": "show the figures of the running bridges",
     "bench": "measure what the bridge costs, beside baselines",
     "image": "build, list and remove guest images",

@@ -16,6 +16,7 @@ from pathlib import Path
 from bridge.cli.streams import Streams
 from bridge.config import Settings
 from bridge.errors import BridgeError, InfrastructureError, SourceError, UsageError
+from bridge.results import REPORT_FILE
 from bridge.results import summary as summaries
 from bridge.results.coverage_files import HTML_DIRECTORY, LCOV_FILE, make_html, make_lcov
 from bridge.session.device_host import reason_of
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 _RESULTS = (
     *("summary.json", "pcs.txt", ".coverage", BLOCKS_FILE),
     *(SYMBOLS_FILE, KERNEL_BLOCKS_FILE),
-    *(LCOV_FILE, HTML_DIRECTORY, "console.log"),
+    *(LCOV_FILE, HTML_DIRECTORY, REPORT_FILE, "console.log"),
     *(TRACE_FILE, PERFETTO_FILE),
 )
 _WORKLOAD = guest_directory() / "workload" / "files.sh"

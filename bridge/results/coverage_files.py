@@ -16,7 +16,7 @@ from bridge.util.files import atomic_output
 if TYPE_CHECKING:
     import coverage
 
-__all__ = ["HTML_DIRECTORY", "LCOV_FILE", "make_html", "make_lcov"]
+__all__ = ["HTML_DIRECTORY", "LCOV_FILE", "make_html", "make_lcov", "with_absolute_path"]
 
 _log = logging.getLogger(__name__)
 
@@ -96,12 +96,13 @@ def make_lcov(data_file: Path, file: Path) -> None:
         # coverage.py names files below the working directory from there; a reader of the file
         # may stand elsewhere.
         lines = made.read_text(encoding="utf-8").splitlines(keepends=True)
-        made.write_text("".join(map(_with_absolute_path, lines)), encoding="utf-8")
+        made.write_text("".join(map(with_absolute_path, lines)), encoding="utf-8")
 
     _make("LCOV report", data_file, file, make)
 
 
-def _with_absolute_path(line: str) -> str:
+def with_absolute_path(line: str) -> str:
+    """Return a line of an LCOV file; one that names a source names it by its absolute path."""
     if not line.startswith("SF:"):
         return line
     return f"SF:{Path(line.removeprefix('SF:').rstrip()).absolute()}\n"

@@ -106,6 +106,11 @@ class RecordedTest:
     """How many system calls were traced; None if none could be."""
     message: str = ""
     """Why it failed or was skipped."""
+    pcs: int | None = None
+    """How many PCs were recorded; None if that is not known."""
+    lost: int | None = None
+    """How many PCs and comparisons were dropped and how many processes were not traced; None if
+    that is not known."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the object that stands in the file."""
@@ -393,4 +398,6 @@ _CHECKS: Final[dict[str, Callable[[object], Any]]] = {
     "new_lines": _lines,
     "calls": _or_none(_count),
     "message": _text,
+    "pcs": _or_none(_count),
+    "lost": _or_none(_count),
 }

@@ -39,6 +39,8 @@ FULL = RecordedTest(
     new_lines={"/srv/\udcffserver.py": (9,)},
     calls=7,
     message="the kernel logged an oops",
+    pcs=90,
+    lost=0,
 )
 
 
