@@ -31,6 +31,7 @@ from enum import IntEnum, IntFlag
 __all__ = [
     "AREAS_OFFSET",
     "CALL_CUT_SHIFT",
+    "CALL_MOST_WORDS",
     "CALL_STRINGS",
     "CALL_STRING_BYTES",
     "CALL_WORDS_BITS",
@@ -124,7 +125,7 @@ ENOTSUPP = 524
 PAGE_SIZE = 4096
 WORD = 8
 MAGIC = 0x47445242564F434B  # "KCOVBRDG" in memory
-VERSION = 8
+VERSION = 9
 SLOTS = 1024
 SLOT_WORDS = 8
 REQUESTS_OFFSET = PAGE_SIZE
@@ -296,6 +297,8 @@ class CallLogWord(IntEnum):
     """GUEST: the end of the last record."""
     LOST = 1
     """GUEST: records that had no room."""
+    ENTERED = 2
+    """GUEST: 1 while the owner is in the call that is the record in CALL."""
     TAIL = 8
     """The end of the last record that the host has taken."""
     RING_WORDS = 9
@@ -305,7 +308,9 @@ class CallLogWord(IntEnum):
     """... and where its bitmap does, which the guest clears at each call."""
     BITMAP_WORDS = 12
     """0: the guest leaves the bitmap alone."""
-    RING = 16
+    CALL = 16
+    """GUEST: a record of ``CALL_MOST_WORDS`` at most."""
+    RING = 160
     """The first word of the ring."""
 
 
@@ -336,6 +341,8 @@ CALL_STRINGS = 4
 """The most strings in a record."""
 CALL_STRING_BYTES = 256
 """The longest string, with its NUL."""
+CALL_MOST_WORDS = 144
+"""More than the longest record has."""
 
 
 class CallFlag(IntFlag):

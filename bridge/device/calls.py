@@ -23,8 +23,7 @@ from typing import Final, overload
 
 from bridge.device.abi import (
     CALL_CUT_SHIFT,
-    CALL_STRING_BYTES,
-    CALL_STRINGS,
+    CALL_MOST_WORDS,
     CALL_WORDS_BITS,
     WORD,
     CallFlag,
@@ -43,7 +42,6 @@ LOG_WORDS: Final = CallLogWord.RING + RING_WORDS
 """Size of the area that holds it."""
 
 _LEAST: Final = int(CallWord.STRINGS)
-_MOST: Final = _LEAST + CALL_STRINGS * CALL_STRING_BYTES // WORD
 _SIZE_MASK: Final = (1 << CALL_WORDS_BITS) - 1
 _MASK: Final = 2**64 - 1
 _ARGUMENTS: Final = 6
@@ -74,8 +72,11 @@ class CallLog:
         words[CallLogWord.BITMAP_OFFSET] = traced.offset
         words[CallLogWord.BITMAP_WORDS] = traced.bitmap_words if clear_bitmap else 0
 
-    def take(self) -> tuple[bytes, int]:
+    def take(self, *, last: bool = False) -> tuple[bytes, int]:
         """Empty the ring.
+
+        Args:
+            last: take the call in which the owner is, too.
 
         Returns:
             The words of the records, and how many records were lost since the last time.
@@ -97,6 +98,11 @@ class CallLog:
             taken = words[base + first : base + end].tobytes()
             taken += words[base : base + size - (end - first)].tobytes()
         words[CallLogWord.TAIL] = head
+        if last and words[CallLogWord.ENTERED]:
+            start = int(CallLogWord.CALL)
+            size = words[start] & _SIZE_MASK
+            if _LEAST <= size <= CALL_MOST_WORDS:
+                taken += words[start : start + size].tobytes()
         # More than there can be: a hostile number, which only has to be counted.
         return taken, min(missing, _MASK >> 1)
 
@@ -171,9 +177,13 @@ class CallBook:
         self._threads.append(entry)
         self._open[thread] = entry
 
-    def add(self, thread: object, log: CallLog) -> None:
-        """Empty the log of a thread into the book, before PCs of the thread are recorded."""
-        records, lost = log.take()
+    def add(self, thread: object, log: CallLog, *, last: bool = False) -> None:
+        """Empty the log of a thread into the book, before PCs of the thread are recorded.
+
+        Args:
+            last: with the call in which the thread is.
+        """
+        records, lost = log.take(last=last)
         self._lost += lost
         entry = self._open.get(thread)
         if not records or entry is None:
@@ -238,7 +248,7 @@ def _records(words: array[int]) -> Iterator[tuple[int, int]]:
     at = 0
     while at < len(words):
         size = words[at] & _SIZE_MASK
-        if not _LEAST <= size <= min(_MOST, len(words) - at):
+        if not _LEAST <= size <= min(CALL_MOST_WORDS, len(words) - at):
             yield at, 0
             return
         yield at, size
@@ -306,7 +316,7 @@ class LoggedCalls(Sequence[LoggedCall]):
 
     def _read(self, number: int) -> LoggedCall:
         at = self._at[number]
-        words = self._log.read(at, at + _MOST)
+        words = self._log.read(at, at + CALL_MOST_WORDS)
         size = words[0] & _SIZE_MASK
         flags = words[0] >> CALL_WORDS_BITS
         returned = bool(flags & CallFlag.RETURNED)

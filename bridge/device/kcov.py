@@ -530,10 +530,10 @@ class Device(Generic[C]):
         self._take_calls(kcov)
         return 0
 
-    def _take_calls(self, kcov: Kcov[C]) -> None:
+    def _take_calls(self, kcov: Kcov[C], *, last: bool = False) -> None:
         stream = kcov.stream
         if kcov.calls is not None and stream is not None and stream.calls is not None:
-            stream.calls.add(kcov, kcov.calls)
+            stream.calls.add(kcov, kcov.calls, last=last)
 
     def _hand_over(self, kcov: Kcov[C]) -> None:
         """Move the words in an instance's area to its stream."""
@@ -549,6 +549,7 @@ class Device(Generic[C]):
             if not kcov.compares:
                 stream.dropped += kcov.dropped
             try:
+                self._take_calls(kcov, last=True)
                 self._hand_over(kcov)
             finally:
                 kcov.stream = None

@@ -3,27 +3,30 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import functools
+import dataclasses
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
-from bridge.errors import UsageError
+from bridge.errors import BridgeError, UsageError
 from bridge.pytest_plugin.guest import Command, Guest, Result, Tracer
 from bridge.session.session import Session
 from bridge.sources.pcs import BlockTable, Location
-from bridge.sources.python.blocks import decode_source
-from bridge.sources.python.packages import find_packages
+from bridge.sources.python.functions import ranges_text
+from bridge.trace.call import Call
+from bridge.trace.text import call_text, render_trace
 
 __all__ = ["Kcov", "Trace"]
 
 _SHOWN: Final = 40
 """How many files or functions a failing assertion shows at most."""
+_CALLS_SHOWN: Final = 2
+"""How many calls it shows for each of them."""
+_LAST_CALLS: Final = 20
+"""How many calls are the evidence of a failure."""
 
 
 class Kcov:
@@ -32,27 +35,34 @@ class Kcov:
     def __init__(self, guest: Guest) -> None:
         self._guest = guest
 
-    def run(self, command: Command, *, timeout: float | None = 60.0) -> Trace:
+    def run(self, command: Command, *, timeout: float | None = 60.0, calls: bool = True) -> Trace:
         """Run one command under kcov and return what it covered; ``trace.results`` has its result.
+
+        Args:
+            timeout: seconds.
+            calls: as for :meth:`trace`.
 
         Raises:
             RunTimeoutError: it did not end in time.
             GuestLostError: the guest was lost.
             IncompleteError: the PCs could not all be kept.
         """
-        with self.trace(self._guest) as trace:
+        with self.trace(self._guest, calls=calls) as trace:
             self._guest.run(command, timeout=timeout)
         return trace
 
     @contextlib.contextmanager
-    def trace(self, guest: Guest | None = None) -> Iterator[Trace]:
+    def trace(self, guest: Guest | None = None, *, calls: bool = True) -> Iterator[Trace]:
         """Have all commands of the guest inside the block run under kcov.
+
+        Args:
+            calls: record the system calls of the commands too.
 
         Yields:
             The trace, which grows with each command.
         """
         guest = guest or self._guest
-        trace = Trace(guest)
+        trace = Trace(guest, calls=calls)
         with guest.traced_by(trace):
             yield trace
 
@@ -91,16 +101,7 @@ class _Code:
     def __init__(self, session: Session) -> None:
         source = session.source
         self.table = source.table if source is not None else BlockTable()
-        self._packages = source.packages if source is not None else ()
-
-    @functools.cached_property
-    def _paths(self) -> dict[str, str]:
-        return {name: path for path, name in find_packages(self._packages).names.items()}
-
-    def functions(self, file: str) -> dict[str, range]:
-        """Return the functions of a file and the lines of their bodies."""
-        path = self._paths.get(file)
-        return _functions_of(Path(path)) if path is not None else {}
+        self.functions = session.functions.functions
 
     def lines(self, file: str) -> set[int]:
         """Return the lines of a file that can be covered."""
@@ -116,9 +117,13 @@ class Trace(Tracer):
         results: the results of the commands.
     """
 
-    def __init__(self, guest: Guest) -> None:
+    def __init__(self, guest: Guest, *, calls: bool = True) -> None:
         self._guest = guest
         self._code = _Code(guest.session)
+        self._traces_calls = calls
+        self._began = time.monotonic()
+        self._calls: list[tuple[float, Sequence[Call]]] = []
+        """The calls of each command, and when it began."""
         self._by_session: list[tuple[Session, set[int]]] = []
         """The PCs of each session: they mean nothing to the one that follows a reboot."""
         self.pcs: list[int] = []
@@ -133,15 +138,27 @@ class Trace(Tracer):
             words = [os.fspath(word) for word in command]
         began = time.monotonic()
         session = self._guest.session
-        done = session.kcov(words, timeout=timeout)
+        # Those of another command that was cut off must not be taken for this one's.
+        session.partial_pcs, session.partial_calls = (), ()
+        try:
+            done = session.kcov(words, timeout=timeout, trace=self._traces_calls)
+        except BridgeError:
+            self._add(session, began, session.partial_pcs, session.partial_calls)
+            raise
         result = Result(done.exit_status, done.stdout, done.stderr, time.monotonic() - began)
+        self._add(session, began, done.pcs, done.calls)
+        self.results.append(result)
+        return result
+
+    def _add(
+        self, session: Session, began: float, pcs: Sequence[int], calls: Sequence[Call]
+    ) -> None:
         if not self._by_session or self._by_session[-1][0] is not session:
             self._by_session.append((session, set()))
             self._code = _Code(session)
-        self._by_session[-1][1].update(done.pcs)
-        self.pcs += done.pcs
-        self.results.append(result)
-        return result
+        self._by_session[-1][1].update(pcs)
+        self.pcs += pcs
+        self._calls.append((began - self._began, calls))
 
     # What was covered
 
@@ -179,6 +196,33 @@ class Trace(Tracer):
                 (name,) = [word for word in words if "+0x" in word][-1:]
                 found.add(name.partition("+")[0])
         return sorted(found)
+
+    @property
+    def calls(self) -> list[Call]:
+        """The system calls of the commands, in the order in which they were entered.
+
+        ``start`` counts from the beginning of the trace, on the host's clock for the beginning of
+        each command and on the guest's from there on.
+        """
+        return list(self._all_calls())
+
+    def _all_calls(self) -> Iterator[Call]:
+        for began, calls in self._calls:
+            for call in calls:
+                yield dataclasses.replace(call, start=call.start + began)
+
+    def last_calls(self, count: int = _LAST_CALLS) -> list[str]:
+        """Return the last calls as text, as evidence of a failure: a line each, without code.
+
+        After a command that was cut off they are its last ones.
+        """
+        last: list[Call] = []
+        for _, calls in reversed(self._calls):
+            last[:0] = calls[-(count - len(last)) :]
+            if len(last) >= count:
+                break
+        plain = [dataclasses.replace(call, host=(), kernel=()) for call in last]
+        return list(render_trace(plain, thread=True))
 
     def new_since(self, other: Trace) -> dict[str, list[int]]:
         """Return the covered lines that another trace has not, by file."""
@@ -223,7 +267,9 @@ class Trace(Tracer):
                 self._known_lines(each)
             hit = self._hit(each)
             if hit:
-                raise AssertionError(f"{text} is covered: lines {_ranges(hit)}")
+                raise AssertionError(
+                    f"{text} is covered: lines {ranges_text(hit)}{self._reached_by(each)}"
+                )
 
     def _hit(self, wanted: _Wanted) -> list[int]:
         """Return the covered lines of what is wanted."""
@@ -239,7 +285,7 @@ class Trace(Tracer):
         if not wanted.lines:
             return "" if hit else ":"
         lacking = sorted(self._known_lines(wanted) - set(hit))
-        return f": lines {_ranges(lacking)} did not run" if lacking else ""
+        return f": lines {ranges_text(lacking)} did not run" if lacking else ""
 
     def _known_lines(self, wanted: _Wanted) -> set[int]:
         """Return which of the wanted lines have code; a comment or a blank line has none."""
@@ -281,39 +327,42 @@ class Trace(Tracer):
         functions = self.functions
         if not functions:
             return f"{len(set(self.pcs)):,} different PCs were covered, none in the host's code"
-        shown = "\n".join(f"  {name}" for name in functions[:_SHOWN])
+        reached = self._calls_by_function()
+        shown = "\n".join(
+            f"  {name}{_by_calls(reached.get(name, []))}" for name in functions[:_SHOWN]
+        )
         more = len(functions) - _SHOWN
         return f"covered were:\n{shown}" + (f"\n  and {more} more" if more > 0 else "")
 
+    def _calls_by_function(self) -> dict[str, list[Call]]:
+        """Return the calls that reached each function, ``file:name``."""
+        reached: dict[str, list[Call]] = {}
+        for call in self._all_calls():
+            for code in call.host:
+                reached.setdefault(f"{code.file}:{code.function}", []).append(call)
+        return reached
 
-@functools.lru_cache(maxsize=256)
-def _functions_of(path: Path) -> dict[str, range]:
-    """Return the functions of a source file and their lines, by name (``Class.method``)."""
-    try:
-        tree = ast.parse(decode_source(path.read_bytes()))
-    except (OSError, SyntaxError, ValueError):
-        return {}
-    return dict(_spans(tree, ""))
+    def _reached_by(self, wanted: _Wanted) -> str:
+        places = self._places(wanted)
+        calls = [
+            call
+            for call in self._all_calls()
+            if any(
+                code.file == file and (span is None or any(line in span for line in code.lines))
+                for code in call.host
+                for file, span in places
+            )
+        ]
+        return _by_calls(calls)
 
 
-def _spans(node: ast.AST, prefix: str) -> Iterable[tuple[str, range]]:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            name = f"{prefix}{child.name}"
-            if not isinstance(child, ast.ClassDef):
-                # The line of "def" runs when the module is imported.
-                yield name, range(child.body[0].lineno, (child.end_lineno or child.lineno) + 1)
-            yield from _spans(child, f"{name}.")
-        else:
-            yield from _spans(child, prefix)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Return numbers as people write them: 1-3, 7."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+def _by_calls(calls: Sequence[Call]) -> str:
+    """Return ``, by openat("...") = 3 and 2 more``; "" without any."""
+    if not calls:
+        return ""
+    texts = dict.fromkeys(
+        call_text(dataclasses.replace(call, seconds=None, host=(), kernel=())) for call in calls
+    )
+    shown = list(texts)[:_CALLS_SHOWN]
+    more = len(calls) - len(shown)
+    return ", by " + ", ".join(shown) + (f" and {more} more" if more > 0 else "")

@@ -2,10 +2,11 @@
 /*
  * The log of an owner's system calls, which the host asks for when the owner joins a stream.
  *
- * The probe on sys_enter notes number, arguments, time, and the strings that are paths. The probe on
- * sys_exit adds result and time, and writes the record into the log, a ring in the region that the
- * host empties when the owner asks for that (KB_OP_CALLS), and when the owner ends. So a call costs
- * no request of its own. A call that does not return is written when its owner ends.
+ * The probe on sys_enter notes number, arguments, time, and the strings that are paths, in the log's
+ * record of the present call. The probe on sys_exit adds result and time, and writes the record into
+ * the log's ring. The host empties the ring when the owner asks for that (KB_OP_CALLS), and when the
+ * owner ends or the stream does; then it also takes the present call. So a call costs no request of
+ * its own.
  *
  * sys_enter is hooked when the first owner with a log starts.
  */
@@ -47,6 +48,7 @@ struct kb_call_string {
  * @lost: the log's lost
  * @skips_exit: the next exit is of the call by which the owner joined the stream
  * @entered: @call and @strings are of a call that was entered and has not returned
+ * @flags: enum kb_call_flags of @call, except for the strings
  * @call: the record, without its strings
  * @strings: of the call
  * @n_strings: number of these
@@ -65,6 +67,7 @@ struct kb_calls {
 	u64 lost;
 	bool skips_exit;
 	bool entered;
+	u64 flags;
 	struct kb_call call;
 	struct kb_call_string strings[KB_CALL_STRINGS];
 	unsigned int n_strings;
@@ -181,7 +184,7 @@ static void kb_call_note(struct kb_calls *calls, struct pt_regs *regs, long numb
 	u8 strings = 0;
 	unsigned int i;
 
-	call->words = 0;
+	calls->flags = 0;
 	call->number = number;
 	call->result = 0;
 	call->returned = 0;
@@ -193,7 +196,7 @@ static void kb_call_note(struct kb_calls *calls, struct pt_regs *regs, long numb
 	memcpy(call->command, current->comm, TASK_COMM_LEN);
 	calls->n_strings = 0;
 	if (in_ia32_syscall())
-		call->words |= (u64)KB_CALL_IA32 << KB_CALL_WORDS_BITS;
+		calls->flags |= KB_CALL_IA32;
 	else if (number >= 0 && number < ARRAY_SIZE(kb_string_arguments))
 		strings = kb_string_arguments[number];
 	for (i = 0; strings && calls->n_strings < KB_CALL_STRINGS; i++, strings >>= 1) {
@@ -216,6 +219,54 @@ static unsigned int kb_call_string_words(struct kb_call_string *string)
 	return min_t(unsigned int, string->length / sizeof(u64) + 1, KB_STRING_WORDS);
 }
 
+/* Compute the record's first word; return the record's length. */
+static unsigned int kb_call_measure(struct kb_calls *calls)
+{
+	unsigned int words = KB_CALL_WORDS;
+	u64 flags = calls->flags;
+	unsigned int i;
+
+	for (i = 0; i < calls->n_strings; i++) {
+		struct kb_call_string *string = &calls->strings[i];
+		unsigned int n = kb_call_string_words(string);
+
+		words += n;
+		if (n)
+			flags |= 1ULL << string->argument;
+		if (n && string->length >= KB_CALL_STRING_BYTES)
+			flags |= 1ULL << (string->argument + KB_CALL_CUT_SHIFT);
+	}
+	calls->call.words = words | flags << KB_CALL_WORDS_BITS;
+	return words;
+}
+
+static void kb_words_put(u64 *to, const u64 *words, unsigned int n)
+{
+	unsigned int i;
+
+	for (i = 0; i < n; i++)
+		WRITE_ONCE(to[i], words[i]);
+}
+
+/* Show the host the call in which the owner is. */
+static void kb_call_show(struct kb_calls *calls)
+{
+	u64 *to = calls->log->call;
+	unsigned int i;
+
+	BUILD_BUG_ON(KB_CALL_WORDS + KB_CALL_STRINGS * KB_STRING_WORDS > KB_CALL_MOST_WORDS);
+	kb_call_measure(calls);
+	kb_words_put(to, (const u64 *)&calls->call, KB_CALL_WORDS);
+	to += KB_CALL_WORDS;
+	for (i = 0; i < calls->n_strings; i++) {
+		unsigned int n = kb_call_string_words(&calls->strings[i]);
+
+		kb_words_put(to, calls->strings[i].words, n);
+		to += n;
+	}
+	smp_store_release(&calls->log->entered, 1);
+}
+
 static void kb_log_put(struct kb_calls *calls, const u64 *words, unsigned int n)
 {
 	unsigned int i;
@@ -234,27 +285,16 @@ static u64 kb_log_used(const struct kb_calls *calls)
 /* Write the record of the present call into the log. */
 static void kb_call_write(struct kb_calls *calls)
 {
-	struct kb_call *call = &calls->call;
-	unsigned int words = KB_CALL_WORDS;
+	unsigned int words = kb_call_measure(calls);
 	u64 used = kb_log_used(calls);
 	unsigned int i;
 
-	for (i = 0; i < calls->n_strings; i++) {
-		struct kb_call_string *string = &calls->strings[i];
-		unsigned int n = kb_call_string_words(string);
-		u64 flags = n ? 1ULL << string->argument : 0;
-
-		if (n && string->length >= KB_CALL_STRING_BYTES)
-			flags |= 1ULL << (string->argument + KB_CALL_CUT_SHIFT);
-		call->words |= flags << KB_CALL_WORDS_BITS;
-		words += n;
-	}
-	call->words |= words;
+	WRITE_ONCE(calls->log->entered, 0);
 	if (used > calls->mask + 1 || words > calls->mask + 1 - used) {
 		WRITE_ONCE(calls->log->lost, ++calls->lost);
 		return;
 	}
-	kb_log_put(calls, (const u64 *)call, KB_CALL_WORDS);
+	kb_log_put(calls, (const u64 *)&calls->call, KB_CALL_WORDS);
 	for (i = 0; i < calls->n_strings; i++)
 		kb_log_put(calls, calls->strings[i].words,
 			   kb_call_string_words(&calls->strings[i]));
@@ -286,6 +326,7 @@ void kb_sys_enter(void *unused, struct pt_regs *regs, long id)
 		calls->entered = true;
 		calls->skips_exit = false;
 		calls->call.entered = ktime_get_ns();
+		kb_call_show(calls);
 		kb_recording_resume(owner->inst);
 	}
 	rcu_read_unlock();
@@ -312,7 +353,7 @@ void kb_call_returns(struct kb_owner *owner, struct pt_regs *regs, long result)
 	if (!calls->entered) {
 		/* Refused by seccomp, which comes before sys_enter. */
 		kb_call_note(calls, regs, syscall_get_nr(current, regs));
-		calls->call.words |= (u64)KB_CALL_REFUSED << KB_CALL_WORDS_BITS;
+		calls->flags |= KB_CALL_REFUSED;
 		calls->call.entered = now;
 	} else if (calls->n_strings) {
 		/* The call itself has read them by now. */
@@ -321,7 +362,7 @@ void kb_call_returns(struct kb_owner *owner, struct pt_regs *regs, long result)
 	calls->entered = false;
 	calls->call.returned = now;
 	calls->call.result = result;
-	calls->call.words |= (u64)KB_CALL_RETURNED << KB_CALL_WORDS_BITS;
+	calls->flags |= KB_CALL_RETURNED;
 	kb_call_write(calls);
 	if (READ_ONCE(kb_kernel_watched))
 		kb_instance_set_hidden(owner->inst, hidden);

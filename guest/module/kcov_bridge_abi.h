@@ -28,7 +28,7 @@
 #define KB_PCI_DEVICE_ID	0x1110
 
 #define KB_MAGIC		0x47445242564f434bULL	/* "KCOVBRDG" */
-#define KB_VERSION		8
+#define KB_VERSION		9
 #define KB_SLOTS		1024
 #define KB_REQUESTS_OFFSET	4096
 #define KB_RESPONSES_OFFSET	(KB_REQUESTS_OFFSET + KB_SLOTS * 64)
@@ -135,11 +135,17 @@ enum kb_answer {
  * The log of an owner's system calls: a ring of records. Positions count words since the start; a
  * word's index in the ring is its position modulo ring_words, a power of two.
  */
+#define KB_CALL_WORDS_BITS	16
+#define KB_CALL_STRINGS		4	/* at most, in a record */
+#define KB_CALL_STRING_BYTES	256	/* the longest string, with its NUL */
+#define KB_CALL_MOST_WORDS	144	/* more than the longest record has */
+
 struct kb_call_log {
 	/* Written by the guest. */
 	__u64 head;		/* the end of the last record */
 	__u64 lost;		/* records that had no room */
-	__u64 pad0[6];
+	__u64 entered;		/* 1: the owner is in the call that is the record in call */
+	__u64 pad0[5];
 	/* Written by the host; the guest reads the last four once, when it joins the stream. */
 	__u64 tail;		/* the end of the last record that the host has taken */
 	__u64 ring_words;
@@ -147,6 +153,8 @@ struct kb_call_log {
 	__u64 bitmap_offset;	/* ... and its bitmap, which the guest clears at each call */
 	__u64 bitmap_words;	/* 0: the guest leaves the bitmap alone */
 	__u64 pad1[3];
+	/* Written by the guest. */
+	__u64 call[KB_CALL_MOST_WORDS];
 	__u64 ring[];
 };
 
@@ -161,10 +169,6 @@ struct kb_call {
 	__u64 arguments[6];
 	__u64 command[2];	/* the thread's name, with NULs up to the end */
 };
-
-#define KB_CALL_WORDS_BITS	16
-#define KB_CALL_STRINGS		4	/* at most, in a record */
-#define KB_CALL_STRING_BYTES	256	/* the longest string, with its NUL */
 
 /* Above KB_CALL_WORDS_BITS. */
 enum kb_call_flags {

@@ -52,6 +52,7 @@ CONSTANTS = {
     **{f"KB_ANSWER_{flag.name}": int(flag) for flag in abi.Answer},
     **{f"KB_CALL_{flag.name}": int(flag) for flag in abi.CallFlag},
     "KB_CALL_WORDS_BITS": abi.CALL_WORDS_BITS,
+    "KB_CALL_MOST_WORDS": abi.CALL_MOST_WORDS,
     "KB_CALL_STRINGS": abi.CALL_STRINGS,
     "KB_CALL_STRING_BYTES": abi.CALL_STRING_BYTES,
     "KB_CALL_CUT_SHIFT": abi.CALL_CUT_SHIFT,

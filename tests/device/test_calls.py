@@ -126,6 +126,23 @@ def test_call_log_many_records_around_the_ring_are_all_taken(log: CallLog, guest
     book.check()
 
 
+def test_call_log_present_call_is_taken_at_the_end_alone(log: CallLog, guest: Guest) -> None:
+    guest.call(39, 312, 0)
+    words = log.area.words
+    start = int(CallLogWord.CALL)
+    words[start : start + CallWord.STRINGS] = words[
+        CallLogWord.RING : CallLogWord.RING + CallWord.STRINGS
+    ]
+    record = CallWord.STRINGS * 8
+    assert len(log.take(last=True)[0]) == record, "the owner is in no call"
+    words[CallLogWord.ENTERED] = 1
+    assert log.take() == (b"", 0)
+    assert len(log.take(last=True)[0]) == record
+    for size in (0, 13, 145, 2**64 - 1):
+        words[start] = size
+        assert log.take(last=True) == (b"", 0)
+
+
 @pytest.mark.parametrize("head", [RING_WORDS + 1, 2**64 - 1, 2**63])
 def test_call_log_hostile_head_is_a_lost_record(log: CallLog, guest: Guest, head: int) -> None:
     log.area.words[CallLogWord.HEAD] = head

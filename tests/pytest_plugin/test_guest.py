@@ -510,6 +510,8 @@ def test_guest_target_that_fails_does_not_end_the_run(run: Run) -> None:
 def test_kcov_trace_shows_what_the_target_ran(run: Run) -> None:
     result = run(
         """
+        import re
+
         import pytest
 
         pytestmark = pytest.mark.guest(target="plan9", source="python")
@@ -525,6 +527,30 @@ def test_kcov_trace_shows_what_the_target_ran(run: Run) -> None:
             assert listed.results[0].status == 0
             assert trace.new_since(trace) == {}
             assert listed.new_since(trace) or trace.new_since(listed)
+
+            (opened,) = [
+                call for call in trace.calls
+                if call.name == "openat" and '"/mnt/target/README"' in call.arguments
+            ]
+            assert opened.result == 3 and opened.seconds > 0
+            assert "Plan9ServerProtocol.t_open" in {code.function for code in opened.host}
+            assert trace.last_calls()[-1].endswith("exit_group(0) = ?")
+            assert len(trace.last_calls(3)) == 3
+            opens = 'openat(AT_FDCWD, "/mnt/target/README", O_RDONLY) = 3'
+            opens = "t_open, by " + re.escape(opens)
+            with pytest.raises(AssertionError, match=opens):
+                trace.assert_covered("plan9/server.py:Plan9ServerProtocol.t_create")
+            with pytest.raises(AssertionError, match="is covered: lines .*, by openat"):
+                trace.assert_not_covered("plan9/server.py:t_open")
+            starts = [call.start for call in trace.calls]
+            assert starts == sorted(starts) and starts[0] >= 0
+
+        def test_cut_off(guest, kcov):
+            with kcov.trace() as trace:
+                with pytest.raises(Exception, match="did not end"):
+                    guest.run(["sleep", "1000"], timeout=3)
+            assert "nanosleep(" in trace.last_calls()[-1] and trace.calls[-1].result is None
+            assert kcov.run(["true"], calls=False).calls == []
 
         def test_reboot(guest, kcov):
             with kcov.trace() as trace:
@@ -553,7 +579,7 @@ def test_kcov_trace_shows_what_the_target_ran(run: Run) -> None:
                 trace.assert_not_covered("plan9/server.py:nothing")
         """
     )
-    result.assert_outcomes(passed=4)
+    result.assert_outcomes(passed=5)
 
 
 def test_plugin_import_loads_nothing_of_the_package_but_itself(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.errors import IncompleteError
+from bridge.errors import IncompleteError, RunTimeoutError
 from bridge.session.session import Session
 from bridge.trace import Call
 from bridge.trace.text import call_text
@@ -160,6 +160,14 @@ def test_trace_lines_belong_to_the_call_that_reached_them(session: Session) -> N
         assert not isinstance(place, str)
         covered.setdefault(place.file, set()).update(place.block.lines)
     assert lines == covered
+
+
+def test_trace_cut_off_ends_with_the_call_that_did_not_return(session: Session) -> None:
+    with pytest.raises(RunTimeoutError):
+        session.kcov("mkfifo /tmp/fifo; exec cat /tmp/fifo", trace=True, timeout=3)
+    last = session.partial_calls[-1]
+    assert call_text(last) == 'openat(AT_FDCWD, "/tmp/fifo", O_RDONLY) = ?'
+    assert session.partial_calls[0].name == "execve"
 
 
 def test_trace_not_asked_for_has_no_calls(session: Session) -> None:
