@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A disk whose sectors a plugin of nbdkit in Python serves, as a virtio disk of the guest.
+"""A disk whose sectors a plugin of nbdkit in Python serves, behind the guest's virtio_blk or nbd.
 
 nbdkit (the Debian packages ``nbdkit`` and ``nbdkit-plugin-python``) has a Python of its own, the
 system's. It finds the packages of this Python too, except for modules in C if the versions differ.
@@ -17,10 +17,11 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 from bridge.errors import MissingDependencyError, TargetError
-from bridge.targets import BlockDevice, Endpoint
-from bridge.targets.nbd import export_size
+from bridge.targets import BlockDevice, UnixEndpoint
+from bridge.targets.nbd import PORT, NbdDisk, export_size
 
 __all__ = ["NbdkitTarget"]
 
@@ -56,14 +57,16 @@ class NbdkitTarget:
     filters: tuple[str, ...] = ()
     """Filters of nbdkit in front of the plugin, such as ``cow``, which keeps what is written."""
     read_only = False
-    endpoints: tuple[Endpoint, ...] = ()
+    driver: Literal["virtio_blk", "nbd"] = "virtio_blk"
+    """The guest's driver: QEMU connects to nbdkit for the first, the guest for the second."""
     guest_modules: tuple[str, ...] = ()
     guest_setup = ""
     guest_teardown = ""
 
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory
-        self.devices: tuple[BlockDevice, ...] = ()
+        self.devices: tuple[BlockDevice | NbdDisk, ...] = ()
+        self.endpoints: tuple[UnixEndpoint, ...] = ()
         self._stack = ExitStack()
 
     def plugin(self) -> Path:
@@ -120,12 +123,16 @@ class NbdkitTarget:
             except TargetError as error:
                 error.evidence = error.evidence or _end_of(place / "stderr")
                 raise
-            self.devices = (BlockDevice("disk", address, size, read_only=self.read_only),)
+            if self.driver == "nbd":
+                self.endpoints = (UnixEndpoint("nbd", address, PORT),)
+                self.devices = (NbdDisk("disk"),)
+            else:
+                self.devices = (BlockDevice("disk", address, size, read_only=self.read_only),)
             self._stack = stack.pop_all()
 
     def stop(self) -> None:
         """End nbdkit."""
-        self.devices = ()
+        self.devices, self.endpoints = (), ()
         self._stack.close()
 
     def _environment(self) -> dict[str, str]:

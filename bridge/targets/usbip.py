@@ -11,18 +11,16 @@ imports it. It needs no program but bash, coreutils and awk, which each image ha
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import re
 import shlex
-import socket
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bridge.errors import MissingDependencyError, TargetError
 from bridge.targets import TARGET_ADDRESS, Endpoint
+from bridge.targets.connections import ConnectionServer
 
 __all__ = ["MODULES", "PORT", "UsbDevice", "UsbTarget"]
 
@@ -150,10 +148,7 @@ class UsbTarget:
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory
         self.endpoints: tuple[Endpoint, ...] = ()
-        self._listener: socket.socket | None = None
-        self._accepting: threading.Thread | None = None
-        # Written by the thread that accepts, read once it has ended.
-        self._connections: list[tuple[socket.socket, threading.Thread]] = []
+        self._server: ConnectionServer | None = None
 
     def device(self) -> Any:
         """Return the device, a ``usbip.USBDevice``, with its interfaces; called once."""
@@ -184,43 +179,15 @@ class UsbTarget:
         device = self.device()
         # What plug() of the package sets, for a server that listens by itself.
         device.busid, device.busnum, device.devnum = "1-1", 1, 2
-        listener = socket.create_server(("127.0.0.1", 0))
-        self._listener = listener
-        self._accepting = threading.Thread(
-            target=self._accept, args=(listener, protocol, device), name=f"target-{self.name}"
+        self._server = ConnectionServer(
+            lambda connection: protocol.serve_connection(connection, [device]),
+            f"target-{self.name}",
         )
-        self._accepting.start()
-        self.endpoints = (Endpoint("usbip", listener.getsockname()[1], PORT),)
-
-    def _accept(self, listener: socket.socket, protocol: Any, device: Any) -> None:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            # Requests and answers are small and take turns.
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            serving = threading.Thread(
-                target=protocol.serve_connection,
-                args=(connection, [device]),
-                name=f"target-{self.name}-connection",
-            )
-            serving.start()
-            self._connections = [each for each in self._connections if each[1].is_alive()]
-            self._connections.append((connection, serving))
+        self.endpoints = (Endpoint("usbip", self._server.port, PORT),)
 
     def stop(self) -> None:
         """Unplug the device: cut all connections, close the port, join the threads."""
-        listener, self._listener = self._listener, None
-        if listener is None or self._accepting is None:
-            return
-        # It is this that wakes accept().
-        listener.shutdown(socket.SHUT_RDWR)
-        self._accepting.join()
-        listener.close()
+        server, self._server = self._server, None
         self.endpoints = ()
-        for connection, serving in self._connections:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-            serving.join()
-        self._connections = []
+        if server is not None:
+            server.close()

@@ -33,6 +33,29 @@ WRITTEN = {"target": "tests.system.disk_targets:RamDisk", "source": "python"}
 DISK = "tests/system/ram_disk.py"
 
 
+NETWORK = {"target": "tests.system.disk_targets:NetworkDisk", "source": "python"}
+
+
+@pytest.mark.guest(**NETWORK)
+def test_nbd_in_the_guest_each_call_reaches_the_plugin(session: Session) -> None:
+    opened, read, written, synced = make_calls(
+        session, "open /mnt/disk/file w", "pread 64 0", "write text", "fsync"
+    )
+    assert not opened.error
+    assert read.data == TEXT.encode()
+    assert f"{DISK}:pread" in read.functions
+    assert written.result == 4
+    assert synced.functions >= {f"{DISK}:pwrite", f"{DISK}:flush"}
+    assert f"{DISK}:pread" not in synced.functions
+
+
+@pytest.mark.guest(**NETWORK)
+def test_nbd_in_the_guest_is_connected_again_after_a_reset(session: Session) -> None:
+    session.guest.run("echo text >/mnt/disk/kept && sync", check=True)
+    session.reset()
+    assert session.run("cat /mnt/disk/kept; readlink /dev/target/disk").text == "text\n/dev/nbd0\n"
+
+
 @pytest.mark.guest(**WRITTEN)
 def test_nbdkit_disk_is_written_when_a_file_is_synced(session: Session) -> None:
     opened, written, synced = make_calls(session, "open /mnt/disk/new wct", "write text", "fsync")

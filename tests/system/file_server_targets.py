@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""File servers as targets."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bridge.targets import Endpoint
+from bridge.targets.connections import ConnectionServer
+from bridge.targets.smb import MODULES, PORT, SmbShare
+
+TEXT = "served by a server of SMB\n"
+
+
+class Smb:
+    """The SMB server of the package quicksand-smb, with a directory of one file."""
+
+    name = "smb"
+    packages = ("quicksand_smb",)
+    guest_modules = MODULES
+    share = SmbShare("share", password="x")
+    guest_setup = share.guest_setup
+    guest_teardown = share.guest_teardown
+    endpoints: tuple[Endpoint, ...] = ()
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.server: ConnectionServer | None = None
+
+    def start(self) -> None:
+        smb: Any = importlib.import_module("quicksand_smb")
+        self.place = tempfile.TemporaryDirectory(prefix="kcov-bridge-smb-")
+        (Path(self.place.name) / "file").write_text(TEXT)
+        config = smb.SMBConfig(shares={"share": smb.ShareConfig(self.place.name)})
+        self.server = ConnectionServer(
+            lambda connection: smb.serve_socket(connection, config), "target-smb"
+        )
+        self.endpoints = (Endpoint("smb", self.server.port, PORT),)
+
+    def stop(self) -> None:
+        if self.server is not None:
+            self.server.close()
+            self.place.cleanup()
+            self.server = None
