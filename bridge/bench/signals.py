@@ -4,8 +4,9 @@
 ``signal``: each call's return finds new coverage, a block of Python code and the PC of the call's
 number. The baseline is the floor (:mod:`bridge.bench.floor`) in the same guest, with a host that is
 awake and with one that always sleeps. ``idle``: the return finds no coverage; the baseline is the
-same call with kcov off. ``others``: calls of a task that owns nothing, while another task does; the
-baseline is a guest without the module.
+same call with kcov off. ``trace``: calls of a command whose system calls are traced
+(``run --trace``); the baseline is the same command without a trace. ``others``: calls of a task
+that owns nothing, while another task does; the baseline is a guest without the module.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from bridge.errors import InfrastructureError
 from bridge.session.session import Session
 from bridge.sources.python.source import PythonSource
 
-__all__ = ["IDLE", "OTHERS", "SIGNAL", "stay_awake"]
+__all__ = ["IDLE", "OTHERS", "SIGNAL", "TRACE", "stay_awake"]
 
 _NEEDED = 5
 _SIGNAL_AIM = Aim(2.0)
 _IDLE_AIM = Aim(0.5, of=Of.MORE)
 _OTHERS_AIM = Aim(1.02)
 _QUANTILES = ("p50", "p99", "p99.9")
+_TRACE_SECONDS = 120.0
 _MODULE = "/usr/lib/modules/$(uname -r)/extra/kcov_bridge.ko"
 
 _Figures = dict[str, Any]
@@ -130,6 +132,42 @@ def _measure_idle(bench: Bench) -> None:
         bench.add(Comparison(part, "us", on, off, _NEEDED, Of.MORE, aims))
 
 
+def _measure_trace(bench: Bench) -> None:
+    count = 1_000 if bench.quick else 10_000
+    for case, syscall_pcs in (("finds nothing", False), ("finds coverage", True)):
+        settings = bench.settings(target=COVERED_TARGET, syscall_pcs=syscall_pcs)
+        bench.progress(f"booting a guest: the return {case}")
+        with Session(settings, None) as session:
+            if syscall_pcs:
+                assert isinstance(session.source, PythonSource)
+                cover_before_each_look(session.source)
+
+            def command(session: Session, trace: bool) -> _Figures:
+                words = ["kcov-bench", "plain", str(count)]
+                done = session.kcov(words, trace=trace, timeout=_TRACE_SECONDS)
+                listed = sum(call.name == "getppid" for call in done.calls)
+                if done.exit_status or listed != (count if trace else 0):
+                    raise InfrastructureError(
+                        f"of {count} calls {listed} were traced (exit status {done.exit_status})",
+                        evidence=done.stderr.decode(errors="replace"),
+                    )
+                figures: _Figures = json.loads(done.stdout)
+                return figures
+
+            bench.progress("a command with and without a trace")
+            taken = take_turns(
+                {
+                    "traced": functools.partial(command, session, True),
+                    "no trace": functools.partial(command, session, False),
+                },
+                _NEEDED if bench.quick else 15,
+            )
+            _check(session)
+        for part in ("p50", "mean"):
+            ours, baseline = (_series(taken, way, "plain", part) for way in ("traced", "no trace"))
+            bench.add(Comparison(f"{case}, {part}", "us", ours, baseline, _NEEDED, Of.MORE))
+
+
 def _measure_others(bench: Bench) -> None:
     settings = bench.settings(target="none")
     count = 20_000 if bench.quick else 100_000
@@ -160,4 +198,5 @@ def _measure_others(bench: Bench) -> None:
 
 SIGNAL = Measurement("signal", "a system call whose return finds new coverage", _measure_signal)
 IDLE = Measurement("idle", "a system call of an owner whose return finds nothing", _measure_idle)
+TRACE = Measurement("trace", "a system call in a command that is traced", _measure_trace)
 OTHERS = Measurement("others", "system calls of tasks that own nothing", _measure_others)

@@ -21,6 +21,7 @@ _log = logging.getLogger("bridge.bench")
 _MEASUREMENTS = (
     ("signals", "SIGNAL"),
     ("signals", "IDLE"),
+    ("signals", "TRACE"),
     ("signals", "OTHERS"),
     ("consume", "CONSUME"),
     ("consume", "TARGET"),

@@ -122,6 +122,7 @@ _SUBCOMMANDS = {
     "run": "run a command in a guest under kcov, with a target on this machine",
     "ssh": "open a shell in a booted guest",
     "symbolize": "print the source of each PC",
+    "trace": "print the system calls of a run, with the code that each reached",
     "export": "write the guest kernel's coverage for other programs",
     "report": "make a page of a finished run or of tests, for a browser; also LCOV and others",
     "status": "show the figures of the running bridges",

@@ -31,15 +31,16 @@ from bridge.device.abi import (
     CallWord,
 )
 from bridge.device.region import Area
-from bridge.device.streams import WordLog
+from bridge.device.streams import AreaSource, WordLog
 from bridge.errors import IncompleteError
 
-__all__ = ["LOG_WORDS", "CallBook", "CallLog", "LoggedCall", "LoggedCalls"]
+__all__ = ["CallBook", "CallLog", "LoggedCall", "LoggedCalls"]
 
-RING_WORDS: Final = 4096
-"""Size of an owner's ring: some 250 calls."""
-LOG_WORDS: Final = CallLogWord.RING + RING_WORDS
-"""Size of the area that holds it."""
+_RING_WORDS: Final = (1 << 15, 1 << 12)
+"""Sizes of an owner's ring, for some 2,000 and some 250 calls. Each time that half of it is full
+costs as much as a wake-up of the host."""
+_SHARE: Final = 64
+"""A ring takes at most 1/64 of the free room, unless it has the smallest size."""
 
 _LEAST: Final = int(CallWord.STRINGS)
 _SIZE_MASK: Final = (1 << CALL_WORDS_BITS) - 1
@@ -62,12 +63,24 @@ class CallLog:
             all of its PCs, each once.
     """
 
+    @staticmethod
+    def allocate(areas: AreaSource) -> Area | None:
+        """Return an area for a log, smaller if little room is left for others."""
+        for ring in _RING_WORDS:
+            size = CallLogWord.RING + ring
+            if size * WORD * _SHARE <= areas.bytes_free or ring == _RING_WORDS[-1]:
+                area = areas.allocate(size)
+                if area is not None:
+                    return area
+        return None
+
     def __init__(self, area: Area, traced: Area, *, clear_bitmap: bool) -> None:
         self.area = area
+        self._ring_words = area.size - CallLogWord.RING
         self._words = words = area.words
         self._taken = 0
         self._lost = 0
-        words[CallLogWord.RING_WORDS] = RING_WORDS
+        words[CallLogWord.RING_WORDS] = self._ring_words
         words[CallLogWord.COUNT_OFFSET] = traced.offset + traced.bitmap_words * WORD
         words[CallLogWord.BITMAP_OFFSET] = traced.offset
         words[CallLogWord.BITMAP_WORDS] = traced.bitmap_words if clear_bitmap else 0
@@ -88,12 +101,13 @@ class CallLog:
         start, self._taken = self._taken, head
         size = (head - start) & _MASK
         taken = b""
-        if size > RING_WORDS:
+        ring = self._ring_words
+        if size > ring:
             # Nothing of this makes sense: the guest has overwritten it.
             missing += 1
         elif size:
-            first = start % RING_WORDS
-            end = min(first + size, RING_WORDS)
+            first = start % ring
+            end = min(first + size, ring)
             base = int(CallLogWord.RING)
             taken = words[base + first : base + end].tobytes()
             taken += words[base : base + size - (end - first)].tobytes()

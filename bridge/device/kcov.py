@@ -37,7 +37,7 @@ from bridge.device.abi import (
     WORD,
     Comparison,
 )
-from bridge.device.calls import LOG_WORDS, CallLog
+from bridge.device.calls import CallLog
 from bridge.device.fastpath import KcovState, ReturnHandler, Totals
 from bridge.device.region import Area
 from bridge.device.streams import AreaSource, Stream
@@ -493,7 +493,7 @@ class Device(Generic[C]):
             return errno.ENOMEM
         kcov.area.bitmap_words = stream.bitmap_words
         if stream.calls is not None:
-            log = self._areas.allocate(LOG_WORDS)
+            log = CallLog.allocate(self._areas)
             if log is None:
                 self._areas.free(kcov.area)
                 kcov.area = None

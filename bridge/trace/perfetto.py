@@ -18,7 +18,7 @@ from bridge.trace.call import Call
 from bridge.trace.text import call_text
 from bridge.util.files import write_stream
 
-__all__ = ["PERFETTO_FILE", "trace_events", "write_perfetto"]
+__all__ = ["PERFETTO_FILE", "perfetto_text", "trace_events", "write_perfetto"]
 
 PERFETTO_FILE: Final = "trace.perfetto.json"
 """Its name in the directory of a run."""
@@ -75,16 +75,17 @@ def write_perfetto(calls: Iterable[Call], path: Path) -> None:
     Raises:
         InfrastructureError: it cannot be written.
     """
+    write_stream(path, perfetto_text(calls))
 
-    def lines() -> Iterator[str]:
-        yield '{"displayTimeUnit":"ns","traceEvents":[\n'
-        separator = ""
-        for event in trace_events(calls):
-            yield separator + json.dumps(event)
-            separator = ",\n"
-        yield "\n]}\n"
 
-    write_stream(path, lines())
+def perfetto_text(calls: Iterable[Call]) -> Iterator[str]:
+    """Yield the text of the file, in pieces."""
+    yield '{"displayTimeUnit":"ns","traceEvents":[\n'
+    separator = ""
+    for event in trace_events(calls):
+        yield separator + json.dumps(event)
+        separator = ",\n"
+    yield "\n]}\n"
 
 
 def _arguments(call: Call) -> dict[str, Any]:

@@ -31,6 +31,7 @@ __all__ = [
     "TraceHeader",
     "TraceReader",
     "TraceWriter",
+    "call_line",
     "read_traces",
 ]
 
@@ -84,7 +85,8 @@ class TraceWriter:
         self.calls = 0
         """How many calls were written."""
         try:
-            self._write({"format": FORMAT, "version": VERSION, **dataclasses.asdict(header)})
+            head = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(header)}
+            self._write_line(_encode(head))
         except BaseException:
             with contextlib.suppress(OSError):
                 self._file.close()
@@ -92,7 +94,7 @@ class TraceWriter:
 
     def write(self, call: Call) -> None:
         """Write one call."""
-        self._write(_as_dict(call))
+        self._write_line(call_line(call))
         self.calls += 1
 
     def write_all(self, calls: Iterable[Call]) -> None:
@@ -126,9 +128,9 @@ class TraceWriter:
     ) -> None:
         self.close()
 
-    def _write(self, values: dict[str, Any]) -> None:
+    def _write_line(self, line: str) -> None:
         try:
-            self._file.write(_encode(values) + "\n")
+            self._file.write(line + "\n")
         except OSError as error:
             raise self._failed(error) from error
 
@@ -205,6 +207,11 @@ def read_traces(directory: Path) -> Iterator[TraceReader]:
     for path in sorted(directory.glob("trace*.jsonl")):
         if path.name == TRACE_FILE or path.name.startswith("trace."):
             yield TraceReader(path)
+
+
+def call_line(call: Call) -> str:
+    """Return the line of a call, without its end."""
+    return _encode(_as_dict(call))
 
 
 def _as_dict(call: Call) -> dict[str, Any]:

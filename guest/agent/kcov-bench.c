@@ -4,6 +4,7 @@
  *
  *	kcov-bench calls COUNT		each of COUNT getppid(2) alone, with this thread's kcov off
  *					and then on: mean and quantiles in nanoseconds, PCs left
+ *	kcov-bench plain COUNT		the same calls once, with whatever kcov this thread has
  *	kcov-bench others COUNT [owner]	COUNT calls of a task that owns nothing, while another one
  *					has kcov enabled and sleeps, if "owner" is given
  *	kcov-bench stream SECONDS	getppid(2) with kcov on, for this time: number, PCs left
@@ -117,6 +118,13 @@ static void calls(long count)
 	printf(", \"pcs\": %" PRIu64 "}\n", area[0]);
 }
 
+static void plain(long count)
+{
+	printf("{");
+	time_calls("plain", count);
+	printf("}\n");
+}
+
 static void getppid_call(void)
 {
 	syscall(SYS_getppid);
@@ -216,12 +224,14 @@ int main(int argc, char **argv)
 
 	if (!strcmp(mode, "calls") && argc == 3 && count >= 1000 && count <= MAX_CALLS)
 		calls(count);
+	else if (!strcmp(mode, "plain") && argc == 3 && count >= 1000 && count <= MAX_CALLS)
+		plain(count);
 	else if (!strcmp(mode, "others") && argc <= 4 && count >= 10 * BURSTS)
 		others(count, argc == 4 && !strcmp(argv[3], "owner"));
 	else if (!strcmp(mode, "stream") && argc == 3 && atof(argv[2]) > 0)
 		stream(atof(argv[2]));
 	else
-		errx(2, "usage: kcov-bench calls COUNT (1000-%d) | others COUNT (%d-) [owner] | "
-		     "stream SECONDS", MAX_CALLS, 10 * BURSTS);
+		errx(2, "usage: kcov-bench calls COUNT (1000-%d) | plain COUNT | others COUNT (%d-) "
+		     "[owner] | stream SECONDS", MAX_CALLS, 10 * BURSTS);
 	return 0;
 }

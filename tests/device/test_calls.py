@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from array import array
 from collections.abc import Iterator
@@ -10,13 +11,15 @@ from collections.abc import Iterator
 import pytest
 
 from bridge.device.abi import CALL_WORDS_BITS, CallFlag, CallLogWord, CallWord
-from bridge.device.calls import LOG_WORDS, RING_WORDS, CallBook, CallLog, LoggedCall
+from bridge.device.calls import CallBook, CallLog, LoggedCall
 from bridge.device.kcov import Device, Kcov
 from bridge.device.region import Area, Region
 from bridge.device.streams import Stream
 from bridge.errors import IncompleteError
 from bridge.sources.ledger import Cursor, Ledger
 
+RING_WORDS = 1 << 12
+LOG_WORDS = CallLogWord.RING + RING_WORDS
 OWNER = 7 << 32 | 312
 OTHER = 8 << 32 | 313
 
@@ -42,7 +45,8 @@ class Guest:
     def put(self, *words: int) -> None:
         head = self.words[CallLogWord.HEAD]
         for word in words:
-            self.words[CallLogWord.RING + head % RING_WORDS] = word & 2**64 - 1
+            ring = self.words[CallLogWord.RING_WORDS]
+            self.words[CallLogWord.RING + head % ring] = word & 2**64 - 1
             head = head + 1 & 2**64 - 1
         self.words[CallLogWord.HEAD] = head
 
@@ -309,6 +313,15 @@ def test_device_log_stays_until_the_guest_releases_the_instance(region: Region) 
     device.release(kcov)
     assert region.areas_in_use == in_use - 2
     assert device.instances == 0
+
+
+def test_device_ring_is_smaller_where_little_room_is_left(region: Region) -> None:
+    with contextlib.closing(Region(1 << 26)) as large:
+        for each, ring in ((large, 1 << 15), (region, 1 << 12)):
+            _, _, kcov, guest = traced_stream(each, Source())
+            assert guest.words[CallLogWord.RING_WORDS] == ring
+            assert kcov.calls is not None
+            assert len(guest.words) == kcov.calls.area.size == CallLogWord.RING + ring
 
 
 def test_device_without_room_for_the_log_has_no_area_either(region: Region) -> None:
