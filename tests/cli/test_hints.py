@@ -9,11 +9,13 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import pytest
 
 from bridge.cli.main import make_parser
 from bridge.config import ENVIRONMENT_PREFIX, known_variables
+from bridge.pytest_plugin import plugin
 from tests.support import ROOT
 
 
@@ -93,6 +95,29 @@ def _flags(parser: argparse.ArgumentParser) -> set[str]:
     return found.union(*map(_flags, _subparsers(parser).values()))
 
 
+class _Options:
+    """Stands for pytest's parser: keeps the names of options."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def getgroup(self, *_: object) -> _Options:
+        return self
+
+    def addoption(self, *names: str, **_: object) -> None:
+        self.names.update(names)
+
+    def addini(self, *_: object, **__: object) -> None:
+        pass
+
+
+def _pytest_flags() -> set[str]:
+    """The flags that the plugin gives pytest."""
+    options = _Options()
+    plugin.pytest_addoption(cast(pytest.Parser, options))
+    return options.names
+
+
 PARSER = make_parser(complete=True)
 COMMANDS = _subparsers(PARSER)
 TARGETS = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -125,7 +150,7 @@ def test_hints_are_found_in_the_source() -> None:
 def test_hint_names_only_what_exists(hint: Hint) -> None:
     text = _FOREIGN.sub("", hint.text)
     for flag in _FLAG.findall(text):
-        assert flag in _flags(PARSER), f"{hint}: there is no flag {flag}"
+        assert flag in _flags(PARSER) | _pytest_flags(), f"{hint}: there is no flag {flag}"
     for variable in _VARIABLE.findall(text):
         assert variable in known_variables(), f"{hint}: there is no variable {variable}"
     for command, action in _COMMAND.findall(text):
