@@ -237,16 +237,34 @@ class BlockDevice:
                 f"the disk {self.name!r} cannot have {self.size} bytes",
                 hint="the size is a multiple of 512",
             )
-        node = f"target-{self.name}"
-        common = {"node-name": node, "read-only": self.read_only}
-        server = _socket_address(self.name, self.address)
-        nbd = {"driver": "nbd", **common, "server": server, "export": self.export}
-        null = {"driver": "null-co", **common, "size": self.size, "read-zeroes": True}
-        device = ("-device", f"virtio-blk-pci,id={node}-disk,drive={node},serial={self.name}")
+        node = f"target-{check_device_name(self.name)}"
+        server, nowhere = f"{node}-server", f"{node}-nowhere"
+        null = {"driver": "null-co", "node-name": nowhere, "size": self.size, "read-zeroes": True}
+        disk = {"driver": "raw", "node-name": node, "read-only": self.read_only}
+        nbd = {
+            "driver": "nbd",
+            "node-name": server,
+            "server": _socket_address(self.name, self.address),
+            "export": self.export,
+            "read-only": self.read_only,
+        }
         return QemuDevice(
             name=self.name,
-            arguments=("-blockdev", json.dumps(nbd), *device),
-            stand_in=("-blockdev", json.dumps(null), *device),
+            # The disk leads nowhere where it is not connected: in the machine of the snapshot, and
+            # at a reset, when the target may serve elsewhere from then on.
+            arguments=(
+                *("-blockdev", json.dumps(null)),
+                *("-blockdev", json.dumps({**disk, "file": nowhere})),
+                *("-device", f"virtio-blk-pci,id={node}-disk,drive={node},serial={self.name}"),
+            ),
+            on_start=(
+                ("blockdev-add", nbd),
+                ("blockdev-reopen", {"options": [{**disk, "file": server}]}),
+            ),
+            on_reset=(
+                ("blockdev-reopen", {"options": [{**disk, "file": nowhere}]}),
+                ("blockdev-del", {"node-name": server}),
+            ),
             guest_modules=("virtio_blk",),
             guest_setup=_link(
                 self.name,

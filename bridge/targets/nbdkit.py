@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -67,6 +68,9 @@ class NbdkitTarget:
         self.directory = directory
         self.devices: tuple[BlockDevice | NbdDisk, ...] = ()
         self.endpoints: tuple[UnixEndpoint, ...] = ()
+        self.pid = 0
+        """The process of nbdkit, once it was started."""
+        self._stopping = False
         self._stack = ExitStack()
 
     def plugin(self) -> Path:
@@ -105,6 +109,7 @@ class NbdkitTarget:
                 stderr=stderr,
                 env=self._environment(),
             )
+            self.pid = process.pid
             stack.callback(_end, process)
             deadline = time.monotonic() + _START_SECONDS
             while not address.exists():
@@ -128,11 +133,25 @@ class NbdkitTarget:
                 self.devices = (NbdDisk("disk"),)
             else:
                 self.devices = (BlockDevice("disk", address, size, read_only=self.read_only),)
+            # A thread that ends by an exception is what tells of a target that is not well.
+            watch = threading.Thread(target=self._watch, args=(process, place), name="nbdkit")
+            self._stopping = False
+            watch.start()
+            stack.callback(watch.join)
+            # Before the thread is joined.
+            stack.callback(_end, process)
             self._stack = stack.pop_all()
+
+    def _watch(self, process: subprocess.Popen[bytes], place: Path) -> None:
+        status = process.wait()
+        if not self._stopping:
+            said = _end_of(place / "stderr")
+            raise TargetError(f"nbdkit ended by itself, with status {status}\n{said}")
 
     def stop(self) -> None:
         """End nbdkit."""
         self.devices, self.endpoints = (), ()
+        self._stopping = True
         self._stack.close()
 
     def _environment(self) -> dict[str, str]:

@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 
+import bridge
+from bridge import config
 from bridge.session.session import Session
+from bridge.session.target_host import TargetState
 from tests.support.named_calls import make_calls
-from tests.system.disk_targets import TEXT
+from tests.system.disk_targets import TEXT, RamDisk
 
 pytestmark = pytest.mark.vm
 
@@ -70,3 +76,25 @@ def test_nbdkit_disk_that_was_written_is_there_after_a_reset(session: Session) -
     session.guest.run("echo text >/mnt/disk/kept && sync", check=True)
     session.reset()
     assert session.run("cat /mnt/disk/kept").text == "text\n"
+
+
+def test_nbdkit_disk_of_a_target_that_restarts_has_its_first_contents_after_a_reset() -> None:
+    with Session(config.load(WRITTEN), target_state=TargetState.RESTART) as session:
+        session.guest.run("echo text >/mnt/disk/new && sync", check=True)
+        session.reset()
+        assert session.run("ls /mnt/disk").text == "file\nlost+found\n"
+        session.guest.run("echo text >/mnt/disk/new && sync", check=True)
+        session.reset()
+        assert session.run("cat /mnt/disk/file").text == TEXT
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nbdkit_that_dies_is_an_error_of_the_guests_disk() -> None:
+    with bridge.boot(**WRITTEN) as session:
+        (target,) = session.target_objects
+        assert isinstance(target, RamDisk)
+        os.kill(target.pid, signal.SIGKILL)
+        read = session.run("dd if=/dev/target/disk of=/dev/null iflag=direct count=1 skip=9999")
+        assert b"Input/output error" in read.stderr
+        assert session.run("echo the guest goes on").text
+        assert any("nbdkit" in problem for problem in session.target_problems())

@@ -60,7 +60,8 @@ def test_as_qemu_devices_of_one_kind_and_name_have_one_stand_in(listening: Path)
     ):
         options = [each.as_qemu().options(connected=False) for each in (one, other)]
         assert options[0] == options[1]
-    sizes = {BlockDevice("it", 4000, size).as_qemu().stand_in for size in (DISK, 2 * DISK)}
+    disks = [BlockDevice("it", 4000, size).as_qemu() for size in (DISK, 2 * DISK)]
+    sizes = {each.options(connected=False) for each in disks}
     assert len(sizes) == 2
 
 
