@@ -59,6 +59,7 @@ if TYPE_CHECKING:
         QemuDevice,
         SerialPort,
         Target,
+        UdpEndpoint,
         UnixEndpoint,
         VirtioPort,
     )
@@ -99,6 +100,7 @@ __all__ = [
     "Stats",
     "Target",
     "TargetError",
+    "UdpEndpoint",
     "UnixEndpoint",
     "UnwatchableError",
     "UsageError",
@@ -114,6 +116,7 @@ _MODULES = {
     "GuestFile": "bridge.targets",
     "QemuDevice": "bridge.targets",
     "SerialPort": "bridge.targets",
+    "UdpEndpoint": "bridge.targets",
     "UnixEndpoint": "bridge.targets",
     "VirtioPort": "bridge.targets",
     "Event": "bridge.session.events",

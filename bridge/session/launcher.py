@@ -33,12 +33,13 @@ from bridge.session.device_host import DeviceHost
 from bridge.session.kernel_watch import KernelWatch
 from bridge.session.snapshots import ready_snapshot, remove_if_damaged
 from bridge.session.stats import Stats
-from bridge.targets import TARGET_ADDRESS, QemuDevice
+from bridge.targets import TARGET_ADDRESS, AnyEndpoint, QemuDevice, UdpEndpoint
 from bridge.targets.description import Description
 from bridge.targets.devices import QmpCommand
 from bridge.vm.accel import Accelerator, choose_accelerator, next_accelerator
 from bridge.vm.agent import Ready
 from bridge.vm.config import MachineConfig, MemoryFds
+from bridge.vm.datagram_relay import DatagramRelay
 from bridge.vm.machine import Machine
 from bridge.vm.network import EpochWord, HostAddresses, RelayGate
 from bridge.vm.snapshot import Loading, Snapshot, new_memory
@@ -133,6 +134,31 @@ _FALL_BACKS: tuple[Callable[[Settings, Attempt, BridgeError], Attempt | None], .
 # ---- the guest
 
 
+@dataclass(frozen=True)
+class _Relays:
+    """The processes between the guest and the endpoints of its target."""
+
+    gate: RelayGate
+    addresses: HostAddresses
+    datagrams: DatagramRelay | None
+
+    def reset(self) -> None:
+        """Reset all connections, and drop all datagrams on the way."""
+        self.gate.reset_all()
+        if self.datagrams is not None:
+            self.datagrams.reset()
+
+    def set(self, endpoints: Sequence[AnyEndpoint]) -> None:
+        """Take the endpoints' addresses of now: as many as before, in the same order."""
+        self.addresses.set(endpoints)
+        if self.datagrams is not None:
+            self.datagrams.reset(_udp(endpoints))
+
+
+def _udp(endpoints: Sequence[AnyEndpoint]) -> list[UdpEndpoint]:
+    return [each for each in endpoints if isinstance(each, UdpEndpoint)]
+
+
 class RunningGuest:
     """A machine whose guest takes commands; made by a :class:`Launcher`.
 
@@ -149,8 +175,7 @@ class RunningGuest:
         guest: Guest,
         ready: Ready,
         saved: tuple[Snapshot, int] | None,
-        gate: RelayGate,
-        addresses: HostAddresses,
+        relays: _Relays,
         resources: ExitStack,
     ) -> None:
         self.machine = machine
@@ -159,8 +184,7 @@ class RunningGuest:
         self.snapshot = saved[0] if saved is not None else None
         self.resets = 0
         self._saved = saved
-        self._gate = gate
-        self._addresses = addresses
+        self._relays = relays
         self._resources = resources
         # As the target describes them now.
         self._devices, self.endpoints = machine.config.devices, machine.config.endpoints
@@ -202,7 +226,7 @@ class RunningGuest:
             self.resets += 1
             self.guest.forget()
             device.reset()
-            self._gate.reset_all()
+            self._relays.reset()
             # Before the memory is restored, because a device may write into it.
             for each in self._devices:
                 _execute(self.machine, each, each.on_reset)
@@ -210,7 +234,7 @@ class RunningGuest:
             self._hang_up()
             if renew is not None:
                 target = renew()
-                self._addresses.set(target.endpoints)
+                self._relays.set(target.endpoints)
                 self._devices, self.endpoints = target.devices, target.endpoints
 
         def connect() -> None:
@@ -234,7 +258,7 @@ class RunningGuest:
                 )
             time.sleep(_HANG_UP_POLL_SECONDS)
             # A relay that had just started opened the gate after the last reset.
-            self._gate.reset_all()
+            self._relays.gate.reset_all()
 
     def fill(self, stats: Stats) -> None:
         """As :class:`bridge.session.stats.Measured`."""
@@ -282,8 +306,16 @@ class Launcher:
         self._target = target
         self._console = out / "console.log" if out is not None else None
         config = image.machine_config(settings, accelerator)
-        self._gate = RelayGate()
-        self._addresses = HostAddresses(target.endpoints)
+        with ExitStack() as stack:
+            self._gate = RelayGate()
+            stack.callback(self._gate.close)
+            self._addresses = HostAddresses(target.endpoints)
+            stack.callback(self._addresses.close)
+            self._datagrams: DatagramRelay | None = None
+            if udp := _udp(target.endpoints):
+                self._datagrams = DatagramRelay(udp, coverage_epoch)
+                stack.callback(self._datagrams.close)
+            self._stack = stack.pop_all()
         self._config = dataclasses.replace(
             config,
             endpoints=target.endpoints,
@@ -292,6 +324,7 @@ class Launcher:
             coverage_epoch=coverage_epoch,
             gate=self._gate.path,
             host_addresses=self._addresses.path,
+            datagrams=self._datagrams.directory if self._datagrams is not None else None,
             plugin=watch.plugin,
         )
 
@@ -299,8 +332,7 @@ class Launcher:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._gate.close()
-        self._addresses.close()
+        self._stack.close()
 
     def launch(self) -> RunningGuest:
         """Start the guest from its snapshot, or boot it; return when it takes commands.
@@ -391,9 +423,8 @@ class Launcher:
                 " (from a snapshot)" if snapshot is not None else "",
                 ready.kernel,
             )
-            return RunningGuest(
-                machine, guest, ready, saved, self._gate, self._addresses, stack.pop_all()
-            )
+            relays = _Relays(self._gate, self._addresses, self._datagrams)
+            return RunningGuest(machine, guest, ready, saved, relays, stack.pop_all())
 
 
 def _connect(machine: Machine, devices: Sequence[QemuDevice]) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "QemuDevice",
     "SerialPort",
     "Target",
+    "UdpEndpoint",
     "UnixEndpoint",
     "VirtioPort",
 ]
@@ -71,7 +72,20 @@ class UnixEndpoint:
     guest_port: int
 
 
-AnyEndpoint = Endpoint | UnixEndpoint
+@dataclass(frozen=True)
+class UdpEndpoint:
+    """A UDP service of a target, as the guest is to reach it.
+
+    What the guest sends to :data:`TARGET_ADDRESS`, ``guest_port``, arrives at
+    127.0.0.1:``host_port``, from a port of its own for each port of the guest.
+    """
+
+    name: str
+    host_port: int
+    guest_port: int
+
+
+AnyEndpoint = Endpoint | UdpEndpoint | UnixEndpoint
 """What a target may name as an endpoint."""
 
 

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bridge.errors import BridgeError, TargetError
-from bridge.targets import AnyEndpoint, Endpoint, GuestFile, QemuDevice, Target, UnixEndpoint
+from bridge.targets import (
+    AnyEndpoint,
+    Endpoint,
+    GuestFile,
+    QemuDevice,
+    Target,
+    UdpEndpoint,
+    UnixEndpoint,
+)
 from bridge.targets.devices import check_device_name
 from bridge.targets.thread import foreign
 
@@ -19,7 +27,7 @@ __all__ = ["Description", "describe"]
 
 T = TypeVar("T")
 
-_ENDPOINTS: tuple[type[AnyEndpoint], ...] = (Endpoint, UnixEndpoint)
+_ENDPOINTS: tuple[type[AnyEndpoint], ...] = (Endpoint, UdpEndpoint, UnixEndpoint)
 
 
 @dataclass(frozen=True)

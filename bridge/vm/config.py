@@ -78,6 +78,8 @@ class MachineConfig:
         devices: the target's devices.
         connected: whether the devices are connected to the target; otherwise they are stand-ins.
         coverage_epoch: the word that the relays to ``endpoints`` change.
+        datagrams: the directory of the relay for UDP
+            (:class:`bridge.vm.datagram_relay.DatagramRelay`).
         gate: resets these relays (:class:`bridge.vm.network.RelayGate`).
         host_addresses: where these relays find the endpoints on the host
             (:class:`bridge.vm.network.HostAddresses`).
@@ -105,6 +107,7 @@ class MachineConfig:
     coverage_epoch: EpochWord | None = field(default=None, metadata=_WIRING)
     gate: Path | None = field(default=None, metadata=_WIRING)
     host_addresses: Path | None = field(default=None, metadata=_WIRING)
+    datagrams: Path | None = field(default=None, metadata=_WIRING)
     network: bool = True
     ssh_port: int = field(default=0, metadata=_WIRING)
     boot_timeout: float | None = field(default=None, metadata=_WIRING)
@@ -326,8 +329,23 @@ def _network(config: MachineConfig) -> list[str]:
         *("-netdev", user_network(config, config.ssh_port)),
         *("-netdev", f"hubport,id={NETWORK_PORT},hubid={HUB},netdev={NETWORK}"),
         *("-netdev", f"hubport,id={_CARD_PORT},hubid={HUB}"),
+        *_datagrams(config),
         # With an empty romfile the firmware has no boot ROM to copy and run.
         *("-device", f"virtio-net-pci,netdev={_CARD_PORT},romfile="),
+    ]
+
+
+def _datagrams(config: MachineConfig) -> list[str]:
+    """Return the options for a second network at the hub, on which the relay for UDP answers."""
+    if config.datagrams is None:
+        return []
+    sockets = ",".join(
+        f"{side}.type=unix,{side}.path={_escaped(config.datagrams / name)}"
+        for side, name in (("local", "qemu"), ("remote", "relay"))
+    )
+    return [
+        *("-netdev", f"dgram,id=datagrams,{sockets}"),
+        *("-netdev", f"hubport,id=datagrams-port,hubid={HUB},netdev=datagrams"),
     ]
 
 

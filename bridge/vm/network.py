@@ -8,6 +8,8 @@
   :mod:`bridge.vm.relay` for each connection, which connects to ``127.0.0.1:host_port``, or to
   the endpoint's Unix socket.
 
+Datagrams of UDP take another way: :mod:`bridge.vm.datagram_relay`.
+
 QEMU can also forward a guest's connection to a chardev, without a program between. But a chardev
 is one connection for the life of the VM, so a second client or a second mount would find it taken.
 """
@@ -24,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bridge.errors import QemuError, UsageError
-from bridge.targets import TARGET_ADDRESS, AnyEndpoint, Endpoint
+from bridge.targets import TARGET_ADDRESS, AnyEndpoint, Endpoint, UdpEndpoint, UnixEndpoint
 from bridge.vm.relay import SLOT
 
 __all__ = [
@@ -47,7 +49,12 @@ GUEST_ADDRESS = "10.0.2.15"
 SSH_GUEST_PORT = 22
 
 _RELAY = Path(__file__).with_name("relay.py")
-_LISTENS = re.compile(r"^ *[0-9]+: [0-9A-F]+:([0-9A-F]{4}) [0-9A-F]+:[0-9A-F]+ 0A ", re.MULTILINE)
+_LISTENS = {
+    protocol: re.compile(
+        rf"^ *[0-9]+: [0-9A-F]+:([0-9A-F]{{4}}) [0-9A-F]+:[0-9A-F]+ {state} ", re.MULTILINE
+    )
+    for protocol, state in (("tcp", "0A"), ("udp", "07"))
+}
 """A socket that listens, and its port: Linux, net/ipv4/tcp_ipv4.c, get_tcp4_sock()."""
 _HOST_FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+(\S+)\s+(\d+)\s+(\S+)\s+(\d+)")
 
@@ -110,23 +117,33 @@ class HostAddresses:
 
 def silent_endpoints(endpoints: Sequence[AnyEndpoint]) -> list[str]:
     """Return the names of those that nobody on the host listens on; nothing connects to them."""
-    ports = {each.host_port for each in endpoints if isinstance(each, Endpoint)}
-    if ports:
-        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-            with contextlib.suppress(OSError):
-                ports -= {int(port, 16) for port in _LISTENS.findall(Path(table).read_text())}
-    return [
-        each.name
-        for each in endpoints
-        if (each.host_port in ports if isinstance(each, Endpoint) else not each.host_path.exists())
-    ]
+    tcp, udp = (
+        _unused({each.host_port for each in endpoints if isinstance(each, kind)}, protocol)
+        for kind, protocol in ((Endpoint, "tcp"), (UdpEndpoint, "udp"))
+    )
+
+    def silent(endpoint: AnyEndpoint) -> bool:
+        if isinstance(endpoint, UnixEndpoint):
+            return not endpoint.host_path.exists()
+        return endpoint.host_port in (udp if isinstance(endpoint, UdpEndpoint) else tcp)
+
+    return [each.name for each in endpoints if silent(each)]
+
+
+def _unused(ports: set[int], protocol: str) -> set[int]:
+    """Return those ports that nobody on the host listens on."""
+    for table in (protocol, f"{protocol}6") if ports else ():
+        with contextlib.suppress(OSError):
+            used = _LISTENS[protocol].findall(Path("/proc/net", table).read_text())
+            ports = ports - {int(port, 16) for port in used}
+    return ports
 
 
 def _host_address(endpoint: AnyEndpoint) -> str:
     """Return an address as relays take it."""
-    if isinstance(endpoint, Endpoint):
-        return str(endpoint.host_port)
-    return str(endpoint.host_path.absolute())
+    if isinstance(endpoint, UnixEndpoint):
+        return str(endpoint.host_path.absolute())
+    return str(endpoint.host_port)
 
 
 def relay_command(
@@ -174,17 +191,20 @@ def netdev_option(
     if ssh:
         _check_port("the SSH port", ssh_port, lowest=0)
         parts.append(f"hostfwd=tcp:{LOCALHOST}:{ssh_port}-{GUEST_ADDRESS}:{SSH_GUEST_PORT}")
-    taken: dict[int, AnyEndpoint] = {}
+    taken: dict[tuple[bool, int], AnyEndpoint] = {}
     for number, endpoint in enumerate(endpoints):
+        udp = isinstance(endpoint, UdpEndpoint)
         _check_port(f"the guest port of endpoint {endpoint.name!r}", endpoint.guest_port)
-        if isinstance(endpoint, Endpoint):
+        if not isinstance(endpoint, UnixEndpoint):
             _check_port(f"the host port of endpoint {endpoint.name!r}", endpoint.host_port)
-        if other := taken.get(endpoint.guest_port):
+        if other := taken.get((udp, endpoint.guest_port)):
             raise UsageError(
                 f"the endpoints {other.name!r} and {endpoint.name!r} have the same guest port "
                 f"{endpoint.guest_port}"
             )
-        taken[endpoint.guest_port] = endpoint
+        taken[udp, endpoint.guest_port] = endpoint
+        if udp:
+            continue
         slot = (host_addresses, number) if host_addresses is not None else None
         words = relay_command(endpoint, coverage_epoch, gate, slot)
         command = shlex.join(words).replace(",", ",,")

@@ -252,6 +252,7 @@ WIRING: dict[str, Any] = {
     "connected": True,
     "coverage_epoch": EpochWord("/proc/1/fd/4", 256),
     "gate": Path("/proc/1/fd/3"),
+    "datagrams": Path("/run/it"),
     "ssh_port": 2222,
     "plugin": Path("/plugin.so"),
     "boot_timeout": 3.0,
