@@ -180,7 +180,7 @@ def _devices(value: Any) -> tuple[QemuDevice, ...]:
 
 def _check_device(device: QemuDevice) -> None:
     """Check what a target of one's own may have written into a :class:`QemuDevice`."""
-    for member in ("arguments", "stand_in", "guest_modules"):
+    for member in ("arguments", "stand_in", "guest_modules", "kernel_arguments"):
         value = getattr(device, member)
         if not isinstance(value, tuple) or not all(isinstance(each, str) for each in value):
             raise TargetError(

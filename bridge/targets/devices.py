@@ -40,6 +40,9 @@ DEVICE_DIRECTORY = "/dev/target"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,19}")
 """What QEMU takes as an id, and what fits into the serial number of a virtio disk."""
 
+_SERIAL_PORTS = "8250.nr_uarts=16"
+"""Linux makes four by itself, and the guest's console and agent take two."""
+
 _SETTLE_STEPS = 100
 """How often a set-up script looks for its device, every 50 ms."""
 
@@ -68,6 +71,8 @@ class QemuDevice:
             is restored.
         guest_modules: kernel modules that the guest needs for it.
         guest_setup: a shell script that root runs in the guest before the target's ``guest_setup``.
+        kernel_arguments: added to the kernel's command line, each once, where the bridge gives the
+            kernel one.
         can_be_saved: whether QEMU can save its state. If not, each guest boots, and none can be
             reset.
     """
@@ -79,6 +84,7 @@ class QemuDevice:
     on_reset: tuple[QmpCommand, ...] = ()
     guest_modules: tuple[str, ...] = ()
     guest_setup: str = ""
+    kernel_arguments: tuple[str, ...] = ()
     can_be_saved: bool = True
 
     def as_qemu(self) -> QemuDevice:
@@ -100,6 +106,7 @@ class QemuDevice:
             on_reset=_commands(values["on_reset"]),
             guest_modules=tuple(values["guest_modules"]),
             guest_setup=values["guest_setup"],
+            kernel_arguments=tuple(values["kernel_arguments"]),
             can_be_saved=values["can_be_saved"],
         )
 
@@ -143,6 +150,7 @@ class SerialPort:
             arguments=(*chardev.nowhere, *device),
             on_start=(("chardev-change", {"id": chardev.id, "backend": chardev.backend}),),
             on_reset=(("chardev-change", {"id": chardev.id, "backend": _NOWHERE}),),
+            kernel_arguments=(_SERIAL_PORTS,),
             guest_setup=_link(
                 self.name,
                 # The first port on PCI that no other name leads to.

@@ -153,9 +153,11 @@ class MachineConfig:
 
     @property
     def kernel_cmdline(self) -> str:
-        """``cmdline``, with what the bridge needs and ``cmdline`` does not set."""
+        """``cmdline``, with what the bridge and the devices need and ``cmdline`` does not set."""
         given = {word.partition("=")[0] for word in self.cmdline.split()}
-        needed = [f"{key}={value}" for key, value in _KERNEL_ARGUMENTS.items() if key not in given]
+        wanted = [f"{key}={value}" for key, value in _KERNEL_ARGUMENTS.items()]
+        wanted += dict.fromkeys(word for each in self.devices for word in each.kernel_arguments)
+        needed = [word for word in wanted if word.partition("=")[0] not in given]
         return " ".join([*needed, *self.cmdline.split()])
 
 

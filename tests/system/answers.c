@@ -2,13 +2,14 @@
 /*
  * Is what a target did before it answered in the area of the call that got the answer?
  *
- *	answers ADDRESS PORT PCS THREADS CALLS SEED
+ *	answers ADDRESS PORT PCS THREADS CALLS SEED QUIET
  *
- * Each thread has an instance and a connection of its own, and sends requests of two bytes: its own
- * number and which of BRANCHES branches the target is to take; the answer is one byte. The file PCS
- * has the PC of each branch, a hex number a line, thread by thread. Between requests come up to
- * QUIET calls that nobody answers, and the answer is waited for in several ways. Ends after CALLS
- * traced calls. Prints how many requests, calls, and answers without their PC there were; exit
+ * Each thread has an instance and a connection of its own: of TCP; of UDP if a "u" precedes PORT; or
+ * the device ADDRESS followed by its number if ADDRESS is a path. It sends requests of two bytes: its
+ * own number and which of BRANCHES branches the target is to take; the answer is one byte. The file
+ * PCS has the PC of each branch, a hex number a line, thread by thread. Between requests come less
+ * than QUIET calls that nobody answers, and the answer is waited for in several ways. Ends after
+ * CALLS traced calls, or a few more. Prints how many requests, calls, and answers without their PC there were; exit
  * status 1 where there was such an answer.
  */
 #define _GNU_SOURCE
@@ -31,6 +32,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <termios.h>
 #include <unistd.h>
 
 #include <linux/kcov.h>
@@ -38,7 +40,6 @@
 #define WORDS		(64 << 10)
 #define BRANCHES	64
 #define MOST_THREADS	16
-#define QUIET		100
 #define WAYS		12
 /* A branch is not taken again for so many requests: what is late shows in another one's area. */
 #define RECENT		8
@@ -46,7 +47,9 @@
 
 static uint64_t pcs[MOST_THREADS][BRANCHES];
 static struct sockaddr_in target = { .sin_family = AF_INET };
-static long calls_each;
+static const char *device;
+static int kind = SOCK_STREAM;
+static long calls_each, quiet_most;
 static unsigned long seed;
 static atomic_long requests, calls, missed;
 
@@ -69,17 +72,23 @@ static bool covered(const uint64_t *area, uint64_t pc)
 }
 
 /* Waits for one byte, in one of WAYS ways; returns how many system calls it took. */
-static long receive(int sock, unsigned int way)
+static long receive(int fd, unsigned int way)
 {
-	struct pollfd ready = { .fd = sock, .events = POLLIN };
+	struct pollfd ready = { .fd = fd, .events = POLLIN };
 	long made = 1;
 	char byte;
 
 	if (way < WAYS / 2 && way) {
 		poll(&ready, 1, -1);
 		made++;
+	} else if (way == 0 && device) {
+		while (poll(&ready, 1, 0) == 0) {
+			sched_yield();
+			made += 2;
+		}
+		made++;
 	} else if (way == 0) {
-		while (recv(sock, &byte, 1, MSG_DONTWAIT | MSG_PEEK) < 0) {
+		while (recv(fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK) < 0) {
 			if (errno != EAGAIN)
 				err(2, "recv");
 			sched_yield();
@@ -87,18 +96,47 @@ static long receive(int sock, unsigned int way)
 		}
 		made++;
 	}
-	if (recv(sock, &byte, 1, 0) != 1)
+	if (read(fd, &byte, 1) != 1)
 		errx(2, "no answer");
 	return made;
+}
+
+static int connection(unsigned long thread)
+{
+	struct termios raw;
+	char path[64];
+	int one = 1, fd;
+
+	if (device) {
+		snprintf(path, sizeof(path), "%s%lu", device, thread);
+		fd = open(path, O_RDWR | O_NOCTTY);
+		if (fd < 0)
+			err(2, "%s", path);
+		if (isatty(fd)) {
+			if (tcgetattr(fd, &raw))
+				err(2, "tcgetattr");
+			cfmakeraw(&raw);
+			cfsetspeed(&raw, B115200);
+			if (tcsetattr(fd, TCSANOW, &raw))
+				err(2, "tcsetattr");
+		}
+		return fd;
+	}
+	fd = socket(AF_INET, kind, 0);
+	if (fd < 0 || connect(fd, (struct sockaddr *)&target, sizeof(target)))
+		err(2, "connect");
+	if (kind == SOCK_STREAM)
+		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+	return fd;
 }
 
 static void *work(void *argument)
 {
 	unsigned long thread = (unsigned long)argument;
 	uint64_t state = seed * 0x9e3779b97f4a7c15 + thread + 1;
-	long made = 0, asked = 0, late = 0;
+	long made = 0, done = 0, asked = 0, late = 0;
 	unsigned int recent[RECENT] = { 0 };
-	int one = 1, fd, sock;
+	int fd, sock;
 	uint64_t *area;
 
 	fd = open("/sys/kernel/debug/kcov", O_RDWR);
@@ -107,15 +145,13 @@ static void *work(void *argument)
 	area = mmap(NULL, WORDS * 8, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	if (area == MAP_FAILED)
 		err(2, "mmap");
-	sock = socket(AF_INET, SOCK_STREAM, 0);
-	if (sock < 0 || connect(sock, (struct sockaddr *)&target, sizeof(target)))
-		err(2, "connect");
-	setsockopt(sock, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+	sock = connection(thread);
 	if (ioctl(fd, KCOV_ENABLE, KCOV_TRACE_PC))
 		err(2, "KCOV_ENABLE");
-	while (made < calls_each) {
+	/* Calls that only ask whether the answer is there do not count: their number varies. */
+	while (done < calls_each) {
 		unsigned char request[2] = { (unsigned char)thread };
-		long quiet = (long)(next(&state) % QUIET);
+		long quiet = (long)(next(&state) % quiet_most);
 		unsigned int branch;
 		bool again;
 
@@ -132,6 +168,7 @@ static void *work(void *argument)
 		__atomic_store_n(&area[0], 0, __ATOMIC_RELAXED);
 		if (write(sock, request, sizeof(request)) != sizeof(request))
 			err(2, "write");
+		done += quiet + 2;
 		made += quiet + 1 + receive(sock, (unsigned int)(next(&state) % WAYS));
 		asked++;
 		if (!covered(area, pcs[thread][branch])) {
@@ -154,10 +191,15 @@ int main(int argc, char **argv)
 	unsigned long count;
 	FILE *file;
 
-	if (argc != 7)
-		errx(2, "usage: answers ADDRESS PORT PCS THREADS CALLS SEED");
-	target.sin_port = htons((uint16_t)atoi(argv[2]));
+	if (argc != 8)
+		errx(2, "usage: answers ADDRESS PORT PCS THREADS CALLS SEED QUIET");
+	if (argv[1][0] == '/')
+		device = argv[1];
+	if (argv[2][0] == 'u')
+		kind = SOCK_DGRAM;
+	target.sin_port = htons((uint16_t)atoi(argv[2] + (kind == SOCK_DGRAM)));
 	inet_pton(AF_INET, argv[1], &target.sin_addr);
+	quiet_most = atol(argv[7]);
 	count = strtoul(argv[4], NULL, 10);
 	if (count < 1 || count > MOST_THREADS)
 		errx(2, "1 to %d threads", MOST_THREADS);

@@ -11,12 +11,14 @@
  *	fsync, close		of the file that was opened last, as the four above
  *	stat PATH, mkdir PATH, unlink PATH, rename OLD NEW, list PATH (getdents64)
  *	can INTERFACE		takes a raw CAN socket as the file; not traced
+ *	tcp ADDRESS PORT, udp ADDRESS PORT	takes a connected socket as the file; not traced
  *	i2c ADDRESS		ioctl I2C_SLAVE
  *
  * Each prints a line of fields, separated by tabs: the name, the result, the errno, the bytes that
  * were read, and the PCs; the last two in hexadecimal digits.
  */
 #define _GNU_SOURCE
+#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/can.h>
@@ -79,6 +81,18 @@ static int can_socket(const char *name)
 	return fd;
 }
 
+static int internet_socket(int type, const char *address, const char *port)
+{
+	struct sockaddr_in to = { .sin_family = AF_INET, .sin_port = htons(atoi(port)) };
+	int fd = socket(AF_INET, type, 0);
+
+	if (fd < 0 || inet_pton(AF_INET, address, &to.sin_addr) != 1)
+		die("socket");
+	if (connect(fd, (struct sockaddr *)&to, sizeof(to)))
+		die("connect");
+	return fd;
+}
+
 /* Copy a text to the buffer, with its pairs of hexadecimal digits decoded if it begins with 0x. */
 static size_t decode(const char *text)
 {
@@ -135,6 +149,11 @@ int main(int argc, char **argv)
 			word[j] = strsep(&rest, " ");
 		if (!strcmp(word[0], "can")) {
 			file = can_socket(word[1]);
+			continue;
+		}
+		if (!strcmp(word[0], "tcp") || !strcmp(word[0], "udp")) {
+			file = internet_socket(word[0][0] == 't' ? SOCK_STREAM : SOCK_DGRAM,
+					       word[1], word[2]);
 			continue;
 		}
 		if (!strcmp(word[0], "open")) {

@@ -4,7 +4,7 @@
 Several threads in a guest with several processors, each with an instance of its own, ask a target
 that takes a branch of its code for each request, and make calls in between that nobody answers, of
 which the host hears nothing. ``KCOV_BRIDGE_ANSWERS`` is the number of calls (``make answers``
-takes ten million for each kind of target).
+takes ten million for each kind of target). The answers come by each kind of way to the guest.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def serve(listener):
 
 
 def talk(connection):
-    while request := connection.recv(2):
+    while request := connection.recv(2, socket.MSG_WAITALL):
         which = request[0] * 64 + request[1]
 @INLINE@
         connection.sendall(b".")
@@ -77,6 +77,19 @@ async def talk(reader, writer):
         branch(request[0] * 64 + request[1])
         writer.write(b".")
         await writer.drain()
+"""
+
+# One socket for all ports of the guest.
+DATAGRAMS = """
+def serve(sock):
+    while True:
+        try:
+            request, sender = sock.recvfrom(2)
+        except OSError:
+            return
+        which = request[0] * 64 + request[1]
+@INLINE@
+        sock.sendto(b".", sender)
 """
 
 TARGET = """
@@ -112,6 +125,57 @@ class Target:
 """
 
 
+# The other ways to the guest; @DEVICE@ is the class of three devices.
+OTHER_TARGET = """
+import pathlib
+import socket
+import tempfile
+import threading
+
+from bridge.targets import SerialPort, UdpEndpoint, UnixEndpoint, VirtioPort
+
+
+class Target:
+    name = "answers"
+    packages = ("answers_@KIND@",)
+    guest_modules = ()
+    guest_setup = guest_teardown = ""
+    endpoints = devices = ()
+
+    def __init__(self, directory):
+        self.sockets = []
+
+    def start(self):
+        import answers_@KIND@
+
+        self.directory = tempfile.TemporaryDirectory()
+        if "@KIND@" == "udp":
+            sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            sock.bind(("127.0.0.1", 0))
+            self.sockets.append(sock)
+            self.endpoints = (UdpEndpoint("it", sock.getsockname()[1], 80),)
+        else:
+            paths = [pathlib.Path(self.directory.name, f"it{i}") for i in range(3)]
+            for path in paths:
+                sock = socket.socket(socket.AF_UNIX)
+                sock.bind(str(path))
+                sock.listen()
+                self.sockets.append(sock)
+            kind = {"serial": SerialPort, "virtio": VirtioPort}.get("@KIND@")
+            if kind is None:
+                self.endpoints = (UnixEndpoint("it", paths[0], 80),)
+            else:
+                self.devices = tuple(kind(path.name, path) for path in paths)
+        for sock in self.sockets:
+            threading.Thread(target=answers_@KIND@.serve, args=(sock,), daemon=True).start()
+
+    def stop(self):
+        for sock in self.sockets:
+            sock.close()
+        self.directory.cleanup()
+"""
+
+
 def tree(low: int, high: int, indent: int) -> list[str]:
     """Source that does something of its own for each value of ``which`` from ``low`` on."""
     space = " " * indent
@@ -141,16 +205,29 @@ def branches(session: Session, name: str, source: str) -> list[int]:
     return [found[which] for which in sorted(found)]
 
 
-@pytest.mark.parametrize("kind", ["threads", "asyncio", "isolated", "always"])
+KINDS = {
+    "threads": (THREADED, TARGET),
+    "asyncio": (ASYNC, TARGET),
+    "isolated": (THREADED, TARGET),
+    "always": (THREADED, TARGET),
+    "udp": (DATAGRAMS, OTHER_TARGET),
+    "unix": (THREADED, OTHER_TARGET),
+    "serial": (THREADED, OTHER_TARGET),
+    "virtio": (THREADED, OTHER_TARGET),
+}
+"""Code under test, and its target."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_answers(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``always``: PCs for the calls themselves, so that every return is told."""
-    text = ASYNC if kind == "asyncio" else THREADED
+    text, target = KINDS[kind]
     count = THREADS * BRANCHES
     text = text.replace("@INLINE@", "\n".join(tree(0, count, 8)))
     text = text.replace("@BRANCH@", "\n".join(tree(0, count, 4)))
     # A module of its own each time: the target runs in this process.
     (tmp_path / f"answers_{kind}.py").write_text(text)
-    (tmp_path / f"answers_target_{kind}.py").write_text(TARGET.replace("@KIND@", kind))
+    (tmp_path / f"answers_target_{kind}.py").write_text(target.replace("@KIND@", kind))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     program = guest_program(PROGRAM)
@@ -169,8 +246,12 @@ def test_answers(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         pcs.write_text("".join(f"{pc:x}\n" for pc in branches(session, f"answers_{kind}.py", text)))
         session.put(pcs, "/tmp/pcs", 0o644)
         before = session.doorbell.counters.requests
-        words = ["/tmp/answers", TARGET_ADDRESS, "80", "/tmp/pcs"]
-        result = session.run([*words, str(THREADS), str(calls), SEED], timeout=120 + calls / 500)
+        address = "/dev/target/it" if kind in ("serial", "virtio") else TARGET_ADDRESS
+        words = ["/tmp/answers", address, "u80" if kind == "udp" else "80", "/tmp/pcs"]
+        # Nearly each call is a request where the answers do not come by TCP.
+        quiet = 100 if target == TARGET else 4
+        words += [str(THREADS), str(calls), SEED, str(quiet)]
+        result = session.run(words, timeout=120 + calls / 500)
         told = session.doorbell.counters.requests - before
         print(result.text, result.stderr.decode(), f"told {told}")
         assert result.exit_status == 0, result.text + result.stderr.decode()
@@ -183,6 +264,8 @@ def test_answers(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert session.device.totals.returns >= found["calls"]
         if kind == "always":
             assert told >= found["calls"]
-        else:
+        elif target == TARGET:
             # An answer to one thread is news for all of them.
             assert told < found["calls"] / 3
+        else:
+            assert found["requests"] > calls / 6

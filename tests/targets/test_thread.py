@@ -195,6 +195,7 @@ def test_description_comes_back_from_json() -> None:
                 on_reset=(("stop", {}),),
                 guest_modules=("edu",),
                 guest_setup="true",
+                kernel_arguments=("quiet",),
                 can_be_saved=False,
             ),
         ),
