@@ -41,8 +41,10 @@ def complete(
     kind = FailureKind.ASSERTION if report.failed else None
     error = call.excinfo.value if call.excinfo is not None else None
     if call.excinfo is not None and report.failed:
-        if isinstance(error, _OF_THE_TEST) and report.when != "setup":
+        if isinstance(error, _OF_THE_TEST) and (report.when != "setup" or lease is not None):
             report.longrepr = _of_the_test(call.excinfo)
+        elif isinstance(error, UsageError):
+            report.longrepr = f"the guest cannot have these settings: {error.report()}"
         elif isinstance(error, BridgeError):
             kind = FailureKind.MACHINE
             report.longrepr = _of_the_machine(error, call.excinfo, lease)
