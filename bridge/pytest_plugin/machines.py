@@ -29,6 +29,7 @@ from bridge.pytest_plugin.health import KernelLog, Symptom, new_taint, symptoms
 from bridge.pytest_plugin.request import GuestRequest, Machine, Reset, request_of
 from bridge.session.session import Session
 from bridge.targets.faults import TargetFaults
+from bridge.trace.call import Call
 
 __all__ = [
     "GivenTarget",
@@ -127,6 +128,13 @@ class Traced(Protocol):
     """What a test has traced: :class:`bridge.pytest_plugin.Trace`."""
 
     pcs: list[int]
+
+    @property
+    def calls(self) -> list[Call]:
+        """The system calls, in the order in which they were entered."""
+
+    def last_calls(self, count: int = 20) -> list[str]:
+        """Return the last calls, a line of text each."""
 
 
 class Lease:

@@ -428,6 +428,14 @@ def _finish(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    try:
+        _end_guests(session)
+    finally:
+        if (recorder := session.config.stash.get(_RECORDER, None)) is not None:
+            recorder.write_page()
+
+
+def _end_guests(session: pytest.Session) -> None:
     machines = session.config.stash.get(_MACHINES, None)
     if machines is None:
         return
@@ -444,6 +452,8 @@ def pytest_terminal_summary(
     recorder = config.stash.get(_RECORDER, None)
     if recorder is not None and recorder.coverage_file is not None:
         terminalreporter.write_line(f"coverage data of guest tests: {recorder.coverage_file}")
+    if recorder is not None and recorder.page is not None:
+        terminalreporter.write_line(f"report of guest tests: {recorder.page}")
 
 
 # ---- the controller of pytest-xdist

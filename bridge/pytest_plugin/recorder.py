@@ -9,11 +9,13 @@ that dies later are there.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+from weakref import WeakKeyDictionary
 
 import pytest
 
@@ -28,6 +30,8 @@ from bridge.pytest_plugin.coverage import (
 )
 from bridge.pytest_plugin.machines import Lease, Machines, warn
 from bridge.pytest_plugin.reports import add_extras
+from bridge.results.coverage_files import HTML_DIRECTORY, make_html
+from bridge.results.report.page import write_report
 from bridge.results.test_record import (
     FailureKind,
     Outcome,
@@ -35,6 +39,9 @@ from bridge.results.test_record import (
     RecordWriter,
     remove_records,
 )
+from bridge.session.session import Session
+from bridge.trace import TraceHeader, TraceWriter
+from bridge.trace.trace_file import TRACE_FILE
 
 __all__ = ["Recorder", "prepare"]
 
@@ -56,7 +63,12 @@ def prepare(config: pytest.Config) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         remove_records(directory)
-        (directory / _COVERAGE_FILE).unlink(missing_ok=True)
+        for path in (
+            *directory.glob("trace*.jsonl"),
+            directory / _COVERAGE_FILE,
+            directory / _PAGE,
+        ):
+            path.unlink(missing_ok=True)
     except BridgeError as error:
         raise pytest.UsageError(f"--guest-report: {error.report()}") from None
     except OSError as error:
@@ -83,6 +95,14 @@ class _Progress:
     message: str = ""
 
 
+@dataclass(frozen=True)
+class _Figures:
+    """What a session counted."""
+
+    pcs: int = 0
+    lost: int = 0
+
+
 @dataclass
 class _Seen:
     """The lines that tests of this process reached."""
@@ -100,6 +120,43 @@ class _Seen:
         return new
 
 
+class _Files:
+    """What one process writes into the directory of the report.
+
+    Raises:
+        InfrastructureError: a file cannot be written; from the methods.
+    """
+
+    def __init__(self, directory: Path, worker: str) -> None:
+        self.directory = directory
+        self.coverage_file = directory / _COVERAGE_FILE
+        self.page = directory / _PAGE
+        self._worker = worker
+        self._stack = contextlib.ExitStack()
+        self._records: RecordWriter | None = None
+        self._calls: TraceWriter | None = None
+
+    def write(self, record: RecordedTest) -> None:
+        """Add a test to the record."""
+        if self._records is None:
+            self._records = self._stack.enter_context(RecordWriter(self.directory, self._worker))
+        self._records.write(record)
+
+    def write_calls(self, test: str, lease: Lease) -> int:
+        """Add the calls that a test traced, and return how many there are."""
+        if self._calls is None:
+            name = f"trace.{self._worker}.jsonl" if self._worker else TRACE_FILE
+            writer = TraceWriter(self.directory / name, _header(lease.session))
+            self._calls = self._stack.enter_context(writer)
+        calls = [call for traced in lease.traces for call in traced.calls]
+        self._calls.write_all(dataclasses.replace(call, test=test) for call in calls)
+        return len(calls)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._stack.close()
+
+
 class Recorder:
     """The recorder of this process.
 
@@ -109,6 +166,7 @@ class Recorder:
 
     Attributes:
         coverage_file: where ``--guest-cov`` has written lines; None if it has not.
+        page: the page of ``--guest-report``, made at the end of the run; None if there is none.
     """
 
     def __init__(self, config: pytest.Config, context: str) -> None:
@@ -117,23 +175,21 @@ class Recorder:
         self._machines: Machines | None = None
         worker_input = getattr(config, "workerinput", None)
         self._worker: str | None = worker_input["workerid"] if worker_input is not None else None
-        self._directory = _directory(config)
+        directory = _directory(config)
+        self._files = _Files(directory, self._worker or "") if directory is not None else None
         self._sends = (
             worker_input is not None
             and worker_input.get(plugin.LINES, False)
-            and (self._directory is not None or active_coverage() is None)
+            and (self._files is not None or active_coverage() is None)
         )
         self._lines = ContextLines()
         self._unsent = ContextLines()
-        self._writer: RecordWriter | None = None
+        # The figures of a session up to the last test.
+        self._figures: WeakKeyDictionary[Session, _Figures] = WeakKeyDictionary()
         self._tests: dict[str, _Progress] = {}
         self._seen = _Seen()
         self.coverage_file: Path | None = None
-
-    @property
-    def page(self) -> Path | None:
-        """The page of ``--guest-report``, made at the end of the run; None without it."""
-        return self._directory / _PAGE if self._directory is not None else None
+        self.page = self._files.page if self._files is not None else None
 
     # Lines
 
@@ -213,30 +269,44 @@ class Recorder:
         self._write_record(report.nodeid, progress, None)
 
     def _write_record(self, test: str, progress: _Progress, lease: Lease | None) -> None:
-        if self._directory is None:
+        if self._files is None:
             return
         lines = self._lines.context(f"{test}|run")
-        reset_seconds = lease.reset_seconds if lease is not None else 0.0
-        guest = dict(lease.properties) if lease is not None else {}
         record = RecordedTest(
             test=test,
             outcome=progress.outcome,
             kind_of_failure=progress.kind,
-            seconds=max(0.0, progress.seconds - reset_seconds),
-            reset_seconds=reset_seconds,
+            seconds=progress.seconds,
             began=progress.began,
-            image=str(guest.get("guest_image", "")),
-            kernel=str(guest.get("guest_kernel", "")),
-            accelerator=str(guest.get("guest_accel", "")),
             worker=self._worker or "",
             lines=_sorted(lines),
             new_lines=_sorted(self._seen.add(lines)),
             message=progress.message,
         )
         with self._warned():
-            if self._writer is None:
-                self._writer = RecordWriter(self._directory, self._worker or "")
-            self._writer.write(record)
+            if lease is not None:
+                guest = dict(lease.properties)
+                figures = self._figures_of(lease.session)
+                record = dataclasses.replace(
+                    record,
+                    seconds=max(0.0, progress.seconds - lease.reset_seconds),
+                    reset_seconds=lease.reset_seconds,
+                    image=str(guest["guest_image"]),
+                    kernel=str(guest["guest_kernel"]),
+                    accelerator=str(guest["guest_accel"]),
+                    calls=self._files.write_calls(test, lease) if lease.traces else None,
+                    pcs=figures.pcs,
+                    lost=figures.lost,
+                )
+            self._files.write(record)
+
+    def _figures_of(self, session: Session) -> _Figures:
+        """Return what a session counted since the last test."""
+        stats = session.stats()
+        now = _Figures(stats.pcs, stats.lost_pcs + stats.lost_comparisons + stats.untraced)
+        before = self._figures.get(session, _Figures())
+        self._figures[session] = now
+        return _Figures(max(0, now.pcs - before.pcs), max(0, now.lost - before.lost))
 
     # The end
 
@@ -244,9 +314,8 @@ class Recorder:
         """Add the lines to the coverage data that the user wants; when the last test has ended."""
         self._take()
         with self._warned(), contextlib.ExitStack() as stack:
-            if self._writer is not None:
-                stack.callback(self._writer.close)
-                self._writer = None
+            if self._files is not None:
+                stack.callback(self._files.close)
             if self._sends:
                 self._config.workeroutput[plugin.LINES] = self._send()  # type: ignore[attr-defined]
             active = active_coverage()
@@ -256,8 +325,19 @@ class Recorder:
                 return
             if self._config.option.guest_cov and active is None:
                 self.coverage_file = write_configured(self._lines)
-            if self._directory is not None:
-                write(self._lines, self._directory / _COVERAGE_FILE)
+            if self._files is not None:
+                write(self._lines, self._files.coverage_file)
+
+    def write_page(self) -> None:
+        """Write the report's page; when all processes have ended."""
+        files, self.page = self._files, None
+        if files is None or self._worker is not None:
+            return
+        with self._warned():
+            if self._lines:
+                make_html(files.coverage_file, files.directory / HTML_DIRECTORY, contexts=True)
+            write_report(files.directory, files.page)
+            self.page = files.page
 
     @contextlib.contextmanager
     def _warned(self) -> Iterator[None]:
@@ -272,6 +352,15 @@ class Recorder:
             # Where warnings are errors, this one would end the run.
             with contextlib.suppress(Warning):
                 self._config.issue_config_time_warning(each.message, stacklevel=2)  # type: ignore[arg-type]
+
+
+def _header(session: Session) -> TraceHeader:
+    sources = {"kernel": session.kernel, "python": session.source}
+    return TraceHeader(
+        source=",".join(name for name, source in sources.items() if source is not None),
+        image=session.image.name,
+        kernel=session.ready.kernel,
+    )
 
 
 def _sorted(lines: Mapping[str, set[int]]) -> dict[str, tuple[int, ...]]:

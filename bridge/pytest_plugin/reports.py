@@ -8,6 +8,7 @@ log since the test began are added.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,10 +24,14 @@ from bridge.errors import BridgeError, RunTimeoutError, TargetError, UsageError
 from bridge.pytest_plugin.guest import CommandError, WaitTimeoutError
 from bridge.pytest_plugin.machines import Lease, SickMachineError
 from bridge.results.test_record import FailureKind
+from bridge.sources.python.functions import ranges_text
+from bridge.trace.text import render_trace
 
 __all__ = ["add_extras", "complete"]
 
 _LINES: Final = 40
+_CALLS: Final = 1000
+"""How many traced calls of a test a page shows."""
 _OF_THE_TEST: Final = (CommandError, WaitTimeoutError, UsageError, RunTimeoutError)
 """What a test's own commands and arguments lead to."""
 _NOT_THE_TEST: Final = tuple(
@@ -43,10 +48,9 @@ def complete(
     if call.excinfo is not None and report.failed:
         if isinstance(error, _OF_THE_TEST) and (report.when != "setup" or lease is not None):
             report.longrepr = _of_the_test(call.excinfo)
-        elif isinstance(error, UsageError):
-            report.longrepr = f"the guest cannot have these settings: {error.report()}"
         elif isinstance(error, BridgeError):
-            kind = FailureKind.MACHINE
+            if not isinstance(error, UsageError):
+                kind = FailureKind.MACHINE
             report.longrepr = _of_the_machine(error, call.excinfo, lease)
     if lease is not None and report.failed:
         if faults := lease.target_faults():
@@ -103,6 +107,9 @@ def _add_evidence(report: pytest.TestReport, lease: Lease) -> None:
     console = lease.session.machine.console.since(lease.console_start).splitlines()
     if console:
         report.sections.append(("end of the guest's console", "\n".join(console[-_LINES:])))
+    calls = [line for traced in lease.traces for line in traced.last_calls()]
+    if calls:
+        report.sections.append(("last traced system calls", "\n".join(calls[-_LINES:])))
     if lease.session.machine.loss is not None:
         return
     try:
@@ -135,9 +142,11 @@ def add_extras(
 
     texts = {"guest": "\n".join(f"{name}: {value}" for name, value in report.user_properties)}
     texts["lines"] = "\n".join(
-        f"{os.path.relpath(file)}: {', '.join(map(str, sorted(numbers)))}"
+        f"{os.path.relpath(file)}: {ranges_text(sorted(numbers))}"
         for file, numbers in sorted(lines.items())
     )
+    calls = (call for traced in lease.traces for call in traced.calls)
+    texts["calls"] = "\n".join(render_trace(itertools.islice(calls, _CALLS)))
     texts["console"] = lease.session.machine.console.since(lease.console_start)
     added = [extras.text(text, name) for name, text in texts.items() if text]
     if page is not None:

@@ -70,10 +70,13 @@ def _make(what: str, data_file: Path, destination: Path, make: Callable[[Path], 
         ) from error
 
 
-def make_html(data_file: Path, directory: Path) -> None:
+def make_html(data_file: Path, directory: Path, *, contexts: bool = False) -> None:
     """Replace ``directory`` with HTML pages made from coverage data.
 
     A source file that is gone or cannot be parsed is left out with a warning.
+
+    Args:
+        contexts: show the contexts of each line.
 
     Raises:
         InfrastructureError: the report cannot be made; ``directory`` is as it was.
@@ -83,7 +86,9 @@ def make_html(data_file: Path, directory: Path) -> None:
         "HTML report",
         data_file,
         directory,
-        lambda made: measured.html_report(directory=str(made), ignore_errors=True),
+        lambda made: measured.html_report(
+            directory=str(made), ignore_errors=True, show_contexts=contexts
+        ),
     )
 
 

@@ -24,7 +24,8 @@ from pathlib import Path
 import coverage
 import pytest
 
-from bridge.results.test_record import Outcome, read_records
+from bridge.results.test_record import FailureKind, Outcome, read_records
+from bridge.trace import read_traces
 from bridge.util.cache import cache_directory
 from tests.support.coverage_data import executed
 
@@ -273,6 +274,7 @@ def test_join_pytest_cov_has_its_lines_and_the_guests_and_all_reports_say_which(
     reports = ("--junitxml=junit.xml", "--html=page/index.html", "--guest-report=out/report")
     output = suite(*PYTEST, *cov, *reports, COVERAGE_CORE=core)
     assert "CoverageWarning" not in output
+    assert f"report of guest tests: {suite.directory}/out/report/report.html" in output
     assert suite.data() == without
     assert_joined(suite, others=True)
     assert suite.contexts("prices.py")[LINES["apple"]] == {"", APPLE}
@@ -304,6 +306,19 @@ def assert_record(directory: Path, suite: Suite) -> None:
     assert 2 not in pear.new_lines[prices]
     data = suite.contexts("prices.py", f"{directory}/.coverage")
     assert data[LINES["apple"]] == {APPLE}
+    (trace,) = read_traces(directory)
+    assert (trace.header.kernel, trace.header.source) == (apple.kernel, "python")
+    calls = [call for call in trace if call.test == apple.test]
+    assert len(calls) == apple.calls
+    assert any(code.file.endswith("shop/prices.py") for call in calls for code in call.host)
+    assert (apple.lost, unit.pcs, unit.calls) == (0, None, None)
+    assert apple.pcs is not None
+    assert apple.pcs > 0
+    page = (directory / "report.html").read_text()
+    assert "test_pear" in page
+    assert "html/index.html" in page
+    (source,) = (directory / "html").glob("*prices_py.html")
+    assert APPLE in source.read_text()
 
 
 def assert_page(file: Path) -> None:
@@ -312,7 +327,8 @@ def assert_page(file: Path) -> None:
         assert wanted in text
     shown = [path.read_text() for path in (file.parent / "assets").glob("*.txt")]
     assert any("guest_kernel: " in each for each in shown)
-    assert any("shop/prices.py: 2, 3, 10, 12\n" in each for each in shown)
+    assert any("shop/prices.py: 2-3, 10, 12\n" in each for each in shown)
+    assert any("execve(" in each for each in shown)
 
 
 def assert_junit(file: Path) -> None:
@@ -409,7 +425,7 @@ WORKERS = """
         assert guest.succeed("cat /run/left").strip() == worker_id
 
 
-    @pytest.mark.parametrize("number", range(8))
+    @pytest.mark.parametrize("number", range(6))
     def test_before(ask, guest, worker_id, number):
         check(ask, guest, worker_id)
 
@@ -418,7 +434,12 @@ WORKERS = """
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-    @pytest.mark.parametrize("number", range(4))
+    def test_sick(guest, kcov):
+        with kcov.trace():
+            guest.succeed("echo 'BUG: on purpose' >/dev/kmsg")
+
+
+    @pytest.mark.parametrize("number", range(2))
     def test_after(ask, guest, worker_id, number):
         check(ask, guest, worker_id)
     """
@@ -443,7 +464,7 @@ def test_workers_four_on_a_cold_start_have_a_guest_each_and_one_that_dies_is_rep
         KCOV_BRIDGE_CACHE=str(cold),
         TMPDIR=str(temporary),
     )
-    assert "1 failed, 12 passed" in output
+    assert "2 failed, 8 passed" in output, output
     assert "crashed while running 'test_shop.py::test_dies'" in output
     guests = {tuple(line.split()) for line in (tmp_path / "guests").read_text().splitlines()}
     assert len({worker for worker, _ in guests}) >= 4
@@ -451,15 +472,20 @@ def test_workers_four_on_a_cold_start_have_a_guest_each_and_one_that_dies_is_rep
     assert not any(Path("/proc", pid).exists() for _, pid in guests)
     assert left_in(temporary) == []
     # What the worker that died had finished is there, and nothing twice.
-    names = {f"test_shop.py::test_before[{number}]|run" for number in range(8)}
-    names |= {f"test_shop.py::test_after[{number}]|run" for number in range(4)}
+    names = {f"test_shop.py::test_before[{number}]|run" for number in range(6)}
+    names |= {f"test_shop.py::test_after[{number}]|run" for number in range(2)}
     for data in (".coverage", "report/.coverage"):
         assert suite.contexts("prices.py", data)[LINES["apple"]] == names
     records = read_records(tmp_path / "report")
-    assert len(records.tests) == 13
-    (dead,) = [test for test in records.tests if test.outcome is not Outcome.PASSED]
-    assert dead.test == "test_shop.py::test_dies"
+    assert len(records.tests) == 10
+    failed = {test.test: test for test in records.tests if test.outcome is not Outcome.PASSED}
+    dead, sick = failed["test_shop.py::test_dies"], failed["test_shop.py::test_sick"]
     assert "crashed" in dead.message
+    assert sick.kind_of_failure is FailureKind.MACHINE
+    assert "BUG: on purpose" in sick.message
+    assert "last traced system calls" in output
+    assert len(list(read_traces(tmp_path / "report"))) >= 4
+    assert "test_sick" in (tmp_path / "report/report.html").read_text()
     # Together with what unit tests cover.
     (tmp_path / ".coverage").rename(tmp_path / ".coverage.guests")
     suite.write(
@@ -573,7 +599,7 @@ def test_options_scope_accelerator_and_image_hold_for_all_tests(suite: Suite) ->
     )
     suite(*PYTEST, "--guest-accel=tcg", "--guest-scope=function")
     output = suite(*PYTEST, "--guest-accel=tcg", "--guest-image=no-such-image", status=1)
-    assert "the guest cannot have these settings: there is no image 'no-such-image'" in output
+    assert "what the test asks for cannot be had: there is no image 'no-such-image'" in output
     assert "the recipes are: bookworm" in output
     assert "the machine" not in output
 
