@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         UnwatchableError,
         UsageError,
     )
-    from bridge.guest.ssh import CommandResult
+    from bridge.guest.guest import CommandResult
     from bridge.session.events import Event
     from bridge.session.executor import KcovResult
     from bridge.session.pool import Pool
@@ -111,7 +111,7 @@ __all__ = [
 
 _MODULES = {
     "BlockDevice": "bridge.targets",
-    "CommandResult": "bridge.guest.ssh",
+    "CommandResult": "bridge.guest.guest",
     "Endpoint": "bridge.targets",
     "GuestFile": "bridge.targets",
     "QemuDevice": "bridge.targets",

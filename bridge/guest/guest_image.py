@@ -9,6 +9,7 @@ are built in it with its own kernel headers, or copied from the cache.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import shlex
@@ -21,6 +22,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from bridge.config import Settings
 from bridge.errors import BootTimeoutError, CacheError, GuestSetupError, ImageError, UsageError
+from bridge.guest.channel import ChannelGuest
+from bridge.guest.guest import ssh_words
 from bridge.guest.images import Image, find
 from bridge.guest.images.recipe import DEFAULT_RECIPE, Sources, is_recipe
 from bridge.guest.images.store import resolve
@@ -33,7 +36,8 @@ from bridge.vm.machine import Machine
 
 if TYPE_CHECKING:
     # Imported late, because the guest's memory can be loaded meanwhile, or they are not used.
-    from bridge.guest.ssh import Guest
+    from bridge.guest.guest import Guest
+    from bridge.guest.ssh import SshGuest
     from bridge.sources.guest_kernel.code import KernelCode
     from bridge.sources.guest_kernel.filters import KernelFilter
     from bridge.sources.guest_kernel.lines import Lines
@@ -102,7 +106,7 @@ class GuestImage(Protocol):
                 to ask the running kernel. It may raise.
 
         Raises the errors of :meth:`bridge.vm.machine.Machine.wait_ready` and
-        :meth:`bridge.guest.ssh.Guest.connect`.
+        :meth:`bridge.guest.ssh.SshGuest.connect`.
         """
 
 
@@ -218,20 +222,30 @@ class ProjectImage:
         self, machine: Machine, stack: ExitStack, before_module: BeforeModule
     ) -> tuple[Guest, Ready]:
         """See :class:`GuestImage`."""
-        from bridge.guest.ssh import Guest
-
         ready = machine.wait_ready()
+        port = machine.open_channel()
+        if port is None:
+            ssh = self._ssh(machine)
+            stack.callback(ssh.close)
+            ssh.connect()
+            return ssh, ready
+        words = ssh_words(self._image.ssh_key, machine.ssh_port)
+        ssh_later = functools.partial(self._ssh, machine)
+        guest = ChannelGuest(port, machine, ssh=ssh_later, ssh_command=words)
+        stack.callback(guest.close)
+        return guest, ready
+
+    def _ssh(self, machine: Machine) -> SshGuest:
+        from bridge.guest.ssh import SshGuest
+
         host_key = self._image.host_key.read_text(encoding="utf-8")
-        guest = Guest(
+        return SshGuest(
             machine.ssh_port,
             self._image.ssh_key,
             host_key,
             watched=machine,
             dialed=machine.dialed(),
         )
-        stack.callback(guest.close)
-        guest.connect()
-        return guest, ready
 
 
 class CustomImage:
@@ -262,16 +276,17 @@ class CustomImage:
             initrd=settings.initrd,
             cmdline=settings.append,
             image=self._path,
+            channel=False,
         )
 
     def bring_up(
         self, machine: Machine, stack: ExitStack, before_module: BeforeModule
     ) -> tuple[Guest, Ready]:
         """See :class:`GuestImage`. For a new kernel it builds the module, which takes a while."""
-        from bridge.guest.ssh import Guest
+        from bridge.guest.ssh import SshGuest
 
         started = time.monotonic()
-        guest = Guest(machine.ssh_port, self._key, None, watched=machine)
+        guest = SshGuest(machine.ssh_port, self._key, None, watched=machine)
         stack.callback(guest.close)
         seconds = machine.config.boot_seconds
         try:

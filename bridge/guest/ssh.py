@@ -16,11 +16,9 @@ import base64
 import contextlib
 import enum
 import fcntl
-import functools
 import io
 import logging
 import os
-import re
 import secrets
 import select
 import shlex
@@ -32,9 +30,8 @@ import threading
 import time
 import tty
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NoReturn, Protocol
+from typing import BinaryIO, NoReturn
 
 import paramiko
 from paramiko.pkey import UnknownKeyType
@@ -42,32 +39,34 @@ from paramiko.pkey import UnknownKeyType
 from bridge.errors import (
     BridgeError,
     GuestLostError,
-    GuestResetError,
     GuestSetupError,
     GuestStoppedError,
     ImageError,
     RunTimeoutError,
     UsageError,
 )
-from bridge.util.descriptors import write_all
+from bridge.guest.guest import (
+    CAPTURE_LIMIT,
+    TO_STDERR,
+    TO_STDOUT,
+    Capture,
+    CommandResult,
+    Output,
+    Watched,
+    Word,
+    check_variable,
+    end_of,
+    line_of,
+    reset_error,
+    ssh_words,
+)
 from bridge.util.files import atomic_output
 from bridge.vm.network import LOCALHOST
 
-__all__ = ["CAPTURE_LIMIT", "CommandResult", "Guest", "Output", "Watched", "Word"]
+__all__ = ["SshGuest"]
 
 logger = logging.getLogger(__name__)
 
-Output = Callable[[bytes], object]
-"""Called with a command's output as it comes, in pieces of any size."""
-
-Word = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-"""An argument of a command: bytes, or text that :func:`os.fsencode` makes bytes."""
-
-CAPTURE_LIMIT = 1024 * 1024
-"""A result keeps this many bytes of stdout, and of stderr: the first ones."""
-
-_TO_STDOUT: Output = functools.partial(write_all, 1)
-_TO_STDERR: Output = functools.partial(write_all, 2)
 _CONNECT_SECONDS = 30.0
 _CHANNEL_SECONDS = 30.0
 _RETRY_SECONDS = 0.1
@@ -88,64 +87,10 @@ _CHUNK = 64 * 1024
 _EVIDENCE = 4096
 _NO_LINGER = struct.pack("ii", 1, 0)
 """``struct linger``: closing resets the connection."""
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 _wire = logger.getChild("wire")
 # The library also logs what it raises; a failure is reported once, where it is caught.
 _wire.setLevel(logging.CRITICAL)
-
-
-class Watched(Protocol):
-    """A machine that can be lost while a command runs: :class:`bridge.vm.machine.Machine`."""
-
-    def check(self) -> None:
-        """Raise the reason if it was lost."""
-
-    def add_loss_listener(self, listener: Callable[[BridgeError], None], /) -> Callable[[], None]:
-        """Call the listener when the machine is lost; return a function that removes it."""
-
-    def lose_silent(self, seconds: float, /) -> None:
-        """Declare the guest lost, because its sshd has not answered for this long."""
-
-
-@dataclass(frozen=True)
-class CommandResult:
-    """The result of a command in the guest.
-
-    Attributes:
-        exit_status: as in a shell: 127 for a command that does not exist, 128+N after signal N.
-        stdout, stderr: the first :data:`CAPTURE_LIMIT` bytes.
-        truncated: whether there were more.
-        seconds: the time that it took, measured on the host.
-    """
-
-    exit_status: int
-    stdout: bytes
-    stderr: bytes
-    truncated: bool
-    seconds: float
-
-    @property
-    def text(self) -> str:
-        """stdout as text."""
-        return self.stdout.decode(errors="replace")
-
-
-class _Capture:
-    """One of a command's two streams: passes output on as it comes, and keeps its beginning."""
-
-    def __init__(self, sink: Output | None, limit: int) -> None:
-        self.sink = sink
-        self.limit = limit
-        self.kept = bytearray()
-        self.truncated = False
-
-    def take(self, chunk: bytes) -> None:
-        room = self.limit - len(self.kept)
-        self.kept += chunk[:room]
-        self.truncated |= len(chunk) > room
-        if self.sink is not None and chunk:
-            self.sink(chunk)
 
 
 class _Wake(threading.Event):
@@ -363,7 +308,7 @@ class _Feeder:
             self._thread.join(_JOIN_SECONDS)
 
 
-class Guest:
+class SshGuest:
     """Runs commands in the guest; :meth:`connect` first, :meth:`close` at the end.
 
     Commands may run on several threads at once.
@@ -408,7 +353,7 @@ class Guest:
         if watched is not None:
             self._stack.callback(watched.add_loss_listener(self._on_loss))
 
-    def __enter__(self) -> Guest:
+    def __enter__(self) -> SshGuest:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -417,12 +362,7 @@ class Guest:
     @property
     def ssh_command(self) -> tuple[str, ...]:
         """The words of the command with which a person on this machine gets into the guest."""
-        return (
-            *("ssh", "-i", str(self._key_file), "-p", str(self._port)),
-            # Each guest of an image has the same host key, on another port.
-            *("-o", "UserKnownHostsFile=/dev/null", "-o", "StrictHostKeyChecking=no"),
-            *("-o", "LogLevel=ERROR", f"{self._user}@{LOCALHOST}"),
-        )
+        return ssh_words(self._key_file, self._port, self._user)
 
     # The connection
 
@@ -517,10 +457,7 @@ class Guest:
             forgotten: number of calls of :meth:`forget` before the connection was made.
         """
         if self._forgotten != forgotten:
-            return GuestResetError(
-                "the guest was reset while a command ran in it",
-                hint="wait for commands to end before a reset, or start them again",
-            )
+            return reset_error()
         deadline = time.monotonic() + _LOSS_SECONDS
         while self._watched is not None:
             try:
@@ -591,39 +528,18 @@ class Guest:
         capture: int = CAPTURE_LIMIT,
         before_kill: Callable[[], object] | None = None,
     ) -> CommandResult:
-        """Run a command in the guest and wait for its end.
-
-        A process that the command leaves behind with its output open delays the result by at most a
-        second after the command's own end.
-
-        Args:
-            command: a line for the guest's ``sh``, or a sequence of words that no shell changes.
-            stdout, stderr: called with the output as it comes.
-            stdin: the command's input.
-            timeout: in seconds; None for none.
-            env: environment variables to set.
-            cwd: the working directory.
-            check: whether an exit status other than 0 is an error.
-            capture: how many bytes of each stream the result keeps.
-            before_kill: called before a command is killed early.
-
-        Raises:
-            RunTimeoutError: the command timed out and was killed, with its children.
-            GuestResetError: the guest was reset.
-            GuestLostError: the guest was lost; another reason of the loss may be raised instead.
-            GuestSetupError: the command could not be run, or failed with ``check``.
-        """
+        """See :meth:`bridge.guest.guest.Guest.run`."""
         started = time.monotonic()
         deadline = None if timeout is None else started + timeout
-        line = _line(command)
+        line = line_of(command)
         marks = _Marks()
-        out, err = _Capture(stdout, capture), _Capture(stderr, capture)
+        out, err = Capture(stdout, capture), Capture(stderr, capture)
         plain_out, plain_err = _Output(marks, begins=True), _Output(marks, begins=False)
 
         def timed_out() -> RunTimeoutError:
             return RunTimeoutError(
                 f"the command did not end within {timeout:g} s: {line}",
-                evidence=plain_out.before.decode(errors="replace") + _end_of(out, err),
+                evidence=plain_out.before.decode(errors="replace") + end_of(out, err),
             )
 
         try:
@@ -651,13 +567,13 @@ class Guest:
         if end is _End.CUT_OFF:
             raise GuestSetupError(
                 f"the guest did not send all of the command's output: {line}",
-                evidence=_end_of(out, err),
+                evidence=end_of(out, err),
                 hint="did a process that the command left behind make its output non-blocking?",
             )
         if not plain_out.began:
             raise GuestSetupError(
                 f"the guest's shell ended with status {status} before it ran the command: {line}",
-                evidence=plain_out.before.decode(errors="replace") + _end_of(out, err),
+                evidence=plain_out.before.decode(errors="replace") + end_of(out, err),
                 hint="does a start-up file of the user's shell end it?",
             )
         result = CommandResult(
@@ -670,7 +586,7 @@ class Guest:
         if check and status != 0:
             raise GuestSetupError(
                 f"a command in the guest ended with status {status}: {line}",
-                evidence=_end_of(out, err),
+                evidence=end_of(out, err),
             )
         return result
 
@@ -748,8 +664,8 @@ class Guest:
     def _pump(
         self,
         channel: paramiko.Channel,
-        out: tuple[_Capture, _Output],
-        err: tuple[_Capture, _Output],
+        out: tuple[Capture, _Output],
+        err: tuple[Capture, _Output],
         deadline: float | None,
         feeder: _Feeder,
     ) -> _End:
@@ -821,17 +737,7 @@ class Guest:
         remote: str | os.PathLike[str],
         mode: int = 0o644,
     ) -> None:
-        """Write a file in the guest, completely or not at all.
-
-        Args:
-            local: path of a file here, or the content as bytes.
-            remote: path in the guest.
-
-        Raises:
-            UsageError: the local file cannot be read.
-            GuestSetupError: the guest cannot write it (no room, no such directory).
-            BridgeError: as :meth:`run`.
-        """
+        """See :meth:`bridge.guest.guest.Guest.put`."""
         path = os.fspath(remote)
         # Not shared with another put() of the same path at the same time.
         name, part = shlex.quote(path), shlex.quote(f"{path}.{secrets.token_hex(8)}.part")
@@ -867,13 +773,7 @@ class Guest:
             )
 
     def get(self, remote: str | os.PathLike[str], local: str | os.PathLike[str]) -> None:
-        """Copy a file from the guest to this machine, completely or not at all.
-
-        Raises:
-            GuestSetupError: the guest cannot read it.
-            UsageError: it cannot be written here.
-            BridgeError: as :meth:`run`.
-        """
+        """See :meth:`bridge.guest.guest.Guest.get`."""
         path, destination = os.fspath(remote), Path(local)
         try:
             with atomic_output(destination) as part:
@@ -894,22 +794,10 @@ class Guest:
         command: str | None = None,
         *,
         stdin: int = 0,
-        stdout: Output = _TO_STDOUT,
-        stderr: Output = _TO_STDERR,
+        stdout: Output = TO_STDOUT,
+        stderr: Output = TO_STDERR,
     ) -> int:
-        """Connect a terminal, or any file, to a shell in the guest, or to a command.
-
-        Args:
-            command: a line for the guest's shell; None for the shell itself.
-            stdin: descriptor to read from; a terminal is set to raw mode meanwhile.
-            stdout, stderr: called with the output as it comes.
-
-        Returns:
-            The exit status.
-
-        Raises:
-            GuestLostError: the guest was lost.
-        """
+        """See :meth:`bridge.guest.guest.Guest.shell`."""
         transport, forgotten = self._connected()
         interactive = os.isatty(stdin)
         with self._requesting(transport, forgotten, None) as stack:
@@ -932,17 +820,6 @@ class Guest:
             return channel.exit_status
 
 
-def _line(command: Word | Sequence[Word]) -> str:
-    """Return one line for the guest's shell; bytes that are not text become surrogates."""
-    if isinstance(command, str | bytes | os.PathLike):
-        line = os.fsdecode(command)
-    else:
-        line = shlex.join(os.fsdecode(word) for word in command)
-    if "\0" in line:
-        raise UsageError("a command contains a NUL byte, which no argument can have")
-    return line
-
-
 def _new_session(transport: paramiko.Transport, deadline: float | None) -> paramiko.Channel:
     """Open a channel whose requests end by the deadline; raises what paramiko does, and OSError."""
     left = _CHANNEL_SECONDS
@@ -961,8 +838,7 @@ def _wrapped(line: str, env: Mapping[str, str] | None, cwd: str | None, marks: _
     """
     script = ""
     for name, value in (env or {}).items():
-        if not _VARIABLE.match(name):
-            raise UsageError(f"{name!r} is not a valid name of an environment variable")
+        check_variable(name)
         script += f"export {name}={shlex.quote(value)}; "
     if cwd is not None:
         script += f"cd {shlex.quote(cwd)} || exit 126; "
@@ -970,11 +846,6 @@ def _wrapped(line: str, env: Mapping[str, str] | None, cwd: str | None, marks: _
         f"echo {marks.name}:$$; sh -c {shlex.quote(script + line)}; "
         f"set -- $?; printf %s {marks.name}.; printf %s {marks.name}. >&2; exit $1"
     )
-
-
-def _end_of(out: _Capture, err: _Capture) -> str:
-    end = bytes(out.kept[-_EVIDENCE:]) + bytes(err.kept[-_EVIDENCE:])
-    return end.decode(errors="replace")
 
 
 def _converse(channel: paramiko.Channel, stdin: int, stdout: Output, stderr: Output) -> None:

@@ -20,7 +20,7 @@ from bridge.sources.comparisons import LIMIT as COMPARISONS_LIMIT
 from bridge.trace.call import Call
 
 if TYPE_CHECKING:
-    from bridge.guest.ssh import CommandResult, Guest, Output
+    from bridge.guest.guest import CommandResult, Guest, Output
 
 __all__ = ["Executor", "KcovResult", "SshExecutor"]
 

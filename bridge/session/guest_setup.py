@@ -13,7 +13,7 @@ from bridge.targets.description import Description
 
 if TYPE_CHECKING:
     # Imported while the guest goes on: it takes longest.
-    from bridge.guest.ssh import Guest
+    from bridge.guest.guest import Guest
 
 __all__ = ["load_modules", "set_up", "tear_down"]
 

@@ -27,7 +27,7 @@ from bridge.vm.machine import PLUGIN_REMEDY
 
 if TYPE_CHECKING:
     # Imported where they are used, by runs that use them.
-    from bridge.guest.ssh import Guest, Output
+    from bridge.guest.guest import Guest, Output
     from bridge.sources.guest_kernel.filters import KernelFilter
 
 __all__ = ["GuestKernelWatch", "KernelWatch", "NoKernelWatch", "OnDoorbell", "watch_kernel"]

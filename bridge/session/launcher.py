@@ -46,7 +46,7 @@ from bridge.vm.snapshot import Loading, Snapshot, new_memory
 
 if TYPE_CHECKING:
     # Imported while the guest goes on: it takes longest.
-    from bridge.guest.ssh import Guest
+    from bridge.guest.guest import Guest
 
 __all__ = ["Attempt", "Launcher", "RunningGuest", "first_attempt", "next_attempt"]
 
@@ -395,6 +395,7 @@ class Launcher:
                 console_path=self._console,
                 watch=watch.fds(device.region),
                 memory=memory,
+                channel=snapshot.channel if snapshot is not None else 0,
             )
             stack.callback(machine.close)
             try:
@@ -409,8 +410,9 @@ class Launcher:
             if loading is not None:
                 loading.end()
                 machine.resume()
-                machine.dial()
-                importlib.import_module("bridge.guest.ssh")
+                if machine.channel is None:
+                    machine.dial()
+                    importlib.import_module("bridge.guest.ssh")
                 machine.wait_ready(_RESUME_SECONDS)
 
             def read_kernel(guest: Guest, release: str) -> None:

@@ -67,7 +67,7 @@ from bridge.vm.snapshot import Snapshot
 
 if TYPE_CHECKING:
     # Imported while the guest goes on: it takes longest.
-    from bridge.guest.ssh import CommandResult, Guest, Output, Word
+    from bridge.guest.guest import CommandResult, Guest, Output, Word
     from bridge.sources.python.source import PythonSource
 
 __all__ = ["KcovResult", "Session"]
@@ -556,11 +556,11 @@ class Session:
         remote: str | os.PathLike[str],
         mode: int = 0o644,
     ) -> None:
-        """Write a file in the guest; see :meth:`bridge.guest.ssh.Guest.put`."""
+        """Write a file in the guest; see :meth:`bridge.guest.guest.Guest.put`."""
         self.guest.put(local, remote, mode)
 
     def get(self, remote: str | os.PathLike[str], local: str | os.PathLike[str]) -> None:
-        """Copy a file of the guest; see :meth:`bridge.guest.ssh.Guest.get`."""
+        """Copy a file of the guest; see :meth:`bridge.guest.guest.Guest.get`."""
         self.guest.get(remote, local)
 
     def reset(self) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reports of the guest's agent on the second serial port: JSON, one object a line.
 
-``{"state":"ready","kernel":…,"device":…,"uptime_ms":…,"mem_available_kib":…}`` or
+``{"state":"ready","kernel":…,"device":…,"uptime_ms":…,"mem_available_kib":…,"channel":…}`` or
 ``{"state":"unhealthy","what":…,"why":…}``. The guest is not trusted: the length of a line is
 limited, a line that is no report is counted and dropped, and each text is cut and cleaned before
 it is shown.
@@ -33,6 +33,8 @@ class Ready:
         uptime_ms: milliseconds since the kernel started.
         mem_available_kib: KiB of memory that the guest has left.
         boot_seconds: from the start of QEMU to this report, by the host's clock.
+        channel: version of the protocol in which the agent takes commands
+            (:mod:`bridge.vm.channel`); 0 if it takes none.
     """
 
     kernel: str
@@ -40,6 +42,7 @@ class Ready:
     uptime_ms: int
     mem_available_kib: int
     boot_seconds: float = 0.0
+    channel: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def parse_report(line: bytes) -> Report | None:
             device=_text(report.get("device")),
             uptime_ms=_number(report.get("uptime_ms")),
             mem_available_kib=_number(report.get("mem_available_kib")),
+            channel=_number(report.get("channel")),
         )
     if report.get("state") == "unhealthy":
         return Unhealthy(what=_text(report.get("what")), why=_text(report.get("why")))

@@ -16,6 +16,7 @@ from bridge.device.abi import VECTORS
 from bridge.errors import UsageError
 from bridge.targets import AnyEndpoint, QemuDevice
 from bridge.vm.accel import Accelerator
+from bridge.vm.channel import PORT_NAME
 from bridge.vm.network import EpochWord, netdev_option
 
 __all__ = [
@@ -83,6 +84,7 @@ class MachineConfig:
         gate: resets these relays (:class:`bridge.vm.network.RelayGate`).
         host_addresses: where these relays find the endpoints on the host
             (:class:`bridge.vm.network.HostAddresses`).
+        channel: whether the guest's agent gets a port for commands (:mod:`bridge.vm.channel`).
         ssh_port: the port of 127.0.0.1 for SSH; 0 for a free one.
         boot_timeout: seconds; None for the accelerator's default.
         sandbox: False for a QEMU that was built without seccomp.
@@ -109,6 +111,7 @@ class MachineConfig:
     host_addresses: Path | None = field(default=None, metadata=_WIRING)
     datagrams: Path | None = field(default=None, metadata=_WIRING)
     network: bool = True
+    channel: bool = True
     ssh_port: int = field(default=0, metadata=_WIRING)
     boot_timeout: float | None = field(default=None, metadata=_WIRING)
     qemu: str = DEFAULT_QEMU
@@ -189,7 +192,10 @@ class MemoryFds:
 
 @dataclass(frozen=True)
 class BackendFds:
-    """QEMU's ends of the socket pairs. There is no ivshmem device if ``doorbell`` is None."""
+    """QEMU's ends of the socket pairs.
+
+    Without ``doorbell`` there is no ivshmem device, without ``channel`` no port for commands.
+    """
 
     qmp: int
     console: int
@@ -197,11 +203,12 @@ class BackendFds:
     doorbell: int | None = None
     watch: WatchFds | None = None
     memory: MemoryFds | None = None
+    channel: int | None = None
 
     @property
     def all(self) -> tuple[int, ...]:
         """The descriptors that QEMU must inherit."""
-        fds = [self.qmp, self.console, self.report, self.doorbell]
+        fds = [self.qmp, self.console, self.report, self.doorbell, self.channel]
         if self.watch is not None:
             fds += [self.watch.plan, self.watch.region]
         if self.memory is not None:
@@ -234,9 +241,20 @@ def qemu_command(config: MachineConfig, fds: BackendFds) -> list[str]:
         *chardevs,
         *_disks(config),
         *_network(config),
+        *_channel(fds.channel),
         # After the rest, whose places on the bus stay the same.
         *_devices(config),
         *config.extra_args,
+    ]
+
+
+def _channel(fd: int | None) -> list[str]:
+    """Return the options for the port over which the agent takes commands."""
+    if fd is None:
+        return []
+    return [
+        *("-chardev", f"socket,id=agent,fd={fd}", "-device", "virtio-serial-pci,id=agent-ports"),
+        *("-device", f"virtserialport,bus=agent-ports.0,chardev=agent,name={PORT_NAME}"),
     ]
 
 

@@ -12,7 +12,14 @@ from collections.abc import Iterable, Mapping
 from bridge.errors import BridgeError, GuestPanicError, GuestPoweredOffError, GuestStoppedError
 from bridge.vm.console import ConsoleLog
 
-__all__ = ["FATEFUL", "NEEDS_RESET", "loss_by_event", "loss_by_silence", "loss_by_status"]
+__all__ = [
+    "FATEFUL",
+    "NEEDS_RESET",
+    "loss_by_channel",
+    "loss_by_event",
+    "loss_by_silence",
+    "loss_by_status",
+]
 
 FATEFUL = frozenset(
     {
@@ -126,4 +133,13 @@ def loss_by_silence(seconds: float, console: ConsoleLog) -> GuestStoppedError:
         f"the guest has not answered for {seconds:g} s, and QEMU does not say why",
         evidence=console.tail(_EVIDENCE_LINES),
         hint="it suspended itself to idle, its kernel is stuck, or its sshd is stopped; " + _RESCUE,
+    )
+
+
+def loss_by_channel(why: str, console: ConsoleLog) -> GuestStoppedError:
+    """Return why a guest is lost whose agent cannot be understood."""
+    return GuestStoppedError(
+        f"the channel to the guest's agent broke: {why}",
+        evidence=console.tail(_EVIDENCE_LINES),
+        hint=_RESCUE,
     )

@@ -41,7 +41,8 @@ from bridge.errors import (
     UnwatchableError,
     UsageError,
 )
-from bridge.vm.agent import Ready, ReportReader, Unhealthy
+from bridge.vm.agent import Ready, Report, ReportReader, Unhealthy, parse_report
+from bridge.vm.channel import SEED_BYTES, VERSION, BrokenChannel, ChannelPort, Kind, Restarted
 from bridge.vm.config import (
     HUB,
     NETWORK,
@@ -59,6 +60,7 @@ from bridge.vm.console import ConsoleLog
 from bridge.vm.events import (
     FATEFUL,
     NEEDS_RESET,
+    loss_by_channel,
     loss_by_event,
     loss_by_silence,
     loss_by_status,
@@ -99,7 +101,7 @@ _STDERR_SECONDS = 0.5
 _SAVED = "saved"
 _SSHD_SECONDS = 10.0
 _DIAL_SECONDS = 1.0
-_SEED_BYTES = 32  # guest/agent/init-host.c has the same
+_CHANNEL_SECONDS = 10.0
 _WARNINGS = 10
 """How many reports of an unhealthy guest are logged."""
 
@@ -151,6 +153,7 @@ class Machine:
         watch: the memory that the plugin ``config.plugin`` shares with the bridge.
         memory: makes it possible to save the guest (:meth:`save`), and to return a guest that was
             started from a snapshot to it (:meth:`rewind`).
+        channel: as in :class:`bridge.vm.agent.Ready`, of the guest that is loaded from a snapshot.
     """
 
     def __init__(
@@ -161,6 +164,7 @@ class Machine:
         console_path: Path | None = None,
         watch: WatchFds | None = None,
         memory: MemoryFds | None = None,
+        channel: int = 0,
     ) -> None:
         self.config = config
         self._memory = memory
@@ -171,6 +175,7 @@ class Machine:
         # All guarded by _changed:
         self._state = State.CREATED
         self._ready: Ready | None = None
+        self._channel_version = channel
         self._unhealthy: Unhealthy | None = None
         self._loss: BridgeError | None = None
         self._listeners: dict[int, LossListener] = {}
@@ -188,6 +193,9 @@ class Machine:
         self._console: ConsoleLog
         self._console_socket: socket.socket
         self._report_socket: socket.socket
+        self._port: ChannelPort | None = None
+        self._greeting = False  # whether the agent has to answer a HELLO
+        self._greeted = False  # whether it has answered one
         self._stack = contextlib.ExitStack()
         self._closing = threading.Lock()  # held by close(), so that the second caller waits
         # The loop's thread only:
@@ -246,6 +254,17 @@ class Machine:
         return self._console
 
     @property
+    def channel_version(self) -> int:
+        """As :attr:`bridge.vm.agent.Ready.channel`, also before and between reports."""
+        with self._changed:
+            return self._channel_version
+
+    @property
+    def channel(self) -> ChannelPort | None:
+        """The port over which the guest's agent takes commands; None if it does not."""
+        return self._port if self.channel_version == VERSION else None
+
+    @property
     def ignored_reports(self) -> int:
         """How many lines on the report port were no report."""
         return self._reports.ignored
@@ -280,7 +299,14 @@ class Machine:
         qmp, qemu_qmp = socket.socketpair()
         console, qemu_console = socket.socketpair()
         report, qemu_report = socket.socketpair()
-        ours, theirs = (qmp, console, report), (qemu_qmp, qemu_console, qemu_report)
+        ours = [qmp, console, report]
+        theirs = [qemu_qmp, qemu_console, qemu_report]
+        qemu_channel: socket.socket | None = None
+        if self.config.channel:
+            channel, qemu_channel = socket.socketpair()
+            theirs.append(qemu_channel)
+            self._port = ChannelPort(channel, qemu_channel.dup())
+            stack.callback(self._port.close)
         for sock in (*ours, *theirs):
             stack.callback(sock.close)
         doorbell = self._doorbell.fileno() if self._doorbell is not None else None
@@ -291,6 +317,7 @@ class Machine:
             doorbell,
             self._watch,
             self._memory,
+            qemu_channel.fileno() if qemu_channel is not None else None,
         )
 
         require_qemu(self.config.qemu)
@@ -398,11 +425,53 @@ class Machine:
 
         The agent gets the time and random bytes, so that guests from one snapshot differ in both.
         """
+        port = self.channel
+        if port is not None:
+            # Before the guest runs, so that it is the first that the agent does.
+            self._greeting = True
+            port.hello(set_clock=True)
+            self.execute("cont")
+            return
         self.execute("cont")
         seconds, rest = divmod(time.time_ns(), 10**9)
-        seed = os.urandom(_SEED_BYTES).hex()
+        seed = os.urandom(SEED_BYTES).hex()
         # QEMU reads from the socket, so there is room for a few bytes.
         self._report_socket.send(f"resume {seconds} {rest} {seed}\n".encode())
+
+    def open_channel(self, timeout: float = _CHANNEL_SECONDS) -> ChannelPort | None:
+        """Return the port over which a guest that has booted takes commands, once it does.
+
+        Raises:
+            BootTimeoutError: the agent does not answer on it.
+        """
+        port = self.channel
+        if port is not None and not self._greeted:
+            self._greeting = True
+            port.hello(set_clock=False)
+            self._await_answer(port, time.monotonic() + timeout)
+            if self._greeting:
+                raise self._not_ready(timeout)
+        return port
+
+    def _await_answer(self, port: ChannelPort, deadline: float) -> None:
+        """Wait for the agent's answer to a HELLO, which says that the guest is ready."""
+        while self._greeting and (left := deadline - time.monotonic()) > 0:
+            with self._changed:
+                if self._unhealthy or self._loss or self._state is State.CLOSED:
+                    return
+            port.wait(left)
+            try:
+                frames = port.receive(port.session)
+            except Restarted:
+                continue
+            except BrokenChannel as error:
+                self.lose_channel(str(error))
+                return
+            for frame in frames:
+                report = parse_report(frame.payload) if frame.kind is Kind.READY else None
+                if isinstance(report, Ready):
+                    self._greeting, self._greeted = False, True
+                    self._take_report(report)
 
     def dial(self) -> None:
         """Connect to the SSH port now, so that the guest's sshd starts while we do other things.
@@ -442,6 +511,9 @@ class Machine:
             raise UsageError("this machine cannot be rewound: it was not started from a snapshot")
         started = time.monotonic()
         self._enter_rewinding()
+        if self._port is not None:
+            # Before the guest stops, after which QEMU takes nothing from the port any more.
+            self._port.restart()
         try:
             if self._status() in NEEDS_RESET:
                 self._system_reset()
@@ -563,6 +635,9 @@ class Machine:
         """
         seconds = self.config.boot_seconds if timeout is None else timeout
         deadline = self._started_at + seconds if timeout is None else time.monotonic() + seconds
+        if self._greeting and self._port is not None:
+            self._await_answer(self._port, deadline)
+            deadline = time.monotonic()
         with self._changed:
             self._changed.wait_for(
                 lambda: self._ready or self._unhealthy or self._loss or self._state is State.CLOSED,
@@ -577,8 +652,11 @@ class Machine:
                 f"the guest could not be set up: {unhealthy.what}: {unhealthy.why}",
                 evidence=self._console.tail(_EVIDENCE_LINES),
             )
+        raise self._not_ready(seconds)
+
+    def _not_ready(self, seconds: float) -> BootTimeoutError:
         accelerator = self.config.accelerator
-        raise BootTimeoutError(
+        return BootTimeoutError(
             f"the guest was not ready after {seconds:g} s under {accelerator.name}",
             evidence=self._console.tail(_EVIDENCE_LINES) or "(the console is empty)",
             hint="allow more time with --boot-timeout SECONDS, or run without KVM: --accel tcg"
@@ -614,8 +692,12 @@ class Machine:
             raise UsageError(f"the machine is {state.value}")
 
     def lose_silent(self, seconds: float) -> None:
-        """Declare the guest lost, because its sshd has not answered for ``seconds``."""
+        """Declare the guest lost, because it has not answered for ``seconds``."""
         self._lose(loss_by_silence(seconds, self._console))
+
+    def lose_channel(self, why: str) -> None:
+        """Declare the guest lost, because what its agent sends cannot be understood."""
+        self._lose(loss_by_channel(why, self._console))
 
     def add_loss_listener(self, listener: LossListener) -> Callable[[], None]:
         """Call ``listener`` with the reason whenever the machine is lost; at once if it was.
@@ -714,7 +796,13 @@ class Machine:
         if state is not self._state:
             logger.debug("%s: %s -> %s", self.config.name, self._state.value, state.value)
             self._state = state
-            self._changed.notify_all()
+            self._notify()
+
+    def _notify(self) -> None:
+        """Must be called with _changed held."""
+        self._changed.notify_all()
+        if self._port is not None and self._state is not State.CLOSED:
+            self._port.wake()
 
     def _require_started(self) -> None:
         if not hasattr(self, "_process"):
@@ -747,20 +835,24 @@ class Machine:
 
     def _on_report(self, chunk: bytes) -> None:
         for report in self._reports.feed(chunk):
-            with self._changed:
-                if isinstance(report, Ready):
-                    if self._ready is None:
-                        seconds = time.monotonic() - self._started_at
-                        self._ready = replace(report, boot_seconds=seconds)
-                    self._unhealthy = None
-                    if self._state is State.BOOTING:
-                        self._set_state(State.READY)
-                else:
-                    self._unhealthy = report
-                    if self._warnings < _WARNINGS:
-                        self._warnings += 1
-                        logger.warning("the guest reports: %s: %s", report.what, report.why)
-                self._changed.notify_all()
+            self._take_report(report)
+
+    def _take_report(self, report: Report) -> None:
+        with self._changed:
+            if isinstance(report, Ready):
+                if self._ready is None:
+                    seconds = time.monotonic() - self._started_at
+                    self._ready = replace(report, boot_seconds=seconds)
+                    self._channel_version = report.channel if self._port is not None else 0
+                self._unhealthy = None
+                if self._state is State.BOOTING:
+                    self._set_state(State.READY)
+            else:
+                self._unhealthy = report
+                if self._warnings < _WARNINGS:
+                    self._warnings += 1
+                    logger.warning("the guest reports: %s: %s", report.what, report.why)
+            self._notify()
 
     def _on_event(self, event: Message) -> None:
         name, data = str(event["event"]), event.get("data")

@@ -6,7 +6,8 @@ A snapshot is a directory with
 * ``memory``: the guest's memory, with holes where it is zero;
 * ``devices``: the state of the devices, which a new QEMU takes as an incoming migration. It holds
   neither the guest's memory nor the shared region (:mod:`bridge.vm.vmstate`);
-* ``snapshot.json``: the sizes of these files, and their checksums.
+* ``snapshot.json``: the sizes of these files, their checksums, and whether the guest's agent takes
+  commands.
 
 QEMU takes an incoming migration once, but ``loadvm`` any number of times. So each machine also gets
 the same state as a disk in memory.
@@ -39,7 +40,7 @@ __all__ = ["KEPT", "Loading", "Snapshot", "fingerprint", "new_memory", "prune"]
 KEPT = 4
 """How many snapshots the cache keeps: the ones used last."""
 
-_FORMAT = 2
+_FORMAT = 3
 _DESCRIPTION = "snapshot.json"
 _MEMORY, _DEVICES = "memory", "devices"
 _FILES = (_MEMORY, _DEVICES)
@@ -66,7 +67,7 @@ def fingerprint(
         modules: the kernel modules that the guest loads.
         cpuinfo: the text of /proc/cpuinfo; None to read that file.
     """
-    fds = BackendFds(0, 0, 0, 0, memory=MemoryFds(0, 0))
+    fds = BackendFds(0, 0, 0, 0, memory=MemoryFds(0, 0), channel=0 if config.channel else None)
     parts = [str(_FORMAT), *qemu_command(config.identity, fds)]
     if config.accelerator.name == "kvm":
         # KVM keeps a part of the devices' state in a format of its own.
@@ -107,6 +108,10 @@ def new_memory(size: int) -> int:
 class Snapshot:
     """A snapshot whose files are open, so that it remains usable after its removal.
 
+    Attributes:
+        directory: where its files are.
+        channel: as in :class:`bridge.vm.agent.Ready`, of the guest that was saved.
+
     Raises:
         ImageError: there is no snapshot in the directory, or it is broken.
     """
@@ -124,6 +129,7 @@ class Snapshot:
                     if size != data["files"][name]:
                         raise ValueError(f"{name} has {size} bytes")
                     fds.append(fd)
+                self.channel = int(data["channel"])
                 # Mark it as used, for prune(). In a read-only cache there is nothing to prune.
                 with contextlib.suppress(OSError):
                     os.utime(directory)
@@ -225,6 +231,7 @@ class Snapshot:
                 _copy(ram, part / _MEMORY)
                 description = {
                     "format": _FORMAT,
+                    "channel": machine.channel_version,
                     "files": {name: (part / name).stat().st_size for name in _FILES},
                     "sha256": {name: _sha256(part / name) for name in _FILES},
                 }

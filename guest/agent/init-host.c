@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* kcov-init: requests of the host, a line each, on the second serial port; see init.c. */
+#include "channel.h"
 #include "init.h"
 
 #include <errno.h>
@@ -12,12 +13,12 @@
 #include <unistd.h>
 
 #define LINE_MAX_BYTES 256
-#define SEED_BYTES 32 /* bridge/vm/machine.py has the same */
+#define SEED_BYTES CHANNEL_SEED_BYTES
 
 /* A write makes the module describe this kernel to the host. */
 #define HOST_FILE "/sys/kernel/debug/kcov_bridge_host"
 
-static bool add_randomness(const char *hex)
+static bool add_randomness(const unsigned char *bytes)
 {
 	struct {
 		struct rand_pool_info info;
@@ -26,9 +27,7 @@ static bool add_randomness(const char *hex)
 	bool good;
 	int fd;
 
-	for (size_t i = 0; i < SEED_BYTES; i++)
-		if (sscanf(hex + 2 * i, "%2hhx", &seed.bytes[i]) != 1)
-			return false;
+	memcpy(seed.bytes, bytes, SEED_BYTES);
 	fd = open("/dev/urandom", O_RDWR | O_CLOEXEC);
 	/* The first call mixes the bytes in, the second makes all later numbers depend on them. */
 	good = fd >= 0 && !ioctl(fd, RNDADDENTROPY, &seed) && !ioctl(fd, RNDRESEEDCRNG);
@@ -50,24 +49,35 @@ static bool describe_kernel(void)
 	return good;
 }
 
+bool host_resume(time_t seconds, long nanoseconds, const unsigned char *seed)
+{
+	struct timespec now = { seconds, nanoseconds };
+
+	if (clock_settime(CLOCK_REALTIME, &now)) {
+		report_unhealthy("clock", strerror(errno));
+		return false;
+	}
+	if (!add_randomness(seed)) {
+		report_unhealthy("random", strerror(errno));
+		return false;
+	}
+	ssh_daemon_continue();
+	return describe_kernel();
+}
+
+/* The same for a host that does not use the channel: a line with the seed in hex. */
 static void resume(const char *line, const char *device)
 {
 	char hex[2 * SEED_BYTES + 1] = "";
-	struct timespec now;
+	unsigned char seed[SEED_BYTES];
+	long seconds, nanoseconds;
 
-	if (sscanf(line, "resume %ld %ld %64[0-9a-f]", &now.tv_sec, &now.tv_nsec, hex) != 3 ||
-	    strlen(hex) != 2 * SEED_BYTES)
+	if (sscanf(line, "resume %ld %ld %64[0-9a-f]", &seconds, &nanoseconds, hex) != 3)
 		return;
-	if (clock_settime(CLOCK_REALTIME, &now)) {
-		report_unhealthy("clock", strerror(errno));
-		return;
-	}
-	if (!add_randomness(hex)) {
-		report_unhealthy("random", strerror(errno));
-		return;
-	}
-	ssh_daemon_continue();
-	if (describe_kernel())
+	for (size_t i = 0; i < SEED_BYTES; i++)
+		if (sscanf(hex + 2 * i, "%2hhx", &seed[i]) != 1)
+			return;
+	if (host_resume(seconds, nanoseconds, seed))
 		report_ready(device);
 }
 

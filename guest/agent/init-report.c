@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* kcov-init: reports to the host, a line each, on the second serial port. */
+#include "channel.h"
 #include "init.h"
 
 #include <errno.h>
@@ -83,21 +84,33 @@ static const char *json_string(const char *text, char *out, size_t size)
 	return out;
 }
 
-void report_ready(const char *device)
+size_t ready_text(const char *device, char *text, size_t size)
 {
-	char line[1024], kernel[256], path[128], memory[4096];
+	char kernel[256], path[128], memory[4096];
 	struct utsname system;
 	const char *available;
+	int length;
 
 	uname(&system);
 	read_text("/proc/meminfo", memory, sizeof(memory));
 	available = strstr(memory, "MemAvailable:");
-	snprintf(line, sizeof(line),
-		 "{\"state\":\"ready\",\"kernel\":%s,\"device\":%s,\"uptime_ms\":%ld,"
-		 "\"mem_available_kib\":%ld}\n",
-		 json_string(system.release, kernel, sizeof(kernel)),
-		 json_string(device, path, sizeof(path)), uptime_ms(),
-		 available ? strtol(available + strlen("MemAvailable:"), NULL, 10) : -1L);
+	length = snprintf(text, size,
+			  "{\"state\":\"ready\",\"kernel\":%s,\"device\":%s,\"uptime_ms\":%ld,"
+			  "\"mem_available_kib\":%ld,\"channel\":%d}",
+			  json_string(system.release, kernel, sizeof(kernel)),
+			  json_string(device ? device : "", path, sizeof(path)), uptime_ms(),
+			  available ? strtol(available + strlen("MemAvailable:"), NULL, 10) : -1L,
+			  channel_is_open() ? CHANNEL_VERSION : 0);
+	return (size_t)length < size ? (size_t)length : size - 1;
+}
+
+void report_ready(const char *device)
+{
+	char line[1024];
+	size_t length = ready_text(device, line, sizeof(line) - 1);
+
+	line[length] = '\n';
+	line[length + 1] = '\0';
 	write_line(line);
 }
 

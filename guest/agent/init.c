@@ -14,9 +14,13 @@
  *
  * A report is one JSON object a line on /dev/ttyS1:
  *
- *   {"state":"ready","kernel":"…","device":"…","uptime_ms":N,"mem_available_kib":N}
+ *   {"state":"ready","kernel":"…","device":"…","uptime_ms":N,"mem_available_kib":N,"channel":N}
  *   {"state":"unhealthy","what":"module","why":"…"}
  *   {"state":"stopping","why":"power button"}
+ *
+ * "channel" is the version of the protocol on the virtio-serial port over which the host runs
+ * commands (channel.h), 0 without such a port. Process 1 serves it too: it is the one process that
+ * no command can kill or stop.
  *
  * The host makes two requests there, each a line that is answered "ready". Before it saves the
  * guest, it asks for a stopped sshd that listens, to be part of the snapshot:
@@ -27,6 +31,8 @@
  * hex, so that the guest does not continue with the snapshot's clock and random numbers:
  *
  *   resume 1700000000 500000000 00112233…
+ *
+ * With a channel, the HELLO on it has the time and the random bytes instead.
  *
  * An unhealthy guest still serves SSH if it can, so that a person can look inside. Process 1
  * accepts SSH connections and starts an `sshd -i` for each: the guest is ready without waiting for
@@ -64,6 +70,7 @@ static void take_signals(int fd)
 {
 	struct signalfd_siginfo signal;
 	pid_t ended;
+	int status;
 
 	while (read(fd, &signal, sizeof(signal)) == (ssize_t)sizeof(signal)) {
 		if (signal.ssi_signo == SIGTERM)
@@ -71,27 +78,33 @@ static void take_signals(int fd)
 		if (signal.ssi_signo == SIGINT)
 			stop_guest(RB_AUTOBOOT, "reboot");
 	}
-	while ((ended = waitpid(-1, NULL, WNOHANG)) > 0)
-		ssh_child_ended(ended);
+	while ((ended = waitpid(-1, &status, WNOHANG | WUNTRACED)) > 0) {
+		if (!WIFSTOPPED(status))
+			ssh_child_ended(ended);
+		channel_child_changed(ended, status);
+	}
 }
 
 /* The main loop of process 1. signals: the descriptor of block_signals(). */
 __attribute__((noreturn)) static void serve(int signals, const struct pollfd *buttons,
 					    size_t button_count, const char *device)
 {
-	struct pollfd polled[POLL_BUTTONS + MAX_POWER_BUTTONS] = {
-		[POLL_SIGNALS] = { .fd = signals, .events = POLLIN },
-		[POLL_SSH] = { .fd = -1, .events = POLLIN },
-		[POLL_HOST] = { .fd = report_port(), .events = POLLIN },
-	};
-	size_t count = POLL_BUTTONS + button_count;
+	static struct pollfd polled[POLL_BUTTONS + MAX_POWER_BUTTONS + MAX_CHANNEL_POLLED];
+	size_t count = POLL_BUTTONS + button_count, more;
 
+	polled[POLL_SIGNALS] = (struct pollfd){ .fd = signals, .events = POLLIN };
+	polled[POLL_SSH] = (struct pollfd){ .fd = -1, .events = POLLIN };
+	polled[POLL_HOST] = (struct pollfd){ .fd = report_port(), .events = POLLIN };
 	memcpy(polled + POLL_BUTTONS, buttons, button_count * sizeof(*buttons));
 	for (;;) {
+		int timeout = -1;
+
 		polled[POLL_SSH].fd = ssh_listener();
-		if (poll(polled, count, -1) < 0 && errno != EINTR)
+		more = channel_poll(polled + count, &timeout);
+		if (poll(polled, count + more, timeout) < 0 && errno != EINTR)
 			say("poll: %s", strerror(errno));
 		take_signals(signals);
+		channel_serve(polled + count, more);
 		if (polled[POLL_SSH].revents & POLLIN)
 			ssh_serve();
 		if (polled[POLL_HOST].revents & POLLIN)
@@ -123,6 +136,7 @@ __attribute__((noreturn)) static void boot_guest(void)
 	network = set_up_network();
 	device = set_up_device(&what, why, sizeof(why));
 	button_count = power_buttons_open(buttons);
+	channel_open(device);
 
 	/* Report one fault: the first in the order in which a person would look. */
 	if (!device)

@@ -6,13 +6,15 @@
  *	init-initramfs.c	from the boot modules to the guest's root
  *	init-setup.c		file systems, network, module and kcov device
  *	init-ssh.c		connections to SSH, with and without a daemon
- *	init-host.c		requests of the host on the report port
+ *	init-host.c		requests of the host on the report port, and what follows a load
+ *	init-channel.c		commands of the host on the virtio-serial port
+ *	init-command.c		the processes of such a command
  *	init-report.c		reports to the host on that port
  *	init-power.c		the power button, and the end of the guest
  *	init-util.c		files, mounts, modules, time
  *
- * Process 1 has one thread. The report port and the SSH daemon are state of the file that owns
- * them; all other state is passed as arguments.
+ * Process 1 has one thread. The report port, the virtio-serial port with its commands, and the SSH
+ * daemon are state of the file that owns them; all other state is passed as arguments.
  */
 #ifndef KCOV_BRIDGE_AGENT_INIT_H
 #define KCOV_BRIDGE_AGENT_INIT_H
@@ -20,6 +22,7 @@
 #include <poll.h>
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 #include <sys/types.h>
 
 /* The path of this program in the guest; bridge/guest/images/builder.py has the same. */
@@ -73,6 +76,39 @@ void ssh_child_ended(pid_t pid);
 
 /* Carries out the host's requests on the report port. device: the kcov device, or NULL. */
 void host_read_requests(const char *device);
+/* After a snapshot was loaded: sets the clock, adds 32 random bytes, describes the kernel to the
+ * host. Returns false if one of them failed, which is reported. */
+bool host_resume(time_t seconds, long nanoseconds, const unsigned char *seed);
+
+/* ---- init-channel.c ------------------------------------------------------------------------ */
+
+/* How many descriptors the channel polls at most. */
+#define MAX_CHANNEL_POLLED (1 + 3 * 64)
+
+/* Opens the virtio-serial port, if the machine has one. device: the kcov device, or NULL. */
+void channel_open(const char *device);
+bool channel_is_open(void);
+/* Fills in what to poll; returns how many. Lowers *timeout (milliseconds, -1 for none). */
+size_t channel_poll(struct pollfd *polled, int *timeout);
+/* Carries out what the host wants, and tells it what there is to tell. */
+void channel_serve(const struct pollfd *polled, size_t count);
+/* Notes the end of a process, which may lead a command; a leader that was stopped continues. */
+void channel_child_changed(pid_t pid, int status);
+
+/* ---- init-command.c ------------------------------------------------------------------------ */
+
+/* The leader of a command's process group, and our ends of its streams. */
+struct started {
+	pid_t leader;
+	int in, out, err;
+};
+
+/* Starts a command, see channel.h. Returns 0 or an errno. */
+int command_start(uint32_t action, const char *spec, size_t size, struct started *started);
+/* What to tell the host of a leader's wait status. */
+uint32_t command_status(int status);
+/* Sends a signal to a command's process group; SIGKILL also reaches its session's other groups. */
+void command_kill(pid_t leader, int signal);
 
 /* ---- init-report.c ------------------------------------------------------------------------- */
 
@@ -80,6 +116,8 @@ void report_open(void);
 /* The report port, or -1. */
 int report_port(void);
 void report_ready(const char *device);
+/* Writes the report of a ready guest, without a newline; returns its length. */
+size_t ready_text(const char *device, char *text, size_t size);
 void report_unhealthy(const char *what, const char *why);
 void report_stopping(const char *why);
 

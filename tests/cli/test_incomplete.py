@@ -21,7 +21,8 @@ from bridge.cli import runner
 from bridge.cli.streams import Streams
 from bridge.config import Settings
 from bridge.errors import UsageError
-from bridge.guest.ssh import CAPTURE_LIMIT, CommandResult, Guest
+from bridge.guest.guest import CAPTURE_LIMIT, CommandResult
+from bridge.guest.ssh import SshGuest
 from bridge.session.session import KcovResult, Session
 from tests.support import COMMAND, run
 
@@ -147,8 +148,8 @@ class Printing(Session):
         return KcovResult(0, [1], b"", b"")
 
     @property
-    def guest(self) -> Guest:
-        return cast(Guest, self)
+    def guest(self) -> SshGuest:
+        return cast(SshGuest, self)
 
     def run(self, *_: object, capture: int = CAPTURE_LIMIT, **__: object) -> CommandResult:
         text = "".join(f"{pc:#x}\n" for pc in self.pcs).encode()

@@ -39,7 +39,7 @@ from bridge.errors import (
     RunTimeoutError,
     UsageError,
 )
-from bridge.guest.ssh import Guest, _Marks, _Output
+from bridge.guest.ssh import SshGuest, _Marks, _Output
 
 
 def make_key(path: Path) -> paramiko.PKey:
@@ -277,13 +277,13 @@ def machine() -> Machine:
 
 
 @pytest.fixture
-def guest(server: Server, key: Path, machine: Machine) -> Iterator[Guest]:
-    with Guest(server.port, key, public_line(server.host_key), watched=machine) as guest:
+def guest(server: Server, key: Path, machine: Machine) -> Iterator[SshGuest]:
+    with SshGuest(server.port, key, public_line(server.host_key), watched=machine) as guest:
         guest.connect()
         yield guest
 
 
-def test_output_and_exit_status(guest: Guest) -> None:
+def test_output_and_exit_status(guest: SshGuest) -> None:
     result = guest.run("echo out; echo err >&2; exit 3")
     assert result.exit_status == 3
     assert result.stdout == b"out\n"
@@ -294,7 +294,7 @@ def test_output_and_exit_status(guest: Guest) -> None:
 
 
 def test_run_guest_answers_no_more_is_lost_with_the_machine(
-    guest: Guest, server: Server, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    guest: SshGuest, server: Server, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bridge.guest.ssh._SILENCE_SECONDS", 2.0)
 
@@ -310,7 +310,7 @@ def test_run_guest_answers_no_more_is_lost_with_the_machine(
 
 
 def test_run_silent_command_is_waited_for_while_the_guest_answers(
-    guest: Guest, server: Server, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    guest: SshGuest, server: Server, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bridge.guest.ssh._SILENCE_SECONDS", 3.0)
     assert guest.run("sleep 7; echo end").text == "end\n"
@@ -318,23 +318,23 @@ def test_run_silent_command_is_waited_for_while_the_guest_answers(
     assert server.sessions > 5
 
 
-def test_words_are_not_for_the_shell(guest: Guest) -> None:
+def test_words_are_not_for_the_shell(guest: SshGuest) -> None:
     words = ["printf", "%s|", "a b", "$HOME", "'", "*", ""]
     assert guest.run(words).stdout == b"a b|$HOME|'|*||"
 
 
-def test_run_missing_command_is_status_127(guest: Guest) -> None:
+def test_run_missing_command_is_status_127(guest: SshGuest) -> None:
     assert guest.run(["no-such-command"]).exit_status == 127
 
 
 @pytest.mark.parametrize("command", ["kill -9 $$", ["sh", "-c", "kill -KILL $$"]])
 def test_run_command_dies_of_a_signal_is_status_128_plus(
-    guest: Guest, command: str | list[str]
+    guest: SshGuest, command: str | list[str]
 ) -> None:
     assert guest.run(command).exit_status == 128 + 9
 
 
-def test_output_comes_while_the_command_runs(guest: Guest) -> None:
+def test_output_comes_while_the_command_runs(guest: SshGuest) -> None:
     came: list[tuple[bytes, float]] = []
     result = guest.run(
         "echo one; sleep 0.5; echo two; echo three >&2",
@@ -346,7 +346,7 @@ def test_output_comes_while_the_command_runs(guest: Guest) -> None:
     assert result.stdout == b"one\ntwo\n"
 
 
-def test_output_is_binary_and_only_its_beginning_is_kept(guest: Guest) -> None:
+def test_output_is_binary_and_only_its_beginning_is_kept(guest: SshGuest) -> None:
     sizes: list[int] = []
     result = guest.run(
         "printf 'a\\000\\377'; head -c 5000000 /dev/zero",
@@ -358,7 +358,7 @@ def test_output_is_binary_and_only_its_beginning_is_kept(guest: Guest) -> None:
     assert result.truncated
 
 
-def test_stdin_environment_and_directory(guest: Guest) -> None:
+def test_stdin_environment_and_directory(guest: SshGuest) -> None:
     data = os.urandom(3_000_000)
     assert guest.run("wc -c", stdin=data).stdout.strip() == b"3000000"
     assert guest.run("cat", stdin=data, capture=len(data)).stdout == data
@@ -371,7 +371,7 @@ def test_stdin_environment_and_directory(guest: Guest) -> None:
         guest.run("true", env={"a b": "c"})
 
 
-def test_run_timeout_kills_the_command_and_its_children(guest: Guest) -> None:
+def test_run_timeout_kills_the_command_and_its_children(guest: SshGuest) -> None:
     started = time.monotonic()
     with pytest.raises(RunTimeoutError, match=r"within 0\.5 s: ") as caught:
         guest.run("echo before; sleep 30 & echo $!; sleep 30; true", timeout=0.5)
@@ -382,7 +382,7 @@ def test_run_timeout_kills_the_command_and_its_children(guest: Guest) -> None:
     assert guest.run("echo still here").text == "still here\n"
 
 
-def test_run_interrupted_wait_kills_the_command(guest: Guest) -> None:
+def test_run_interrupted_wait_kills_the_command(guest: SshGuest) -> None:
     children: list[int] = []
 
     def interrupt(chunk: bytes) -> None:
@@ -394,20 +394,20 @@ def test_run_interrupted_wait_kills_the_command(guest: Guest) -> None:
     assert ends(children[0])
 
 
-def test_run_background_process_does_not_delay_the_result(guest: Guest) -> None:
+def test_run_background_process_does_not_delay_the_result(guest: SshGuest) -> None:
     result = guest.run("sleep 30 & echo started")
     assert result.text == "started\n"
     assert result.seconds < 5
 
 
-def test_check_makes_a_status_an_error(guest: Guest) -> None:
+def test_check_makes_a_status_an_error(guest: SshGuest) -> None:
     with pytest.raises(GuestSetupError, match="status 32: ") as caught:
         guest.run("echo mount failed >&2; exit 32", check=True)
     assert "mount failed" in caught.value.evidence
 
 
 def test_run_output_that_comes_long_after_the_exit_status_arrives(
-    guest: Guest, server: Server
+    guest: SshGuest, server: Server
 ) -> None:
     server.carries.clear()
     server.after_status = lambda _: threading.Timer(2.5, server.carries.set).start()
@@ -416,7 +416,7 @@ def test_run_output_that_comes_long_after_the_exit_status_arrives(
 
 
 def test_get_connection_breaks_after_the_exit_status_leaves_no_file(
-    guest: Guest, server: Server, tmp_path: Path
+    guest: SshGuest, server: Server, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_bytes(bytes(30_000))
     server.carries.clear()
@@ -428,7 +428,7 @@ def test_get_connection_breaks_after_the_exit_status_leaves_no_file(
 
 
 def test_get_rest_never_comes_is_an_error(
-    guest: Guest, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    guest: SshGuest, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bridge.guest.ssh._REST_SECONDS", 1.5)
     (tmp_path / "file").write_bytes(bytes(30_000))
@@ -439,7 +439,7 @@ def test_get_rest_never_comes_is_an_error(
     assert [path.name for path in tmp_path.iterdir() if "copy" in path.name] == []
 
 
-def test_put_file_that_cannot_be_read_is_an_error(guest: Guest, tmp_path: Path) -> None:
+def test_put_file_that_cannot_be_read_is_an_error(guest: SshGuest, tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(UsageError, match=r"/proc/self/mem: .* cannot be read: "):
         guest.put("/proc/self/mem", tmp_path / "there")
@@ -447,7 +447,7 @@ def test_put_file_that_cannot_be_read_is_an_error(guest: Guest, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir() if "there" in path.name] == []
 
 
-def test_run_stdin_cannot_be_read_kills_the_command(guest: Guest) -> None:
+def test_run_stdin_cannot_be_read_kills_the_command(guest: SshGuest) -> None:
     class Broken(io.RawIOBase):
         def readable(self) -> bool:
             return True
@@ -469,18 +469,18 @@ def endless() -> Iterator[BinaryIO]:
         yield os.fdopen(reading, "rb")
 
 
-def test_run_command_ends_before_its_stdin_returns(guest: Guest, endless: BinaryIO) -> None:
+def test_run_command_ends_before_its_stdin_returns(guest: SshGuest, endless: BinaryIO) -> None:
     assert guest.run("exit 3", stdin=endless).exit_status == 3
 
 
 def test_run_timeout_with_a_stdin_that_gives_nothing_applies(
-    guest: Guest, endless: BinaryIO
+    guest: SshGuest, endless: BinaryIO
 ) -> None:
     with pytest.raises(RunTimeoutError):
         guest.run("echo $$; exec sleep 60", stdin=endless, timeout=1)
 
 
-def test_run_stdin_is_sent_as_it_comes(guest: Guest) -> None:
+def test_run_stdin_is_sent_as_it_comes(guest: SshGuest) -> None:
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as stdin, os.fdopen(writing, "wb", 0) as us:
         us.write(b"one\n")
@@ -489,7 +489,7 @@ def test_run_stdin_is_sent_as_it_comes(guest: Guest) -> None:
 
 
 def test_run_timeout_while_sshd_does_not_start_the_command_applies(
-    guest: Guest, server: Server
+    guest: SshGuest, server: Server
 ) -> None:
     server.replies.clear()
     try:
@@ -499,7 +499,7 @@ def test_run_timeout_while_sshd_does_not_start_the_command_applies(
         server.replies.set()
 
 
-def test_run_sshd_refuses_another_session_says_so(guest: Guest, server: Server) -> None:
+def test_run_sshd_refuses_another_session_says_so(guest: SshGuest, server: Server) -> None:
     server.refuses = True
     with pytest.raises(GuestSetupError, match="refuses another session") as caught:
         guest.run("true")
@@ -512,7 +512,7 @@ def test_run_sshd_refuses_another_session_says_so(guest: Guest, server: Server) 
     "noise", ["echo welcome", "printf kcov-bridge-", "head -c 300000 /dev/zero"]
 )
 def test_run_start_up_file_that_prints_is_no_output(
-    guest: Guest, server: Server, noise: str
+    guest: SshGuest, server: Server, noise: str
 ) -> None:
     server.start_up = f"{noise}; "
     assert guest.run("printf out").stdout == b"out"
@@ -523,14 +523,14 @@ def test_run_start_up_file_that_prints_is_no_output(
     assert ends(int(child[1]))
 
 
-def test_run_start_up_file_that_ends_the_shell_is_an_error(guest: Guest, server: Server) -> None:
+def test_run_start_up_file_that_ends_the_shell_is_an_error(guest: SshGuest, server: Server) -> None:
     server.start_up = "echo no; exit 0; "
     with pytest.raises(GuestSetupError, match="before it ran the command: ") as caught:
         guest.run("true")
     assert caught.value.evidence == "no\n"
 
 
-def test_run_output_like_the_marks_arrives(guest: Guest) -> None:
+def test_run_output_like_the_marks_arrives(guest: SshGuest) -> None:
     text = "kcov-bridge-0123456789abcdef. kcov-bridge-0123456789abcdef:12\nkcov-bridg"
     assert guest.run(["printf", "%s", text]).text == text
     assert guest.run(f"printf %s {text[:11]} >&2").stderr == text[:11].encode()
@@ -550,7 +550,7 @@ def test_output_marks_in_pieces_are_taken_out(size: int) -> None:
 
 
 def test_liveness_question_that_fails_is_asked_again(
-    guest: Guest, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    guest: SshGuest, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """paramiko measures time-outs by the wall clock, which a suspended host sets forward."""
     monkeypatch.setattr("bridge.guest.ssh._SILENCE_SECONDS", 6.0)
@@ -571,7 +571,7 @@ def test_liveness_question_that_fails_is_asked_again(
     assert len(asked) > 3
 
 
-def test_reserved_other_threads_wait_or_run_out_of_time(guest: Guest) -> None:
+def test_reserved_other_threads_wait_or_run_out_of_time(guest: SshGuest) -> None:
     statuses: list[int] = []
     errors: list[RunTimeoutError] = []
 
@@ -596,7 +596,7 @@ def test_reserved_other_threads_wait_or_run_out_of_time(guest: Guest) -> None:
     assert len(errors) == 1
 
 
-def test_run_many_commands_at_once_works(guest: Guest) -> None:
+def test_run_many_commands_at_once_works(guest: SshGuest) -> None:
     results: dict[int, str] = {}
 
     def work(number: int) -> None:
@@ -610,7 +610,7 @@ def test_run_many_commands_at_once_works(guest: Guest) -> None:
     assert results == {number: f"{number}\n" for number in range(8)}
 
 
-def test_run_guest_is_lost_ends_at_once(guest: Guest, machine: Machine) -> None:
+def test_run_guest_is_lost_ends_at_once(guest: SshGuest, machine: Machine) -> None:
     threading.Timer(0.3, machine.lose).start()
     started = time.monotonic()
     with pytest.raises(GuestPanicError, match="panicked: test"):
@@ -623,7 +623,7 @@ def test_run_guest_is_lost_ends_at_once(guest: Guest, machine: Machine) -> None:
 
 
 def test_run_connection_breaks_before_the_loss_raises_the_loss(
-    guest: Guest, server: Server, machine: Machine
+    guest: SshGuest, server: Server, machine: Machine
 ) -> None:
     threading.Timer(0.2, server.break_connections).start()
     threading.Timer(0.7, machine.lose).start()
@@ -631,13 +631,13 @@ def test_run_connection_breaks_before_the_loss_raises_the_loss(
         guest.run("sleep 30")
 
 
-def test_run_connection_to_a_live_guest_breaks_is_an_error(guest: Guest, server: Server) -> None:
+def test_run_connection_to_a_live_guest_breaks_is_an_error(guest: SshGuest, server: Server) -> None:
     threading.Timer(0.2, server.break_connections).start()
     with pytest.raises(GuestLostError, match="SSH connection to the guest broke"):
         guest.run("sleep 30")
 
 
-def test_files_come_and_go_whole(guest: Guest, tmp_path: Path) -> None:
+def test_files_come_and_go_whole(guest: SshGuest, tmp_path: Path) -> None:
     data = os.urandom(1_000_000)
     local, remote, back = (tmp_path / name for name in ("local", "re mote'$", "back"))
     local.write_bytes(data)
@@ -651,7 +651,7 @@ def test_files_come_and_go_whole(guest: Guest, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".back*"))
 
 
-def test_put_two_at_once_of_one_path_each_arrives_whole(guest: Guest, tmp_path: Path) -> None:
+def test_put_two_at_once_of_one_path_each_arrives_whole(guest: SshGuest, tmp_path: Path) -> None:
     remote = tmp_path / "remote"
     contents = [bytes([letter]) * 300_000 for letter in b"abcd"]
     failures: list[BaseException] = []
@@ -673,7 +673,7 @@ def test_put_two_at_once_of_one_path_each_arrives_whole(guest: Guest, tmp_path: 
     assert list(tmp_path.glob("remote*")) == [remote]
 
 
-def test_put_onto_a_directory_is_an_error(guest: Guest, tmp_path: Path) -> None:
+def test_put_onto_a_directory_is_an_error(guest: SshGuest, tmp_path: Path) -> None:
     remote = tmp_path / "remote"
     remote.mkdir()
     with pytest.raises(GuestSetupError, match="cannot write") as caught:
@@ -683,7 +683,7 @@ def test_put_onto_a_directory_is_an_error(guest: Guest, tmp_path: Path) -> None:
     assert not list(remote.iterdir())
 
 
-def test_files_that_cannot_be(guest: Guest, tmp_path: Path) -> None:
+def test_files_that_cannot_be(guest: SshGuest, tmp_path: Path) -> None:
     with pytest.raises(GuestSetupError, match="cannot write /no/such/file") as caught:
         guest.put(b"x", "/no/such/file")
     assert caught.value.evidence
@@ -705,7 +705,7 @@ def test_connect_dialed_connection_is_used_if_good(server: Server, key: Path, al
         # As where nothing listens in the guest yet: QEMU accepts and drops us.
         dialed, other = socket.socketpair()
         other.close()
-    with Guest(server.port, key, public_line(server.host_key), dialed=dialed) as guest:
+    with SshGuest(server.port, key, public_line(server.host_key), dialed=dialed) as guest:
         guest.connect()
         assert guest.run(["true"]).exit_status == 0
         transport = guest._transport
@@ -715,7 +715,7 @@ def test_connect_dialed_connection_is_used_if_good(server: Server, key: Path, al
 
 
 def test_run_while_another_thread_logs_in_waits_for_it(server: Server, key: Path) -> None:
-    with Guest(server.port, key, public_line(server.host_key)) as guest:
+    with SshGuest(server.port, key, public_line(server.host_key)) as guest:
         guest.connect()
         guest.forget()
         server.greeting_seconds = 0.5
@@ -737,7 +737,7 @@ def test_connect_wrong_key_is_refused(server: Server, tmp_path: Path) -> None:
     other = tmp_path / "other"
     make_key(other)
     with (
-        Guest(server.port, other, public_line(server.host_key)) as guest,
+        SshGuest(server.port, other, public_line(server.host_key)) as guest,
         pytest.raises(GuestSetupError, match="refuses the key"),
     ):
         guest.connect()
@@ -745,7 +745,7 @@ def test_connect_wrong_key_is_refused(server: Server, tmp_path: Path) -> None:
 
 def test_connect_wrong_host_key_is_refused(server: Server, key: Path, tmp_path: Path) -> None:
     expected = make_key(tmp_path / "expected")
-    with Guest(server.port, key, public_line(expected)) as guest:
+    with SshGuest(server.port, key, public_line(expected)) as guest:
         with pytest.raises(GuestSetupError, match="host key mismatch") as caught:
             guest.connect()
         assert caught.value.evidence.count("SHA256:") == 2
@@ -756,7 +756,7 @@ def test_connect_wrong_host_key_is_refused(server: Server, key: Path, tmp_path: 
 def test_connect_unknown_host_key_is_pinned_at_the_first_login(
     server: Server, key: Path, tmp_path: Path
 ) -> None:
-    with Guest(server.port, key, None) as guest:
+    with SshGuest(server.port, key, None) as guest:
         guest.connect()
         assert guest.run("true").exit_status == 0
         server.host_key = make_key(tmp_path / "other")
@@ -767,7 +767,10 @@ def test_connect_unknown_host_key_is_pinned_at_the_first_login(
 def test_nobody_answers(key: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    with Guest(port, key, None) as guest, pytest.raises(GuestSetupError, match="does not answer"):
+    with (
+        SshGuest(port, key, None) as guest,
+        pytest.raises(GuestSetupError, match="does not answer"),
+    ):
         guest.connect(0.5)
 
 
@@ -797,7 +800,7 @@ def test_connect_server_starts_later_succeeds(key: Path, tmp_path: Path) -> None
 
         thread = threading.Thread(target=drop_three_then_serve)
         thread.start()
-        with Guest(port, key, public_line(host_key)) as guest:
+        with SshGuest(port, key, public_line(host_key)) as guest:
             guest.connect(20)
             assert guest.run("echo up").text == "up\n"
         thread.join()
@@ -813,17 +816,17 @@ def copy(source: socket.socket, sink: socket.socket) -> None:
 
 def test_keys_that_are_none(tmp_path: Path, key: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
-        Guest(1, tmp_path / "none", None)
+        SshGuest(1, tmp_path / "none", None)
     rubbish = tmp_path / "rubbish"
     rubbish.write_text("rubbish")
     with pytest.raises(UsageError, match="cannot be used"):
-        Guest(1, rubbish, None)
+        SshGuest(1, rubbish, None)
     for line in ("", "ssh-ed25519", "ssh-ed25519 ????", "no-such-kind AAAA"):
         with pytest.raises(ImageError, match="host key is not a public key"):
-            Guest(1, key, line)
+            SshGuest(1, key, line)
 
 
-def test_shell_on_a_terminal_works(guest: Guest, capfd: pytest.CaptureFixture[str]) -> None:
+def test_shell_on_a_terminal_works(guest: SshGuest, capfd: pytest.CaptureFixture[str]) -> None:
     ours, theirs = pty.openpty()
     with os.fdopen(theirs) as terminal, os.fdopen(ours, "wb", 0) as us:
         threading.Timer(0.3, us.write, (b"echo $((6*7)); exit 9\n",)).start()
@@ -831,7 +834,9 @@ def test_shell_on_a_terminal_works(guest: Guest, capfd: pytest.CaptureFixture[st
     assert "42" in capfd.readouterr().out
 
 
-def test_shell_with_a_pipe_as_stdin_works(guest: Guest, capfd: pytest.CaptureFixture[str]) -> None:
+def test_shell_with_a_pipe_as_stdin_works(
+    guest: SshGuest, capfd: pytest.CaptureFixture[str]
+) -> None:
     reading, writing = os.pipe()
     os.write(writing, b"echo $((6*7))\necho oops >&2\nexit 4\n")
     os.close(writing)
@@ -841,7 +846,9 @@ def test_shell_with_a_pipe_as_stdin_works(guest: Guest, capfd: pytest.CaptureFix
     assert (out, err) == ("42\n", "oops\n")
 
 
-def test_shell_command_writes_much_before_it_reads_on_works(guest: Guest, tmp_path: Path) -> None:
+def test_shell_command_writes_much_before_it_reads_on_works(
+    guest: SshGuest, tmp_path: Path
+) -> None:
     """More than a window each way: whoever waits to send must read meanwhile."""
     (tmp_path / "in").write_bytes(b"0123456789abcde\n" * 160_000)
     came = bytearray()
@@ -852,7 +859,7 @@ def test_shell_command_writes_much_before_it_reads_on_works(guest: Guest, tmp_pa
     assert len(came) == 20 * 16 * 160_000
 
 
-def test_shell_process_left_behind_does_not_hold_it(guest: Guest) -> None:
+def test_shell_process_left_behind_does_not_hold_it(guest: SshGuest) -> None:
     with Path("/dev/null").open("rb") as stdin:
         started = time.monotonic()
         assert guest.shell("sleep 300 & exit 3", stdin=stdin.fileno()) == 3

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bridge.guest.ssh import Output
+from bridge.guest.guest import Output
 from bridge.session.session import Session
 
 pytestmark = [pytest.mark.vm, pytest.mark.guest(target="none", source="python", syscall_pcs=True)]

@@ -10,7 +10,7 @@ import pytest
 
 from bridge.device.abi import HeaderWord
 from bridge.errors import IncompleteError, SourceError
-from bridge.guest.ssh import CommandResult, Guest
+from bridge.guest.guest import CommandResult, Guest
 from bridge.session.device_host import DeviceHost
 from bridge.session.executor import SshExecutor
 from bridge.trace import Call

@@ -17,7 +17,7 @@ import pytest
 
 import bridge
 from bridge.device import abi
-from bridge.guest.ssh import CommandResult
+from bridge.guest.guest import CommandResult
 from bridge.session.session import Session
 from bridge.sources.ledger import Cursor
 from bridge.targets import TARGET_ADDRESS, Endpoint

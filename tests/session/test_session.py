@@ -22,7 +22,7 @@ from bridge.errors import (
     RunTimeoutError,
     UsageError,
 )
-from bridge.guest.ssh import Word
+from bridge.guest.guest import Word
 from bridge.session.events import Booted, Event, GuestLost, Reset, TraceBegan, TraceEnded
 from bridge.session.session import Session
 

@@ -16,7 +16,8 @@ import pytest
 
 from bridge.config import Settings
 from bridge.errors import BridgeError, GuestPoweredOffError, GuestSetupError
-from bridge.guest.ssh import CommandResult, Guest
+from bridge.guest.guest import CommandResult
+from bridge.guest.ssh import SshGuest
 from bridge.session.session import Session
 from bridge.sources.pcs import syscall_pc
 from bridge.vm.accel import choose_accelerator
@@ -204,7 +205,9 @@ def test_agent_no_device_reports_it_and_serves_ssh(tmp_path: Path) -> None:
     )
     with Machine(config, console_path=tmp_path / "console.log") as machine:
         machine.start()
-        guest = Guest(machine.ssh_port, image.ssh_key, image.host_key.read_text(), watched=machine)
+        guest = SshGuest(
+            machine.ssh_port, image.ssh_key, image.host_key.read_text(), watched=machine
+        )
         with guest:
             with pytest.raises(GuestSetupError, match="module") as caught:
                 machine.wait_ready()

@@ -25,7 +25,7 @@ from bridge.errors import (
     UsageError,
 )
 from bridge.guest.images import compile_for_guest
-from bridge.guest.ssh import Guest
+from bridge.guest.ssh import SshGuest
 from bridge.session.session import Session
 from bridge.sources.guest_kernel.plan import PlanWord
 from bridge.sources.pcs import PC_BASE
@@ -232,7 +232,7 @@ def test_another_kernel_in_the_place_of_this_one(tmp_path: Path) -> None:
         doorbell.call(lambda: device.count_watched(left))
         assert left.appended > 1000
 
-        guest = Guest(session.machine.ssh_port, image.ssh_key, image.host_key.read_text())
+        guest = SshGuest(session.machine.ssh_port, image.ssh_key, image.host_key.read_text())
         with guest:
             guest.connect(timeout=120)
             # The session's own connection was to the kernel of before.

@@ -24,7 +24,7 @@ from bridge.device.abi import AREAS_OFFSET
 from bridge.device.region import Region
 from bridge.errors import GuestResetError, UsageError
 from bridge.guest.guest_image import ProjectImage
-from bridge.guest.ssh import Guest
+from bridge.guest.ssh import SshGuest
 from bridge.session import snapshots
 from bridge.session.session import Session
 from bridge.sources.pcs import PC_BASE
@@ -260,7 +260,7 @@ def test_the_sshd_that_was_saved_dies(session: Session) -> None:
         assert isinstance(image, ProjectImage)
         port, key = session.machine.ssh_port, image.image.ssh_key
         host_key = image.image.host_key.read_text()
-        with Guest(port, key, host_key, watched=session.machine) as other:
+        with SshGuest(port, key, host_key, watched=session.machine) as other:
             other.connect()
             assert other.run(listening).exit_status == 1
         session.reset()

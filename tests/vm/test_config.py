@@ -44,6 +44,16 @@ def test_command_no_doorbell_has_no_ivshmem_device() -> None:
     assert fds.all == (10, 11, 12)
 
 
+def test_command_channel_is_a_port_of_its_own_controller() -> None:
+    command = qemu_command(MachineConfig(TCG), BackendFds(10, 11, 12, channel=14))
+    assert "socket,id=agent,fd=14" in options(command, "-chardev")
+    assert options(command, "-device")[-2:] == [
+        "virtio-serial-pci,id=agent-ports",
+        "virtserialport,bus=agent-ports.0,chardev=agent,name=kcov-bridge.agent",
+    ]
+    assert not any("agent" in word for word in qemu_command(MachineConfig(TCG), FDS))
+
+
 def test_processor_and_boot_time_follow_the_accelerator() -> None:
     tcg, kvm = MachineConfig(TCG), MachineConfig(KVM)
     assert options(qemu_command(tcg, FDS), "-cpu") == ["max,la57=off"]

@@ -23,7 +23,7 @@ from bridge.errors import (
     RunTimeoutError,
 )
 from bridge.guest.images import Image
-from bridge.guest.ssh import Guest
+from bridge.guest.ssh import SshGuest
 from bridge.targets import TARGET_ADDRESS, Endpoint
 from bridge.vm.accel import choose_accelerator
 from bridge.vm.agent import Ready
@@ -43,7 +43,7 @@ class Booted:
     """A guest that is ready, and how to reach it."""
 
     machine: Machine
-    guest: Guest
+    guest: SshGuest
     ready: Ready
 
 
@@ -73,7 +73,9 @@ def boot(image: Image, console: Path, endpoints: tuple[Endpoint, ...] = ()) -> I
         machine = stack.enter_context(Machine(config, doorbell=doorbell, console_path=console))
         machine.start()
         ready = machine.wait_ready()
-        guest = Guest(machine.ssh_port, image.ssh_key, image.host_key.read_text(), watched=machine)
+        guest = SshGuest(
+            machine.ssh_port, image.ssh_key, image.host_key.read_text(), watched=machine
+        )
         stack.enter_context(guest)
         guest.connect(60)
         yield Booted(machine, guest, ready)

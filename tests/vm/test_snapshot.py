@@ -269,6 +269,7 @@ IDENTITY: dict[str, Any] = {
     "cpus": 2,
     "cpu": "Nehalem",
     "devices": (QemuDevice("edu", ("-device", "edu")),),
+    "channel": False,
     "network": False,
     "qemu": "qemu-system-x86_64",
     "sandbox": False,
