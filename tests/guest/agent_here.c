@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The agent's part of the channel as a program of this machine: agent_here DESCRIPTOR. */
-#include "init-channel.c"
+#include "../../guest/agent/init-channel.c"
 
 #include <sys/signalfd.h>
 #include <sys/socket.h>

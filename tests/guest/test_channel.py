@@ -724,7 +724,12 @@ def hostile(data: bytes) -> tuple[ChannelPort, socket.socket]:
     ours, theirs = socket.socketpair()
     port = ChannelPort(ours, theirs.dup())
     theirs.setblocking(True)
-    threading.Thread(target=lambda: (theirs.recv(1), theirs.sendall(data)), daemon=True).start()
+
+    def answer() -> None:
+        theirs.recv(1)
+        theirs.sendall(data)
+
+    threading.Thread(target=answer, daemon=True).start()
     return port, theirs
 
 

@@ -62,10 +62,9 @@ def test_run_command_sees_what_it_sees_over_ssh(session: Session, ssh: SshGuest)
         assert results[0].exit_status == results[1].exit_status, words
     # Of such an end bash writes a line, which is no output of the command.
     assert session.guest.run("kill -KILL $$").exit_status == ssh.run("kill -KILL $$").exit_status
-    given = {"env": {"A": "1 '", "PATH": "/bin"}, "cwd": "/usr/bin"}
-    results = [
-        each.run("env | grep -v ^SSH_ | sort; pwd", **given) for each in (session.guest, ssh)
-    ]
+    env, cwd = {"A": "1 '", "PATH": "/bin"}, "/usr/bin"
+    command = "env | grep -v ^SSH_ | sort; pwd"
+    results = [each.run(command, env=env, cwd=cwd) for each in (session.guest, ssh)]
     assert results[0].stdout == results[1].stdout
     failed = [each.run("true", cwd="/no/such") for each in (session.guest, ssh)]
     assert failed[0].stderr == failed[1].stderr
@@ -75,7 +74,8 @@ def test_run_command_sees_what_it_sees_over_ssh(session: Session, ssh: SshGuest)
 def test_run_start_up_file_has_the_effect_that_it_has_over_ssh(
     session: Session, ssh: SshGuest
 ) -> None:
-    session.put(b"export MARK=1\necho out\necho err >&2\nulimit -n 100\n", "/root/.bashrc")
+    start_up = session.run("printf %s ~/.bashrc").text
+    session.put(b"export MARK=1\necho out\necho err >&2\nulimit -n 100\n", start_up)
     command = "echo $MARK; ulimit -n"
     results = [each.run(command) for each in (session.guest, ssh)]
     assert results[0].stdout == results[1].stdout == b"1\n100\n"
