@@ -41,7 +41,7 @@ SOURCES := bridge tests examples docs setup.py
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help run check-guest image bench test test-unit test-all test-on storm answers executor kills conformance reference lint docs dist format venv packages packages-test clean distclean
+.PHONY: help run check-guest image bench test test-unit test-all test-on storm answers executor kills conformance reference lint docs screenshots dist format venv packages packages-test clean distclean
 
 help: ## print this help
 	@awk -F ' ## ' '/^##@/ { print "\n" substr($$0, 5) } \
@@ -126,6 +126,17 @@ lint: $(VENV)/installed-dev ## run the linters
 docs: $(VENV)/installed-dev ## build the API reference into build/docs
 	$(VENV)/bin/python docs/api.py build/docs
 	@echo "open build/docs/index.html"
+
+# A run of tests and a run with a trace, and the pictures of their reports.
+PICTURED := ls -lR /mnt/target; cp -r /mnt/target /tmp/copy; diff -r /mnt/target /tmp/copy
+screenshots: packages-test $(VENV)/installed-dev ## make the pictures of docs/report.md from runs in guests
+	rm -rf build/screenshots
+	mkdir -p build/screenshots
+	KCOV_BRIDGE_REQUIRE=1 PYTHONPATH=examples/power_supply/src $(VENV)/bin/python -m pytest -m guest \
+		examples/power_supply/tests/guest examples/test_key_value.py --guest-report=build/screenshots/tests
+	$(VENV)/bin/kcov-bridge run --source python,kernel --out build/screenshots/run \
+		--trace=build/screenshots/trace.txt -- sh -c "$(PICTURED)"
+	$(VENV)/bin/python -m docs.screenshots build/screenshots/tests build/screenshots/run
 
 dist: $(VENV)/installed-dev ## build the wheel and the source distribution into dist/
 	$(VENV)/bin/python -m build

@@ -27,7 +27,11 @@ def test_report_page_is_in_the_directory_and_its_path_is_printed(
 ) -> None:
     assert main(["report", "done"]) == 0
     assert capfd.readouterr().out == "done/report.html\n"
-    assert (directory / "report.html").read_text().startswith("<!doctype html>")
+    assert (
+        (directory / "report.html")
+        .read_text()
+        .startswith("<!-- SPDX-License-Identifier: Apache-2.0 -->\n<!doctype html>\n")
+    )
 
 
 def test_report_without_directory_is_of_the_last_run(

@@ -26,6 +26,7 @@ from bridge.results.report.pcs import PCS_FILE, PcFigures, TSeries, thin_out
 from bridge.results.test_record import RECORD_FILE, RecordedTest, read_records, record_files
 from bridge.sources.guest_kernel import SYMBOLS_FILE
 from bridge.trace import Call, TraceHeader, read_traces
+from bridge.trace.perfetto import PERFETTO_FILE
 from bridge.trace.trace_file import TRACE_FILE
 
 __all__ = ["Report", "RunDirectory", "SyscallFigures", "gather"]
@@ -45,7 +46,7 @@ _LOSSES: Final = {
 }
 """Figures of a summary that are 0 if nothing was lost, and what they count."""
 
-_PERCEPTIBLE_BYTES: Final = 64 << 20
+_PERCEPTIBLE_BYTES: Final = 16 << 20
 """Reading that many takes longer than a moment."""
 
 
@@ -60,6 +61,8 @@ class RunDirectory:
     traces: list[TraceHeader] = field(default_factory=list)
     html: Path | None = None
     """Start page of coverage.py's own report, if it has one."""
+    perfetto: Path | None = None
+    """The trace as Perfetto reads it, if there is one."""
 
 
 @dataclass(slots=True)
@@ -177,15 +180,22 @@ def _read_run(path: Path, report: Report) -> RunDirectory:
         )
     if (path / _SUMMARY_FILE).is_file():
         run.summary = summary.read(path / _SUMMARY_FILE)
-    with contextlib.suppress(OSError):
-        if (size := (path / PCS_FILE).stat().st_size) > _PERCEPTIBLE_BYTES:
-            _log.info("reading %s (%d MiB)", path / PCS_FILE, size >> 20)
+    _announce(path / PCS_FILE)
     run.pcs = PcFigures.read(path)
     if (path / HTML_DIRECTORY / "index.html").is_file():
         run.html = path / HTML_DIRECTORY / "index.html"
     elif (path / "htmlcov" / "index.html").is_file():
         run.html = path / "htmlcov" / "index.html"
+    if (path / PERFETTO_FILE).is_file():
+        run.perfetto = path / PERFETTO_FILE
     return run
+
+
+def _announce(path: Path) -> None:
+    """Say that a file is read, if that takes longer than a moment."""
+    with contextlib.suppress(OSError):
+        if (size := path.stat().st_size) > _PERCEPTIBLE_BYTES:
+            _log.info("reading %s (%d MiB)", path, size >> 20)
 
 
 def _read_calls(
@@ -197,6 +207,8 @@ def _read_calls(
         number: of the directory's first trace.
     """
     calls: list[tuple[int, Call]] = []
+    for name in path.glob("trace*.jsonl"):
+        _announce(name)
     for reader in read_traces(path):
         try:
             for call in reader:

@@ -30,7 +30,7 @@ from urllib.parse import quote
 import bridge
 from bridge.results.report.gather import Report, RunDirectory, gather
 from bridge.results.report.host import SourceFile
-from bridge.results.test_record import RecordedTest
+from bridge.results.test_record import Outcome, RecordedTest
 from bridge.util.files import write_atomically
 
 __all__ = ["page_data", "render_page", "write_report"]
@@ -138,7 +138,13 @@ def page_data(report: Report, base: Path | None) -> dict[str, Any]:
 
 def _title(report: Report) -> str:
     if report.tests:
-        return f"Tests in {report.runs[0].path.name}" if report.runs else "Tests"
+        outcomes = Counter(test.outcome for test in report.tests)
+        failed = outcomes[Outcome.FAILED] + outcomes[Outcome.ERROR]
+        tests = "test" if len(report.tests) == 1 else "tests"
+        if failed:
+            return f"{failed:,} of {len(report.tests):,} {tests} failed"
+        skipped = f", {outcomes[Outcome.SKIPPED]:,} skipped" if outcomes[Outcome.SKIPPED] else ""
+        return f"{outcomes[Outcome.PASSED]:,} {tests} passed{skipped}"
     for run in report.runs:
         if command := run.summary.get("command"):
             return _cut(" ".join(map(str, command)), 100)
@@ -183,16 +189,21 @@ def _facts(report: Report) -> list[list[str]]:
 def _links(runs: list[RunDirectory], base: Path | None) -> list[dict[str, str]]:
     if base is None:
         return []
-    pages = [run.html for run in runs if run.html is not None]
-    several = len(pages) > 1
+    files = [
+        (text, run.path, path)
+        for run in runs
+        for text, path in (
+            ("coverage.py's own pages", run.html),
+            ("trace for Perfetto", run.perfetto),
+        )
+        if path is not None
+    ]
     return [
         {
-            "text": f"coverage.py's pages of {page.parent.parent.name}"
-            if several
-            else "coverage.py's own pages",
-            "href": quote(os.path.relpath(page, base), errors="surrogateescape"),
+            "text": f"{text} ({directory.name})" if len(runs) > 1 else text,
+            "href": quote(os.path.relpath(path, base), errors="surrogateescape"),
         }
-        for page in pages
+        for text, directory, path in files
     ]
 
 
@@ -276,6 +287,9 @@ def _series(report: Report) -> list[dict[str, Any]]:
         ("Kernel functions over time", "seconds", "functions", report.kernel_over_time),
     ]
     for run in report.runs:
+        if report.calls:
+            # The trace shows the same over time.
+            break
         of = f" ({run.path.name})" if len(report.runs) > 1 else ""
         found += [
             (f"Host blocks over PCs{of}", "PCs", "blocks", run.pcs.host_blocks),

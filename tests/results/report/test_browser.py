@@ -182,7 +182,7 @@ def test_page_matrix_has_the_lines_of_each_test_and_file(
     show(browser, "tests")
     shown = browser.run(
         """return [...document.querySelectorAll("#tests-list .lrow")].map((row) =>
-             [row.querySelector(".tname").textContent,
+             [row.querySelector(".tname").title,
               ...[...row.querySelectorAll(".cell")].map((cell) => Number(cell.textContent))])"""
     )
     files = [str(directory / "src" / f"service_{number}.py") for number in range(3)]
@@ -263,13 +263,18 @@ def test_page_search_of_the_trace_finds_what_the_file_has(
         def text(call: dict[str, Any]) -> str:
             host = [f"src/{Path(each['file']).name} {each['function']}" for each in call["host"]]
             parts = [call["name"], ", ".join(call["arguments"]), call["error"] or "", *host]
-            parts += [*call["kernel"], call["test"] or "", f"{call['command']} {call['thread']}"]
+            parts += [call["test"] or "", f"{call['command']} {call['thread']}"]
             return "\n".join(parts).lower()
 
-        found = sum(
-            all(term in text(call) or term == str(call["result"]) for term in terms)
-            for call in calls
-        )
+        def has(call: dict[str, Any], term: str) -> bool:
+            key, _, rest = term.rpartition(":")
+            if key == "kernel":
+                return any(rest in name for name in call["kernel"])
+            if key == "name":
+                return bool(call["name"] == rest)
+            return term in text(call) or term == str(call["result"])
+
+        found = sum(all(has(call, term) for term in terms) for call in calls)
         assert 0 < found < len(calls)
         return f"{found:,} of {total}"
 
@@ -279,7 +284,9 @@ def test_page_search_of_the_trace_finds_what_the_file_has(
         ("file-17",),
         ("handle_3",),
         ("service_2.py",),
-        ("kernel_function_5",),
+        ("kernel:kernel_function_5",),
+        ("name:read",),
+        ("name:write", "kernel:function_1"),
         ("</script>",),
         ("test_2",),
         ("read", "enoent"),

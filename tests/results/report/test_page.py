@@ -71,28 +71,27 @@ def test_page_hostile_texts_add_no_element(directory: Path) -> None:
 
 
 def test_page_title_with_markup_and_without_utf8_is_escaped(tmp_path: Path) -> None:
-    with gather([_odd(tmp_path)]) as (report, _):
+    directory = tmp_path / "<b>\udcff"
+    directory.mkdir()
+    (directory / "pcs.txt").write_text("")
+    with gather([directory]) as (report, _):
         text = render_page(report)
     (title,) = re.findall("<title>(.*?)</title>", text)
     assert "&lt;b&gt;" in title
     text.encode("utf-8")
 
 
-def _odd(tmp_path: Path) -> Path:
-    directory = tmp_path / "<b>\udcff%%DATA%%"
+def test_page_marks_of_the_template_in_data_stay_text(tmp_path: Path) -> None:
+    directory = tmp_path / "%%DATA%%"
     with RecordWriter(directory) as writer:
         writer.write(
             RecordedTest("\udcff%%STYLE_HASH%%", Outcome.PASSED, lines={"/\udcff.py": (1,)})
         )
-    return directory
-
-
-def test_page_marks_of_the_template_in_data_stay_text(tmp_path: Path) -> None:
-    directory = _odd(tmp_path)
     write_report(directory, tmp_path / "page.html")
     data = Page((tmp_path / "page.html").read_text()).data()
     assert data["tests"][0]["id"] == "\udcff%%STYLE_HASH%%"
-    assert data["title"].endswith("%%DATA%%")
+    assert ["Directory", str(directory)] in data["facts"]
+    assert data["title"] == "1 test passed"
 
 
 def test_page_policy_allows_its_own_program_and_style_alone(directory: Path) -> None:
