@@ -138,7 +138,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before workers are started
 def pytest_sessionstart(session: pytest.Session) -> None:
-    if session.config.option.guest_report:
+    option = session.config.option
+    if option.guest_report and not option.collectonly:
         from bridge.pytest_plugin.recorder import prepare
 
         prepare(session.config)
@@ -422,7 +423,7 @@ def _finish(config: pytest.Config) -> None:
     machines = config.stash.get(_MACHINES, None)
     if machines is not None and not config.option.guest_keep:
         machines.close()
-    if _RECORDER in config.stash or config.option.guest_report or config.option.guest_cov:
+    if _RECORDER in config.stash or (config.option.guest_report and not config.option.collectonly):
         _recorder(config).finish()
 
 
@@ -452,6 +453,10 @@ def pytest_terminal_summary(
     recorder = config.stash.get(_RECORDER, None)
     if recorder is not None and recorder.coverage_file is not None:
         terminalreporter.write_line(f"coverage data of guest tests: {recorder.coverage_file}")
+    elif config.option.guest_cov and (recorder is None or not recorder.joined):
+        terminalreporter.write_line(
+            "no coverage data of guest tests: they reached no line of a target's packages"
+        )
     if recorder is not None and recorder.page is not None:
         terminalreporter.write_line(f"report of guest tests: {recorder.page}")
 

@@ -63,11 +63,8 @@ def prepare(config: pytest.Config) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         remove_records(directory)
-        for path in (
-            *directory.glob("trace*.jsonl"),
-            directory / _COVERAGE_FILE,
-            directory / _PAGE,
-        ):
+        traces = directory.glob("trace.*.jsonl")
+        for path in (*traces, *(directory / name for name in (TRACE_FILE, _COVERAGE_FILE, _PAGE))):
             path.unlink(missing_ok=True)
     except BridgeError as error:
         raise pytest.UsageError(f"--guest-report: {error.report()}") from None
@@ -166,6 +163,7 @@ class Recorder:
 
     Attributes:
         coverage_file: where ``--guest-cov`` has written lines; None if it has not.
+        joined: whether lines were added to the data of a coverage.py that measures this process.
         page: the page of ``--guest-report``, made at the end of the run; None if there is none.
     """
 
@@ -189,6 +187,7 @@ class Recorder:
         self._tests: dict[str, _Progress] = {}
         self._seen = _Seen()
         self.coverage_file: Path | None = None
+        self.joined = False
         self.page = self._files.page if self._files is not None else None
 
     # Lines
@@ -321,9 +320,10 @@ class Recorder:
             active = active_coverage()
             if active is not None and self._lines:
                 join(active, self._lines)
+                self.joined = True
             if self._worker is not None:
                 return
-            if self._config.option.guest_cov and active is None:
+            if self._config.option.guest_cov and active is None and self._lines:
                 self.coverage_file = write_configured(self._lines)
             if self._files is not None:
                 write(self._lines, self._files.coverage_file)
