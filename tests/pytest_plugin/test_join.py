@@ -425,7 +425,7 @@ WORKERS = """
         assert guest.succeed("cat /run/left").strip() == worker_id
 
 
-    @pytest.mark.parametrize("number", range(6))
+    @pytest.mark.parametrize("number", range(8))
     def test_before(ask, guest, worker_id, number):
         check(ask, guest, worker_id)
 
@@ -464,7 +464,7 @@ def test_workers_four_on_a_cold_start_have_a_guest_each_and_one_that_dies_is_rep
         KCOV_BRIDGE_CACHE=str(cold),
         TMPDIR=str(temporary),
     )
-    assert "2 failed, 8 passed" in output, output
+    assert "2 failed, 10 passed" in output, output
     assert "crashed while running 'test_shop.py::test_dies'" in output
     guests = {tuple(line.split()) for line in (tmp_path / "guests").read_text().splitlines()}
     assert len({worker for worker, _ in guests}) >= 4
@@ -472,12 +472,12 @@ def test_workers_four_on_a_cold_start_have_a_guest_each_and_one_that_dies_is_rep
     assert not any(Path("/proc", pid).exists() for _, pid in guests)
     assert left_in(temporary) == []
     # What the worker that died had finished is there, and nothing twice.
-    names = {f"test_shop.py::test_before[{number}]|run" for number in range(6)}
+    names = {f"test_shop.py::test_before[{number}]|run" for number in range(8)}
     names |= {f"test_shop.py::test_after[{number}]|run" for number in range(2)}
     for data in (".coverage", "report/.coverage"):
         assert suite.contexts("prices.py", data)[LINES["apple"]] == names
     records = read_records(tmp_path / "report")
-    assert len(records.tests) == 10
+    assert len(records.tests) == 12
     failed = {test.test: test for test in records.tests if test.outcome is not Outcome.PASSED}
     dead, sick = failed["test_shop.py::test_dies"], failed["test_shop.py::test_sick"]
     assert "crashed" in dead.message
