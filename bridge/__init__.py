@@ -63,6 +63,7 @@ if TYPE_CHECKING:
         UnixEndpoint,
         VirtioPort,
     )
+    from bridge.trace.call import Call
 
     __version__: str
 
@@ -70,6 +71,7 @@ __all__ = [
     "BlockDevice",
     "BootTimeoutError",
     "BridgeError",
+    "Call",
     "CommandResult",
     "DoorbellError",
     "Endpoint",
@@ -111,6 +113,7 @@ __all__ = [
 
 _MODULES = {
     "BlockDevice": "bridge.targets",
+    "Call": "bridge.trace.call",
     "CommandResult": "bridge.guest.guest",
     "Endpoint": "bridge.targets",
     "GuestFile": "bridge.targets",

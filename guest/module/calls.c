@@ -23,6 +23,8 @@
 #include "kcov_bridge.h"
 
 #define KB_CALL_WORDS		(sizeof(struct kb_call) / sizeof(u64))
+/* A larger bitmap would take too long to clear at each call. */
+#define KB_BITMAP_MOST_WORDS	(1 << 16)
 #define KB_STRING_WORDS		(KB_CALL_STRING_BYTES / sizeof(u64))
 
 /* The strings of a call. */
@@ -463,7 +465,8 @@ int kb_calls_start(struct kb_owner *owner, u64 offset, bool joining)
 	calls->mask = words - 1;
 	calls->count = region + count;
 	calls->bitmap_words = READ_ONCE(log->bitmap_words);
-	if (calls->bitmap_words && kb_region_holds(bridge, bitmap, calls->bitmap_words))
+	if (calls->bitmap_words && calls->bitmap_words <= KB_BITMAP_MOST_WORDS &&
+	    kb_region_holds(bridge, bitmap, calls->bitmap_words))
 		calls->bitmap = region + bitmap;
 	calls->head = READ_ONCE(log->head);
 	calls->lost = READ_ONCE(log->lost);
