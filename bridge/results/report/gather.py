@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 from collections import Counter
@@ -136,7 +137,9 @@ def gather(directories: Sequence[Path]) -> Iterator[tuple[Report, HostData]]:
         records = read_records(path)
         recorded += records.tests
         report.problems += records.problems
-        traced += _read_calls(path, run, report, traces)
+        traced += _read_calls(
+            path, run, report, traces, max(map(_returned_of, traced), default=0.0)
+        )
         traces += len(run.traces)
     recorded.sort(key=lambda test: test.began)
     traced.sort(key=lambda each: each[1].start)
@@ -199,21 +202,33 @@ def _announce(path: Path) -> None:
 
 
 def _read_calls(
-    path: Path, run: RunDirectory, report: Report, number: int
+    path: Path, run: RunDirectory, report: Report, number: int, begin: float
 ) -> list[tuple[int, Call]]:
     """Read the calls of a directory; of a trace that is damaged, those before the damage.
 
+    A file may have traces of several tests, each with a clock of its own: they are put one after
+    the other. Files of several workers are of the same time.
+
     Args:
         number: of the directory's first trace.
+        begin: when the traces of the directory begin.
     """
     calls: list[tuple[int, Call]] = []
     for name in path.glob("trace*.jsonl"):
         _announce(name)
     for reader in read_traces(path):
+        offset = end = begin
+        last: Call | None = None
         try:
             for call in reader:
                 if not math.isfinite(call.start) or not math.isfinite(call.seconds or 0.0):
                     raise InfrastructureError(f"a call of {path} has no time")
+                if last is not None and (call.start < last.start or call.test != last.test):
+                    offset = end
+                last = call
+                if offset:
+                    call = dataclasses.replace(call, start=offset + call.start)
+                end = max(end, _returned(call))
                 calls.append((number + len(run.traces), call))
         except BridgeError as error:
             report.problems.append(f"the trace is incomplete: {error.message}")
@@ -294,6 +309,10 @@ def _add_figures_of_calls(report: Report, by_path: dict[str, SourceFile]) -> Non
     report.syscalls = sorted(syscalls.values(), key=lambda each: (-each.calls, each.name))
     report.lines_over_time = thin_out(line_points, end)
     report.kernel_over_time = thin_out(function_points, end)
+
+
+def _returned_of(traced: tuple[int, Call]) -> float:
+    return _returned(traced[1])
 
 
 def _returned(call: Call) -> float:

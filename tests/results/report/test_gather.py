@@ -128,7 +128,8 @@ def test_gather_several_directories_are_joined(tmp_path: Path) -> None:
         assert [test.test for test in report.tests] == ["t1", "t0"]
         assert report.files[0].reached == {2, 10}
         assert report.lines_over_tests == [(1, 1), (2, 2)]
-        assert [trace for trace, _ in report.calls] == [0, 1]
+        # The second run begins when the first has ended.
+        assert [(trace, call.start) for trace, call in report.calls] == [(0, 0.0), (1, 1.5)]
 
 
 def test_gather_coverage_over_time_counts_lines_when_calls_return(tmp_path: Path) -> None:
@@ -152,6 +153,26 @@ def test_gather_coverage_over_time_counts_lines_when_calls_return(tmp_path: Path
         assert read.errors == {"EIO": 1}
         assert read.lines == {(str(source), line) for line in (2, 6, 10)}
         assert report.hot_lines[str(source), 2] == 2
+
+
+def test_gather_traces_of_one_file_follow_one_another(tmp_path: Path) -> None:
+    write_trace(
+        tmp_path,
+        call(0.0, 0.5, test="a"),
+        call(1.0, 1.0, test="a"),
+        call(0.25, 0.5, test="a"),
+        call(0.5, 0.5, test="b"),
+    )
+    with gather([tmp_path]) as (report, _):
+        assert [call.start for _, call in report.calls] == [0.0, 1.0, 2.25, 3.25]
+
+
+def test_gather_traces_of_workers_are_of_the_same_time(tmp_path: Path) -> None:
+    for worker in ("gw0", "gw1"):
+        with TraceWriter(tmp_path / f"trace.{worker}.jsonl", TraceHeader()) as trace:
+            trace.write_all([call(0.0, 5.0, test=worker), call(1.0, 1.0, test=worker)])
+    with gather([tmp_path]) as (report, _):
+        assert [call.start for _, call in report.calls] == [0.0, 0.0, 1.0, 1.0]
 
 
 def test_gather_damaged_trace_keeps_what_came_before_and_says_so(tmp_path: Path) -> None:
