@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
-import tempfile
 import threading
 import time
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from bridge.errors import MissingDependencyError
 from bridge.targets import Endpoint
 from bridge.targets.devices import SerialPort
+from bridge.targets.scratch import ScratchDirectory
 
 try:
     import can
@@ -205,7 +205,12 @@ class CanTarget:
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory
         self.devices: Sequence[SerialPort] = ()
+        self._scratch = ScratchDirectory("can")
         self._stack = ExitStack()
+
+    def prepare(self) -> None:
+        """Make the directory that forked processes share."""
+        self._scratch.make()
 
     def connect(self, bus: Any) -> None:
         """Have the nodes work on a bus, a :class:`CanBus`; called by :meth:`start`."""
@@ -218,9 +223,8 @@ class CanTarget:
     def start(self) -> None:
         """Connect the nodes to the bus."""
         with ExitStack() as stack:
-            place = Path(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix="kcov-bridge-can-"))
-            )
+            place = self._scratch.empty()
+            stack.callback(self._scratch.remove)
             listener = stack.enter_context(socket.socket(socket.AF_UNIX))
             listener.bind(str(place / "port"))
             listener.listen()

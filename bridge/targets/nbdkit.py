@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from typing import Literal
 from bridge.errors import MissingDependencyError, TargetError
 from bridge.targets import BlockDevice, UnixEndpoint
 from bridge.targets.nbd import PORT, NbdDisk, export_size
+from bridge.targets.scratch import ScratchDirectory
 
 __all__ = ["NbdkitTarget"]
 
@@ -71,7 +71,12 @@ class NbdkitTarget:
         self.pid = 0
         """The process of nbdkit, once it was started."""
         self._stopping = False
+        self._scratch = ScratchDirectory("nbdkit")
         self._stack = ExitStack()
+
+    def prepare(self) -> None:
+        """Make the directory that forked processes share."""
+        self._scratch.make()
 
     def plugin(self) -> Path:
         """Return the path of the plugin's script; called by :meth:`start`."""
@@ -91,9 +96,8 @@ class NbdkitTarget:
                 hint="on Debian: apt install nbdkit nbdkit-plugin-python",
             )
         with ExitStack() as stack:
-            place = Path(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix="kcov-bridge-nbdkit-"))
-            )
+            place = self._scratch.empty()
+            stack.callback(self._scratch.remove)
             stderr = stack.enter_context((place / "stderr").open("w+b"))
             address = place / "socket"
             command = [program, "--foreground", "--exit-with-parent", "--unix", str(address)]

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from bridge.targets.nbdkit import NbdkitTarget
+from bridge.targets.scratch import ScratchDirectory
 
 SIZE = 8 << 20
 MOUNT = "mkdir -p /mnt/disk && mount -o {} /dev/target/disk /mnt/disk\n"
@@ -21,9 +22,16 @@ class _Ext4(NbdkitTarget):
     guest_modules = ("ext4",)
     guest_setup = MOUNT.format("rw")
 
+    def __init__(self, directory: Path | None = None) -> None:
+        super().__init__(directory)
+        self.place = ScratchDirectory("disk")
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.place.make()
+
     def start(self) -> None:
-        self.place = tempfile.TemporaryDirectory(prefix="kcov-bridge-disk-")
-        image = Path(self.place.name) / "image"
+        image = self.place.empty() / "image"
         with tempfile.TemporaryDirectory() as tree:
             (Path(tree) / "file").write_text(TEXT)
             with image.open("wb") as file:
@@ -39,7 +47,7 @@ class _Ext4(NbdkitTarget):
 
     def stop(self) -> None:
         super().stop()
-        self.place.cleanup()
+        self.place.remove()
 
 
 class CachedDisk(_Ext4):

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import importlib
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from bridge.targets import Endpoint
 from bridge.targets.connections import ConnectionServer
+from bridge.targets.scratch import ScratchDirectory
 from bridge.targets.smb import MODULES, PORT, SmbShare
 
 TEXT = "served by a server of SMB\n"
@@ -28,12 +28,16 @@ class Smb:
 
     def __init__(self, directory: Path | None = None) -> None:
         self.server: ConnectionServer | None = None
+        self.place = ScratchDirectory("smb")
+
+    def prepare(self) -> None:
+        self.place.make()
 
     def start(self) -> None:
         smb: Any = importlib.import_module("quicksand_smb")
-        self.place = tempfile.TemporaryDirectory(prefix="kcov-bridge-smb-")
-        (Path(self.place.name) / "file").write_text(TEXT)
-        config = smb.SMBConfig(shares={"share": smb.ShareConfig(self.place.name)})
+        served = self.place.empty()
+        (served / "file").write_text(TEXT)
+        config = smb.SMBConfig(shares={"share": smb.ShareConfig(str(served))})
         self.server = ConnectionServer(
             lambda connection: smb.serve_socket(connection, config), "target-smb"
         )
@@ -42,5 +46,5 @@ class Smb:
     def stop(self) -> None:
         if self.server is not None:
             self.server.close()
-            self.place.cleanup()
+            self.place.remove()
             self.server = None

@@ -43,6 +43,8 @@
 #define SHOWN 256
 
 static char buffer[ROOM] __attribute__((aligned(4096)));
+/* Room for all that is printed: a call in between would take what the target does meanwhile. */
+static char output[4 << 20];
 static int file = -1;
 
 static void die(const char *what)
@@ -135,6 +137,8 @@ int main(int argc, char **argv)
 	area = mmap(NULL, WORDS * sizeof(*area), PROT_READ | PROT_WRITE, MAP_SHARED, kcov, 0);
 	if (area == MAP_FAILED)
 		die("mmap");
+	if (setvbuf(stdout, output, _IOFBF, sizeof(output)))
+		die("setvbuf");
 	if (ioctl(kcov, KCOV_ENABLE, 0))
 		die("KCOV_ENABLE");
 	for (int i = 2; i < argc; i++) {

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -78,14 +80,20 @@ def test_nbdkit_disk_that_was_written_is_there_after_a_reset(session: Session) -
     assert session.run("cat /mnt/disk/kept").text == "text\n"
 
 
-def test_nbdkit_disk_of_a_target_that_restarts_has_its_first_contents_after_a_reset() -> None:
-    with Session(config.load(WRITTEN), target_state=TargetState.RESTART) as session:
-        session.guest.run("echo text >/mnt/disk/new && sync", check=True)
-        session.reset()
-        assert session.run("ls /mnt/disk").text == "file\nlost+found\n"
-        session.guest.run("echo text >/mnt/disk/new && sync", check=True)
-        session.reset()
-        assert session.run("cat /mnt/disk/file").text == TEXT
+@pytest.mark.parametrize("state", [TargetState.RESTART, TargetState.FORK])
+def test_nbdkit_disk_of_a_target_that_is_renewed_has_its_first_contents_after_a_reset(
+    state: TargetState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A path of its own, and short: sockets lie there.
+    with tempfile.TemporaryDirectory(prefix="kb-") as scratch:
+        monkeypatch.setenv("TMPDIR", scratch)
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        with Session(config.load(WRITTEN), target_state=state) as session:
+            session.guest.run("echo text >/mnt/disk/new && sync", check=True)
+            session.reset()
+            assert session.run("ls /mnt/disk").text == "file\nlost+found\n"
+        left = [path.name for path in Path(scratch).iterdir() if "kcov-bridge-" in path.name]
+        assert left == []
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
