@@ -41,7 +41,7 @@ from bridge.vm.agent import Ready
 from bridge.vm.config import MachineConfig, MemoryFds
 from bridge.vm.datagram_relay import DatagramRelay
 from bridge.vm.machine import Machine
-from bridge.vm.network import EpochWord, HostAddresses, RelayGate
+from bridge.vm.network import EpochWord, HostAddresses, RelayGate, compiled_relay
 from bridge.vm.snapshot import Loading, Snapshot, new_memory
 
 if TYPE_CHECKING:
@@ -324,6 +324,7 @@ class Launcher:
             coverage_epoch=coverage_epoch,
             gate=self._gate.path,
             host_addresses=self._addresses.path,
+            relay=compiled_relay() if target.endpoints else None,
             datagrams=self._datagrams.directory if self._datagrams is not None else None,
             plugin=watch.plugin,
         )

@@ -79,6 +79,7 @@ class MachineConfig:
         devices: the target's devices.
         connected: whether the devices are connected to the target; otherwise they are stand-ins.
         coverage_epoch: the word that the relays to ``endpoints`` change.
+        relay: the compiled relay for TCP; None for the one in Python.
         datagrams: the directory of the relay for UDP
             (:class:`bridge.vm.datagram_relay.DatagramRelay`).
         gate: resets these relays (:class:`bridge.vm.network.RelayGate`).
@@ -110,6 +111,7 @@ class MachineConfig:
     gate: Path | None = field(default=None, metadata=_WIRING)
     host_addresses: Path | None = field(default=None, metadata=_WIRING)
     datagrams: Path | None = field(default=None, metadata=_WIRING)
+    relay: Path | None = field(default=None, metadata=_WIRING)
     network: bool = True
     channel: bool = True
     ssh_port: int = field(default=0, metadata=_WIRING)
@@ -378,6 +380,7 @@ def user_network(config: MachineConfig, ssh_port: int) -> str:
         coverage_epoch=config.coverage_epoch,
         gate=config.gate,
         host_addresses=config.host_addresses,
+        relay=config.relay,
     )
 
 

@@ -4,9 +4,9 @@
 ``restrict=on`` cuts the guest off from the host and from the world, except for
 
 * a port of 127.0.0.1 on the host, forwarded to the guest's sshd, and
-* for each endpoint of a target, ``TARGET_ADDRESS:guest_port`` in the guest: QEMU starts
-  :mod:`bridge.vm.relay` for each connection, which connects to ``127.0.0.1:host_port``, or to
-  the endpoint's Unix socket.
+* for each endpoint of a target, ``TARGET_ADDRESS:guest_port`` in the guest: QEMU starts a relay for
+  each connection (:mod:`bridge.vm.relay`, or the same in C), which connects to
+  ``127.0.0.1:host_port``, or to the endpoint's Unix socket.
 
 Datagrams of UDP take another way: :mod:`bridge.vm.datagram_relay`.
 
@@ -17,6 +17,7 @@ is one connection for the life of the VM, so a second client or a second mount w
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shlex
@@ -25,8 +26,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bridge.errors import QemuError, UsageError
+from bridge.errors import BridgeError, QemuError, UsageError
 from bridge.targets import TARGET_ADDRESS, AnyEndpoint, Endpoint, UdpEndpoint, UnixEndpoint
+from bridge.util.compile import CProgram
 from bridge.vm.relay import SLOT
 
 __all__ = [
@@ -36,10 +38,13 @@ __all__ = [
     "EpochWord",
     "HostAddresses",
     "RelayGate",
+    "compiled_relay",
     "find_ssh_port",
     "netdev_option",
     "silent_endpoints",
 ]
+
+logger = logging.getLogger(__name__)
 
 LOCALHOST = "127.0.0.1"
 
@@ -48,7 +53,13 @@ GUEST_ADDRESS = "10.0.2.15"
 
 SSH_GUEST_PORT = 22
 
-_RELAY = Path(__file__).with_name("relay.py")
+_PLAIN_RELAY = (sys.executable, "-I", "-S", str(Path(__file__).with_name("relay.py")))
+_COMPILED_RELAY = CProgram(
+    "the relay",
+    Path(__file__).with_name("relay.c"),
+    ("-O2", "-Wall", "-Wextra", "-Werror"),
+    "relays",
+)
 _LISTENS = {
     protocol: re.compile(
         rf"^ *[0-9]+: [0-9A-F]+:([0-9A-F]{{4}}) [0-9A-F]+:[0-9A-F]+ {state} ", re.MULTILINE
@@ -146,19 +157,32 @@ def _host_address(endpoint: AnyEndpoint) -> str:
     return str(endpoint.host_port)
 
 
+def compiled_relay() -> Path | None:
+    """Return the relay in C, compiled on first use; None where there is no compiler or cache."""
+    if os.environ.get("KCOV_BRIDGE_PLAIN", "0") not in ("", "0"):
+        return None
+    try:
+        return _COMPILED_RELAY.build()
+    except BridgeError as error:
+        logger.debug("the relays run in Python: %s", error.report())
+        return None
+
+
 def relay_command(
     endpoint: AnyEndpoint,
     epoch: EpochWord | None = None,
     gate: Path | None = None,
     slot: tuple[Path, int] | None = None,
+    program: Path | None = None,
 ) -> list[str]:
     """Return the command that QEMU runs for each connection to an endpoint.
 
     Args:
         slot: a file, and the number of the endpoint's address in it (:class:`HostAddresses`).
+        program: what :func:`compiled_relay` returns; None for the one in Python.
     """
     address = f"@{slot[0]}:{slot[1]}" if slot is not None else _host_address(endpoint)
-    command = [sys.executable, "-I", "-S", str(_RELAY), address]
+    command = [*_PLAIN_RELAY, address] if program is None else [str(program), address]
     if gate is not None:
         command += ["--gate", str(gate)]
     if epoch is not None:
@@ -175,6 +199,7 @@ def netdev_option(
     coverage_epoch: EpochWord | None = None,
     gate: Path | None = None,
     host_addresses: Path | None = None,
+    relay: Path | None = None,
 ) -> str:
     """Return the value of QEMU's ``-netdev`` for a network called ``name``.
 
@@ -183,6 +208,7 @@ def netdev_option(
         coverage_epoch: the word that the relays change.
         gate: the pipe that resets the relays.
         host_addresses: the file of :class:`HostAddresses`; None for addresses that stay.
+        relay: the compiled relay; None for the one in Python.
 
     Raises:
         UsageError: a port is impossible, or two endpoints have the same guest port.
@@ -206,7 +232,7 @@ def netdev_option(
         if udp:
             continue
         slot = (host_addresses, number) if host_addresses is not None else None
-        words = relay_command(endpoint, coverage_epoch, gate, slot)
+        words = relay_command(endpoint, coverage_epoch, gate, slot, relay)
         command = shlex.join(words).replace(",", ",,")
         parts.append(f"guestfwd=tcp:{TARGET_ADDRESS}:{endpoint.guest_port}-cmd:{command}")
     return ",".join(parts)

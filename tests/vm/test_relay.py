@@ -11,13 +11,26 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 import pytest
 
 from bridge.targets import Endpoint
-from bridge.vm.network import EpochWord, RelayGate, relay_command
+from bridge.vm.network import EpochWord, RelayGate, compiled_relay, relay_command
 from tests.vm.support import tcp_service
+
+PROGRAM: ContextVar[Path | None] = ContextVar("PROGRAM")
+"""The relay under test, as relay_command() takes it."""
+
+
+@pytest.fixture(autouse=True, params=["plain", "compiled"])
+def _program(request: pytest.FixtureRequest) -> Iterator[None]:
+    compiled = compiled_relay()
+    assert compiled is not None
+    token = PROGRAM.set(compiled if request.param == "compiled" else None)
+    yield
+    PROGRAM.reset(token)
 
 
 @contextlib.contextmanager
@@ -29,7 +42,7 @@ def relayed(
         guest = socket.create_connection(listener.getsockname())
         stdio, _ = listener.accept()
     guest.settimeout(20)
-    command = relay_command(Endpoint("test", port, 564), epoch, gate)
+    command = relay_command(Endpoint("test", port, 564), epoch, gate, program=PROGRAM.get())
     fd = stdio.fileno()
     with guest, subprocess.Popen(command, stdin=fd, stdout=fd, stderr=fd) as relay:
         stdio.close()

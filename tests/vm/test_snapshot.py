@@ -253,6 +253,7 @@ WIRING: dict[str, Any] = {
     "coverage_epoch": EpochWord("/proc/1/fd/4", 256),
     "gate": Path("/proc/1/fd/3"),
     "datagrams": Path("/run/it"),
+    "relay": Path("/relay"),
     "ssh_port": 2222,
     "plugin": Path("/plugin.so"),
     "boot_timeout": 3.0,
