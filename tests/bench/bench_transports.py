@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 import bridge
-from bridge.targets import TARGET_ADDRESS, Endpoint, QemuDevice, VirtioPort
+from bridge.targets import TARGET_ADDRESS, AnyEndpoint, Endpoint, QemuDevice, VirtioPort
 from bridge.targets.plan9 import GUEST_PORT, Plan9Target
 from bridge.vm import network
 from tests.support.endpoints import tcp_port
@@ -68,9 +68,15 @@ def main() -> int:
     args = parser.parse_args()
     command_of = network.relay_command
 
-    def relay_command(endpoint, *rest):  # type: ignore[no-untyped-def]
-        *others, program = rest
-        return command_of(endpoint, *others, None if endpoint.name == "plain" else program)
+    def relay_command(
+        endpoint: AnyEndpoint,
+        epoch: network.EpochWord | None = None,
+        gate: Path | None = None,
+        slot: tuple[Path, int] | None = None,
+        program: Path | None = None,
+    ) -> list[str]:
+        program = None if endpoint.name == "plain" else program
+        return command_of(endpoint, epoch, gate, slot, program)
 
     network.relay_command = relay_command
     with bridge.boot(target=f"{__name__}:EveryWay", source="python") as session:

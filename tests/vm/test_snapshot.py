@@ -254,6 +254,7 @@ WIRING: dict[str, Any] = {
     "gate": Path("/proc/1/fd/3"),
     "datagrams": Path("/run/it"),
     "relay": Path("/relay"),
+    "host_addresses": Path("/proc/1/fd/5"),
     "ssh_port": 2222,
     "plugin": Path("/plugin.so"),
     "boot_timeout": 3.0,
