@@ -114,12 +114,16 @@ def write_report_data(
         header = TraceHeader("kernel,python", "bookworm", "6.1.0-1-amd64")
         with TraceWriter(directory / name, header) as trace:
             for number in range(at, calls, len(workers)):
-                trace.write(_call(chance, number, threads, places, nodes[number * tests // calls]))
+                test = number * tests // calls
+                # The clock of a trace begins with it, and each test has a trace of its own.
+                start = (number - -(-test * calls // tests)) * 0.001
+                trace.write(_call(chance, number, start, threads, places, nodes[test]))
 
 
 def _call(
     chance: random.Random,
     number: int,
+    start: float,
     threads: int,
     places: list[tuple[Path, int]],
     node: str,
@@ -133,7 +137,7 @@ def _call(
     failed = number % 10 == 9
     name = _NAMES[number % len(_NAMES)]
     return Call(
-        start=number * 0.001,
+        start=start,
         seconds=None if number % 97 == 96 else chance.uniform(1e-6, 5e-3),
         thread=100 + thread,
         command=_COMMANDS[thread % len(_COMMANDS)] if thread else HOSTILE[:15],

@@ -100,7 +100,7 @@ class HostData:
         return measured
 
     def files(self, modified_before: float | None = None) -> list[SourceFile]:
-        """Analyse all files that have a line, sorted by path.
+        """Analyse all measured files, sorted by path; also those of which no line ran.
 
         Args:
             modified_before: a source that is newer is doubtful; seconds since the epoch.
@@ -162,7 +162,7 @@ def join_coverage(
             before: set[int] = set().union(*by_context.values())
             by_context.setdefault(f"{test}|run", set()).update(numbers)
             added = added or not numbers <= before
-    dropped = {file for file in lines if not lines[file] or (wanted and file not in wanted)}
+    dropped = {file for file in lines if wanted and file not in wanted}
     for file in dropped:
         del lines[file]
     if len(read) == 1 and not added and not dropped:
@@ -185,6 +185,7 @@ def _write(path: Path, lines: dict[str, dict[str, set[int]]]) -> None:
     data = CoverageData(basename=str(path))
     # A file without any line is data too.
     data.add_lines({})
+    data.touch_files([_storable(file) for file in lines])
     for context, by_file in by_context.items():
         data.set_context(_storable(context))
         data.add_lines({_storable(file): numbers for file, numbers in by_file.items()})

@@ -41,6 +41,9 @@ _KERNEL_NAMES: Final = 2_000_000
 """Kernel functions of calls that the page lists at most, all calls together."""
 _TEXT: Final = 400
 """Characters of the arguments of a call, and of other texts from the guest."""
+_TEXTS: Final = 16 << 20
+"""Characters of all arguments together; beyond that each call has a few."""
+_FEW: Final = 40
 _MESSAGE: Final = 20_000
 """Characters of the message of a test."""
 _HOT: Final = 60
@@ -382,7 +385,7 @@ def _trace(report: Report, number_of: dict[str, int]) -> dict[str, Any]:
             *("result", "error", "host", "kernel", "test"),
         )
     }
-    spent = 0
+    spent = spoken = 0
     listed = set()
     for trace, call in itertools.islice(report.calls, _CALLS):
         key = trace, call.thread
@@ -399,14 +402,17 @@ def _trace(report: Report, number_of: dict[str, int]) -> dict[str, Any]:
             if kernel not in listed and spent + len(kernel) <= _KERNEL_NAMES:
                 listed.add(kernel)
                 spent += len(kernel)
+        arguments = -1
+        if call.arguments is not None:
+            text = _cut(", ".join(call.arguments), _TEXT if spoken < _TEXTS else _FEW)
+            arguments = texts.number(text)
+            spoken += len(text)
         row = {
             "start": round(call.start, 6),
             "seconds": round(call.seconds, 7) if call.seconds is not None else -1,
             "thread": threads.number(key),
             "name": names.number(_cut(call.name, 60)),
-            "arguments": -1
-            if call.arguments is None
-            else texts.number(_cut(", ".join(call.arguments))),
+            "arguments": arguments,
             "result": _result(call.result),
             "error": texts.number(_cut(call.error, 60)) if call.error else -1,
             "host": host_sets.number(host) if host else -1,

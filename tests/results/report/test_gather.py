@@ -111,6 +111,23 @@ def test_gather_names_relative_to_the_package_find_the_measured_file(tmp_path: P
         assert host.data_file != tmp_path / ".coverage"
 
 
+def test_gather_measured_file_of_which_no_line_ran_counts(tmp_path: Path) -> None:
+    for name in ("program.py", "unused.py"):
+        (tmp_path / name).write_text(PROGRAM)
+    data = coverage.CoverageData(str(tmp_path / ".coverage"))
+    data.add_arcs({str(tmp_path / "program.py"): {(-1, 9), (9, 10), (10, -9)}})
+    data.touch_file(str(tmp_path / "unused.py"))
+    data.write()
+    with gather([tmp_path]) as (report, host):
+        assert [(file.name, len(file.reached)) for file in report.files] == [
+            (f"{tmp_path.name}/program.py", 2),
+            (f"{tmp_path.name}/unused.py", 0),
+        ]
+        assert len(report.files[1].statements) == 5
+        # With its branches, as coverage.py wrote it.
+        assert host.data_file == tmp_path / ".coverage"
+
+
 def test_gather_several_directories_are_joined(tmp_path: Path) -> None:
     source = tmp_path / "program.py"
     source.write_text(PROGRAM)

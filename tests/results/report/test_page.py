@@ -182,6 +182,18 @@ def test_page_more_calls_than_it_lists_says_so(
     assert "5 calls; the first 3" in data["problems"][0]
 
 
+def test_page_arguments_beyond_all_measure_are_cut_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "_TEXTS", 1000)
+    with TraceWriter(tmp_path / "trace.jsonl", TraceHeader()) as trace:
+        for at in range(9):
+            trace.write(Call(at, 0.1, 1, "a", 0, "read", (f"{at}" * 5000,), 1))
+    with gather([tmp_path]) as (report, _):
+        texts = page_data(report, None)["trace"]["texts"]
+    assert [len(text) for text in texts] == [400, 400, 400, *[40] * 6]
+
+
 def test_write_report_directory_without_anything_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         write_report(tmp_path, tmp_path / "page.html")
