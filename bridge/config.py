@@ -257,6 +257,14 @@ class Settings:
             "run the target in its own process, so that the device survives its crash or hang",
         ),
     )
+    diagnose: bool = field(
+        default=False,
+        metadata=_about(
+            Kind.FLAG,
+            "have the guest keep core dumps in /tmp, and report tasks that hang for 20 s; tests "
+            "do so by default",
+        ),
+    )
     image: str | None = field(
         default=None,
         metadata=_about(

@@ -70,6 +70,20 @@ _STEADY_CLOCK = "tsc=unstable"
 locked up. The ACPI timer is rewound."""
 
 
+CORE_DUMPS = "/tmp/kcov-bridge.core."
+"""In a guest with the setting ``diagnose``: the begin of the names of core dumps, which go on with
+the number of the signal, the process id and the program, with ``.`` between them."""
+
+_DIAGNOSE = (
+    # A program that reads the dump needs no limit of the process to allow one. 4 MiB are enough
+    # for the registers and the stack, which come first.
+    f'"sysctl.kernel.core_pattern=|/bin/dd of={CORE_DUMPS}%s.%p.%e bs=64k count=64 '
+    'iflag=fullblock status=none" '
+    "sysctl.kernel.hung_task_timeout_secs=20"
+)
+"""Linux' fs/coredump.c splits the pattern, of 127 characters at most, before it expands it."""
+
+
 BeforeModule = Callable[["Guest", str], None]
 """Called with a guest that takes commands but has no kcov device yet, and its kernel's release."""
 
@@ -199,6 +213,8 @@ class ProjectImage:
         cmdline = image.cmdline
         if settings.snapshot and accelerator.name == "tcg":
             cmdline = f"{cmdline} {_STEADY_CLOCK}"
+        if settings.diagnose:
+            cmdline = f"{cmdline} {_DIAGNOSE}"
         return replace(
             _machine(settings, accelerator),
             kernel=settings.kernel or image.kernel,

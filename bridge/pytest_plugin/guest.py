@@ -7,6 +7,7 @@ The names are those of the test driver of NixOS (``nixos/lib/test-driver``), whi
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ from typing import Any, Final, Protocol
 import pytest
 
 from bridge.errors import BridgeError, GuestLostError, GuestSetupError, RunTimeoutError
+from bridge.pytest_plugin.evidence import before_kill
 from bridge.pytest_plugin.machines import Lease, Traced
 from bridge.session.session import Session
 
@@ -156,7 +158,9 @@ class Guest:
         data = stdin.encode() if isinstance(stdin, str) else stdin
         self._lease.used()
         if self._traces:
-            return self._traces[-1].run(self._plain(command, data, env, cwd), timeout)
+            traced = self._traces[-1].run(self._plain(command, data, env, cwd), timeout)
+            self._lease.note_output(traced.stdout_bytes, traced.stderr_bytes)
+            return traced
         result = self.session.guest.run(
             command,
             timeout=timeout,
@@ -164,7 +168,9 @@ class Guest:
             env=env,
             cwd=os.fspath(cwd) if cwd is not None else None,
             capture=_CAPTURE,
+            before_kill=functools.partial(before_kill, self._lease),
         )
+        self._lease.note_output(result.stdout, result.stderr)
         return Result(result.exit_status, result.stdout, result.stderr, result.seconds)
 
     def _plain(

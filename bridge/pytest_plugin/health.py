@@ -2,18 +2,31 @@
 """Whether a guest, and the target that serves it, are well.
 
 A guest is sick if its kernel says so in its log (an oops, a warning, a hung task, a report of a
-sanitizer, a process that was killed by a fault), or if its taint mask has new bits. A target is
-sick if it raised an exception on any of its threads.
+sanitizer, a process that was killed by a fault), if its taint mask has new bits, if a program
+dumped core, or if the output of a command has a report of a sanitizer. For a target see
+:mod:`bridge.targets.faults`.
 """
 
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["KernelLog", "Symptom", "new_taint", "symptoms"]
+from bridge.guest.guest_image import CORE_DUMPS
+
+__all__ = [
+    "LOOK",
+    "CoreDump",
+    "KernelLog",
+    "Symptom",
+    "in_guest",
+    "new_taint",
+    "sanitizer_reports",
+    "symptoms",
+]
 
 _COMPLAINTS: Final = re.compile(
     r"WARNING: |BUG: |BUG [a-z]|Oops|Kernel panic|general protection fault|"
@@ -51,6 +64,15 @@ _TAINTS: Final = {
 
 _SHOWN: Final = 200
 
+LOOK: Final = f"cat /proc/sys/kernel/tainted; dmesg; printf '\\0'; printf '%s\\n' {CORE_DUMPS}*"
+"""A command that prints what :meth:`KernelLog.parse` reads."""
+
+_SANITIZERS: Final = re.compile(
+    rb"^.*(?:(?:ERROR|WARNING): \w*Sanitizer\b.*|:[0-9]+:[0-9]+: runtime error: .*)$", re.MULTILINE
+)
+"""What AddressSanitizer, ThreadSanitizer and others of LLVM and GCC print, and UBSan."""
+_SANITIZER_WORDS: Final = (b"Sanitizer", b": runtime error: ")
+
 
 @dataclass(frozen=True)
 class Symptom:
@@ -64,11 +86,60 @@ class Symptom:
 
 
 @dataclass(frozen=True)
+class CoreDump:
+    """A core dump in the guest.
+
+    Attributes:
+        path: where it is.
+        signal, pid, program: what ended which process.
+    """
+
+    path: str
+    signal: int
+    pid: int
+    program: str
+
+    @classmethod
+    def from_path(cls, path: str) -> CoreDump | None:
+        """Read a name that :data:`bridge.guest.guest_image.CORE_DUMPS` begins; None for others."""
+        number, _, rest = path.removeprefix(CORE_DUMPS).partition(".")
+        pid, _, program = rest.partition(".")
+        if not (path.startswith(CORE_DUMPS) and number.isdecimal() and pid.isdecimal()):
+            return None
+        return cls(path, int(number), int(pid), program)
+
+    def __str__(self) -> str:
+        try:
+            name = signal.Signals(self.signal).name
+        except ValueError:
+            name = f"signal {self.signal}"
+        return f"{self.program} (process {self.pid}) dumped core: {name}"
+
+
+@dataclass(frozen=True)
 class KernelLog:
-    """The kernel's log, line by line, and its taint mask, at one moment."""
+    """The kernel's log, line by line, its taint mask, and core dumps, at one moment."""
 
     lines: tuple[str, ...]
     taint: int
+    cores: tuple[CoreDump, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> KernelLog:
+        """Read what :data:`LOOK` prints.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        first, _, rest = text.partition("\n")
+        log, _, names = rest.partition("\0")
+        found = (CoreDump.from_path(name) for name in names.split("\n"))
+        cores = tuple(core for core in found if core is not None)
+        return cls(tuple(log.splitlines()), int(first), cores)
+
+    def new_cores(self, before: KernelLog) -> tuple[CoreDump, ...]:
+        """Return the core dumps that were added."""
+        return tuple(core for core in self.cores if core not in before.cores)
 
     def since(self, before: KernelLog) -> tuple[str, ...]:
         """Return the lines that were added; all of them if the log began anew."""
@@ -90,6 +161,18 @@ def symptoms(lines: Iterable[str], ignore: Sequence[re.Pattern[str]]) -> list[Sy
         for line in lines
         if _COMPLAINTS.search(line) and not _ignored(line, ignore)
     ]
+
+
+def sanitizer_reports(output: bytes) -> list[str]:
+    """Return the lines of a command's output that are reports of a sanitizer."""
+    if not any(word in output for word in _SANITIZER_WORDS):
+        return []
+    return [each.decode(errors="replace").strip()[:_SHOWN] for each in _SANITIZERS.findall(output)]
+
+
+def in_guest(texts: Iterable[object], ignore: Sequence[re.Pattern[str]]) -> list[Symptom]:
+    """Return a symptom for each of these texts about programs in the guest."""
+    return [Symptom("the guest", str(text)) for text in texts if not _ignored(str(text), ignore)]
 
 
 def new_taint(before: int, after: int, ignore: Sequence[re.Pattern[str]]) -> list[Symptom]:

@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final, Protocol
 
 import pytest
@@ -25,8 +26,24 @@ from bridge.errors import (
     TargetError,
     UsageError,
 )
-from bridge.pytest_plugin.health import KernelLog, Symptom, new_taint, symptoms
-from bridge.pytest_plugin.request import GuestRequest, Machine, Reset, request_of
+from bridge.pytest_plugin.health import (
+    LOOK,
+    CoreDump,
+    KernelLog,
+    Symptom,
+    in_guest,
+    new_taint,
+    sanitizer_reports,
+    symptoms,
+)
+from bridge.pytest_plugin.request import (
+    EVIDENCE,
+    GuestRequest,
+    Machine,
+    Reset,
+    report_directory,
+    request_of,
+)
 from bridge.session.session import Session
 from bridge.targets.faults import TargetFaults
 from bridge.trace.call import Call
@@ -52,7 +69,6 @@ _FAILED_STARTS: Final = 2
 """After so many failed starts in a row the test run stops."""
 
 _LOOK_SECONDS: Final = 20.0
-_LOOK: Final = "cat /proc/sys/kernel/tainted; dmesg"
 
 
 class SickMachineError(GuestLostError):
@@ -72,12 +88,14 @@ class Options:
         scope: how long a guest lives: ``session``, ``module`` or ``function``.
         ignore: what does not make a test fail.
         keep: which guests outlive their tests: ``always``, ``failed``, or None for none.
+        evidence: where what is known of failed tests is kept; None for nowhere.
     """
 
     overrides: Mapping[str, object]
     scope: str
     ignore: tuple[re.Pattern[str], ...]
     keep: str | None
+    evidence: Path | None = None
 
 
 def options_of(config: pytest.Config) -> Options:
@@ -93,7 +111,9 @@ def options_of(config: pytest.Config) -> Options:
     except re.error as error:
         raise pytest.UsageError(f"guest_ignore: {error.pattern!r}: {error}") from None
     given = {name: value for name, value in overrides.items() if value is not None}
-    return Options(given, option.guest_scope, ignore, option.guest_keep)
+    report = report_directory(config)
+    evidence = report / EVIDENCE if report is not None else None
+    return Options(given, option.guest_scope, ignore, option.guest_keep, evidence)
 
 
 @dataclass(frozen=True)
@@ -144,12 +164,23 @@ class Lease:
         request: what the test asked for.
         session: what the test works with.
         console_start: how many bytes of console output there were when the test began.
+        nodeid: the test.
+        directory: where what is known of it is kept if it fails; None for nowhere.
+        hang: what was found when a command did not end.
     """
 
     def __init__(
-        self, machines: Machines, guest: _Guest, request: GuestRequest, log: KernelLog
+        self,
+        machines: Machines,
+        guest: _Guest,
+        request: GuestRequest,
+        log: KernelLog,
+        nodeid: str,
     ) -> None:
         self.request = request
+        self.nodeid = nodeid
+        self.directory = machines.options.evidence
+        self.hang: list[tuple[str, str]] = []
         self._machines = machines
         self._guest = guest
         self._checked = False
@@ -157,6 +188,8 @@ class Lease:
         self._mute: BridgeError | None = None
         """Why the guest does not answer, once it did not."""
         self._log = log
+        self._reports: list[str] = []
+        """Lines of the commands' output that are reports of sanitizers."""
         self.console_start = guest.session.machine.console.size
         self.reset_seconds = guest.reset_seconds
         """How long the reset before the test took; 0 if there was none."""
@@ -189,6 +222,14 @@ class Lease:
             self._guest.sick = True
         return "\n".join(log.since(self._log))
 
+    def new_cores(self) -> tuple[CoreDump, ...]:
+        """Return the core dumps that were made since the test began.
+
+        Raises:
+            BridgeError: the guest does not answer.
+        """
+        return self._look().new_cores(self._log)
+
     def reset(self) -> None:
         """Return the guest to its ready state, in the middle of a test.
 
@@ -211,6 +252,11 @@ class Lease:
     def used(self) -> None:
         """Note that the guest is used, so that what it says is looked at once more."""
         self._checked = False
+
+    def note_output(self, *outputs: bytes) -> None:
+        """Look for reports of sanitizers in what a command in the guest printed."""
+        for output in outputs:
+            self._reports += sanitizer_reports(output)
 
     def settle(self) -> None:
         """Note that the test has ended: only what uses the guest from now on is looked at."""
@@ -242,6 +288,8 @@ class Lease:
             found.append(Symptom("the target", line))
             if trace.strip():
                 evidence += f"{fault.rstrip()}\n"
+        found += in_guest(self._reports, self._ignore)
+        self._reports.clear()
         found += self._complaints(self._look())
         if found:
             guest.sick = True
@@ -258,7 +306,11 @@ class Lease:
         faults = self._machines.faults.take()
         if self.session.machine.loss is None:
             faults += self.session.target_problems()
-        return [each for each in faults if not self._ignored(each)]
+        faults = [each for each in faults if not self._ignored(each)]
+        if faults:
+            # Also of a test that fails for another reason: no other test is to find it so.
+            self._guest.sick = True
+        return faults
 
     def watch(self) -> None:
         """Watch the target's threads, whoever else has begun to do so."""
@@ -282,8 +334,11 @@ class Lease:
         return (*self._machines.options.ignore, *self.request.ignore)
 
     def _complaints(self, log: KernelLog) -> list[Symptom]:
-        found = symptoms(log.since(self._log), self._ignore)
-        return found + new_taint(self._log.taint, log.taint, self._ignore)
+        return [
+            *symptoms(log.since(self._log), self._ignore),
+            *new_taint(self._log.taint, log.taint, self._ignore),
+            *in_guest(log.new_cores(self._log), self._ignore),
+        ]
 
     def keep(self) -> None:
         """Have the guest outlive its tests, for the user to look at."""
@@ -343,7 +398,7 @@ class Machines:
             log = guest.log
         # The one that was used last is at the end.
         self._alive[request.machine] = self._alive.pop(request.machine)
-        return Lease(self, guest, request, log)
+        return Lease(self, guest, request, log, item.nodeid)
 
     def _ready(self, guest: _Guest, request: GuestRequest) -> KernelLog | None:
         """Make a guest as new if the test wants that.
@@ -496,17 +551,17 @@ def _look(session: Session) -> KernelLog:
         GuestLostError: the guest does not answer.
     """
     try:
-        result = session.run(_LOOK, timeout=_LOOK_SECONDS)
+        result = session.run(LOOK, timeout=_LOOK_SECONDS)
     except RunTimeoutError:
         raise GuestLostError(
             f"the guest does not answer: its kernel log could not be read in {_LOOK_SECONDS:g} s",
             hint="did the test leave processes that take all of its processors or memory?",
         ) from None
-    first, _, rest = result.stdout.decode(errors="replace").partition("\n")
-    if result.exit_status or not first.strip().isdigit():
+    try:
+        return KernelLog.parse(result.stdout.decode(errors="replace"))
+    except ValueError:
         raise GuestLostError(
             f"the guest's kernel log cannot be read (exit status {result.exit_status}): "
-            f"{shlex.quote(_LOOK)}",
+            f"{shlex.quote(LOOK)}",
             evidence=result.stderr.decode(errors="replace"),
-        )
-    return KernelLog(tuple(rest.splitlines()), int(first))
+        ) from None

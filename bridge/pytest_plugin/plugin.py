@@ -258,6 +258,17 @@ def _wants_guest(item: pytest.Item) -> bool:
     return False
 
 
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool | None:
+    """Keep what is known before pytest-timeout ends the process; its signals do not."""
+    if settings.method != "thread" or not _wants_guest(item):
+        return None
+    from bridge.pytest_plugin.evidence import set_timer
+
+    set_timer(item, settings, lambda item: item.stash.get(_LEASE, None))
+    return True
+
+
 # ---- fixtures
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from bridge.pytest_plugin.coverage import (
 )
 from bridge.pytest_plugin.machines import Lease, Machines, warn
 from bridge.pytest_plugin.reports import add_extras
+from bridge.pytest_plugin.request import EVIDENCE, report_directory
 from bridge.results.coverage_files import HTML_DIRECTORY, make_html
 from bridge.results.report.page import write_report
 from bridge.results.test_record import (
@@ -57,7 +59,7 @@ def prepare(config: pytest.Config) -> None:
     Raises:
         pytest.UsageError: it cannot be made or changed.
     """
-    directory = _directory(config)
+    directory = report_directory(config)
     if directory is None or hasattr(config, "workerinput"):
         return
     try:
@@ -66,19 +68,13 @@ def prepare(config: pytest.Config) -> None:
         traces = directory.glob("trace.*.jsonl")
         for path in (*traces, *(directory / name for name in (TRACE_FILE, _COVERAGE_FILE, _PAGE))):
             path.unlink(missing_ok=True)
+        shutil.rmtree(directory / EVIDENCE, ignore_errors=True)
     except BridgeError as error:
         raise pytest.UsageError(f"--guest-report: {error.report()}") from None
     except OSError as error:
         raise pytest.UsageError(
             f"--guest-report: {directory} cannot be used: {error.strerror}"
         ) from None
-
-
-def _directory(config: pytest.Config) -> Path | None:
-    # A worker may run in another directory.
-    worker_input = getattr(config, "workerinput", {})
-    given = worker_input.get(plugin.REPORT) or config.option.guest_report
-    return Path(config.invocation_params.dir, given).absolute() if given else None
 
 
 @dataclass
@@ -173,7 +169,7 @@ class Recorder:
         self._machines: Machines | None = None
         worker_input = getattr(config, "workerinput", None)
         self._worker: str | None = worker_input["workerid"] if worker_input is not None else None
-        directory = _directory(config)
+        directory = report_directory(config)
         self._files = _Files(directory, self._worker or "") if directory is not None else None
         self._sends = (
             worker_input is not None

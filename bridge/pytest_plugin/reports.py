@@ -21,6 +21,7 @@ from _pytest._code.code import Traceback
 
 import bridge
 from bridge.errors import BridgeError, RunTimeoutError, TargetError, UsageError
+from bridge.pytest_plugin.evidence import add_to_report
 from bridge.pytest_plugin.guest import CommandError, WaitTimeoutError
 from bridge.pytest_plugin.machines import Lease, SickMachineError
 from bridge.results.test_record import FailureKind
@@ -29,7 +30,6 @@ from bridge.trace.text import render_trace
 
 __all__ = ["add_extras", "complete"]
 
-_LINES: Final = 40
 _CALLS: Final = 1000
 """How many traced calls of a test a page shows."""
 _OF_THE_TEST: Final = (CommandError, WaitTimeoutError, UsageError, RunTimeoutError)
@@ -55,7 +55,7 @@ def complete(
     if lease is not None and report.failed:
         if faults := lease.target_faults():
             report.sections.append(("exceptions of the target", "\n".join(faults)))
-        _add_evidence(report, lease)
+        add_to_report(report, lease)
     return kind
 
 
@@ -101,24 +101,6 @@ def _frames(excinfo: pytest.ExceptionInfo[BaseException]) -> Traceback:
     return excinfo.traceback.filter(
         lambda entry: not any(Path(entry.path).is_relative_to(path) for path in _NOT_THE_TEST)
     )
-
-
-def _add_evidence(report: pytest.TestReport, lease: Lease) -> None:
-    console = lease.session.machine.console.since(lease.console_start).splitlines()
-    if console:
-        report.sections.append(("end of the guest's console", "\n".join(console[-_LINES:])))
-    calls = [line for traced in lease.traces for line in traced.last_calls()]
-    if calls:
-        report.sections.append(("last traced system calls", "\n".join(calls[-_LINES:])))
-    if lease.session.machine.loss is not None:
-        return
-    try:
-        log = lease.kernel_log().splitlines()
-    except BridgeError as error:
-        report.sections.append(("guest kernel log", f"it cannot be read: {error.message}"))
-        return
-    if log:
-        report.sections.append(("guest kernel log since the test began", "\n".join(log[-_LINES:])))
 
 
 def add_extras(

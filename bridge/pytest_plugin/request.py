@@ -7,18 +7,31 @@ import enum
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import pytest
 
 from bridge import config
 from bridge.errors import UsageError
+from bridge.pytest_plugin.plugin import REPORT
 from bridge.pytest_plugin.target import TargetRequest, target_request
 
-__all__ = ["GuestRequest", "Machine", "Reset", "group", "request_of"]
+__all__ = [
+    "EVIDENCE",
+    "GuestRequest",
+    "Machine",
+    "Reset",
+    "group",
+    "report_directory",
+    "request_of",
+]
+
+EVIDENCE: Final = "evidence"
+"""The directory of what is known of failed tests, in that of ``--guest-report``."""
 
 _MARKER = "guest"
-_DEFAULTS: Mapping[str, object] = {"target": "none"}
+_DEFAULTS: Mapping[str, object] = {"target": "none", "diagnose": True}
 """Settings of a guest for tests where neither the test nor the user's settings say otherwise."""
 
 
@@ -105,6 +118,14 @@ def request_of(item: pytest.Item, target: object = None) -> GuestRequest:
         raise _wrong(item, str(error)) from None
     machine = Machine(settings, target_request(item, target, otherwise))
     return GuestRequest(machine, Reset(reset), compiled, item.nodeid.partition("::")[0])
+
+
+def report_directory(config: pytest.Config) -> Path | None:
+    """Return the directory of ``--guest-report``; None without it."""
+    # A worker may run in another directory.
+    worker_input = getattr(config, "workerinput", {})
+    given = worker_input.get(REPORT) or config.option.guest_report
+    return Path(config.invocation_params.dir, given).absolute() if given else None
 
 
 def _wrong(item: pytest.Item, what: str) -> pytest.UsageError:

@@ -32,7 +32,7 @@ from typing import Any
 from bridge.errors import BridgeError, TargetError, UsageError
 from bridge.session.target_host import InProcessTarget, describe_failure, read_attribute
 from bridge.targets.description import Description, describe
-from bridge.targets.faults import ServingThreads, TargetFaults
+from bridge.targets.faults import ServingThreads, TargetFaults, stacks_of
 from bridge.targets.registry import TargetMaker
 from bridge.targets.thread import foreign
 
@@ -47,7 +47,7 @@ _DUMP_SECONDS = 0.5
 """How long a child may take to write where its threads are."""
 _POLL_SECONDS = 0.001
 _STACKS_LIMIT = 64 * 1024
-_STOP, _PROBLEMS, _READ = "stop", "problems", "read"
+_STOP, _PROBLEMS, _READ, _STACKS = "stop", "problems", "read", "stacks"
 
 
 class ForkedTarget(InProcessTarget):
@@ -168,6 +168,7 @@ class ForkedTarget(InProcessTarget):
             _PROBLEMS: problems,
             _STOP: stop,
             _READ: read,
+            _STACKS: lambda: stacks_of(threading.enumerate()),
         }
         with channel, channel.makefile("rwb") as stream:
             while line := stream.readline():
@@ -195,12 +196,17 @@ class ForkedTarget(InProcessTarget):
             return []
         if (death := child.death()) is not None:
             child.told = True
-            return [f"{death}\n{child.stacks()}".rstrip()]
+            return [f"{death}\n{child.fault_stacks()}".rstrip()]
         try:
             return list(child.ask_for(_PROBLEMS, _ANSWER_SECONDS))
         except TargetError as error:
             child.told = True
             return [f"{error.message}\n{error.evidence}"]
+
+    def stacks(self) -> str:
+        """As :class:`bridge.session.target_host.TargetHost`, of the child."""
+        child = self._child
+        return str(child.ask_for(_STACKS, _ANSWER_SECONDS)) if child is not None else ""
 
     def read(self, name: str, call: str | None) -> str:
         """As :class:`bridge.session.target_host.InProcessTarget`, of the child."""
@@ -258,14 +264,16 @@ class _Child:
             self._wait(_DUMP_SECONDS)
             raise TargetError(
                 f"{self._who} did not answer within {seconds or 0:g} s ({what})",
-                evidence=self.stacks(),
+                evidence=self.fault_stacks(),
                 hint="--target-timeout allows it more time" if what == "start" else "",
             ) from None
         except OSError:
             line = b""
         if not line:
             death = self.death(_ANSWER_SECONDS)
-            raise TargetError(death or f"{self._who} closed its connection", evidence=self.stacks())
+            raise TargetError(
+                death or f"{self._who} closed its connection", evidence=self.fault_stacks()
+            )
         answer = json.loads(line)
         if (failure := answer.get("failure")) is not None:
             raised = UsageError if failure["usage"] else TargetError
@@ -281,7 +289,7 @@ class _Child:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         return f"the process of {self._who} {how}"
 
-    def stacks(self) -> str:
+    def fault_stacks(self) -> str:
         """Return where its threads were when a fault ended it; empty where none did."""
         return os.pread(self._stacks, _STACKS_LIMIT, 0).decode(errors="replace")
 

@@ -71,7 +71,7 @@ _SETTLE_SECONDS = 20.0
 _HEAD = struct.Struct("<cQ")
 _LENGTH_LIMIT = 1 << 30
 _CONSUME, _STOP, _READY, _DONE, _FAILED, _HANDLE = b"c", b"s", b"r", b"d", b"f", b"h"
-_ORDER, _RENEW, _PROBLEMS, _READ = b"o", b"n", b"p", b"g"
+_ORDER, _RENEW, _PROBLEMS, _READ, _STACKS = b"o", b"n", b"p", b"g", b"k"
 _SPARE_SECONDS = 10.0
 """What the process needs on top of the target's own time to start."""
 _ANSWER_SECONDS = 20.0
@@ -399,6 +399,13 @@ class IsolatedTarget:
         except TargetError as error:
             return [f"{error.message}\n{error.evidence}"]
 
+    def stacks(self) -> str:
+        """As :class:`bridge.session.target_host.TargetHost`."""
+        try:
+            return str(self._ask(_STACKS, _ANSWER_SECONDS, self.name)["stacks"])
+        except BridgeError:
+            return ""
+
     def read(self, name: str, call: str | None) -> str:
         """As :class:`bridge.session.target_host.InProcessTarget`."""
         answer = self._ask(_READ, _ANSWER_SECONDS, self.name, {"name": name, "call": call})
@@ -713,6 +720,8 @@ def _work(
         return {"description": host.renew().as_dict()}
     if kind == _READ:
         return {"value": host.read(**json.loads(payload))}
+    if kind == _STACKS:
+        return {"stacks": host.stacks()}
     return {"problems": [*faults.take(), *host.problems()]}
 
 

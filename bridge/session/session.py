@@ -409,6 +409,10 @@ class Session:
             ),
         ]
 
+    def target_stacks(self) -> str:
+        """Return where the threads of the target are now; empty if that cannot be had."""
+        return self._running.host.stacks()
+
     # What it says of itself
 
     def stats(self) -> Stats:

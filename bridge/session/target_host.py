@@ -23,7 +23,7 @@ from bridge.sources.remote import Deliver, serving
 from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.targets import Target
 from bridge.targets.description import Description, describe
-from bridge.targets.faults import ServingThreads
+from bridge.targets.faults import ServingThreads, stacks_of
 from bridge.targets.registry import TargetMaker
 from bridge.targets.registry import create as create_target
 from bridge.targets.thread import TargetThread, foreign
@@ -92,6 +92,9 @@ class TargetHost(Protocol):
         Each is a line, and where there is one a traceback below it. Exceptions on threads of this
         process are not among them: see :class:`bridge.targets.faults.TargetFaults`.
         """
+
+    def stacks(self) -> str:
+        """Return where the threads of the target are now; empty if that cannot be had."""
 
     def stop(self) -> None:
         """Stop the target, then the source, and write what it covered. Safe to call twice.
@@ -229,6 +232,12 @@ class InProcessTarget:
         """As :class:`TargetHost`."""
         serving = self._serving
         return serving.take_ended() if serving is not None else []
+
+    def stacks(self) -> str:
+        """As :class:`TargetHost`."""
+        serving = self._serving
+        threads = serving.alive if serving is not None else []
+        return stacks_of([self.thread.thread, *threads])
 
     def stop(self) -> None:
         """As :class:`TargetHost`."""

@@ -12,10 +12,10 @@ import socketserver
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-__all__ = ["ServingThreads", "TargetFaults"]
+__all__ = ["ServingThreads", "TargetFaults", "stacks_of"]
 
 _ASYNCIO: Final = "asyncio"
 """The logger of asyncio's event loops."""
@@ -118,8 +118,23 @@ class ServingThreads:
         """Return the threads that run now."""
         return frozenset(threading.enumerate())
 
+    @property
+    def alive(self) -> list[threading.Thread]:
+        """Those that run."""
+        return [thread for thread in self._threads if thread.is_alive()]
+
     def take_ended(self) -> list[str]:
         """Return a line for each that has ended since the last call."""
         ended = [thread for thread in self._threads if not thread.is_alive()]
         self._threads = [thread for thread in self._threads if thread not in ended]
         return [f"the thread {thread.name}, which serves the guest, has ended" for thread in ended]
+
+
+def stacks_of(threads: Iterable[threading.Thread]) -> str:
+    """Return where threads of this process are now."""
+    frames = sys._current_frames()
+    texts = []
+    for thread in threads:
+        if (frame := frames.get(thread.ident or 0)) is not None:
+            texts.append(f"thread {thread.name}:\n" + "".join(traceback.format_stack(frame)))
+    return "\n".join(texts)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -72,7 +73,17 @@ def create(name: str | TargetMaker, directory: Path | None = None) -> Target:
             return name(directory)
     check_name(name)
     factory = find_factory(name)
-    return made(name, lambda: factory(directory))
+
+    def make() -> Any:
+        try:
+            inspect.signature(factory).bind(directory)
+        except TypeError:
+            return factory()
+        except ValueError:
+            pass  # it cannot be asked
+        return factory(directory)
+
+    return made(name, make)
 
 
 def check_name(name: str) -> None:
