@@ -122,7 +122,8 @@ class TargetThread:
             raise TargetError(
                 f"{who} did not return {when} within {seconds or 0:g} s",
                 evidence=self.stack(),
-                hint="--target-timeout allows it more time",
+                hint="a start() returns when requests are answered: a server's loop belongs on a "
+                "thread of its own; --target-timeout allows more time",
             ) from None
 
     def stack(self) -> str:

@@ -318,7 +318,7 @@ def test_target_that_fails_says_what_and_the_run_goes_on(run: Run) -> None:  # n
     assert "did not return on start within 1 s" in text
     assert "time.sleep(1000)" in text, "where it is"
     assert "in start\n" in text, "where it is in its process"
-    assert "--target-timeout allows it more time" in text
+    assert "--target-timeout allows more time" in text
     assert "did not answer within 1 s (start)" in text
     assert "it has started threads before start(): too early" in text
     assert "ValueError: no such line" in text
