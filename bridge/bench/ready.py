@@ -28,7 +28,7 @@ from bridge.errors import BridgeError, InfrastructureError
 from bridge.guest.guest_image import ProjectImage
 from bridge.session.session import Session
 
-__all__ = ["READY", "RESET"]
+__all__ = ["READY", "RESET", "environment_of", "virtme_of"]
 
 _NEEDED = 3
 _COLD_AIM = Aim(5.0, of=Of.VALUE)
@@ -47,7 +47,7 @@ def _measure_ready(bench: Bench) -> None:
         ways: dict[str, Callable[[], float]] = {}
         for way, changed in _ways(bench, settings).items():
             ways[way] = functools.partial(_run, changed, out)
-        if (boot := _virtme(bench, settings, stack)) is not None:
+        if (boot := virtme_of(bench, settings, stack)) is not None:
             ways[_BASELINE] = boot
         bench.progress(f"in turn: {', '.join(ways)}")
         # The baseline was tried before, and is slow.
@@ -86,11 +86,11 @@ def _run(settings: Settings, out: Path) -> float:
         [*command, "--", "echo", _ANSWER],
         _ANSWER.encode(),
         timeout=_SECONDS,
-        env={**os.environ, **_environment(settings)},
+        env={**os.environ, **environment_of(settings)},
     )
 
 
-def _environment(settings: Settings) -> dict[str, str]:
+def environment_of(settings: Settings) -> dict[str, str]:
     """Return the variables that give a process these settings, except for ``out``."""
     values = {each.name: getattr(settings, each.name) for each in dataclasses.fields(Settings)}
     del values["out"]
@@ -101,7 +101,7 @@ def _environment(settings: Settings) -> dict[str, str]:
     }
 
 
-def _virtme(bench: Bench, settings: Settings, stack: ExitStack) -> Callable[[], float] | None:
+def virtme_of(bench: Bench, settings: Settings, stack: ExitStack) -> Callable[[], float] | None:
     """Return how to boot the baseline; None, with a note, if that is not possible."""
     if bench.quick:
         bench.note("virtme-ng as the baseline takes a minute or more: left out of --quick")

@@ -28,6 +28,7 @@ _MEASUREMENTS = (
     ("append", "MEASUREMENT"),
     ("ready", "READY"),
     ("ready", "RESET"),
+    ("guest_tests", "MEASUREMENT"),
     ("vms", "MEASUREMENT"),
 )
 """The module and name of each measurement, in the order in which they are made."""

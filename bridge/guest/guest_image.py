@@ -260,7 +260,6 @@ class ProjectImage:
             self._image.ssh_key,
             host_key,
             watched=machine,
-            dialed=machine.dialed(),
         )
 
 

@@ -321,7 +321,6 @@ class SshGuest:
             required from then on.
         watched: the machine that the guest runs in.
         user: the user to log in as.
-        dialed: a connection to the port, for the first login.
     """
 
     def __init__(
@@ -332,10 +331,8 @@ class SshGuest:
         *,
         watched: Watched | None = None,
         user: str = "root",
-        dialed: socket.socket | None = None,
     ) -> None:
         self._port = port
-        self._dialed = dialed
         self._user = user
         self._key_file = key
         self._key = _private_key(key)
@@ -398,9 +395,7 @@ class SshGuest:
 
     def _log_in(self, timeout: float) -> None:
         with contextlib.ExitStack() as stack:
-            sock, self._dialed = self._dialed, None
-            if sock is None:
-                sock = socket.create_connection((LOCALHOST, self._port), timeout)
+            sock = socket.create_connection((LOCALHOST, self._port), timeout)
             stack.callback(sock.close)
             # Otherwise a small message waits for the previous one's acknowledgement, 40 ms in QEMU.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

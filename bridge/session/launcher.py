@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import logging
+import mmap
 import os
 import re
 import threading
@@ -186,6 +186,7 @@ class RunningGuest:
         self._saved = saved
         self._relays = relays
         self._resources = resources
+        self._mapping: mmap.mmap | None = None
         # As the target describes them now.
         self._devices, self.endpoints = machine.config.devices, machine.config.endpoints
         self._resetting = threading.Lock()  # held by resetting()
@@ -220,6 +221,9 @@ class RunningGuest:
             GuestLostError: the guest is lost for good.
         """
         snapshot, memory = self._state()
+        if self._mapping is None:
+            size = os.fstat(memory).st_size
+            self._mapping = self._resources.enter_context(mmap.mmap(memory, size))
 
         def restore_snapshot() -> None:
             """While the guest stands still: all that is not QEMU's own."""
@@ -230,7 +234,7 @@ class RunningGuest:
             # Before the memory is restored, because a device may write into it.
             for each in self._devices:
                 _execute(self.machine, each, each.on_reset)
-            snapshot.restore(memory)
+            snapshot.restore(memory, self._mapping)
             self._hang_up()
             if renew is not None:
                 target = renew()
@@ -411,9 +415,6 @@ class Launcher:
             if loading is not None:
                 loading.end()
                 machine.resume()
-                if machine.channel is None:
-                    machine.dial()
-                    importlib.import_module("bridge.guest.ssh")
                 machine.wait_ready(_RESUME_SECONDS)
 
             def read_kernel(guest: Guest, release: str) -> None:

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 _WARM_UP = (
     "cat /usr/bin/kcov-exec /usr/lib/kcov-bridge/* /bin/mkdir /bin/rm /bin/mount "
-    "/sbin/modprobe /lib/modules/*/modules.*.bin >/dev/null 2>&1; sync"
+    "/sbin/modprobe /lib/modules/*/modules.*.bin >/dev/null 2>&1; /usr/sbin/sshd -t; sync"
 )
 """What a session needs at once and would read from the disk, unpack and link each time."""
 
@@ -113,14 +113,13 @@ def _make(
         machine.start()
         socket.close()
         guest, _ = image.bring_up(machine, stack, lambda guest, release: None)
-        # The first login is the slow one: by now sshd and all that it is linked with is in memory.
         guest.run(_WARM_UP)
         load_modules(guest, modules)
         guest.close()
+        # Connections of an agent without a channel, and their sshd.
         deadline = time.monotonic() + _QUIET_SECONDS
         while machine.connections and time.monotonic() < deadline:
             time.sleep(_SETTLE_SECONDS)
-        # For the guest's sshd to end.
         time.sleep(_SETTLE_SECONDS)
 
         def give_back() -> None:
@@ -128,7 +127,6 @@ def _make(
             device.doorbell.call(device.region.clear)
 
         try:
-            machine.preload_sshd()
             Snapshot.save(directory, machine, ram, give_back)
         except (QemuError, GuestLostError) as error:
             raise ImageError(

@@ -65,7 +65,7 @@ from bridge.vm.events import (
     loss_by_silence,
     loss_by_status,
 )
-from bridge.vm.network import LOCALHOST, find_ssh_port
+from bridge.vm.network import find_ssh_port
 from bridge.vm.process import Process, spawn
 from bridge.vm.vmstate import SNAPSHOT_NAME, StreamReader, devices_of
 
@@ -99,8 +99,6 @@ _STATUS_POLL_SECONDS = 0.002
 _RESET_SECONDS = 10.0
 _STDERR_SECONDS = 0.5
 _SAVED = "saved"
-_SSHD_SECONDS = 10.0
-_DIAL_SECONDS = 1.0
 _CHANNEL_SECONDS = 10.0
 _WARNINGS = 10
 """How many reports of an unhealthy guest are logged."""
@@ -186,7 +184,6 @@ class Machine:
         # Set by start(), before another thread knows the machine:
         self._started_at = 0.0
         self._ssh_port: int | None = None
-        self._dialed: socket.socket | None = None
         self._loop: EventLoopThread
         self._qmp: Qmp
         self._process: Process
@@ -372,23 +369,6 @@ class Machine:
         """Ask QEMU for the guest's run state."""
         return _run_state(self._qmp.execute("query-status"))
 
-    def preload_sshd(self) -> None:
-        """Start an sshd in a ready guest before it is saved.
-
-        The sshd is paused until :meth:`resume`; until then nobody can log in. An older agent does
-        not answer; it starts an sshd for each connection.
-        """
-        if self.state is not State.READY:
-            raise UsageError("the machine is not ready")
-        before = self._ready
-        self._loop.run(self._forget(self._started_at))
-        self._report_socket.send(b"sshd\n")
-        try:
-            self.wait_ready(_SSHD_SECONDS)
-        except BootTimeoutError:
-            assert before is not None
-            self.adopt_ready(before)
-
     def save(self, on_progress: Callable[[], object] = lambda: None) -> bytes:
         """Pause the guest, so that its memory can be copied, and return the devices' state.
 
@@ -472,20 +452,6 @@ class Machine:
                 if isinstance(report, Ready):
                     self._greeting, self._greeted = False, True
                     self._take_report(report)
-
-    def dial(self) -> None:
-        """Connect to the SSH port now, so that the guest's sshd starts while we do other things.
-
-        :meth:`dialed` returns the connection, or None if it failed.
-        """
-        with contextlib.suppress(OSError):
-            self._dialed = socket.create_connection((LOCALHOST, self.ssh_port), _DIAL_SECONDS)
-            self._stack.callback(self._dialed.close)
-
-    def dialed(self) -> socket.socket | None:
-        """Return the connection of :meth:`dial` once; the caller closes it."""
-        sock, self._dialed = self._dialed, None
-        return sock
 
     def rewind(
         self,

@@ -40,7 +40,7 @@ __all__ = ["KEPT", "Loading", "Snapshot", "fingerprint", "new_memory", "prune"]
 KEPT = 4
 """How many snapshots the cache keeps: the ones used last."""
 
-_FORMAT = 3
+_FORMAT = 4
 _DESCRIPTION = "snapshot.json"
 _MEMORY, _DEVICES = "memory", "devices"
 _FILES = (_MEMORY, _DEVICES)
@@ -149,29 +149,53 @@ class Snapshot:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def restore(self, ram: int) -> None:
+    def restore(self, ram: int, mapping: mmap.mmap | None = None) -> None:
         """Restore the guest's memory into ``ram``, a descriptor of :func:`new_memory`.
+
+        Args:
+            mapping: a mapping of all of ``ram``, kept for the next time: half the time, because the
+                kernel need not look for each page.
 
         Raises:
             ImageError: the saved memory cannot be read.
         """
         try:
-            with mmap.mmap(ram, self._size) as mapping:
+            with contextlib.ExitStack() as stack:
+                if mapping is None:
+                    used = stack.enter_context(mmap.mmap(ram, self._size))
+                else:
+                    used = mapping
                 hole = 0
                 for start, end in [*self._extents, (self._size, self._size)]:
                     if start > hole:
-                        mapping.madvise(mmap.MADV_REMOVE, hole, start - hole)
+                        used.madvise(mmap.MADV_REMOVE, hole, start - hole)
                     hole = end
             for start, end in self._extents:
-                os.lseek(ram, start, os.SEEK_SET)
-                at = start
-                while at < end:
-                    sent = os.sendfile(ram, self._memory, at, end - at)
-                    if not sent:
-                        raise EOFError("the file ends")
-                    at += sent
+                if mapping is not None:
+                    self._read(mapping, start, end)
+                else:
+                    self._send(ram, start, end)
         except (OSError, ValueError, EOFError) as error:
             raise ImageError(f"the memory of {self.directory} cannot be read: {error}") from error
+
+    def _send(self, ram: int, start: int, end: int) -> None:
+        """Write a part of the saved memory into a file, which need not have pages there yet."""
+        os.lseek(ram, start, os.SEEK_SET)
+        while start < end:
+            sent = os.sendfile(ram, self._memory, start, end - start)
+            if not sent:
+                raise EOFError("the file ends")
+            start += sent
+
+    def _read(self, mapping: mmap.mmap, start: int, end: int) -> None:
+        """Read a part of the saved memory into a mapping."""
+        with memoryview(mapping) as view:
+            while start < end:
+                with view[start:end] as part:
+                    got = os.preadv(self._memory, [part], start)
+                if not got:
+                    raise EOFError("the file ends")
+                start += got
 
     @contextlib.contextmanager
     def loading(self, ram: int) -> Iterator[Loading]:

@@ -61,7 +61,6 @@ bool host_resume(time_t seconds, long nanoseconds, const unsigned char *seed)
 		report_unhealthy("random", strerror(errno));
 		return false;
 	}
-	ssh_daemon_continue();
 	return describe_kernel();
 }
 
@@ -81,16 +80,6 @@ static void resume(const char *line, const char *device)
 		report_ready(device);
 }
 
-static void carry_out(const char *line, const char *device)
-{
-	if (!strcmp(line, "sshd")) {
-		ssh_daemon_start();
-		report_ready(device);
-	} else {
-		resume(line, device);
-	}
-}
-
 void host_read_requests(const char *device)
 {
 	static char line[LINE_MAX_BYTES];
@@ -102,7 +91,7 @@ void host_read_requests(const char *device)
 			line[length] = '\0';
 			length = 0;
 			if (device)
-				carry_out(line, device);
+				resume(line, device);
 		} else if (length < sizeof(line) - 1) {
 			line[length++] = c;
 		}

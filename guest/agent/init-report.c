@@ -86,21 +86,25 @@ static const char *json_string(const char *text, char *out, size_t size)
 
 size_t ready_text(const char *device, char *text, size_t size)
 {
-	char kernel[256], path[128], memory[4096];
+	static char kernel[256];
+	static long available;
+	char path[128], memory[4096];
 	struct utsname system;
-	const char *available;
+	const char *line;
 	int length;
 
-	uname(&system);
-	read_text("/proc/meminfo", memory, sizeof(memory));
-	available = strstr(memory, "MemAvailable:");
+	if (!*kernel) {
+		uname(&system);
+		json_string(system.release, kernel, sizeof(kernel));
+		read_text("/proc/meminfo", memory, sizeof(memory));
+		line = strstr(memory, "MemAvailable:");
+		available = line ? strtol(line + strlen("MemAvailable:"), NULL, 10) : -1L;
+	}
 	length = snprintf(text, size,
 			  "{\"state\":\"ready\",\"kernel\":%s,\"device\":%s,\"uptime_ms\":%ld,"
 			  "\"mem_available_kib\":%ld,\"channel\":%d}",
-			  json_string(system.release, kernel, sizeof(kernel)),
-			  json_string(device ? device : "", path, sizeof(path)), uptime_ms(),
-			  available ? strtol(available + strlen("MemAvailable:"), NULL, 10) : -1L,
-			  channel_is_open() ? CHANNEL_VERSION : 0);
+			  kernel, json_string(device ? device : "", path, sizeof(path)),
+			  uptime_ms(), available, channel_is_open() ? CHANNEL_VERSION : 0);
 	return (size_t)length < size ? (size_t)length : size - 1;
 }
 

@@ -22,22 +22,15 @@
  * commands (channel.h), 0 without such a port. Process 1 serves it too: it is the one process that
  * no command can kill or stop.
  *
- * The host makes two requests there, each a line that is answered "ready". Before it saves the
- * guest, it asks for a stopped sshd that listens, to be part of the snapshot:
- *
- *   sshd
- *
- * After it loaded a snapshot, it sends the time, as seconds and nanoseconds, and 32 random bytes in
- * hex, so that the guest does not continue with the snapshot's clock and random numbers:
+ * After it loaded a snapshot, the host sends the time and 32 random bytes, so that the guest does
+ * not continue with the snapshot's clock and random numbers. They are part of the HELLO on the
+ * channel; without one, they are a line on the report port, which is answered "ready":
  *
  *   resume 1700000000 500000000 00112233…
  *
- * With a channel, the HELLO on it has the time and the random bytes instead.
- *
  * An unhealthy guest still serves SSH if it can, so that a person can look inside. Process 1
  * accepts SSH connections and starts an `sshd -i` for each: the guest is ready without waiting for
- * a daemon, and no daemon can die. A saved sshd only forks for a connection, which
- * saves the time to load and link the program; if it dies, process 1 accepts connections again.
+ * a daemon, and no daemon can die.
  */
 #include "init.h"
 
@@ -78,11 +71,8 @@ static void take_signals(int fd)
 		if (signal.ssi_signo == SIGINT)
 			stop_guest(RB_AUTOBOOT, "reboot");
 	}
-	while ((ended = waitpid(-1, &status, WNOHANG | WUNTRACED)) > 0) {
-		if (!WIFSTOPPED(status))
-			ssh_child_ended(ended);
+	while ((ended = waitpid(-1, &status, WNOHANG | WUNTRACED)) > 0)
 		channel_child_changed(ended, status);
-	}
 }
 
 /* The main loop of process 1. signals: the descriptor of block_signals(). */

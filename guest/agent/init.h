@@ -5,7 +5,7 @@
  *	init.c			the order of a boot: main, the initramfs's part, the guest's part
  *	init-initramfs.c	from the boot modules to the guest's root
  *	init-setup.c		file systems, network, module and kcov device
- *	init-ssh.c		connections to SSH, with and without a daemon
+ *	init-ssh.c		connections to SSH
  *	init-host.c		requests of the host on the report port, and what follows a load
  *	init-channel.c		commands of the host on the virtio-serial port
  *	init-command.c		the processes of such a command
@@ -13,8 +13,8 @@
  *	init-power.c		the power button, and the end of the guest
  *	init-util.c		files, mounts, modules, time
  *
- * Process 1 has one thread. The report port, the virtio-serial port with its commands, and the SSH
- * daemon are state of the file that owns them; all other state is passed as arguments.
+ * Process 1 has one thread. The report port, the virtio-serial port with its commands, and the socket
+ * of SSH are state of the file that owns them; all other state is passed as arguments.
  */
 #ifndef KCOV_BRIDGE_AGENT_INIT_H
 #define KCOV_BRIDGE_AGENT_INIT_H
@@ -62,15 +62,10 @@ const char *set_up_device(const char **what, char *why, size_t size);
 
 /* Listens for SSH. Returns false with the reason in why. */
 bool ssh_listen(char *why, size_t size);
-/* The socket to poll for connections, or -1 while the daemon listens or nothing does. */
+/* The socket to poll for connections, or -1. */
 int ssh_listener(void);
 /* Accepts a connection and starts an sshd for it. */
 void ssh_serve(void);
-/* Starts an sshd that listens, and keeps it stopped until ssh_daemon_continue(). */
-void ssh_daemon_start(void);
-void ssh_daemon_continue(void);
-/* Listens here again if the process that ended was the daemon. */
-void ssh_child_ended(pid_t pid);
 
 /* ---- init-host.c --------------------------------------------------------------------------- */
 
@@ -116,7 +111,8 @@ void report_open(void);
 /* The report port, or -1. */
 int report_port(void);
 void report_ready(const char *device);
-/* Writes the report of a ready guest, without a newline; returns its length. */
+/* Writes the report of a ready guest, without a newline; returns its length. Kernel and memory are
+ * as in the first report: to look again after a snapshot was loaded takes most of the answer. */
 size_t ready_text(const char *device, char *text, size_t size);
 void report_unhealthy(const char *what, const char *why);
 void report_stopping(const char *why);

@@ -19,7 +19,7 @@ from typing import Any, cast
 import pytest
 
 from bridge import config
-from bridge.bench import ready, virtme
+from bridge.bench import guest_tests, ready, virtme
 from bridge.bench.commands import seconds_to_answer
 from bridge.bench.document import describe, surroundings
 from bridge.bench.floor import FLOOR, floor
@@ -200,7 +200,7 @@ def test_ready_run_gets_the_same_settings(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "kcov-bridge.toml").write_text('memory = 1024\ntarget = "plan9"\n')
     wanted = Settings(target="none", source="python", syscall_pcs=True, boot_timeout=77.5)
-    for name, text in ready._environment(wanted).items():
+    for name, text in ready.environment_of(wanted).items():
         monkeypatch.setenv(name, text)
     assert config.load({}) == wanted
 
@@ -513,6 +513,16 @@ def test_floor_ends_the_bridge_answers_again(session: Session) -> None:
     session.doorbell.call(session.doorbell.look_at_guest)
     assert session.doorbell.guest_timeouts == 0
     assert session.device.instances == 0
+
+
+@pytest.mark.vm
+def test_suites_of_guest_tests_run_and_are_measured(tmp_path: Path) -> None:
+    guest_tests.write_suites(tmp_path, 2)
+    settings = Settings(target="none", source="python")
+    for suite in (guest_tests.RESET_SUITE, guest_tests.SHARED_SUITE):
+        run = guest_tests.run_suite(settings, tmp_path, suite)
+        assert 0 < run.first_test <= run.suite < 300
+        assert (run.over > 5) == (suite == guest_tests.RESET_SUITE), "milliseconds of a reset"
 
 
 @pytest.mark.vm

@@ -697,23 +697,6 @@ def test_files_that_cannot_be(guest: SshGuest, tmp_path: Path) -> None:
         guest.get("/etc/hostname", tmp_path / "none" / "back")
 
 
-@pytest.mark.parametrize("alive", [True, False])
-def test_connect_dialed_connection_is_used_if_good(server: Server, key: Path, alive: bool) -> None:
-    dialed = socket.create_connection(("127.0.0.1", server.port))
-    ours = dialed.getsockname()
-    if not alive:
-        # As where nothing listens in the guest yet: QEMU accepts and drops us.
-        dialed, other = socket.socketpair()
-        other.close()
-    with SshGuest(server.port, key, public_line(server.host_key), dialed=dialed) as guest:
-        guest.connect()
-        assert guest.run(["true"]).exit_status == 0
-        transport = guest._transport
-        assert transport is not None
-        assert isinstance(transport.sock, socket.socket)
-        assert (transport.sock.getsockname() == ours) == alive
-
-
 def test_run_while_another_thread_logs_in_waits_for_it(server: Server, key: Path) -> None:
     with SshGuest(server.port, key, public_line(server.host_key)) as guest:
         guest.connect()
