@@ -39,6 +39,7 @@ class DatagramRelay:
 
     Attributes:
         directory: of the two sockets: ``relay`` is the process's, ``qemu`` will be QEMU's.
+        pid: of the process.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class DatagramRelay:
                 on_end=self._ended,
             )
             self._closing = False
+            self.pid = process.pid
             stack.callback(process.kill)
             control.close()
             self.reset(endpoints)

@@ -32,6 +32,9 @@ FLOWS = 256
 PARTIAL = 32
 """Datagrams in fragments that are kept until the rest comes."""
 
+SEND_TIMEOUT = struct.pack("ll", 0, 200_000)
+"""``struct timeval``: how long a full socket of QEMU is waited for."""
+
 FRAME = 2048
 MTU = 1500
 HEADER, UDP_HEADER = 20, 8
@@ -142,6 +145,7 @@ class Datagrams:
         self.guest_hardware = b"\xff" * 6
         self.reassembly = Reassembly()
         self.number = 0
+        self.taken = True  # the last frame that was sent
 
     def reset(self) -> None:
         """Forget the guest, and drop what it has sent and what is on the way to it."""
@@ -150,7 +154,7 @@ class Datagrams:
         self.reassembly = Reassembly()
         with contextlib.suppress(OSError):
             while True:
-                self.guest.recv(FRAME)
+                self.guest.recv(FRAME, socket.MSG_DONTWAIT)
 
     def forget(self, flow: Flow) -> None:
         sock = self.flows.pop(flow)
@@ -161,7 +165,7 @@ class Datagrams:
     def from_guest(self) -> None:
         """Handle a frame of the guest."""
         try:
-            frame = self.guest.recv(FRAME)
+            frame = self.guest.recv(FRAME, socket.MSG_DONTWAIT)
         except OSError:
             return
         if len(frame) < 14:
@@ -268,13 +272,23 @@ class Datagrams:
             piece = data[at : at + PART]
             flags = at // 8 | (MORE_FRAGMENTS if at + PART < len(data) else 0)
             header = self.ip_header(self.address, to, protocol, len(piece), self.number, flags)
-            self.send_frame(self.guest_hardware, IP_TYPE, header + piece)
+            if not self.send_frame(self.guest_hardware, IP_TYPE, header + piece):
+                return
 
-    def send_frame(self, to: bytes, kind: int, data: bytes) -> None:
+    def send_frame(self, to: bytes, kind: int, data: bytes) -> bool:
+        """Send a frame; return whether QEMU has it.
+
+        Its socket holds ten by default, so wait if it is full; but if that was in vain, the guest
+        is paused, and the next frames are dropped at once.
+        """
         frame = to + self.hardware + struct.pack("!H", kind) + data
-        # QEMU may not be there yet, or not any more, or take no more.
-        with contextlib.suppress(OSError):
-            self.guest.sendto(frame.ljust(60, b"\0"), self.qemu)
+        flags = 0 if self.taken else socket.MSG_DONTWAIT
+        try:
+            self.guest.sendto(frame.ljust(60, b"\0"), flags, self.qemu)
+            self.taken = True
+        except OSError:
+            self.taken = False
+        return self.taken
 
 
 def load(name: str, path: str) -> ModuleType:
@@ -294,7 +308,7 @@ def main(argv: list[str]) -> int:
         relay = load("relay", __file__.rpartition("/")[0] + "/relay.py")
         change_epoch = relay.epoch_writer(argv[6], int(argv[7]))
     attach_filter(guest, address)
-    guest.setblocking(False)
+    guest.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, SEND_TIMEOUT)
     datagrams = Datagrams(guest, argv[4], address, change_epoch)
     datagrams.poll.register(guest, select.POLLIN)
     datagrams.poll.register(control, select.POLLIN)
