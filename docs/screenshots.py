@@ -60,7 +60,7 @@ PICTURES = (
         "trace",
         row=7,
         query="name:openat /mnt/target",
-        height=730,
+        height=650,
         dark=True,
     ),
     Picture("report-phone.png", 0, "overview", width=400, height=800),
