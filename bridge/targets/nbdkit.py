@@ -115,20 +115,8 @@ class NbdkitTarget:
             )
             self.pid = process.pid
             stack.callback(_end, process)
-            deadline = time.monotonic() + _START_SECONDS
-            while not address.exists():
-                if (status := process.poll()) is not None:
-                    raise TargetError(
-                        f"nbdkit ended with status {status}", evidence=_end_of(place / "stderr")
-                    )
-                if time.monotonic() > deadline:
-                    raise TargetError(
-                        f"nbdkit did not serve within {_START_SECONDS:g} s",
-                        evidence=_end_of(place / "stderr"),
-                    )
-                time.sleep(_POLL_SECONDS)
             try:
-                size = export_size(address)
+                size = _size_when_served(address, process)
             except TargetError as error:
                 error.evidence = error.evidence or _end_of(place / "stderr")
                 raise
@@ -172,6 +160,23 @@ class NbdkitTarget:
             "PYTHONDONTWRITEBYTECODE": "1",
             _VARIABLE: str(self.plugin()),
         }
+
+
+def _size_when_served(address: Path, process: subprocess.Popen[bytes]) -> int:
+    """Wait until nbdkit serves; return the size of its export. Raises TargetError."""
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        try:
+            return export_size(address)
+        except TargetError as error:
+            # There is no socket yet, or one on which nobody listens yet.
+            if not isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError):
+                raise
+        if (status := process.poll()) is not None:
+            raise TargetError(f"nbdkit ended with status {status}")
+        if time.monotonic() > deadline:
+            raise TargetError(f"nbdkit did not serve within {_START_SECONDS:g} s")
+        time.sleep(_POLL_SECONDS)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bridge.targets.nbdkit import NbdkitTarget
 from bridge.targets.scratch import ScratchDirectory
+from tests.support.modules import NETWORK_MODULES
 
 SIZE = 8 << 20
 MOUNT = "mkdir -p /mnt/disk && mount -o {} /dev/target/disk /mnt/disk\n"
@@ -19,7 +20,7 @@ TEXT = "a file on the disk that blkcache reads\n"
 class _Ext4(NbdkitTarget):
     """A disk with a file system, made anew for each start."""
 
-    guest_modules = ("ext4",)
+    guest_modules: tuple[str, ...] = ("ext4",)
     guest_setup = MOUNT.format("rw")
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -83,6 +84,7 @@ class NetworkDisk(RamDisk):
     """The same behind the guest's driver for NBD."""
 
     driver = "nbd"
+    guest_modules = NETWORK_MODULES
 
 
 def _found(module: str) -> Path:

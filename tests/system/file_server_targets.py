@@ -10,7 +10,8 @@ from typing import Any
 from bridge.targets import Endpoint
 from bridge.targets.connections import ConnectionServer
 from bridge.targets.scratch import ScratchDirectory
-from bridge.targets.smb import MODULES, PORT, SmbShare
+from bridge.targets.smb import PORT, SmbShare
+from tests.support.modules import NETWORK_MODULES
 
 TEXT = "served by a server of SMB\n"
 
@@ -20,7 +21,7 @@ class Smb:
 
     name = "smb"
     packages = ("quicksand_smb",)
-    guest_modules = MODULES
+    guest_modules = NETWORK_MODULES
     share = SmbShare("share", password="x")
     guest_setup = share.guest_setup
     guest_teardown = share.guest_teardown

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -105,4 +106,8 @@ def test_nbdkit_that_dies_is_an_error_of_the_guests_disk() -> None:
         read = session.run("dd if=/dev/target/disk of=/dev/null iflag=direct count=1 skip=9999")
         assert b"Input/output error" in read.stderr
         assert session.run("echo the guest goes on").text
-        assert any("nbdkit" in problem for problem in session.target_problems())
+        problems: list[str] = []
+        deadline = time.monotonic() + 10
+        while not problems and time.monotonic() < deadline:
+            problems = session.target_problems()
+        assert any("nbdkit" in problem for problem in problems)

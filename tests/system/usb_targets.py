@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from bridge.targets.usbip import UsbTarget
+from tests.support.modules import NETWORK_MODULES
 
 BLOCK = 512
 BLOCKS = 4096
@@ -30,7 +31,7 @@ class Memory:
 class UsbDisk(UsbTarget):
     """A USB stick."""
 
-    driver_modules = ("usb_storage", "sd_mod")
+    guest_modules = NETWORK_MODULES
     ready = "/dev/sda"
 
     def device(self) -> Any:
