@@ -35,7 +35,7 @@
 #define THREADS		4
 #define CANARIES	4
 #define CANARY_WORDS	1024
-#define OPS		13
+#define OPS		17
 #define DOORBELL	(12 / sizeof(uint32_t))
 #define LONGEST_MS	8000
 

@@ -11,12 +11,14 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import bridge
 from bridge.config import Settings
+from bridge.errors import IncompleteError, RunTimeoutError
 from bridge.guest.guest_image import ProjectImage
 from bridge.session.session import Session
 from bridge.vm.accel import Accelerator
@@ -30,6 +32,8 @@ pytestmark = pytest.mark.vm
 HERE = Path(__file__).parent
 MUTATIONS = int(os.environ.get("KCOV_BRIDGE_STORM", "300000"))
 SEED = int(os.environ.get("KCOV_BRIDGE_STORM_SEED", "1"))
+COPIES = 2000
+"""Of a byte, by the command that is traced."""
 AFTERWARDS = ["calls_append", "mmap_shared", "owner_ends", "threads", "area_reuse"]
 """What a fresh instance must be good for after the storm."""
 
@@ -57,6 +61,16 @@ def own_memory() -> int:
 
 def program(name: str, session: Session) -> None:
     session.put(guest_program(HERE / f"{name}.c"), f"/tmp/{name}", 0o755)
+
+
+def traced(session: Session) -> str:
+    """Trace a command; return how that ended."""
+    try:
+        words = ["dd", "if=/dev/zero", "of=/dev/null", "bs=1", f"count={COPIES}"]
+        calls = session.kcov(words, trace=True, timeout=120).calls
+    except (IncompleteError, RunTimeoutError):
+        return "incomplete"
+    return "complete" if sum(call.name == "read" for call in calls) >= COPIES else "incomplete"
 
 
 @pytest.mark.parametrize("personality", ["linux", "gvisor"])
@@ -106,4 +120,18 @@ def test_a_storm(personality: str, open_memory: None, caplog: pytest.LogCaptureF
         assert fresh.text.splitlines()
         results = [run_program(session, name, personality) for name in AFTERWARDS]
         assert all(result.ok for result in results), table(results)
+
+        # Another one, over the logs of commands whose system calls are traced.
+        with ThreadPoolExecutor(1) as pool:
+            storm_words = ["/tmp/storm", str(mutations // 4), str(SEED + 1)]
+            second = pool.submit(session.run, storm_words, timeout=60 + mutations / 2e3)
+            ended = {"complete": 0, "incomplete": 0}
+            while not second.done():
+                ended[traced(session)] += 1
+        print(ended)
+        assert sum(ended.values()) > 0
+        assert second.result().exit_status == 0, second.result().text
+        assert traced(session) == "complete"
+        assert doorbell.call(lambda: "alive") == "alive"
+        assert doorbell.counters.source_failures == 0
         assert complaints(session) == ""

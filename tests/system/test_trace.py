@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from bridge.errors import IncompleteError, RunTimeoutError
 from bridge.session.session import Session
 from bridge.trace import Call
 from bridge.trace.text import call_text
-from tests.support.guests import complaints
+from tests.support.guests import complaints, stalled_host
 from tests.support.programs import guest_program
 
 pytestmark = [pytest.mark.vm, pytest.mark.guest(target="plan9", source="python")]
@@ -181,6 +182,25 @@ def test_trace_that_could_not_be_kept_is_incomplete(
     with pytest.raises(IncompleteError, match=r"the trace is incomplete: [\d,]+ system calls"):
         session.kcov([traced], trace=True, timeout=120)
     assert 0 < len(session.partial_calls) < MANY
+
+
+def test_trace_host_does_not_answer_lost_calls_are_counted(session: Session) -> None:
+    session.guest.run("mkfifo /tmp/start", check=True)
+    copy = ">/tmp/ready; read line </tmp/start; exec dd if=/dev/zero of=/dev/null bs=1 count=8000"
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(session.kcov, copy, trace=True, timeout=120)
+        # While the host does not answer, no command can join a stream.
+        ready = "until [ -e /tmp/ready ]; do sleep 0.1; done"
+        session.guest.run(ready, check=True, timeout=60)
+        with stalled_host(session, timeout_ms=100):
+            # It returns when dd runs: the shell has opened its end.
+            session.guest.run("echo >/tmp/start", check=True, timeout=60)
+            session.run("sleep 0.5; while pidof dd; do sleep 0.1; done", timeout=120)
+        with pytest.raises(IncompleteError, match=r"the trace is incomplete: [\d,]+ system calls"):
+            result.result()
+    assert len(session.partial_calls) > 1000
+    again = session.kcov("exec dd if=/dev/zero of=/dev/null bs=1 count=8000", trace=True)
+    assert sum(call.name == "read" and call.result == 1 for call in again.calls) == 8000
 
 
 @pytest.mark.guest(target="plan9")
