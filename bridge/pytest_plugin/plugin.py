@@ -40,6 +40,8 @@ _SCOPE_HINT = (
 
 LINES = "guest_lines"
 """Lines by context: the attribute of a report, and the key of a worker's input and output."""
+INCOMPLETE = "guest_incomplete"
+"""The key of a worker's output that says that it could not write all results."""
 REPORT = "guest_report"
 """The key of a worker's input for the directory of the report."""
 
@@ -445,6 +447,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     finally:
         if (recorder := session.config.stash.get(_RECORDER, None)) is not None:
             recorder.write_page()
+            if recorder.incomplete and session.exitstatus == pytest.ExitCode.OK:
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def _end_guests(session: pytest.Session) -> None:
@@ -499,5 +503,8 @@ class _Controller:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any, error: object) -> None:
-        if lines := getattr(node, "workeroutput", {}).get(LINES):
+        output = getattr(node, "workeroutput", {})
+        if lines := output.get(LINES):
             _recorder(self._config).receive(lines)
+        if output.get(INCOMPLETE):
+            _recorder(self._config).incomplete = True

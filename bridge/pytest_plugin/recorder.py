@@ -184,6 +184,7 @@ class Recorder:
         self._seen = _Seen()
         self.coverage_file: Path | None = None
         self.joined = False
+        self.incomplete = False
         self.page = self._files.page if self._files is not None else None
 
     # Lines
@@ -317,12 +318,16 @@ class Recorder:
             if active is not None and self._lines:
                 join(active, self._lines)
                 self.joined = True
-            if self._worker is not None:
-                return
-            if self._config.option.guest_cov and active is None and self._lines:
-                self.coverage_file = write_configured(self._lines)
-            if self._files is not None:
-                write(self._lines, self._files.coverage_file)
+            if self._worker is None:
+                self._write_coverage(alone=active is None)
+        if self._worker is not None and self.incomplete:
+            self._config.workeroutput[plugin.INCOMPLETE] = True  # type: ignore[attr-defined]
+
+    def _write_coverage(self, *, alone: bool) -> None:
+        if self._config.option.guest_cov and alone and self._lines:
+            self.coverage_file = write_configured(self._lines)
+        if self._files is not None:
+            write(self._lines, self._files.coverage_file)
 
     def write_page(self) -> None:
         """Write the report's page; when all processes have ended."""
@@ -337,12 +342,13 @@ class Recorder:
 
     @contextlib.contextmanager
     def _warned(self) -> Iterator[None]:
-        """Make errors warnings: results that are missing are no failure of a test."""
+        """Make errors warnings: a result that is missing fails the run, and no test."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 yield
             except BridgeError as error:
+                self.incomplete = True
                 warn(error.report())
         for each in caught:
             # Where warnings are errors, this one would end the run.
