@@ -494,8 +494,9 @@ class _Controller:
             directory = Path(self._config.invocation_params.dir, option.guest_report)
             node.workerinput[REPORT] = str(directory.absolute())
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        # Not kept for the other plugins, which keep reports to the end.
+        # Not left to other plugins, which write reports to files or keep them to the end.
         if (lines := vars(report).pop(LINES, None)) is not None:
             _recorder(self._config).receive(lines)
         if str(report.when) == "???" and self._config.option.guest_report:

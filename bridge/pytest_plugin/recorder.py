@@ -32,8 +32,6 @@ from bridge.pytest_plugin.coverage import (
 from bridge.pytest_plugin.machines import Lease, Machines, warn
 from bridge.pytest_plugin.reports import add_extras
 from bridge.pytest_plugin.request import EVIDENCE, report_directory
-from bridge.results.coverage_files import HTML_DIRECTORY, make_html
-from bridge.results.report.page import write_report
 from bridge.results.test_record import (
     FailureKind,
     Outcome,
@@ -334,6 +332,10 @@ class Recorder:
         files, self.page = self._files, None
         if files is None or self._worker is not None:
             return
+        # Imported here, for runs without a report.
+        from bridge.results.coverage_files import HTML_DIRECTORY, make_html
+        from bridge.results.report.page import write_report
+
         with self._warned():
             if self._lines:
                 make_html(files.coverage_file, files.directory / HTML_DIRECTORY, contexts=True)
