@@ -24,11 +24,9 @@ class MeterTarget:
     name = "meter"
     packages = ("pymodbus",)
     endpoints = ()
-    guest_modules = ()
     # 8 data bits, no parity, 19200 bit/s, which are common for meters; no character means more
     # than itself, and read() returns what has come.
     guest_setup = "stty -F /dev/target/meter 19200 raw -echo\n"
-    guest_teardown = ""
     devices: tuple[SerialPort, ...] = ()
 
     def __init__(self, directory: Path | None) -> None:

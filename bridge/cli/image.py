@@ -23,6 +23,7 @@ from bridge.guest.images.store import (
     resolve,
 )
 from bridge.session.snapshots import prune_snapshots, ready_snapshot
+from bridge.targets.description import member_of
 from bridge.targets.registry import create as create_target
 from bridge.vm.accel import choose_accelerator
 
@@ -162,7 +163,8 @@ def _make_snapshot(image: Image) -> None:
         if settings.snapshot:
             guest = ProjectImage(image)
             machine = guest.machine_config(settings, choose_accelerator(settings.accel))
-            modules = create_target(settings.target, settings.target_dir).guest_modules
+            target = create_target(settings.target, settings.target_dir)
+            modules = member_of(target, "guest_modules", ())
             ready_snapshot(guest, machine, settings.region << 20, modules).close()
     except BridgeError as error:
         logger.warning("no snapshot could be made, so guests boot: %s", error.report())

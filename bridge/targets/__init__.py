@@ -108,7 +108,8 @@ class Target(Protocol):
     own that is measured, so that even the import of ``packages`` counts: a target module must not
     import the code under test at its top level.
 
-    A target may also have the members of :class:`DeviceTarget`.
+    Of the members only ``name``, ``packages``, :meth:`start` and :meth:`stop` must be there; the
+    others count as empty where they are missing, as do those of :class:`DeviceTarget`.
     """
 
     name: str

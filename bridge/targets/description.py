@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from bridge.errors import BridgeError, TargetError
 from bridge.targets import (
@@ -23,9 +23,11 @@ from bridge.targets import (
 from bridge.targets.devices import check_device_name
 from bridge.targets.thread import foreign
 
-__all__ = ["Description", "describe"]
+__all__ = ["Description", "describe", "member_of"]
 
 T = TypeVar("T")
+
+_MISSING: Any = object()
 
 _ENDPOINTS: tuple[type[AnyEndpoint], ...] = (Endpoint, UdpEndpoint, UnixEndpoint)
 
@@ -90,6 +92,12 @@ def _endpoint(values: Mapping[str, Any]) -> AnyEndpoint:
     return found(**members)
 
 
+def member_of(target: Target, member: str, default: T) -> T:
+    """Return a member that a target need not have, or ``default``; raise what the member raises."""
+    # dir(), because getattr() with a default would hide an AttributeError of a property.
+    return cast(T, getattr(target, member)) if member in dir(target) else default
+
+
 class _Reader:
     """Reads and checks the members of one target."""
 
@@ -105,10 +113,9 @@ class _Reader:
             TargetError: the member raises, or is not what is ``needed``.
         """
         with foreign(f"the target {self.name}", f"when asked for its {member}"):
-            # dir(), as in create(): getattr() with a default would hide an AttributeError of it.
-            if member not in dir(self._target):
+            value = member_of(self._target, member, _MISSING)
+            if value is _MISSING:
                 return default
-            value = getattr(self._target, member)
             try:
                 return check(value)
             except (TypeError, ValueError) as error:

@@ -41,16 +41,8 @@ _BUILT_IN: dict[str, Callable[[Path | None], Target]] = {
     "none": NoTarget,
 }
 
-_MEMBERS = (
-    "name",
-    "packages",
-    "start",
-    "endpoints",
-    "guest_modules",
-    "guest_setup",
-    "guest_teardown",
-    "stop",
-)
+_MEMBERS = ("name", "packages", "start", "stop")
+"""What a target must have; :func:`bridge.targets.description.describe` takes others as empty."""
 
 
 def names() -> tuple[str, ...]:

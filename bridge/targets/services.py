@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import UsageError
-from bridge.targets import AnyEndpoint, Device, GuestFile, Target
+from bridge.targets import AnyEndpoint, Device, GuestFile, Target, UdpEndpoint
+from bridge.targets.description import member_of
 from bridge.targets.registry import check_name, create, find_factory, made
 
 __all__ = ["CompositeTarget", "Service", "Services"]
@@ -156,20 +157,21 @@ class CompositeTarget:
 
     def _check(self) -> None:
         """Look for what two of them cannot have at once; raises UsageError."""
-        ports: dict[int, str] = {}
+        ports: dict[tuple[bool, int], str] = {}
         mounts: dict[str, str] = {}
         for target in self.targets:
             name = str(target.name)
-            for port in (each.guest_port for each in target.endpoints):
-                if (other := ports.setdefault(port, name)) is not name or (
-                    [each.guest_port for each in target.endpoints].count(port) > 1
-                ):
+            # UDP has ports of its own.
+            endpoints: Sequence[AnyEndpoint] = member_of(target, "endpoints", ())
+            wanted = [(isinstance(each, UdpEndpoint), each.guest_port) for each in endpoints]
+            for port in wanted:
+                if (other := ports.setdefault(port, name)) is not name or wanted.count(port) > 1:
                     raise UsageError(
-                        f"the targets {other} and {name} both want the port {port} of the guest's "
-                        "address of targets",
+                        f"the targets {other} and {name} both want the port {port[1]} of the "
+                        "guest's address of targets",
                         hint="give one of them another guest_port",
                     )
-            for mount in set(_MOUNT_POINT.findall(target.guest_setup)):
+            for mount in set(_MOUNT_POINT.findall(member_of(target, "guest_setup", ""))):
                 if (other := mounts.setdefault(mount, name)) is not name:
                     raise UsageError(
                         f"the targets {other} and {name} are both mounted at {mount} in the guest",
@@ -179,7 +181,7 @@ class CompositeTarget:
     @property
     def endpoints(self) -> tuple[AnyEndpoint, ...]:
         """The endpoints of all of them."""
-        return tuple(endpoint for each in self.targets for endpoint in each.endpoints)
+        return self._join("endpoints")
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -198,26 +200,25 @@ class CompositeTarget:
 
     def _join(self, member: str) -> tuple[Any, ...]:
         """Return what the targets have of a member that is optional."""
-        # dir(), because getattr() with a default would hide an AttributeError of a property.
-        having = [each for each in self.targets if member in dir(each)]
-        return tuple(thing for each in having for thing in getattr(each, member))
+        having: list[Sequence[Any]] = [member_of(each, member, ()) for each in self.targets]
+        return tuple(thing for things in having for thing in things)
 
     @property
     def guest_modules(self) -> tuple[str, ...]:
         """The modules of all of them, each once."""
-        return tuple(dict.fromkeys(name for each in self.targets for name in each.guest_modules))
+        return tuple(dict.fromkeys(self._join("guest_modules")))
 
     @property
     def guest_setup(self) -> str:
         """The scripts of all of them, each in a shell of its own; the first that fails is last."""
-        scripts = [each.guest_setup for each in self.targets if each.guest_setup]
-        return "".join(f"(\n{script}\n) || exit $?\n" for script in scripts)
+        scripts = [member_of(each, "guest_setup", "") for each in self.targets]
+        return "".join(f"(\n{script}\n) || exit $?\n" for script in scripts if script)
 
     @property
     def guest_teardown(self) -> str:
         """The scripts of all of them, in reverse."""
-        scripts = [each.guest_teardown for each in reversed(self.targets) if each.guest_teardown]
-        return "".join(f"(\n{script}\n)\n" for script in scripts)
+        scripts = [member_of(each, "guest_teardown", "") for each in reversed(self.targets)]
+        return "".join(f"(\n{script}\n)\n" for script in scripts if script)
 
     def stop(self) -> None:
         """Stop all of them, whatever one of them raises. Safe to call twice."""

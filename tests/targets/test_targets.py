@@ -391,7 +391,7 @@ def test_example_of_the_documentation_serves(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("own_target_module:Half", "it lacks start, endpoints, guest_modules"),
+        ("own_target_module:Half", "it lacks start, stop"),
         ("own_target_module:Raises", "raised ValueError while it was made"),
         ("own_target_module:WrongPackages", "packages is 'mine'"),
         ("own_broken_module:Any", "raised ModuleNotFoundError while it was made"),
