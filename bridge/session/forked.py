@@ -201,7 +201,7 @@ class ForkedTarget(InProcessTarget):
             return list(child.ask_for(_PROBLEMS, _ANSWER_SECONDS))
         except TargetError as error:
             child.told = True
-            return [f"{error.message}\n{error.evidence}"]
+            return [f"{error.message}\n{error.evidence}".rstrip()]
 
     def stacks(self) -> str:
         """As :class:`bridge.session.target_host.TargetHost`, of the child."""

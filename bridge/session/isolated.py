@@ -397,7 +397,7 @@ class IsolatedTarget:
         try:
             return list(self._ask(_PROBLEMS, _ANSWER_SECONDS, self.name)["problems"])
         except TargetError as error:
-            return [f"{error.message}\n{error.evidence}"]
+            return [f"{error.message}\n{error.evidence}".rstrip()]
 
     def stacks(self) -> str:
         """As :class:`bridge.session.target_host.TargetHost`."""
