@@ -90,7 +90,7 @@ def test_example_commands_are_all_run_by_these_tests() -> None:
 
 
 def test_readme_library_quick_start_prints_status_and_places(tmp_path: Path) -> None:
-    (block,) = _blocks(ROOT / "README.md", "python")
+    block, _ = _blocks(ROOT / "README.md", "python")
     (tmp_path / "quick.py").write_text(block)
     done = _shell("python quick.py", tmp_path)
     first, *places = done.stdout.splitlines()
@@ -100,3 +100,12 @@ def test_readme_library_quick_start_prints_status_and_places(tmp_path: Path) -> 
     assert len(places) == 5
     place = r"0xf[0-9a-f]{15} (\S+\+0x\w+( \[\w+\])?|pyroute2/plan9/\w+\.py:\S+)"
     assert all(re.fullmatch(place, line) for line in places), places
+
+
+def test_readme_pytest_quick_start_passes_and_writes_the_report(tmp_path: Path) -> None:
+    _, block = _blocks(ROOT / "README.md", "python")
+    (command,) = [each for each in _blocks(ROOT / "README.md", "sh") if "pytest" in each]
+    (tmp_path / "test_readme.py").write_text(block)
+    done = _shell(command, tmp_path)
+    assert "1 passed" in done.stdout
+    assert "test_readme" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
