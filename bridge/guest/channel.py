@@ -392,8 +392,7 @@ class ChannelGuest:
             self._closed = True
             self._channel = None
             ssh, self._ssh = self._ssh, None
-        with contextlib.suppress(ValueError, OSError):
-            self._port.wake()  # unless the machine is closed
+        self._port.wake()
         if ssh is not None:
             ssh.close()
 

@@ -22,7 +22,7 @@ from bridge.trace.call import Call
 if TYPE_CHECKING:
     from bridge.guest.guest import CommandResult, Guest, Output
 
-__all__ = ["Executor", "KcovResult", "SshExecutor"]
+__all__ = ["Executor", "GuestExecutor", "KcovResult"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +92,8 @@ class Executor(Protocol):
         """Run ``command`` and return what the target compares meanwhile; raises as above."""
 
 
-class SshExecutor:
-    """Runs ``kcov-exec`` over SSH; the PCs come by way of the device, in a stream.
+class GuestExecutor:
+    """Runs ``kcov-exec`` in the guest; the PCs come by way of the device, in a stream.
 
     Args:
         guest: where the commands run.

@@ -40,7 +40,7 @@ from bridge.errors import (
 from bridge.guest.guest_image import GuestImage, find_guest_image
 from bridge.session.device_host import DeviceHost
 from bridge.session.events import Booted, Events, GuestLost, Reset, TraceBegan, TraceEnded
-from bridge.session.executor import Executor, KcovResult, SshExecutor
+from bridge.session.executor import Executor, GuestExecutor, KcovResult
 from bridge.session.guest_setup import set_up, tear_down
 from bridge.session.isolated import IsolatedTarget, RemoteTarget
 from bridge.session.kernel_watch import KernelWatch, watch_kernel
@@ -237,7 +237,7 @@ class Session:
         stack.callback(running.machine.add_loss_listener(self._guest_lost))
         ready, from_snapshot = running.ready, running.snapshot is not None
         self.events.publish(Booted(ready.kernel, ready.boot_seconds, from_snapshot))
-        executor = SshExecutor(
+        executor = GuestExecutor(
             running.guest,
             device,
             watched=watch.kernel is not None,

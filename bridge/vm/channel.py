@@ -140,6 +140,7 @@ class ChannelPort:
         self._lock = threading.Lock()  # guards all below
         self._session = 1
         self._broken = ""
+        self._closed = False
         self._outgoing = bytearray()
         self._incoming = bytearray()
 
@@ -221,11 +222,15 @@ class ChannelPort:
         return bool(ready)
 
     def wake(self) -> None:
-        """Have :meth:`wait` return."""
-        os.eventfd_write(self._wake, 1)
+        """Have :meth:`wait` return. Does nothing after :meth:`close`."""
+        with self._lock:
+            if not self._closed:
+                os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
         """Close the port, which nobody may use any more. Safe to call twice."""
+        with self._lock:
+            self._closed = True
         self._stack.close()
 
     # With the lock held

@@ -12,7 +12,7 @@ from bridge.device.abi import HeaderWord
 from bridge.errors import IncompleteError, SourceError
 from bridge.guest.guest import CommandResult, Guest
 from bridge.session.device_host import DeviceHost
-from bridge.session.executor import SshExecutor
+from bridge.session.executor import GuestExecutor
 from bridge.trace import Call
 
 CutOff = list[tuple[Sequence[int], Sequence[Call]]]
@@ -64,8 +64,8 @@ def cut_off() -> CutOff:
 
 
 @pytest.fixture
-def executor(host: DeviceHost, guest: Here, cut_off: CutOff) -> SshExecutor:
-    return SshExecutor(
+def executor(host: DeviceHost, guest: Here, cut_off: CutOff) -> GuestExecutor:
+    return GuestExecutor(
         cast(Guest, guest),
         host,
         watched=False,
@@ -76,12 +76,12 @@ def executor(host: DeviceHost, guest: Here, cut_off: CutOff) -> SshExecutor:
     )
 
 
-def kcov(executor: SshExecutor) -> int:
+def kcov(executor: GuestExecutor) -> int:
     return executor.kcov(["true"], follow=True, unique=False).exit_status
 
 
 def test_kcov_source_fails_meanwhile_is_incomplete(
-    executor: SshExecutor,
+    executor: GuestExecutor,
     host: DeviceHost,
     guest: Here,
     source: Source,
@@ -103,7 +103,7 @@ def test_kcov_source_fails_meanwhile_is_incomplete(
 
 
 def test_compare_source_fails_meanwhile_is_incomplete(
-    executor: SshExecutor, host: DeviceHost, guest: Here
+    executor: GuestExecutor, host: DeviceHost, guest: Here
 ) -> None:
     guest.command = lambda: host.call(lambda: host.doorbell.source_failed(RuntimeError("no luck")))
     with pytest.raises(IncompleteError, match="the coverage source raised RuntimeError: no luck"):
@@ -111,7 +111,7 @@ def test_compare_source_fails_meanwhile_is_incomplete(
 
 
 def test_kcov_waits_for_a_reset_untraced_processes_are_noticed(
-    executor: SshExecutor, host: DeviceHost, guest: Here
+    executor: GuestExecutor, host: DeviceHost, guest: Here
 ) -> None:
     word = HeaderWord.GUEST_UNTRACED
     host.region.control[word] = 5
@@ -126,7 +126,7 @@ def test_kcov_waits_for_a_reset_untraced_processes_are_noticed(
 
 
 def test_kcov_pcs_that_had_no_room_are_noticed(
-    executor: SshExecutor, host: DeviceHost, guest: Here
+    executor: GuestExecutor, host: DeviceHost, guest: Here
 ) -> None:
     def drop() -> None:
         (stream,) = host.device._streams.values()
