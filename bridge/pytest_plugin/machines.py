@@ -406,6 +406,14 @@ class Machines:
         Returns:
             The kernel's log as it is now; None if the guest cannot be used.
         """
+        ignore = (*self.options.ignore, *request.ignore)
+        for problem in (
+            guest.session.target_problems() if guest.session.machine.loss is None else ()
+        ):
+            # It came after the last look of the test before.
+            if not any(pattern.search(problem) for pattern in ignore):
+                logger.warning("the guest is replaced: %s", problem.partition("\n")[0])
+                return None
         same = request.reset is Reset.MODULE and guest.module == request.module
         guest.reset_seconds = 0.0
         try:

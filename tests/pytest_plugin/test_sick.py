@@ -41,7 +41,7 @@ def test_guest_programs_that_crash_make_the_test_fail(run: Run) -> None:  # noqa
             guest.run("echo 'the Sanitizer: runtime error: none'")
 
         def test_well(guest):
-            guest.succeed("true")
+            assert guest.succeed("cat /proc/sys/kernel/hung_task_timeout_secs") == "20\\n"
         """,
         "--guest-report=out",
     )
