@@ -8,7 +8,6 @@ directory ``evidence`` there, in a file for each test, with the core dumps besid
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import threading
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from bridge.errors import BridgeError, InfrastructureError
+from bridge.results.test_record import evidence_name
 from bridge.util.files import write_atomically
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _save(lease: Lease, sections: Sequence[Section]) -> Path | None:
     """Write a file with all of it; raises OSError, InfrastructureError."""
     if lease.directory is None:
         return None
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", lease.nodeid).strip("-.")[-150:]
+    name = evidence_name(lease.nodeid)
     path = lease.directory / f"{name}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     # A whole text takes the place of its end.

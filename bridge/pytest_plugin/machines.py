@@ -37,13 +37,13 @@ from bridge.pytest_plugin.health import (
     symptoms,
 )
 from bridge.pytest_plugin.request import (
-    EVIDENCE,
     GuestRequest,
     Machine,
     Reset,
     report_directory,
     request_of,
 )
+from bridge.results.test_record import EVIDENCE_DIRECTORY
 from bridge.session.session import Session
 from bridge.targets.faults import TargetFaults
 from bridge.trace.call import Call
@@ -112,7 +112,7 @@ def options_of(config: pytest.Config) -> Options:
         raise pytest.UsageError(f"guest_ignore: {error.pattern!r}: {error}") from None
     given = {name: value for name, value in overrides.items() if value is not None}
     report = report_directory(config)
-    evidence = report / EVIDENCE if report is not None else None
+    evidence = report / EVIDENCE_DIRECTORY if report is not None else None
     return Options(given, option.guest_scope, ignore, option.guest_keep, evidence)
 
 

@@ -31,8 +31,9 @@ from bridge.pytest_plugin.coverage import (
 )
 from bridge.pytest_plugin.machines import Lease, Machines, warn
 from bridge.pytest_plugin.reports import add_extras
-from bridge.pytest_plugin.request import EVIDENCE, report_directory
+from bridge.pytest_plugin.request import report_directory
 from bridge.results.test_record import (
+    EVIDENCE_DIRECTORY,
     FailureKind,
     Outcome,
     RecordedTest,
@@ -66,7 +67,7 @@ def prepare(config: pytest.Config) -> None:
         traces = directory.glob("trace.*.jsonl")
         for path in (*traces, *(directory / name for name in (TRACE_FILE, _COVERAGE_FILE, _PAGE))):
             path.unlink(missing_ok=True)
-        shutil.rmtree(directory / EVIDENCE, ignore_errors=True)
+        shutil.rmtree(directory / EVIDENCE_DIRECTORY, ignore_errors=True)
     except BridgeError as error:
         raise pytest.UsageError(f"--guest-report: {error.report()}") from None
     except OSError as error:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import pytest
 
@@ -18,7 +18,6 @@ from bridge.pytest_plugin.plugin import REPORT
 from bridge.pytest_plugin.target import TargetRequest, target_request
 
 __all__ = [
-    "EVIDENCE",
     "GuestRequest",
     "Machine",
     "Reset",
@@ -26,9 +25,6 @@ __all__ = [
     "report_directory",
     "request_of",
 ]
-
-EVIDENCE: Final = "evidence"
-"""The directory of what is known of failed tests, in that of ``--guest-report``."""
 
 _MARKER = "guest"
 _DEFAULTS: Mapping[str, object] = {"target": "none", "diagnose": True}

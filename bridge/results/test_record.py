@@ -27,6 +27,7 @@ from typing import Any, Final, Self
 from bridge.errors import InfrastructureError
 
 __all__ = [
+    "EVIDENCE_DIRECTORY",
     "FORMAT",
     "RECORD_FILE",
     "VERSION",
@@ -36,6 +37,7 @@ __all__ = [
     "RecordedTest",
     "Records",
     "TLines",
+    "evidence_name",
     "read_records",
     "record_files",
     "remove_records",
@@ -46,6 +48,9 @@ FORMAT: Final = "kcov-bridge tests"
 
 VERSION: Final = 1
 """The value of the key ``version`` in the header."""
+
+EVIDENCE_DIRECTORY: Final = "evidence"
+"""Name of the directory of what is known of failed tests, in the directory of the record."""
 
 RECORD_FILE: Final = "tests.jsonl"
 """Name of the file of a run without workers."""
@@ -211,6 +216,11 @@ class RecordWriter:
             f"cannot write {self.path}: {error.strerror}",
             hint="check that its directory is writable and has room left",
         )
+
+
+def evidence_name(test: str) -> str:
+    """Return the name of the file with what is known of a failed test, without its suffix."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", test).strip("-.")[-150:]
 
 
 def record_files(directory: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from bridge.results.report.host import (
     SourceFile,
     find_paths,
     join_coverage,
+    measured_files,
 )
 from bridge.results.report.pcs import PCS_FILE, PcFigures, TSeries, thin_out
 from bridge.results.test_record import RECORD_FILE, RecordedTest, read_records, record_files
@@ -144,8 +145,7 @@ def gather(directories: Sequence[Path]) -> Iterator[tuple[Report, HostData]]:
     recorded.sort(key=lambda test: test.began)
     traced.sort(key=lambda each: each[1].start)
     _note_losses(report, recorded)
-    with join_coverage(data_files, []) as found:
-        known = list(found.lines)
+    known = measured_files(data_files)
     names = {name for test in recorded for name in test.lines}
     names |= {code.file for _, call in traced for code in call.host}
     paths = report.paths = find_paths(names, known)

@@ -30,6 +30,7 @@ __all__ = [
     "SourceFile",
     "find_paths",
     "join_coverage",
+    "measured_files",
     "short_names",
 ]
 
@@ -131,26 +132,15 @@ def join_coverage(
     Raises:
         InfrastructureError: a file cannot be read or is no coverage data.
     """
-    from coverage import CoverageData
-    from coverage.exceptions import CoverageException
-
     data_files = list(data_files)
-    read: list[CoverageData] = []
     lines: dict[str, dict[str, set[int]]] = {}
     for path in data_files:
-        data = CoverageData(basename=str(path))
-        try:
-            data.read()
+        with _reading(path) as data:
             for file in data.measured_files():
                 by_context = lines.setdefault(file, {})
                 for line, contexts in data.contexts_by_lineno(file).items():
                     for context in contexts:
                         by_context.setdefault(context, set()).add(line)
-        except CoverageException as error:
-            raise InfrastructureError(
-                f"{path} cannot be read as coverage data", evidence=str(error)
-            ) from error
-        read.append(data)
     wanted: set[str] = set()
     added = False
     for test, by_path in tests:
@@ -165,7 +155,7 @@ def join_coverage(
     dropped = {file for file in lines if wanted and file not in wanted}
     for file in dropped:
         del lines[file]
-    if len(read) == 1 and not added and not dropped:
+    if len(data_files) == 1 and not added and not dropped:
         # As it is: it may have branches too.
         yield HostData(data_files[0], lines)
         return
@@ -173,6 +163,32 @@ def join_coverage(
         joined = Path(scratch, "coverage")
         _write(joined, lines)
         yield HostData(joined, lines)
+
+
+def measured_files(data_files: Iterable[Path]) -> set[str]:
+    """Return the paths of all files in coverage data; raises as :func:`join_coverage`."""
+    paths: set[str] = set()
+    for path in data_files:
+        with _reading(path) as data:
+            paths |= data.measured_files()
+    return paths
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[CoverageData]:
+    from coverage import CoverageData
+    from coverage.exceptions import CoverageException
+
+    data = CoverageData(basename=str(path))
+    try:
+        data.read()
+        yield data
+    except CoverageException as error:
+        raise InfrastructureError(
+            f"{path} cannot be read as coverage data", evidence=str(error)
+        ) from error
+    finally:
+        data.close()
 
 
 def _write(path: Path, lines: dict[str, dict[str, set[int]]]) -> None:

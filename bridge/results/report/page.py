@@ -30,7 +30,12 @@ from urllib.parse import quote
 import bridge
 from bridge.results.report.gather import Report, RunDirectory, gather
 from bridge.results.report.host import SourceFile
-from bridge.results.test_record import Outcome, RecordedTest
+from bridge.results.test_record import (
+    EVIDENCE_DIRECTORY,
+    Outcome,
+    RecordedTest,
+    evidence_name,
+)
 from bridge.util.files import write_atomically
 
 __all__ = ["page_data", "render_page", "write_report"]
@@ -130,7 +135,10 @@ def page_data(report: Report, base: Path | None) -> dict[str, Any]:
         "problems": _problems(report),
         "totals": _totals(report),
         "files": [_file(file) for file in report.files],
-        "tests": [_test(test, report, number_of) for test in report.tests],
+        "tests": [
+            {**_test(test, report, number_of), "evidence": _evidence(test, report.runs, base)}
+            for test in report.tests
+        ],
         "series": _series(report),
         "hot": _hot(report, number_of),
         "syscalls": _syscalls(report),
@@ -204,7 +212,7 @@ def _links(runs: list[RunDirectory], base: Path | None) -> list[dict[str, str]]:
     return [
         {
             "text": f"{text} ({directory.name})" if len(runs) > 1 else text,
-            "href": quote(os.path.relpath(path, base), errors="surrogateescape"),
+            "href": _link(path, base),
         }
         for text, directory, path in files
     ]
@@ -281,6 +289,21 @@ def _test(test: RecordedTest, report: Report, number_of: dict[str, int]) -> dict
         "lost": test.lost,
         "message": _cut(test.message, _MESSAGE),
     }
+
+
+def _evidence(test: RecordedTest, runs: list[RunDirectory], base: Path | None) -> str:
+    """Return the link to what is known of a failed test; "" if there is none."""
+    if test.outcome not in (Outcome.FAILED, Outcome.ERROR) or base is None:
+        return ""
+    for run in runs:
+        path = run.path / EVIDENCE_DIRECTORY / f"{evidence_name(test.test)}.txt"
+        if path.is_file():
+            return _link(path, base)
+    return ""
+
+
+def _link(path: Path, base: Path) -> str:
+    return quote(os.path.relpath(path, base), errors="surrogateescape")
 
 
 def _series(report: Report) -> list[dict[str, Any]]:

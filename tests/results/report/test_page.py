@@ -17,7 +17,7 @@ from bridge.errors import InfrastructureError, UsageError
 from bridge.results import REPORT_FILE
 from bridge.results.report import gather, page, write_report
 from bridge.results.report.page import page_data, render_page
-from bridge.results.test_record import Outcome, RecordedTest, RecordWriter
+from bridge.results.test_record import Outcome, RecordedTest, RecordWriter, evidence_name
 from bridge.trace import Call, TraceHeader, TraceWriter
 from tests.support.report_data import HOSTILE, write_report_data
 
@@ -131,6 +131,18 @@ def test_page_links_coverage_pages_beside_it(directory: Path, tmp_path: Path) ->
         assert page_data(report, directory)["links"][0]["href"] == "html/index.html"
         assert page_data(report, tmp_path)["links"][0]["href"] == "report/html/index.html"
         assert page_data(report, None)["links"] == []
+
+
+def test_page_links_the_evidence_of_failed_tests(directory: Path, tmp_path: Path) -> None:
+    (directory / "evidence").mkdir()
+    with gather([directory]) as (report, _):
+        failed, passed = report.tests[5], report.tests[0]
+        assert (failed.outcome, passed.outcome) == (Outcome.FAILED, Outcome.PASSED)
+        for test in (failed, passed):
+            (directory / "evidence" / f"{evidence_name(test.test)}.txt").write_text("")
+        links = [test["evidence"] for test in page_data(report, tmp_path)["tests"]]
+    assert links[5] == "report/evidence/tests-test_5.py-test_5-5.txt"
+    assert set(links[:5] + links[6:]) == {""}
 
 
 def test_page_data_trace_columns_are_the_calls(directory: Path) -> None:
