@@ -21,6 +21,7 @@ from selenium.webdriver.common.keys import Keys
 from bridge.results import REPORT_FILE, summary
 from bridge.results.report import write_report
 from bridge.results.summary import Summary
+from bridge.results.test_record import Outcome, RecordedTest, RecordWriter
 from bridge.session.stats import Stats
 from tests.support.browser import Browser, chromium
 from tests.support.report_data import HOSTILE, write_report_data
@@ -503,6 +504,28 @@ def test_page_of_a_run_says_that_nothing_was_lost_or_what(browser: Browser, tmp_
     assert HOSTILE in text
     assert browser.find("#banner-bad").get_attribute("role") == "alert"
     assert browser.all("#banner-good") == []
+    assert browser.errors() == []
+
+
+def test_page_of_tests_that_reached_no_line_has_a_list_without_columns(
+    browser: Browser, tmp_path: Path
+) -> None:
+    with RecordWriter(tmp_path) as writer:
+        for number in range(3):
+            writer.write(RecordedTest(f"t{number}", Outcome.PASSED, pcs=0, lost=0))
+    write_report(tmp_path, tmp_path / REPORT_FILE)
+    browser.open(tmp_path / REPORT_FILE)
+    assert browser.text("#banner-good") == "✓\nNothing was lost."
+    show(browser, "tests")
+    inside = browser.run(
+        """return [...document.querySelectorAll("#tests-list .lrow, #tests-list .lhead")]
+             .map((row) => { const around = row.getBoundingClientRect();
+               return [...row.children].every((cell) => {
+                 const box = cell.getBoundingClientRect();
+                 return box.top >= around.top - 1 && box.bottom <= around.bottom + 1; }); })"""
+    )
+    assert inside == [True] * 4
+    assert browser.run("return document.querySelector('#tests-list .lhead').clientHeight") < 40
     assert browser.errors() == []
 
 
