@@ -44,7 +44,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> Callable[[Runner], None]:
     def replace(run: Runner) -> None:
         module = ModuleType("bridge.cli.runner")
         rest = {
-            "run": lambda settings, command, streams: run(settings, command),
+            "run": lambda settings, command, streams, trace=None: run(settings, command),
             "shell": lambda settings, streams: run(settings, ["shell"]),
         }
         vars(module).update(rest)
@@ -61,7 +61,9 @@ def test_main_no_arguments_prints_help(capsys: pytest.CaptureFixture[str]) -> No
         assert word in out
 
 
-@pytest.mark.parametrize("subcommand", ["doctor", "run", "ssh", "symbolize", "bench", "image"])
+@pytest.mark.parametrize(
+    "subcommand", ["doctor", "run", "ssh", "symbolize", "trace", "bench", "image"]
+)
 def test_help_each_subcommand_has_examples(
     subcommand: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,7 +207,7 @@ PROGRAM = """
             print("line")
 
     runner = types.ModuleType("bridge.cli.runner")
-    runner.run = lambda settings, command, streams: run(settings, command)
+    runner.run = lambda settings, command, streams, trace=None: run(settings, command)
     runner.shell = lambda settings, streams: flood(settings, [])
     sys.modules["bridge.cli.runner"] = bridge.cli.runner = runner
     entry()
