@@ -28,6 +28,10 @@ def test_guest_programs_that_crash_make_the_test_fail(run: Run) -> None:  # noqa
         def test_expected(guest):
             guest.succeed(ABORT)
 
+        @pytest.mark.guest(image="no-such-image")
+        def test_another_image(guest):
+            pass
+
         def test_term_is_no_crash(guest):
             guest.run("sh -c 'kill -TERM $$'")
 
@@ -45,8 +49,9 @@ def test_guest_programs_that_crash_make_the_test_fail(run: Run) -> None:  # noqa
         """,
         "--guest-report=out",
     )
-    result.assert_outcomes(passed=4, failed=3)
+    result.assert_outcomes(passed=4, failed=3, errors=1)
     text = result.stdout.str()
+    assert "what the test asks for cannot be had: there is no image 'no-such-image'" in text
     assert re.search(r"the guest: sh \(process \d+\) dumped core: SIGABRT", text)
     assert "the guest: ==12==ERROR: AddressSanitizer: heap-use-after-free on x" in text
     assert "the guest: it.c:7:3: runtime error: signed integer overflow" in text
@@ -91,7 +96,6 @@ def test_guest_whose_test_harms_it_fails_at_once_and_is_replaced(run: Run) -> No
             guest.succeed("echo 1 >/root/x && test -s /root/x")
         """,
     )
-    print(result.stdout.str())
     result.assert_outcomes(passed=3, failed=3)
     text = result.stdout.str()
     assert (
@@ -155,7 +159,6 @@ def test_guest_command_that_hangs_its_evidence_is_kept_before_it_is_killed(
         """
     result = run(tests, "--guest-report=out")
     text = result.stdout.str() + result.stderr.str()
-    print(text)
     kept = run.pytester.path / "out" / "evidence"
     for name in ("own_deadline", "signal", "thread"):
         found = (kept / f"test_it.py-Test-test_{name}.txt").read_text()
