@@ -50,16 +50,11 @@ class MeterTarget:
 
     async def _serve(self, port: Future[int]) -> None:
         from pymodbus import FramerType
-        from pymodbus.datastore import (
-            ModbusDeviceContext,
-            ModbusSequentialDataBlock,
-            ModbusServerContext,
-        )
         from pymodbus.server import ModbusTcpServer
+        from pymodbus.simulator import DataType, SimData, SimDevice
 
-        block = ModbusSequentialDataBlock(1, REGISTERS)
-        context = ModbusServerContext(devices={1: ModbusDeviceContext(hr=block)})
-        server = ModbusTcpServer(context, framer=FramerType.RTU, address=("127.0.0.1", 0))
+        meter = SimDevice(1, SimData(0, values=REGISTERS, datatype=DataType.REGISTERS))
+        server = ModbusTcpServer(meter, framer=FramerType.RTU, address=("127.0.0.1", 0))
         await server.serve_forever(background=True)
         loop, stopping = asyncio.get_running_loop(), asyncio.Event()
         self._stop = lambda: loop.call_soon_threadsafe(stopping.set)
