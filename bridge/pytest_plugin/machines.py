@@ -89,6 +89,7 @@ class Options:
         ignore: what does not make a test fail.
         keep: which guests outlive their tests: ``always``, ``failed``, or None for none.
         evidence: where what is known of failed tests is kept; None for nowhere.
+        workers: how many processes may start guests at the same time.
     """
 
     overrides: Mapping[str, object]
@@ -96,6 +97,7 @@ class Options:
     ignore: tuple[re.Pattern[str], ...]
     keep: str | None
     evidence: Path | None = None
+    workers: int = 1
 
 
 def options_of(config: pytest.Config) -> Options:
@@ -113,7 +115,8 @@ def options_of(config: pytest.Config) -> Options:
     given = {name: value for name, value in overrides.items() if value is not None}
     report = report_directory(config)
     evidence = report / EVIDENCE_DIRECTORY if report is not None else None
-    return Options(given, option.guest_scope, ignore, option.guest_keep, evidence)
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    return Options(given, option.guest_scope, ignore, option.guest_keep, evidence, workers)
 
 
 @dataclass(frozen=True)
@@ -475,7 +478,7 @@ class Machines:
             target = request.machine.target
             session = stack.enter_context(
                 Session(
-                    request.settings(self.options.overrides),
+                    request.settings(self.options.overrides, self.options.workers),
                     target=target.services,
                     target_state=target.state,
                 )

@@ -27,6 +27,8 @@ __all__ = [
 ]
 
 _MARKER = "guest"
+_WORKER_BOOT_SECONDS = 60.0
+"""The boot timeout, times the workers of pytest-xdist, which share the processors."""
 _DEFAULTS: Mapping[str, object] = {"target": "none", "diagnose": True}
 """Settings of a guest for tests where neither the test nor the user's settings say otherwise."""
 
@@ -68,9 +70,17 @@ class GuestRequest:
     ignore: tuple[re.Pattern[str], ...]
     module: str
 
-    def settings(self, overrides: Mapping[str, object]) -> config.Settings:
-        """Return the settings of the guest; ``overrides`` are those of the command line."""
-        return config.load({**dict(self.machine.settings), **overrides}, defaults=_DEFAULTS)
+    def settings(self, overrides: Mapping[str, object], workers: int = 1) -> config.Settings:
+        """Return the settings of the guest.
+
+        Args:
+            overrides: those of the command line.
+            workers: how many processes may start guests at the same time.
+        """
+        defaults = dict(_DEFAULTS)
+        if workers > 1:
+            defaults["boot_timeout"] = _WORKER_BOOT_SECONDS * workers
+        return config.load({**dict(self.machine.settings), **overrides}, defaults=defaults)
 
 
 def request_of(item: pytest.Item, target: object = None) -> GuestRequest:

@@ -418,6 +418,7 @@ WORKERS = """
     def note(guest, worker_id):
         with open("guests", "a") as file:
             print(worker_id, guest.session.machine.pid, file=file)
+        assert guest.session.settings.boot_timeout == 4 * 60
 
 
     def check(ask, guest, worker_id):
