@@ -124,6 +124,16 @@ static void set_user_up(char *shell, size_t size)
 		fclose(file);
 }
 
+/* True if a line ends a start-up file where the shell is not interactive; both forms are Debian's. */
+static bool is_for_people(const char *line)
+{
+	static const char *const forms[] = { "[ -z \"$PS1\" ] && return",
+					     "[ -z \"${PS1-}\" ] && return" };
+
+	return !strncmp(line, forms[0], strlen(forms[0])) ||
+	       !strncmp(line, forms[1], strlen(forms[1]));
+}
+
 /* True if a start-up file of the shell does something. */
 static bool has_effect(const char *path)
 {
@@ -134,8 +144,8 @@ static bool has_effect(const char *path)
 	while (file && !effect && fgets(line, sizeof(line), file)) {
 		const char *text = line + strspn(line, " \t\r\n");
 
-		if (!strncmp(text, "[ -z \"$PS1\" ] && return", 23))
-			break; /* the shell is not interactive */
+		if (is_for_people(text))
+			break;
 		effect = *text && *text != '#';
 	}
 	if (file)

@@ -440,9 +440,11 @@ def start_up(home: Path) -> Iterator[Path]:
 def test_run_start_up_file_runs_first_and_its_stdout_is_no_output(
     guest: ChannelGuest, home: Path, start_up: Path
 ) -> None:
-    start_up.write_text("# nothing\n\n  # to do\n")
-    plain = guest.run(["env"]).text.splitlines()
-    assert f"HOME={home}" in plain
+    for nothing in ("", '[ -z "$PS1" ] && return\n', '[ -z "${PS1-}" ] && return # here\n'):
+        start_up.write_text(f"# nothing\n\n  # to do\n{nothing}# more\n")
+        assert f"HOME={home}" in guest.run(["env"]).text.splitlines()
+        start_up.write_text(start_up.read_text() + "export MARK=1\n")
+        assert ("MARK=1" in guest.run(["env"]).text) == (not nothing)
     start_up.write_text("# something\nexport MARK=1\necho out\necho err >&2\ncd /usr\n")
     result = guest.run("echo $MARK; pwd; ls /proc/self/fd; exit 3")
     assert result.stdout == b"1\n/usr\n0\n1\n2\n3\n"
