@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 from bridge.targets import SerialPort
 
@@ -31,7 +33,7 @@ class MeterTarget:
 
     def __init__(self, directory: Path | None) -> None:
         self._thread: threading.Thread | None = None
-        self._stop = lambda: None
+        self._stop: Callable[[], object] = lambda: None
 
     def start(self) -> None:
         port: Future[int] = Future()
@@ -54,7 +56,7 @@ class MeterTarget:
         from pymodbus.simulator import DataType, SimData, SimDevice
 
         meter = SimDevice(1, SimData(0, values=REGISTERS, datatype=DataType.REGISTERS))
-        server = ModbusTcpServer(meter, framer=FramerType.RTU, address=("127.0.0.1", 0))
+        server: Any = ModbusTcpServer(meter, framer=FramerType.RTU, address=("127.0.0.1", 0))
         await server.serve_forever(background=True)
         loop, stopping = asyncio.get_running_loop(), asyncio.Event()
         self._stop = lambda: loop.call_soon_threadsafe(stopping.set)
