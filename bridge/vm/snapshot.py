@@ -37,8 +37,9 @@ from bridge.vm.vmstate import state_disk
 
 __all__ = ["KEPT", "Loading", "Snapshot", "fingerprint", "new_memory", "prune"]
 
-KEPT = 4
-"""How many snapshots the cache keeps: the ones used last."""
+KEPT = 12
+"""How many snapshots the cache keeps: the ones used last. Tests ask for many kinds of machine; each
+takes some 80 MB."""
 
 _FORMAT = 4
 _DESCRIPTION = "snapshot.json"
