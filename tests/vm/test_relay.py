@@ -178,9 +178,11 @@ def test_relay_unwritable_epoch_carries_nothing(tmp_path: Path) -> None:
         tcp_service(echo) as port,
         relayed(port, EpochWord(str(tmp_path / "none"), 0)) as (guest, relay),
     ):
-        guest.sendall(b"x")
-        with pytest.raises(ConnectionResetError):
-            guest.recv(1)
+        # The reset may come before this is sent.
+        with contextlib.suppress(ConnectionError):
+            guest.sendall(b"x")
+            with pytest.raises(ConnectionResetError):
+                guest.recv(1)
         assert relay.wait(10) == 1
 
 
