@@ -34,6 +34,7 @@ from bridge.errors import (
 )
 from bridge.guest.guest import (
     CAPTURE_LIMIT,
+    LOG_LIMIT,
     TO_STDERR,
     TO_STDOUT,
     Capture,
@@ -457,6 +458,12 @@ class ChannelGuest:
                 evidence=end_of(out, err),
             )
         return result
+
+    def look(self, cores: str, timeout: float) -> CommandResult:
+        """See :meth:`bridge.guest.guest.Guest.look`."""
+        out, err = Capture(None, LOG_LIMIT), Capture(None, _EVIDENCE)
+        spec = _spec([cores], None, None)
+        return self._execute(Action.LOOK, spec, "reading its log", out, err, timeout=timeout)
 
     def _execute(
         self,

@@ -19,6 +19,7 @@ from bridge.vm.network import LOCALHOST
 
 __all__ = [
     "CAPTURE_LIMIT",
+    "LOG_LIMIT",
     "TO_STDERR",
     "TO_STDOUT",
     "Capture",
@@ -42,6 +43,9 @@ Word = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 CAPTURE_LIMIT = 1024 * 1024
 """A result keeps this many bytes of stdout, and of stderr: the first ones."""
+
+LOG_LIMIT = 16 << 20
+"""Bytes kept of what :meth:`Guest.look` reads; the kernel's own buffer is smaller."""
 
 TO_STDOUT: Output = functools.partial(write_all, 1)
 TO_STDERR: Output = functools.partial(write_all, 2)
@@ -128,6 +132,16 @@ class Guest(Protocol):
             GuestResetError: the guest was reset.
             GuestLostError: the guest was lost; another reason of the loss may be raised instead.
             GuestSetupError: the command could not be run, or failed with ``check``.
+        """
+
+    def look(self, cores: str, timeout: float) -> CommandResult:
+        """Read how the guest's kernel is: stdout has its taint mask and its log, line by line.
+
+        A NUL follows, and a line for each file whose path begins with ``cores``.
+
+        Raises:
+            RunTimeoutError: this took longer than ``timeout`` seconds.
+            GuestLostError: as for :meth:`run`.
         """
 
     def put(

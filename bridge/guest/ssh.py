@@ -47,6 +47,7 @@ from bridge.errors import (
 )
 from bridge.guest.guest import (
     CAPTURE_LIMIT,
+    LOG_LIMIT,
     TO_STDERR,
     TO_STDOUT,
     Capture,
@@ -723,6 +724,14 @@ class SshGuest:
             return
         channel.status_event.wait(max(0.0, deadline - time.monotonic()))
         channel.close()
+
+    def look(self, cores: str, timeout: float) -> CommandResult:
+        """See :meth:`bridge.guest.guest.Guest.look`."""
+        script = (
+            "cat /proc/sys/kernel/tainted; dmesg; printf '\\0'; "
+            f"""printf '%s\\n' {shlex.quote(cores)}*"""
+        )
+        return self.run(script, timeout=timeout, capture=LOG_LIMIT)
 
     # Files
 

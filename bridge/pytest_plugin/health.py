@@ -18,7 +18,6 @@ from typing import Final
 from bridge.guest.guest_image import CORE_DUMPS
 
 __all__ = [
-    "LOOK",
     "CoreDump",
     "KernelLog",
     "Symptom",
@@ -63,9 +62,6 @@ _TAINTS: Final = {
 """The bits of /proc/sys/kernel/tainted: Documentation/admin-guide/tainted-kernels.rst."""
 
 _SHOWN: Final = 200
-
-LOOK: Final = f"cat /proc/sys/kernel/tainted; dmesg; printf '\\0'; printf '%s\\n' {CORE_DUMPS}*"
-"""A command that prints what :meth:`KernelLog.parse` reads."""
 
 _SANITIZERS: Final = re.compile(
     rb"^.*(?:(?:ERROR|WARNING): \w*Sanitizer\b.*|:[0-9]+:[0-9]+: runtime error: .*)$", re.MULTILINE
@@ -126,7 +122,7 @@ class KernelLog:
 
     @classmethod
     def parse(cls, text: str) -> KernelLog:
-        """Read what :data:`LOOK` prints.
+        """Read what :meth:`bridge.guest.guest.Guest.look` returns.
 
         Raises:
             ValueError: it is something else.

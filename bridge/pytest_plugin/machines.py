@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import shlex
 import time
 import warnings
 from collections import Counter
@@ -26,8 +25,8 @@ from bridge.errors import (
     TargetError,
     UsageError,
 )
+from bridge.guest.guest_image import CORE_DUMPS
 from bridge.pytest_plugin.health import (
-    LOOK,
     CoreDump,
     KernelLog,
     Symptom,
@@ -562,7 +561,7 @@ def _look(session: Session) -> KernelLog:
         GuestLostError: the guest does not answer.
     """
     try:
-        result = session.run(LOOK, timeout=_LOOK_SECONDS)
+        result = session.guest.look(CORE_DUMPS, _LOOK_SECONDS)
     except RunTimeoutError:
         raise GuestLostError(
             f"the guest does not answer: its kernel log could not be read in {_LOOK_SECONDS:g} s",
@@ -572,7 +571,6 @@ def _look(session: Session) -> KernelLog:
         return KernelLog.parse(result.stdout.decode(errors="replace"))
     except ValueError:
         raise GuestLostError(
-            f"the guest's kernel log cannot be read (exit status {result.exit_status}): "
-            f"{shlex.quote(LOOK)}",
+            f"the guest's kernel log cannot be read (exit status {result.exit_status})",
             evidence=result.stderr.decode(errors="replace"),
         ) from None

@@ -84,6 +84,7 @@ class Action(enum.IntEnum):
     EXECUTE = 1
     PUT = 2
     GET = 3
+    LOOK = 4
 
 
 _FROM_GUEST = {int(kind): kind for kind in Kind if kind >= Kind.READY}

@@ -77,6 +77,9 @@ enum channel_action {
 	CHANNEL_EXECUTE = 1,	/* words: a program and its arguments */
 	CHANNEL_PUT = 2,	/* words: path, temporary path, mode (octal); stdin: the content */
 	CHANNEL_GET = 3,	/* words: path; stdout: the content */
+	/* words: beginning of paths; stdout: the kernel's taint mask and its log, in lines, then
+	 * NUL and a line for each file with such a path */
+	CHANNEL_LOOK = 4,
 };
 
 /* The exit status of a command that did not begin: a start-up file of the shell ended it. */

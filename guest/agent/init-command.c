@@ -21,6 +21,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/klog.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -286,6 +287,56 @@ static int get_file(const char *path)
 	return 0;
 }
 
+/* ---- how the guest is ---------------------------------------------------------------------- */
+
+/* include/linux/syslog.h */
+enum { SYSLOG_ACTION_READ_ALL = 3, SYSLOG_ACTION_SIZE_BUFFER = 10 };
+
+static void list_files(const char *beginning)
+{
+	const char *slash = strrchr(beginning, '/');
+	char path[4096];
+	DIR *directory;
+	struct dirent *entry;
+
+	if (!slash)
+		return;
+	snprintf(path, sizeof(path), "%.*s", (int)(slash - beginning), beginning);
+	directory = opendir(*path ? path : "/");
+	while (directory && (entry = readdir(directory)))
+		if (!strncmp(entry->d_name, slash + 1, strlen(slash + 1)))
+			printf("%s/%s\n", path, entry->d_name);
+}
+
+/* Starts no program: this follows each test, and after a reset a program is slow at first. */
+static int look(const char *beginning)
+{
+	int size = klogctl(SYSLOG_ACTION_SIZE_BUFFER, NULL, 0);
+	char taint[32], *log = size > 0 ? malloc((size_t)size) : NULL;
+
+	if (log)
+		size = klogctl(SYSLOG_ACTION_READ_ALL, log, size);
+	if (!log || size < 0)
+		return complain("the kernel's log", strerror(errno));
+	read_text("/proc/sys/kernel/tainted", taint, sizeof(taint));
+	fputs(taint, stdout);
+	for (int at = 0, text, end; at < size; at = end + 1) {
+		for (end = at; end < size && log[end] != '\n'; end++)
+			;
+		/* The level in angle brackets is not part of the text. */
+		text = at + (log[at] == '<');
+		while (text > at && text < end && isdigit((unsigned char)log[text]))
+			text++;
+		if (text > at && text < end && log[text] == '>')
+			at = text + 1;
+		fwrite(log + at, 1, (size_t)(end - at), stdout);
+		putchar('\n');
+	}
+	putchar('\0');
+	list_files(beginning);
+	return fflush(stdout) ? complain("the output", strerror(errno)) : 0;
+}
+
 /* ---- the leader ---------------------------------------------------------------------------- */
 
 /* Closes what belongs to process 1: above all the ends of other commands' pipes. */
@@ -313,6 +364,8 @@ __attribute__((noreturn)) static void lead(uint32_t action, struct spec *spec)
 			      put_file(spec->words[0], spec->words[1], spec->words[2]) : 126);
 	if (action == CHANNEL_GET)
 		_exit(get_file(spec->words[0]));
+	if (action == CHANNEL_LOOK)
+		_exit(look(spec->words[0]));
 	_exit(execute(spec, shell));
 }
 

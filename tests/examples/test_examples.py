@@ -64,6 +64,12 @@ def test_example_target_is_covered_by_a_guest_that_uses_it(directory: Path) -> N
     assert any(line.startswith("key_value.py:") for line in lines)
 
 
+def test_example_sensor_is_read_through_its_driver(directory: Path) -> None:
+    done = _shell(_block_that_has("lm75_target"), directory)
+    assert done.stdout.splitlines()[0].isdecimal()
+    assert "lm75.py" in (directory / "build" / "run" / "lcov.info").read_text(encoding="utf-8")
+
+
 def test_example_program_prints_pcs_of_the_target(directory: Path) -> None:
     done = _shell(_block_that_has("run_program"), directory)
     lines = done.stdout.splitlines()
@@ -83,7 +89,7 @@ def test_example_script_tells_what_each_command_reached_first(directory: Path) -
 
 
 def test_example_commands_are_all_run_by_these_tests() -> None:
-    assert len(_blocks(EXAMPLES / "README.md", "sh")) == 4
+    assert len(_blocks(EXAMPLES / "README.md", "sh")) == 6
     page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\w+\.(?:py|c)\b", page))
     assert named == {path.name for path in sources() if path.parent == EXAMPLES} - {"README.md"}

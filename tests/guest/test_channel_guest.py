@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,25 @@ def test_run_command_sees_what_it_sees_over_ssh(session: Session, ssh: SshGuest)
     failed = [each.run("true", cwd="/no/such") for each in (session.guest, ssh)]
     assert failed[0].stderr == failed[1].stderr
     assert failed[0].exit_status == failed[1].exit_status == 126
+
+
+def test_look_has_what_it_has_over_ssh(session: Session, ssh: SshGuest) -> None:
+    cores = "/tmp/some core."
+    session.run(["touch", cores + "1.a b", cores + "2", "/tmp/other"])
+    session.run("echo '<6>a line' >/dev/kmsg")
+    ours, theirs = (each.look(cores, 30) for each in (session.guest, ssh))
+    assert ours.exit_status == theirs.exit_status == 0
+    assert ours.stderr == b""
+    logs = [each.stdout.partition(b"\0")[0].splitlines() for each in (ours, theirs)]
+    # dmesg gives the second line of a message spaces in place of the time.
+    plain = [[re.sub(rb"^(\[ *[0-9.]+\])? +", b"", line) for line in log] for log in logs]
+    assert plain[0] == plain[1]
+    assert plain[0][0].isdigit()
+    assert b"a line" in plain[0][-1]
+    files = [sorted(each.stdout.partition(b"\0")[2].splitlines()) for each in (ours, theirs)]
+    assert files[0] == files[1] == [cores.encode() + name for name in (b"1.a b", b"2")]
+    none = session.guest.look("/no/such/directory/x", 30).stdout
+    assert none.endswith(b"\0")
 
 
 def test_run_start_up_file_has_the_effect_that_it_has_over_ssh(
