@@ -653,7 +653,7 @@ def test_guest_keep_failed_keeps_the_first_until_ctrl_c(run: Run) -> None:
         )
     shown = (path / "output").read_text
     try:
-        _wait(lambda: "Ctrl-C ends them" in shown() or process.poll() is not None)
+        _wait(lambda: "Ctrl-C ends them" in shown() or process.poll() is not None, shown)
         pids = (path / "pids").read_text().split()
         assert [Path("/proc", pid).exists() for pid in pids] == [True, False, False]
         process.send_signal(signal.SIGINT)
@@ -675,8 +675,8 @@ sys.exit(pytest.main(["-p", "no:cacheprovider", *sys.argv[1:]]))
 """
 
 
-def _wait(condition: Callable[[], bool]) -> None:
+def _wait(condition: Callable[[], bool], evidence: Callable[[], str] = str) -> None:
     deadline = time.monotonic() + 240
     while not condition():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, evidence()
         time.sleep(0.1)
