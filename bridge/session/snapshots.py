@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from bridge.errors import GuestLostError, ImageError, QemuError
@@ -103,7 +104,7 @@ def _make(
     region_bytes: int,
     modules: Sequence[str],
 ) -> None:
-    config = config.identity
+    config = replace(config.identity, boot_timeout=config.boot_timeout)
     with ExitStack() as stack:
         device = stack.enter_context(DeviceHost(region_bytes))
         ram = new_memory(config.memory_mib << 20)
