@@ -71,6 +71,29 @@ def test_guest_each_test_finds_it_as_new(run: Run) -> None:
     result.assert_outcomes(passed=4)
 
 
+def test_guest_tests_that_want_two_images_have_a_guest_of_each(run: Run) -> None:
+    result = run(
+        """
+        import pytest
+
+        pids = {}
+
+        @pytest.mark.parametrize("number", [1, 2])
+        @pytest.mark.parametrize("kernel", [
+            pytest.param("6.1.", marks=pytest.mark.guest(image="bookworm")),
+            pytest.param("6.12.", marks=pytest.mark.guest(image="trixie")),
+        ])
+        def test_kernel(guest, kernel, number):
+            assert guest.succeed("uname -r").startswith(kernel)
+            pids.setdefault(guest.session.machine.pid, []).append(kernel)
+
+        def test_all():
+            assert sorted(pids.values()) == [["6.1.", "6.1."], ["6.12.", "6.12."]]
+        """
+    )
+    result.assert_outcomes(passed=5)
+
+
 def test_guest_verbs_do_what_they_say(run: Run) -> None:
     result = run(
         """
