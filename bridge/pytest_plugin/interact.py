@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -50,11 +51,17 @@ def _terminal(config: pytest.Config) -> Iterator[_Write]:
     if capture is not None:
         capture.suspend(in_=True)
     try:
-        if reporter is not None:
-            reporter.write_line("")  # below the dots of the tests
-            yield reporter.write_line
-        else:
-            yield print
+        if reporter is None:
+            yield functools.partial(print, flush=True)
+            return
+
+        def write(line: str) -> None:
+            # A file or a pipe would keep it until the end, and a person waits for it.
+            reporter.write_line(line)
+            reporter.flush()
+
+        write("")  # below the dots of the tests
+        yield write
     finally:
         if capture is not None:
             capture.resume()
