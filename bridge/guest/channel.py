@@ -34,7 +34,11 @@ from bridge.errors import (
 )
 from bridge.guest.guest import (
     CAPTURE_LIMIT,
+    EVIDENCE,
+    KILL_SECONDS,
+    LINGER_SECONDS,
     LOG_LIMIT,
+    SILENCE_SECONDS,
     TO_STDERR,
     TO_STDOUT,
     Capture,
@@ -72,16 +76,9 @@ logger = logging.getLogger(__name__)
 _OUTPUT_WINDOW = 256 * 1024
 """Bytes of each stream of a command that may be on their way."""
 _POLL_SECONDS = 0.25
-_LINGER_SECONDS = 1.0
-"""How long to wait for the output of a process that a command left behind."""
-_SILENCE_SECONDS = 180.0
-"""The longest silence of the guest while a command writes nothing. Only this distinguishes a guest
-that suspended itself to idle, or whose kernel is stuck, from one that works."""
-_KILL_SECONDS = 5.0
 _LOSS_SECONDS = 3.0
 _JOIN_SECONDS = 0.1
 _CHUNK = 64 * 1024
-_EVIDENCE = 4096
 
 _PROGRAM = re.compile(r"[A-Za-z0-9_./+-]+\Z")
 _SHELL_WORDS = frozenset(
@@ -461,7 +458,7 @@ class ChannelGuest:
 
     def look(self, cores: str, timeout: float) -> CommandResult:
         """See :meth:`bridge.guest.guest.Guest.look`."""
-        out, err = Capture(None, LOG_LIMIT), Capture(None, _EVIDENCE)
+        out, err = Capture(None, LOG_LIMIT), Capture(None, EVIDENCE)
         spec = _spec([cores], None, None)
         return self._execute(Action.LOOK, spec, "reading its log", out, err, timeout=timeout)
 
@@ -547,7 +544,7 @@ class ChannelGuest:
         Returns:
             The exit status; None if the deadline passed.
         """
-        silence = _Silence(_SILENCE_SECONDS)
+        silence = _Silence(SILENCE_SECONDS)
         ask = functools.partial(channel.send, None, (Kind.PING, b""))
         captures = {Kind.STDOUT: out, Kind.STDERR: err}
         used = {Kind.STDOUT: 0, Kind.STDERR: 0}
@@ -574,7 +571,7 @@ class ChannelGuest:
                 elif kind is Kind.TAKEN:
                     feeder.taken(int.from_bytes(payload, "little"))
                 elif kind is Kind.COMPLETE and status is not None:
-                    linger = time.monotonic() + _LINGER_SECONDS
+                    linger = time.monotonic() + LINGER_SECONDS
                 elif kind is Kind.END and status is not None:
                     return status
                 elif kind is Kind.FAILED:
@@ -597,7 +594,7 @@ class ChannelGuest:
 
     def _kill(self, channel: _Channel, running: _Command) -> None:
         """Kill a command and its children, if the guest still answers and was not reset."""
-        deadline = time.monotonic() + _KILL_SECONDS
+        deadline = time.monotonic() + KILL_SECONDS
         try:
             # Until it is gone, so that what it wrote is not after what a later command does.
             kill = (9).to_bytes(4, "little")
@@ -612,9 +609,9 @@ class ChannelGuest:
 
     def _lose_silent(self) -> NoReturn:
         """Raise the loss of a guest that only its silence shows."""
-        self._watched.lose_silent(_SILENCE_SECONDS)
+        self._watched.lose_silent(SILENCE_SECONDS)
         self._watched.check()
-        raise GuestStoppedError(f"the guest has not answered for {_SILENCE_SECONDS:g} s")
+        raise GuestStoppedError(f"the guest has not answered for {SILENCE_SECONDS:g} s")
 
     # Files
 
@@ -629,7 +626,7 @@ class ChannelGuest:
         # Not shared with another put() of the same path at the same time.
         part = f"{path}.{secrets.token_hex(8)}.part"
         spec = _spec([path, part, f"{mode:o}"], None, None)
-        out, err = Capture(None, _EVIDENCE), Capture(None, _EVIDENCE)
+        out, err = Capture(None, EVIDENCE), Capture(None, EVIDENCE)
         with contextlib.ExitStack() as stack:
             source: BinaryIO | bytes
             if isinstance(local, bytes):
@@ -643,7 +640,7 @@ class ChannelGuest:
                 result = self._execute(Action.PUT, spec, f"put {path}", out, err, source)
             except BaseException as error:
                 with contextlib.suppress(BridgeError):
-                    self.run(["rm", "-f", part], timeout=_KILL_SECONDS)
+                    self.run(["rm", "-f", part], timeout=KILL_SECONDS)
                 if isinstance(error, UsageError) and not isinstance(local, bytes):
                     raise UsageError(f"{local}: {error.message}") from error
                 raise
@@ -653,7 +650,7 @@ class ChannelGuest:
     def get(self, remote: str | os.PathLike[str], local: str | os.PathLike[str]) -> None:
         """See :meth:`bridge.guest.guest.Guest.get`."""
         path, destination = os.fspath(remote), Path(local)
-        err = Capture(None, _EVIDENCE)
+        err = Capture(None, EVIDENCE)
         try:
             with atomic_output(destination) as part:
                 with part.open("wb") as file:

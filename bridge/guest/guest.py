@@ -19,7 +19,11 @@ from bridge.vm.network import LOCALHOST
 
 __all__ = [
     "CAPTURE_LIMIT",
+    "EVIDENCE",
+    "KILL_SECONDS",
+    "LINGER_SECONDS",
     "LOG_LIMIT",
+    "SILENCE_SECONDS",
     "TO_STDERR",
     "TO_STDOUT",
     "Capture",
@@ -50,7 +54,14 @@ LOG_LIMIT = 16 << 20
 TO_STDOUT: Output = functools.partial(write_all, 1)
 TO_STDERR: Output = functools.partial(write_all, 2)
 
-_EVIDENCE = 4096
+EVIDENCE = 4096
+"""Bytes of each stream that an error shows."""
+KILL_SECONDS = 5.0
+LINGER_SECONDS = 1.0
+"""How long to wait for the output of a process that a command left behind."""
+SILENCE_SECONDS = 180.0
+"""The longest silence of the guest while a command writes nothing. Only this distinguishes a guest
+that suspended itself to idle, or whose processes or kernel are stuck, from one that works."""
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
@@ -244,7 +255,7 @@ def check_variable(name: str) -> None:
 
 def end_of(out: Capture, err: Capture) -> str:
     """Return the end of what was kept of the output, as evidence."""
-    end = bytes(out.kept[-_EVIDENCE:]) + bytes(err.kept[-_EVIDENCE:])
+    end = bytes(out.kept[-EVIDENCE:]) + bytes(err.kept[-EVIDENCE:])
     return end.decode(errors="replace")
 
 

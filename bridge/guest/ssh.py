@@ -47,7 +47,11 @@ from bridge.errors import (
 )
 from bridge.guest.guest import (
     CAPTURE_LIMIT,
+    EVIDENCE,
+    KILL_SECONDS,
+    LINGER_SECONDS,
     LOG_LIMIT,
+    SILENCE_SECONDS,
     TO_STDERR,
     TO_STDOUT,
     Capture,
@@ -71,9 +75,6 @@ logger = logging.getLogger(__name__)
 _CONNECT_SECONDS = 30.0
 _CHANNEL_SECONDS = 30.0
 _RETRY_SECONDS = 0.1
-_KILL_SECONDS = 5.0
-_LINGER_SECONDS = 1.0
-"""How long to wait for the output of a process that a command left behind."""
 _REST_SECONDS = 60.0
 """How long to wait for the rest of a command's output after the command's end."""
 _SHELL_LINGER_SECONDS = 3.0
@@ -81,11 +82,7 @@ _TYPING_POLL_MS = 10
 _JOIN_SECONDS = 0.1
 _POLL_SECONDS = 0.25  # output and its end wake the reader at once, an exit status does not
 _LOSS_SECONDS = 3.0
-_SILENCE_SECONDS = 180.0
-"""The longest silence of sshd while a command writes nothing. Only this distinguishes a guest that
-suspended itself to idle, or whose processes are all stopped, from one that works."""
 _CHUNK = 64 * 1024
-_EVIDENCE = 4096
 _NO_LINGER = struct.pack("ii", 1, 0)
 """``struct linger``: closing resets the connection."""
 
@@ -233,7 +230,7 @@ class _Output:
         return data[cut:]
 
     def _keep(self, before: bytes) -> None:
-        self.before += before[: _EVIDENCE - len(self.before)]
+        self.before += before[: EVIDENCE - len(self.before)]
 
 
 def _overlap(data: bytes, mark: bytes) -> int:
@@ -472,9 +469,9 @@ class SshGuest:
     def _lose_silent(self) -> NoReturn:
         """Raise the loss of a guest that only its silence shows."""
         if self._watched is not None:
-            self._watched.lose_silent(_SILENCE_SECONDS)
+            self._watched.lose_silent(SILENCE_SECONDS)
             self._watched.check()
-        raise GuestStoppedError(f"the guest has not answered for {_SILENCE_SECONDS:g} s")
+        raise GuestStoppedError(f"the guest has not answered for {SILENCE_SECONDS:g} s")
 
     def forget(self) -> None:
         """Break the connection, because the guest is reset; the next command makes a new one.
@@ -666,7 +663,7 @@ class SshGuest:
         feeder: _Feeder,
     ) -> _End:
         """Pass output on until the command has ended and all of its output has come."""
-        alive = _Liveness(channel.get_transport(), _SILENCE_SECONDS)
+        alive = _Liveness(channel.get_transport(), SILENCE_SECONDS)
         wake = _Wake()
         channel.in_buffer.set_event(wake)
         channel.in_stderr_buffer.set_event(wake)
@@ -693,7 +690,7 @@ class SshGuest:
                 return _End.BROKEN
             if channel.exit_status_ready():
                 complete = out[1].complete and err[1].complete
-                if over or (complete and waited >= _LINGER_SECONDS):
+                if over or (complete and waited >= LINGER_SECONDS):
                     break
                 if waited >= _REST_SECONDS:
                     return _End.CUT_OFF
@@ -714,7 +711,7 @@ class SshGuest:
         """Kill a command and its children, if the guest still answers and was not reset."""
         if process_group is None or self._forgotten != forgotten:
             return
-        deadline = time.monotonic() + _KILL_SECONDS
+        deadline = time.monotonic() + KILL_SECONDS
         try:
             channel, _ = self._open(
                 f"kill -s KILL -- -{process_group}", deadline, expected=forgotten
@@ -767,7 +764,7 @@ class SshGuest:
                     result = self.run(finish)
             except BaseException as error:
                 with contextlib.suppress(BridgeError):
-                    self.run(remove, timeout=_KILL_SECONDS)
+                    self.run(remove, timeout=KILL_SECONDS)
                 if isinstance(error, UsageError) and not isinstance(local, bytes):
                     raise UsageError(f"{local}: {error.message}") from error
                 raise
@@ -782,7 +779,7 @@ class SshGuest:
         try:
             with atomic_output(destination) as part:
                 with part.open("wb") as file:
-                    result = self.run(["cat", "--", path], stdout=file.write, capture=_EVIDENCE)
+                    result = self.run(["cat", "--", path], stdout=file.write, capture=EVIDENCE)
                 if result.exit_status != 0:
                     raise GuestSetupError(
                         f"the guest cannot read {path}",

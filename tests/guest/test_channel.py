@@ -521,7 +521,7 @@ def test_restart_bytes_in_flight_never_arrive(program: Path, tmp_path: Path) -> 
 def test_run_guest_answers_no_more_is_lost(
     guest: ChannelGuest, agent: Agent, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bridge.guest.channel._SILENCE_SECONDS", 3.0)
+    monkeypatch.setattr("bridge.guest.channel.SILENCE_SECONDS", 3.0)
     assert guest.run("sleep 5; echo end").text == "end\n"
     try:
         with pytest.raises(GuestStoppedError, match="silent for 3 s"):

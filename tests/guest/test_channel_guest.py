@@ -123,7 +123,7 @@ def test_run_agent_does_not_answer_while_the_port_is_gone(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A guest may take the device away from its driver; reset gives it back."""
-    monkeypatch.setattr("bridge.guest.channel._SILENCE_SECONDS", 6.0)
+    monkeypatch.setattr("bridge.guest.channel.SILENCE_SECONDS", 6.0)
     device = "/sys/bus/virtio/drivers/virtio_console"
     with pytest.raises(GuestStoppedError, match="has not answered for 6 s"):
         session.run(f"for d in {device}/virtio*; do basename $d >{device}/unbind; done; sleep 60")

@@ -296,7 +296,7 @@ def test_output_and_exit_status(guest: SshGuest) -> None:
 def test_run_guest_answers_no_more_is_lost_with_the_machine(
     guest: SshGuest, server: Server, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bridge.guest.ssh._SILENCE_SECONDS", 2.0)
+    monkeypatch.setattr("bridge.guest.ssh.SILENCE_SECONDS", 2.0)
 
     def stop(_: bytes) -> None:
         server.stopped.set()
@@ -312,7 +312,7 @@ def test_run_guest_answers_no_more_is_lost_with_the_machine(
 def test_run_silent_command_is_waited_for_while_the_guest_answers(
     guest: SshGuest, server: Server, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bridge.guest.ssh._SILENCE_SECONDS", 3.0)
+    monkeypatch.setattr("bridge.guest.ssh.SILENCE_SECONDS", 3.0)
     assert guest.run("sleep 7; echo end").text == "end\n"
     assert machine.loss is None
     assert server.sessions > 5
@@ -553,7 +553,7 @@ def test_liveness_question_that_fails_is_asked_again(
     guest: SshGuest, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """paramiko measures time-outs by the wall clock, which a suspended host sets forward."""
-    monkeypatch.setattr("bridge.guest.ssh._SILENCE_SECONDS", 6.0)
+    monkeypatch.setattr("bridge.guest.ssh.SILENCE_SECONDS", 6.0)
     transport = guest._transport
     assert transport is not None
     asked: list[float] = []

@@ -59,7 +59,7 @@ def test_guest_that_is_silent_is_lost_and_reset_rescues_it(
     session: bridge.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the module a guest may suspend itself to idle, of which QEMU knows nothing."""
-    monkeypatch.setattr("bridge.guest.channel._SILENCE_SECONDS", 12.0)
+    monkeypatch.setattr("bridge.guest.channel.SILENCE_SECONDS", 12.0)
     session.reset()
     with pytest.raises(GuestStoppedError, match="has not answered for 12 s") as caught:
         session.run("rmmod kcov_bridge && echo freeze >/sys/power/state")
