@@ -449,11 +449,11 @@ WORKERS = """
 
 
 def test_workers_four_on_a_cold_start_have_a_guest_each_and_one_that_dies_is_replaced(
-    suite: Suite, tmp_path: Path
+    suite: Suite, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    # Without a snapshot: the first to come boots and makes one, the others wait for it.
-    cold = tmp_path / "cold"
-    cold.mkdir()
+    # Without a snapshot: the first to come boots and makes one, the others wait for it. Outside of
+    # the suite's directory, because a cache may hold a kernel's sources, with tests of their own.
+    cold = tmp_path_factory.mktemp("cold")
     for entry in cache_directory().iterdir():
         if entry.name not in ("snapshots", "locks"):
             (cold / entry.name).symlink_to(entry)
