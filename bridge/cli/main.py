@@ -123,6 +123,7 @@ _SUBCOMMANDS = {
     "ssh": "open a shell in a booted guest",
     "symbolize": "print the source of each PC",
     "trace": "print the system calls of a run, with the code that each reached",
+    "fuzz": "work with the cases, findings and results of fuzz campaigns",
     "export": "write the guest kernel's coverage for other programs",
     "report": "make a page of a finished run or of tests, for a browser; also LCOV and others",
     "status": "show the figures of the running bridges",
