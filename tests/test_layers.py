@@ -14,6 +14,7 @@ LAYERS = (
     ("__main__",),
     ("cli", "pytest_plugin"),
     ("bench",),
+    ("fuzz",),
     ("results",),
     ("__init__",),
     ("session",),
