@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens in a slot, for those that keep cases, findings and figures.
+
+A *slot* is one VM with its session, target and lane. It calls its listeners on its own thread, and
+the engine waits meanwhile, so a listener must be quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+__all__ = ["Evidence", "NewCase", "SlotListener", "Suspect"]
+
+
+@dataclass(frozen=True, slots=True)
+class NewCase:
+    """A case that covered something that none before it in this slot did.
+
+    Attributes:
+        pcs: for each trace area that was in use, its PCs in order.
+        executions: executions of the slot so far.
+        seconds: time since the slot began.
+    """
+
+    case: bytes
+    pcs: tuple[tuple[int, ...], ...]
+    executions: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """The state of guest and target after a suspect case, collected before the reset.
+
+    Attributes:
+        console: the console's text since the last reset.
+        dmesg: the kernel's log since the last reset; empty if the guest does not answer.
+        lost: why the guest is lost; empty if it runs.
+        problems: what the target reported: tracebacks, dead threads, its death.
+        stacks: what guest and target were doing, if the case did not end in time.
+    """
+
+    console: str = ""
+    dmesg: str = ""
+    lost: str = ""
+    problems: tuple[str, ...] = ()
+    stacks: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """A case after which something is wrong.
+
+    Attributes:
+        status: wait status of the harness: 0, or of a signal or an exit; None if it did not end.
+        output: what the harness wrote to stderr, its end.
+        timed_out: whether the case did not end in time.
+        evidence: of guest and target.
+        pcs: as for :class:`NewCase`, as far as they are known.
+    """
+
+    case: bytes
+    status: int | None
+    output: bytes = b""
+    timed_out: bool = False
+    evidence: Evidence = field(default_factory=Evidence)
+    pcs: tuple[tuple[int, ...], ...] = ()
+
+
+class SlotListener(Protocol):
+    """Learns about a slot. What it raises ends the slot."""
+
+    def new_case(self, event: NewCase, /) -> None:
+        """Keep a case with new coverage."""
+
+    def suspect(self, event: Suspect, /) -> None:
+        """Judge a case after which something is wrong; the slot resets after it."""
+
+    def was_reset(self, reason: str, seconds: float, /) -> None:
+        """Note that guest and target went back to the ready state, in this time."""
+
+    def lost(self, error: Exception, /) -> None:
+        """Note that the slot ends because of this error."""
