@@ -190,7 +190,7 @@ class InProcessTarget:
             # In the reverse order: the source writes .coverage, and its table is whole then.
             if self._out is not None:
                 self._stack.callback(source.table.save, self._out / BLOCKS_FILE)
-            self._stack.callback(thread.call, source.stop)
+            self._stack.callback(self._stop_source, source)
             self._stack.enter_context(serving(source, deliver))
         logger.debug("starting the target %s", self.name)
         description = self._serve()
@@ -200,6 +200,14 @@ class InProcessTarget:
     @property
     def _who(self) -> str:
         return f"the target {self.name}"
+
+    def _stop_source(self, source: PythonSource) -> None:
+        """Stop the source on the target's thread, or here if that is stuck; no line is lost."""
+        try:
+            self.thread.call(source.stop)
+        finally:
+            # Does nothing if it was stopped there.
+            source.stop()
 
     def _serve(self) -> Description:
         thread, target = self.thread, self.target

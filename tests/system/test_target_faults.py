@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import bridge
 from bridge.errors import BridgeError, GuestSetupError, TargetError
 from bridge.session.session import Session
+from bridge.sources.python.hooks import MEASURING
 from bridge.targets import TARGET_ADDRESS
+from tests.support.coverage_data import executed
 from tests.support.named_calls import NamedCall, make_calls
 from tests.system import fault_targets
 
@@ -110,12 +114,14 @@ def test_start_without_what_the_target_needs_says_what_to_do(
         assert "nosuchdisk" in caught.value.evidence
 
 
-def test_start_that_does_not_return_is_shown_where_it_is() -> None:
+def test_start_that_does_not_return_is_shown_where_it_is(tmp_path: Path) -> None:
     name = f"{fault_targets.__name__}:NeverReady"
     with (
         pytest.raises(TargetError, match="did not return on start within 1 s") as caught,
-        bridge.boot(target=name, source="python", target_timeout=1.0),
+        bridge.boot(target=name, source="python", target_timeout=1.0, out=tmp_path),
     ):
         pass
+    assert MEASURING.feeds == [], "the measurement ends, although the target's thread is stuck"
+    assert executed(tmp_path / ".coverage"), "the coverage data is written"
     assert "self.servers[0].serve_forever()" in caught.value.evidence
     assert "thread of its own" in caught.value.hint
