@@ -51,7 +51,6 @@ class BoardWord(IntEnum):
     MAP_SIZE = 2
     FOLD = 3
     RESET_EVERY = 4
-    LIMIT_MS = 5
     SPIN_NS = 6
     AREAS = 7
     LANE_OFFSET = 8
@@ -114,7 +113,6 @@ class BoardLayout:
     Attributes:
         map_size: cells of the engine's map that the fold uses.
         reset_every: executions between two resets that the shim asks for; 0 for never.
-        limit_ms: limit of a case, whatever the engine's own is; 0 for none.
         spin_ns: the shim polls so long for the end of a case before it sleeps.
         lane_offset: the lane's control page, in bytes from the region's start, as all offsets.
         areas: the trace areas, in the order of their indices.
@@ -130,7 +128,6 @@ class BoardLayout:
     map_size: int = 1 << 16
     fold: Fold = Fold.EDGES
     reset_every: int = 0
-    limit_ms: int = 0
     spin_ns: int = 50_000
 
     def __post_init__(self) -> None:
@@ -163,7 +160,6 @@ class Board:
             (BoardWord.MAP_SIZE, layout.map_size),
             (BoardWord.FOLD, layout.fold),
             (BoardWord.RESET_EVERY, layout.reset_every),
-            (BoardWord.LIMIT_MS, layout.limit_ms),
             (BoardWord.SPIN_NS, layout.spin_ns),
             (BoardWord.AREAS, len(layout.areas)),
             (BoardWord.LANE_OFFSET, layout.lane_offset),

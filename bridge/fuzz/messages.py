@@ -16,6 +16,7 @@ suspect CASE STATUS  the case ended with a wait status that is not 0, or a fault
                      meanwhile; ``none`` if it did not end (the machine died)
 timeout CASE         the case did not end in time; it may still run
 reset REASON         the guest is to be reset now: ``every`` (the board's ``reset_every``)
+failed TEXT          the shim cannot work, and ends: the only message without a ``go``
 ==================== ============================================================================
 
 One message is sent for a case: ``suspect`` and ``timeout`` cases may have new cells too. If either
@@ -42,6 +43,7 @@ __all__ = [
     "MessageError",
     "NewCells",
     "ResetWanted",
+    "ShimFailed",
     "SuspectCase",
     "TimedOut",
     "parse",
@@ -120,7 +122,18 @@ class ResetWanted:
         return f"reset {self.reason}".encode()
 
 
-Message = Hello | NewCells | SuspectCase | TimedOut | ResetWanted
+@dataclass(frozen=True)
+class ShimFailed:
+    """The shim cannot work, and ends; the engine hides what it writes to stderr."""
+
+    reason: str
+
+    def encode(self) -> bytes:
+        """Return the datagram."""
+        return f"failed {self.reason}".encode()
+
+
+Message = Hello | NewCells | SuspectCase | TimedOut | ResetWanted | ShimFailed
 
 
 def parse(datagram: bytes) -> Message:
@@ -143,6 +156,8 @@ def parse(datagram: bytes) -> Message:
                 return TimedOut(_number(case))
             case ["reset", reason] if reason:
                 return ResetWanted(reason)
+            case ["failed", *reason] if reason:
+                return ShimFailed(" ".join(reason))
     except ValueError:
         pass
     raise MessageError(f"the shim sent {datagram[:80]!r}, which is not a message")

@@ -18,6 +18,7 @@ from bridge.fuzz.messages import (
     MessageError,
     NewCells,
     ResetWanted,
+    ShimFailed,
     SuspectCase,
     TimedOut,
     parse,
@@ -40,6 +41,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         (b"suspect 12 none", SuspectCase(12, None)),
         (b"timeout 18446744073709551615", TimedOut(2**64 - 1)),
         (b"reset every", ResetWanted("every")),
+        (b"failed the map is 3 cells", ShimFailed("the map is 3 cells")),
     ],
 )
 def test_parse_each_message_is_what_it_encodes(datagram: bytes, message: Message) -> None:

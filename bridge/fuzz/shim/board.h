@@ -45,7 +45,7 @@ struct kb_board {
 	uint64_t map_size;		/* cells of the engine's map that the fold uses */
 	uint64_t fold;			/* enum kb_board_fold */
 	uint64_t reset_every;		/* executions between two resets; 0: never */
-	uint64_t limit_ms;		/* of a case, whatever the engine's limit is; 0: none */
+	uint64_t reserved_limit;
 	uint64_t spin_ns;		/* the shim polls so long before it sleeps */
 	uint64_t areas;			/* trace areas, KB_BOARD_AREAS at most */
 
