@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HTML page of a report: one file, with its data, that needs no network.
-
-The data is JSON in a ``script`` element, without any character that HTML knows; the template's
-program shows it by ``textContent`` alone, so no text of a target, a test or a guest can become
-markup. A content security policy allows this program and this style sheet, by their hashes, and
-nothing else.
+"""The HTML page of runs: its data, which ``report.js`` shows.
 
 Lists that repeat are interned: a call names its arguments, its host code and its kernel functions
 by their index.
@@ -12,22 +7,14 @@ by their index.
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
 import importlib.resources
 import itertools
-import json
-import os
-import re
-import time
 from collections import Counter
 from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
-from urllib.parse import quote
 
-import bridge
+from bridge.results.report.document import link, render_document
 from bridge.results.report.gather import Report, RunDirectory, gather
 from bridge.results.report.host import SourceFile
 from bridge.results.test_record import (
@@ -73,38 +60,12 @@ def render_page(report: Report, base: Path | None = None) -> str:
     Args:
         base: directory of the page, for links to files beside it; None makes no links.
     """
-    template = importlib.resources.files("bridge.results.report").joinpath("template.html")
-    text = template.read_text(encoding="utf-8")
-    data = page_data(report, base)
-    values = {
-        "TITLE": _escape(f"{data['title']} - kcov-bridge"),
-        "STYLE_HASH": _hash(_element(text, "style")),
-        "SCRIPT_HASH": _hash(_element(text, "script")),
-        "DATA": _as_json(data),
-    }
-    # In one pass: a value may look like a mark.
-    return re.sub(r"%%([A-Z_]+)%%", lambda found: values[found[1]], text)
-
-
-def _escape(text: str) -> str:
-    # A file name may contain what UTF-8 cannot encode.
-    return html.escape(text).encode("ascii", "xmlcharrefreplace").decode()
-
-
-def _element(text: str, name: str) -> str:
-    """Return what is in the only ``<name>`` element of the template that has no attributes."""
-    (content,) = re.findall(rf"<{name}>(.*?)</{name}>", text, re.DOTALL)
-    return str(content)
-
-
-def _hash(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _as_json(data: object) -> str:
-    """Encode data for a ``script`` element: ASCII, and nothing that could end it."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    program = importlib.resources.files(__package__).joinpath("report.js")
+    return render_document(
+        _title(report),
+        page_data(report, base),
+        program.read_text(encoding="utf-8"),
+    )
 
 
 class _Interned(Generic[_T]):
@@ -125,9 +86,6 @@ def page_data(report: Report, base: Path | None) -> dict[str, Any]:
     """Return what the page's program shows; JSON can hold it."""
     number_of = {file.path: number for number, file in enumerate(report.files)}
     return {
-        "program": f"kcov-bridge {bridge.__version__}",
-        "made": time.time(),
-        "title": _title(report),
         "facts": _facts(report),
         "links": _links(report.runs, base),
         "losses": report.losses,
@@ -212,7 +170,7 @@ def _links(runs: list[RunDirectory], base: Path | None) -> list[dict[str, str]]:
     return [
         {
             "text": f"{text} ({directory.name})" if len(runs) > 1 else text,
-            "href": _link(path, base),
+            "href": link(path, base),
         }
         for text, directory, path in files
     ]
@@ -298,12 +256,8 @@ def _evidence(test: RecordedTest, runs: list[RunDirectory], base: Path | None) -
     for run in runs:
         path = run.path / EVIDENCE_DIRECTORY / f"{evidence_name(test.test)}.txt"
         if path.is_file():
-            return _link(path, base)
+            return link(path, base)
     return ""
-
-
-def _link(path: Path, base: Path) -> str:
-    return quote(os.path.relpath(path, base), errors="surrogateescape")
 
 
 def _series(report: Report) -> list[dict[str, Any]]:
