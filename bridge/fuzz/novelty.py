@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class CoverageSet:
         pairs: set[tuple[int, int]] = set()
         if ordered:
             for trace in traces:
-                pairs.update(zip(trace, trace[1:], strict=False))
+                pairs.update(itertools.pairwise(trace))
         found = self.new(
             Coverage.of(
                 {pc for trace in traces for pc in trace},

@@ -6,6 +6,7 @@
 ``lock``           held by the campaign that runs (flock); says which process holds it
 ``corpus/``        a plain file a case, named by :func:`case_name`; any fuzzer can take it
 ``cases.jsonl``    a line a case of the corpus, in the order in which they came (:class:`Case`)
+                   and another one when more of what it covers becomes known
 ``findings/``      a directory a finding
 ``jobs/``          directories of the engine, one a job
 ``progress.jsonl`` the figures over time (:mod:`bridge.fuzz.progress`)
@@ -34,6 +35,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -184,6 +186,7 @@ class Store:
         """Executions of all jobs at the last case."""
         self._names: list[str] = []
         self._known: set[str] = set()
+        self._seeds: set[str] = set()
         self._partial = directory / _PARTIAL
         with contextlib.ExitStack() as stack:
             if not resume:
@@ -287,38 +290,47 @@ class Store:
             ) from error
 
     def add(self, offers: Iterable[Offer]) -> list[Case]:
-        """Announce cases; return those that the corpus did not have.
+        """Announce cases; return the lines that were written for them.
 
-        They are on the disk when this returns. After an error none of them counts as announced;
-        they can be offered again.
+        A case that the corpus has already gets another line if it covers more than is recorded,
+        as a seed does when it is executed, and none otherwise. All is on the disk when this
+        returns. After an error none of them counts as announced; they can be offered again.
 
         Raises:
             InfrastructureError: they cannot be written.
         """
-        new: dict[str, Case] = {}
+        new: list[str] = []
+        lines: dict[str, list[Case]] = {}
         reached: set[int] = set()
         with _writing(self.corpus):
             try:
                 for offer in offers:
                     name = case_name(offer.data)
-                    if name in self._known or name in new:
-                        continue
-                    self._write(name, offer.data)
+                    if name not in self._known and name not in new:
+                        new.append(name)
+                        _write_new(self._partial / name, offer.data)
                     pcs = tuple(sorted(set(offer.pcs) - self.covered - reached))
                     reached.update(pcs)
-                    new[name] = Case(name, offer.seconds, offer.executions, offer.seed, pcs)
-                if not new:
+                    if pcs or (new and new[-1] == name and name not in lines):
+                        seed = offer.seed or name in self._seeds
+                        lines.setdefault(name, []).append(
+                            Case(name, offer.seconds, offer.executions, seed, pcs)
+                        )
+                if not lines:
                     return []
+                self._sync_files([self._partial / name for name in new])
                 for name in new:
                     (self._partial / name).replace(self.corpus / name)
-                _sync(self.corpus)
+                if new:
+                    _sync(self.corpus)
             except BaseException:
                 for name in new:
                     (self._partial / name).unlink(missing_ok=True)
                 raise
-        self._journal.append([case.as_dict() for case in new.values()])
-        self._take(new.values())
-        return list(new.values())
+        cases = [case for each in lines.values() for case in each]
+        self._journal.append([case.as_dict() for case in cases])
+        self._take(cases)
+        return cases
 
     def add_finding(self, name: str, files: Mapping[str, bytes]) -> bool:
         """Write the directory of a finding, whole or not at all.
@@ -343,6 +355,7 @@ class Store:
             try:
                 for each, data in files.items():
                     _write_new(part / each, data)
+                    _sync(part / each)
                 _sync(part)
                 part.replace(place)
                 _sync(self.findings)
@@ -360,19 +373,23 @@ class Store:
         self.campaign = Campaign(old.id, old.began, {**old.facts, **facts}, old.resumed)
         self._write_campaign()
 
-    def _write(self, name: str, data: bytes) -> None:
-        part = self._partial / name
-        try:
-            _write_new(part, data)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+    def _sync_files(self, paths: Sequence[Path]) -> None:
+        """Write files to the disk; many at the same time, since each waits for the same journal."""
+        if len(paths) < 4:
+            for path in paths:
+                _sync(path)
+        else:
+            with ThreadPoolExecutor(16) as pool:
+                for _ in pool.map(_sync, paths):
+                    pass
 
     def _take(self, cases: Iterable[Case]) -> None:
         for case in cases:
             if case.name not in self._known:
                 self._names.append(case.name)
                 self._known.add(case.name)
+            if case.seed:
+                self._seeds.add(case.name)
             self.covered.update(case.pcs)
             self.elapsed = max(self.elapsed, case.seconds)
             self.executions = max(self.executions, case.executions)
@@ -676,11 +693,10 @@ def _end_of_lines(fd: int, size: int) -> int:
 
 
 def _write_new(path: Path, data: bytes) -> None:
-    """Write a file to the disk."""
+    """Write a file."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
         _write_all(fd, data, 0)
-        os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -694,9 +710,9 @@ def _write_all(fd: int, data: bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _sync(directory: Path) -> None:
-    """Write the names in a directory to the disk."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _sync(path: Path) -> None:
+    """Write a file, or the names in a directory, to the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:

@@ -74,11 +74,25 @@ def test_add_writes_file_and_line_with_new_pcs_only(tmp_path: Path) -> None:
 def test_add_known_case_changes_nothing(tmp_path: Path) -> None:
     with Store.create(tmp_path, {}) as store:
         store.add([offer(b"one", 1)])
-        size = (tmp_path / "cases.jsonl").stat().st_size
-        assert store.add([offer(b"one", 2)]) == []
+        assert store.add([offer(b"one", 1)]) == []
         assert [case.name for case in store.add([offer(b"x"), offer(b"x")])] == [case_name(b"x")]
         assert len(store) == 2
-        assert (tmp_path / "cases.jsonl").stat().st_size > size
+        assert len(read_cases(tmp_path).cases) == 2
+
+
+def test_add_seed_that_is_executed_later_records_what_it_covers(tmp_path: Path) -> None:
+    with Store.create(tmp_path, {}) as store:
+        store.add([offer(b"seed", seed=True), offer(b"other", seed=True)])
+        (line,) = store.add([offer(b"seed", 7, 8, executions=100), offer(b"other")])
+        assert line == Case(case_name(b"seed"), 1.0, 100, True, (7, 8))
+        assert store.add([offer(b"other", 7)]) == []
+        assert len(store) == 2
+    with Store.resume(tmp_path) as store:
+        assert store.problems == []
+        assert (len(store), store.covered) == (2, {7, 8})
+        assert [each.seed for each in read_cases(tmp_path).cases] == [True, True, True]
+        (line,) = store.add([offer(b"other", 9)])
+        assert line.seed
 
 
 def test_since_returns_what_is_new(tmp_path: Path) -> None:
