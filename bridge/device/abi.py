@@ -39,6 +39,7 @@ __all__ = [
     "FOLLOW_FLAG",
     "GVISOR_MAX_WORDS",
     "HOST_PEER",
+    "KCOV_BRIDGE_LANE",
     "KCOV_BRIDGE_STREAM",
     "KCOV_CMP_CONST",
     "KCOV_CMP_SIZE",
@@ -53,6 +54,8 @@ __all__ = [
     "KCOV_UNIQUE_ENABLE",
     "KCOV_WORDS_PER_CMP",
     "KICK_SLOT_BITS",
+    "LANE_INDEX_SHIFT",
+    "LANE_MASK",
     "LINUX_MAX_WORDS",
     "MAGIC",
     "PAGE_SIZE",
@@ -108,6 +111,13 @@ FOLLOW_FLAG = 1 << 63
 STREAM_MASK = FOLLOW_FLAG - 1
 """The bits of a stream's number."""
 
+# The bridge's own, in place of KCOV_INIT_TRACE: the instance gets an area that the host has made.
+KCOV_BRIDGE_LANE = 0x63E1
+"""Argument: the lane's number, and the area's index above LANE_INDEX_SHIFT bits."""
+LANE_INDEX_SHIFT = 32
+LANE_MASK = (1 << LANE_INDEX_SHIFT) - 1
+"""The bits of a lane's number."""
+
 
 def KCOV_CMP_SIZE(log: int) -> int:
     """In the type of a comparison: operands of ``1 << log`` bytes, ``log`` 0 to 3."""
@@ -125,7 +135,7 @@ ENOTSUPP = 524
 PAGE_SIZE = 4096
 WORD = 8
 MAGIC = 0x47445242564F434B  # "KCOVBRDG" in memory
-VERSION = 9
+VERSION = 10
 SLOTS = 1024
 SLOT_WORDS = 8
 REQUESTS_OFFSET = PAGE_SIZE
@@ -225,6 +235,8 @@ class Op(IntEnum):
     ARG1 = how many."""
     CALLS = 16
     """The log of the owner's system calls is to be emptied; see :class:`CallLogWord`."""
+    LANE = 17
+    """KCOV_BRIDGE_LANE; ARG0 = the ioctl's argument."""
 
 
 UNREPORTED_MASK = (1 << 32) - 1

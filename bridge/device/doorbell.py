@@ -76,7 +76,17 @@ _read_request = struct.Struct(f"{SLOT_WORDS}Q").unpack_from
 _SLOT_MASK = (1 << KICK_SLOT_BITS) - 1
 _MAX_ERRNO = 4095
 _OPENING = frozenset(
-    {Op.INIT, Op.MAP, Op.ENABLE, Op.DISABLE, Op.RESET, Op.UNIQUE, Op.REMOTE, Op.STREAM}
+    {
+        Op.INIT,
+        Op.LANE,
+        Op.MAP,
+        Op.ENABLE,
+        Op.DISABLE,
+        Op.RESET,
+        Op.UNIQUE,
+        Op.REMOTE,
+        Op.STREAM,
+    }
 )
 """The possible first requests of an instance, by which the host learns of an open."""
 _IN_THE_WAY = frozenset({errno.ENOMEM, errno.EBUSY, errno.EEXIST})
@@ -579,6 +589,8 @@ class Doorbell(Generic[C]):
             return error
         if op == Op.CALLS:
             return device.take_calls(kcov, task)
+        if op == Op.LANE:
+            return device.join_lane(kcov, args[0])
         if op == Op.DISABLE:
             return device.disable(kcov, task, args[0], args[1] & UNREPORTED_MASK)
         if op == Op.RESET:

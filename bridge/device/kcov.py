@@ -32,6 +32,8 @@ from bridge.device.abi import (
     KCOV_TRACE_CMP,
     KCOV_TRACE_PC,
     KCOV_WORDS_PER_CMP,
+    LANE_INDEX_SHIFT,
+    LANE_MASK,
     LINUX_MAX_WORDS,
     PAGE_SIZE,
     WORD,
@@ -39,6 +41,7 @@ from bridge.device.abi import (
 )
 from bridge.device.calls import CallLog
 from bridge.device.fastpath import KcovState, ReturnHandler, Totals
+from bridge.device.lanes import LaneAreas
 from bridge.device.region import Area
 from bridge.device.streams import AreaSource, Stream
 from bridge.errors import SourceError
@@ -155,6 +158,7 @@ class Kcov(KcovState[Area, C], Generic[C]):
             and ``dropped`` count comparisons then.
         compares: whether the last ENABLE was for comparisons.
         stream: where the area's words go, if no process maps the area.
+        lane: the lane that the area belongs to, and the area's index in it; None for others.
         calls: the log of the owner's system calls, if the stream wants them. The guest writes into
             it until it releases the instance.
     """
@@ -164,6 +168,7 @@ class Kcov(KcovState[Area, C], Generic[C]):
         "compares",
         "comparing",
         "handles",
+        "lane",
         "mode",
         "retired",
         "size",
@@ -184,6 +189,7 @@ class Kcov(KcovState[Area, C], Generic[C]):
         self.compares = False
         self.handles: tuple[int, ...] = ()
         self.stream: Stream | None = None
+        self.lane: tuple[LaneAreas, int] | None = None
         self.calls: CallLog | None = None
 
 
@@ -226,6 +232,7 @@ class Device(Generic[C]):
         self._streams: dict[int, Stream] = {}
         # Of streams whose threads log calls: see join_stream().
         self._stream_cursors: dict[Stream, C] = {}
+        self._lanes: dict[int, LaneAreas] = {}
         self.untraced = 0
         """Number of threads that should have joined a stream and could not."""
         # A dict, because it keeps the order of opening.
@@ -308,7 +315,7 @@ class Device(Generic[C]):
         Args:
             address: the address of the task's task_struct, for the watcher.
         """
-        if kcov.mode is not Mode.INIT or kcov.area is None:
+        if kcov.mode is not Mode.INIT or kcov.area is None or _is_control(kcov):
             return errno.EINVAL
         busy = kcov.owner is not None or task in self._owners
         if self.personality is Personality.GVISOR:
@@ -339,7 +346,8 @@ class Device(Generic[C]):
             return errno.EINVAL
         if kcov.owner is not None or task in self._owners:
             return errno.EBUSY
-        if not 1 <= bitmap_words < kcov.size - 1:
+        # Of a lane the host reads the PCs where they are without a bitmap.
+        if not 1 <= bitmap_words < kcov.size - 1 or kcov.lane is not None:
             return errno.EINVAL
         kcov.area.bitmap_words = bitmap_words
         self._begin(kcov, task, Mode.UNIQUE_PC, address)
@@ -370,6 +378,8 @@ class Device(Generic[C]):
             return errno.EINVAL
         if kcov.owner is not None or task in self._owners:
             return errno.EBUSY
+        if _is_control(kcov):
+            return errno.EINVAL
         error = _mode_error(mode, ENOTSUPP) or self._take_handles(kcov, handles, common_handle)
         if error:
             self._leave_handles(kcov)
@@ -437,6 +447,39 @@ class Device(Generic[C]):
         kcov.dropped += dropped
         self.totals.appended += appended
         self.totals.dropped += dropped
+
+    # Lanes
+
+    def open_lane(self, sizes: Sequence[int]) -> LaneAreas | None:
+        """Make a lane with areas of these sizes in words, the control area's first.
+
+        Returns None if the region has no room.
+        """
+        lane = LaneAreas.allocate(sizes, self._areas)
+        if lane is not None:
+            self._lanes[lane.number] = lane
+        return lane
+
+    def close_lane(self, lane: LaneAreas) -> None:
+        """End a lane. Instances of the guest keep their areas of it. Safe to call twice."""
+        self._lanes.pop(lane.number, None)
+        lane.close()
+
+    def join_lane(self, kcov: Kcov[C], argument: int) -> Errno:
+        """Carry out KCOV_BRIDGE_LANE: the instance gets an area of a lane, and is initialised."""
+        lane = self._lanes.get(argument & LANE_MASK)
+        if lane is None:
+            return errno.ESRCH
+        if kcov.mode is not Mode.DISABLED:
+            return errno.EBUSY
+        index = argument >> LANE_INDEX_SHIFT
+        error, kcov.area = lane.take(index, kcov)
+        if kcov.area is None:
+            return error
+        kcov.lane = lane, index
+        kcov.size = kcov.area.size
+        kcov.mode = Mode.INIT
+        return 0
 
     # Streams
 
@@ -644,6 +687,10 @@ class Device(Generic[C]):
                 self._reset(kcov)
         finally:
             self._free_retired(kcov)
+            if kcov.lane is not None:
+                lane, index = kcov.lane
+                kcov.lane = kcov.area = None
+                lane.give_back(index)
             if kcov.area is not None:
                 self._areas.free(kcov.area)
                 kcov.area = None
@@ -769,8 +816,9 @@ class Device(Generic[C]):
 
         In gVisor, DISABLE (``Kcov.DisableTrace``) and the last close (``Kcov.Clear``) do that. An
         owner's exit (``Kcov.OnTaskExit``) keeps it, so a fork server's children need not map again.
+        An area of a lane stays.
         """
-        if self.personality is Personality.GVISOR and kcov.area is not None:
+        if self.personality is Personality.GVISOR and kcov.area is not None and kcov.lane is None:
             kcov.retired.append(kcov.area)
             kcov.area = None
 
@@ -778,6 +826,11 @@ class Device(Generic[C]):
         for area in kcov.retired:
             self._areas.free(area)
         kcov.retired.clear()
+
+
+def _is_control(kcov: Kcov[Any]) -> bool:
+    """Return whether the area is a lane's control area, in which nobody traces."""
+    return kcov.lane is not None and kcov.lane[1] == 0
 
 
 def _mode_error(mode: int, unsupported: Errno) -> Errno:

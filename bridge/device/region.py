@@ -48,9 +48,10 @@ class Area(AreaWords):
         size: its number of words, which may be smaller than its pages.
         bitmap_words: words of the bitmap before the count; see :meth:`unseen`.
         abandoned: somebody may still write into it, so its room is not allocated again.
+        kept: it outlives :meth:`Region.clear`, which zeroes it.
     """
 
-    __slots__ = ("_memory", "abandoned", "bytes", "offset")
+    __slots__ = ("_memory", "abandoned", "bytes", "kept", "offset")
 
     def __init__(
         self, memory: mmap.mmap, words: memoryview, offset: int, size: int, length: int
@@ -60,6 +61,7 @@ class Area(AreaWords):
         self.offset = offset
         self.bytes = length
         self.abandoned = False
+        self.kept = False
 
     @property
     def words(self) -> memoryview:
@@ -280,9 +282,9 @@ class Region:
         """Zero everything except the header, whatever a guest has written.
 
         Raises:
-            ValueError: an area is in use.
+            ValueError: an area is in use that is not kept.
         """
-        if self._areas:
+        if not all(area.kept for area in self._areas.values()):
             raise ValueError("there are areas in use")
         self._map.madvise(mmap.MADV_REMOVE, 0, self.size)
         self.restore_header()

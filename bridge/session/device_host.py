@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import socket
@@ -15,9 +16,10 @@ from bridge.device.abi import WORD, HeaderWord
 from bridge.device.doorbell import CALL_SECONDS, Doorbell
 from bridge.device.ivshmem import IvshmemServer
 from bridge.device.kcov import Device, Personality
+from bridge.device.lanes import LaneAreas
 from bridge.device.region import Region
 from bridge.device.streams import Stream
-from bridge.errors import BridgeError, DoorbellError, SourceError
+from bridge.errors import BridgeError, DoorbellError, RegionError, SourceError
 from bridge.session.stats import InstanceStats, Stats
 from bridge.sources import Consumed
 from bridge.sources.comparisons import Comparing, ComparisonLedger
@@ -190,6 +192,27 @@ class DeviceHost:
         # Other requests are answered in between.
         while not self.call(functools.partial(self.device.close_some, stream)):
             pass
+
+    def open_lane(self, sizes: Sequence[int]) -> LaneAreas:
+        """Make a lane with areas of these sizes in words; they stay over resets, which zero them.
+
+        Raises:
+            RegionError: the region has no room.
+            DoorbellError: as :meth:`call`.
+        """
+        lane = self.call(functools.partial(self.device.open_lane, sizes))
+        if lane is None:
+            need = sum(sizes) * WORD >> 20
+            raise RegionError(
+                f"the memory shared with the guest has no room for a lane of {need} MiB",
+                hint="take a larger region: --region MIB",
+            )
+        return lane
+
+    def close_lane(self, lane: LaneAreas) -> None:
+        """End a lane, also without a doorbell, with which its areas go; safe to call twice."""
+        with contextlib.suppress(DoorbellError):
+            self.call(functools.partial(self.device.close_lane, lane))
 
     def fill(self, stats: Stats) -> None:
         """As :class:`bridge.session.stats.Measured`.

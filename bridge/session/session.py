@@ -28,6 +28,7 @@ from bridge.device.abi import Comparison
 from bridge.device.calls import LoggedCalls
 from bridge.device.doorbell import Doorbell
 from bridge.device.kcov import Device, Personality
+from bridge.device.lanes import LaneAreas
 from bridge.device.region import Region
 from bridge.errors import (
     BridgeError,
@@ -590,6 +591,19 @@ class Session:
             parts.watch.restore_modules(parts.device.call)
             _set_up(parts.running, parts.target)
         self.events.publish(Reset(parts.running.resets))
+
+    def open_lane(self, sizes: Sequence[int]) -> LaneAreas:
+        """Make a lane with areas of these sizes in words; see :mod:`bridge.device.lanes`.
+
+        Raises:
+            RegionError: the region has no room.
+            DoorbellError: the device does not answer.
+        """
+        return self._running.device.open_lane(sizes)
+
+    def close_lane(self, lane: LaneAreas) -> None:
+        """End a lane. Safe to call twice."""
+        self._running.device.close_lane(lane)
 
     def take_lines(self) -> dict[str, set[int]]:
         """Return the lines of the target's packages that ran since the last call, by file.

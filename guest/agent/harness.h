@@ -33,6 +33,8 @@ struct runner_harness {
 	 * also die of a signal or exit: the runner reports that and starts the next child.
 	 */
 	int (*run)(const uint8_t *data, size_t length);
+	/* Tidies up after run() has returned; what it covers is no part of the case. May be NULL. */
+	void (*clean)(void);
 	struct runner_harness *next;
 };
 

@@ -16,6 +16,9 @@
 /* kcov-bridge's own: the argument is the number of a stream of the host, perhaps with the flag. */
 #define KCOV_BRIDGE_STREAM _IO('c', 0xe0)
 #define KCOV_BRIDGE_FOLLOW (1UL << 63) /* children of the calling thread as well */
+/* kcov-bridge's own, in place of KCOV_INIT_TRACE: number of a lane, index of an area above it. */
+#define KCOV_BRIDGE_LANE _IO('c', 0xe1)
+#define KCOV_BRIDGE_LANE_SHIFT 32
 #define KCOV_TRACE_PC 0
 #define KCOV_TRACE_CMP 1
 #define KCOV_WORDS_PER_CMP 4 /* type, two operands, PC */

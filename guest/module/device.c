@@ -199,6 +199,8 @@ static long kb_ioctl_locked(struct kb_instance *inst, unsigned int cmd, unsigned
 	switch (cmd) {
 	case KCOV_INIT_TRACE:
 		return kb_request(inst, KB_OP_INIT, 0, arg, 0, 0);
+	case KCOV_BRIDGE_LANE:
+		return kb_request(inst, KB_OP_LANE, 0, arg, 0, 0);
 	case KCOV_ENABLE:
 		return kb_owner_start(inst, KB_OP_ENABLE, arg, (unsigned long)current, 0);
 	case KCOV_UNIQUE_ENABLE:

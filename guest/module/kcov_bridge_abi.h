@@ -24,11 +24,18 @@
 /* The children of the calling thread trace into the stream as well. */
 #define KCOV_BRIDGE_FOLLOW	(1ULL << 63)
 
+/*
+ * kcov-bridge's own, in place of KCOV_INIT_TRACE: the instance gets an area that the host has made.
+ * Argument: number of a lane of the host, and the area's index in it << KCOV_BRIDGE_LANE_SHIFT.
+ */
+#define KCOV_BRIDGE_LANE	_IO('c', 0xe1)
+#define KCOV_BRIDGE_LANE_SHIFT	32
+
 #define KB_PCI_VENDOR_ID	0x1af4
 #define KB_PCI_DEVICE_ID	0x1110
 
 #define KB_MAGIC		0x47445242564f434bULL	/* "KCOVBRDG" */
-#define KB_VERSION		9
+#define KB_VERSION		10
 #define KB_SLOTS		1024
 #define KB_REQUESTS_OFFSET	4096
 #define KB_RESPONSES_OFFSET	(KB_REQUESTS_OFFSET + KB_SLOTS * 64)
@@ -63,6 +70,8 @@ enum kb_op {
 	KB_OP_UNTRACED	= 15,	/* arg0: number of the stream; arg1: threads not followed */
 	/* From the owner. */
 	KB_OP_CALLS	= 16,	/* the owner's log of calls is to be emptied */
+	/* From an instance without an area. */
+	KB_OP_LANE	= 17,	/* arg0: the ioctl's argument */
 };
 
 struct kb_header {

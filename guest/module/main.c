@@ -22,6 +22,9 @@
  * reads it itself, and the calling thread becomes the owner at once. With KCOV_BRIDGE_FOLLOW the
  * same happens for each of its children: see follow.c.
  *
+ * A runner of test cases gets areas that the host has made (KCOV_BRIDGE_LANE, in place of
+ * KCOV_INIT_TRACE), maps them, and enables all but the first as above.
+ *
  * The module keeps only which task owns which instance. The device may be removed at any time
  * (remove in sysfs): the host then ends its instances, and operations on an open one fail with
  * ENODEV. A rescan finds a new device; old instances do not belong to it.

@@ -41,6 +41,8 @@ CONSTANTS = {
     "KCOV_RESET_TRACE": abi.KCOV_RESET_TRACE,
     "KCOV_BRIDGE_STREAM": abi.KCOV_BRIDGE_STREAM,
     "KCOV_BRIDGE_FOLLOW": abi.FOLLOW_FLAG,
+    "KCOV_BRIDGE_LANE": abi.KCOV_BRIDGE_LANE,
+    "KCOV_BRIDGE_LANE_SHIFT": abi.LANE_INDEX_SHIFT,
     "KB_KERNEL_CPUS": abi.KERNEL_CPUS,
     "offsetof(struct kb_kernel, cpus)": abi.KernelWord.CPUS * abi.WORD,
     "offsetof(struct kb_kernel, syscall_entry)": abi.KernelWord.SYSCALL_ENTRY * abi.WORD,

@@ -53,6 +53,7 @@ class Watched(Device[int]):
         super().__init__(region, Counting(), personality)
         self.written: set[int] = set()
         self.zeroed: set[int] = set()
+        self.joined = 0
 
     def _note(self, kcov: Kcov[int]) -> None:
         if kcov.area is not None:
@@ -86,6 +87,12 @@ class Watched(Device[int]):
             self._note(kcov)
         return error
 
+    def join_lane(self, kcov: Kcov[int], argument: int) -> int:
+        error = super().join_lane(kcov, argument)
+        if not error:
+            self.joined += 1
+        return error
+
     def look(self) -> tuple[set[int], set[int]]:
         """What may have been written, and what given back, since the last look."""
         looked = self.written, self.zeroed
@@ -103,6 +110,9 @@ class Storm:
         self.region = Region(REGION)
         self.server = IvshmemServer(self.region)
         self.device = Watched(self.region, personality)
+        lane = self.device.open_lane([512, 512, 1024])
+        assert lane is not None
+        self.lane = lane
         free = self.region.free
 
         def noted(area: Area) -> None:
@@ -151,6 +161,10 @@ class Storm:
 
     def request(self, slot: int, words: tuple[int, ...]) -> None:
         at = REQUESTS + slot * abi.SLOT_WORDS
+        if words[0] == Op.LANE and words[3] < 16:
+            # The guest knows the lane's number, and tries its indices and those beyond.
+            argument = self.lane.number | words[3] << abi.LANE_INDEX_SHIFT
+            words = (*words[:3], argument, *words[4:])
         for index, value in enumerate(words, 1):
             self.put(at + index, value)
         self.put(at, self.words[at] + 1 & 2**64 - 1)
@@ -205,7 +219,7 @@ plausible = st.builds(
         op,
         generation,
         task,
-        {Op.INIT: size, Op.MAP: size * 8, Op.UNIQUE: 3}.get(op, 0),
+        {Op.INIT: size, Op.MAP: size * 8, Op.UNIQUE: 3, Op.LANE: size // 512}.get(op, 0),
         0,
         0,
     ),
@@ -276,8 +290,10 @@ def test_region_long_storm_every_request_is_answered(
                 kind = noise.random()
                 value = noise.choice((noise.getrandbits(64), noise.randrange(12), *BORDERS))
                 if kind < 0.4:
-                    op, size = noise.randrange(12), noise.choice((512, 1024, 4096))
+                    op = noise.choice((*range(12), Op.LANE))
+                    size = noise.choice((512, 1024, 4096))
                     argument = size if op == Op.INIT else size * 8 if op == Op.MAP else 0
+                    argument = noise.randrange(4) if op == Op.LANE else argument
                     slot, generation = noise.randrange(6), noise.randrange(3)
                     task = noise.randrange(4)
                     host.request(slot, (op, generation, task, argument, 0, 0))
@@ -293,6 +309,7 @@ def test_region_long_storm_every_request_is_answered(
         host.fresh()
         # How many get served while more are written is up to the scheduler: some in each round.
         assert host.doorbell.counters.requests > 15
+        assert host.device.joined > 0
         assert own_memory() - held < 32 << 20
         assert not caplog.records
 
