@@ -18,6 +18,7 @@ import pytest
 
 from bridge.errors import BridgeError, InfrastructureError
 from bridge.results.test_record import evidence_name
+from bridge.session.evidence import guest_processes
 from bridge.util.files import write_atomically
 
 if TYPE_CHECKING:
@@ -32,23 +33,6 @@ _LINES: Final = 40
 """How many lines of each part a report shows."""
 _LOOK_SECONDS: Final = 10.0
 _CORE_LIMIT: Final = 4 << 20
-
-_PROCESSES: Final = """\
-for process in /proc/[0-9]*; do
-    pid=${process#/proc/}
-    read -r stat <$process/stat || continue
-    set -- ${stat##*) }
-    case " 2 $$ $PPID " in *" $pid "* | *" $2 "*) continue ;; esac
-    read -r where <$process/wchan
-    echo "$pid $1 $where: $(head -c 200 $process/cmdline | tr '\\0\\n' '  ')"
-    case $1 in
-        Z | T) ;;
-        *) sed 's/^/    /' $process/stack ;;
-    esac
-done 2>/dev/null
-"""
-"""Prints the guest's processes, without the kernel's threads: number, state, what it waits for in
-the kernel, command, and the way there."""
 
 
 def gather(lease: Lease) -> list[Section]:
@@ -75,8 +59,7 @@ def before_kill(lease: Lease) -> None:
     session = lease.session
     if session.machine.loss is None:
         with contextlib.suppress(BridgeError):
-            result = session.run(_PROCESSES, timeout=_LOOK_SECONDS)
-            text = result.stdout.decode(errors="replace")
+            text = guest_processes(session, _LOOK_SECONDS)
             lease.hang.append(("processes of the guest before the time-out", text))
     if stacks := session.target_stacks():
         lease.hang.append(("threads of the target before the time-out", stacks))

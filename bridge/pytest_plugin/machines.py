@@ -21,19 +21,8 @@ from bridge.errors import (
     GuestLostError,
     InfrastructureError,
     MissingDependencyError,
-    RunTimeoutError,
     TargetError,
     UsageError,
-)
-from bridge.guest.guest_image import CORE_DUMPS
-from bridge.pytest_plugin.health import (
-    CoreDump,
-    KernelLog,
-    Symptom,
-    in_guest,
-    new_taint,
-    sanitizer_reports,
-    symptoms,
 )
 from bridge.pytest_plugin.request import (
     GuestRequest,
@@ -43,6 +32,15 @@ from bridge.pytest_plugin.request import (
     request_of,
 )
 from bridge.results.test_record import EVIDENCE_DIRECTORY
+from bridge.session.health import (
+    CoreDump,
+    KernelLog,
+    Symptom,
+    in_guest,
+    new_taint,
+    sanitizer_reports,
+    symptoms,
+)
 from bridge.session.session import Session
 from bridge.targets.faults import TargetFaults
 from bridge.trace.call import Call
@@ -66,8 +64,6 @@ ALIVE: Final = 2
 
 _FAILED_STARTS: Final = 2
 """After so many failed starts in a row the test run stops."""
-
-_LOOK_SECONDS: Final = 20.0
 
 
 class SickMachineError(GuestLostError):
@@ -322,7 +318,7 @@ class Lease:
         if self._mute is not None:
             raise self._mute  # to find that out takes long enough once
         try:
-            return _look(self.session)
+            return KernelLog.read(self.session.guest)
         except BridgeError as error:
             self._mute = error
             self._guest.sick = True
@@ -422,7 +418,7 @@ class Machines:
             if request.reset is Reset.NEVER or same:
                 # Another test has used it: it may be lost, or not answer.
                 guest.session.machine.check()
-                log = _look(guest.session)
+                log = KernelLog.read(guest.session.guest)
             else:
                 began = time.monotonic()
                 guest.session.reset()
@@ -482,7 +478,7 @@ class Machines:
                     target_state=target.state,
                 )
             )
-            log = _look(session)
+            log = KernelLog.read(session.guest)
             guest = _Guest(request.machine, session, log, request.module)
             guest.stack = stack.pop_all()
         return guest
@@ -552,25 +548,3 @@ def warn(text: str) -> None:
     # Where warnings are errors, this one would end the run.
     with contextlib.suppress(pytest.PytestWarning):
         warnings.warn(pytest.PytestWarning(text), stacklevel=2)
-
-
-def _look(session: Session) -> KernelLog:
-    """Read the kernel's log and its taint mask.
-
-    Raises:
-        GuestLostError: the guest does not answer.
-    """
-    try:
-        result = session.guest.look(CORE_DUMPS, _LOOK_SECONDS)
-    except RunTimeoutError:
-        raise GuestLostError(
-            f"the guest does not answer: its kernel log could not be read in {_LOOK_SECONDS:g} s",
-            hint="did the test leave processes that take all of its processors or memory?",
-        ) from None
-    try:
-        return KernelLog.parse(result.stdout.decode(errors="replace"))
-    except ValueError:
-        raise GuestLostError(
-            f"the guest's kernel log cannot be read (exit status {result.exit_status})",
-            evidence=result.stderr.decode(errors="replace"),
-        ) from None

@@ -13,11 +13,17 @@ import re
 import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from bridge.errors import GuestLostError, RunTimeoutError
 from bridge.guest.guest_image import CORE_DUMPS
 
+if TYPE_CHECKING:
+    from bridge.guest.guest import Guest
+
 __all__ = [
+    "KERNEL_COMPLAINTS",
+    "LOOK_SECONDS",
     "CoreDump",
     "KernelLog",
     "Symptom",
@@ -27,17 +33,28 @@ __all__ = [
     "symptoms",
 ]
 
-_COMPLAINTS: Final = re.compile(
-    r"WARNING: |BUG: |BUG [a-z]|Oops|Kernel panic|general protection fault|"
-    r"refcount_t: |UBSAN: |KASAN: |KFENCE: |KMSAN: |KCSAN: |ODEBUG|"
-    r"INFO: task .* blocked for more than|detected stall|self-detected stall|"
+KERNEL_COMPLAINTS: Final = re.compile(
+    r"WARNING: |BUG: |BUG [a-z]|kernel BUG at|Oops|Kernel panic|"
+    r"(?<!traps: )\bgeneral protection fault|refcount_t: |UBSAN: |KASAN: |KFENCE: |KMSAN: |KCSAN: |"
+    r"ODEBUG|divide error: |invalid opcode: |INFO: task .* blocked for more than|"
+    r"detected stall|self-detected stall|"
     r"watchdog: .* stuck|soft lockup|hard LOCKUP|INFO: trying to register|"
     r"possible recursive locking|possible circular locking|unreferenced object|"
+    r"detected expedited stalls|usercopy: Kernel memory|list_(?:add|del) corruption"
+)
+"""What Linux writes to its log about itself: lib/bug.c, kernel/panic.c, kernel/hung_task.c,
+kernel/watchdog.c, kernel/rcu/tree_stall.h, kernel/locking/lockdep.c, lib/ubsan.c, lib/refcount.c,
+lib/list_debug.c, mm/kasan/report.c, mm/kfence/report.c, mm/usercopy.c, kernel/kcsan/report.c,
+arch/x86/mm/fault.c, arch/x86/kernel/traps.c."""
+
+_PROGRAM_COMPLAINTS: Final = re.compile(
     r"segfault at |traps: .* trap |traps: .* general protection|Out of memory: Killed process"
 )
-"""What Linux writes to its log: lib/bug.c, kernel/panic.c, kernel/hung_task.c, kernel/watchdog.c,
-lib/ubsan.c, mm/kasan/report.c, arch/x86/mm/fault.c (show_signal_msg), arch/x86/kernel/traps.c,
+"""The same about programs: arch/x86/mm/fault.c (show_signal_msg), arch/x86/kernel/traps.c,
 mm/oom_kill.c."""
+
+LOOK_SECONDS: Final = 20.0
+"""How long reading a guest's kernel log may take."""
 
 _TAINTS: Final = {
     0: "a proprietary module was loaded",
@@ -133,6 +150,28 @@ class KernelLog:
         cores = tuple(core for core in found if core is not None)
         return cls(tuple(log.splitlines()), int(first), cores)
 
+    @classmethod
+    def read(cls, guest: Guest, seconds: float = LOOK_SECONDS) -> KernelLog:
+        """Read the log of a guest.
+
+        Raises:
+            GuestLostError: the guest does not answer.
+        """
+        try:
+            result = guest.look(CORE_DUMPS, seconds)
+        except RunTimeoutError:
+            raise GuestLostError(
+                f"the guest does not answer: its kernel log could not be read in {seconds:g} s",
+                hint="is there something in it that takes all of its processors or memory?",
+            ) from None
+        try:
+            return cls.parse(result.stdout.decode(errors="replace"))
+        except ValueError:
+            raise GuestLostError(
+                f"the guest's kernel log cannot be read (exit status {result.exit_status})",
+                evidence=result.stderr.decode(errors="replace"),
+            ) from None
+
     def new_cores(self, before: KernelLog) -> tuple[CoreDump, ...]:
         """Return the core dumps that were added."""
         return tuple(core for core in self.cores if core not in before.cores)
@@ -155,7 +194,8 @@ def symptoms(lines: Iterable[str], ignore: Sequence[re.Pattern[str]]) -> list[Sy
     return [
         Symptom("the guest's kernel", line.strip()[:_SHOWN])
         for line in lines
-        if _COMPLAINTS.search(line) and not _ignored(line, ignore)
+        if (KERNEL_COMPLAINTS.search(line) or _PROGRAM_COMPLAINTS.search(line))
+        and not _ignored(line, ignore)
     ]
 
 

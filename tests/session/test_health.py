@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from bridge.pytest_plugin.health import KernelLog, new_taint, symptoms
+from bridge.session.health import KernelLog, new_taint, symptoms
 
 
 @pytest.mark.parametrize(
