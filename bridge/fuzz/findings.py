@@ -7,7 +7,7 @@ in the folder       what
 ``finding.json``    title, kind, stack, how often, when, with which settings and versions
 ``case``            the first case that led to it
 ``case.txt``        its readable form, where the harness has one
-``cases/SHA-256``   more cases that led to it, a few
+``case-SHA-256``    more cases that led to it, a few (the first digits of their SHA-256)
 ``console.log``     the guest's console and its kernel's log since the reset before
 ``traceback.txt``   what the target reported, and what guest and target were doing
 ``coverage.txt``    the PCs of the case, a line each, an empty line between two tasks
@@ -31,9 +31,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,7 +45,6 @@ from bridge.util.files import remove, sync
 
 __all__ = [
     "CASE",
-    "CASES",
     "CASE_TEXT",
     "FINDING",
     "FORMAT",
@@ -53,6 +53,8 @@ __all__ = [
     "Findings",
     "OutputError",
     "Place",
+    "files_of",
+    "finding_of",
     "load_finding",
 ]
 
@@ -61,7 +63,8 @@ VERSION: Final = 1
 FINDING: Final = "finding.json"
 CASE: Final = "case"
 CASE_TEXT: Final = "case.txt"
-CASES: Final = "cases"
+_MORE: Final = "case-"
+_DIGITS: Final = 16
 
 _CONSOLE: Final = "console.log"
 _TRACEBACK: Final = "traceback.txt"
@@ -70,6 +73,8 @@ _OUTPUT: Final = "output"
 _LOCK: Final = ".lock"
 _PARTIAL: Final = ".new-"
 _SHOWN_CASE: Final = 4096
+_PLAIN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
+"""Names of findings and of their files."""
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -142,6 +147,8 @@ class Finding:
             raise ValueError(f"format {data['format']!r}, version {data['version']!r}")
         known = {each.name for each in fields(cls)}
         values = {key: value for key, value in data.items() if key in known}
+        if not _PLAIN.fullmatch(values["name"]):
+            raise ValueError(f"not a plain name: {values['name'][:80]!r}")
         values["kind"] = Kind(values["kind"])
         for name in ("stack", "others", "command"):
             values[name] = tuple(values.get(name, ()))
@@ -155,12 +162,18 @@ def load_finding(folder: Path) -> Finding:
         UsageError: there is none, or another version of kcov-bridge wrote it.
     """
     try:
-        return Finding.from_dict(json.loads((folder / FINDING).read_bytes()))
+        text = (folder / FINDING).read_bytes()
     except OSError as error:
         raise UsageError(
             f"{folder} is not the folder of a finding: {FINDING}: {error.strerror}",
             hint="a finding is a folder in `findings` of a campaign's directory",
         ) from error
+    return _parse(text, folder)
+
+
+def _parse(text: bytes, folder: Path) -> Finding:
+    try:
+        return Finding.from_dict(json.loads(text))
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{folder / FINDING} cannot be read: {error}",
@@ -222,35 +235,49 @@ class Findings:
         Raises:
             OutputError: it cannot be written. What was returned before is still there.
         """
-        fault = faults[0]
-        finding = Finding(
-            name=fault.key,
-            title=fault.title,
-            kind=fault.kind,
-            stack=fault.stack,
-            others=tuple(dict.fromkeys(each.title for each in faults[1:])),
-            seconds=seconds,
-            executions=executions,
-            found=time.time(),
-            status=suspect.status,
-            timed_out=suspect.timed_out,
-            sha256=hashlib.sha256(suspect.case).hexdigest(),
-            harness=place.harness,
-            command=place.command,
-            settings=place.settings,
-            versions=place.versions,
-        )
-        shown = suspect.case[:_SHOWN_CASE].hex(" ")
-        with _explained(
-            self.directory,
-            f"the finding {fault.title!r} cannot be kept",
-            f"the case, {len(suspect.case)} bytes:\n{shown}",
-        ), self._locked():  # fmt: skip
+        finding = finding_of(suspect, faults, place, seconds=seconds, executions=executions)
+        return self.add(files_of(finding, suspect, self._readable))
+
+    def add(self, files: Mapping[str, bytes], times: int = 1) -> Finding:
+        """Keep the files of a finding; return when they are on the disk.
+
+        Args:
+            files: as :func:`files_of` returns them.
+            times: how often it was found, if it is not found the first time.
+
+        Raises:
+            UsageError: they are not the files of a finding.
+            OutputError: they cannot be written.
+        """
+        for name in files:
+            if not _PLAIN.fullmatch(name):
+                raise UsageError(f"not the plain name of a file: {name[:80]!r}")
+        finding = _parse(files[FINDING], self.directory)
+        case = files[CASE]
+        shown = case[:_SHOWN_CASE].hex(" ")
+        with (
+            _explained(
+                self.directory,
+                f"the finding {finding.title!r} cannot be kept",
+                f"the case, {len(case)} bytes:\n{shown}",
+            ),
+            self._locked(),
+        ):
             folder = self.directory / finding.name
             if (folder / FINDING).is_file():
-                return self._repeat(folder, finding, suspect.case)
-            self._create(folder, finding, suspect)
+                return self._repeat(folder, finding, case, times)
+            self._create(folder, files)
             return finding
+
+    def count(self, name: str, times: int) -> Finding:
+        """Note that a finding that is there was found again so often.
+
+        Raises:
+            UsageError: it is not there.
+            OutputError: it cannot be written.
+        """
+        with _explained(self.directory, f"the finding {name} cannot be counted"), self._locked():
+            return self._count(self.directory / name, times)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -262,13 +289,13 @@ class Findings:
         finally:
             os.close(lock)
 
-    def _create(self, folder: Path, finding: Finding, suspect: Suspect) -> None:
+    def _create(self, folder: Path, files: Mapping[str, bytes]) -> None:
         part = folder.with_name(f"{_PARTIAL}{folder.name}")
         if part.exists():
             remove(part)  # nobody writes it: the lock is ours
         try:
             part.mkdir()
-            for name, content in self._files(finding, suspect).items():
+            for name, content in files.items():
                 (part / name).write_bytes(content)
             sync(part)
             part.rename(folder)
@@ -278,49 +305,81 @@ class Findings:
                 remove(part)
             raise
 
-    def _files(self, finding: Finding, suspect: Suspect) -> dict[str, bytes]:
-        evidence = suspect.evidence
-        log = evidence.console
-        if evidence.dmesg:
-            log = f"{log.rstrip()}\n\n==== the kernel's log\n{evidence.dmesg}"
-        if evidence.lost:
-            log = f"{log.rstrip()}\n\n==== the guest was lost\n{evidence.lost}"
-        reports = [*evidence.problems, *([evidence.stacks] if evidence.stacks else [])]
-        files = {
-            FINDING: finding.as_json(),
-            CASE: suspect.case,
-            _CONSOLE: _text(log),
-            _OUTPUT: suspect.output,
-        }
-        if reports:
-            files[_TRACEBACK] = _text("\n\n".join(each.rstrip() for each in reports))
-        if suspect.pcs:
-            files[_COVERAGE] = "\n".join(
-                "".join(f"{pc:016x}\n" for pc in task) for task in suspect.pcs
-            ).encode()
-        if self._readable is not None:
-            files[CASE_TEXT] = _text(_readable(self._readable, suspect.case))
-        return files
-
-    def _repeat(self, folder: Path, again: Finding, case: bytes) -> Finding:
+    def _repeat(self, folder: Path, again: Finding, case: bytes, times: int) -> Finding:
         first = load_finding(folder)
         if again.sha256 != first.sha256:
-            more = folder / CASES
-            kept = _names(more)
-            if again.sha256 not in kept and len(kept) + 1 < self._cases:
-                more.mkdir(exist_ok=True)
-                _replace(more / again.sha256, case, durable=True)
-        values = {each.name: getattr(first, each.name) for each in fields(first)}
-        counted = Finding(**{**values, "times": first.times + 1})
+            more = folder / f"{_MORE}{again.sha256[:_DIGITS]}"
+            if not more.exists() and len(list(folder.glob(f"{_MORE}*"))) + 1 < self._cases:
+                _replace(more, case, durable=True)
+        return self._count(folder, times)
+
+    def _count(self, folder: Path, times: int) -> Finding:
+        first = load_finding(folder)
+        counted = replace(first, times=first.times + times)
         # Not waited for until it is on the disk: only a loss of power could take it back.
         _replace(folder / FINDING, counted.as_json())
         return counted
 
 
-def _names(directory: Path) -> list[str]:
-    if not directory.is_dir():
-        return []
-    return [path.name for path in directory.iterdir() if not path.name.startswith(".")]
+def finding_of(
+    suspect: Suspect,
+    faults: Sequence[Fault],
+    place: Place,
+    *,
+    seconds: float = 0.0,
+    executions: int = 0,
+) -> Finding:
+    """Return what a case led to as a finding; see :meth:`Findings.record`."""
+    fault = faults[0]
+    return Finding(
+        name=fault.key,
+        title=fault.title,
+        kind=fault.kind,
+        stack=fault.stack,
+        others=tuple(dict.fromkeys(each.title for each in faults[1:])),
+        seconds=seconds,
+        executions=executions,
+        found=time.time(),
+        status=suspect.status,
+        timed_out=suspect.timed_out,
+        sha256=hashlib.sha256(suspect.case).hexdigest(),
+        harness=place.harness,
+        command=place.command,
+        settings=place.settings,
+        versions=place.versions,
+    )
+
+
+def files_of(
+    finding: Finding, suspect: Suspect, readable: Callable[[bytes], str] | None = None
+) -> dict[str, bytes]:
+    """Return the files of a finding by their names.
+
+    Args:
+        readable: makes the readable form of a case.
+    """
+    evidence = suspect.evidence
+    log = evidence.console
+    if evidence.dmesg:
+        log = f"{log.rstrip()}\n\n==== the kernel's log\n{evidence.dmesg}"
+    if evidence.lost:
+        log = f"{log.rstrip()}\n\n==== the guest was lost\n{evidence.lost}"
+    reports = [*evidence.problems, *([evidence.stacks] if evidence.stacks else [])]
+    files = {
+        FINDING: finding.as_json(),
+        CASE: suspect.case,
+        _CONSOLE: _text(log),
+        _OUTPUT: suspect.output,
+    }
+    if reports:
+        files[_TRACEBACK] = _text("\n\n".join(each.rstrip() for each in reports))
+    if suspect.pcs:
+        files[_COVERAGE] = "\n".join(
+            "".join(f"{pc:016x}\n" for pc in task) for task in suspect.pcs
+        ).encode()
+    if readable is not None:
+        files[CASE_TEXT] = _text(_readable(readable, suspect.case))
+    return files
 
 
 def _text(text: str) -> bytes:

@@ -50,6 +50,7 @@ TITLES = {
     "null": f"BUG: kernel NULL pointer dereference in fault_null{OURS}",
     "panic": "Kernel panic - not syncing: kernel_faults: all is lost after N steps in "
     f"fault_panic{OURS}",
+    "rcu_stall": f"rcu: INFO: rcu_preempt detected stalls on CPUs/tasks in fault_rcu_stall{OURS}",
     "refcount": f"refcount_t: addition on N; use-after-free in fault_refcount{OURS}",
     "soft_lockup": "watchdog: BUG: soft lockup - CPU#N stuck for Ns! [sh:N] in "
     f"fault_soft_lockup{OURS}",
@@ -162,15 +163,6 @@ def test_kernel_faults_of_programs_and_others_are_none(line: str) -> None:
         (
             "UBSAN: shift-out-of-bounds in fs/9p/vfs_inode.c:77:12",
             "UBSAN: shift-out-of-bounds in fs/9p/vfs_inode.c:77:12",
-        ),
-        # kernel/rcu/tree_stall.h, print_cpu_stall(), print_other_cpu_stall()
-        (
-            "rcu: INFO: rcu_sched self-detected stall on CPU",
-            "rcu: INFO: rcu_sched detected stalls on CPUs/tasks",
-        ),
-        (
-            "rcu: INFO: rcu_sched detected stalls on CPUs/tasks:",
-            "rcu: INFO: rcu_sched detected stalls on CPUs/tasks",
         ),
     ],
 )
