@@ -16,7 +16,9 @@ Work with the cases, findings and results of fuzz campaigns.
 
 EPILOG = ""
 
-_ACTIONS: dict[str, str] = {}
+_ACTIONS: dict[str, str] = {
+    "report": "make a page of a campaign, for a browser",
+}
 """What each action does; ``bridge.cli.fuzz_NAME`` carries it out, with the names of a subcommand's
 module."""
 

@@ -112,6 +112,13 @@ class FileBlocks:
             raise IndexError(index)
         return self.first_pc + index * SLOT_BYTES
 
+    def index_of(self, pc: PC) -> int:
+        """Return the number of the block that an address of its slot stands for.
+
+        The address is one of the file's; it is not checked.
+        """
+        return (pc - (self.first_pc - _PC_IN_SLOT)) // SLOT_BYTES
+
     def block(self, index: int) -> Block:
         """Return block number ``index`` of the file; raises IndexError."""
         if not 0 <= index < self._count:
@@ -248,7 +255,7 @@ class BlockTable:
         file = self._chunks.get(slot // _CHUNK_SLOTS)
         if file is None:
             return None
-        index = (pc - (file.first_pc - _PC_IN_SLOT)) // SLOT_BYTES
+        index = file.index_of(pc)
         return Location(file.name, file.block(index)) if index < len(file) else None
 
     def line_pc(self, name: str, line: int) -> PC | None:
