@@ -162,10 +162,12 @@ def test_signal_of_harness_is_a_crash_and_a_suspect(slot: NullSlot, engine: Engi
     assert slot.resets == 1
 
 
-def test_exit_status_of_harness_is_no_suspect(slot: NullSlot, engine: EngineDriver) -> None:
-    assert engine.run(b"KCOVx") == 1 << 8
+def test_exit_status_of_harness_is_a_crash_and_a_suspect(
+    slot: NullSlot, engine: EngineDriver
+) -> None:
+    assert engine.run(b"KCOVx") == signal.SIGABRT
     engine.run(b"")
-    assert not slot.cases(SuspectCase)
+    assert (SuspectCase(1, 1 << 8), b"KCOVx") in slot.received
 
 
 def test_fault_while_a_case_runs_is_a_crash(slot: NullSlot, engine: EngineDriver) -> None:

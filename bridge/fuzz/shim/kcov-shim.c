@@ -589,7 +589,15 @@ static bool fold(bool done)
 	return fresh;
 }
 
-/* A wait status that the engine may see: never that of a process that was stopped. */
+/* What became of the last case, until the slot knows it. */
+static struct {
+	enum outcome outcome;
+	uint32_t status;
+	bool fresh;
+	bool told;
+} last = { .told = true };
+
+/* What the runner says, as a wait status of a process that has ended. */
 static uint32_t sane_status(uint64_t status)
 {
 	uint32_t number = status & 0x7f;
@@ -599,16 +607,14 @@ static uint32_t sane_status(uint64_t status)
 	return number <= 64 ? number : SIGABRT;
 }
 
-/* What became of the last case, until the slot knows it. */
-static struct {
-	enum outcome outcome;
-	uint32_t status;
-	bool fresh;
-	bool told;
-} last = { .told = true };
+/* To engines only a signal is a crash. */
+static uint32_t engine_status(void)
+{
+	return WIFSIGNALED(last.status) || !last.status ? last.status : SIGABRT;
+}
 
-/* Executes the engine's case. Returns its wait status. */
-static uint32_t execute(void)
+/* Executes the engine's case. */
+static void execute(void)
 {
 	uint64_t length = take_case(), start, end;
 	bool lost;
@@ -639,12 +645,11 @@ static uint32_t execute(void)
 		last.status = SIGKILL;
 	last.fresh = fold(last.outcome == DONE);
 	last.told = false;
-	if (last.outcome == DONE && !WIFSIGNALED(last.status) && load(&board->faults) != faults)
+	if (last.outcome == DONE && !last.status && load(&board->faults) != faults)
 		last.status = SIGABRT;
 	add(&board->ns_fold, now() - end);
 	add(&board->executions, 1);
 	since_reset++;
-	return last.status;
 }
 
 /* Tells the slot about the last case, if it is worth it, and lets it do what it must. */
@@ -660,7 +665,7 @@ static void report(void)
 		since_reset = 0;
 		tell("timeout %llu", number);
 	} else if (faulted || (!last.told && last.outcome == FAULTED) ||
-		   (!last.told && WIFSIGNALED(last.status))) {
+		   (!last.told && last.status)) {
 		add(&board->suspects, 1);
 		since_reset = 0;
 		if (last.outcome == DONE)
@@ -702,7 +707,10 @@ static __attribute__((noreturn)) void serve(void)
 			await_go();
 		}
 		await_ready();
-		if (!answer((uint32_t)stand_in) || !answer(execute()))
+		if (!answer((uint32_t)stand_in))
+			break;
+		execute();
+		if (!answer(engine_status()))
 			break;
 		/*
 		 * While the engine looks at the map. After a kill it may be about to end; whether
@@ -732,7 +740,6 @@ int main(int argc, char **argv)
 {
 	struct sigaction action = { .sa_handler = on_child };
 	pid_t engine = getppid();
-	uint32_t status;
 
 	if (argc > 2)
 		fail("usage: kcov-shim [FILE]");
@@ -750,7 +757,7 @@ int main(int argc, char **argv)
 		start_stand_in();
 		serve();
 	}
-	status = execute();
+	execute();
 	report();
-	end_like(status);
+	end_like(last.status);
 }
