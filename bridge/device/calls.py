@@ -15,8 +15,10 @@ call begin, so work that the kernel does for a call after its return is the call
 from __future__ import annotations
 
 import errno
+import itertools
 from array import array
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, overload
@@ -34,13 +36,16 @@ from bridge.device.region import Area
 from bridge.device.streams import AreaSource, WordLog
 from bridge.errors import IncompleteError
 
-__all__ = ["CallBook", "CallLog", "LoggedCall", "LoggedCalls"]
+__all__ = ["CallBook", "CallLog", "HostThread", "LoggedCall", "LoggedCalls"]
 
 _RING_WORDS: Final = (1 << 15, 1 << 12)
 """Sizes of an owner's ring, for some 2,000 and some 250 calls. Each time that half of it is full
 costs as much as a wake-up of the host."""
 _SHARE: Final = 64
 """A ring takes at most 1/64 of the free room, unless it has the smallest size."""
+
+ThreadOf = Mapping[int, "HostThread"]
+"""The thread of the target that ran a block last, by the block's PC; not of all."""
 
 _LEAST: Final = int(CallWord.STRINGS)
 _SIZE_MASK: Final = (1 << CALL_WORDS_BITS) - 1
@@ -49,6 +54,8 @@ _ARGUMENTS: Final = 6
 _TASK_ID: Final = 0xFFFFFFFF
 _CHUNK_HEADER: Final = 3
 """Words before the records in the book's log: thread, PCs before, words."""
+_NOBODY: Final = 0
+_MIXED: Final = _MASK
 _MOST_WORDS: Final = 1 << 24
 """The most words of a stream's records (128 MiB): a million calls."""
 
@@ -122,6 +129,21 @@ class CallLog:
 
 
 @dataclass(frozen=True, slots=True)
+class HostThread:
+    """A thread of the target.
+
+    Attributes:
+        process: the id of its process on the host.
+        id: its own id there.
+        name: its name in Python, cut to 54 bytes; "" if it has none.
+    """
+
+    process: int
+    id: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class LoggedCall:
     """One record. All of it comes from the guest: any numbers, any bytes.
 
@@ -137,6 +159,8 @@ class LoggedCall:
         strings: the strings to which arguments point, by the argument's index, and whether each was
             cut.
         start, stop: the place of the call's PCs in those of the stream.
+        threads: the threads of the target that ran the call's blocks: each from a place in the PCs
+            of the stream on. Of several that ran at a time, a mapping from PC to thread.
     """
 
     thread: int
@@ -150,6 +174,16 @@ class LoggedCall:
     strings: dict[int, tuple[bytes, bool]]
     start: int
     stop: int
+    threads: tuple[tuple[int, HostThread | Mapping[int, HostThread] | None], ...] = ()
+
+    def thread_at(self, place: int, pc: int) -> HostThread | None:
+        """Return the thread that ran a block, by its place in the PCs of the stream."""
+        found: HostThread | None = None
+        for start, thread in self.threads:
+            if start > place:
+                break
+            found = thread.get(pc) if isinstance(thread, Mapping) else thread
+        return found
 
 
 class _Thread:
@@ -160,15 +194,21 @@ class _Thread:
         task: the thread's id in the guest.
         recorded: how many PCs the stream has of it so far.
         first: the place of its PCs in the stream; -1 while it has not ended.
+        ran: the target's thread from the last entry in the book on; _MIXED for several.
+        starts, entries: from which place in its PCs on an entry says which thread of the target
+            ran them, and the place of that entry in the book.
     """
 
-    __slots__ = ("first", "number", "recorded", "task")
+    __slots__ = ("entries", "first", "number", "ran", "recorded", "starts", "task")
 
     def __init__(self, number: int, task: int) -> None:
         self.number = number
         self.task = task
         self.recorded = 0
         self.first = -1
+        self.ran = _NOBODY
+        self.starts = array("Q")
+        self.entries = array("Q")
 
 
 class CallBook:
@@ -180,6 +220,10 @@ class CallBook:
 
     def __init__(self, directory: Path | None = None) -> None:
         self._log = WordLog(directory)
+        # Which threads of the target ran: a word, the thread's number or _MIXED; with _MIXED the
+        # number of pairs and that many pairs of PC and number.
+        self._ran = WordLog(directory)
+        self._target_threads: dict[HostThread | None, int] = {None: _NOBODY}
         self._threads: list[_Thread] = []
         self._open: dict[object, _Thread] = {}
         self._lost = 0
@@ -215,6 +259,37 @@ class CallBook:
         if (entry := self._open.get(thread)) is not None:
             entry.recorded += pcs
 
+    def ran(self, thread: object, count: int, pcs: Sequence[int], by: ThreadOf) -> None:
+        """Note which threads of the target ran the PCs that a thread is about to be given.
+
+        Args:
+            count: how many PCs are in the thread's area.
+            by: the target's thread for a PC.
+        """
+        entry = self._open.get(thread)
+        if entry is None:
+            return
+        numbers = self._target_threads
+        several = {by.get(pc) for pc in pcs}
+        for each in several:
+            if each not in numbers:
+                numbers[each] = len(numbers)
+        if len(several) == 1:
+            number = numbers[several.pop()]
+            if number == entry.ran:
+                return
+            words = array("Q", (number,))
+        else:
+            known = [(pc, numbers[each]) for pc in pcs if (each := by.get(pc)) is not None]
+            number = _MIXED
+            words = array("Q", (number, len(known), *itertools.chain.from_iterable(known)))
+        place = len(self._ran)
+        # What is lost here has no thread; the calls and their code are all there.
+        if self._ran.append(words.tobytes()):
+            entry.ran = number
+            entry.starts.append(entry.recorded + count)
+            entry.entries.append(place)
+
     def end(self, thread: object, first: int) -> None:
         """End a thread, whose PCs begin at ``first`` in those of the stream."""
         if (entry := self._open.pop(thread, None)) is not None:
@@ -223,6 +298,7 @@ class CallBook:
     def finish(self) -> None:
         """Write everything once all threads have ended; not on the doorbell's thread."""
         self._log.finish()
+        self._ran.finish()
 
     @property
     def calls(self) -> LoggedCalls:
@@ -231,7 +307,9 @@ class CallBook:
         Raises OSError.
         """
         if self._calls is None:
-            self._calls = LoggedCalls(self._log, self._threads)
+            self._calls = LoggedCalls(
+                self._log, self._threads, self._ran, list(self._target_threads)
+            )
         return self._calls
 
     def check(self) -> None:
@@ -272,13 +350,27 @@ def _records(words: array[int]) -> Iterator[tuple[int, int]]:
 class LoggedCalls(Sequence[LoggedCall]):
     """The calls of a stream, read from memory and file as needed.
 
+    Args:
+        log: the records.
+        threads: the threads of the guest.
+        ran: which threads of the target ran; see :class:`CallBook`.
+        target_threads: the threads of the target, by their number in ``ran``.
+
     Attributes:
         damaged: how many records made no sense.
     """
 
-    def __init__(self, log: WordLog, threads: Sequence[_Thread]) -> None:
+    def __init__(
+        self,
+        log: WordLog,
+        threads: Sequence[_Thread],
+        ran: WordLog,
+        target_threads: Sequence[HostThread | None],
+    ) -> None:
         self._log = log
         self._threads = threads
+        self._ran = ran
+        self._target_threads = target_threads
         self.damaged = 0
         # By record, in the order of the log.
         self._at = array("Q")
@@ -355,7 +447,36 @@ class LoggedCalls(Sequence[LoggedCall]):
             strings=strings,
             start=self._start[number],
             stop=self._stop[number],
+            threads=self._threads_of(number),
         )
+
+    def _threads_of(
+        self, number: int
+    ) -> tuple[tuple[int, HostThread | Mapping[int, HostThread] | None], ...]:
+        thread = self._threads[self._thread[number]]
+        first = max(thread.first, 0)
+        start, stop = self._start[number] - first, self._stop[number] - first
+        if start >= stop:
+            return ()
+        # From the entry on that holds at the call's first PC.
+        index = max(bisect_right(thread.starts, start) - 1, 0)
+        return tuple(
+            (first + thread.starts[at], self._entry(thread.entries[at]))
+            for at in range(index, bisect_left(thread.starts, stop))
+        )
+
+    def _entry(self, place: int) -> HostThread | Mapping[int, HostThread] | None:
+        head = self._ran.read(place, place + 2)
+        if not head:
+            return None  # it could not be written
+        if head[0] != _MIXED:
+            return self._target_threads[head[0]]
+        pairs = self._ran.read(place + 2, place + 2 + 2 * head[1])
+        threads: dict[int, HostThread] = {}
+        for pc, number in zip(pairs[::2], pairs[1::2], strict=False):
+            if (thread := self._target_threads[number]) is not None:
+                threads[pc] = thread
+        return threads
 
 
 def _signed(word: int) -> int:

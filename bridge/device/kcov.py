@@ -39,7 +39,7 @@ from bridge.device.abi import (
     WORD,
     Comparison,
 )
-from bridge.device.calls import CallLog
+from bridge.device.calls import CallLog, ThreadOf
 from bridge.device.fastpath import KcovState, ReturnHandler, Totals
 from bridge.device.lanes import LaneAreas
 from bridge.device.region import Area
@@ -130,6 +130,17 @@ class Comparisons(Protocol):
         """See :class:`Coverage`."""
 
 
+class Threads(Protocol):
+    """Tells which thread of the target ran a block: :class:`bridge.sources.by_thread.ByThread`."""
+
+    def record_threads(self, on: bool) -> None:
+        """Start or stop to tell."""
+
+    @property
+    def thread_of(self) -> ThreadOf:
+        """The thread that ran a block last, of those that were consumed meanwhile."""
+
+
 class Watcher(Protocol):
     """Writes PCs into areas by itself: :class:`bridge.sources.guest_kernel.source.GuestKernel`.
 
@@ -203,6 +214,7 @@ class Device(Generic[C]):
             appends that PC first.
         watcher: writes PCs into areas by itself.
         comparisons: the provider of comparisons; without it TRACE_CMP is refused.
+        threads: tells which thread of the target ran a block; None where that is not known.
 
     Attributes:
         unique: every PC that was appended to any area, except those of ``watcher``.
@@ -216,8 +228,10 @@ class Device(Generic[C]):
         syscall_pc: Callable[[int], int | None] | None = None,
         watcher: Watcher | None = None,
         comparisons: Comparisons | None = None,
+        threads: Threads | None = None,
     ) -> None:
         self.personality = personality
+        self._threads = threads
         self._comparisons = comparisons
         self._watcher = watcher
         self.totals = Totals()
@@ -513,7 +527,23 @@ class Device(Generic[C]):
         cursor = self._stream_cursors.pop(stream, None)
         if cursor is not None:
             self._coverage.close_cursor(cursor)
+            if not self._stream_cursors:
+                self._record_threads(False)
         return True
+
+    def _record_threads(self, on: bool) -> None:
+        if self._threads is not None:
+            self._threads.record_threads(on)
+            self.return_handler.on_collected = self._note_threads if on else None
+
+    def _note_threads(self, kcov: Kcov[C], pcs: Sequence[int]) -> None:
+        """Note which threads of the target ran PCs that an instance with a log is to be given."""
+        if kcov.calls is None or not pcs or kcov.stream is None or self._threads is None:
+            return
+        area = kcov.area
+        if kcov.stream.calls is not None and area is not None:
+            # The guest can write any count.
+            kcov.stream.calls.ran(kcov, min(area.count, area.size), pcs, self._threads.thread_of)
 
     def join_stream(self, kcov: Kcov[C], task: Task, number: int, address: int = 0) -> Errno:
         """Carry out KCOV_BRIDGE_STREAM: ``task`` traces into a stream, through an unmapped area.
@@ -553,6 +583,8 @@ class Device(Generic[C]):
         else:
             mode = Mode.UNIQUE_PC if stream.bitmap_words else Mode.TRACE_PC
             if stream.calls is not None and stream not in self._stream_cursors:
+                if not self._stream_cursors:
+                    self._record_threads(True)
                 self._stream_cursors[stream] = self._coverage.open_cursor()
             self._begin(kcov, task, mode, address, self._stream_cursors.get(stream))
         return 0
@@ -740,6 +772,8 @@ class Device(Generic[C]):
         """Do :meth:`syscall_return` in mode UNIQUE_PC."""
         self.totals.returns += 1 + unreported
         pcs = self._coverage.collect(cursor)
+        if self.return_handler.on_collected is not None:
+            self.return_handler.on_collected(kcov, pcs)
         if self._syscall_pc is not None:
             pc = self._syscall_pc(number)
             if pc is not None:

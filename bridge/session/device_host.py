@@ -22,6 +22,7 @@ from bridge.device.streams import Stream
 from bridge.errors import BridgeError, DoorbellError, RegionError, SourceError
 from bridge.session.stats import InstanceStats, Stats
 from bridge.sources import Consumed
+from bridge.sources.by_thread import ByThread
 from bridge.sources.comparisons import Comparing, ComparisonLedger
 from bridge.sources.guest_kernel.source import GuestKernel
 from bridge.sources.ledger import Cursor, Ledger
@@ -61,6 +62,7 @@ class DeviceHost:
         region_bytes: size of the memory shared with the guest.
         source: what is consumed at each return of an owner.
         comparing: what hands over comparisons; None refuses TRACE_CMP.
+        threads: what tells which thread of the target ran a block; None where that is not known.
         kernel: the guest kernel as a source, which writes into areas by itself.
         personality: whose kcov rules the device follows.
         syscall_pcs: whether each return appends a PC for the system call.
@@ -77,6 +79,7 @@ class DeviceHost:
         *,
         source: Consumed | None = None,
         comparing: Comparing | None = None,
+        threads: ByThread | None = None,
         kernel: GuestKernel | None = None,
         personality: Personality = Personality.LINUX,
         syscall_pcs: bool = False,
@@ -96,6 +99,7 @@ class DeviceHost:
                 syscall_pc if syscall_pcs else None,
                 kernel,
                 ComparisonLedger(comparing, self._source_failed) if comparing is not None else None,
+                threads,
             )
             self.doorbell: Doorbell[Cursor] = Doorbell(
                 self.region,

@@ -29,11 +29,12 @@ import threading
 import time
 import traceback
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bridge.device.calls import HostThread
 from bridge.errors import BridgeError, SourceError, TargetError, UsageError
 from bridge.session.forked import ForkedTarget
 from bridge.session.stats import Stats
@@ -43,6 +44,7 @@ from bridge.session.target_host import (
     describe_failure,
     fill_blocks,
 )
+from bridge.sources.by_thread import ThreadOfPc
 from bridge.sources.pcs import BlockTable
 from bridge.sources.remote import Deliver
 from bridge.sources.symbolize import BLOCKS_FILE
@@ -300,6 +302,7 @@ class IsolatedTarget:
         self._lock = threading.Lock()
         self._running: _Running | None = None
         self._lines: LineMemory | None = None
+        self._threads = ThreadOfPc()
         # Lines of files that are not in _lines; the process tells them at its end.
         self._rest_of_lines: dict[str, set[int]] = {}
         # What settle() has received for the next consume().
@@ -499,10 +502,27 @@ class IsolatedTarget:
                 failure = json.loads(payload)
                 self.tracer_faults = failure["faults"]
                 raise SourceError(failure["message"], evidence=failure["evidence"])
-            pcs = array("Q", payload)
+            pcs = self._pcs(payload)
             self._covered.update(pcs)
             self.given += len(pcs)
             return pcs
+
+    def _pcs(self, payload: bytes) -> Sequence[int]:
+        words = array("Q", payload)
+        if self._lines is None or not ThreadOfPc.has_numbers(words):
+            return words
+        return self._threads.unpack(self._lines.buffer, words)
+
+    def record_threads(self, on: bool) -> None:
+        """As :class:`bridge.sources.by_thread.ByThread`."""
+        with self._lock:
+            if self._lines is not None:
+                self._threads.record(self._lines.buffer, on)
+
+    @property
+    def thread_of(self) -> Mapping[int, HostThread]:
+        """As :class:`bridge.sources.by_thread.ByThread`."""
+        return self._threads.thread_of
 
     def take_lines(self) -> dict[str, set[int]]:
         """As :class:`bridge.sources.python.source.PythonSource`; also when the process is dead.
@@ -553,7 +573,7 @@ class IsolatedTarget:
     def _cover(self, kind: bytes, payload: bytes) -> None:
         """Count what an answer has that nobody consumes any more."""
         if kind == _CONSUME:
-            self._covered.update(array("Q", payload))
+            self._covered.update(self._pcs(payload))
 
     def fill(self, stats: Stats) -> None:
         """As :class:`bridge.session.stats.Measured`."""

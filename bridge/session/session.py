@@ -196,6 +196,7 @@ class Session:
             settings.region << 20,
             source=source,
             comparing=comparing if settings.comparisons else None,
+            threads=source,
             kernel=watch.kernel,
             personality=Personality(settings.personality),
             syscall_pcs=settings.syscall_pcs,

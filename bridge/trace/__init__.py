@@ -6,7 +6,15 @@
 
 from __future__ import annotations
 
-from bridge.trace.call import Call, HostCode
+from bridge.trace.call import Call, HostCode, HostThread
 from bridge.trace.trace_file import TraceHeader, TraceReader, TraceWriter, read_traces
 
-__all__ = ["Call", "HostCode", "TraceHeader", "TraceReader", "TraceWriter", "read_traces"]
+__all__ = [
+    "Call",
+    "HostCode",
+    "HostThread",
+    "TraceHeader",
+    "TraceReader",
+    "TraceWriter",
+    "read_traces",
+]

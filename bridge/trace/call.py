@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Call", "HostCode"]
+from bridge.device.calls import HostThread
+
+__all__ = ["Call", "HostCode", "HostThread"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +19,13 @@ class HostCode:
         function: the name as ``__qualname__`` has it, without ``<locals>``; "" for code of the
             module or of a class.
         lines: numbers of the covered lines, sorted.
+        thread: the thread of the target that ran it last for the call; None if that is not known.
     """
 
     file: str
     function: str
     lines: tuple[int, ...]
+    thread: HostThread | None = None
 
 
 @dataclass(frozen=True, slots=True)

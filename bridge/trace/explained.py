@@ -9,7 +9,7 @@ from typing import overload
 from bridge.device.calls import LoggedCall, LoggedCalls
 from bridge.sources.pcs import SYSCALL_FILE, Location
 from bridge.trace.arguments import arguments_text
-from bridge.trace.call import Call, HostCode
+from bridge.trace.call import Call, HostCode, HostThread
 from bridge.trace.names import call_name, error_name
 
 __all__ = ["CodeFinder", "ExplainedCalls", "kernel_function"]
@@ -24,6 +24,13 @@ def kernel_function(text: str) -> str:
         if plus:
             return name
     return text
+
+
+ThreadAt = Callable[[int, int], HostThread | None]
+
+
+def _nobody(index: int, pc: int) -> HostThread | None:
+    return None
 
 
 class CodeFinder:
@@ -44,11 +51,16 @@ class CodeFinder:
         self._function_at = function_at
         self._known: dict[int, HostCode | str | None] = {}
 
-    def find(self, pcs: Iterable[int]) -> tuple[tuple[HostCode, ...], tuple[str, ...]]:
-        """Return the target's code and the kernel's functions, in the order in which they came."""
-        lines: dict[tuple[str, str], set[int]] = {}
+    def find(
+        self, pcs: Iterable[int], thread_at: ThreadAt = _nobody
+    ) -> tuple[tuple[HostCode, ...], tuple[str, ...]]:
+        """Return the target's code and the kernel's functions, in the order in which they came.
+
+        ``thread_at``: returns the target's thread of a PC, by its index among these PCs.
+        """
+        lines: dict[tuple[str, str, HostThread | None], set[int]] = {}
         kernel: dict[str, None] = {}
-        for pc in pcs:
+        for index, pc in enumerate(pcs):
             try:
                 code = self._known[pc]
             except KeyError:
@@ -56,10 +68,11 @@ class CodeFinder:
             if isinstance(code, str):
                 kernel[code] = None
             elif code is not None:
-                lines.setdefault((code.file, code.function), set()).update(code.lines)
+                key = code.file, code.function, thread_at(index, pc)
+                lines.setdefault(key, set()).update(code.lines)
         host = tuple(
-            HostCode(file, function, tuple(sorted(numbers)))
-            for (file, function), numbers in lines.items()
+            HostCode(file, function, tuple(sorted(numbers)), thread)
+            for (file, function, thread), numbers in lines.items()
         )
         return host, tuple(kernel)
 
@@ -111,7 +124,11 @@ class ExplainedCalls(Sequence[Call]):
         return list, (list(self),)
 
     def _explain(self, logged: LoggedCall) -> Call:
-        host, kernel = self._code.find(self._pcs[logged.start : logged.stop])
+        start = logged.start
+        host, kernel = self._code.find(
+            self._pcs[start : logged.stop],
+            (lambda index, pc: logged.thread_at(start + index, pc)) if logged.threads else _nobody,
+        )
         returned, result = logged.returned, logged.result
         seconds = None
         if returned is not None:

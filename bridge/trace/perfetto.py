@@ -2,9 +2,10 @@
 """A trace for a timeline: JSON of Chrome's trace-event format, which ui.perfetto.dev opens.
 
 The format: "Trace Event Format", by the Chromium project. The process "guest" has a track for each
-thread, with its system calls. The process "target" has a track for each of these threads, with the
-functions of the target that ran for its calls; the tracer does not record which thread of the
-target it was, nor when in the call.
+thread, with its system calls. Each process of the target has a track for each of its threads, with
+the functions that the thread ran for a call. The tracer does not record when in the call that was:
+the slice is as long as the call, except that it begins where an earlier one of the same thread
+ends. Code whose thread is not known is in the process "target", on a track for the guest's thread.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from bridge.trace.call import Call
-from bridge.trace.text import call_text
+from bridge.trace.call import Call, HostCode, HostThread
+from bridge.trace.text import call_text, thread_text
 from bridge.util.files import write_stream
 
 __all__ = ["PERFETTO_FILE", "perfetto_text", "trace_events", "write_perfetto"]
@@ -33,7 +34,7 @@ def trace_events(calls: Iterable[Call]) -> Iterator[dict[str, Any]]:
     yield _name("process_name", _GUEST, 0, "guest")
     yield _name("process_name", _TARGET, 0, "target")
     commands: dict[int, str] = {}
-    reached: set[int] = set()
+    tracks = _Tracks()
     for call in calls:
         if commands.get(call.thread) != call.command:
             # A thread that executes a program gets another name; the last one counts.
@@ -50,23 +51,67 @@ def trace_events(calls: Iterable[Call]) -> Iterator[dict[str, Any]]:
             "dur": (call.seconds or 0.0) * _MICROSECONDS,
         }
         yield event | {"args": _arguments(call)}
-        if not call.host:
-            continue
-        if call.thread not in reached:
-            reached.add(call.thread)
-            yield _name("thread_name", _TARGET, call.thread, f"for thread {call.thread}")
-        yield event | {
-            "name": call.host[0].function or call.host[0].file,
-            "cat": "target",
-            "pid": _TARGET,
-            "args": {
-                "call": call_text(call),
-                **{
-                    f"{code.file}:{code.function}": ", ".join(map(str, code.lines))
-                    for code in call.host
+        by_thread: dict[HostThread | None, list[HostCode]] = {}
+        for code in call.host:
+            by_thread.setdefault(code.thread, []).append(code)
+        for thread, ran in by_thread.items():
+            yield from tracks.add(thread, call.thread)
+            start, end = tracks.occupy(thread, call)
+            yield event | {
+                "name": ran[0].function or ran[0].file,
+                "cat": "target",
+                "pid": tracks.process(thread),
+                "tid": thread.id if thread is not None else call.thread,
+                "ts": start * _MICROSECONDS,
+                "dur": (end - start) * _MICROSECONDS,
+                "args": {
+                    "call": call_text(call),
+                    **{
+                        f"{code.file}:{code.function}": ", ".join(map(str, code.lines))
+                        for code in ran
+                    },
                 },
-            },
-        }
+            }
+
+
+class _Tracks:
+    """The tracks of the target's threads."""
+
+    def __init__(self) -> None:
+        # Numbers of the file's own, by process id, because a process may have those of the guest.
+        self._processes: dict[int, int] = {}
+        self._named: set[tuple[HostThread | None, int]] = set()
+        self._busy_until: dict[HostThread, float] = {}
+
+    def process(self, thread: HostThread | None) -> int:
+        """Return the number of a thread's process."""
+        if thread is None:
+            return _TARGET
+        return self._processes.setdefault(thread.process, _TARGET + 1 + len(self._processes))
+
+    def add(self, thread: HostThread | None, guest_thread: int) -> Iterator[dict[str, Any]]:
+        """Yield the names of a track, and of its process, that the file does not have yet."""
+        if thread is None:
+            if (None, guest_thread) not in self._named:
+                self._named.add((None, guest_thread))
+                name = f"for thread {guest_thread}"
+                yield _name("thread_name", _TARGET, guest_thread, name)
+            return
+        if thread.process not in self._processes:
+            name = f"target {thread.process}"
+            yield _name("process_name", self.process(thread), 0, name)
+        if (thread, 0) not in self._named:
+            self._named.add((thread, 0))
+            yield _name("thread_name", self.process(thread), thread.id, thread_text(thread))
+
+    def occupy(self, thread: HostThread | None, call: Call) -> tuple[float, float]:
+        """Return start and end of a slice; those of one thread do not overlap."""
+        start, end = call.start, call.start + (call.seconds or 0.0)
+        if thread is not None:
+            start = max(start, self._busy_until.get(thread, 0.0))
+            end = max(end, start)
+            self._busy_until[thread] = end
+        return start, end
 
 
 def write_perfetto(calls: Iterable[Call], path: Path) -> None:

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Final
 
 from bridge.sources.python.functions import ranges_text
-from bridge.trace.call import Call, HostCode
+from bridge.trace.call import Call, HostCode, HostThread
 from bridge.trace.names import error_text
 
-__all__ = ["call_text", "render_trace"]
+__all__ = ["call_text", "host_text", "render_trace", "thread_text"]
 
 _POINTERS: Final = frozenset({"mmap", "brk", "mremap", "shmat"})
 """Calls that return an address."""
@@ -23,24 +23,36 @@ def render_trace(calls: Iterable[Call], *, thread: bool | None = None) -> Iterat
     """Yield a line for each call, without its end.
 
     Args:
-        thread: begin each line with the thread; None: from the second thread on.
+        thread: begin each line with the thread; None: from the second thread on. The threads of the
+            target are named from their second one on.
     """
     first: int | None = None
+    ran: set[HostThread] = set()
     for call in calls:
         if first is None:
             first = call.thread
-        yield call_text(call, thread=call.thread != first if thread is None else thread)
+        ran.update(code.thread for code in call.host if code.thread is not None)
+        yield call_text(
+            call,
+            thread=call.thread != first if thread is None else thread,
+            target_threads=len(ran) > 1,
+        )
 
 
-def call_text(call: Call, *, thread: bool = False) -> str:
-    """Return a call as one line: ``openat("…") = 3  1.2 ms → server.py: Session.walk 120-134``."""
+def call_text(call: Call, *, thread: bool = False, target_threads: bool | None = None) -> str:
+    """Return a call as one line: ``openat("…") = 3  1.2 ms → server.py: Session.walk 120-134``.
+
+    Args:
+        thread: begin with the thread.
+        target_threads: name the threads of the target; None: if there are several in the call.
+    """
     arguments = "..." if call.arguments is None else ", ".join(call.arguments)
     parts = [f"[{_plain(call.command)} {call.thread}] " if thread else ""]
     parts.append(f"{call.name}({arguments}) = {_result(call)}")
     if call.seconds is not None:
         parts.append(f"  {_duration(call.seconds)}")
     if call.host:
-        parts.append(f" → {host_text(call.host)}")
+        parts.append(f" → {host_text(call.host, target_threads)}")
     if call.kernel:
         shown = ", ".join(call.kernel[:_KERNEL_FUNCTIONS])
         more = len(call.kernel) - _KERNEL_FUNCTIONS
@@ -48,15 +60,30 @@ def call_text(call: Call, *, thread: bool = False) -> str:
     return "".join(parts)
 
 
-def host_text(host: Iterable[HostCode]) -> str:
-    """Return the target's code: ``server.py: Session.walk 120-134, open 201; util.py: f 3``."""
-    files: dict[str, list[str]] = {}
+def host_text(host: Sequence[HostCode], threads: bool | None = None) -> str:
+    """Return the target's code: ``server.py: Session.walk 120-134, open 201; util.py: f 3``.
+
+    Args:
+        threads: name the threads, ``[worker 4711] server.py: f 3``; None: if there are several.
+    """
+    by_thread: dict[HostThread | None, dict[str, list[str]]] = {}
+    names = _short({code.file: None for code in host})
     for code in host:
         lines = ranges_text(code.lines)
         text = f"{code.function} {lines}" if code.function else lines
-        files.setdefault(code.file, []).append(text)
-    names = _short(files)
-    return "; ".join(f"{names[file]}: {', '.join(texts)}" for file, texts in files.items())
+        by_thread.setdefault(code.thread, {}).setdefault(code.file, []).append(text)
+    if threads is None:
+        threads = len(by_thread) > 1
+    return "; ".join(
+        (f"[{thread_text(thread)}] " if threads and thread is not None else "")
+        + "; ".join(f"{names[file]}: {', '.join(texts)}" for file, texts in files.items())
+        for thread, files in by_thread.items()
+    )
+
+
+def thread_text(thread: HostThread) -> str:
+    """Return a thread of the target as text: its name and its id."""
+    return f"{_plain(thread.name)} {thread.id}".lstrip()
 
 
 def _short(files: Iterable[str]) -> dict[str, str]:

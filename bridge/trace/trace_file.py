@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from bridge.errors import InfrastructureError, UsageError
-from bridge.trace.call import Call, HostCode
+from bridge.trace.call import Call, HostCode, HostThread
 
 __all__ = [
     "FORMAT",
@@ -226,7 +226,12 @@ def _as_dict(call: Call) -> dict[str, Any]:
         "result": call.result,
         "error": call.error,
         "host": [
-            {"file": code.file, "function": code.function, "lines": list(code.lines)}
+            {
+                "file": code.file,
+                "function": code.function,
+                "lines": list(code.lines),
+                "thread": dataclasses.asdict(code.thread) if code.thread is not None else None,
+            }
             for code in call.host
         ],
         "kernel": list(call.kernel),
@@ -247,12 +252,24 @@ def _from_dict(values: dict[str, Any]) -> Call:
         result=int(result) if result is not None else None,
         error=_text(values["error"]) or None,
         host=tuple(
-            HostCode(_text(code["file"]), _text(code["function"]), tuple(map(int, code["lines"])))
+            HostCode(
+                _text(code["file"]),
+                _text(code["function"]),
+                tuple(map(int, code["lines"])),
+                _thread(code.get("thread")),
+            )
             for code in values["host"]
         ),
         kernel=tuple(map(_text, values["kernel"])),
         test=_text(values.get("test")) or None,
     )
+
+
+def _thread(values: dict[str, Any] | None) -> HostThread | None:
+    """Read a thread of the target, which older traces do not have."""
+    if values is None:
+        return None
+    return HostThread(int(values["process"]), int(values["id"]), _text(values["name"]))
 
 
 def _text(value: object) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from bridge.device.abi import CALL_WORDS_BITS, CallFlag, CallLogWord, CallWord
-from bridge.device.calls import CallBook, CallLog, LoggedCall
+from bridge.device.calls import CallBook, CallLog, HostThread, LoggedCall
 from bridge.device.kcov import Device, Kcov
 from bridge.device.region import Area, Region
 from bridge.device.streams import Stream
@@ -263,6 +263,88 @@ def test_device_call_has_the_pcs_of_its_return(region: Region) -> None:
         source.pcs = pcs
         assert device.syscall_return(kcov, OWNER, number) == 0
     assert ended(device, stream) == [(1, [10, 11]), (2, []), (3, [12])]
+
+
+class Threads:
+    """Says which thread ran a block, as a source does."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self.thread_of: dict[int, HostThread] = {}
+
+    def record_threads(self, on: bool) -> None:
+        self.on = on
+
+
+def ran(device: Device[Cursor], stream: Stream) -> dict[int, list[str | None]]:
+    """The name of the target's thread of each PC, by the call's number."""
+    device.close_stream(stream)
+    stream.finish()
+    assert stream.calls is not None
+    return {
+        call.number: [
+            thread.name if (thread := call.thread_at(place, stream.pcs[place])) else None
+            for place in range(call.start, call.stop)
+        ]
+        for call in stream.calls.calls
+    }
+
+
+@pytest.mark.parametrize("bitmap_words", [0, 64], ids=["each PC", "each PC once"])
+def test_device_pcs_have_the_threads_of_the_target(region: Region, bitmap_words: int) -> None:
+    source, threads = Source(), Threads()
+    device: Device[Cursor] = Device(region, Ledger([source]), threads=threads)
+    stream = Stream(2048, calls=CallBook(), bitmap_words=bitmap_words)
+    device.open_stream(stream)
+    assert not threads.on
+    kcov, guest = join(device, stream, OWNER, 1)
+    other, other_guest = join(device, stream, OTHER, 2)
+    assert threads.on
+    one, two = HostThread(1, 1, "one"), HostThread(1, 2, "two")
+    pcs = [10, 11, 12]
+    for number, (owner, log, threads.thread_of) in enumerate(
+        [
+            (kcov, guest, dict.fromkeys(pcs, one)),
+            (other, other_guest, dict.fromkeys(pcs, one)),
+            (kcov, guest, {10: one, 11: two}),
+            (kcov, guest, dict.fromkeys(pcs, two)),
+            (other, other_guest, {}),
+            (kcov, guest, dict.fromkeys(pcs, two)),
+        ]
+    ):
+        log.time += 100 * number
+        log.call(number, 0, count(owner))
+        source.pcs = [pc + (100 * number if bitmap_words else 0) for pc in pcs]
+        threads.thread_of = {
+            pc + (100 * number if bitmap_words else 0): ran for pc, ran in threads.thread_of.items()
+        }
+        task = OWNER if owner is kcov else OTHER
+        assert device.syscall_return(owner, task, number) == 0
+    assert ran(device, stream) == {
+        0: ["one"] * 3,
+        1: ["one"] * 3,
+        2: ["one", "two", None],
+        3: ["two"] * 3,
+        4: [None] * 3,
+        5: ["two"] * 3,
+    }
+    assert not threads.on
+
+
+def test_device_threads_of_any_count_are_survived(region: Region) -> None:
+    source, threads = Source(), Threads()
+    device: Device[Cursor] = Device(region, Ledger([source]), threads=threads)
+    stream = Stream(1024, calls=CallBook())
+    device.open_stream(stream)
+    kcov, guest = join(device, stream, OWNER, 1)
+    assert kcov.area is not None
+    for number, value in enumerate((2**64 - 1, 0, 2**63, 5)):
+        kcov.area.words[0] = value
+        guest.call(number, 0, value)
+        source.pcs = [10, 11]
+        threads.thread_of = {10: HostThread(1, number, "one")}
+        assert device.syscall_return(kcov, OWNER, number) == 0
+    assert len(ran(device, stream)) == 4
 
 
 def test_device_pcs_of_a_call_that_fill_the_area_stay_together(region: Region) -> None:

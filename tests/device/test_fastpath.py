@@ -40,6 +40,7 @@ SUITE = (
     "tests/sources/python/test_faults.py",
     "tests/sources/python/test_hooks.py",
     "tests/sources/python/test_source.py",
+    "tests/sources/python/test_threads.py",
     "tests/sources/test_remote.py",
 )
 """Tests whose subject calls the classes itself, without a virtual machine."""

@@ -162,6 +162,28 @@ def test_forked_renew_leads_back_to_the_first_state(start: Start) -> None:
     assert host.consume()
 
 
+def test_forked_blocks_have_the_threads_of_the_child(start: Start) -> None:
+    host, target, port = start()
+    host.consume()
+    host.record_threads(True)
+    ask(port)
+    # In the bridge's process, though the child noted them and another process read them.
+    ran = {host.thread_of[pc] for pc in host.consume() if pc in host.thread_of}
+    assert {thread.process for thread in ran} == {target.pid()}
+    (handler,) = (thread for thread in ran if "process_request_thread" in thread.name)
+    host.renew()
+    # What the handler did after its answer.
+    host.consume()
+    ask(port)
+    again = {host.thread_of[pc] for pc in host.consume() if pc in host.thread_of}
+    assert {thread.process for thread in again} == {target.pid()}
+    assert handler not in again
+    host.record_threads(False)
+    ask(port)
+    assert host.consume()
+    assert host.thread_of == {}
+
+
 def test_forked_fault_of_the_child_is_told_once(start: Start) -> None:
     host, target, port = start()
     assert ask(port, "fail") == ""

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -161,6 +163,18 @@ def test_trace_lines_belong_to_the_call_that_reached_them(session: Session) -> N
         assert not isinstance(place, str)
         covered.setdefault(place.file, set()).update(place.block.lines)
     assert lines == covered
+
+
+def test_trace_names_the_thread_of_the_target(session: Session) -> None:
+    done = session.kcov(["cat", "/mnt/target/README"], trace=True, timeout=120)
+    threads = {code.thread for call in done.calls for code in call.host}
+    (thread,) = threads
+    assert thread is not None
+    # Of pyroute2, which serves on a thread with a loop of its own, in this process.
+    assert thread.process == os.getpid()
+    assert Path(f"/proc/self/task/{thread.id}").exists()
+    (name,) = (each.name for each in threading.enumerate() if each.native_id == thread.id)
+    assert thread.name == name
 
 
 def test_trace_cut_off_ends_with_the_call_that_did_not_return(session: Session) -> None:

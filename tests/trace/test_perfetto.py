@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bridge.errors import InfrastructureError
-from bridge.trace import Call, HostCode
+from bridge.trace import Call, HostCode, HostThread
 from bridge.trace.perfetto import write_perfetto
 
 CALL = Call(0.5, 0.25, 312, "cat", 257, "openat", ('"/x"',), -2, "ENOENT")
@@ -60,6 +60,47 @@ def test_perfetto_each_thread_has_a_track(tmp_path: Path) -> None:
     assert (slices[0]["ts"], slices[0]["dur"]) == (500000.0, 250000.0)
     assert slices[1]["args"]["kernel"] == ["g"]
     assert slices[1]["args"]["error"] == "ENOENT"
+
+
+def test_perfetto_each_thread_of_the_target_has_a_track(tmp_path: Path) -> None:
+    # The process has the number of the guest's, and threads the ids of threads there.
+    one, two, child = HostThread(1, 312, "one"), HostThread(1, 313, ""), HostThread(9, 9, "child")
+    ran = (
+        HostCode("s.py", "f", (1,), one),
+        HostCode("s.py", "g", (5,), two),
+        HostCode("s.py", "h", (9,), one),
+    )
+    calls = [
+        replace(CALL, start=0.0, seconds=2.0, host=ran),
+        replace(CALL, thread=313, start=1.0, seconds=2.0, host=(ran[0],)),
+        replace(CALL, thread=313, start=5.0, host=(HostCode("s.py", "f", (1,), child),)),
+    ]
+    events = written(tmp_path / "trace.perfetto.json", calls)
+    names = {
+        (event["pid"], event["tid"]): event["args"]["name"]
+        for event in events
+        if event["ph"] == "M"
+    }
+    assert names.items() >= {
+        ((3, 312), "one 312"),
+        ((3, 313), "313"),
+        ((4, 9), "child 9"),
+        ((3, 0), "target 1"),
+        ((4, 0), "target 9"),
+    }
+    slices = [event for event in events if event["ph"] == "X" and event["pid"] > 2]
+    assert [(event["tid"], event["name"], event["ts"], event["dur"]) for event in slices] == [
+        (312, "f", 0, 2e6),
+        (313, "g", 0, 2e6),
+        # It cannot have begun while the thread was at the call before.
+        (312, "f", 2e6, 1e6),
+        (9, "f", 5e6, 0.25e6),
+    ]
+    assert slices[0]["args"] == {
+        "call": slices[0]["args"]["call"],
+        "s.py:f": "1",
+        "s.py:h": "9",
+    }
 
 
 def test_perfetto_no_calls_is_a_valid_file(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from bridge.trace import Call, HostCode
+from bridge.trace import Call, HostCode, HostThread
 from bridge.trace.arguments import arguments_text, quoted
 from bridge.trace.names import system_calls
 from bridge.trace.text import call_text, host_text, render_trace
@@ -69,6 +69,27 @@ def test_host_text_files_of_the_same_name_are_told_apart() -> None:
     assert host_text(others) == (
         "pkg/server.py: Session.walk 120-134; pkg/other/server.py: f 1; p/__init__.py: 2"
     )
+
+
+def test_host_text_several_threads_are_named() -> None:
+    one, two = HostThread(1, 5, "one"), HostThread(1, 6, "\x1b")
+    code = (replace(WALK, thread=one), replace(OPEN, thread=two), replace(WALK, thread=two))
+    assert host_text(code) == (
+        "[one 5] server.py: Session.walk 120-134; "
+        "[? 6] server.py: Session.open 201-203, 240, Session.walk 120-134"
+    )
+    assert host_text(code[:1]) == "server.py: Session.walk 120-134"
+    assert host_text(code[:1], threads=True) == "[one 5] server.py: Session.walk 120-134"
+
+
+def test_render_trace_names_the_targets_threads_from_the_second_on() -> None:
+    calls = [
+        replace(CALL, host=(replace(WALK, thread=HostThread(1, number, "")),))
+        for number in (5, 5, 6, 5)
+    ]
+    shown = [line.partition("→ ")[2] for line in render_trace(calls)]
+    walk = "server.py: Session.walk 120-134"
+    assert shown == [walk, walk, f"[6] {walk}", f"[5] {walk}"]
 
 
 def test_render_trace_names_the_thread_from_the_second_on() -> None:

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from bridge.errors import InfrastructureError, UsageError
-from bridge.trace import Call, HostCode, TraceHeader, TraceReader, TraceWriter, read_traces
+from bridge.trace import (
+    Call,
+    HostCode,
+    HostThread,
+    TraceHeader,
+    TraceReader,
+    TraceWriter,
+    read_traces,
+)
 
 CALL = Call(
     start=0.25,
@@ -60,7 +68,14 @@ def test_trace_file_lines_have_the_documented_keys(tmp_path: Path) -> None:
         "arguments": ["AT_FDCWD", '"/mnt/target/README"', "O_RDONLY"],
         "result": -2,
         "error": "ENOENT",
-        "host": [{"file": "pkg/server.py", "function": "Session.walk", "lines": [120, 121]}],
+        "host": [
+            {
+                "file": "pkg/server.py",
+                "function": "Session.walk",
+                "lines": [120, 121],
+                "thread": None,
+            }
+        ],
         "kernel": ["do_sys_openat2", "path_openat"],
         "test": "test_x.py::test_y",
     }
@@ -74,6 +89,17 @@ def test_trace_file_any_text_of_a_guest_stays_one_line(tmp_path: Path, text: str
     assert read[1] == UNFINISHED
     if text != "\ud800":
         assert read == calls
+
+
+def test_trace_file_of_older_calls_without_threads_is_read(tmp_path: Path) -> None:
+    call = replace(CALL, host=(replace(CALL.host[0], thread=HostThread(4711, 4712, "wörker")),))
+    path = write(tmp_path / "trace.jsonl", call)
+    assert list(TraceReader(path)) == [call]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[1]["host"][0]["thread"] == {"process": 4711, "id": 4712, "name": "wörker"}
+    del lines[1]["host"][0]["thread"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert list(TraceReader(path)) == [CALL]
 
 
 def test_trace_file_newer_keys_are_ignored(tmp_path: Path) -> None:

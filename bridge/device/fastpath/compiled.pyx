@@ -219,6 +219,7 @@ cdef class ReturnHandler:
     cdef object _syscall_pc
     cdef object _update_watched
     cdef object _append_rest
+    cdef public object on_collected
     cdef dict _numbers
 
     def __init__(
@@ -251,6 +252,8 @@ cdef class ReturnHandler:
             return False
         self._totals.returns += 1 + unreported
         pcs = self._coverage.collect(kcov.cursor)
+        if self.on_collected is not None:
+            self.on_collected(kcov, pcs)
         if self._syscall_pc is not None:
             first = self._pc_of(number)
         self._append(kcov, area, first, pcs)

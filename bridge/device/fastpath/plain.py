@@ -159,6 +159,10 @@ class ReturnHandler(Generic[K]):
         syscall_pc: maps a system call's number to its PC or None; None without such PCs.
         update_watched: called after each return; None if no watcher writes into areas.
         append_rest: called with PCs that did not fit; returns how many of them fitted after all.
+
+    Attributes:
+        on_collected: called with what was collected for an instance before that is appended; None
+            while nobody wants to know.
     """
 
     def __init__(
@@ -176,6 +180,7 @@ class ReturnHandler(Generic[K]):
         self._syscall_pc = syscall_pc
         self._update_watched = update_watched
         self._append_rest = append_rest
+        self.on_collected: Callable[[K, Sequence[int]], object] | None = None
 
     def syscall_return(self, kcov: K, task: int, number: int, unreported: int) -> int | None:
         """Append coverage since the last return of an owner that traces plain PCs.
@@ -194,6 +199,8 @@ class ReturnHandler(Generic[K]):
             return None
         self._totals.returns += 1 + unreported
         pcs = self._coverage.collect(cursor)
+        if self.on_collected is not None:
+            self.on_collected(kcov, pcs)
         if self._syscall_pc is not None:
             pc = self._syscall_pc(number)
             if pc is not None:

@@ -39,7 +39,7 @@ __all__ = [
     "report",
 ]
 
-MAGIC = b"kcovln03"
+MAGIC = b"kcovln04"
 ACTIVE = 8
 CHANGED = 9
 FAULTED = 11

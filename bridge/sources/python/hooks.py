@@ -102,6 +102,7 @@ class Measuring:
         if group is not None:
             self._check_tracer([feed for feed in group.feeds if feed.active], name)
             self.threads.pop(get_ident(), None)
+            tracer.thread_ended()
 
     def _check_tracer(self, feeds: Sequence[Feed], name: str = "") -> None:
         """Note a fault if this thread should write to feeds and does not any more."""
@@ -187,19 +188,23 @@ class _Heir:
         self._function = function
 
     def __call__(self, *args: Any, **keywords: Any) -> object:
+        thread = getattr(self._function, "__self__", None)
         try:
             group = self._group.alive()
             if group is not None:
                 MEASURING.threads[get_ident()] = group
-                tracer.install(group)
+                tracer.install(group, _name_of(thread))
         except BaseException as error:
             # The thread runs all the same.
             tracer.note_fault(self._group.feeds, error)
         try:
             return self._function(*args, **keywords)
         finally:
-            thread = getattr(self._function, "__self__", None)
-            MEASURING.thread_ends(thread.name if isinstance(thread, threading.Thread) else "")
+            MEASURING.thread_ends(_name_of(thread))
+
+
+def _name_of(thread: object) -> str:
+    return thread.name if isinstance(thread, threading.Thread) else ""
 
 
 def _starting_thread(real: Callable[..., Any]) -> Callable[..., Any]:

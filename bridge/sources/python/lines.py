@@ -2,9 +2,9 @@
 """The lines that have run, in memory that several processes share.
 
 Forked children of a target, and Python programs that it starts, cover code for the same guest. So
-the lines are bytes of a memfd. A process stores 1 when a line runs; the bridge reads that, and
-stores 0 for what it has given to the guest. No lock is needed, because each byte means one thing
-and a store of 1 can be repeated.
+the lines are bytes of a memfd. A process stores a number when a line runs; the bridge reads that,
+and stores 0 for what it has given to the guest. No lock is needed, because each byte means one
+thing and a store can be repeated.
 
 The layout is little-endian; offsets and lengths are in bytes:
 
@@ -14,14 +14,17 @@ The layout is little-endian; offsets and lengths are in bytes:
 9                       ``CHANGED``: 1 if a ``dirty`` byte may be 1, or after a fault
 10                      ``MISSED``: 1 if a process ran a file that is not here
 11                      ``FAULTED``: whether the tracer failed; see :mod:`.faults`
+12                      ``BY_THREAD``: 1 while the reader asks for the thread of each block
 16, 24                  u64: offset and length of the index
 32                      u64: the number of faults
 40                      u16: the length of the first fault's text
 64                      the text of the first fault
-512                     ``dirty``: a byte for each file
+512                     the threads; see :mod:`.threads`
+16896                   ``dirty``: a byte for each file
 then, for each file     ``block_of``: u32 for each line: number of its block, or 0
                         ``taken``: for each line, whether it ever ran
-                        ``hit``: for each block, whether it ran since the last look
+                        ``hit``: for each block, the number of the thread that ran it last
+                        since the last look, or 0
 ======================  =========================================================
 
 The index is JSON, as :meth:`LineMemory.create` writes it. Stores come in the order taken, hit,
@@ -34,8 +37,8 @@ before the code after that line can answer the guest, in whatever way. A value c
 of this process above the process id, and is even: the values of :mod:`bridge.device.coverage_epoch`
 are odd.
 
-Programs that a target starts use this module, ``faults``, ``hooks`` and ``tracer``, and may not
-have this project installed. So these import only the standard library and each other.
+Programs that a target starts use this module, ``faults``, ``hooks``, ``threads`` and ``tracer``,
+and may not have this project installed. So these import only the standard library and each other.
 """
 
 from __future__ import annotations
@@ -48,13 +51,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from . import faults
 from .faults import ACTIVE, CHANGED, MAGIC
+from .threads import TABLE_END
 
 __all__ = ["ACTIVE", "CHANGED", "DIRTY", "MISSED", "FileLines", "LineMemory"]
 
 MISSED: Final = 10
-DIRTY: Final = faults.TEXT + faults.TEXT_LIMIT
+DIRTY: Final = TABLE_END
 _INDEX: Final = 16
 
 

@@ -17,7 +17,7 @@ import os
 import sqlite3
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -25,9 +25,11 @@ from coverage import CoverageData
 from coverage.exceptions import CoverageException
 
 from bridge.device.abi import Comparison
+from bridge.device.calls import HostThread
 from bridge.device.records import comparison_record
 from bridge.errors import SourceError
 from bridge.sources import PC
+from bridge.sources.by_thread import ThreadOfPc
 from bridge.sources.pcs import SLOT_BYTES, BlockTable
 from bridge.sources.python import faults
 from bridge.sources.python.hooks import MEASURING
@@ -92,6 +94,8 @@ class PythonSource:
         self._taken_lines: dict[str, set[int]] = {}
         self._site_pcs: dict[int, PC] = {}
         self._rest: list[PC] = []
+        self._threads = ThreadOfPc()
+        self._by_thread = False
         self._recorder = Recorder(self._is_ours) if comparisons else None
         self._instrumenting = ExitStack()
 
@@ -170,6 +174,9 @@ class PythonSource:
         Sorted by file name and, within a file, in the order of the text. Lines without a block
         give no PC and are kept for the data file alone.
 
+        While another process that shares the memory has asked for the threads, each PC has the
+        number of one, which :class:`bridge.sources.by_thread.ThreadOfPc` there takes out.
+
         Raises:
             SourceError: the tracer failed for the first time, in whatever process. Raised once;
                 the next call gives the PCs.
@@ -183,7 +190,21 @@ class PythonSource:
                 except faults.Faulted:
                     raise self._fault() from None
             self.given += len(pcs)
+            if self._by_thread and self._feed is not None:
+                return self._threads.unpack(self._feed.memory.buffer, pcs)
             return pcs
+
+    def record_threads(self, on: bool) -> None:
+        """As :class:`bridge.sources.by_thread.ByThread`."""
+        with self._lock:
+            if self._feed is not None:
+                self._by_thread = on
+                self._threads.record(self._feed.memory.buffer, on)
+
+    @property
+    def thread_of(self) -> Mapping[PC, HostThread]:
+        """As :class:`bridge.sources.by_thread.ByThread`."""
+        return self._threads.thread_of
 
     def take_lines(self) -> dict[str, set[int]]:
         """Return the lines that ran since the last call, by the path of their file.
@@ -335,10 +356,12 @@ class PythonSource:
                 self._recorder.record(False)
             self._instrumenting.close()
             try:
-                self._rest = feed.drain()
+                rest = feed.drain()
             except faults.Faulted:
                 fault = self._fault()
-                self._rest = feed.drain()
+                rest = feed.drain()
+            # Another process may ask for the threads at this moment.
+            self._rest = list(self._threads.unpack(feed.memory.buffer, rest))
         if feed.memory.buffer[MISSED]:
             _log.warning(
                 "a process that the target started ran files of %s that appeared during the "

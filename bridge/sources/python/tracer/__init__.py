@@ -14,7 +14,19 @@ from typing import TYPE_CHECKING
 from .plain import note_fault
 
 if TYPE_CHECKING:
-    from .plain import Apart, Feed, Group, View, chain, chained, current, forked, install, uninstall
+    from .plain import (
+        Apart,
+        Feed,
+        Group,
+        View,
+        chain,
+        chained,
+        current,
+        forked,
+        install,
+        thread_ended,
+        uninstall,
+    )
 
 __all__ = [
     "COMPILED",
@@ -29,6 +41,7 @@ __all__ = [
     "forked",
     "install",
     "note_fault",
+    "thread_ended",
     "uninstall",
 ]
 
@@ -49,6 +62,7 @@ elif not TYPE_CHECKING:
             current,
             forked,
             install,
+            thread_ended,
             uninstall,
         )
     except (ImportError, AttributeError) as error:
@@ -59,4 +73,16 @@ COMPILED = not WHY_PLAIN
 """Whether the compiled classes are used."""
 
 if not (COMPILED or TYPE_CHECKING):
-    from .plain import Apart, Feed, Group, View, chain, chained, current, forked, install, uninstall
+    from .plain import (
+        Apart,
+        Feed,
+        Group,
+        View,
+        chain,
+        chained,
+        current,
+        forked,
+        install,
+        thread_ended,
+        uninstall,
+    )

@@ -11,6 +11,7 @@ from .plain import (
     current,
     forked,
     install,
+    thread_ended,
     uninstall,
 )
 
@@ -24,5 +25,6 @@ __all__ = [
     "current",
     "forked",
     "install",
+    "thread_ended",
     "uninstall",
 ]

@@ -23,6 +23,7 @@ from operator import attrgetter
 
 from .. import faults as _faults
 from .. import lines as _layout
+from .. import threads as _threads
 from .plain import CodeViews, canonical, is_settled, keep_fault
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "current",
     "forked",
     "install",
+    "thread_ended",
     "uninstall",
 ]
 
@@ -79,6 +81,10 @@ cdef extern from *:
 cdef Py_ssize_t _ACTIVE = _layout.ACTIVE
 cdef Py_ssize_t _CHANGED = _layout.CHANGED
 cdef Py_ssize_t _DIRTY = _layout.DIRTY
+cdef Py_ssize_t _BY_THREAD = _threads.BY_THREAD
+cdef int _OTHER = _threads.OTHER
+cdef int _NUMBER_SHIFT = _threads.NUMBER_SHIFT
+cdef uint64_t _PC_MASK = _threads.PC_MASK
 cdef Py_ssize_t _FAULTED = _faults.FAULTED
 cdef Py_ssize_t _FAULTS = _faults.FAULTS
 cdef int _UNREPORTED = _faults.UNREPORTED
@@ -159,8 +165,8 @@ cdef class View:
     def __dealloc__(self):
         PyMem_Free(self._covered)
 
-    cdef inline bint note(self, Py_ssize_t line) noexcept:
-        """Note that a line has run; return False if it is outside the view."""
+    cdef inline bint note(self, Py_ssize_t line, int thread) noexcept:
+        """Note that a thread has run a line; return False if it is outside the view."""
         cdef uint32_t block
         if not 0 <= line < self.lines:
             return False
@@ -168,14 +174,14 @@ cdef class View:
         block = self.block_of[line]
         # Bounded, because other processes can write here.
         if 0 < block <= self.blocks:
-            kb_store(self.hit + block - 1, 1)
+            kb_store(self.hit + block - 1, thread)
             kb_store(self.dirty, 1)
             kb_store(self.base + _CHANGED, 1)
             kb_change_epoch(self.epoch)
         return True
 
     def record(self, Py_ssize_t line):
-        if not self.note(line):
+        if not self.note(line, _OTHER):
             self.feed.note_beyond(self._path, line)
 
     cdef list pcs(self):
@@ -183,30 +189,44 @@ cdef class View:
             self._pcs = [self._first + number * self._step for number in range(self.blocks)]
         return self._pcs
 
-    cdef int give(self, Py_ssize_t block, list out) except -1:
+    cdef inline void cover(self, Py_ssize_t block) noexcept:
         if not self._covered[block]:
             self._covered[block] = 1
             self.covered_blocks += 1
+
+    cdef int give(self, Py_ssize_t block, list out) except -1:
+        self.cover(block)
         PyList_Append(out, <object>PyList_GET_ITEM(self._pcs, block))
         return 0
 
-    cdef int take_into(self, list out) except -1:
+    cdef int give_by_thread(self, Py_ssize_t block, int thread, list out) except -1:
+        cdef uint64_t pc = <uint64_t>(<object>PyList_GET_ITEM(self._pcs, block))
+        self.cover(block)
+        out.append((pc & _PC_MASK) | <uint64_t>thread << _NUMBER_SHIFT)
+        return 0
+
+    cdef int take_into(self, list out, bint by_thread) except -1:
         cdef Py_ssize_t at = 0
         cdef Py_ssize_t within
+        cdef int thread
         self.pcs()
         while at < self.blocks:
             # Eight at a time: the memory is padded to a multiple of eight.
             if (<uint64_t *>(self.hit + at))[0]:
                 for within in range(at, min(at + 8, self.blocks)):
-                    if kb_load(self.hit + within):
+                    thread = kb_load(self.hit + within)
+                    if thread:
                         kb_store(self.hit + within, 0)
-                        self.give(within, out)
+                        if by_thread:
+                            self.give_by_thread(within, thread, out)
+                        else:
+                            self.give(within, out)
             at += 8
         return 0
 
     def take(self):
         cdef list out = []
-        self.take_into(out)
+        self.take_into(out, False)
         return out
 
     def adopt(self, set lines):
@@ -297,6 +317,7 @@ cdef class Feed:
         cdef View view
         cdef uint8_t *flags
         cdef Py_ssize_t at, within, files
+        cdef bint by_thread
         for held in self._memories:
             if not kb_load(held.base + _CHANGED):
                 continue
@@ -322,8 +343,9 @@ cdef class Feed:
         kb_order()
         if len(self._memories) > 1:
             dirty.sort(key=_name_of)
+        by_thread = kb_load(self.base + _BY_THREAD) != 0
         for view in dirty:
-            view.take_into(out)
+            view.take_into(out, by_thread)
         dirty.clear()
         return out
 
@@ -440,11 +462,16 @@ cdef class ThreadTracer:
     # The last look-up; the reference keeps the code's address from being reused.
     cdef PyCodeObject *code
     cdef tuple views
+    # The thread's number in the memory of each feed; ``number`` is 0 if there are several feeds.
+    cdef dict numbers
+    cdef int number
 
     def __cinit__(self):
         self.function = NULL
         self.of = NULL
         self.code = NULL
+        self.numbers = {}
+        self.number = _OTHER
 
     def __dealloc__(self):
         Py_XDECREF(<PyObject *>self.code)
@@ -468,6 +495,19 @@ cdef class ThreadTracer:
         Py_XDECREF(<PyObject *>self.code)
         self.code = NULL
         self.views = None
+        self.number = 0
+        if PyTuple_GET_SIZE(group.feeds) == 1:
+            self.number = self.number_in(<object>PyTuple_GET_ITEM(group.feeds, 0))
+
+    cdef int number_in(self, feed) noexcept:
+        cdef PyObject *known = PyDict_GetItemWithError(self.numbers, feed)
+        return <int>(<object>known) if known != NULL else _OTHER
+
+    cdef int take_numbers(self, Group group, name) except -1:
+        for feed in group.feeds:
+            if feed not in self.numbers:
+                self.numbers[feed] = _threads.take(feed.memory, name)
+        return 0
 
     cdef int line(self, PyFrameObject *frame) except -1:
         cdef PyCodeObject *code = PyFrame_GetCode(frame)
@@ -494,7 +534,7 @@ cdef class ThreadTracer:
             number = PyFrame_GetLineNumber(frame)
             if self.apart is not None:
                 self.apart.note(view, {number})
-            elif not view.note(number):
+            elif not view.note(number, self.number or self.number_in(view.feed)):
                 view.feed.note_beyond(view._path, number)
         return 0
 
@@ -604,23 +644,42 @@ cdef int _set(ThreadTracer tracer) except -1:
     return 0
 
 
-def forked():
+def _set_process():
     global kb_epoch_process
     kb_epoch_process = <uint64_t>os.getpid() << 1
 
 
 kb_epoch_count = time.monotonic_ns()
-forked()
+_set_process()
 
 
-def install(Group group not None):
+def forked():
+    cdef ThreadTracer tracer = _tracer()
+    _set_process()
+    _threads.forked()
+    if tracer is not None:
+        tracer.numbers.clear()
+        tracer.take_numbers(tracer.group, None)
+        tracer.switch(tracer.group)
+
+
+def install(Group group not None, name=None):
     cdef ThreadTracer tracer = _tracer()
     if tracer is None:
         tracer = ThreadTracer()
+        tracer.take_numbers(group, name)
         tracer.switch(group)
         _set(tracer)
     else:
+        tracer.take_numbers(group, name)
         tracer.switch(group)
+
+
+def thread_ended():
+    cdef ThreadTracer tracer = _tracer()
+    if tracer is not None:
+        for feed, number in tracer.numbers.items():
+            _threads.give_back(feed.memory, number)
 
 
 def uninstall():

@@ -9,6 +9,7 @@ reports no call when an exception is thrown into a coroutine.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import weakref
@@ -19,7 +20,7 @@ from threading import Lock
 from types import CodeType, FrameType
 from typing import Any
 
-from .. import faults
+from .. import faults, threads
 from ..lines import ACTIVE, CHANGED, DIRTY, LineMemory
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "install",
     "interpreters_gettrace",
     "note_fault",
+    "thread_ended",
     "uninstall",
 ]
 
@@ -144,6 +146,7 @@ _EPOCH_COUNT_SHIFT = 23
 """A process id needs 22 bits on Linux; the lowest bit is 0."""
 
 _MASK = (1 << 64) - 1
+_HIT = re.compile(rb"[^\0]")
 # The count starts where no process of the same id was before; the interpreter lock guards it.
 _epoch_count = time.monotonic_ns()
 _epoch_process = os.getpid() << 1
@@ -160,6 +163,11 @@ def forked() -> None:
     """Tell this process from its parent, of which it is a forked child."""
     global _epoch_process
     _epoch_process = os.getpid() << 1
+    threads.forked()
+    tracer = interpreters_gettrace()
+    if isinstance(tracer, _ThreadTracer):
+        tracer.numbers.clear()
+        tracer.take_numbers(tracer.group, None)
 
 
 class View:
@@ -194,8 +202,11 @@ class View:
         ].cast("I")
         self.covered: set[int] = set()
 
-    def record(self, line: int) -> None:
-        """Note that a line has run. For the order of the stores see :mod:`..lines`."""
+    def record(self, line: int, thread: int = threads.OTHER) -> None:
+        """Note that a line has run. For the order of the stores see :mod:`..lines`.
+
+        ``thread``: the number of the thread that ran it; see :mod:`..threads`.
+        """
         file = self._file
         if not 0 <= line < file.lines:
             # The file has changed since it was read, or other code was compiled under its name.
@@ -205,21 +216,32 @@ class View:
         buffer[file.taken + line] = 1
         block = self._block_of[line]
         if block:
-            buffer[file.hit + block - 1] = 1
+            buffer[file.hit + block - 1] = thread
             buffer[self._dirty] = 1
             buffer[CHANGED] = 1
             self._epoch[0] = _epoch_value()
 
-    def take(self) -> list[int]:
-        """Return the PCs of the blocks that ran since the last call, and forget them."""
+    def take(self, by_thread: bool = False) -> list[int]:
+        """Return the PCs of the blocks that ran since the last call, and forget them.
+
+        ``by_thread``: with the number of the thread in each, as :mod:`..threads` says.
+        """
         buffer, start, end = self._buffer, self._file.hit, self._file.hit + self._file.blocks
         pcs = []
-        at = buffer.find(b"\1", start, end)
-        while at >= 0:
+        numbers = []
+        found = _HIT.search(buffer, start, end)
+        while found is not None:
+            at = found.start()
+            numbers.append(buffer[at])
             buffer[at] = 0
             pcs.append(self.first_pc[at - start])
-            at = buffer.find(b"\1", at + 1, end)
+            found = _HIT.search(buffer, at + 1, end)
         self.covered.update(pcs)
+        if by_thread:
+            return [
+                pc & threads.PC_MASK | number << threads.NUMBER_SHIFT
+                for pc, number in zip(pcs, numbers, strict=True)
+            ]
         return pcs
 
     def adopt(self, lines: set[int]) -> list[int]:
@@ -295,6 +317,8 @@ class Feed:
     def drain(self) -> list[int]:
         """Return the PCs of the blocks that ran since the last call, by file name, then in order.
 
+        With the number of the thread in each, while ``BY_THREAD`` of :mod:`..threads` is set.
+
         Raises:
             Faulted: the tracer failed for the first time; the PCs are there for the next call.
         """
@@ -322,7 +346,8 @@ class Feed:
             pass
         if len(self._memories) > 1:
             dirty.sort(key=lambda view: view.name)
-        return [pc for view in dirty for pc in view.take()]
+        by_thread = self.memory.buffer[threads.BY_THREAD] != 0
+        return [pc for view in dirty for pc in view.take(by_thread)]
 
 
 class Group:
@@ -413,6 +438,14 @@ class _ThreadTracer:
         self.group = group
         self.chained = chained
         self.apart: Apart | None = None
+        self.numbers: dict[Feed, int] = {}
+        """This thread's number in the memory of each feed."""
+
+    def take_numbers(self, group: Group, name: str | None) -> None:
+        """Take a number for each feed that has none yet."""
+        for feed in group.feeds:
+            if feed not in self.numbers:
+                self.numbers[feed] = threads.take(feed.memory, name)
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
         if self.group.stale and self.leave(frame):
@@ -452,7 +485,7 @@ class _ThreadTracer:
         for view in self.views(frame) or ():
             try:
                 if self.apart is None:
-                    view.record(frame.f_lineno)
+                    view.record(frame.f_lineno, self.numbers.get(view.feed, threads.OTHER))
                 else:
                     self.apart.note(view, {frame.f_lineno})
             except Exception as error:
@@ -502,13 +535,28 @@ def _both(tracer: _ThreadTracer, local: Any) -> Callable[[FrameType, str, object
     return trace
 
 
-def install(group: Group) -> None:
-    """Make this thread write to the feeds of a group, from its next line on."""
+def install(group: Group, name: str | None = None) -> None:
+    """Make this thread write to the feeds of a group, from its next line on.
+
+    Args:
+        name: the thread's name; None for the one that ``threading`` knows.
+    """
     tracer = interpreters_gettrace()
     if isinstance(tracer, _ThreadTracer):
+        tracer.take_numbers(group, name)
         tracer.group = group
     else:
-        _settrace(_ThreadTracer(group, tracer))
+        tracer = _ThreadTracer(group, tracer)
+        tracer.take_numbers(group, name)
+        _settrace(tracer)
+
+
+def thread_ended() -> None:
+    """Let other threads have the numbers of this one, which is about to end."""
+    tracer = interpreters_gettrace()
+    if isinstance(tracer, _ThreadTracer):
+        for feed, number in tracer.numbers.items():
+            threads.give_back(feed.memory, number)
 
 
 def uninstall() -> None:
