@@ -104,6 +104,8 @@ _LONGEST_SLEEP_SECONDS = 1e-3
 _CHECK_SECONDS = 20e-3
 """The time between two looks at whether the guest is still there."""
 _GENERATION_BITS = 62
+_MOST_CASES = 1 << 40
+"""More than a shim executes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +193,25 @@ class Lane:
         """Whether the runner that was started after :meth:`prepare` has loaded its harness."""
         ready: int = self._words[LaneWord.READY]
         return ready == self._generation != 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether the last case that was put in is done."""
+        words = self._words
+        return bool(words[LaneWord.DONE] == words[LaneWord.CASE_NUMBER])
+
+    def catch_up(self) -> bool:
+        """Number the next case after those of a shim that did not tell its last one.
+
+        Returns:
+            False if the guest has written numbers that make no sense: the lane needs a reset.
+        """
+        words = self._words
+        last = max(words[LaneWord.DONE], words[LaneWord.CASE_NUMBER])
+        if last > self.last_case + _MOST_CASES:
+            return False
+        self.last_case = max(self.last_case, last)
+        return True
 
     def execute(
         self,

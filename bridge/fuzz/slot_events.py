@@ -8,9 +8,15 @@ the engine waits meanwhile, so a listener must be quick.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-__all__ = ["Evidence", "NewCase", "SlotListener", "Suspect"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bridge.session.session import Session
+
+__all__ = ["Evidence", "GuestFile", "Monitor", "NewCase", "SlotHarness", "SlotListener", "Suspect"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +88,48 @@ class SlotListener(Protocol):
 
     def lost(self, error: Exception, /) -> None:
         """Note that the slot ends because of this error."""
+
+
+class Monitor(Protocol):
+    """Notices what goes wrong in guest and target. Called on the slot's own thread."""
+
+    def began(self, session: Session, /) -> None:
+        """Note that guest and target are as new: after each start and each reset."""
+
+    def trouble(self) -> bool:
+        """Return whether something is wrong now; called a few times a second, so it is quick."""
+
+    def collect(self, *, timed_out: bool) -> Evidence:
+        """Return what is known, before the reset. The guest may be dead: no wait is without end."""
+
+
+class GuestFile(Protocol):
+    """A file that a harness needs in the guest."""
+
+    @property
+    def source(self) -> Path:
+        """The file here."""
+
+    @property
+    def guest_path(self) -> str:
+        """Its path in the guest."""
+
+    @property
+    def mode(self) -> int:
+        """Its permissions."""
+
+
+class SlotHarness(Protocol):
+    """A harness, as a slot starts it in the guest."""
+
+    @property
+    def runner(self) -> str:
+        """The runner's program in the guest."""
+
+    @property
+    def arguments(self) -> Sequence[str]:
+        """Its arguments after the lane's number: the harness's name, and its own arguments."""
+
+    @property
+    def files(self) -> Sequence[GuestFile]:
+        """What is put into the guest after each start and each reset."""

@@ -236,3 +236,14 @@ def test_prepare_forgets_the_runner_before_and_counts_on(bench: Bench) -> None:
 def test_sizes_impossible_number_of_areas_is_refused(areas: int) -> None:
     with pytest.raises(UsageError, match="trace areas"):
         Lane.sizes(areas, WORDS)
+
+
+def test_catch_up_numbers_of_a_shim_are_not_used_again(bench: Bench) -> None:
+    bench.runner.put(LaneWord.CASE_NUMBER, 41)
+    bench.runner.put(LaneWord.DONE, 41)
+    assert bench.lane.catch_up()
+    assert bench.lane.last_case == 41
+    assert bench.execute(b"x", lambda _: 0).status == 0
+    bench.runner.put(LaneWord.DONE, 2**64 - 1)
+    assert not bench.lane.catch_up()
+    assert bench.lane.last_case == 42
