@@ -47,9 +47,10 @@ _RESCUE = "a session that started from a snapshot continues after reset()"
 
 _STOPPED = {
     "guest-panicked": "the guest kernel panicked",
-    "internal-error": "the accelerator cannot run the guest's code any further",
+    "internal-error": "the processor of the guest stopped: the accelerator cannot run the guest's "
+    "code any further",
     "io-error": "QEMU stopped the guest: the host failed to read or write one of its disks",
-    "paused": "QEMU stopped the guest without a request of the bridge",
+    "paused": "the processor of the guest stopped without a request of the bridge",
     "shutdown": "the guest was shut down",
     "suspended": "the guest suspended itself",
     "watchdog": "the guest's watchdog expired, and QEMU stopped the guest",

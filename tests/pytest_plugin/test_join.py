@@ -374,6 +374,19 @@ def test_join_coverage_run_names_files_and_contexts_as_its_configuration_says(
     assert contexts[LINES["apple"]] == {"nightly", f"nightly|{APPLE}"}
 
 
+def test_join_coverage_run_measures_workers_too(suite: Suite) -> None:
+    suite.write(".coveragerc", "[run]\nsource = shop\npatch = subprocess\n")
+    run = ("coverage", "run", "-m", *PYTEST, "-n2")
+    suite(*run, WITHOUT="1")
+    suite("coverage", "combine", "-q")
+    without = suite.data()
+    assert LINES["apple"] in without["prices.py"]
+    suite(*run)
+    suite("coverage", "combine", "-q")
+    assert suite.data() == without
+    assert_joined(suite, others=True)
+
+
 def test_join_workers_branches_and_a_target_in_another_process(suite: Suite) -> None:
     """coverage.py alone knows nothing of that process."""
     cov = ("--cov=shop", "--cov-branch", "--cov-report=")

@@ -240,7 +240,7 @@ def test_kvm_internal_error_is_lost_at_once_and_rewind_rescues(
 @pytest.mark.parametrize(
     ("status", "words"),
     [
-        ("internal-error", "accelerator cannot run the guest's code"),
+        ("internal-error", "the processor of the guest stopped: the accelerator"),
         ("watchdog", "watchdog expired"),
         ("guest-panicked", "panicked"),
         ("suspended", "suspended"),
