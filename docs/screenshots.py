@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make the pictures of docs/report.md from real runs: ``make screenshots``.
+"""Make the pictures of docs/report.md and docs/fuzzing.md from real runs: ``make screenshots``.
 
-usage: python -m docs.screenshots TESTS RUN
+usage: python -m docs.screenshots TESTS RUN [CAMPAIGN]
 
-TESTS is the directory of a pytest run (--guest-report), RUN that of a run with a trace (--out).
+TESTS is the directory of a pytest run (--guest-report), RUN that of a run with a trace (--out),
+CAMPAIGN that of a fuzz campaign; without it the pictures of docs/fuzzing.md stay as they are.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from tempfile import TemporaryDirectory
 
 from selenium.webdriver.common.keys import Keys
 
+from bridge.fuzz.report import write_campaign_report
+from bridge.fuzz.store import CAMPAIGN_FILE
 from bridge.results import REPORT_FILE
 from bridge.results.report import write_report
 from tests.support.browser import Browser, chromium
@@ -31,7 +34,7 @@ class Picture:
 
     Attributes:
         name: of the file.
-        run: 0 for the run of tests, 1 for the other.
+        run: 0 for the run of tests, 1 for the other, 2 for the campaign.
         part: the part of the report that is open.
         row: the row that is selected in the list of that part.
         query: what is searched for.
@@ -64,6 +67,8 @@ PICTURES = (
         dark=True,
     ),
     Picture("report-phone.png", 0, "overview", width=400, height=800),
+    Picture("fuzzing-overview.png", 2, "overview", height=900),
+    Picture("fuzzing-frontier.png", 2, "frontier", row=3, height=560, dark=True),
 )
 
 
@@ -103,8 +108,11 @@ def main(directories: list[Path]) -> int:
         pages = []
         for number, directory in enumerate(directories):
             pages.append(Path(scratch, f"{number}-{REPORT_FILE}"))
-            write_report(directory, pages[-1])
+            write = write_campaign_report if (directory / CAMPAIGN_FILE).is_file() else write_report
+            write(directory, pages[-1])
         for picture in PICTURES:
+            if picture.run >= len(pages):
+                continue
             data = take(browser, pages[picture.run], picture)
             if len(data) > LARGEST:
                 print(f"{picture.name} has {len(data):,} bytes, more than {LARGEST:,}")
@@ -114,7 +122,7 @@ def main(directories: list[Path]) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) not in (3, 4):
         print(__doc__, file=sys.stderr)
         sys.exit(2)
     sys.exit(main([Path(name) for name in sys.argv[1:]]))
