@@ -134,7 +134,7 @@ class Process:
         self.kill()
 
     def _watch(self) -> None:
-        pipe = self._popen.stderr
+        pipe = self._popen.stderr or self._popen.stdout
         assert pipe is not None
         assert self._pidfd is not None
         os.set_blocking(pipe.fileno(), False)
@@ -177,6 +177,7 @@ def spawn(
     pass_fds: Iterable[int] = (),
     env: Mapping[str, str] | None = None,
     on_end: Callable[[Process], None] | None = None,
+    join_output: bool = False,
 ) -> Process:
     """Start a program and return once its exec has succeeded.
 
@@ -185,6 +186,7 @@ def spawn(
     Args:
         name: the program's name in messages; "" for its file name.
         pass_fds: the descriptors that it inherits.
+        join_output: its stdout goes where its stderr goes.
         on_end: see :class:`Process`.
 
     Raises:
@@ -195,7 +197,7 @@ def spawn(
     name = name or Path(command[0]).name
     if shutil.which(command[0]) is None:
         raise MissingDependencyError(f"{command[0]} is not installed, or is not an executable file")
-    order = _Order(command, name, tuple(pass_fds), env, on_end)
+    order = _Order(command, name, tuple(pass_fds), env, on_end, join_output)
     try:
         _spawner().put(order)
     except RuntimeError as error:
@@ -223,12 +225,14 @@ class _Order:
         pass_fds: tuple[int, ...],
         env: Mapping[str, str] | None,
         on_end: Callable[[Process], None] | None,
+        join_output: bool,
     ) -> None:
         self.command = command
         self.name = name
         self.pass_fds = pass_fds
         self.env = env
         self.on_end = on_end
+        self.join_output = join_output
         self.result: Future[Process] = Future()
 
     def carry_out(self) -> Process:
@@ -238,8 +242,8 @@ class _Order:
             popen = subprocess.Popen(
                 [*launcher, str(writing), "--", *self.command],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+                stdout=subprocess.PIPE if self.join_output else subprocess.DEVNULL,
+                stderr=subprocess.STDOUT if self.join_output else subprocess.PIPE,
                 pass_fds=(*self.pass_fds, writing),
                 env=self.env,
                 start_new_session=True,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import select
 import socket
 import threading
 import time
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bridge.fuzz import messages
-from bridge.fuzz.board import Board, BoardLayout, BoardState, Fold, TraceArea
+from bridge.fuzz.board import Board, BoardLayout, BoardState, BoardWord, Fold, TraceArea
 from bridge.fuzz.lane import (
     LANE_BYTES,
     LANE_INPUT_BYTES,
@@ -62,6 +63,7 @@ class NullSlot:
         directory: Path,
         *,
         noop: bool = False,
+        covers: bool = True,
         map_size: int = 1 << 16,
         fold: Fold = Fold.EDGES,
         reset_every: int = 0,
@@ -70,7 +72,7 @@ class NullSlot:
         self.socket = directory / "slot"
         self.received: list[tuple[messages.Message, bytes]] = []
         self.resets = 0
-        self._noop = noop
+        self._behaviour = "noop" if noop else "" if covers else "nothing"
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             self._region = os.memfd_create("null-region")
@@ -106,6 +108,11 @@ class NullSlot:
             stack.callback(self._thread.join)
             stack.callback(self._hang_up)
             self._stack = stack.pop_all()
+
+    @property
+    def stand_in(self) -> int:
+        """The process that stands for the VM."""
+        return self.board[BoardWord.STAND_IN]
 
     def cases(self, kind: type[messages.Message]) -> list[bytes]:
         """Return the cases about which shims sent messages of a kind."""
@@ -161,7 +168,7 @@ class NullSlot:
         self._set(LaneWord.GENERATION, generation)
         words = [self._region, _LANE, _AREA_WORDS, *_AREAS]
         vm = spawn(
-            [null_vm_program(), *map(str, words), *(["noop"] if self._noop else [])],
+            [null_vm_program(), *map(str, words), *filter(None, [self._behaviour])],
             pass_fds=[self._region],
             on_end=lambda process: self._died(process),
         )
@@ -191,6 +198,7 @@ class NullSlot:
                     each.shutdown(socket.SHUT_RDWR)
 
     def _serve(self) -> None:
+        """Serve the newest shim: afl-showmap starts a second one beside its first."""
         while not self._closing:
             try:
                 connection, _ = self._listener.accept()
@@ -201,11 +209,16 @@ class NullSlot:
                 with contextlib.suppress(ConnectionError):
                     for message in self._messages(connection):
                         self._answer(connection, message)
-                if self.word(LaneWord.DONE) != self.word(LaneWord.CASE_NUMBER):
-                    self.reset()
+            if self.word(LaneWord.DONE) != self.word(LaneWord.CASE_NUMBER):
+                self.reset()
 
     def _messages(self, connection: socket.socket) -> Iterator[messages.Message]:
-        while not self._closing and (message := messages.receive(connection)) is not None:
+        while not self._closing:
+            ready, _, _ = select.select([connection, self._listener], [], [])
+            if connection not in ready:
+                return
+            if (message := messages.receive(connection)) is None:
+                return
             self.received.append((message, self._case()))
             yield message
 

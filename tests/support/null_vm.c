@@ -2,9 +2,9 @@
 /*
  * A runner without a VM: what tests put in a guest's place (tests/support/null_slot.py).
  *
- *	null_vm REGION-FD LANE-OFFSET AREA-WORDS AREA-OFFSET... [noop]
+ *	null_vm REGION-FD LANE-OFFSET AREA-WORDS AREA-OFFSET... [noop | nothing]
  *
- * It takes cases from the lane as guest/agent/kcov-runner.c does. "noop" covers one block. Otherwise
+ * It takes cases from the lane as guest/agent/kcov-runner.c does. "noop" covers one block, and "nothing" none. Otherwise
  * the first area gets a PC for each byte of the case that continues "KCOV", the second one PC for
  * each byte after that, and the byte after KCOV decides:
  *
@@ -84,6 +84,7 @@ static uint64_t run(const uint8_t *input, uint64_t length)
 int main(int argc, char **argv)
 {
 	int noop = argc > 1 && !strcmp(argv[argc - 1], "noop");
+	int nothing = argc > 1 && !strcmp(argv[argc - 1], "nothing");
 	struct timespec nap = { .tv_nsec = 50000 };
 	uint64_t done, areas = 0, looks = 0;
 	struct stat state;
@@ -98,7 +99,7 @@ int main(int argc, char **argv)
 		return 2;
 	lane = (struct lane *)(region + strtoull(argv[2], NULL, 10));
 	area_words = strtoull(argv[3], NULL, 10);
-	for (i = 4; i < argc - noop; i++)
+	for (i = 4; i < argc - (noop || nothing); i++)
 		area[areas++] = (uint64_t *)(region + strtoull(argv[i], NULL, 10));
 	done = __atomic_load_n(&lane->case_number, __ATOMIC_ACQUIRE);
 	store(&lane->ready, lane->generation);
@@ -121,7 +122,7 @@ int main(int argc, char **argv)
 		lane->areas_used = areas;
 		if (noop)
 			cover(0, BLOCK(0));
-		else
+		else if (!nothing)
 			status = run((uint8_t *)lane + LANE_INPUT_OFFSET, lane->length);
 		for (i = 0; i < (int)areas && status != 0xdeadbeefdeadbe7fULL; i++)
 			lane->area_counts[i] = area[i][0];

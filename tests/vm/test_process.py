@@ -66,6 +66,12 @@ def test_exit_status_and_stderr_are_kept() -> None:
     process.kill()
 
 
+def test_join_output_keeps_stdout_beside_stderr() -> None:
+    process = spawn(["sh", "-c", "echo out; echo oops >&2"], join_output=True)
+    assert process.wait(5)
+    assert process.stderr_text == "out\noops\n"
+
+
 def test_how_it_ended_signal_is_named() -> None:
     with spawn(["sleep", "300"]) as process:
         assert process.running

@@ -757,6 +757,8 @@ int main(int argc, char **argv)
 		start_stand_in();
 		serve();
 	}
+	/* afl-showmap offers memory for cases to such a target too, but leaves it empty. */
+	engine_case = NULL;
 	execute();
 	report();
 	end_like(last.status);
