@@ -5,7 +5,8 @@ Each message is a datagram of ASCII words. The shim connects, and says ``hello``
 ``welcome`` with two descriptors (SCM_RIGHTS): the region, then the board. From then on only the
 shim begins. It waits for ``go`` after each message, and meanwhile touches nothing of the lane: the
 slot reads the case and its PCs from there, executes cases of its own (and writes ``last_case`` on
-the board), or resets the guest, before it answers.
+the board), or resets the guest, before it answers. If it had to start another machine, whose region
+is another one with the same layout, it answers ``welcome`` in place of ``go``.
 
 ==================== ============================================================================
 shim → slot          meaning

@@ -15,6 +15,7 @@ import pytest
 
 from bridge.fuzz import messages
 from bridge.fuzz.board import BoardState, BoardWord, Fold
+from bridge.fuzz.lane import LaneWord
 from bridge.fuzz.messages import Hello, NewCells, ResetWanted, ShimFailed, SuspectCase, TimedOut
 from bridge.fuzz.shim import shim_program
 from tests.support.engine_driver import EngineDriver
@@ -224,6 +225,17 @@ def test_reset_every_counts_executions(tmp_path: Path) -> None:
         assert len(slot.cases(ResetWanted)) == 3
         assert slot.resets == 3
         assert slot.board[BoardWord.RESETS] == 3
+
+
+def test_another_machine_goes_on_in_another_region(tmp_path: Path) -> None:
+    with NullSlot(tmp_path, reset_every=3) as slot, EngineDriver(slot.environment()) as engine:
+        slot.replace_machine = True
+        for _ in range(8):
+            assert engine.run(b"KC") == 0
+            assert len(engine.cells()) == 3
+        assert slot.resets == 2
+        assert slot.present_case() == b"KC"
+        assert slot.word(LaneWord.CASE_NUMBER) == 2
 
 
 def test_reset_by_the_slot_while_a_case_runs_repeats_it(

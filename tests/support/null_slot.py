@@ -56,6 +56,7 @@ class NullSlot:
     Attributes:
         received: what the shims said, each with the case that was in the lane.
         resets: how often the "guest" was started anew.
+        replace_machine: a reset that the shim wants gives it another machine.
     """
 
     def __init__(
@@ -72,13 +73,15 @@ class NullSlot:
         self.socket = directory / "slot"
         self.received: list[tuple[messages.Message, bytes]] = []
         self.resets = 0
+        self.replace_machine = False
         self._behaviour = "noop" if noop else "" if covers else "nothing"
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             self._region = os.memfd_create("null-region")
             stack.callback(os.close, self._region)
             os.ftruncate(self._region, _BYTES)
-            self._memory = stack.enter_context(mmap.mmap(self._region, _BYTES))
+            self._memory = mmap.mmap(self._region, _BYTES)
+            stack.callback(lambda: self._memory.close())
             layout = BoardLayout(
                 _LANE,
                 LANE_BYTES,
@@ -152,6 +155,17 @@ class NullSlot:
         self._vm = self._start_vm()
         self.board.add_epoch()
         self.board.state = BoardState.READY
+
+    def _replace(self) -> None:
+        """Take another region, as a slot whose machine is beyond a reset."""
+        other = os.memfd_create("null-region")
+        os.ftruncate(other, _BYTES)
+        os.dup2(other, self._region)
+        os.close(other)
+        self._memory.close()
+        self._memory = mmap.mmap(self._region, _BYTES)
+        self.reset()
+        self.board.last_case = 0
 
     def close(self) -> None:
         """End everything."""
@@ -232,6 +246,10 @@ class NullSlot:
                 return
             case messages.NewCells():
                 pass
+            case messages.ResetWanted() if self.replace_machine:
+                self._replace()
+                messages.send_welcome(connection, self._region, self.board.fd)
+                return
             case _:
                 self.reset()
         messages.send_go(connection)

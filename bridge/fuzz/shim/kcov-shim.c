@@ -80,6 +80,7 @@ static int slot = -1;			/* the slot's socket */
 
 /* The region and what is in it, by the board. */
 static char *region;
+static uint64_t region_bytes;
 static struct lane *lane;
 static uint8_t *input;
 static uint64_t input_bytes;
@@ -168,46 +169,14 @@ static __attribute__((format(printf, 1, 2))) void tell(const char *format, ...)
 	}
 }
 
-/* Waits for the slot's "go". Meanwhile the lane is the slot's. */
-static void await_go(void)
-{
-	uint64_t start = now(), last;
-	char text[KB_MESSAGE_BYTES];
-	ssize_t length;
-
-	do
-		length = recv(slot, text, sizeof(text), 0);
-	while (length < 0 && errno == EINTR);
-	if (length <= 0)
-		leave();
-	if (length != 2 || memcmp(text, "go", 2))
-		fail("the slot answered %.*s, not go", (int)(length < 80 ? length : 80), text);
-	last = load(&board->last_case);
-	if (last > case_number)
-		case_number = last;
-	faults = load(&board->faults);
-	add(&board->ns_slot, now() - start);
-}
-
-/* The place of some bytes in the region. */
-static void *place(uint64_t size, uint64_t offset, uint64_t bytes, const char *what)
-{
-	if (offset > size || bytes > size - offset || offset % sizeof(uint64_t))
-		fail("%s is not inside the region: %llu bytes at %llu of %llu", what,
-		     (unsigned long long)bytes, (unsigned long long)offset,
-		     (unsigned long long)size);
-	return region + offset;
-}
-
-/* Answers hello with region and board. */
-static void receive_memory(int fds[2])
+/* Waits for the slot's next message. "welcome" brings region and board; else fds are -1. */
+static size_t hear_slot(char text[KB_MESSAGE_BYTES], int fds[2])
 {
 	union {
 		struct cmsghdr header;
 		char room[CMSG_SPACE(2 * sizeof(int))];
 	} control;
-	char text[KB_MESSAGE_BYTES];
-	struct iovec data = { .iov_base = text, .iov_len = sizeof(text) };
+	struct iovec data = { .iov_base = text, .iov_len = KB_MESSAGE_BYTES };
 	struct msghdr message = { .msg_iov = &data, .msg_iovlen = 1, .msg_control = &control,
 				  .msg_controllen = sizeof(control) };
 	struct cmsghdr *header;
@@ -217,21 +186,75 @@ static void receive_memory(int fds[2])
 		length = recvmsg(slot, &message, MSG_CMSG_CLOEXEC);
 	while (length < 0 && errno == EINTR);
 	if (length <= 0)
-		fail("the slot has hung up before it said welcome");
+		leave();
 	header = CMSG_FIRSTHDR(&message);
-	if (length != 7 || memcmp(text, "welcome", 7) || !header ||
-	    header->cmsg_type != SCM_RIGHTS ||
-	    header->cmsg_len != CMSG_LEN(2 * sizeof(int)))
-		fail("the slot did not say welcome");
-	memcpy(fds, CMSG_DATA(header), 2 * sizeof(int));
+	fds[0] = fds[1] = -1;
+	if (header && header->cmsg_type == SCM_RIGHTS &&
+	    header->cmsg_len == CMSG_LEN(2 * sizeof(int)))
+		memcpy(fds, CMSG_DATA(header), 2 * sizeof(int));
+	return (size_t)length;
+}
+
+static bool is_welcome(const char *text, size_t length, const int fds[2])
+{
+	return length == 7 && !memcmp(text, "welcome", 7) && fds[1] >= 0;
+}
+
+/* Maps the region, in the place of an earlier one: its layout is the same. */
+static void map_region(int fd)
+{
+	struct stat state;
+	void *memory;
+
+	if (fstat(fd, &state) || (region && (uint64_t)state.st_size != region_bytes))
+		fail("the slot's region cannot be used");
+	region_bytes = (uint64_t)state.st_size;
+	memory = mmap(region, region_bytes, PROT_READ | PROT_WRITE,
+		      MAP_SHARED | (region ? MAP_FIXED : 0), fd, 0);
+	if (memory == MAP_FAILED)
+		fail("the slot's region cannot be mapped: %s", strerror(errno));
+	region = memory;
+	close(fd);
+}
+
+/* Waits until the slot lets the shim continue. Meanwhile the lane is the slot's. */
+static void await_go(void)
+{
+	uint64_t start = now(), last_case;
+	char text[KB_MESSAGE_BYTES];
+	int fds[2];
+	size_t length = hear_slot(text, fds);
+
+	if (is_welcome(text, length, fds)) {
+		/* Another machine. */
+		map_region(fds[0]);
+		close(fds[1]);
+		case_number = 0;
+	} else if (length != 2 || memcmp(text, "go", 2)) {
+		fail("the slot answered %.*s, not go", (int)(length < 80 ? length : 80), text);
+	}
+	last_case = load(&board->last_case);
+	if (last_case > case_number)
+		case_number = last_case;
+	faults = load(&board->faults);
+	add(&board->ns_slot, now() - start);
+}
+
+/* The place of some bytes in the region. */
+static void *place(uint64_t offset, uint64_t bytes, const char *what)
+{
+	if (offset > region_bytes || bytes > region_bytes - offset || offset % sizeof(uint64_t))
+		fail("%s is not inside the region: %llu bytes at %llu of %llu", what,
+		     (unsigned long long)bytes, (unsigned long long)offset,
+		     (unsigned long long)region_bytes);
+	return region + offset;
 }
 
 static void attach_slot(void)
 {
 	const char *path = getenv(KB_SLOT_VARIABLE);
 	struct sockaddr_un address = { .sun_family = AF_UNIX };
-	struct stat region_state, board_state;
-	uint64_t size;
+	char text[KB_MESSAGE_BYTES];
 	unsigned int i;
 	int fds[2];
 
@@ -244,33 +267,28 @@ static void attach_slot(void)
 	if (slot < 0 || connect(slot, (struct sockaddr *)&address, sizeof(address)))
 		fail("no slot answers at %s: %s", path, strerror(errno));
 	tell("hello %d %d", KB_BOARD_VERSION, (int)getpid());
-	receive_memory(fds);
-
-	if (fstat(fds[0], &region_state) || fstat(fds[1], &board_state) ||
-	    board_state.st_size < KB_BOARD_BYTES)
-		fail("the slot's memory cannot be used");
-	size = (uint64_t)region_state.st_size;
-	region = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fds[0], 0);
+	if (!is_welcome(text, hear_slot(text, fds), fds))
+		fail("the slot did not say welcome");
+	map_region(fds[0]);
 	board = mmap(NULL, KB_BOARD_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fds[1], 0);
-	if (region == MAP_FAILED || (void *)board == MAP_FAILED)
-		fail("the slot's memory cannot be mapped: %s", strerror(errno));
-	close(fds[0]);
+	if ((void *)board == MAP_FAILED)
+		fail("the slot's board cannot be mapped: %s", strerror(errno));
 	close(fds[1]);
 	if (board->magic != KB_BOARD_MAGIC || board->version != KB_BOARD_VERSION)
 		fail("the slot's board has another version");
 
-	lane = place(size, board->lane_offset, sizeof(*lane), "the lane");
+	lane = place(board->lane_offset, sizeof(*lane), "the lane");
 	input_bytes = board->input_bytes;
-	input = place(size, board->input_offset, input_bytes, "the case");
+	input = place(board->input_offset, input_bytes, "the case");
 	if (board->areas > KB_BOARD_AREAS || board->areas > LANE_MOST_AREAS)
 		fail("the lane has too many trace areas");
 	areas = (unsigned int)board->areas;
 	for (i = 0; i < areas; i++) {
 		uint64_t words = board->area[i].words;
 
-		if (!words || words > size / sizeof(uint64_t))
+		if (!words || words > region_bytes / sizeof(uint64_t))
 			fail("a trace area has %llu words", (unsigned long long)words);
-		area[i].words = place(size, board->area[i].offset, words * sizeof(uint64_t),
+		area[i].words = place(board->area[i].offset, words * sizeof(uint64_t),
 				      "a trace area");
 		area[i].most = words - 1;
 	}
