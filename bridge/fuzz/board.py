@@ -51,6 +51,7 @@ class BoardWord(IntEnum):
     MAP_SIZE = 2
     FOLD = 3
     RESET_EVERY = 4
+    BLIND = 5
     SPIN_NS = 6
     AREAS = 7
     LANE_OFFSET = 8
@@ -59,6 +60,7 @@ class BoardWord(IntEnum):
     INPUT_BYTES = 11
     OUTPUT_OFFSET = 12
     OUTPUT_BYTES = 13
+    EXIT_IS_SUSPECT = 14
     STATE = 16
     EPOCH = 17
     FAULTS = 18
@@ -114,6 +116,10 @@ class BoardLayout:
         map_size: cells of the engine's map that the fold uses.
         reset_every: executions between two resets that the shim asks for; 0 for never.
         spin_ns: the shim polls so long for the end of a case before it sleeps.
+        blind: the engine sees a map that never changes, so it mutates without feedback. New cells
+            are counted and reported as always.
+        exit_is_suspect: a harness that exits with another status than 0 is as bad as one that
+            dies of a signal.
         lane_offset: the lane's control page, in bytes from the region's start, as all offsets.
         areas: the trace areas, in the order of their indices.
     """
@@ -129,6 +135,8 @@ class BoardLayout:
     fold: Fold = Fold.EDGES
     reset_every: int = 0
     spin_ns: int = 50_000
+    blind: bool = False
+    exit_is_suspect: bool = False
 
     def __post_init__(self) -> None:
         if len(self.areas) > AREAS:
@@ -160,7 +168,9 @@ class Board:
             (BoardWord.MAP_SIZE, layout.map_size),
             (BoardWord.FOLD, layout.fold),
             (BoardWord.RESET_EVERY, layout.reset_every),
+            (BoardWord.BLIND, layout.blind),
             (BoardWord.SPIN_NS, layout.spin_ns),
+            (BoardWord.EXIT_IS_SUSPECT, layout.exit_is_suspect),
             (BoardWord.AREAS, len(layout.areas)),
             (BoardWord.LANE_OFFSET, layout.lane_offset),
             (BoardWord.LANE_BYTES, layout.lane_bytes),

@@ -137,6 +137,15 @@ def test_fold_each_case_starts_anew(slot: NullSlot, engine: EngineDriver) -> Non
     assert slot.board[BoardWord.CELLS] == 1
 
 
+def test_fold_blind_engine_sees_one_cell_and_the_slot_all(tmp_path: Path) -> None:
+    with NullSlot(tmp_path, blind=True) as slot, EngineDriver(slot.environment()) as engine:
+        for case in (b"K", b"KC", b"KCO", b""):
+            engine.run(case)
+            assert engine.cells() == {0: 1}
+        assert slot.cases(NewCells) == [b"K", b"KC", b"KCO"]
+        assert slot.board[BoardWord.CELLS] == 4
+
+
 # ---- what the slot learns
 
 
@@ -163,12 +172,21 @@ def test_signal_of_harness_is_a_crash_and_a_suspect(slot: NullSlot, engine: Engi
     assert slot.resets == 1
 
 
-def test_exit_status_of_harness_is_a_crash_and_a_suspect(
-    slot: NullSlot, engine: EngineDriver
-) -> None:
-    assert engine.run(b"KCOVx") == signal.SIGABRT
+def test_exit_status_of_harness_is_no_suspect(slot: NullSlot, engine: EngineDriver) -> None:
+    assert engine.run(b"KCOVx") == 1 << 8
     engine.run(b"")
-    assert (SuspectCase(1, 1 << 8), b"KCOVx") in slot.received
+    assert slot.cases(SuspectCase) == []
+    assert slot.cases(NewCells) == [b"KCOVx"]
+
+
+def test_exit_status_that_is_suspect_is_a_crash(tmp_path: Path) -> None:
+    with (
+        NullSlot(tmp_path, exit_is_suspect=True) as slot,
+        EngineDriver(slot.environment()) as engine,
+    ):
+        assert engine.run(b"KCOVx") == signal.SIGABRT
+        assert engine.run(b"") == 0
+        assert (SuspectCase(1, 1 << 8), b"KCOVx") in slot.received
 
 
 def test_fault_while_a_case_runs_is_a_crash(slot: NullSlot, engine: EngineDriver) -> None:

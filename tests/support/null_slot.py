@@ -69,6 +69,8 @@ class NullSlot:
         fold: Fold = Fold.EDGES,
         reset_every: int = 0,
         spin_ns: int = 50_000,
+        blind: bool = False,
+        exit_is_suspect: bool = False,
     ) -> None:
         self.socket = directory / "slot"
         self.received: list[tuple[messages.Message, bytes]] = []
@@ -94,6 +96,8 @@ class NullSlot:
                 fold=fold,
                 reset_every=reset_every,
                 spin_ns=spin_ns,
+                blind=blind,
+                exit_is_suspect=exit_is_suspect,
             )
             self.board = stack.enter_context(Board(layout))
             self._listener = stack.enter_context(

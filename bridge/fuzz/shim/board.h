@@ -45,7 +45,7 @@ struct kb_board {
 	uint64_t map_size;		/* cells of the engine's map that the fold uses */
 	uint64_t fold;			/* enum kb_board_fold */
 	uint64_t reset_every;		/* executions between two resets; 0: never */
-	uint64_t reserved_limit;
+	uint64_t blind;			/* 1: the engine sees a map that never changes */
 	uint64_t spin_ns;		/* the shim polls so long before it sleeps */
 	uint64_t areas;			/* trace areas, KB_BOARD_AREAS at most */
 
@@ -56,7 +56,8 @@ struct kb_board {
 	uint64_t input_bytes;		/* of a case at most */
 	uint64_t output_offset;
 	uint64_t output_bytes;
-	uint64_t reserved_layout[2];
+	uint64_t exit_is_suspect;	/* 1: statuses of exit() other than 0 are suspect; 0: signals are */
+	uint64_t reserved_layout;
 
 	/* Written by the slot at any time. */
 	uint64_t state;			/* enum kb_board_state */

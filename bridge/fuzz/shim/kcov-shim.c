@@ -94,6 +94,7 @@ static unsigned int areas;
 static uint8_t *map;
 static uint64_t cells;			/* of the map, that are used */
 static uint8_t *seen;			/* cells that were ever set */
+static bool blind;
 static const uint8_t *engine_case;	/* a length of 32 bits, then the case; NULL: a file */
 static const char *case_file;		/* NULL: stdin */
 
@@ -319,6 +320,7 @@ static void attach_engine(void)
 	uint64_t bytes = 0, most;
 
 	cells = board->map_size;
+	blind = board->blind;
 	map = attach_memory(MAP_VARIABLE, &bytes);
 	if (!map)
 		map = calloc(1, bytes = cells);
@@ -561,7 +563,8 @@ static bool count(uint64_t hashed)
 	uint64_t cell = (hashed >> 32) * cells >> 32;
 	bool fresh = !seen[cell];
 
-	map[cell] = (uint8_t)(map[cell] + 1 + (map[cell] == 255));
+	if (!blind)
+		map[cell] = (uint8_t)(map[cell] + 1 + (map[cell] == 255));
 	if (fresh) {
 		seen[cell] = 1;
 		add(&board->cells, 1);
@@ -604,6 +607,8 @@ static bool fold(bool done)
 		}
 		fresh |= fold_area(area[i].words + 1, number, edges);
 	}
+	if (blind)
+		map[0] = 1;
 	return fresh;
 }
 
@@ -625,10 +630,15 @@ static uint32_t sane_status(uint64_t status)
 	return number <= 64 ? number : SIGABRT;
 }
 
+static bool is_bad(uint32_t status)
+{
+	return WIFSIGNALED(status) || (status && board->exit_is_suspect);
+}
+
 /* To engines only a signal is a crash. */
 static uint32_t engine_status(void)
 {
-	return WIFSIGNALED(last.status) || !last.status ? last.status : SIGABRT;
+	return is_bad(last.status) && !WIFSIGNALED(last.status) ? SIGABRT : last.status;
 }
 
 /* Executes the engine's case. */
@@ -663,7 +673,7 @@ static void execute(void)
 		last.status = SIGKILL;
 	last.fresh = fold(last.outcome == DONE);
 	last.told = false;
-	if (last.outcome == DONE && !last.status && load(&board->faults) != faults)
+	if (last.outcome == DONE && !is_bad(last.status) && load(&board->faults) != faults)
 		last.status = SIGABRT;
 	add(&board->ns_fold, now() - end);
 	add(&board->executions, 1);
@@ -683,7 +693,7 @@ static void report(void)
 		since_reset = 0;
 		tell("timeout %llu", number);
 	} else if (faulted || (!last.told && last.outcome == FAULTED) ||
-		   (!last.told && last.status)) {
+		   (!last.told && is_bad(last.status))) {
 		add(&board->suspects, 1);
 		since_reset = 0;
 		if (last.outcome == DONE)
