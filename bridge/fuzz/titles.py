@@ -327,9 +327,7 @@ def target_fault(problem: str, packages: Sequence[str] = ()) -> Fault:
     if _NO_ANSWER.search(first):
         return hang_fault("", rest, packages, text=problem)
     if _DEATH.search(first):
-        # faulthandler writes the innermost function first.
-        frames = _python_frames([each for each in lines if not each.startswith("Thread ")])
-        frames = _innermost_first(frames[::-1], packages)
+        frames = _innermost_first(_fatal_frames(lines), packages)
         place = f" in {frames[0]}" if frames else ""
         title = f"{without_numbers(first)}{place}"
         return Fault(Kind.TARGET_DEATH, _bounded(title), _stack_of(frames), problem)
@@ -339,6 +337,17 @@ def target_fault(problem: str, packages: Sequence[str] = ()) -> Fault:
     frames = _innermost_first(frames, packages)
     place = f" in {frames[0]}" if frames else ""
     return Fault(Kind.TARGET_EXCEPTION, _bounded(f"{name}{place}"), _stack_of(frames), problem)
+
+
+def _fatal_frames(lines: Sequence[str]) -> list[_Frame]:
+    """Return the frames of the thread that a fault hit, the outermost first.
+
+    faulthandler writes the innermost function of each thread first.
+    """
+    begins = [at for at, line in enumerate(lines) if line.startswith("Current thread ")]
+    begin = begins[0] + 1 if begins else 0
+    ends = [at for at in range(begin, len(lines)) if lines[at].startswith("Thread ")]
+    return _python_frames(lines[begin : ends[0] if ends else len(lines)])[::-1]
 
 
 def _exception(lines: Sequence[str]) -> tuple[str, list[_Frame]]:

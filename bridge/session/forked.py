@@ -32,7 +32,7 @@ from typing import Any
 from bridge.errors import BridgeError, TargetError, UsageError
 from bridge.session.target_host import InProcessTarget, describe_failure, read_attribute
 from bridge.targets.description import Description, describe
-from bridge.targets.faults import ServingThreads, TargetFaults, stacks_of
+from bridge.targets.faults import ServingThreads, SharedCount, TargetFaults, stacks_of
 from bridge.targets.registry import TargetMaker
 from bridge.targets.thread import foreign
 
@@ -59,6 +59,7 @@ class ForkedTarget(InProcessTarget):
             when it starts.
         not_for_child: sockets that a child closes, so that their other side sees the end of this
             process.
+        count: is told which process serves.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class ForkedTarget(InProcessTarget):
         faults: TargetFaults,
         own_threads: Sequence[threading.Thread] = (),
         not_for_child: Sequence[socket.socket] = (),
+        count: SharedCount | None = None,
         out: Path | None = None,
         start_seconds: float | None = None,
     ) -> None:
@@ -76,6 +78,7 @@ class ForkedTarget(InProcessTarget):
         self._faults = faults
         self._own_threads = own_threads
         self._not_for_child = tuple(not_for_child)
+        self._count = count
         self._prepared = False
         self._child: _Child | None = None
         self._libc = ctypes.CDLL(None, use_errno=True)
@@ -87,6 +90,8 @@ class ForkedTarget(InProcessTarget):
             self._check_threads()
             self._prepared = True
         child = self._child = self.thread.call(self._fork)
+        if self._count is not None:
+            self._count.set_pid(child.pid)
         try:
             return Description.from_dict(child.ask_for("start", self._start_seconds))
         except BaseException:

@@ -50,7 +50,7 @@ from bridge.sources.remote import Deliver
 from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.targets import Target
 from bridge.targets.description import Description
-from bridge.targets.faults import TargetFaults
+from bridge.targets.faults import SharedCount, TargetFaults
 from bridge.targets.registry import TargetMaker
 from bridge.targets.thread import TargetThread, foreign
 from bridge.vm.network import EpochWord
@@ -87,6 +87,7 @@ class _Order:
         target: a name, or a maker of targets, pickled.
         modules: the files of the modules whose classes the maker needs, by the module's name.
         path: where those are looked for (``sys.path``).
+        count: the memory of :class:`bridge.targets.faults.SharedCount`.
     """
 
     target: str | bytes
@@ -98,6 +99,7 @@ class _Order:
     start_seconds: float | None
     state: TargetState
     epoch: EpochWord | None = None
+    count: str | None = None
 
 
 def _order(
@@ -238,6 +240,8 @@ class _Running:
         """How many answers are due."""
         self.gone = False
         """Whether it is of no use to ask again: it is dead, or was told to stop."""
+        self.told = False
+        """Whether its death was one of the target's problems."""
 
     def failure(self, name: str, hint: str = "") -> tuple[str, str, str]:
         """Message, evidence and hint for a process that is gone."""
@@ -305,6 +309,7 @@ class IsolatedTarget:
         self._threads = ThreadOfPc()
         # Lines of files that are not in _lines; the process tells them at its end.
         self._rest_of_lines: dict[str, set[int]] = {}
+        self._count: SharedCount | None = None
         # What settle() has received for the next consume().
         self._settled: tuple[bytes, bytes] | None = None
 
@@ -318,6 +323,16 @@ class IsolatedTarget:
         """The process in which the target runs."""
         running = self._running
         return running.process.pid if running is not None else None
+
+    @property
+    def serving_pid(self) -> int | None:
+        """As :class:`bridge.session.target_host.TargetHost`."""
+        return (self._count.pid or self.pid) if self._count is not None else None
+
+    @property
+    def fault_count(self) -> int:
+        """As :class:`bridge.session.target_host.TargetHost`."""
+        return self._count.faults if self._count is not None else 0
 
     @property
     def blocks_total(self) -> int:
@@ -350,9 +365,11 @@ class IsolatedTarget:
             running = _Running(process, _Channel(ours))
             seconds = self._order.start_seconds
             ours.settimeout(None if seconds is None else seconds + _SPARE_SECONDS)
+            self._count = count = SharedCount()
+            stack.callback(self._end_count)
             # A process that is dead already is noticed by what follows.
             with contextlib.suppress(OSError):
-                order = dataclasses.replace(self._order, epoch=epoch)
+                order = dataclasses.replace(self._order, epoch=epoch, count=count.path)
                 running.answers.send(_ORDER, pickle.dumps(order))
             answer = running.conclude(self.name, _READY)
             description = Description.from_dict(answer["description"])
@@ -384,6 +401,11 @@ class IsolatedTarget:
             self.settle()
             return description
 
+    def _end_count(self) -> None:
+        count, self._count = self._count, None
+        if count is not None:
+            count.close()
+
     def renew(self) -> Description:
         """As :class:`bridge.session.target_host.TargetHost`."""
         seconds = self._order.start_seconds
@@ -395,8 +417,14 @@ class IsolatedTarget:
     def problems(self) -> list[str]:
         """As :class:`bridge.session.target_host.TargetHost`, with the exceptions on its threads."""
         running = self._running
-        if running is None or running.gone:
+        if running is None:
             return []
+        if running.gone:
+            if running.told or running.process.running:
+                return []
+            running.told = True
+            message, evidence, _ = running.failure(self.name)
+            return [f"{message}\n{evidence}".rstrip()]
         try:
             return list(self._ask(_PROBLEMS, _ANSWER_SECONDS, self.name)["problems"])
         except TargetError as error:
@@ -635,10 +663,11 @@ def _target_process(
     answers: _Channel, asks: _Channel, order: _Order, stack: contextlib.ExitStack
 ) -> None:
     """Serve until told to stop. Raises what goes wrong on start and on stop."""
-    faults = TargetFaults()
+    count = SharedCount(order.count) if order.count is not None else None
+    faults = TargetFaults(count)
     faults.watch()
     own_threads: list[threading.Thread] = []
-    host = _host(order, faults, own_threads, (answers.socket, asks.socket))
+    host = _host(order, faults, own_threads, (answers.socket, asks.socket), count)
     stack.callback(host.stop)
     source = host.source
     if source is None:
@@ -688,6 +717,7 @@ def _host(
     faults: TargetFaults,
     own_threads: Sequence[threading.Thread],
     sockets: Sequence[socket.socket],
+    count: SharedCount | None,
 ) -> InProcessTarget:
     target = order.target if isinstance(order.target, str) else _Maker(order, order.target)
     if order.state is not TargetState.FORK:
@@ -700,6 +730,7 @@ def _host(
         faults=faults,
         own_threads=own_threads,
         not_for_child=sockets,
+        count=count,
         out=order.out,
         start_seconds=order.start_seconds,
     )

@@ -411,6 +411,16 @@ class Session:
             ),
         ]
 
+    @property
+    def target_pid(self) -> int | None:
+        """The process that serves the guest; None where it is this one, or does not run."""
+        return self._running.host.serving_pid
+
+    @property
+    def target_fault_count(self) -> int:
+        """How many exceptions were noted in the target's own process; a look at memory."""
+        return self._running.host.fault_count
+
     def target_stacks(self) -> str:
         """Return where the threads of the target are now; empty if that cannot be had."""
         return self._running.host.stacks()

@@ -62,6 +62,17 @@ class TargetHost(Protocol):
     def thread(self) -> TargetThread | None:
         """The thread on which the target runs, where that is in this process."""
 
+    @property
+    def serving_pid(self) -> int | None:
+        """The process that serves the guest; None where it is this one, or does not run."""
+
+    @property
+    def fault_count(self) -> int:
+        """How many exceptions were noted in that process; 0 where it is this one.
+
+        A look at memory, whatever the target does; :meth:`problems` says what they are.
+        """
+
     def start(self, deliver: Deliver, epoch: EpochWord | None = None) -> Description:
         """Start the source, then the target; return when the target serves.
 
@@ -178,6 +189,16 @@ class InProcessTarget:
             with suppress(TargetError):
                 self._stack.close()
             raise
+
+    @property
+    def serving_pid(self) -> int | None:
+        """As :class:`TargetHost`."""
+        return None
+
+    @property
+    def fault_count(self) -> int:
+        """As :class:`TargetHost`."""
+        return 0
 
     def start(self, deliver: Deliver, epoch: EpochWord | None = None) -> Description:
         """As :class:`TargetHost`."""

@@ -8,6 +8,8 @@ The guest then waits for answers that never come.
 from __future__ import annotations
 
 import logging
+import mmap
+import os
 import socketserver
 import sys
 import threading
@@ -15,10 +17,69 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-__all__ = ["ServingThreads", "TargetFaults", "stacks_of"]
+__all__ = ["ServingThreads", "SharedCount", "TargetFaults", "stacks_of"]
 
 _ASYNCIO: Final = "asyncio"
 """The logger of asyncio's event loops."""
+
+
+class SharedCount:
+    """How many faults a target had, and which process serves, for those that only look.
+
+    It is a page of memory that the bridge and the processes of a target share, so that a look costs
+    nothing, whatever the target does. A word has one writer at a time.
+
+    Args:
+        path: the memory of another process's object; None makes some.
+
+    Raises:
+        OSError: it cannot be mapped.
+    """
+
+    _FAULTS, _PID, _WORDS = 0, 1, 2
+
+    def __init__(self, path: str | None = None) -> None:
+        if path is None:
+            self._fd = os.memfd_create("kcov-bridge-faults", os.MFD_CLOEXEC)
+            os.ftruncate(self._fd, mmap.PAGESIZE)
+        else:
+            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
+        """Where another process finds the memory, as long as this object lives."""
+        try:
+            self._memory = mmap.mmap(self._fd, mmap.PAGESIZE)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._words = memoryview(self._memory).cast("Q")
+
+    @property
+    def faults(self) -> int:
+        """How many there were."""
+        count: int = self._words[self._FAULTS]
+        return count
+
+    @property
+    def pid(self) -> int:
+        """The process that serves the guest; 0 before it does."""
+        pid: int = self._words[self._PID]
+        return pid
+
+    def add_fault(self) -> None:
+        """Count one; callers have a lock."""
+        self._words[self._FAULTS] += 1
+
+    def set_pid(self, pid: int) -> None:
+        """Say which process serves."""
+        self._words[self._PID] = pid
+
+    def close(self) -> None:
+        """Give the memory back. Safe to call twice."""
+        if self._fd >= 0:
+            self._words.release()
+            self._memory.close()
+            os.close(self._fd)
+            self._fd = -1
 
 
 class TargetFaults(logging.Handler):
@@ -27,10 +88,14 @@ class TargetFaults(logging.Handler):
     These are exceptions that end a thread, those that asyncio only logs, and those that
     socketserver prints for a request. The target's threads look like all others, so each thread
     but the main one counts.
+
+    Args:
+        shared: counts them too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shared: SharedCount | None = None) -> None:
         super().__init__(logging.ERROR)
+        self._shared = shared
         self._faults_lock = threading.Lock()  # guards _faults
         self._faults: list[str] = []
         self._before: Callable[[threading.ExceptHookArgs], object] = threading.excepthook
@@ -68,6 +133,11 @@ class TargetFaults(logging.Handler):
         self._faults_lock = threading.Lock()
         self._faults = []
 
+    @property
+    def waiting(self) -> bool:
+        """Whether :meth:`take` would return any."""
+        return bool(self._faults)
+
     def take(self) -> list[str]:
         """Return the exceptions since the last call, with their tracebacks."""
         with self._faults_lock:
@@ -79,13 +149,17 @@ class TargetFaults(logging.Handler):
         if record.thread != threading.main_thread().ident:
             text = self.format(record)
             first, _, rest = text.partition("\n")
-            with self._faults_lock:
-                self._faults.append(f"asyncio on the thread {record.threadName}: {first}\n{rest}")
+            self._append(f"asyncio on the thread {record.threadName}: {first}\n{rest}")
 
     def _add(self, what: str, error: BaseException | None) -> None:
         text = "".join(traceback.format_exception(error)) if error is not None else ""
+        self._append(f"{what}\n{text}")
+
+    def _append(self, fault: str) -> None:
         with self._faults_lock:
-            self._faults.append(f"{what}\n{text}")
+            self._faults.append(fault)
+            if self._shared is not None:
+                self._shared.add_fault()
 
     def _note(self, args: threading.ExceptHookArgs) -> None:
         ended_in_order = isinstance(args.exc_value, SystemExit) and not args.exc_value.code
