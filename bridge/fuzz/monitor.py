@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Watches a slot's machine and target, and collects what is known before anything is killed."""
+"""Watches a slot's machine and target, and collects what is known before anything is killed.
+
+With the setting ``diagnose`` the guest's kernel writes warnings to the console too, so that they
+are noticed at once; without it they are found in its log, when something else makes the slot look.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,6 @@ from bridge.session.session import Session
 from bridge.targets.faults import TargetFaults
 
 __all__ = ["MachineMonitor", "resident"]
-
-_GUEST_SETUP: Final = "echo 7 >/proc/sys/kernel/printk"
-"""For the guest's shell: its kernel writes warnings to the console too."""
 
 _LOOK_SECONDS: Final = 5.0
 """How long a guest may take to answer after something went wrong."""
@@ -72,8 +73,9 @@ class MachineMonitor:
         self._faults.watch()
         self._faults.take()
         session.target_problems()
-        session.guest.run(_GUEST_SETUP, check=True, timeout=_LOOK_SECONDS)
-        self._log = KernelLog.read(session.guest, _LOOK_SECONDS)
+        if session is not self._session:
+            # A reset brings the log back to where it was.
+            self._log = KernelLog.read(session.guest, _LOOK_SECONDS)
         self._console_start = self._seen = session.machine.console.size
         self._complained = False
         self._pid = session.target_pid

@@ -52,6 +52,7 @@ from bridge.fuzz.messages import (
     send_go,
     send_welcome,
 )
+from bridge.fuzz.monitor import MachineMonitor
 from bridge.fuzz.slot_events import (
     Evidence,
     GuestFile,
@@ -67,7 +68,7 @@ from bridge.session.session import Session
 from bridge.session.target_host import TargetState
 from bridge.targets.registry import TargetMaker
 
-__all__ = ["BuiltIn", "MachineMonitor", "RunnerError", "Slot", "SlotOptions"]
+__all__ = ["BuiltIn", "RunnerError", "Slot", "SlotOptions"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,6 @@ _FAILED_STARTS = 2
 """After so many failed starts in a row the slot ends."""
 _POLL_SECONDS = 0.05
 _READY_POLL_SECONDS = 0.0005
-_LOOK_SECONDS = 0.25
 _JOIN_SECONDS = 10.0
 _SAID_BYTES = 64 << 10
 _SOCKET_PATH_BYTES = 107
@@ -132,50 +132,6 @@ class SlotOptions:
     spin_ns: int = 50_000
     ready_seconds: float = 60.0
     drift: float = 0.2
-
-
-class MachineMonitor:
-    """Notices a machine that is lost, and what the target reports of itself."""
-
-    def __init__(self) -> None:
-        self._session: Session | None = None
-        self._problems: list[str] = []
-        self._console_start = 0
-        self._looked = 0.0
-
-    def began(self, session: Session) -> None:
-        """See :class:`Monitor`."""
-        self._session = session
-        self._console_start = session.machine.console.size
-        session.target_problems()
-        self._problems.clear()
-
-    def trouble(self) -> bool:
-        """See :class:`Monitor`."""
-        session = self._session
-        if session is None:
-            return False
-        if session.machine.loss is not None:
-            return True
-        now = time.monotonic()
-        if now - self._looked >= _LOOK_SECONDS:
-            self._looked = now
-            self._problems += session.target_problems()
-        return bool(self._problems)
-
-    def collect(self, *, timed_out: bool) -> Evidence:
-        """See :class:`Monitor`."""
-        session = self._session
-        if session is None:
-            return Evidence()
-        self._looked = 0.0
-        self.trouble()
-        return Evidence(
-            console=session.machine.console.since(self._console_start),
-            lost=str(session.machine.loss or ""),
-            problems=tuple(self._problems),
-            stacks=session.target_stacks() if timed_out else "",
-        )
 
 
 class _Runner:
@@ -328,7 +284,8 @@ class Slot:
         target_state: what a reset does to the target.
         options: how it works.
         listeners: are told what happens.
-        monitor: notices what goes wrong; a :class:`MachineMonitor` by default.
+        monitor: notices what goes wrong; a
+            :class:`bridge.fuzz.monitor.MachineMonitor` by default.
 
     Raises:
         BridgeError: on entering, what failed.
@@ -361,7 +318,8 @@ class Slot:
         self._target = target
         self._target_state = target_state
         self._listeners = tuple(listeners)
-        self._monitor: Monitor = monitor if monitor is not None else MachineMonitor()
+        self._own_monitor = MachineMonitor()
+        self._monitor: Monitor = monitor if monitor is not None else self._own_monitor
         self._vm: _Vm | None = None
         self._board: Board | None = None
         self._listening: Socket | None = None
@@ -381,6 +339,7 @@ class Slot:
         with ExitStack() as stack:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._open_socket(stack)
+            stack.callback(self._own_monitor.close)
             stack.push(self._close_machine)
             self._start_machine()
             self._stack = stack.pop_all()

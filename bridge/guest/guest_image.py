@@ -79,7 +79,8 @@ _DIAGNOSE = (
     # for the registers and the stack, which come first.
     f'"sysctl.kernel.core_pattern=|/bin/dd of={CORE_DUMPS}%s.%p.%e bs=64k count=64 '
     'iflag=fullblock status=none" '
-    "sysctl.kernel.hung_task_timeout_secs=20"
+    # Warnings on the console too, whose level "quiet" lowers; after the kernel has booted.
+    "sysctl.kernel.hung_task_timeout_secs=20 sysctl.kernel.printk=7"
 )
 """Linux' fs/coredump.c splits the pattern, of 127 characters at most, before it expands it."""
 

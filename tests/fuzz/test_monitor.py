@@ -185,4 +185,4 @@ def test_monitor_panic_ends_the_guest_and_is_the_cause(started: Session) -> None
         assert fault.kind is Kind.KERNEL
         assert fault.title.startswith("Kernel panic - not syncing: kernel_faults: all is lost")
         with pytest.raises(GuestPanicError):
-            monitor.began(started)
+            started.reset()
