@@ -19,6 +19,7 @@ EPILOG = ""
 _ACTIONS: dict[str, str] = {
     "report": "make a page of a campaign, for a browser",
     "compare": "compare groups of campaigns, with the statistics of evaluations",
+    "text": "print a case of the harness files as text, or make one of text",
 }
 """What each action does; ``bridge.cli.fuzz_NAME`` carries it out, with the names of a subcommand's
 module."""

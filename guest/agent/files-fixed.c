@@ -1,0 +1,179 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * For targets in which nothing can be made: the names of the cases stand for files and directories
+ * that are there.
+ */
+#define _GNU_SOURCE
+#include "files-world.h"
+#include "sweep.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum {
+	MOST_FOUND = 512, /* paths; a target may serve endless trees */
+	MOST_DEPTH = 4,
+	MOST_BYTES = 1 << 14, /* of a file that are put back */
+};
+
+/* The names that stand for files, and for directories. */
+static const char *const file_names[] = {"a", "b", "c", "d/a", "d/b", "d/e/a", "e/a", "a/"};
+static const char *const directory_names[] = {"d", "e", "d/e", "d/"};
+
+#define ARRAY_SIZE(array) (sizeof(array) / sizeof((array)[0]))
+
+static struct found {
+	char *path;
+	bool directory;
+} found[MOST_FOUND];
+static size_t found_count;
+
+/* The files that names stand for, as they were. */
+static struct original {
+	const char *path;
+	uint32_t names; /* that stand for it, as bits */
+	uint32_t mode;
+	size_t length;
+	uint8_t *data;
+} originals[ARRAY_SIZE(file_names)];
+static size_t original_count;
+
+static void find(const char *path, int depth)
+{
+	DIR *directory = opendir(path);
+	struct dirent *entry;
+
+	while (directory && found_count < MOST_FOUND && (entry = readdir(directory))) {
+		struct stat status;
+		char *name;
+
+		if (sweep_is_dots(entry->d_name) ||
+		    asprintf(&name, "%s%s%s", depth ? path : "", depth ? "/" : "", entry->d_name) < 0)
+			continue;
+		if (lstat(name, &status) || !(S_ISREG(status.st_mode) || S_ISDIR(status.st_mode))) {
+			free(name);
+			continue;
+		}
+		found[found_count].directory = S_ISDIR(status.st_mode);
+		found[found_count++].path = name;
+		if (S_ISDIR(status.st_mode) && depth < MOST_DEPTH)
+			find(name, depth + 1);
+	}
+	if (directory)
+		closedir(directory);
+}
+
+static int by_path(const void *a, const void *b)
+{
+	const struct found *left = a, *right = b;
+
+	if (left->directory != right->directory)
+		return left->directory - right->directory;
+	return strcmp(left->path, right->path);
+}
+
+/* Keep what is in a file. Returns whether it can be put back. */
+static bool keep(const char *path)
+{
+	struct original *original = &originals[original_count];
+	struct stat status;
+	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+	ssize_t length = -1;
+
+	original->data = malloc(MOST_BYTES);
+	if (fd >= 0 && original->data && !fstat(fd, &status))
+		length = read(fd, original->data, MOST_BYTES);
+	if (fd >= 0)
+		close(fd);
+	/* A longer one cannot be put back, so it stays as a case leaves it. */
+	if (length < 0 || length == MOST_BYTES) {
+		free(original->data);
+		return false;
+	}
+	original->path = path;
+	original->mode = status.st_mode & 07777;
+	original->length = length;
+	original_count++;
+	return true;
+}
+
+/* Have names stand for `count` paths from `first` on, spread over them. */
+static void assign(const char *const *names, size_t name_count, size_t first, size_t count)
+{
+	const char *last = NULL;
+	bool kept = false;
+
+	for (size_t i = 0; i < name_count && count; i++) {
+		const char *path = found[first + i * count / name_count].path;
+		bool slash = names[i][strlen(names[i]) - 1] == '/';
+		char *copy;
+
+		if (asprintf(&copy, "%s%s", path, slash ? "/" : "") < 0)
+			continue;
+		/* Paths come in order, so the same ones follow each other. */
+		if (path != last)
+			kept = names == file_names && keep(path);
+		last = path;
+		for (size_t name = 0; name < files_name_count; name++) {
+			if (strcmp(files_names[name], names[i]))
+				continue;
+			files_paths[name] = copy;
+			if (kept)
+				originals[original_count - 1].names |= 1U << name;
+		}
+	}
+}
+
+size_t files_find_fixed(void)
+{
+	size_t files = 0;
+
+	find(".", 0);
+	qsort(found, found_count, sizeof(found[0]), by_path);
+	while (files < found_count && !found[files].directory)
+		files++;
+	assign(file_names, ARRAY_SIZE(file_names), 0, files);
+	assign(directory_names, ARRAY_SIZE(directory_names), files, found_count - files);
+	return files;
+}
+
+void files_put_back(uint32_t names)
+{
+	for (size_t i = 0; i < original_count; i++) {
+		const struct original *original = &originals[i];
+		ssize_t written;
+		int fd;
+
+		if (!(original->names & names))
+			continue;
+		fd = open(original->path, O_WRONLY | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK,
+			  original->mode);
+		if (fd < 0)
+			continue;
+		written = pwrite(fd, original->data, original->length, 0);
+		/* Some targets do not shorten files. The reset of the target does the rest. */
+		if (written == (ssize_t)original->length && ftruncate(fd, written))
+			written = -1;
+		close(fd);
+	}
+}
+
+void files_copy_fixed(void)
+{
+	for (size_t i = 0; i < found_count; i++)
+		for (char *slash = found[i].path; (slash = strchr(slash, '/')); slash++) {
+			*slash = 0;
+			mkdir(found[i].path, 0755);
+			*slash = '/';
+		}
+	for (size_t i = 0; i < found_count; i++)
+		if (found[i].directory)
+			mkdir(found[i].path, 0755);
+	files_put_back(~0U);
+}
