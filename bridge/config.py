@@ -373,6 +373,23 @@ class Settings:
             )
         return named
 
+    def changed(self) -> dict[str, Any]:
+        """Return what differs from the defaults, as values of JSON; see :meth:`of`."""
+        default = Settings()
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name in options()
+            if (value := getattr(self, name)) != getattr(default, name)
+        }
+
+    @classmethod
+    def of(cls, changed: Mapping[str, object]) -> Settings:
+        """Return the settings that :meth:`changed` described, on whatever machine.
+
+        Raises :class:`bridge.errors.UsageError`.
+        """
+        return load(changed, environ={}, directory=Path(os.devnull))
+
     def replace(self, **changes: Any) -> Settings:
         """Return a copy with some settings changed, and check it."""
         return dataclasses.replace(self, **changes)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -245,3 +246,16 @@ def test_source_auto_depends_on_accelerator_and_personality() -> None:
     assert Settings(personality="gvisor").sources("tcg") == {"python"}
     assert Settings(personality="gvisor", source="kernel").sources("tcg") == {"kernel"}
     assert Settings(source="python").sources("tcg") == {"python"}
+
+
+def test_settings_of_what_changed_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KCOV_BRIDGE_MEMORY", "999")
+    assert Settings().changed() == {}
+    settings = Settings(memory=512, vmlinux=tmp_path / "vmlinux", source="kernel", timeout=1.5)
+    changed = json.loads(json.dumps(settings.changed()))
+    assert changed.keys() == {"memory", "vmlinux", "source", "timeout"}
+    assert Settings.of(changed) == settings
+    with pytest.raises(UsageError):
+        Settings.of({"memory": 1})
