@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from bridge.errors import InfrastructureError
+from bridge.util.files import FileWriter
 
 __all__ = [
     "EVIDENCE_DIRECTORY",
@@ -135,7 +135,7 @@ class Records:
     """What is missing, and why; one sentence each."""
 
 
-class RecordWriter:
+class RecordWriter(FileWriter[FileIO]):
     """Writes the record of one process; a context manager.
 
     A test is in the file when :meth:`write` returns. A write that fails leaves the file as it was
@@ -154,12 +154,13 @@ class RecordWriter:
         """
         if worker and not _WORKER.fullmatch(worker):
             raise ValueError(f"not the name of a worker: {worker!r}")
-        self.path = directory / (f"tests.{worker}.jsonl" if worker else RECORD_FILE)
-        try:
+        path = directory / (f"tests.{worker}.jsonl" if worker else RECORD_FILE)
+
+        def opened() -> FileIO:
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = FileIO(self.path, "w")
-        except OSError as error:
-            raise self._failed(error) from error
+            return FileIO(path, "w")
+
+        super().__init__(path, opened)
         self._size = 0
         try:
             self._write_line({"format": FORMAT, "version": VERSION})
@@ -175,28 +176,6 @@ class RecordWriter:
         """
         self._write_line(record.as_dict())
 
-    def close(self) -> None:
-        """Close the file.
-
-        Raises:
-            InfrastructureError: the system reports that something was not written.
-        """
-        try:
-            self._file.close()
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _write_line(self, values: dict[str, Any]) -> None:
         # ASCII alone: a file name may contain what UTF-8 cannot encode.
         data = json.dumps(values, separators=(",", ":"), allow_nan=False).encode("ascii") + b"\n"
@@ -210,12 +189,6 @@ class RecordWriter:
         except OSError as error:
             raise self._failed(error) from error
         self._size += len(data)
-
-    def _failed(self, error: OSError) -> InfrastructureError:
-        return InfrastructureError(
-            f"cannot write {self.path}: {error.strerror}",
-            hint="check that its directory is writable and has room left",
-        )
 
 
 def evidence_name(test: str) -> str:

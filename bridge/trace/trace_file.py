@@ -18,11 +18,11 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 from bridge.errors import InfrastructureError, UsageError
 from bridge.trace.call import Call, HostCode, HostThread
+from bridge.util.files import FileWriter
 
 __all__ = [
     "FORMAT",
@@ -62,7 +62,7 @@ class TraceHeader:
     command: tuple[str, ...] = ()
 
 
-class TraceWriter:
+class TraceWriter(FileWriter[TextIO]):
     """Writes a trace file, call by call; a context manager.
 
     A call's text comes from the guest and may have any characters; what UTF-8 cannot hold is
@@ -77,11 +77,10 @@ class TraceWriter:
     """
 
     def __init__(self, path: Path, header: TraceHeader) -> None:
-        self._path = path
-        try:
-            self._file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n")
-        except OSError as error:
-            raise self._failed(error) from error
+        super().__init__(
+            path,
+            lambda: path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n"),
+        )
         self.calls = 0
         """How many calls were written."""
         try:
@@ -110,35 +109,11 @@ class TraceWriter:
         except OSError as error:
             raise self._failed(error) from error
 
-    def close(self) -> None:
-        """Finish the file. Safe to call twice."""
-        try:
-            self._file.close()
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def __enter__(self) -> TraceWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _write_line(self, line: str) -> None:
         try:
             self._file.write(line + "\n")
         except OSError as error:
             raise self._failed(error) from error
-
-    def _failed(self, error: OSError) -> InfrastructureError:
-        return InfrastructureError(
-            f"cannot write {self._path}: {error.strerror}",
-            hint="check that its directory exists, is writable and has room left",
-        )
 
 
 class TraceReader:

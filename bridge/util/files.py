@@ -7,12 +7,73 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Final, Generic, Protocol, Self, TypeVar
 
 from bridge.errors import InfrastructureError
 
-__all__ = ["atomic_output", "remove", "remove_partial", "sync", "write_atomically", "write_stream"]
+__all__ = [
+    "FileWriter",
+    "atomic_output",
+    "cannot_write",
+    "remove",
+    "remove_partial",
+    "sync",
+    "write_atomically",
+    "write_stream",
+]
+
+F = TypeVar("F", bound="_Closes")
+_HINT: Final = "check that its directory exists, is writable and has room left"
+
+
+class _Closes(Protocol):
+    def close(self) -> None: ...
+
+
+class FileWriter(Generic[F]):
+    """A file that is written bit by bit; a context manager, which closes it.
+
+    Args:
+        path: the file.
+        opened: opens it.
+
+    Raises:
+        InfrastructureError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path, opened: Callable[[], F]) -> None:
+        self.path = path
+        try:
+            self._file = opened()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def close(self) -> None:
+        """Close the file. Safe to call twice.
+
+        Raises:
+            InfrastructureError: the system reports that something was not written.
+        """
+        try:
+            self._file.close()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _failed(self, error: OSError) -> InfrastructureError:
+        return cannot_write(self.path, error)
+
+
+def cannot_write(path: Path, error: OSError) -> InfrastructureError:
+    """Return the error for a file that cannot be written."""
+    return InfrastructureError(f"cannot write {path}: {error.strerror}", hint=_HINT)
 
 
 @contextlib.contextmanager
@@ -64,10 +125,7 @@ def write_stream(path: Path, pieces: Iterable[bytes | str]) -> None:
                     piece.encode(errors="backslashreplace") if isinstance(piece, str) else piece
                 )
     except OSError as error:
-        raise InfrastructureError(
-            f"cannot write {path}: {error.strerror}",
-            hint="check that its directory exists, is writable and has room left",
-        ) from error
+        raise cannot_write(path, error) from error
 
 
 def remove(path: Path) -> None:

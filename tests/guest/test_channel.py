@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 from bridge.errors import (
-    BridgeError,
     GuestLostError,
     GuestPanicError,
     GuestResetError,
@@ -37,6 +36,7 @@ from bridge.vm.channel import (
     Frame,
     Kind,
 )
+from tests.support.watched import WatchedMachine
 
 AGENT = Path(__file__).resolve().parents[2] / "guest" / "agent"
 
@@ -107,33 +107,6 @@ class Agent:
         assert self.process.returncode == 0, errors.decode()
 
 
-class Machine:
-    """What the guest is watched by: lost when the test says so."""
-
-    def __init__(self) -> None:
-        self.loss: BridgeError | None = None
-        self.listeners: list[Callable[[BridgeError], None]] = []
-
-    def check(self) -> None:
-        if self.loss is not None:
-            raise self.loss
-
-    def add_loss_listener(self, listener: Callable[[BridgeError], None]) -> Callable[[], None]:
-        self.listeners.append(listener)
-        return lambda: self.listeners.remove(listener)
-
-    def lose_silent(self, seconds: float) -> None:
-        self.lose(GuestStoppedError(f"silent for {seconds:g} s"))
-
-    def lose_channel(self, why: str) -> None:
-        self.lose(GuestStoppedError(f"broken: {why}"))
-
-    def lose(self, loss: BridgeError) -> None:
-        self.loss = loss
-        for listener in list(self.listeners):
-            listener(loss)
-
-
 @pytest.fixture
 def agent(program: Path) -> Iterator[Agent]:
     agent = Agent(program)
@@ -143,12 +116,12 @@ def agent(program: Path) -> Iterator[Agent]:
 
 
 @pytest.fixture
-def machine() -> Machine:
-    return Machine()
+def machine() -> WatchedMachine:
+    return WatchedMachine()
 
 
 @pytest.fixture
-def guest(agent: Agent, machine: Machine) -> Iterator[ChannelGuest]:
+def guest(agent: Agent, machine: WatchedMachine) -> Iterator[ChannelGuest]:
     with ChannelGuest(agent.port, machine, ssh=no_ssh, ssh_command=("ssh",)) as guest:
         yield guest
 
@@ -472,7 +445,7 @@ def test_run_command_stops_all_that_it_may_ends_nevertheless(
 # The guest is lost, reset, silent
 
 
-def test_run_guest_is_lost_ends_at_once(guest: ChannelGuest, machine: Machine) -> None:
+def test_run_guest_is_lost_ends_at_once(guest: ChannelGuest, machine: WatchedMachine) -> None:
     loss = GuestPanicError("the guest kernel panicked: test")
     threading.Timer(0.3, machine.lose, [loss]).start()
     started = time.monotonic()
@@ -512,14 +485,14 @@ def test_restart_bytes_in_flight_never_arrive(program: Path, tmp_path: Path) -> 
     agent.port.restart()
     agent.process.send_signal(signal.SIGCONT)
     agent.greet()
-    with ChannelGuest(agent.port, Machine(), ssh=no_ssh, ssh_command=()) as guest:
+    with ChannelGuest(agent.port, WatchedMachine(), ssh=no_ssh, ssh_command=()) as guest:
         assert guest.run("echo new").text == "new\n"
     assert not witness.exists()
     agent.close()
 
 
 def test_run_guest_answers_no_more_is_lost(
-    guest: ChannelGuest, agent: Agent, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    guest: ChannelGuest, agent: Agent, machine: WatchedMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bridge.guest.channel.SILENCE_SECONDS", 3.0)
     assert guest.run("sleep 5; echo end").text == "end\n"
@@ -666,7 +639,7 @@ def test_agent_frames_that_make_no_sense_break_the_channel_until_a_hello(
     agent.ours.setblocking(False)
     agent.port.restart()
     agent.greet()
-    with ChannelGuest(agent.port, Machine(), ssh=no_ssh, ssh_command=()) as guest:
+    with ChannelGuest(agent.port, WatchedMachine(), ssh=no_ssh, ssh_command=()) as guest:
         assert guest.run("echo new").text == "new\n"
 
 
@@ -750,7 +723,7 @@ def hostile(data: bytes) -> tuple[ChannelPort, socket.socket]:
 )
 def test_host_frames_that_make_no_sense_lose_the_guest(wrong: bytes) -> None:
     port, theirs = hostile(wrong)
-    machine = Machine()
+    machine = WatchedMachine()
     with ChannelGuest(port, machine, ssh=no_ssh, ssh_command=()) as guest:
         for _ in range(2):
             with pytest.raises(GuestStoppedError, match="broken: "):
@@ -764,7 +737,7 @@ def test_host_frames_of_another_session_or_command_are_dropped() -> None:
     data += frame(Kind.COMPLETE, 1, b"", 1) + frame(Kind.END, 1, b"", 1)
     data += frame(Kind.EXIT, 1, b"\x07\0\0\0", 1) + frame(Kind.END, 1, b"", 1)
     port, theirs = hostile(data)
-    with ChannelGuest(port, Machine(), ssh=no_ssh, ssh_command=()) as guest:
+    with ChannelGuest(port, WatchedMachine(), ssh=no_ssh, ssh_command=()) as guest:
         assert guest.run("true", timeout=20).exit_status == 7
     port.close()
     theirs.close()

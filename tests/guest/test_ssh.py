@@ -30,7 +30,6 @@ from paramiko.common import (
 )
 
 from bridge.errors import (
-    BridgeError,
     GuestLostError,
     GuestPanicError,
     GuestSetupError,
@@ -40,6 +39,7 @@ from bridge.errors import (
     UsageError,
 )
 from bridge.guest.ssh import SshGuest, _Marks, _Output
+from tests.support.watched import WatchedMachine
 
 
 def make_key(path: Path) -> paramiko.PKey:
@@ -232,30 +232,6 @@ def ends(pid: int) -> bool:
     return False
 
 
-class Machine:
-    """What the guest is watched by: lost when the test says so."""
-
-    def __init__(self) -> None:
-        self.loss: BridgeError | None = None
-        self.listeners: list[Callable[[BridgeError], None]] = []
-
-    def check(self) -> None:
-        if self.loss is not None:
-            raise self.loss
-
-    def add_loss_listener(self, listener: Callable[[BridgeError], None]) -> Callable[[], None]:
-        self.listeners.append(listener)
-        return lambda: self.listeners.remove(listener)
-
-    def lose_silent(self, seconds: float) -> None:
-        self.lose(GuestStoppedError(f"silent for {seconds:g} s"))
-
-    def lose(self, loss: BridgeError | None = None) -> None:
-        self.loss = loss or GuestPanicError("the guest kernel panicked: test")
-        for listener in list(self.listeners):
-            listener(self.loss)
-
-
 @pytest.fixture
 def key(tmp_path: Path) -> Path:
     path = tmp_path / "key"
@@ -272,12 +248,12 @@ def server(tmp_path: Path, key: Path) -> Iterator[Server]:
 
 
 @pytest.fixture
-def machine() -> Machine:
-    return Machine()
+def machine() -> WatchedMachine:
+    return WatchedMachine()
 
 
 @pytest.fixture
-def guest(server: Server, key: Path, machine: Machine) -> Iterator[SshGuest]:
+def guest(server: Server, key: Path, machine: WatchedMachine) -> Iterator[SshGuest]:
     with SshGuest(server.port, key, public_line(server.host_key), watched=machine) as guest:
         guest.connect()
         yield guest
@@ -294,7 +270,7 @@ def test_output_and_exit_status(guest: SshGuest) -> None:
 
 
 def test_run_guest_answers_no_more_is_lost_with_the_machine(
-    guest: SshGuest, server: Server, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    guest: SshGuest, server: Server, machine: WatchedMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bridge.guest.ssh.SILENCE_SECONDS", 2.0)
 
@@ -310,7 +286,7 @@ def test_run_guest_answers_no_more_is_lost_with_the_machine(
 
 
 def test_run_silent_command_is_waited_for_while_the_guest_answers(
-    guest: SshGuest, server: Server, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    guest: SshGuest, server: Server, machine: WatchedMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bridge.guest.ssh.SILENCE_SECONDS", 3.0)
     assert guest.run("sleep 7; echo end").text == "end\n"
@@ -550,7 +526,7 @@ def test_output_marks_in_pieces_are_taken_out(size: int) -> None:
 
 
 def test_liveness_question_that_fails_is_asked_again(
-    guest: SshGuest, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    guest: SshGuest, machine: WatchedMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """paramiko measures time-outs by the wall clock, which a suspended host sets forward."""
     monkeypatch.setattr("bridge.guest.ssh.SILENCE_SECONDS", 6.0)
@@ -610,7 +586,7 @@ def test_run_many_commands_at_once_works(guest: SshGuest) -> None:
     assert results == {number: f"{number}\n" for number in range(8)}
 
 
-def test_run_guest_is_lost_ends_at_once(guest: SshGuest, machine: Machine) -> None:
+def test_run_guest_is_lost_ends_at_once(guest: SshGuest, machine: WatchedMachine) -> None:
     threading.Timer(0.3, machine.lose).start()
     started = time.monotonic()
     with pytest.raises(GuestPanicError, match="panicked: test"):
@@ -623,7 +599,7 @@ def test_run_guest_is_lost_ends_at_once(guest: SshGuest, machine: Machine) -> No
 
 
 def test_run_connection_breaks_before_the_loss_raises_the_loss(
-    guest: SshGuest, server: Server, machine: Machine
+    guest: SshGuest, server: Server, machine: WatchedMachine
 ) -> None:
     threading.Timer(0.2, server.break_connections).start()
     threading.Timer(0.7, machine.lose).start()

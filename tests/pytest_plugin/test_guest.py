@@ -384,20 +384,25 @@ def test_guest_broken_settings_file_is_named_and_no_marker(run: Run) -> None:
 @pytest.mark.parametrize(
     ("marker", "message"),
     [
-        ("memory='much'", "memory"),
-        ("memmory=256", "memory"),
-        ("reset='sometimes'", "it can be 'test', 'module', 'never'"),
-        ("reset=['test']", "it can be 'test', 'module', 'never'"),
-        ("ignore=['(']", "ignore"),
-        ("'trixie'", "takes settings by name"),
+        ("guest(memory='much')", "memory"),
+        ("guest(memmory=256)", "memory"),
+        ("guest(reset='sometimes')", "it can be 'test', 'module', 'never'"),
+        ("guest(reset=['test'])", "it can be 'test', 'module', 'never'"),
+        ("guest(ignore=['('])", "ignore"),
+        ("guest('trixie')", "takes settings by name"),
+        ("target('nowhere')", "there is no target nowhere"),
+        ("target(object())", "is no target"),
+        ("target('a:B', reset='sometimes')", "it can be 'keep', 'restart', 'fork'"),
+        ("target(port=3)", "names none"),
+        ("target('a:B', 'c:D', port=3)", "give instances instead"),
     ],
 )
-def test_guest_wrong_argument_is_a_usage_error(run: Run, marker: str, message: str) -> None:
+def test_markers_wrong_argument_is_a_usage_error(run: Run, marker: str, message: str) -> None:
     result = run(
         f"""
         import pytest
 
-        @pytest.mark.guest({marker})
+        @pytest.mark.{marker}
         def test_it(guest):
             pass
         """

@@ -329,31 +329,3 @@ def test_target_that_fails_says_what_and_the_run_goes_on(run: Run) -> None:  # n
     assert "both want the port 7000" in text
     assert "must be at the top level of a module" in text
     result.assert_outcomes(passed=2, failed=4, errors=5)
-
-
-@pytest.mark.parametrize(
-    ("marker", "message"),
-    [
-        ("'nowhere'", "there is no target nowhere"),
-        ("object()", "is no target"),
-        ("'a:B', reset='sometimes'", "it can be 'keep', 'restart', 'fork'"),
-        ("port=3", "names none"),
-        ("'a:B', 'c:D', port=3", "give instances instead"),
-    ],
-)
-def test_target_wrong_argument_is_a_usage_error(
-    run: Run,  # noqa: F811
-    marker: str,
-    message: str,
-) -> None:
-    result = run(
-        f"""
-        import pytest
-
-        @pytest.mark.target({marker})
-        def test_it(guest):
-            pass
-        """
-    )
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    assert message in result.stderr.str() + result.stdout.str()
