@@ -94,12 +94,13 @@ class Reply:
     """What the hub answers.
 
     Attributes:
-        sequence: of the report; its cases and findings are on the disk.
+        sequence: of the report.
         segments: what the job does not have, encoded (:func:`decode_segment`).
         position: how many segments the job has with these.
         more: there are further segments already.
         stop: the job is to end.
         interval: seconds until the next report.
+        kept: the cases and findings of the report are on the disk.
     """
 
     sequence: int
@@ -108,6 +109,7 @@ class Reply:
     more: bool = False
     stop: bool = False
     interval: float = 1.0
+    kept: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +190,7 @@ def encode_reply(reply: Reply) -> bytes:
             reply.more,
             reply.stop,
             reply.interval,
+            reply.kept,
         ]
     )
 
@@ -199,7 +202,7 @@ def decode_reply(message: bytes) -> Reply:
         WireError: it is none.
     """
     try:
-        sequence, segments, position, more, stop, interval = _unpack(message)
+        sequence, segments, position, more, stop, interval, kept = _unpack(message)
         return Reply(
             _is(int, sequence),
             [_is(bytes, each) for each in segments],
@@ -207,6 +210,7 @@ def decode_reply(message: bytes) -> Reply:
             _is(bool, more),
             _is(bool, stop),
             float(interval),
+            _is(bool, kept),
         )
     except (ValueError, TypeError) as error:
         raise WireError(f"not a reply: {error}") from error

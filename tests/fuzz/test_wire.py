@@ -58,6 +58,7 @@ REPLY = st.builds(
     st.booleans(),
     st.booleans(),
     st.floats(0, 60),
+    st.booleans(),
 )
 SEGMENT = st.builds(Segment, st.lists(st.binary()), COVERAGE)
 
@@ -89,7 +90,7 @@ def test_other_bytes_are_refused(noise: bytes, cut: int) -> None:
 
 def test_message_of_another_version_says_what_to_do() -> None:
     with pytest.raises(WireError, match=r"version 99 .*install the same kcov-bridge"):
-        decode_reply(b"\0" + msgpack.packb([99, 1, [], 0, False, False, 1.0]))
+        decode_reply(b"\0" + msgpack.packb([99, 1, [], 0, False, False, 1.0, True]))
 
 
 def test_message_that_grows_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
