@@ -123,6 +123,7 @@ class SlotOptions:
         ready_seconds: how long the runner may take to load its harness.
         drift: a reset comes if the same case gives a map that differs from the one after the last
             reset by more than this part; 0 for never.
+        blind: the engine gets no feedback; see :class:`bridge.fuzz.board.BoardLayout`.
     """
 
     areas: int = 4
@@ -132,6 +133,7 @@ class SlotOptions:
     spin_ns: int = 50_000
     ready_seconds: float = 60.0
     drift: float = 0.2
+    blind: bool = False
 
 
 class _Runner:
@@ -223,6 +225,7 @@ class _Vm:
             fold=Fold.EDGES if self.session.kernel is not None else Fold.BLOCKS,
             reset_every=options.reset_every,
             spin_ns=options.spin_ns,
+            blind=options.blind,
         )
 
     def start_runner(self) -> None:
