@@ -118,7 +118,7 @@ if (D.frontier.length) {
     one: "edge", label: "Frontier", rows: D.frontier,
     filters: [all, ...[["branch", "branches"], ["exception", "exceptions"], ["call", "calls and functions"]].map(([kind, name]) => [name, (row) => row[KIND] === kind])],
     text: (row) => row.slice(0, KIND + 1).join(" "),
-    columns: wide ? "minmax(170px, 2fr) minmax(170px, 2fr) 84px 64px" : "minmax(190px, 1fr) 64px",
+    columns: wide ? "minmax(170px, 2fr) minmax(170px, 2fr) 84px 80px" : "minmax(190px, 1fr) 72px",
     heads: wide ? ["Not reached", "Beside", "Way", ">Behind"] : ["Not reached", ">Behind"],
     cells: (row) => [h("span", { class: "mono", title: row[7] || row[6] }, row[5]), wide ? [h("span", { class: "mono quiet" }, row[1]), h("span", {}, row[KIND])] : null, h("span", { class: "num" }, row[BEHIND] ? count(row[BEHIND]) : "–")],
     about: (row) => [h("h2", {}, "Not reached"), source(row[5], row[6], row[7]), h("h3", {}, `Covered, by a ${row[KIND] === "call" ? "call or a definition" : row[KIND]}`), source(row[1], row[2], row[3]),

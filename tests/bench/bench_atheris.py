@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Executions per second: a VM with the 9P target, beside atheris with the same server in a process.
+
+    python -m tests.bench.bench_atheris [--rounds N] [--executions N] [--peer-executions N]
+
+A case is ten system calls on a file of the mount (the runner's harness ``file``: four times open
+and close, fstat, read). The messages that they become are recorded once, and atheris gives these
+to pyroute2's server in its own process: equal work for the target, without system calls, kernel,
+network and VM. Then atheris fuzzes, from these messages as seed. Both sides take turns.
+
+The VM's cases come from Python (``Lane.execute``), which adds some 50 us to each; there is no
+engine on this side. Needs atheris: pip install 'kcov-bridge[bench]'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyroute2.plan9.server as plan9
+
+from bridge import Session, Settings
+from bridge.fuzz.lane import Lane
+from tests.support import ROOT
+
+FILE = "/mnt/target/sizes/64"
+_READY_SECONDS = 60
+_CASE_SECONDS = 60
+
+
+class Recorder:
+    """Keeps the messages that the server gets, while it is on."""
+
+    def __init__(self) -> None:
+        self.messages: list[bytes] = []
+        self._inner: Any = plan9.Plan9ServerProtocol.data_received
+
+    def __enter__(self) -> Recorder:
+        inner, messages = self._inner, self.messages
+
+        def received(protocol: Any, data: bytes) -> None:
+            messages.append(bytes(data))
+            inner(protocol, data)
+
+        plan9.Plan9ServerProtocol.data_received = received
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        plan9.Plan9ServerProtocol.data_received = self._inner
+
+
+@contextlib.contextmanager
+def running_lane(session: Session) -> Iterator[Lane]:
+    """Start the runner with the harness, and stop it at the end by a reset."""
+    areas = session.open_lane(Lane.sizes(1, 1 << 16))
+    lane = Lane(areas)
+    lane.prepare()
+    command = ["kcov-runner", hex(lane.number), "file", FILE]
+
+    def run() -> None:
+        # The reset ends it.
+        with contextlib.suppress(Exception):
+            session.guest.run(command)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        deadline = time.monotonic() + _READY_SECONDS
+        while not lane.ready:
+            if time.monotonic() > deadline or not thread.is_alive():
+                raise RuntimeError("the runner is not ready")
+            time.sleep(1e-3)
+        yield lane
+    finally:
+        session.reset()
+        thread.join()
+        lane.close()
+        session.close_lane(areas)
+
+
+def execute(lane: Lane, executions: int) -> float:
+    """Return executions per second of the VM."""
+    begun = time.perf_counter()
+    for _ in range(executions):
+        done = lane.execute(b"", _CASE_SECONDS)
+        if done.status != 0 or not any(done.pcs):
+            raise RuntimeError(f"a case failed: status {done.status}, {len(done.pcs)} areas")
+    return executions / (time.perf_counter() - begun)
+
+
+def peer(messages: dict[str, list[str]], executions: int) -> dict[str, float]:
+    """Return executions per second of atheris: of equal work, and fuzzing."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, "messages.json")
+        path.write_text(json.dumps(messages))
+        module = "tests.bench.atheris_plan9"
+        done = subprocess.run(
+            [sys.executable, "-m", module, path, str(executions), scratch],
+            cwd=ROOT,
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        raise SystemExit(f"atheris failed with status {done.returncode}:\n{done.stderr[-2000:]}")
+    rates: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return rates
+
+
+def main() -> int:
+    """The command; see the module's text."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: 5)")
+    parser.add_argument("--executions", type=int, default=1000, help="of the VM in each")
+    parser.add_argument("--peer-executions", type=int, default=5000, help="of atheris in each")
+    parser.add_argument("--json", action="store_true", help="print the values of all turns")
+    args = parser.parse_args()
+    values: dict[str, list[float]] = {"vm": [], "equal": [], "fuzzing": []}
+    recorder = Recorder()
+    with recorder, Session(Settings()) as session, running_lane(session) as lane:
+        execute(lane, 10)
+        before = len(recorder.messages)
+        execute(lane, 1)
+        messages = {
+            "before": [each.hex() for each in recorder.messages[:before]],
+            "case": [each.hex() for each in recorder.messages[before:]],
+        }
+        recorder.__exit__()
+        accelerator = session.accelerator.name.upper()
+        for _ in range(args.rounds):
+            values["vm"].append(execute(lane, args.executions))
+            for name, rate in peer(messages, args.peer_executions).items():
+                values[name].append(rate)
+    if args.json:
+        print(json.dumps({"messages": len(messages["case"]), **values}))
+        return 0
+    print(f"a case: 10 system calls, {len(messages['case'])} messages to the target")
+    for name, text in (
+        ("vm", f"a VM under {accelerator}, 9p mount, kcov on"),
+        ("equal", "atheris, the same messages"),
+        ("fuzzing", "atheris, fuzzing from these messages"),
+    ):
+        found = values[name]
+        print(
+            f"{text:<40}{statistics.median(found):>10,.0f} /s  [{min(found):,.0f} - "
+            f"{max(found):,.0f}]"
+        )
+    ratios = [there / here for here, there in zip(values["vm"], values["equal"], strict=True)]
+    print(f"{'atheris to the VM, equal work':<40}{statistics.median(ratios):>10.1f} x")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
