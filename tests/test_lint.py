@@ -22,6 +22,7 @@ PYTHON = ("bridge", "tests", "examples", "docs", "setup.py")
 LICENCES = {
     "bridge": "Apache-2.0",
     "bridge/sources/guest_kernel/tcg": "GPL-2.0-or-later",
+    "bridge/vm/tcg": "GPL-2.0-or-later",
     "guest/module": "GPL-2.0",
 }
 """Who is under which licence; the longest prefix counts, and Apache-2.0 is the rest's."""

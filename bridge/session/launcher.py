@@ -36,12 +36,14 @@ from bridge.session.stats import Stats
 from bridge.targets import TARGET_ADDRESS, AnyEndpoint, QemuDevice, UdpEndpoint
 from bridge.targets.description import Description
 from bridge.targets.devices import QmpCommand
+from bridge.util.laps import Laps
 from bridge.vm.accel import Accelerator, choose_accelerator, next_accelerator
 from bridge.vm.agent import Ready
 from bridge.vm.config import MachineConfig, MemoryFds
 from bridge.vm.datagram_relay import DatagramRelay
 from bridge.vm.machine import Machine
 from bridge.vm.network import EpochWord, HostAddresses, RelayGate, compiled_relay
+from bridge.vm.restorer import Restored, compiled_restorer
 from bridge.vm.snapshot import Loading, Snapshot, new_memory
 
 if TYPE_CHECKING:
@@ -164,6 +166,9 @@ class RunningGuest:
 
     Attributes:
         ready: what the guest's agent reported when it was ready the last time.
+        reset_seconds: what the parts of the last reset took.
+        restored: what QEMU restored of the memory at the last reset; None if that was done from
+            outside.
         snapshot: what the guest was started from; None for one that was booted.
         resets: how often it was reset.
         endpoints: what the guest reaches now.
@@ -183,6 +188,8 @@ class RunningGuest:
         self.ready = ready
         self.snapshot = saved[0] if saved is not None else None
         self.resets = 0
+        self.reset_seconds: dict[str, float] = {}
+        self.restored: Restored | None = None
         self._saved = saved
         self._relays = relays
         self._resources = resources
@@ -220,10 +227,8 @@ class RunningGuest:
             UsageError: the guest was booted.
             GuestLostError: the guest is lost for good.
         """
-        snapshot, memory = self._state()
-        if self._mapping is None:
-            size = os.fstat(memory).st_size
-            self._mapping = self._resources.enter_context(mmap.mmap(memory, size))
+        self._state()
+        laps = Laps()
 
         def restore_snapshot() -> None:
             """While the guest stands still: all that is not QEMU's own."""
@@ -234,19 +239,38 @@ class RunningGuest:
             # Before the memory is restored, because a device may write into it.
             for each in self._devices:
                 _execute(self.machine, each, each.on_reset)
-            snapshot.restore(memory, self._mapping)
+            laps("devices")
+            self._restore_memory()
+            laps("memory")
             self._hang_up()
+            laps("hang up")
             if renew is not None:
                 target = renew()
                 self._relays.set(target.endpoints)
                 self._devices, self.endpoints = target.devices, target.endpoints
+                laps("target")
 
         def connect() -> None:
             _connect(self.machine, self._devices)
 
         with self._resetting, self.guest.reserved():
-            self.ready = self.machine.rewind(restore_snapshot, _RESUME_SECONDS, loaded=connect)
+            self.ready = self.machine.rewind(
+                restore_snapshot, _RESUME_SECONDS, loaded=connect, lap=laps
+            )
             yield
+            laps("set up")
+            self.reset_seconds = laps.seconds
+
+    def _restore_memory(self) -> None:
+        self.restored = self.machine.restore_memory()
+        if self.restored is not None:
+            logger.debug("the guest's memory: %s", self.restored)
+            return
+        snapshot, memory = self._state()
+        if self._mapping is None:
+            size = os.fstat(memory).st_size
+            self._mapping = self._resources.enter_context(mmap.mmap(memory, size))
+        snapshot.restore(memory, self._mapping)
 
     def _hang_up(self) -> None:
         """End the guest's connections to its target: it will take the same ports again."""
@@ -331,6 +355,7 @@ class Launcher:
             relay=compiled_relay() if target.endpoints else None,
             datagrams=self._datagrams.directory if self._datagrams is not None else None,
             plugin=watch.plugin,
+            restorer=_restorer(config),
         )
 
     def __enter__(self) -> Launcher:
@@ -391,7 +416,9 @@ class Launcher:
                 stack.callback(snapshot.close)
                 ram, states = _memory(snapshot, self._config, stack)
                 loading = stack.enter_context(snapshot.loading(ram))
-                memory = MemoryFds(ram, states, loading.devices)
+                memory = MemoryFds(
+                    ram, states, loading.devices, snapshot.memory, snapshot.keeps_code
+                )
                 saved = snapshot, ram
             doorbell = stack.enter_context(device.connect())
             machine = Machine(
@@ -414,6 +441,7 @@ class Launcher:
             doorbell.close()
             if loading is not None:
                 loading.end()
+                machine.track_memory()
                 machine.resume()
                 machine.wait_ready(_RESUME_SECONDS)
 
@@ -429,6 +457,17 @@ class Launcher:
             )
             relays = _Relays(self._gate, self._addresses, self._datagrams)
             return RunningGuest(machine, guest, ready, saved, relays, stack.pop_all())
+
+
+def _restorer(config: MachineConfig) -> Path | None:
+    """Return the plugin that restores the guest's memory inside QEMU, where that is right."""
+    if config.accelerator.name != "tcg":
+        return None
+    options = [*config.extra_args, *(each for one in config.devices for each in one.arguments)]
+    if any("vhost-user" in each for each in options):
+        # Another process writes the guest's memory, which Linux does not note for QEMU's.
+        return None
+    return compiled_restorer(config.qemu)
 
 
 def _connect(machine: Machine, devices: Sequence[QemuDevice]) -> None:

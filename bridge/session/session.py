@@ -64,6 +64,7 @@ from bridge.vm.accel import Accelerator
 from bridge.vm.agent import Ready
 from bridge.vm.machine import Machine, require_qemu
 from bridge.vm.network import silent_endpoints
+from bridge.vm.restorer import Restored
 from bridge.vm.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -391,6 +392,16 @@ class Session:
     def memory_fd(self) -> int:
         """The guest's memory; raises UsageError for a guest that was booted."""
         return self._running.running.memory_fd
+
+    @property
+    def restored(self) -> Restored | None:
+        """What QEMU restored of the memory at the last reset; None if that was not QEMU's work."""
+        return self._running.running.restored
+
+    @property
+    def reset_seconds(self) -> dict[str, float]:
+        """What the parts of the last reset took: see "Reset" in docs/performance.md."""
+        return dict(self._running.running.reset_seconds)
 
     @property
     def resets(self) -> int:

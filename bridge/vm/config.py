@@ -18,6 +18,7 @@ from bridge.targets import AnyEndpoint, QemuDevice
 from bridge.vm.accel import Accelerator
 from bridge.vm.channel import PORT_NAME
 from bridge.vm.network import EpochWord, netdev_option
+from bridge.vm.restorer import restorer_arguments
 
 __all__ = [
     "DEFAULT_QEMU",
@@ -90,6 +91,8 @@ class MachineConfig:
         boot_timeout: seconds; None for the accelerator's default.
         sandbox: False for a QEMU that was built without seccomp.
         plugin: watches the guest kernel (:mod:`bridge.sources.guest_kernel`).
+        restorer: the plugin that restores the guest's memory (:mod:`bridge.vm.restorer`), with
+            TCG; None to restore it from outside.
 
     Raises:
         UsageError: a value is impossible, or a file is missing.
@@ -119,6 +122,7 @@ class MachineConfig:
     qemu: str = DEFAULT_QEMU
     sandbox: bool = True
     plugin: Path | None = field(default=None, metadata=_WIRING)
+    restorer: Path | None = field(default=None, metadata=_WIRING)
     extra_args: tuple[str, ...] = ()
     name: str = field(default="kcov-bridge", metadata=_WIRING)
 
@@ -185,18 +189,23 @@ class MemoryFds:
         ram: the guest's memory.
         states: a qcow2 with the devices' state, for each later reset.
         devices: a file or pipe with the devices' state, read once at the start.
+        saved: the memory of the snapshot, for :attr:`MachineConfig.restorer`.
+        keeps_code: whether ``states`` has :data:`bridge.vm.vmstate.KEEPING_CODE` too.
     """
 
     ram: int
     states: int | None = None
     devices: int | None = None
+    saved: int | None = None
+    keeps_code: bool = False
 
 
 @dataclass(frozen=True)
 class BackendFds:
     """QEMU's ends of the socket pairs.
 
-    Without ``doorbell`` there is no ivshmem device, without ``channel`` no port for commands.
+    Without ``doorbell`` there is no ivshmem device, without ``channel`` no port for commands, and
+    without ``restorer`` no plugin that restores the memory.
     """
 
     qmp: int
@@ -206,15 +215,18 @@ class BackendFds:
     watch: WatchFds | None = None
     memory: MemoryFds | None = None
     channel: int | None = None
+    restorer: int | None = None
 
     @property
     def all(self) -> tuple[int, ...]:
         """The descriptors that QEMU must inherit."""
-        fds = [self.qmp, self.console, self.report, self.doorbell, self.channel]
+        fds = [self.qmp, self.console, self.report, self.doorbell, self.channel, self.restorer]
         if self.watch is not None:
             fds += [self.watch.plan, self.watch.region]
         if self.memory is not None:
             fds += [self.memory.ram, self.memory.states, self.memory.devices]
+            if self.restorer is not None:
+                fds.append(self.memory.saved)
         return tuple(fd for fd in fds if fd is not None)
 
 
@@ -238,6 +250,13 @@ def qemu_command(config: MachineConfig, fds: BackendFds) -> list[str]:
             # The saved memory already holds what would be loaded from them.
             config = replace(config, kernel=None, initrd=None)
         chardevs += _memory(config, fds.memory)
+        if fds.restorer is not None:
+            assert config.restorer is not None
+            assert fds.memory.saved is not None
+            given = restorer_arguments(
+                fds.memory.ram, fds.memory.saved, fds.restorer, config.memory_mib
+            )
+            chardevs += ["-plugin", f"file={_escaped(config.restorer)},{given}"]
     return [
         *_machine(config),
         *chardevs,

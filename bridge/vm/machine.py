@@ -67,7 +67,8 @@ from bridge.vm.events import (
 )
 from bridge.vm.network import find_ssh_port
 from bridge.vm.process import Process, spawn
-from bridge.vm.vmstate import SNAPSHOT_NAME, StreamReader, devices_of
+from bridge.vm.restorer import Restored, Restorer
+from bridge.vm.vmstate import KEEPING_CODE, SNAPSHOT_NAME, StreamReader, devices_of
 
 if TYPE_CHECKING:
     from qemu.qmp import Message
@@ -191,6 +192,9 @@ class Machine:
         self._console_socket: socket.socket
         self._report_socket: socket.socket
         self._port: ChannelPort | None = None
+        self._restorer: Restorer | None = None
+        # The thread that rewinds only:
+        self._code_is_valid = False  # what QEMU has translated fits the memory that was restored
         self._greeting = False  # whether the agent has to answer a HELLO
         self._greeted = False  # whether it has answered one
         self._stack = contextlib.ExitStack()
@@ -304,6 +308,12 @@ class Machine:
             theirs.append(qemu_channel)
             self._port = ChannelPort(channel, qemu_channel.dup())
             stack.callback(self._port.close)
+        qemu_restorer: socket.socket | None = None
+        if self.config.restorer is not None and self._memory and self._memory.saved is not None:
+            restorer, qemu_restorer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours.append(restorer)
+            theirs.append(qemu_restorer)
+            self._restorer = Restorer(restorer)
         for sock in (*ours, *theirs):
             stack.callback(sock.close)
         doorbell = self._doorbell.fileno() if self._doorbell is not None else None
@@ -315,6 +325,7 @@ class Machine:
             self._watch,
             self._memory,
             qemu_channel.fileno() if qemu_channel is not None else None,
+            qemu_restorer.fileno() if qemu_restorer is not None else None,
         )
 
         require_qemu(self.config.qemu)
@@ -459,15 +470,18 @@ class Machine:
         timeout: float | None = None,
         *,
         loaded: Callable[[], object] = lambda: None,
+        lap: Callable[[str], object] = lambda part: None,
     ) -> Ready:
         """Return the guest to ``memory.states``, and wait until it is ready again.
 
         If this fails, the guest is lost.
 
         Args:
-            restore: restores the guest's memory; called while the guest is paused.
+            restore: restores the guest's memory, with :meth:`restore_memory` if that can; called
+                while the guest is paused.
             timeout: as for :meth:`wait_ready`.
             loaded: called when the devices' state is loaded, before the guest runs.
+            lap: called after each part with its name: "stop", "loadvm", "continue", "guest".
 
         Raises:
             UsageError: the machine has no ``memory``, or is not ready. And what
@@ -477,6 +491,7 @@ class Machine:
             raise UsageError("this machine cannot be rewound: it was not started from a snapshot")
         started = time.monotonic()
         self._enter_rewinding()
+        self._code_is_valid = False
         if self._port is not None:
             # Before the guest stops, after which QEMU takes nothing from the port any more.
             self._port.restart()
@@ -485,15 +500,63 @@ class Machine:
                 self._system_reset()
             else:
                 self.execute("stop")
+            lap("stop")
             restore()
             self._load_states()
+            lap("loadvm")
             self._loop.run(self._forget(started))
             loaded()
             self.resume()
+            lap("continue")
         except BaseException as error:
             self._lose(GuestLostError(f"the guest could not be reset: {error}"))
             raise
-        return self.wait_ready(timeout)
+        ready = self.wait_ready(timeout)
+        lap("guest")
+        return ready
+
+    def track_memory(self) -> None:
+        """Have the first :meth:`restore_memory` take as long as later ones.
+
+        To be called before the guest runs, when its memory is as it was saved.
+
+        Raises:
+            QemuError: QEMU has ended, or does not answer.
+        """
+        if self._restorer is not None:
+            try:
+                done = self._restorer.track()
+            except QemuError:
+                self.check()
+                raise
+            logger.debug("the guest's memory: %s", done)
+
+    def restore_memory(self) -> Restored | None:
+        """Restore the guest's memory inside QEMU, which keeps its translated code; in ``restore``.
+
+        Returns:
+            None where this is not possible: the caller restores it from outside.
+
+        Raises:
+            QemuError: QEMU has ended, or does not answer.
+        """
+        if self._restorer is None:
+            return None
+        try:
+            done = self._restorer.restore()
+        except QemuError:
+            self.check()
+            raise
+        if done.error:
+            logger.warning(
+                "QEMU cannot restore the guest's memory itself (%s); resets take longer",
+                os.strerror(done.error),
+            )
+            self._restorer = None
+            return None
+        # What QEMU was not told of may be code.
+        self._code_is_valid = not done.hidden
+        return done
 
     def _enter_rewinding(self) -> None:
         """Enter REWINDING from READY, or from LOST if a reset of the guest can help."""
@@ -525,12 +588,15 @@ class Machine:
 
     def _load_states(self) -> None:
         """Load the devices' state from ``memory.states``."""
+        assert self._memory is not None
+        keeps = self._code_is_valid and self._memory.keeps_code
+        name = KEEPING_CODE if keeps else SNAPSHOT_NAME
         if not self.config.devices:
-            self._monitor(f"loadvm {SNAPSHOT_NAME}")
+            self._monitor(f"loadvm {name}")
             return
         # loadvm refuses where a disk can be written that keeps no snapshots. This job names the
         # disks that it is about; it works in the background.
-        job = {"job-id": _LOAD_JOB, "tag": SNAPSHOT_NAME, "vmstate": STATES, "devices": [STATES]}
+        job = {"job-id": _LOAD_JOB, "tag": name, "vmstate": STATES, "devices": [STATES]}
         self.execute("snapshot-load", dict(job))
         deadline = time.monotonic() + _LOAD_SECONDS
         while (found := self._load_job()).get("status") != "concluded":
@@ -918,7 +984,7 @@ class Machine:
                 evidence=said,
                 hint="install a complete QEMU, 7.2 or newer",
             )
-        if self.config.plugin is not None and "plugin" in said:
+        if self.config.plugin is not None and "plugin" in said and "restorer:" not in said:
             return UnwatchableError(
                 "this QEMU cannot load the plugin that watches the guest kernel",
                 evidence=said,

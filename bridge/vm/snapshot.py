@@ -19,6 +19,7 @@ hold the guest's memory.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import mmap
@@ -33,7 +34,7 @@ from bridge.errors import ImageError
 from bridge.util.files import atomic_output
 from bridge.vm.config import BackendFds, MachineConfig, MemoryFds, qemu_command
 from bridge.vm.machine import Machine
-from bridge.vm.vmstate import state_disk
+from bridge.vm.vmstate import keeping_code, state_disk
 
 __all__ = ["KEPT", "Loading", "Snapshot", "fingerprint", "new_memory", "prune"]
 
@@ -112,6 +113,7 @@ class Snapshot:
     Attributes:
         directory: where its files are.
         channel: as in :class:`bridge.vm.agent.Ready`, of the guest that was saved.
+        memory: its memory's file.
 
     Raises:
         ImageError: there is no snapshot in the directory, or it is broken.
@@ -139,9 +141,9 @@ class Snapshot:
                     f"the snapshot {directory} cannot be used",
                     evidence=f"{type(error).__name__}: {error}",
                 ) from error
-            self._memory, self.devices = fds
-            self._size = os.fstat(self._memory).st_size
-            self._extents = list(_extents(self._memory, self._size))
+            self.memory, self.devices = fds
+            self._size = os.fstat(self.memory).st_size
+            self._extents = list(_extents(self.memory, self._size))
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Snapshot:
@@ -183,7 +185,7 @@ class Snapshot:
         """Write a part of the saved memory into a file, which need not have pages there yet."""
         os.lseek(ram, start, os.SEEK_SET)
         while start < end:
-            sent = os.sendfile(ram, self._memory, start, end - start)
+            sent = os.sendfile(ram, self.memory, start, end - start)
             if not sent:
                 raise EOFError("the file ends")
             start += sent
@@ -193,7 +195,7 @@ class Snapshot:
         with memoryview(mapping) as view:
             while start < end:
                 with view[start:end] as part:
-                    got = os.preadv(self._memory, [part], start)
+                    got = os.preadv(self.memory, [part], start)
                 if not got:
                     raise EOFError("the file ends")
                 start += got
@@ -207,6 +209,16 @@ class Snapshot:
         finally:
             loading.end()
 
+    @functools.cached_property
+    def _states(self) -> tuple[bytes, bytes | None]:
+        devices = os.pread(self.devices, os.fstat(self.devices).st_size, 0)
+        return devices, keeping_code(devices)
+
+    @property
+    def keeps_code(self) -> bool:
+        """Whether :meth:`states` has :data:`bridge.vm.vmstate.KEEPING_CODE`. Raises OSError."""
+        return self._states[1] is not None
+
     def states(self) -> int:
         """Return a disk in memory with the devices' state, for one machine; the caller closes it.
 
@@ -214,7 +226,7 @@ class Snapshot:
             OSError: there is no memory.
             QemuError: the state is too large.
         """
-        return state_disk(os.pread(self.devices, os.fstat(self.devices).st_size, 0))
+        return state_disk(*self._states)
 
     def close(self) -> None:
         """Close the files. Safe to call twice."""

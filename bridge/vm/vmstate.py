@@ -24,10 +24,19 @@ from bridge.errors import QemuError
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-__all__ = ["SNAPSHOT_NAME", "StreamReader", "devices_of", "state_disk"]
+__all__ = [
+    "KEEPING_CODE",
+    "SNAPSHOT_NAME",
+    "StreamReader",
+    "devices_of",
+    "keeping_code",
+    "state_disk",
+]
 
 SNAPSHOT_NAME = "ready"
 """The name that ``loadvm`` gets for the state on a :func:`state_disk`."""
+KEEPING_CODE = "ready-with-code"
+"""The name of the same state without what has QEMU forget the code that it has translated."""
 
 _MAGIC = struct.pack(">II", 0x5145564D, 3)
 _PAGE_BYTES = 4096
@@ -201,13 +210,49 @@ class _Reader:
         return b"".join(iter(lambda: self._stream.read(_COPY_BYTES), b""))
 
 
-def state_disk(devices: bytes) -> int:
+_CPU_SECTION = bytes([len("cpu_common")]) + b"cpu_common"
+"""``vmstate_cpu_common`` in QEMU's ``cpu.c`` (later ``cpu-target.c``, ``system/cpus``). Whatever
+loads it has all translated code forgotten."""
+_cpu_head = struct.Struct(">BI")
+_cpu_rest = struct.Struct(">IIIIBI")
+
+
+def keeping_code(devices: bytes) -> bytes | None:
+    """Return what :func:`devices_of` returned without what has QEMU forget translated code.
+
+    Left out is a section for each vCPU, which says whether it is halted and what interrupts it. A
+    reset, which comes before the state is loaded, leaves the first one running and the others
+    halted, with no interrupt. A first one that was halted then runs as after an interrupt: the
+    loop around the instruction halts it again.
+
+    Returns:
+        None if the saved state differs from that.
+    """
+    parts, done, at = [], 0, 0
+    while (at := devices.find(_CPU_SECTION, at)) >= 0:
+        start, at = at - _cpu_head.size, at + len(_CPU_SECTION)
+        kind, section = _cpu_head.unpack_from(devices, start)
+        number, version, halted, interrupt, footer, closes = _cpu_rest.unpack_from(devices, at)
+        if (kind, version, footer, closes) != (_Section.FULL, 1, _Section.FOOTER, section):
+            return None
+        if interrupt or (number and not halted):
+            return None
+        parts.append(devices[done:start])
+        done = at = at + _cpu_rest.size
+    return b"".join([*parts, devices[done:]]) if parts else None
+
+
+def state_disk(devices: bytes, with_code: bytes | None = None) -> int:
     """Make a disk in memory that holds what :func:`devices_of` returned, for ``loadvm``.
 
-    The disk is an empty qcow2 of one cluster with one internal snapshot, :data:`SNAPSHOT_NAME`, as
-    QEMU's ``savevm`` leaves it. Its clusters, in this order: header, table of reference counts, one
-    block of them, the active L1 table, the table of snapshots, the snapshot's L1 table, its L2
-    table, the state.
+    The disk is an empty qcow2 of one cluster with one or two internal snapshots, as QEMU's
+    ``savevm`` leaves them. Its clusters, in this order: header, table of reference counts, one
+    block of them, the active L1 table, the table of snapshots; then of each snapshot its L1 table,
+    its L2 table, and the state.
+
+    Args:
+        devices: the state :data:`SNAPSHOT_NAME`.
+        with_code: the state :data:`KEEPING_CODE`.
 
     Returns:
         A descriptor, which the caller closes.
@@ -216,38 +261,45 @@ def state_disk(devices: bytes) -> int:
         OSError: there is no memory.
         QemuError: the state is larger than one L2 table and one block of reference counts allow.
     """
-    refcount_table, refcounts, active, snapshots, l1, l2, first = range(1, 8)
-    data = -(-len(devices) // _CLUSTER)
-    clusters = first + data
-    if data > _ENTRIES or clusters > _CLUSTER // 2:
-        raise QemuError(f"the devices' state is too large: {len(devices)} bytes")
-    header = struct.pack(
+    refcount_table, refcounts, active, snapshots, clusters = range(1, 6)
+    # KEEPING_CODE comes first: what a disk is searched for is the end.
+    states = {SNAPSHOT_NAME: devices}
+    if with_code is not None:
+        states = {KEEPING_CODE: with_code, **states}
+    parts: dict[int, bytes] = {}
+    table = b""
+    for number, (snapshot, state) in enumerate(states.items(), 1):
+        l1, l2, first = range(clusters, clusters + 3)
+        data = -(-len(state) // _CLUSTER)
+        if data > _ENTRIES or first + data > _CLUSTER // 2:
+            raise QemuError(f"the devices' state is too large: {len(state)} bytes")
+        identity, name = str(number).encode(), snapshot.encode()
+        entry = struct.pack(
+            ">QIHHIIQII",
+            *(l1 * _CLUSTER, 2),
+            *(len(identity), len(name)),
+            *(0, 0, 0),  # when it was made
+            *(len(state), 0),  # bytes of the state, no extra data
+        )
+        table += entry + identity + name
+        table += bytes(-len(table) % 8)
+        # Entry 0 of the L1 table is the disk, which is empty; entry 1 is the state after it.
+        parts[l1] = _word.pack(0) + _word.pack(l2 * _CLUSTER)
+        parts[l2] = b"".join(_word.pack((first + at) * _CLUSTER) for at in range(data))
+        parts[first] = state
+        clusters = first + data
+    parts[0] = struct.pack(
         ">4sIQIIQIIQQIIQ",
         *(_QCOW2_MAGIC, 2),
         *(0, 0, _CLUSTER_BITS),  # no backing file
         *(_CLUSTER, 0),  # bytes of the disk, not encrypted
         *(1, active * _CLUSTER),  # L1 table: entries, offset
         *(refcount_table * _CLUSTER, 1),  # table of reference counts: offset, clusters
-        *(1, snapshots * _CLUSTER),
+        *(len(states), snapshots * _CLUSTER),
     )
-    # Entry 0 of the L1 table is the disk, which is empty; entry 1 is the state, which follows it.
-    identity, name = b"1", SNAPSHOT_NAME.encode()
-    entry = struct.pack(
-        ">QIHHIIQII",
-        *(l1 * _CLUSTER, 2),
-        *(len(identity), len(name)),
-        *(0, 0, 0),  # when it was made
-        *(len(devices), 0),  # bytes of the state, no extra data
-    )
-    parts = {
-        0: header,
-        refcount_table: _word.pack(refcounts * _CLUSTER),
-        refcounts: struct.pack(f">{clusters}H", *[1] * clusters),
-        snapshots: entry + identity + name,
-        l1: _word.pack(0) + _word.pack(l2 * _CLUSTER),
-        l2: b"".join(_word.pack((first + number) * _CLUSTER) for number in range(data)),
-        first: devices,
-    }
+    parts[refcount_table] = _word.pack(refcounts * _CLUSTER)
+    parts[refcounts] = struct.pack(f">{clusters}H", *[1] * clusters)
+    parts[snapshots] = table
     fd = os.memfd_create("kcov-bridge-states", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, clusters * _CLUSTER)

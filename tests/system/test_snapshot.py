@@ -287,7 +287,7 @@ def test_many_in_a_row(session: Session) -> None:
     snapshot, machine, device = session.snapshot, session.machine, session.device
     assert snapshot is not None
     assert device is not None
-    wanted = digest(snapshot._memory)
+    wanted = digest(snapshot.memory)
     resume = machine.resume
     resets = session.resets
     wrong: list[str] = []

@@ -257,6 +257,7 @@ WIRING: dict[str, Any] = {
     "host_addresses": Path("/proc/1/fd/5"),
     "ssh_port": 2222,
     "plugin": Path("/plugin.so"),
+    "restorer": Path("/restorer.so"),
     "boot_timeout": 3.0,
     "name": "another",
 }

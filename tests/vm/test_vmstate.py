@@ -12,7 +12,7 @@ from typing import cast
 import pytest
 
 from bridge.errors import QemuError
-from bridge.vm.vmstate import StreamReader, devices_of, state_disk
+from bridge.vm.vmstate import StreamReader, devices_of, keeping_code, state_disk
 
 MAGIC = struct.pack(">II", 0x5145564D, 3)
 DEVICES = b"\x04" + b"all that is left, whatever it is \x01\x02" * 1000
@@ -136,3 +136,33 @@ class TestStateDisk:
         # All clusters are counted, and none is there that is not.
         counts = struct.unpack(">32768H", content[2 << 16 : 3 << 16])
         assert sum(counts) == len(content) >> 16
+
+
+def cpu(number: int, *, halted: int = 1, interrupt: int = 0, rest: bytes = b"") -> bytes:
+    head = b"\x04\0\0\0" + bytes([number + 7]) + text("cpu_common")
+    fields = struct.pack(">IIII", number, 1, halted, interrupt)
+    return head + fields + rest + b"\x7e\0\0\0" + bytes([number + 7])
+
+
+class TestKeepingCode:
+    def test_keeping_code_leaves_out_the_sections_of_the_processors(self) -> None:
+        parts = [b"\x04 a timer", b"\x04 between", b"\x04 at the end\0"]
+        devices = MAGIC + parts[0] + cpu(0, halted=0) + parts[1] + cpu(1) + parts[2]
+        assert keeping_code(devices) == MAGIC + b"".join(parts)
+
+    @pytest.mark.parametrize(
+        "section",
+        [
+            cpu(1, halted=0),
+            cpu(0, interrupt=2),
+            cpu(0, rest=b"\x05\x1acpu_common/exception_index\0\0\0\x01\0\0\0\x0e"),
+        ],
+        ids=["another that runs", "with an interrupt", "with a part more"],
+    )
+    def test_keeping_code_processor_that_a_reset_does_not_leave_so_is_none(
+        self, section: bytes
+    ) -> None:
+        assert keeping_code(MAGIC + cpu(0) + section + b"\0") is None
+
+    def test_keeping_code_no_processor_is_none(self) -> None:
+        assert keeping_code(MAGIC + DEVICES) is None

@@ -86,6 +86,9 @@ class KernelCode:
         self._lines = lines
         self._modules: dict[str, ModuleText] = {}
         self._module_pieces: dict[str, list[Piece]] = {}
+        # What was made of each module's symbols the last time: a reset of the guest names the
+        # same ones again.
+        self._named: dict[str, tuple[ModuleText, str, KernelSymbols, list[Piece]]] = {}
         if lines is not None:
             lines.belong_to(symbols)
         self.syscall_entry = self._needed("entry_SYSCALL_64")
@@ -184,14 +187,19 @@ class KernelCode:
         """Set a module's symbols from lines of ``/proc/kallsyms``."""
         name = module_name(name)
         place = self._modules[name]
-        self.symbols.add_module(name, kallsyms, place)
-        alone = KernelSymbols()
-        alone.add_module(name, kallsyms, place)
-        recorded: Ranges = []
-        if name != _OWN_MODULE:
-            recorded = self._wanted.ranges(alone, self._lines, strict=False)
-        text = (place.canonical, place.canonical + place.size)
-        self._module_pieces[name] = cut([text], {RangeFlag.RECORD: recorded})
+        named = self._named.get(name)
+        if named is None or named[:2] != (place, kallsyms):
+            alone = KernelSymbols()
+            alone.add_module(name, kallsyms, place)
+            recorded: Ranges = []
+            if name != _OWN_MODULE:
+                recorded = self._wanted.ranges(alone, self._lines, strict=False)
+            text = (place.canonical, place.canonical + place.size)
+            named = place, kallsyms, alone, cut([text], {RangeFlag.RECORD: recorded})
+            if kallsyms:
+                self._named[name] = named
+        self.symbols.take_module(name, named[2])
+        self._module_pieces[name] = named[3]
 
     def running(self, offset: int) -> list[tuple[int, int, PC, RangeFlag]]:
         """Return all code at its addresses in the guest, for a kernel moved by ``offset``.

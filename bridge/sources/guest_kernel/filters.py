@@ -363,23 +363,26 @@ def _list_for(names: Collection[str]) -> _List:
     It is the list with the largest share of its own names, which some other list lacks, in the
     kernel. Only files on all lists count, because another file may have become instrumented.
     """
-    lists = _lists()
+    found = frozenset(names)
+    best, _ = max(_lists(), key=lambda each: len(each[1] & found) / max(len(each[1]), 1))
+    return best
+
+
+@functools.cache
+def _lists() -> list[tuple[_List, frozenset[str]]]:
+    """Return each list, and the names of its own by which it is chosen."""
+    lists = [_listed(path) for path in sorted(Path(__file__).parent.glob(_LISTS))]
     everywhere = frozenset.intersection(
         *(frozenset().union(*(files for _, files in listed.values())) for listed in lists)
     )
     shared = set.intersection(*(set(listed) for listed in lists))
-
-    def fit(listed: _List) -> float:
-        own = [name for name, (_, files) in listed.items() if files & everywhere]
-        own = [name for name in own if name not in shared]
-        return sum(name in names for name in own) / max(len(own), 1)
-
-    return max(lists, key=fit)
-
-
-@functools.cache
-def _lists() -> list[_List]:
-    return [_listed(path) for path in sorted(Path(__file__).parent.glob(_LISTS))]
+    return [
+        (
+            listed,
+            frozenset(name for name, (_, files) in listed.items() if files & everywhere) - shared,
+        )
+        for listed in lists
+    ]
 
 
 def _listed(path: Path) -> _List:

@@ -22,7 +22,7 @@ _HERE = Path(__file__).parent / "tcg"
 PLUGIN = CProgram(
     name="the plugin for QEMU",
     source=_HERE / "kcov_tcg.c",
-    includes=(_HERE / "plan.h", _HERE / "qemu_plugin_api.h"),
+    includes=(_HERE / "plan.h", _HERE / "qemu_plugin_api.h", _HERE / "qemu_plugin_version.h"),
     flags=(
         *("-shared", "-fPIC", "-O2", "-g", "-std=gnu11"),
         *("-Wall", "-Wextra", "-fvisibility=hidden"),
@@ -46,7 +46,13 @@ _PROBE_SECONDS = 30.0
 _SOURCE_REMEDY = "or leave the guest kernel out: --source python"
 
 
-def build_plugin(qemu: str, spare: Path | None = None) -> Path:
+def build_plugin(
+    qemu: str,
+    spare: Path | None = None,
+    *,
+    program: CProgram = PLUGIN,
+    greeting: str = _GREETING,
+) -> Path:
     """Return the plugin that this QEMU loads, from the cache if it is there.
 
     If this QEMU loads none, :func:`why_not_loaded` gives the reason.
@@ -54,17 +60,19 @@ def build_plugin(qemu: str, spare: Path | None = None) -> Path:
     Args:
         qemu: the program.
         spare: see :meth:`bridge.util.compile.CProgram.build`.
+        program: the plugin's source.
+        greeting: as for :func:`why_not_loaded`.
 
     Raises:
         UnwatchableError: it cannot be compiled, or not be kept; the guest kernel can be left out.
     """
     try:
-        plugin = PLUGIN.build(spare)
-        too_old = _TOO_OLD.search(why_not_loaded(qemu, plugin) or "")
+        plugin = program.build(spare)
+        too_old = _TOO_OLD.search(why_not_loaded(qemu, plugin, greeting) or "")
         if too_old is None or int(too_old[1]) > _NEWEST_API:
             return plugin
-        flags = (*PLUGIN.flags, f"-DPLUGIN_API={too_old[1]}")
-        return replace(PLUGIN, flags=flags).build(spare)
+        flags = (*program.flags, f"-DPLUGIN_API={too_old[1]}")
+        return replace(program, flags=flags).build(spare)
     except InfrastructureError as error:
         raise UnwatchableError(
             error.message,
@@ -73,16 +81,19 @@ def build_plugin(qemu: str, spare: Path | None = None) -> Path:
         ) from error
 
 
-def why_not_loaded(qemu: str, plugin: Path) -> str | None:
+def why_not_loaded(qemu: str, plugin: Path, greeting: str = _GREETING) -> str | None:
     """Return QEMU's own reason for not loading the plugin; None if it loads it.
 
     The cache keeps an answer that depends on the two files alone.
+
+    Args:
+        greeting: the plugin's error without arguments.
     """
     answer = _answer_file(qemu, plugin)
     if answer is not None:
         with contextlib.suppress(OSError, UnicodeError):
             return answer.read_text(encoding="utf-8") or None
-    why = _try(qemu, plugin)
+    why = _try(qemu, plugin, greeting)
     if answer is not None and (why is None or _TOO_OLD.search(why)):
         # A cache that cannot be written keeps no answer; QEMU is asked again next time.
         with contextlib.suppress(OSError, BridgeError):
@@ -107,7 +118,7 @@ def _answer_file(qemu: str, plugin: Path) -> Path | None:
     return cache_directory() / PLUGIN.folder / f"loads-{digest.hexdigest()[:16]}"
 
 
-def _try(qemu: str, plugin: Path) -> str | None:
+def _try(qemu: str, plugin: Path, greeting: str) -> str | None:
     """Have QEMU load the plugin."""
     machine = ("-machine", "none", "-nodefaults", "-display", "none")
     try:
@@ -122,6 +133,6 @@ def _try(qemu: str, plugin: Path) -> str | None:
         )
     except (OSError, subprocess.SubprocessError) as error:
         return str(error)
-    if _GREETING in done.stderr:
+    if greeting in done.stderr:
         return None
     return done.stderr.strip().partition("\n")[0] or f"it ends with status {done.returncode}"

@@ -21,6 +21,7 @@ from bridge.device.abi import KERNEL_CPUS, KernelWord
 from bridge.device.region import Area
 from bridge.errors import KernelUnknownError
 from bridge.sources.guest_kernel import BLOCKS_FILE, SYMBOLS_FILE
+from bridge.sources.guest_kernel.pc_memory import HIGH_MEMORY, low_memory
 from bridge.sources.guest_kernel.plan import NOWHERE, VECTORS, Plan, PlanWord, Ram
 from bridge.util.files import write_atomically
 
@@ -32,7 +33,6 @@ __all__ = ["GuestKernel", "ram_offset"]
 logger = logging.getLogger(__name__)
 
 _PAGE = 4096
-_FOUR_GIB = 1 << 32
 # Bounded, because the guest may be hostile: no more digits than an address has.
 _MODULE = re.compile(r"^(\S+) (\d{1,9}) .* 0x([0-9a-f]{1,16})(?: \(\w+\))?$", re.MULTILINE)
 _SYMBOL = re.compile(r"^([0-9a-f]{1,16}) ([A-Za-z]) \S+\t\[(\S+)\]$", re.MULTILINE)
@@ -43,14 +43,13 @@ _QUIET_SECONDS = 2.0
 def ram_offset(physical: int, memory: int) -> int | None:
     """Return the offset of a guest-physical address in the memory of a q35 machine, or None.
 
-    ``memory`` is the machine's memory in bytes; ``pc_q35_init`` in QEMU defines how much of it lies
-    below 4 GiB.
+    ``memory`` is the machine's memory in bytes.
     """
-    below = memory if memory < 0xB000_0000 else 0x8000_0000
+    below = low_memory(memory)
     if 0 <= physical < below:
         return physical
-    if _FOUR_GIB <= physical < _FOUR_GIB + memory - below:
-        return physical - _FOUR_GIB + below
+    if HIGH_MEMORY <= physical < HIGH_MEMORY + memory - below:
+        return physical - HIGH_MEMORY + below
     return None
 
 

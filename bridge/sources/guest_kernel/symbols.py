@@ -194,6 +194,10 @@ class KernelSymbols:
         ]
         self._enter(name, _module_table(found, place))
 
+    def take_module(self, name: str, others: KernelSymbols) -> None:
+        """Add a module as ``others`` has it; it replaces a module of the same name."""
+        self._enter(name, others._modules[module_name(name)])
+
     def remove_module(self, name: str) -> None:
         """Note that a module was unloaded.
 

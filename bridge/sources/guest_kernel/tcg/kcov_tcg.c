@@ -35,6 +35,7 @@
 
 #include "plan.h"
 #include "qemu_plugin_api.h"
+#include "qemu_plugin_version.h"
 
 #define likely(x)	__builtin_expect(!!(x), 1)
 #define unlikely(x)	__builtin_expect(!!(x), 0)
@@ -169,38 +170,6 @@ static uint64_t after_schedule[16], syscall_entry;
 
 /* The first version of the plugin API whose callbacks do not get the plugin's id. */
 #define API_WITHOUT_ID	7
-
-#ifdef PLUGIN_API
-/* No symbol tells this version from the previous one; the bridge knows what QEMU requires. */
-EXPORTED int qemu_plugin_version = PLUGIN_API;
-#else
-/*
- * QEMU reads this after it has loaded the file, so the constructor below can still set it. QEMU may
- * refuse old versions.
- */
-EXPORTED int qemu_plugin_version = 1;
-
-__attribute__((constructor))
-static void choose_version(void)
-{
-	static const struct {
-		const char *symbol;
-		int version;
-	} since[] = {
-		{ "qemu_plugin_scoreboard_new", 2 },
-		{ "qemu_plugin_register_vcpu_tb_exec_cond_cb", 3 },
-		{ "qemu_plugin_read_memory_vaddr", 4 },
-		{ "qemu_plugin_write_memory_vaddr", 5 },
-		{ "qemu_plugin_register_vcpu_discon_cb", 6 },
-	};
-
-	/* Version 2 removed this symbol. */
-	if (!dlsym(RTLD_DEFAULT, "qemu_plugin_n_vcpus"))
-		for (size_t i = 0; i < sizeof(since) / sizeof(since[0]); i++)
-			if (dlsym(RTLD_DEFAULT, since[i].symbol))
-				qemu_plugin_version = since[i].version;
-}
-#endif
 
 /* ---- the bridge's words -------------------------------------------------------------------- */
 
