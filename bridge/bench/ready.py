@@ -4,7 +4,11 @@
 ``ready`` runs ``kcov-bridge run -- echo`` as a process and measures from its start to the guest's
 answer: with a boot (cold), and from a snapshot, as the bridge does by default (warm). The baseline
 is virtme-ng with the same kernel under the same accelerator. ``reset`` is
-:meth:`bridge.session.session.Session.reset`, against ending the guest and starting another.
+:meth:`bridge.session.session.Session.reset`, against ending the guest and starting another; then
+its parts, of a guest that has run a command, and of one that has written 5 MiB. ``guest`` is what
+the agent does first, from the moment the guest goes on to its answer. The agent does the same once
+more when it is asked to: what that takes less is ``translation``, because QEMU may have to
+translate the guest's code again after a reset. ``whole`` is a reset without that.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from tempfile import TemporaryDirectory
 
 from bridge.bench.commands import seconds_to_answer
 from bridge.bench.measurement import Bench, Measurement, series, take_turns
-from bridge.bench.stats import Aim, Comparison, Of
+from bridge.bench.stats import Aim, Comparison, Of, Series
 from bridge.bench.virtme import Virtme
 from bridge.config import ENVIRONMENT_PREFIX, Settings
 from bridge.errors import BridgeError, InfrastructureError
@@ -35,6 +39,13 @@ _COLD_AIM = Aim(5.0, of=Of.VALUE)
 _WARM_AIM = Aim(1.0, of=Of.VALUE)
 _FASTER_AIM = Aim(15, at_most=False, of=Of.FASTER)
 _RESET_AIM = Aim(150.0, of=Of.VALUE)
+_WHOLE_AIM = Aim(30.0, of=Of.VALUE)
+_MEMORY_AIM = Aim(10.0, of=Of.VALUE)
+_USES = {
+    "little": "true",
+    "5 MiB": "dd if=/dev/zero bs=1M count=5 2>/dev/null | tr '\\0' x >/dev/shm/filled",
+}
+"""What a guest does before a reset whose parts are measured."""
 _ANSWER = "answered-by-bridge"
 _SECONDS = 300.0
 _COLD, _WARM, _BASELINE = "cold", "warm", "virtme-ng"
@@ -140,6 +151,39 @@ def _measure_reset(bench: Bench) -> None:
         )
     pair = (series(taken, "reset", 1e3), series(taken, "restart", 1e3))
     bench.add(Comparison("reset", "ms", *pair, _NEEDED, Of.FASTER, (_RESET_AIM,)))
+    bench.progress("the parts of a reset")
+    with Session(settings, None) as session:
+        rounds = 5 if bench.quick else 15
+        ways = {use: functools.partial(_parts, session, use) for use in _USES}
+        taken_apart = take_turns(ways, rounds)
+        if (restored := session.restored) is None:
+            bench.note("the memory was restored from outside of QEMU")
+        else:
+            bench.note(
+                f"QEMU restored {restored.restored} of {restored.candidates} pages the last time, "
+                + ("those that were written" if restored.tracked else "after it compared all")
+            )
+    for use, turns in taken_apart.items():
+        for part in turns[0]:
+            values = Series(part, tuple(each[part] for each in turns))
+            aims = {"memory": (_MEMORY_AIM,), "whole": (_WHOLE_AIM,)}.get(part, ())
+            bench.add(Comparison(f"{use}: {part}", "ms", values, None, _NEEDED, Of.VALUE, aims))
+
+
+def _parts(session: Session, use: str) -> dict[str, float]:
+    """Return the milliseconds of each part of a reset."""
+    session.guest.run(["sh", "-c", _USES[use]], check=True)
+    begun = time.perf_counter()
+    session.reset()
+    whole = (time.perf_counter() - begun) * 1e3
+    parts = {part: seconds * 1e3 for part, seconds in session.reset_seconds.items()}
+    begun = time.perf_counter()
+    session.machine.greet()
+    again = (time.perf_counter() - begun) * 1e3
+    # The guest goes on while QEMU still answers that it does.
+    guest = parts.pop("continue") + parts.pop("guest")
+    translation = max(0.0, guest - again)
+    return {**parts, "guest": guest, "translation": translation, "whole": whole - translation}
 
 
 class _Restarted:

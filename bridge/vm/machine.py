@@ -97,6 +97,9 @@ _LOAD_SECONDS = 30.0
 _LOAD_JOB = "load-states"
 _SAVE_SECONDS = 60.0
 _STATUS_POLL_SECONDS = 0.002
+_REST_TRIES = 20
+_REST_SECONDS = 0.02
+"""How often a guest is looked at before it is saved, and the time between."""
 _RESET_SECONDS = 10.0
 _STDERR_SECONDS = 0.5
 _SAVED = "saved"
@@ -195,6 +198,7 @@ class Machine:
         self._restorer: Restorer | None = None
         # The thread that rewinds only:
         self._code_is_valid = False  # what QEMU has translated fits the memory that was restored
+        self._translate_again = False  # the guest was lost, maybe by a fault of QEMU
         self._greeting = False  # whether the agent has to answer a HELLO
         self._greeted = False  # whether it has answered one
         self._stack = contextlib.ExitStack()
@@ -393,7 +397,7 @@ class Machine:
             QemuError: QEMU refuses, or its state is not understood. And what :meth:`execute`
                 raises.
         """
-        self.execute("stop")
+        self._stop_at_rest()
         # The guest's memory is a file, so it is left out. The region is none: newer QEMUs send it.
         capability = {"capability": "x-ignore-shared", "state": True}
         self.execute("migrate-set-capabilities", {"capabilities": [capability]})
@@ -410,6 +414,18 @@ class Machine:
             except QemuError as error:
                 answer = self.execute("query-migrate")
                 raise QemuError(error.message, evidence=str(answer), hint=error.hint) from error
+
+    def _stop_at_rest(self) -> None:
+        """Pause the guest; with TCG, if possible, when all its processors are halted.
+
+        Others can be saved too, but not :func:`bridge.vm.vmstate.keeping_code`.
+        """
+        for left in reversed(range(_REST_TRIES if self.config.accelerator.name == "tcg" else 1)):
+            self.execute("stop")
+            if left == 0 or self._monitor("info registers -a").count("HLT=1") == self.config.cpus:
+                return
+            self.execute("cont")
+            time.sleep(_REST_SECONDS)
 
     def resume(self) -> None:
         """Continue a loaded guest; :meth:`wait_ready` returns when it can be used.
@@ -428,6 +444,23 @@ class Machine:
         seed = os.urandom(SEED_BYTES).hex()
         # QEMU reads from the socket, so there is room for a few bytes.
         self._report_socket.send(f"resume {seconds} {rest} {seed}\n".encode())
+
+    def greet(self, timeout: float = _CHANNEL_SECONDS) -> None:
+        """Have the agent do again what it does first after a reset; ends all commands.
+
+        Raises:
+            UsageError: the agent takes no commands.
+            BootTimeoutError: it does not answer.
+        """
+        port = self.channel
+        if port is None:
+            raise UsageError("the guest's agent takes no commands")
+        self._greeting = True
+        port.hello(set_clock=True)
+        self._await_answer(port, time.monotonic() + timeout)
+        if self._greeting:
+            self.check()
+            raise self._not_ready(timeout)
 
     def open_channel(self, timeout: float = _CHANNEL_SECONDS) -> ChannelPort | None:
         """Return the port over which a guest that has booted takes commands, once it does.
@@ -490,7 +523,7 @@ class Machine:
         if self._memory is None:
             raise UsageError("this machine cannot be rewound: it was not started from a snapshot")
         started = time.monotonic()
-        self._enter_rewinding()
+        self._translate_again = self._enter_rewinding()
         self._code_is_valid = False
         if self._port is not None:
             # Before the guest stops, after which QEMU takes nothing from the port any more.
@@ -554,12 +587,14 @@ class Machine:
             )
             self._restorer = None
             return None
-        # What QEMU was not told of may be code.
-        self._code_is_valid = not done.hidden
+        # What QEMU was not told of may be code. Without tracking it is not told of pages that were
+        # written twice, which matters with several vCPUs: see restore_page() in restorer.c.
+        told = not done.hidden and bool(done.tracked or self.config.cpus == 1)
+        self._code_is_valid = told and not self._translate_again
         return done
 
-    def _enter_rewinding(self) -> None:
-        """Enter REWINDING from READY, or from LOST if a reset of the guest can help."""
+    def _enter_rewinding(self) -> bool:
+        """Enter REWINDING from READY, or from LOST if a reset can help; return whether it was."""
         with self._changed:
             loss = self._loss
             if isinstance(loss, GuestStoppedError) and self._process.running:
@@ -571,6 +606,7 @@ class Machine:
             self._loss = None
             self._paused = True
             self._set_state(State.REWINDING)
+            return loss is not None
 
     def _system_reset(self) -> None:
         """Reset the guest, so that QEMU can continue it later; it remains paused."""

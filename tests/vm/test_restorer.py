@@ -24,8 +24,9 @@ from tests.vm.support import READY, TCG, boot_sector
 
 MEMORY = 64 << 20
 PAGE = 4096
-WRITES = bytes.fromhex("b80080 8ec0 bf0000 ff05 ebfc")
-"""mov ax, 0x8000; mov es, ax; mov di, 0; inc word [di]; jmp: without end."""
+WRITES = bytes.fromhex("b0ff e621 e6a1 b80080 8ed8 bf0000 ff05 ebfc")
+"""mov al, 0xff; out 0x21, al; out 0xa1, al: no interrupts. mov ax, 0x8000; mov ds, ax; mov di, 0;
+inc word [di]; jmp: without end."""
 HOLE = 48 << 20
 
 
@@ -145,6 +146,14 @@ def test_restore_memory_page_out_of_qemus_sight_has_all_code_translated_again(
     assert f"loadvm {SNAPSHOT_NAME}" in commands
     commands.clear()
     assert guest.rewind().hidden == 0
+    assert f"loadvm {KEEPING_CODE}" in commands
+
+
+def test_rewind_lost_guest_has_all_code_translated_again(guest: Guest, commands: list[str]) -> None:
+    guest.machine.lose_silent(1.0)
+    assert guest.rewind().hidden == 0
+    assert f"loadvm {SNAPSHOT_NAME}" in commands
+    guest.rewind()
     assert f"loadvm {KEEPING_CODE}" in commands
 
 

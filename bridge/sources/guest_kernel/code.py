@@ -191,6 +191,8 @@ class KernelCode:
         if named is None or named[:2] != (place, kallsyms):
             alone = KernelSymbols()
             alone.add_module(name, kallsyms, place)
+            # Lines of files ask for the module there.
+            self.symbols.take_module(name, alone)
             recorded: Ranges = []
             if name != _OWN_MODULE:
                 recorded = self._wanted.ranges(alone, self._lines, strict=False)

@@ -199,33 +199,40 @@ static const uint8_t *saved_page(uint64_t offset)
 	return zeroes;
 }
 
-static void restore_page(uint64_t offset, struct answer *answer)
+/*
+ * A page that was written is given to QEMU even if it is as it was: with several vCPUs QEMU 7.2 may
+ * have kept a translation from between two writes.
+ */
+static void restore_page(uint64_t offset, bool was_written, struct answer *answer)
 {
 	const uint8_t *wanted = saved_page(offset);
+	bool differs = memcmp(ram + offset, wanted, PAGE);
 	uint64_t got = PAGE;
 	void *mapped;
 
 	answer->candidates++;
-	if (!memcmp(ram + offset, wanted, PAGE))
+	answer->restored += differs;
+	if (!differs && !was_written)
 		return;
-	answer->restored++;
 	mapped = map_guest(guest_space, guest_address(offset), &got, true, 0);
 	if (mapped == ram + offset && got == PAGE) {
-		memcpy(mapped, wanted, PAGE);
+		if (differs)
+			memcpy(mapped, wanted, PAGE);
 		unmap_guest(guest_space, mapped, PAGE, true, PAGE);
 		return;
 	}
 	/* Something else is at this address now. */
 	if (mapped)
 		unmap_guest(guest_space, mapped, got, false, 0);
-	memcpy(ram + offset, wanted, PAGE);
+	if (differs)
+		memcpy(ram + offset, wanted, PAGE);
 	answer->hidden++;
 }
 
-static void restore_range(uint64_t start, uint64_t end, struct answer *answer)
+static void restore_range(uint64_t start, uint64_t end, bool were_written, struct answer *answer)
 {
 	for (; start < end && start < bytes; start += PAGE)
-		restore_page(start, answer);
+		restore_page(start, were_written, answer);
 }
 
 /* Restore what was written since protect(). */
@@ -252,7 +259,7 @@ static bool restore_written(struct answer *answer)
 		scanned = now();
 		for (int i = 0; i < n; i++)
 			restore_range(found[i].start - (uintptr_t)ram, found[i].end - (uintptr_t)ram,
-				      answer);
+				      true, answer);
 		answer->find_ns += scanned - begun;
 		answer->copy_ns += now() - scanned;
 		scan.start = scan.walk_end;
@@ -270,12 +277,13 @@ static void restore_different(struct answer *answer)
 		uint64_t hole_end = i < n_extents ? extents[i].start : bytes;
 
 		while (done < hole_end && next_data(ram_fd, done, &data) && data.start < hole_end) {
-			restore_range(data.start, data.end < hole_end ? data.end : hole_end, answer);
+			restore_range(data.start, data.end < hole_end ? data.end : hole_end, false,
+				      answer);
 			done = data.end;
 		}
 		if (i == n_extents)
 			break;
-		restore_range(extents[i].start, extents[i].end, answer);
+		restore_range(extents[i].start, extents[i].end, false, answer);
 		done = extents[i].end;
 	}
 	answer->copy_ns += now() - begun;
