@@ -116,7 +116,7 @@ class Engine:
             )
         return Path(found)
 
-    def environment(self, slot: Path, map_size: int) -> dict[str, str]:
+    def environment(self, slot: str | Path, map_size: int) -> dict[str, str]:
         """Return what each of the engine's programs needs in its environment.
 
         Args:
@@ -333,7 +333,7 @@ def find_engine(program: str | Path = "afl-fuzz") -> Engine:
 
 
 def start_job(
-    engine: Engine, slot: Path, seeds: Path, output: Path, options: JobOptions
+    engine: Engine, slot: str | Path, seeds: Path, output: Path, options: JobOptions
 ) -> EngineJob:
     """Start ``afl-fuzz`` on a slot.
 
