@@ -513,22 +513,17 @@ class Slot:
         Raises:
             BridgeError: machines fail to start, or a shim cannot work.
         """
-        served = 0
-        while not stop() and not (shims and served >= shims):
-            connection = self._accept()
-            if connection is None:
-                continue
-            with connection, self._posted():
-                self._serve_one(connection, stop)
-            served += 1
-
-    def _accept(self) -> Socket | None:
         listening = self._listening
         if listening is None:
             raise UsageError("the slot was not entered")
-        if not select.select([listening], [], [], _POLL_SECONDS)[0]:
-            return None
-        return listening.accept()[0]
+        served = 0
+        while not stop() and not (shims and served >= shims):
+            if not select.select([listening], [], [], _POLL_SECONDS)[0]:
+                continue
+            connection, _ = listening.accept()
+            with connection, self._posted():
+                self._serve_one(connection, listening, stop)
+            served += 1
 
     @contextlib.contextmanager
     def _posted(self) -> Iterator[None]:
@@ -542,12 +537,16 @@ class Slot:
                 self._executions += board[BoardWord.EXECUTIONS]
                 self._board = None
 
-    def _serve_one(self, connection: Socket, stop: Callable[[], bool]) -> None:
+    def _serve_one(self, connection: Socket, listening: Socket, stop: Callable[[], bool]) -> None:
         clean = False
         while not stop():
-            if not select.select([connection], [], [], _POLL_SECONDS)[0]:
+            ready, _, _ = select.select([connection, listening], [], [], _POLL_SECONDS)
+            if not ready:
                 self._watch()
                 continue
+            if connection not in ready:
+                # afl-showmap starts a second shim beside its first, which it does not use again.
+                break
             message = receive(connection)
             if message is None:
                 break

@@ -19,9 +19,11 @@ from bridge.fuzz.engine import (
     start_job,
     time_limit_ms,
 )
+from bridge.fuzz.shim import shim_program
 from bridge.fuzz.slot import Slot, SlotOptions
 from bridge.sources.pcs import syscall_pc
 from bridge.util.resources import guest_directory
+from bridge.vm.process import spawn
 from tests.fuzz.test_slot import File, Harness, Heard
 
 pytestmark = pytest.mark.vm
@@ -31,13 +33,14 @@ SECONDS = 120.0
 """For what takes a few on a quiet machine."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def heard() -> Heard:
     return Heard()
 
 
-@pytest.fixture
-def slot(tmp_path: Path, heard: Heard) -> Iterator[Slot]:
+@pytest.fixture(scope="module")
+def slot(tmp_path_factory: pytest.TempPathFactory, heard: Heard) -> Iterator[Slot]:
+    tmp_path = tmp_path_factory.mktemp("slot")
     agent, program = guest_directory() / "agent", tmp_path / "runner"
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread", "-s"]
     sources = [agent / "kcov-runner.c", Path(__file__).with_name("engine_harness.c")]
@@ -93,3 +96,27 @@ def test_engine_on_a_guest_finds_new_cases_and_a_crash(
     done = slot.execute(b"d", SECONDS)
     assert syscall_pc(MKDIR) in done.pcs[0]
     assert syscall_pc(GETDENTS) not in done.pcs[0]
+
+
+def test_showmap_on_a_guest_writes_a_map_a_case(slot: Slot, tmp_path: Path) -> None:
+    cases, maps = tmp_path / "cases", tmp_path / "maps"
+    cases.mkdir()
+    for case in (b"r", b"rl", b"rld"):
+        (cases / case.decode()).write_bytes(case)
+    engine = find_engine()
+    with spawn(
+        [
+            engine.tool("afl-showmap"),
+            *("-t", "20000"),
+            *("-i", cases),
+            *("-o", maps),
+            "--",
+            shim_program(),
+        ],
+        env=engine.environment(slot.socket, slot.options.map_size),
+        join_output=True,
+    ) as process:
+        slot.serve(lambda: not process.running)
+        assert process.returncode == 0, process.stderr_text
+    cells = {path.name: len(path.read_text().splitlines()) for path in maps.iterdir()}
+    assert 0 < cells["r"] < cells["rl"] < cells["rld"]
