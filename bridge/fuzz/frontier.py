@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import dis
 import enum
+import io
+import lzma
+import struct
 import warnings
 from array import array
 from bisect import bisect_right
@@ -19,11 +22,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
-from typing import Final
+from typing import Any, Final
 
 from bridge.errors import MissingDependencyError, SourceError
 from bridge.results.kernel_export import Block as KernelBlock
 from bridge.sources import PC
+from bridge.sources.guest_kernel.placement import core_text_sections
 from bridge.sources.guest_kernel.symbols import KernelSymbols
 from bridge.sources.pcs import BlockTable, FileBlocks
 from bridge.sources.python.blocks import decode_source, find_blocks
@@ -240,7 +244,7 @@ def _add_edges(
 
 
 class KernelText:
-    """The code of a kernel, from its image: an ELF file that need not have symbols.
+    """The code of a kernel, from its image, an ELF file that need not have symbols; and of modules.
 
     Raises:
         MissingDependencyError: pyelftools is not installed.
@@ -253,7 +257,9 @@ class KernelText:
             from elftools.elf.elffile import ELFFile
         except ImportError as error:
             raise _missing("pyelftools") from error
+        self._elf_error: type[Exception] = ELFError
         self._texts: list[tuple[PC, bytes]] = []
+        self._addresses: dict[str, PC] = {}
         try:
             with vmlinux.open("rb") as file:
                 for section in ELFFile(file).iter_sections():
@@ -264,12 +270,82 @@ class KernelText:
         except (ELFError, ValueError) as error:
             raise SourceError(f"{vmlinux} is no image of a kernel", evidence=str(error)) from error
 
+    def add_module(self, path: Path, base: PC, symbols: KernelSymbols) -> None:
+        """Add a module's code as the kernel links it: at ``base``, with the targets of its calls.
+
+        Args:
+            path: the module's file, ``.ko`` or ``.ko.xz``.
+            symbols: of the kernel, for calls out of the module.
+
+        Raises:
+            SourceError: the file cannot be read, or is not a module.
+        """
+        offsets = core_text_sections(path)
+        try:
+            data = path.read_bytes()
+            if path.suffix == ".xz":
+                data = lzma.decompress(data)
+            self._texts += _linked(io.BytesIO(data), base, offsets, self._address_of(symbols))
+        except (OSError, lzma.LZMAError, self._elf_error, ValueError, struct.error) as error:
+            raise SourceError(f"cannot read the module {path.name}", evidence=str(error)) from error
+
+    def _address_of(self, symbols: KernelSymbols) -> Mapping[str, PC]:
+        if not self._addresses:
+            for symbol in symbols:
+                self._addresses.setdefault(symbol.name, symbol.start)
+        return self._addresses
+
     def read(self, start: PC, size: int) -> bytes:
-        """Return the code at an address; b"" if it is not in the image (a module's)."""
+        """Return the code at an address; b"" if it is not here."""
         for address, data in self._texts:
             if address <= start and start + size <= address + len(data):
                 return data[start - address : start - address + size]
         return b""
+
+
+_PC_RELATIVE: Final = (2, 4)
+"""R_X86_64_PC32 and R_X86_64_PLT32."""
+_NOWHERE: Final = 0xFFFF_FFFF_8000_0000
+"""Where a call goes whose target is not known: no function is there."""
+
+
+def _linked(
+    file: io.BytesIO, base: PC, offsets: Mapping[str, int], addresses: Mapping[str, PC]
+) -> list[tuple[PC, bytes]]:
+    """Return address and code of each section of a module's core text."""
+    from elftools.elf.elffile import ELFFile
+    from elftools.elf.relocation import RelocationSection
+
+    elf = ELFFile(file)
+    sections = list(elf.iter_sections())
+    code = {
+        number: bytearray(section.data())
+        for number, section in enumerate(sections)
+        if section.name in offsets
+    }
+    places = {number: base + offsets[sections[number].name] for number in code}
+    for section in sections:
+        if not isinstance(section, RelocationSection) or section["sh_info"] not in code:
+            continue
+        target = section["sh_info"]
+        names: Any = elf.get_section(section["sh_link"])
+        for each in section.iter_relocations():
+            if each["r_info_type"] not in _PC_RELATIVE:
+                continue
+            symbol = names.get_symbol(each["r_info_sym"])
+            index = symbol["st_shndx"]
+            if index in places:
+                to = places[index] + symbol["st_value"]
+            elif index == "SHN_UNDEF":
+                to = addresses.get(symbol.name, _NOWHERE)
+            else:
+                # Data, which no call goes to.
+                continue
+            at = each["r_offset"]
+            distance = to + each["r_addend"] - (places[target] + at)
+            if -(1 << 31) <= distance < 1 << 31:
+                struct.pack_into("<i", code[target], at, distance)
+    return [(places[number], bytes(data)) for number, data in code.items()]
 
 
 def kernel_frontier(

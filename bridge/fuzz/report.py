@@ -8,31 +8,24 @@ The campaign may still run. The page is made as that of runs is
 from __future__ import annotations
 
 import importlib.resources
-import logging
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
 from bridge.errors import BridgeError, InfrastructureError, UsageError
 from bridge.fuzz.curves import Curve, Panel, draw, thin_out
-from bridge.fuzz.frontier import Edge, KernelText, kernel_frontier, python_frontier
+from bridge.fuzz.frontier import Edge, kernel_frontier, python_frontier
+from bridge.fuzz.places import Places, is_syscall_pc
 from bridge.fuzz.progress import PROGRESS_FILE, Progress, TCurve
 from bridge.fuzz.records import CampaignRecord, read_record
 from bridge.fuzz.store import CAMPAIGN_FILE, CASES_FILE, CORPUS_DIRECTORY
-from bridge.guest.images.store import list_images
 from bridge.results import REPORT_FILE
-from bridge.results.kernel_export import is_kernel_pc, read_blocks
+from bridge.results.kernel_export import is_kernel_pc
 from bridge.results.report.document import link, render_document
-from bridge.results.report.host import find_paths
 from bridge.results.report.pcs import PCS_FILE
 from bridge.sources import PC
 from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
-from bridge.sources.guest_kernel import SYMBOLS_FILE
-from bridge.sources.guest_kernel.lines import Lines, find_modules, find_vmlinux
 from bridge.sources.guest_kernel.symbols import KernelSymbols
-from bridge.sources.pcs import PC_BASE, SLOT_BYTES, SYSCALL_FILE, SYSCALL_SLOTS, BlockTable
-from bridge.sources.python.blocks import decode_source
-from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.util.files import write_atomically
 
 __all__ = ["CURVES_FILE", "CampaignReport", "read_pcs", "write_campaign_report"]
@@ -42,13 +35,8 @@ CURVES_FILE: Final = "coverage.svg"
 
 _ROWS: Final = 50_000
 """Rows of blocks, and of the frontier, that the page lists at most; figures are of all."""
-_TEXT: Final = 160
-"""Characters of a source line."""
-_SYSCALLS_END: Final = PC_BASE + SYSCALL_SLOTS * SLOT_BYTES
 _UNRECORDED: Final = ("__SCT__", "__x86_", "__fentry__", "__cfi_", "__pfx_")
 """Names of kernel code that is patched or not recorded: it cannot become covered."""
-
-_log = logging.getLogger(__name__)
 
 
 def read_pcs(path: Path) -> set[PC]:
@@ -107,7 +95,7 @@ class CampaignReport:
         self.campaign = campaign
         self.problems = list(campaign.problems)
         self._against = against
-        self._places = _Places(campaign, vmlinux, self.problems)
+        self.places = Places(campaign, vmlinux, self.problems)
         self.frontier = self._find_frontier()
 
     def write(self, output: Path) -> Path:
@@ -164,12 +152,12 @@ class CampaignReport:
             ]
             for case in campaign.cases
             for pc in case.pcs
-            if not _is_syscall(pc)
+            if not is_syscall_pc(pc)
         ]
-        covered = {pc for pc in campaign.covered() if not _is_syscall(pc)}
+        covered = {pc for pc in campaign.covered() if not is_syscall_pc(pc)}
         missed = []
         if there is not None:
-            missed = sorted(pc for pc in there[1] if pc not in covered and not _is_syscall(pc))
+            missed = sorted(pc for pc in there[1] if pc not in covered and not is_syscall_pc(pc))
         problems = list(self.problems)
         for name, rows in (("blocks", blocks), ("edges of the frontier", self.frontier)):
             if len(rows) > _ROWS:
@@ -215,7 +203,7 @@ class CampaignReport:
     def _totals(self, covered: set[PC], missed: int) -> dict[str, Any]:
         campaign = self.campaign
         last = campaign.progress.last
-        seeds = {pc for pc in campaign.seeds_covered() if not _is_syscall(pc)}
+        seeds = {pc for pc in campaign.seeds_covered() if not is_syscall_pc(pc)}
         there = self._against
         return {
             "seconds": last.seconds if last else 0.0,
@@ -237,7 +225,7 @@ class CampaignReport:
         }
 
     def _place(self, pc: PC, symbol: str = "") -> list[str]:
-        place, name, text = self._places.of(pc)
+        place, name, text = self.places.of(pc)
         return [f"{pc:x}", place, symbol or name, text]
 
     def _links(self, base: Path | None) -> list[dict[str, str]]:
@@ -255,7 +243,7 @@ class CampaignReport:
     def _find_frontier(self) -> list[Edge]:
         covered, problems = self.campaign.covered(), self.problems
         found: list[Edge] = []
-        places = self._places
+        places = self.places
         if places.table is not None:
             found += python_frontier(places.table, covered, places.sources, problems)
         if places.symbols is not None:
@@ -263,19 +251,13 @@ class CampaignReport:
         return sorted(found, key=lambda edge: (-edge.behind, edge.at, edge.to))
 
     def _kernel_frontier(self, symbols: KernelSymbols, covered: set[PC]) -> list[Edge]:
-        path = self.campaign.directory / KERNEL_BLOCKS_FILE
-        if not path.is_file():
+        blocks = [block for block in self.places.kernel_blocks() if block.start in covered]
+        if not blocks:
             if any(map(is_kernel_pc, covered)):
                 self.problems.append(
                     f"there is no {KERNEL_BLOCKS_FILE}: the frontier of the guest's kernel is not "
                     "known"
                 )
-            return []
-        image = self._places.kernel_image()
-        if image is None:
-            self.problems.append(
-                "the image of the guest's kernel is not here: its frontier is not known"
-            )
             return []
 
         def recorded(pc: PC) -> bool:
@@ -283,103 +265,24 @@ class CampaignReport:
             return symbol is not None and not symbol.name.startswith(_UNRECORDED)
 
         try:
-            text = KernelText(image)
-            blocks = [block for block in read_blocks(path) if block.start in covered]
+            text = self.places.kernel_text()
+            if text is None:
+                self.problems.append(
+                    "the image of the guest's kernel is not here: its frontier is not known"
+                )
+                return []
             found = kernel_frontier(blocks, text, symbols, recorded)
         except BridgeError as error:
             hint = f" ({error.hint})" if error.hint else ""
             self.problems.append(f"{error.message}{hint}")
             return []
-        modules = sum(not text.read(block.start, block.size) for block in blocks)
-        if modules:
+        lost = sum(not text.read(block.start, block.size) for block in blocks)
+        if lost:
             self.problems.append(
-                f"{modules:,} covered blocks are of modules, whose code is not in the kernel's "
-                "image: their frontier is not known"
+                f"{lost:,} covered blocks are of modules that are not here: their frontier is not "
+                "known"
             )
         return found
-
-
-class _Places:
-    """What PCs of a campaign mean: place, function, source line."""
-
-    def __init__(self, campaign: CampaignRecord, vmlinux: Path | None, problems: list[str]) -> None:
-        directory = campaign.directory
-        self._release = campaign.fact("kernel")
-        self.table: BlockTable | None = None
-        self.symbols: KernelSymbols | None = None
-        self.sources: dict[str, Path] = {}
-        self._lines: Lines | None = None
-        self._texts: dict[str, list[str]] = {}
-        covered = campaign.covered()
-        if (directory / BLOCKS_FILE).is_file():
-            self.table = BlockTable.load(directory / BLOCKS_FILE)
-            names = {
-                location.file for pc in covered if (location := self.table.lookup(pc)) is not None
-            } - {SYSCALL_FILE}
-            found = {name: Path(path) for name, path in find_paths(names, ()).items()}
-            self.sources = {name: path for name, path in found.items() if path.is_file()}
-        elif any(not is_kernel_pc(pc) and not _is_syscall(pc) for pc in covered):
-            problems.append(f"there is no {BLOCKS_FILE}: the lines of PCs are not known")
-        if (directory / SYMBOLS_FILE).is_file():
-            self.symbols = KernelSymbols.load(directory / SYMBOLS_FILE)
-            self._lines = self._find_lines(vmlinux)
-        elif any(map(is_kernel_pc, covered)):
-            problems.append(f"there is no {SYMBOLS_FILE}: the kernel's functions are not known")
-
-    def of(self, pc: PC) -> tuple[str, str, str]:
-        """Return place, function and source line of a PC; "" for what is not known."""
-        if is_kernel_pc(pc):
-            symbol = self.symbols.lookup(pc) if self.symbols is not None else None
-            if symbol is None:
-                return f"{pc:#x}", "", ""
-            module = f" [{symbol.module}]" if symbol.module else ""
-            line = self._lines.lookup(pc) if self._lines is not None else None
-            offset = f"{symbol.name}+{pc - symbol.start:#x}{module}"
-            return (f"{line[0]}:{line[1]}" if line else offset), symbol.name, offset if line else ""
-        location = self.table.lookup(pc) if self.table is not None else None
-        if location is None:
-            return f"{pc:#x}", "", ""
-        lines = location.block.lines
-        place = f"{lines[0]}-{lines[-1]}" if len(lines) > 1 else f"{lines[0]}"
-        return f"{location.file}:{place}", "", self._line(location.file, lines[0])
-
-    def kernel_image(self) -> Path | None:
-        """Return the image of the guest's kernel: that of a guest image in the cache, or None."""
-        for image in list_images():
-            if image.kernel_release == self._release and image.kernel.is_file():
-                return image.kernel
-        return find_vmlinux(self._release) if self._release else None
-
-    def _find_lines(self, vmlinux: Path | None) -> Lines | None:
-        if vmlinux is None and not self._release:
-            return None
-        found = find_vmlinux(self._release, vmlinux)
-        if found is None or self.symbols is None:
-            return None
-        try:
-            return Lines(found, self.symbols, find_modules(self._release, found))
-        except BridgeError as error:
-            if vmlinux is not None:
-                raise
-            _log.warning("the kernel's lines are not known: %s", error.report())
-            return None
-
-    def _line(self, file: str, number: int) -> str:
-        if file not in self._texts:
-            self._texts[file] = []
-            path = self.sources.get(file)
-            if path is not None:
-                try:
-                    self._texts[file] = decode_source(path.read_bytes()).splitlines()
-                except (OSError, BridgeError) as error:
-                    _log.warning("the source of %s cannot be shown: %s", file, error)
-        lines = self._texts[file]
-        return lines[number - 1].strip()[:_TEXT] if number <= len(lines) else ""
-
-
-def _is_syscall(pc: PC) -> bool:
-    """Whether a PC stands for the number of a system call, not for code."""
-    return PC_BASE <= pc < _SYSCALLS_END
 
 
 _NAMES: Final = {
