@@ -17,7 +17,7 @@ from bridge.errors import BridgeError, InfrastructureError
 from bridge.fuzz.frontier import KernelText
 from bridge.fuzz.records import CampaignRecord
 from bridge.fuzz.store import JOBS_DIRECTORY
-from bridge.guest.images.store import list_images
+from bridge.guest.images.store import Image, list_images
 from bridge.results.kernel_export import Block, is_kernel_pc, read_blocks
 from bridge.results.report.host import find_paths
 from bridge.session.session import Session
@@ -102,6 +102,15 @@ def _keep_modules(session: Session, directory: Path, blocks: Iterable[Block]) ->
             _log.info("the module %s of the guest cannot be kept: %s", name, error)
 
 
+def _image_of(campaign: CampaignRecord) -> Image | None:
+    """Return the image that the guests booted, or another one with the same kernel; or None."""
+    images = [image for image in list_images() if image.kernel.is_file()]
+    name, release = campaign.fact("image"), campaign.fact("kernel")
+    same = [image for image in images if image.name == name]
+    same += [image for image in images if image.kernel_release == release]
+    return same[0] if same else None
+
+
 class Places:
     """What the PCs of a campaign mean: place, function, source line, code.
 
@@ -119,13 +128,15 @@ class Places:
     """
 
     def __init__(self, campaign: CampaignRecord, vmlinux: Path | None, problems: list[str]) -> None:
+        jobs = campaign.directory / JOBS_DIRECTORY
         self._directories = [
             campaign.directory,
-            *sorted(
-                each for each in (campaign.directory / JOBS_DIRECTORY).glob("*") if each.is_dir()
-            ),
+            *sorted(each for each in (*jobs.glob("*"), *jobs.glob("*/vm")) if each.is_dir()),
         ]
+        self._image = _image_of(campaign)
         self._release = campaign.fact("kernel")
+        if not self._release and self._image is not None:
+            self._release = self._image.kernel_release
         self._problems = problems
         self.table: BlockTable | None = None
         self.symbols: KernelSymbols | None = None
@@ -180,10 +191,12 @@ class Places:
             MissingDependencyError: pyelftools is not installed.
             SourceError: a file is damaged.
         """
-        image = self._kernel_image()
-        if image is None or self.symbols is None:
+        file = self._image.kernel if self._image is not None else None
+        if file is None and self._release:
+            file = find_vmlinux(self._release)
+        if file is None or self.symbols is None:
             return None
-        text = KernelText(image)
+        text = KernelText(file)
         bases: dict[str, PC] = {}
         for start, _, module in self.symbols.texts(all_modules=True):
             bases[module] = min(start, bases.get(module, start))
@@ -196,13 +209,6 @@ class Places:
 
     def _files(self, name: str) -> list[Path]:
         return [path for each in self._directories if (path := each / name).is_file()]
-
-    def _kernel_image(self) -> Path | None:
-        """Return the image of the guest's kernel: that of a guest image in the cache, or None."""
-        for image in list_images():
-            if image.kernel_release == self._release and image.kernel.is_file():
-                return image.kernel
-        return find_vmlinux(self._release) if self._release else None
 
     def _find_lines(self, vmlinux: Path | None) -> Lines | None:
         if vmlinux is None and not self._release:

@@ -31,7 +31,7 @@ def session() -> Iterator[Session]:
 def campaign(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A campaign whose only case reads a file of the mount."""
     out = tmp_path_factory.mktemp("campaign") / "out"
-    facts = {**FACTS, "kernel": session.ready.kernel, "sources": ["python", "kernel"]}
+    facts = {**FACTS, "image": session.image.name, "sources": ["python", "kernel"]}
     with Store.create(out, facts) as store, ProgressWriter(out / PROGRESS_FILE) as progress:
         job = out / JOBS_DIRECTORY / "0"
         job.mkdir()
