@@ -14,6 +14,7 @@ import pytest
 import bridge
 from bridge.device.abi import ENOTSUPP, KCOV_CMP_CONST, KCOV_CMP_SIZE
 from bridge.errors import UsageError
+from bridge.fuzz.dictionary import Dictionary
 from bridge.session.session import Session
 from bridge.sources.pcs import Location
 from tests.support.programs import guest_program
@@ -142,3 +143,17 @@ def test_from_the_command_line(session: Session) -> None:
     few = session.run(f"kcov-exec -c -n 512 -o - -- stat {files} | grep -c ^0x")
     assert few.text == f"{(512 - 1) // 4}\n"
     assert session.run("kcov-exec -c -u -- true").exit_status == 125
+
+
+def test_dictionary_for_an_engine_has_the_constants_of_the_server(
+    session: Session, tmp_path: Path
+) -> None:
+    dictionary = Dictionary()
+    dictionary.add(session.compare(["ls", "-l", "/mnt/target"], timeout=60))
+    words = dict(dictionary.words())
+    # `if key == Rerror`: the types that came differ, the constant does not.
+    assert {bytes([RERROR]), b"%d" % RERROR} <= words.keys()
+    assert words[bytes([RERROR])] >= 10
+    assert bytes([TWALK]) not in words
+    assert dictionary.write(tmp_path / "words") == len(words)
+    assert not dictionary.dropped
