@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from socket import AF_UNIX, SOCK_SEQPACKET
 from socket import socket as Socket
 
@@ -232,6 +232,9 @@ class _Vm:
         """Put the harness into the guest, which is as new, and start the runner."""
         self._join_runner()
         harness, lane = self._harness, self.lane
+        parents = {str(PurePosixPath(each.guest_path).parent) for each in harness.files}
+        if parents:
+            self.session.guest.run(["mkdir", "-p", *sorted(parents)], check=True)
         for each in harness.files:
             self.session.put(each.source, each.guest_path, each.mode)
         lane.prepare()

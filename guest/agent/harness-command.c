@@ -58,6 +58,26 @@ static char *replaced(const char *word)
 	return result;
 }
 
+/* Whether a program can be executed: a path, or a name to be found in PATH. */
+static bool is_executable(const char *name)
+{
+	const char *path = getenv("PATH");
+	char candidate[4096];
+
+	if (strchr(name, '/'))
+		return !access(name, X_OK);
+	while (path && *path) {
+		size_t length = strcspn(path, ":");
+
+		if (snprintf(candidate, sizeof(candidate), "%.*s/%s", (int)length, path, name) <
+			    (int)sizeof(candidate) &&
+		    !access(candidate, X_OK))
+			return true;
+		path += length + (path[length] == ':');
+	}
+	return false;
+}
+
 static int load(int argc, char **argv)
 {
 	if (argc > 1 && !strcmp(argv[1], "-e")) {
@@ -67,6 +87,10 @@ static int load(int argc, char **argv)
 	}
 	if (argc < 2) {
 		fprintf(stderr, "command: no program\n");
+		return 1;
+	}
+	if (!is_executable(argv[1])) {
+		fprintf(stderr, "command: the guest has no program %s\n", argv[1]);
 		return 1;
 	}
 	words = calloc(argc, sizeof(*words));
