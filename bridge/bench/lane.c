@@ -12,7 +12,7 @@
  */
 #define _GNU_SOURCE
 #include <err.h>
-#include <sched.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -67,6 +67,7 @@ int main(int argc, char **argv)
 	region = mmap(NULL, value[1], PROT_READ | PROT_WRITE, MAP_SHARED, (int)value[0], 0);
 	if (region == MAP_FAILED)
 		err(1, "the region");
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	prctl(PR_SET_TIMERSLACK, 1);
 	lane = (uint64_t *)(region + value[2]);
 	memset((uint8_t *)lane + INPUT_OFFSET, 'a', value[5]);

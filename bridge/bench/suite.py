@@ -29,6 +29,7 @@ _MEASUREMENTS = (
     ("ready", "READY"),
     ("ready", "RESET"),
     ("guest_tests", "MEASUREMENT"),
+    ("executions", "MEASUREMENT"),
     ("vms", "MEASUREMENT"),
 )
 """The module and name of each measurement, in the order in which they are made."""
