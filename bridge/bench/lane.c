@@ -70,7 +70,7 @@ int main(int argc, char **argv)
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	prctl(PR_SET_TIMERSLACK, 1);
 	lane = (uint64_t *)(region + value[2]);
-	memset((uint8_t *)lane + INPUT_OFFSET, 'a', value[5]);
+	memset((uint8_t *)lane + INPUT_OFFSET, 'x', value[5]);
 	begun = now_ns();
 	for (uint64_t i = 0; i < value[4]; i++) {
 		uint64_t number = value[3] + i;

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import select
 import shutil
 import tempfile
@@ -121,9 +122,10 @@ class SlotOptions:
         reset_every: executions between two resets; 0 for never.
         spin_ns: how long runner and shim poll for each other before they sleep.
         ready_seconds: how long the runner may take to load its harness.
+        blind: the engine sees a map that never changes; see :class:`BoardLayout`, as for the next.
+        exit_is_suspect: a harness that exits with another status than 0 is as bad as one that dies.
         drift: a reset comes if the same case gives a map that differs from the one after the last
             reset by more than this part; 0 for never.
-        blind: the engine gets no feedback; see :class:`bridge.fuzz.board.BoardLayout`.
     """
 
     areas: int = 4
@@ -132,8 +134,13 @@ class SlotOptions:
     reset_every: int = 0
     spin_ns: int = 50_000
     ready_seconds: float = 60.0
-    drift: float = 0.2
     blind: bool = False
+    exit_is_suspect: bool = False
+    drift: float = 0.2
+
+    def is_suspect(self, status: int) -> bool:
+        """Return whether this wait status of the harness says that something is wrong."""
+        return status != 0 and (self.exit_is_suspect or not os.WIFEXITED(status))
 
 
 class _Runner:
@@ -224,8 +231,9 @@ class _Vm:
             # The order of blocks that a target covered since the last return is not that of time.
             fold=Fold.EDGES if self.session.kernel is not None else Fold.BLOCKS,
             reset_every=options.reset_every,
-            spin_ns=options.spin_ns,
             blind=options.blind,
+            exit_is_suspect=options.exit_is_suspect,
+            spin_ns=options.spin_ns,
         )
 
     def start_runner(self) -> None:
@@ -412,6 +420,12 @@ class Slot:
         return self._vm
 
     @property
+    def _door(self) -> Socket:
+        if self._listening is None:
+            raise UsageError("the slot was not entered")
+        return self._listening
+
+    @property
     def session(self) -> Session:
         """The session of the present machine."""
         return self._ready.session
@@ -509,6 +523,8 @@ class Slot:
     def serve(self, stop: Callable[[], bool], *, shims: int = 0) -> None:
         """Serve shims, one after another, until ``stop`` returns true.
 
+        A shim that connects ends the one before it.
+
         Args:
             stop: asked a few times a second.
             shims: return after the end of so many; 0 for any number.
@@ -516,17 +532,17 @@ class Slot:
         Raises:
             BridgeError: machines fail to start, or a shim cannot work.
         """
-        listening = self._listening
-        if listening is None:
-            raise UsageError("the slot was not entered")
         served = 0
         while not stop() and not (shims and served >= shims):
-            if not select.select([listening], [], [], _POLL_SECONDS)[0]:
+            connection = self._accept()
+            if connection is None:
                 continue
-            connection, _ = listening.accept()
             with connection, self._posted():
-                self._serve_one(connection, listening, stop)
+                self._serve_one(connection, stop)
             served += 1
+
+    def _accept(self) -> Socket | None:
+        return self._door.accept()[0] if _readable(self._door) else None
 
     @contextlib.contextmanager
     def _posted(self) -> Iterator[None]:
@@ -540,14 +556,14 @@ class Slot:
                 self._executions += board[BoardWord.EXECUTIONS]
                 self._board = None
 
-    def _serve_one(self, connection: Socket, listening: Socket, stop: Callable[[], bool]) -> None:
+    def _serve_one(self, connection: Socket, stop: Callable[[], bool]) -> None:
         clean = False
         while not stop():
-            ready, _, _ = select.select([connection, listening], [], [], _POLL_SECONDS)
-            if not ready:
+            waiting = _readable(connection, self._door)
+            if not waiting:
                 self._watch()
                 continue
-            if connection not in ready:
+            if connection not in waiting:
                 # afl-showmap starts a second shim beside its first, which it does not use again.
                 break
             message = receive(connection)
@@ -635,9 +651,9 @@ class Slot:
         except BridgeError as error:
             logger.info("a case ended the guest when it was executed again: %s", error.message)
             done = None
-        if done is not None and done.status == 0:
-            return done.pcs
         status = done.status if done is not None else None
+        if done is not None and status is not None and not self.options.is_suspect(status):
+            return done.pcs
         self._report(case, status, timed_out=done is not None and status is None)
         return None
 
@@ -648,7 +664,7 @@ class Slot:
             return
         vm = self._ready
         done = vm.lane.execute(case, self.stability.timeout, check=vm.check)
-        if done.status == 0:
+        if done.status is not None and not self.options.is_suspect(done.status):
             self.stability.set_reference(case, done.pcs)
         else:
             # It is of no use; a hanging one would keep the next case from running.
@@ -679,3 +695,12 @@ class Slot:
     def _tell(self, say: Callable[[SlotListener], None]) -> None:
         for listener in self._listeners:
             say(listener)
+
+
+def _readable(*connections: Socket) -> list[Socket]:
+    """Wait a moment, and return the connections that have something."""
+    poll = select.poll()
+    for connection in connections:
+        poll.register(connection, select.POLLIN)
+    ready = {number for number, _ in poll.poll(_POLL_SECONDS * 1e3)}
+    return [connection for connection in connections if connection.fileno() in ready]

@@ -22,6 +22,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -441,12 +442,15 @@ __attribute__((noreturn)) static void watch(const struct runner_harness *harness
  */
 static void start_steady(char **argv)
 {
+	char path[PATH_MAX]; /* its own name, not "exe" */
+	ssize_t length = readlink("/proc/self/exe", path, sizeof(path) - 1);
 	int now = personality(0xffffffff);
 
-	if (now < 0 || now & ADDR_NO_RANDOMIZE || personality((unsigned long)now | ADDR_NO_RANDOMIZE) < 0)
+	if (length < 0 || now < 0 || now & ADDR_NO_RANDOMIZE || personality((unsigned long)now | ADDR_NO_RANDOMIZE) < 0)
 		return;
 	setenv("GLIBC_TUNABLES", "glibc.pthread.rseq=0", 0);
-	execv("/proc/self/exe", argv);
+	path[length] = 0;
+	execv(path, argv);
 }
 
 int main(int argc, char **argv)

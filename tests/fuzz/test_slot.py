@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 
+from bridge.bench.executions import run_cases
 from bridge.config import Settings
 from bridge.errors import GuestLostError
 from bridge.fuzz import board as boards
@@ -295,6 +296,17 @@ def test_enter_harness_that_does_not_load_says_why(
         slot.reset("after")
 
 
+def test_run_cases_of_the_benchmark_tells_the_harness_from_the_rest(slot: Slot) -> None:
+    before = slot.lane.last_case
+    turn = run_cases(slot, 200, timed=True)
+    assert slot.lane.last_case == before + 200
+    assert 0 < turn.inside < turn.total
+    assert turn.rate == pytest.approx(1e6 / turn.total)
+    assert run_cases(slot, 50).inside == 0
+    # What Python executes next is numbered after them.
+    assert slot.execute(b"x", SECONDS).status == 0
+
+
 # With a shim
 
 
@@ -541,3 +553,43 @@ def test_built_in_harness_of_the_image_runs(slot: Slot) -> None:
     finally:
         vm._harness = harness
         slot.reset("after")
+
+
+def test_serve_shim_that_connects_ends_the_one_before(slot: Slot, heard: Heard) -> None:
+    over = threading.Event()
+    failures: list[BaseException] = []
+
+    def act() -> None:
+        try:
+            first = Shim(slot.socket)
+            assert first.run(b"x") == 0
+            second = Shim(slot.socket)
+            assert second.run(b"x") == 0
+            assert second.say(NewCells(second.number)) == GO
+            assert first.connection.recv(1) == b""
+            assert first.board[BoardWord.STATE] == BoardState.GONE
+            first.close()
+            second.close()
+        except BaseException as failure:
+            failures.append(failure)
+        finally:
+            over.set()
+
+    thread = threading.Thread(target=act)
+    thread.start()
+    try:
+        slot.serve(over.is_set)
+    finally:
+        thread.join()
+    assert failures == []
+    assert [event.case for event in heard.new] == [b"x"]
+    assert heard.resets == []
+
+
+@pytest.mark.parametrize("exit_is_suspect", [False, True])
+def test_options_say_what_is_suspect(exit_is_suspect: bool) -> None:
+    options = SlotOptions(exit_is_suspect=exit_is_suspect)
+    assert not options.is_suspect(0)
+    assert options.is_suspect(signal.SIGSEGV)
+    assert options.is_suspect(0x80 | signal.SIGABRT)
+    assert options.is_suspect(1 << 8) is exit_is_suspect
