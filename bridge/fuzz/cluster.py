@@ -537,6 +537,9 @@ def _distributed() -> Any:
         raise MissingDependencyError(
             "campaigns need the package distributed", hint="pip install 'kcov-bridge[fuzz]'"
         ) from error
+    if not logging.getLogger().isEnabledFor(logging.DEBUG):
+        # Its import has it tell each connection that ends.
+        logging.getLogger("distributed").setLevel(logging.WARNING)
     return distributed
 
 

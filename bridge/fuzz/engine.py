@@ -405,10 +405,10 @@ def time_limit_ms(seconds: Sequence[float]) -> int:
     """Return a limit for cases from how long some took.
 
     A case that exceeds it costs a reset, and a machine that is busy makes cases slow by accident;
-    so it is five times the median, three times the slowest, and 250 ms at least.
+    so it is five times the median, three times the slowest, and 1 s at least.
     """
     longest = max(5 * statistics.median(seconds), 3 * max(seconds)) if seconds else 1.0
-    return min(max(math.ceil(longest * 1000), 250), 60_000)
+    return min(max(math.ceil(longest * 1000), 1000), 60_000)
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,9 @@ class Hub:
         self._retired: set[str] = set()
         self._stopping = False
         self._problems: list[str] = []
-        self._findings = {path.name for path in store.findings.iterdir()}
+        self._findings = {
+            path.name for path in store.findings.iterdir() if not path.name.startswith(".")
+        }
         # The store adds the PCs; edges are the hub's.
         self._covered = CoverageSet(store.covered)
         self._edges = _EdgeFile(store)
