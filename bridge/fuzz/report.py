@@ -205,6 +205,8 @@ class CampaignReport:
         last = campaign.progress.last
         seeds = {pc for pc in campaign.seeds_covered() if not is_syscall_pc(pc)}
         there = self._against
+        # When the machines have ended, it is not known any more.
+        stability = campaign.progress.curve("stability")
         return {
             "seconds": last.seconds if last else 0.0,
             "executions": last.executions if last else 0,
@@ -215,7 +217,7 @@ class CampaignReport:
             "seen": sum(each.finding.times for each in campaign.findings),
             "vms": last.vms if last else 0,
             "mostVms": max((each.vms for each in campaign.progress.samples), default=0),
-            "stability": last.stability if last else None,
+            "stability": stability[-1][1] if stability else None,
             "seedBlocks": len(seeds),
             "newBlocks": len(covered - seeds),
             "onlyHere": len(covered.difference(there[1])) if there is not None else None,

@@ -152,6 +152,14 @@ def test_report_files_that_are_missing_or_damaged_are_said(tmp_path: Path, sourc
     assert "<polyline" not in made.svg()
 
 
+def test_report_stability_is_the_last_that_was_known(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_campaign(out)
+    with ProgressWriter(out / PROGRESS_FILE) as progress:
+        progress.write(Sample(101.0, 50_000, 6))
+    assert report(out).data()["totals"]["stability"] == 0.97
+
+
 def test_report_campaign_that_has_just_begun_is_shown(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with Store.create(out, FACTS), ProgressWriter(out / PROGRESS_FILE) as progress:
