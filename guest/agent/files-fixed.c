@@ -17,7 +17,9 @@
 #include <unistd.h>
 
 enum {
-	MOST_FOUND = 512, /* paths; a target may serve endless trees */
+	/* Each costs requests to the target, after each reset; and it may serve endless trees. */
+	MOST_FOUND = 96,
+	MOST_EACH = 12, /* of one directory */
 	MOST_DEPTH = 4,
 	MOST_BYTES = 1 << 14, /* of a file that are put back */
 };
@@ -44,29 +46,46 @@ static struct original {
 } originals[ARRAY_SIZE(file_names)];
 static size_t original_count;
 
+/* What a name is: DT_REG, DT_DIR or another. Many file systems say it with the name. */
+static int type_of(const struct dirent *entry, const char *path)
+{
+	struct stat status;
+
+	if (entry->d_type != DT_UNKNOWN)
+		return entry->d_type;
+	return lstat(path, &status) ? DT_UNKNOWN : IFTODT(status.st_mode);
+}
+
 static void find(const char *path, int depth)
 {
 	DIR *directory = opendir(path);
 	struct dirent *entry;
+	size_t first = found_count;
 
-	while (directory && found_count < MOST_FOUND && (entry = readdir(directory))) {
-		struct stat status;
+	for (int left = MOST_EACH; directory && left > 0 && found_count < MOST_FOUND;) {
 		char *name;
+		int type;
 
+		entry = readdir(directory);
+		if (!entry)
+			break;
 		if (sweep_is_dots(entry->d_name) ||
 		    asprintf(&name, "%s%s%s", depth ? path : "", depth ? "/" : "", entry->d_name) < 0)
 			continue;
-		if (lstat(name, &status) || !(S_ISREG(status.st_mode) || S_ISDIR(status.st_mode))) {
+		type = type_of(entry, name);
+		if (type != DT_REG && type != DT_DIR) {
 			free(name);
 			continue;
 		}
-		found[found_count].directory = S_ISDIR(status.st_mode);
+		found[found_count].directory = type == DT_DIR;
 		found[found_count++].path = name;
-		if (S_ISDIR(status.st_mode) && depth < MOST_DEPTH)
-			find(name, depth + 1);
+		left--;
 	}
 	if (directory)
 		closedir(directory);
+	for (size_t i = first, end = found_count; depth < MOST_DEPTH && i < end; i++)
+		if (found[i].directory)
+			find(found[i].path, depth + 1);
 }
 
 static int by_path(const void *a, const void *b)

@@ -198,8 +198,10 @@ static bool renew(void)
 	static unsigned int replaced;
 
 	while (!files_renew(name)) {
-		/* The target does not let go of what it has: work elsewhere. */
-		if (++replaced > MOST_REPLACED)
+		struct stat status;
+
+		/* Nothing can be made; or the target does not let go of what it has: work elsewhere. */
+		if (lstat(name, &status) || ++replaced > MOST_REPLACED)
 			return false;
 		snprintf(name, sizeof(name), WORK ".%u", replaced);
 	}
