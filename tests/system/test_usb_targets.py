@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from bridge.session.session import Session
 from tests.support import ROOT
 from tests.support.named_calls import make_calls
+from tests.system.usb_targets import UsbKeyboard
 
 pytestmark = pytest.mark.vm
 
@@ -18,6 +20,8 @@ sys.path.append(str(ROOT / "examples"))
 
 DISK = {"target": "tests.system.usb_targets:UsbDisk", "source": "python"}
 SENSOR = {"target": "lm75_target:Lm75Target", "source": "python"}
+KEYBOARD = {"target": "tests.system.usb_targets:UsbKeyboard", "source": "python"}
+HID = "usbip/classes/device/hid.py"
 MSC = "usbip/classes/device/msc.py"
 
 
@@ -44,6 +48,25 @@ def test_usb_disk_after_a_reset_is_imported_anew_with_its_contents(session: Sess
     assert result.text == "kept"
     imports = session.run("dmesg | grep -c 'device found, idVendor=1209'").text
     assert imports.strip() == "1"
+
+
+@pytest.mark.guest(**KEYBOARD)
+def test_usb_keyboard_lamps_and_keys_are_calls_of_hidraw(session: Session) -> None:
+    opened, written = make_calls(session, "open /dev/hidraw0 w", "write 0x0002")
+    assert not opened.error
+    assert written.result == 2
+    # The driver waits for the keyboard: no interrupt endpoint takes the lamps.
+    assert f"{HID}:HID._set_report" in written.functions
+    (keyboard,) = session.target_objects
+    assert isinstance(keyboard, UsbKeyboard)
+    assert keyboard.keys.last_output == b"\x02", "Caps Lock"
+    read = "head -c 16 /dev/hidraw0 | od -An -v -tx1 -w8"
+    with ThreadPoolExecutor(1) as pool:
+        typed = pool.submit(session.run, f"touch /tmp/reading; {read}", timeout=60)
+        while session.run("test -e /tmp/reading").exit_status:
+            pass
+        keyboard.press(4)
+        assert typed.result().text.split("\n")[0] == " 00 00 04 00 00 00 00 00"
 
 
 @pytest.mark.guest(**SENSOR)

@@ -48,3 +48,25 @@ class UsbDisk(UsbTarget):
     def guest_setup(self) -> str:
         # The driver waits a second for a stick to settle.
         return "echo 0 >/sys/module/usb_storage/parameters/delay_use\n" + super().guest_setup
+
+
+class UsbKeyboard(UsbTarget):
+    """A keyboard, whose keys :meth:`press` presses."""
+
+    guest_modules = NETWORK_MODULES
+    ready = "/dev/hidraw0"
+
+    def device(self) -> Any:
+        from usbip import USBDevice
+        from usbip.classes.device.hid import HID, PROTOCOL_KEYBOARD, SUBCLASS_BOOT
+        from usbip.classes.device.hid import keyboard_report_descriptor as descriptor
+
+        self.keys = HID(descriptor(), subclass=SUBCLASS_BOOT, protocol=PROTOCOL_KEYBOARD)
+        device = USBDevice(0x1209, 0x0003, product="Keyboard")
+        device.add(self.keys)
+        return device
+
+    def press(self, usage: int) -> None:
+        """Press and release a key, by its usage id."""
+        self.keys.send_report(bytes([0, 0, usage, 0, 0, 0, 0, 0]))
+        self.keys.send_report(bytes(8))
