@@ -46,6 +46,7 @@ from bridge.guest.guest import (
     Output,
     Watched,
     Word,
+    as_user,
     check_variable,
     end_of,
     line_of,
@@ -438,12 +439,15 @@ class ChannelGuest:
         timeout: float | None = None,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
+        user: str | None = None,
         check: bool = False,
         capture: int = CAPTURE_LIMIT,
         before_kill: Callable[[], object] | None = None,
     ) -> CommandResult:
         """See :meth:`bridge.guest.guest.Guest.run`."""
         line = line_of(command)
+        if user is not None:
+            command = as_user(command, user, at_home=cwd is None)
         spec = _spec(_words(command, line), env, cwd)
         out, err = Capture(stdout, capture), Capture(stderr, capture)
         result = self._execute(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Final, Protocol
 
 from bridge.errors import BridgeError, GuestResetError, UsageError
 from bridge.util.descriptors import write_all
@@ -32,6 +32,7 @@ __all__ = [
     "Output",
     "Watched",
     "Word",
+    "as_user",
     "check_variable",
     "end_of",
     "line_of",
@@ -118,6 +119,7 @@ class Guest(Protocol):
         timeout: float | None = None,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
+        user: str | None = None,
         check: bool = False,
         capture: int = CAPTURE_LIMIT,
         before_kill: Callable[[], object] | None = None,
@@ -133,7 +135,9 @@ class Guest(Protocol):
             stdin: the command's input.
             timeout: in seconds; None for none.
             env: environment variables to set.
-            cwd: the working directory.
+            cwd: the working directory; None for the user's home.
+            user: runs the command, a name from the guest's /etc/passwd, with all of its groups;
+                None for root. A user that does not exist gives the exit status 126.
             check: whether an exit status other than 0 is an error.
             capture: how many bytes of each stream the result keeps.
             before_kill: called before a command is killed early.
@@ -245,6 +249,29 @@ def line_of(command: Word | Sequence[Word]) -> str:
     if "\0" in line:
         raise UsageError("a command contains a NUL byte, which no argument can have")
     return line
+
+
+_AS_USER: Final = """\
+entry=$(getent passwd "$0") || { echo "sh: 1: there is no user $0" >&2; exit 126; }
+group=${entry#*:*:*:}
+group=${group%%:*}
+HOME=${entry%:*}
+export HOME="${HOME##*:}" USER="$0" LOGNAME="$0"
+CD unset entry
+exec setpriv --reuid="$0" --regid="$group" --init-groups -- "$@"
+"""
+"""Becomes the user ``$0``. Programs of util-linux and libc-bin, which each Debian has."""
+
+
+def as_user(command: Word | Sequence[Word], user: str, *, at_home: bool) -> list[str]:
+    """Return words that run a command of root as another user.
+
+    Args:
+        at_home: in the user's home, or in / where the user has none.
+    """
+    script = _AS_USER.replace("CD", 'cd "$HOME" 2>/dev/null || cd /;' if at_home else "")
+    words = ["sh", "-c", command] if isinstance(command, str | bytes | os.PathLike) else command
+    return ["sh", "-c", script, user, *map(os.fsdecode, words)]
 
 
 def check_variable(name: str) -> None:

@@ -59,6 +59,7 @@ from bridge.guest.guest import (
     Output,
     Watched,
     Word,
+    as_user,
     check_variable,
     end_of,
     line_of,
@@ -517,6 +518,7 @@ class SshGuest:
         timeout: float | None = None,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
+        user: str | None = None,
         check: bool = False,
         capture: int = CAPTURE_LIMIT,
         before_kill: Callable[[], object] | None = None,
@@ -525,6 +527,8 @@ class SshGuest:
         started = time.monotonic()
         deadline = None if timeout is None else started + timeout
         line = line_of(command)
+        if user is not None:
+            command = as_user(command, user, at_home=cwd is None)
         marks = _Marks()
         out, err = Capture(stdout, capture), Capture(stderr, capture)
         plain_out, plain_err = _Output(marks, begins=True), _Output(marks, begins=False)
@@ -536,7 +540,7 @@ class SshGuest:
             )
 
         try:
-            channel, forgotten = self._open(_wrapped(line, env, cwd, marks), deadline)
+            channel, forgotten = self._open(_wrapped(line_of(command), env, cwd, marks), deadline)
         except TimeoutError as error:
             raise timed_out() from error
         with contextlib.ExitStack() as stack:

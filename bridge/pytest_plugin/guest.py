@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol
 import pytest
 
 from bridge.errors import BridgeError, GuestLostError, GuestSetupError, RunTimeoutError
+from bridge.guest.guest import as_user
 from bridge.pytest_plugin.evidence import before_kill
 from bridge.pytest_plugin.machines import Lease, Traced
 from bridge.session.session import Session
@@ -141,6 +142,7 @@ class Guest:
         stdin: bytes | str = b"",
         env: Mapping[str, str] | None = None,
         cwd: str | os.PathLike[str] | None = None,
+        user: str | None = None,
     ) -> Result:
         """Run a command and return its result, whatever its status.
 
@@ -149,7 +151,9 @@ class Guest:
             timeout: seconds; None for no limit.
             stdin: what the command reads.
             env: variables to set.
-            cwd: where it runs.
+            cwd: where it runs; None for the user's home.
+            user: who runs it, a name from the guest's /etc/passwd; None for root. The same for the
+                verbs below.
 
         Raises:
             RunTimeoutError: it did not end in time, and was killed.
@@ -158,7 +162,7 @@ class Guest:
         data = stdin.encode() if isinstance(stdin, str) else stdin
         self._lease.used()
         if self._traces:
-            traced = self._traces[-1].run(self._plain(command, data, env, cwd), timeout)
+            traced = self._traces[-1].run(self._plain(command, data, env, cwd, user), timeout)
             self._lease.note_output(traced.stdout_bytes, traced.stderr_bytes)
             return traced
         result = self.session.guest.run(
@@ -167,6 +171,7 @@ class Guest:
             stdin=data,
             env=env,
             cwd=os.fspath(cwd) if cwd is not None else None,
+            user=user,
             capture=_CAPTURE,
             before_kill=functools.partial(before_kill, self._lease),
         )
@@ -179,8 +184,11 @@ class Guest:
         stdin: bytes,
         env: Mapping[str, str] | None,
         cwd: str | os.PathLike[str] | None,
+        user: str | None,
     ) -> Command:
         """Return a command that needs none of the other arguments."""
+        if user is not None:
+            command = as_user(command, user, at_home=cwd is None)
         if env or cwd:
             words = ["env", *(["-C", os.fspath(cwd)] if cwd else [])]
             words += [f"{name}={value}" for name, value in (env or {}).items()]
@@ -190,7 +198,9 @@ class Guest:
             command = ["sh", "-c", 'exec "$@" <"$0"', _STDIN, *_words(command)]
         return command
 
-    def succeed(self, *commands: Command, timeout: float | None = SECONDS) -> str:
+    def succeed(
+        self, *commands: Command, timeout: float | None = SECONDS, user: str | None = None
+    ) -> str:
         """Run commands, each of which must end with status 0; return their output as text.
 
         Raises:
@@ -199,13 +209,15 @@ class Guest:
         __tracebackhide__ = True
         output = ""
         for command in commands:
-            result = self.run(command, timeout=timeout)
+            result = self.run(command, timeout=timeout, user=user)
             if result.status:
                 raise CommandError(_told(command, f"ended with status {result.status}", result))
             output += result.stdout
         return output
 
-    def fail(self, *commands: Command, timeout: float | None = SECONDS) -> str:
+    def fail(
+        self, *commands: Command, timeout: float | None = SECONDS, user: str | None = None
+    ) -> str:
         """Run commands, each of which must end with another status than 0; return their output.
 
         Raises:
@@ -214,7 +226,7 @@ class Guest:
         __tracebackhide__ = True
         output = ""
         for command in commands:
-            result = self.run(command, timeout=timeout)
+            result = self.run(command, timeout=timeout, user=user)
             if not result.status:
                 raise CommandError(_told(command, "ended with status 0, and should fail", result))
             output += result.stdout
@@ -222,23 +234,29 @@ class Guest:
 
     # Waits
 
-    def wait_until_succeeds(self, command: Command, timeout: float = SECONDS) -> str:
+    def wait_until_succeeds(
+        self, command: Command, timeout: float = SECONDS, *, user: str | None = None
+    ) -> str:
         """Run a command again and again until it ends with status 0; return its last output.
 
         Raises:
             WaitTimeoutError: it did not; with its last output and the end of the console.
         """
         __tracebackhide__ = True
-        return self._wait(command, timeout, succeeds=True, what=f"{_line(command)} succeeds")
+        what = f"{_line(command)} succeeds"
+        return self._wait(command, timeout, succeeds=True, what=what, user=user)
 
-    def wait_until_fails(self, command: Command, timeout: float = SECONDS) -> str:
+    def wait_until_fails(
+        self, command: Command, timeout: float = SECONDS, *, user: str | None = None
+    ) -> str:
         """Run a command again and again until it fails; return its last output.
 
         Raises:
             WaitTimeoutError: it did not; with its last output and the end of the console.
         """
         __tracebackhide__ = True
-        return self._wait(command, timeout, succeeds=False, what=f"{_line(command)} fails")
+        what = f"{_line(command)} fails"
+        return self._wait(command, timeout, succeeds=False, what=what, user=user)
 
     def wait_for_file(self, path: str | os.PathLike[str], timeout: float = SECONDS) -> None:
         """Wait until a file exists in the guest.
@@ -287,7 +305,15 @@ class Guest:
                 )
             time.sleep(_CONSOLE_POLL_SECONDS)
 
-    def _wait(self, command: Command, timeout: float, *, succeeds: bool, what: str) -> str:
+    def _wait(
+        self,
+        command: Command,
+        timeout: float,
+        *,
+        succeeds: bool,
+        what: str,
+        user: str | None = None,
+    ) -> str:
         __tracebackhide__ = True
         script = _WAIT.format(
             limit=_WAIT_OUTPUT,
@@ -298,7 +324,7 @@ class Guest:
         )
         try:
             words = ["sh", "-c", script, "sh", _line(command)]
-            result = self.run(words, timeout=timeout + _GRACE_SECONDS)
+            result = self.run(words, timeout=timeout + _GRACE_SECONDS, user=user)
         except RunTimeoutError:
             raise WaitTimeoutError(
                 f"timed out after {timeout:g} s, waiting until {what}: the command itself did not "

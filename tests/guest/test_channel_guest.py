@@ -71,6 +71,24 @@ def test_run_command_sees_what_it_sees_over_ssh(session: Session, ssh: SshGuest)
     assert failed[0].exit_status == failed[1].exit_status == 126
 
 
+def test_run_as_another_user_is_the_same_over_ssh(session: Session, ssh: SshGuest) -> None:
+    for each in (session.guest, ssh):
+        for cwd, where in ((None, "/usr/sbin"), ("/tmp", "/tmp")):
+            seen = each.run(
+                "id -un; id -Gn; pwd; echo $HOME $A", user="daemon", cwd=cwd, env={"A": "1"}
+            )
+            assert seen.text == f"daemon\ndaemon\n{where}\n/usr/sbin 1\n", seen.stderr
+        assert each.run(["cat", "/etc/shadow"], user="daemon").exit_status == 1
+        assert each.run(["echo", "$0 '"], user="daemon").text == "$0 '\n"
+        assert each.run("kill -TERM $$", user="daemon").exit_status == 128 + 15
+        missing = each.run("true", user="$(id)")
+        assert missing.exit_status == 126
+        assert missing.stderr == b"sh: 1: there is no user $(id)\n"
+        with pytest.raises(RunTimeoutError):
+            each.run("sleep 1000 & sleep 1000", user="daemon", timeout=3)
+    assert session.run("pgrep sleep").text == ""
+
+
 def test_look_has_what_it_has_over_ssh(session: Session, ssh: SshGuest) -> None:
     cores = "/tmp/some core."
     session.run(["touch", cores + "1.a b", cores + "2", "/tmp/other"])

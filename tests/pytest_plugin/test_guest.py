@@ -124,6 +124,24 @@ def test_guest_verbs_do_what_they_say(run: Run) -> None:
             with pytest.raises(AssertionError, match="cannot read /nowhere"):
                 guest.get_file("/nowhere", tmp_path / "copy")
 
+        def test_user(guest, kcov):
+            guest.succeed("useradd -m -G audio tester")
+            who = "id -un; id -Gn; echo $HOME $USER $LOGNAME; pwd; cat"
+            wanted = "tester\\ntester audio\\n/home/tester tester tester\\n{}\\ntyped"
+            done = guest.run(who, user="tester", stdin="typed")
+            assert done.stdout == wanted.format("/home/tester")
+            with kcov.trace() as trace:
+                done = guest.run(who, user="tester", stdin="typed", cwd="/tmp")
+            assert done.stdout == wanted.format("/tmp")
+            assert {call.name for call in trace.calls} & {"setresuid", "setreuid", "setuid"}
+            assert "Permission denied" in guest.run(["cat", "/etc/shadow"], user="tester").stderr
+            assert guest.succeed("pwd", user="nobody") == "/\\n"
+            guest.fail("echo 1 >/root/x", user="tester")
+            guest.wait_until_succeeds(["test", "-O", "/home/tester"], user="tester")
+            guest.wait_until_fails(["test", "-O", "/root"], user="tester")
+            missing = guest.run("true", user="nobody else")
+            assert missing.status == 126 and "no user nobody else" in missing.stderr
+
         def test_waits(guest):
             guest.succeed("(sleep 0.3; echo ready >/run/made) >/dev/null 2>&1 &")
             guest.wait_for_file("/run/made")
@@ -176,7 +194,7 @@ def test_guest_verbs_do_what_they_say(run: Run) -> None:
             guest.succeed("true")
         """
     )
-    result.assert_outcomes(passed=6)
+    result.assert_outcomes(passed=7)
 
 
 def test_guest_machine_is_sick_the_test_fails_and_the_next_has_another(run: Run) -> None:
