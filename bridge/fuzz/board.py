@@ -20,6 +20,7 @@ __all__ = [
     "AREAS",
     "BOARD_BYTES",
     "MAGIC",
+    "MAP_CELLS",
     "SLOT_VARIABLE",
     "VERSION",
     "Board",
@@ -98,6 +99,10 @@ class Fold(IntEnum):
     """Pairs of PCs that follow one another, for sources whose order is the order of execution."""
     BLOCKS = 1
     """Single PCs, for sources that only say what was covered."""
+
+
+MAP_CELLS: Final = {Fold.EDGES: 1 << 18, Fold.BLOCKS: 1 << 16}
+"""Sizes of the map that fit: docs/fuzzing.md, "The map", has what each loses."""
 
 
 @dataclass(frozen=True)

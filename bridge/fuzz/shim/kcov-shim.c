@@ -557,34 +557,34 @@ static uint64_t hash(uint64_t pc)
 	return pc ^ pc >> 31;
 }
 
-/* Counts in a cell; the count skips 0, so that the cell stays set. Returns whether it is new. */
-static bool count(uint64_t hashed)
-{
-	uint64_t cell = (hashed >> 32) * cells >> 32;
-	bool fresh = !seen[cell];
-
-	if (!blind)
-		map[cell] = (uint8_t)(map[cell] + 1 + (map[cell] == 255));
-	if (fresh) {
-		seen[cell] = 1;
-		add(&board->cells, 1);
-	}
-	return fresh;
-}
-
+/*
+ * Counts each PC or edge in its cell. The count skips 0, so that a cell stays set. Returns whether a
+ * cell is new.
+ */
 static bool fold_area(const uint64_t *pcs, uint64_t number, bool edges)
 {
-	uint64_t previous = 0, i;
-	bool fresh = false;
+	/* Copies: the compiler must assume that a store into the map changes all that is global. */
+	uint8_t *const counts = map, *const known = seen;
+	const uint64_t size = cells;
+	const bool counting = !blind;
+	uint64_t previous = 0, fresh = 0, i;
 
 	for (i = 0; i < number; i++) {
 		uint64_t hashed = hash(__atomic_load_n(&pcs[i], __ATOMIC_RELAXED));
+		uint64_t cell = ((hashed ^ previous) >> 32) * size >> 32;
 
-		fresh |= count(hashed ^ previous);
+		if (counting)
+			counts[cell] = (uint8_t)(counts[cell] + 1 + (counts[cell] == 255));
+		if (!known[cell]) {
+			known[cell] = 1;
+			fresh++;
+		}
 		/* Turned, so that A, B and B, A and A, A are three cells. */
 		if (edges)
 			previous = hashed << 1 | hashed >> 63;
 	}
+	if (fresh)
+		add(&board->cells, fresh);
 	return fresh;
 }
 
