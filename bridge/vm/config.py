@@ -50,6 +50,10 @@ STATES = "states-node"
 _CPU = {"kvm": "host", "tcg": "max,la57=off"}
 """Five-level paging would cost TCG one more level on each page walk; a small guest needs four."""
 
+_CODE_MIB = 64
+"""Room for translated code that resets keep. QEMU's own limit is 1 GiB, which hundreds of resets
+would fill; when it is full, QEMU translates again what still runs."""
+
 _BOOT_SECONDS = {"kvm": 20.0, "tcg": 60.0}
 
 _KERNEL_ARGUMENTS = {"console": "ttyS0", "panic": "-1"}
@@ -258,7 +262,7 @@ def qemu_command(config: MachineConfig, fds: BackendFds) -> list[str]:
             )
             chardevs += ["-plugin", f"file={_escaped(config.restorer)},{given}"]
     return [
-        *_machine(config),
+        *_machine(config, bounded_code=fds.restorer is not None),
         *chardevs,
         *_disks(config),
         *_network(config),
@@ -316,14 +320,15 @@ def paste_command(config: MachineConfig) -> str:
     )
 
 
-def _machine(config: MachineConfig) -> list[str]:
+def _machine(config: MachineConfig, *, bounded_code: bool = False) -> list[str]:
+    room = f",tb-size={_CODE_MIB}" if bounded_code else ""
     command = [
         config.qemu,
         *("-name", f"{_escaped(config.name)},debug-threads=on"),
         *("-nodefaults", "-no-user-config", "-display", "none"),
         # Unused devices cost boot time, because the firmware probes each one.
         *("-machine", "q35,hpet=off,sata=off,smbus=off,vmport=off,usb=off"),
-        *("-accel", config.accelerator.name),
+        *("-accel", config.accelerator.name + room),
         *("-cpu", config.cpu_model),
         *("-m", str(config.memory_mib), "-smp", str(config.cpus)),
         # QEMU ends, and reports why, when the guest panics, reboots or powers off.
