@@ -123,7 +123,7 @@ _SUBCOMMANDS = {
     "ssh": "open a shell in a booted guest",
     "symbolize": "print the source of each PC",
     "trace": "print the system calls of a run, with the code that each reached",
-    "fuzz": "work with the cases, findings and results of fuzz campaigns",
+    "fuzz": "fuzz what stands behind the guest's system calls",
     "export": "write the guest kernel's coverage for other programs",
     "report": "make a page of a finished run or of tests, for a browser; also LCOV and others",
     "status": "show the figures of the running bridges",
@@ -131,6 +131,12 @@ _SUBCOMMANDS = {
     "image": "build, list and remove guest images",
 }
 """What each subcommand does; ``bridge.cli.NAME`` carries it out."""
+
+_USAGES = {
+    "run": f"{_PROGRAM} run [options] [-- CMD ...]",
+    "fuzz": f"{_PROGRAM} fuzz [options] [-- CMD ...]\n       {_PROGRAM} fuzz ACTION ...",
+}
+"""Of the subcommands that take a command."""
 
 
 class _Subcommand(Protocol):
@@ -169,7 +175,7 @@ def make_parser(*, complete: bool = False) -> argparse.ArgumentParser:
     _add_common(parser)
     commands = parser.add_subparsers(dest="subcommand", metavar="COMMAND")
     for name, text in _SUBCOMMANDS.items():
-        usage = f"{_PROGRAM} run [options] [-- CMD ...]" if name == "run" else None
+        usage = _USAGES.get(name)
         fill = functools.partial(_fill, name)
         command = commands.add_parser(name, help=text, usage=usage, fill=fill)
         _add_common(command)
@@ -200,7 +206,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:
         raise UsageError(f"unexpected argument: {' '.join(extra)}", hint=hint)
     if args.subcommand is None:
         raise UsageError("no command is given", hint=f"`{_PROGRAM} --help` shows what is allowed")
-    if split is not None and args.subcommand != "run":
+    takes_command = args.subcommand == "run" or (
+        args.subcommand == "fuzz" and args.fuzz_action is None
+    )
+    if split is not None and not takes_command:
         raise UsageError(
             f"`{_PROGRAM} {args.subcommand}` takes no command after --",
             hint=f"`{_PROGRAM} run -- CMD` runs one in the guest",
@@ -208,7 +217,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:
     if split is not None and not command:
         raise UsageError(
             "there is no command after --",
-            hint="without --, the default workload runs",
+            hint="without --, the default "
+            + ("workload runs" if args.subcommand == "run" else "harness is used"),
         )
     args.command = command
     return args
