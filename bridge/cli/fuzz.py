@@ -170,6 +170,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --differential: CALL, FIELD or CALL.FIELD that may differ; may be repeated",
     )
     group.add_argument(
+        "--library",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="PATH",
+        help="a library, or a directory of them, that a harness .so needs in the guest; may be "
+        "repeated",
+    )
+    group.add_argument(
+        "--exit-status",
+        action="store_true",
+        help="a command that exits with another status than 0 is a finding",
+    )
+    group.add_argument(
         "--no-feedback",
         action="store_true",
         help="mutate blindly, to compare with: coverage is recorded, but the engine gets none",
@@ -247,6 +261,8 @@ def _plan(args: argparse.Namespace) -> Any:
         command=command,
         differential=args.differential,
         ignore=tuple(args.ignore),
+        libraries=tuple(str(each.absolute()) for each in args.library),
+        exit_status=args.exit_status,
         target_state=args.target_state,
         dictionary=dictionary,
         learn=not args.no_learn,

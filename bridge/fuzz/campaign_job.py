@@ -70,6 +70,8 @@ class Plan:
         harness: the specification of the harness; empty for a command.
         command: the words of a command as harness.
         differential, ignore: what the harness ``files`` is told.
+        libraries: what a shared object needs beside it.
+        exit_status: whether a command that exits with another status than 0 is a finding.
         target_state: what a reset does to the target.
         zero: when the campaign's clock was 0, in seconds since the epoch.
         engine: the program ``afl-fuzz``.
@@ -88,6 +90,8 @@ class Plan:
     command: tuple[str, ...] = ()
     differential: bool = False
     ignore: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ()
+    exit_status: bool = False
     target_state: str = TargetState.FORK.value
     zero: float = 0.0
     engine: str = "afl-fuzz"
@@ -109,7 +113,7 @@ class Plan:
     def of(cls, values: Mapping[str, Any]) -> Self:
         """Return the plan that :meth:`as_values` described."""
         known: dict[str, Any] = dict(values)
-        for words in ("command", "ignore"):
+        for words in ("command", "ignore", "libraries"):
             known[words] = tuple(known.get(words, ()))
         return cls(**known)
 
@@ -124,6 +128,8 @@ class Plan:
             self.command,
             differential=self.differential,
             ignore=self.ignore,
+            libraries=[Path(each) for each in self.libraries],
+            exit_status=self.exit_status,
             settings=Settings.of(self.settings),
         )
 
