@@ -8,6 +8,7 @@ import os
 import signal
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -335,6 +336,77 @@ def test_job_kill_of_the_shim_ends_the_engine(
         assert gone(stand_in)
         with pytest.raises(EngineError):
             job.check()
+
+
+BRIDGE = """
+import sys, time
+from pathlib import Path
+from bridge.fuzz.engine import JobOptions, find_engine, start_job
+from bridge.fuzz.messages import NewCells
+from tests.support.null_slot import NullSlot
+here = Path(sys.argv[1])
+slot = NullSlot(here)
+job = start_job(find_engine(), slot.socket, here / "seeds", here / "out", JobOptions())
+slot.wait_for(NewCells)
+print(job.process.pid, slot.received[0][0].pid, slot.stand_in, slot.vm_pid, flush=True)
+time.sleep(300)
+"""
+
+
+def test_job_kill_of_the_bridge_leaves_no_process(seeds: Path, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", BRIDGE, tmp_path],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+    ) as process:
+        assert process.stdout is not None
+        pids = [int(word) for word in process.stdout.readline().split()]
+        process.kill()
+    assert len(pids) == 4
+    for pid in pids:
+        assert gone(pid), pids
+
+
+def test_job_core_pattern_with_a_pipe_is_no_obstacle(
+    engine: Engine, slot: NullSlot, seeds: Path, tmp_path: Path
+) -> None:
+    """Debian with systemd-coredump, Ubuntu with apport: the engine refuses that by itself."""
+    (tmp_path / "core_pattern").write_text("|/usr/share/apport/apport -p%p\n")
+    environment = engine.environment(slot.socket, MAP)
+    user = () if os.geteuid() == 0 else ("--user", "--map-root-user")
+    command: list[str | Path] = [
+        *("unshare", *user, "--mount", "sh", "-c"),
+        'mount --bind "$0" /proc/sys/kernel/core_pattern && exec "$@"',
+        tmp_path / "core_pattern",
+        engine.program,
+        *("-i", seeds, "-V", "1", "-t", "1000"),
+    ]
+
+    def run(output: str, environment: dict[str, str]) -> tuple[int, str]:
+        done = subprocess.run(
+            [*command, "-o", tmp_path / output, "--", shim_program()],
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=120,
+            check=False,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    status, text = run("with", environment)
+    assert status == 0, text
+    status, text = run(
+        "without",
+        {
+            name: value
+            for name, value in environment.items()
+            if name != "AFL_I_DONT_CARE_ABOUT_MISSING_CRASHES"
+        },
+    )
+    assert status != 0
+    assert "core_pattern" in text
 
 
 # ---- figures, limits, seeds

@@ -121,6 +121,11 @@ class NullSlot:
         """The process that stands for the VM."""
         return self.board[BoardWord.STAND_IN]
 
+    @property
+    def vm_pid(self) -> int:
+        """The process in the guest's place."""
+        return self._vm.pid
+
     def cases(self, kind: type[messages.Message]) -> list[bytes]:
         """Return the cases about which shims sent messages of a kind."""
         return [case for message, case in self.received if isinstance(message, kind)]
