@@ -45,6 +45,8 @@ findings, 130: Ctrl-C (all is kept), 2: wrong usage, 125: it failed.
 """
 
 _ACTIONS: dict[str, str] = {
+    "repro": "run the case of a finding again, and say how often it leads there",
+    "minimize": "make the case of a finding small, and a program that reproduces it",
     "report": "make a page of a campaign, for a browser",
     "compare": "compare groups of campaigns, with the statistics of evaluations",
     "text": "print a case of the harness files as text, or make one of text",

@@ -22,7 +22,6 @@ from bridge.fuzz.slot_events import Suspect
 from bridge.session.health import KERNEL_COMPLAINTS, sanitizer_reports
 
 __all__ = [
-    "DIFFERENCE_STATUS",
     "STACK_FRAMES",
     "Fault",
     "Kind",
@@ -482,15 +481,19 @@ def harness_fault(status: int, output: bytes) -> Fault | None:
 
 
 def difference_fault(text: str) -> Fault:
-    """Return the fault of a case with another result elsewhere; its first line says which."""
-    first = text.partition("\n")[0].strip() or "the case has another result elsewhere"
+    """Return the fault of a case with another result elsewhere.
+
+    Args:
+        text: begins with the call and the field that differ; what they were is another each time.
+    """
+    first = text.partition("\n")[0].partition(": ")[0].strip()
     return Fault(Kind.DIFFERENCE, _bounded(without_numbers(first)), (), text)
 
 
 # ---- a case after which something is wrong
 
-DIFFERENCE_STATUS: Final = 88 << 8
-"""The wait status of a harness that found a difference."""
+_DIFFERENCE: Final = re.compile(rb"difference in ([^:\s]+)")
+"""How the output of a harness begins that found a difference."""
 
 
 def faults_of(suspect: Suspect, packages: Sequence[str] = ()) -> list[Fault]:
@@ -502,7 +505,7 @@ def faults_of(suspect: Suspect, packages: Sequence[str] = ()) -> list[Fault]:
     evidence = suspect.evidence
     found = kernel_faults(evidence.console) or kernel_faults(evidence.dmesg)
     found += [target_fault(problem, packages) for problem in evidence.problems]
-    if suspect.status == DIFFERENCE_STATUS:
+    if suspect.status and _DIFFERENCE.match(suspect.output):
         found.append(difference_fault(suspect.output.decode(errors="replace")))
     elif suspect.status is not None and not suspect.timed_out:
         harness = harness_fault(suspect.status, suspect.output)

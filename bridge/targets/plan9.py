@@ -196,8 +196,8 @@ class Plan9Target:
         """The server let an exception escape, which costs a client its connection."""
         self._raised_count += 1
         if self._raised_count <= _RAISED_SHOWN:
-            error = context.get("exception")
-            _log.warning("the 9P server raised: %s", context["message"], exc_info=error)
+            # To asyncio's logger, where faults of targets are noted.
+            loop.default_exception_handler(context)
         if self._raised_count == _RAISED_SHOWN:
             # A guest that is fuzzed can go on with this without end.
             _log.warning("the 9P server raised %d times; no more is shown", _RAISED_SHOWN)

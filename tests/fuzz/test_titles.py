@@ -19,7 +19,6 @@ import pytest
 
 from bridge.fuzz.slot_events import Evidence, Suspect
 from bridge.fuzz.titles import (
-    DIFFERENCE_STATUS,
     STACK_FRAMES,
     Fault,
     Kind,
@@ -484,8 +483,8 @@ def test_faults_of_a_case_with_only_one_sign() -> None:
     )
     log_alone = Evidence(console="nothing", dmesg=console("warn"))
     assert only(Suspect(b"", 0, evidence=log_alone)) == (Kind.KERNEL, TITLES["warn"])
-    differs = Suspect(b"", DIFFERENCE_STATUS, b"read: 3 here, 4 there\nmore")
-    assert only(differs) == (Kind.DIFFERENCE, "read: N here, N there")
+    differs = Suspect(b"", signal.SIGABRT, b"difference in read.value: call 3: 4, not 5\nmore")
+    assert only(differs) == (Kind.DIFFERENCE, "difference in read.value")
     hangs = Suspect(b"", None, timed_out=True, evidence=Evidence(stacks=PROCESSES))
     assert only(hangs)[0] is Kind.TIME_OUT
     assert faults_of(Suspect(b"", 0)) == []

@@ -160,8 +160,10 @@ def test_plan9_bad_message_is_logged_within_bounds(
             with socket.create_connection(address, 5) as connection:
                 connection.sendall(walk_cut_short)
                 assert hung_up(connection)
-    shown = [record for record in caplog.records if "server raised:" in record.getMessage()]
+    shown = [record for record in caplog.records if record.name == "asyncio"]
     assert len(shown) == 10
+    assert all(record.exc_info for record in shown)
+    assert any("the 9P server raised 10 times" in each.getMessage() for each in caplog.records)
     assert read_whole(plan9, "README")
 
 
