@@ -24,6 +24,7 @@ LICENCES = {
     "bridge/sources/guest_kernel/tcg": "GPL-2.0-or-later",
     "bridge/vm/tcg": "GPL-2.0-or-later",
     "guest/module": "GPL-2.0",
+    "tests/fuzz/kernel_faults": "GPL-2.0",
 }
 """Who is under which licence; the longest prefix counts, and Apache-2.0 is the rest's."""
 

@@ -41,6 +41,7 @@ from typing import Any, Final
 from bridge.errors import InfrastructureError, UsageError
 from bridge.fuzz.slot_events import Suspect
 from bridge.fuzz.titles import Fault, Kind
+from bridge.session.target_host import TargetState
 from bridge.util.files import remove, sync
 
 __all__ = [
@@ -89,12 +90,18 @@ class Place:
     Attributes:
         harness: the specification of the harness.
         command: the words of a command as harness.
-        settings: the settings that differ from their defaults.
+        differential, ignore: what the harness ``files`` was told.
+        settings: as :meth:`bridge.config.Settings.changed` describes them.
+        target_state: what a reset does to the target: a value of
+            :class:`bridge.session.target_host.TargetState`.
         versions: of what took part, by name.
     """
 
     harness: str = ""
     command: tuple[str, ...] = ()
+    differential: bool = False
+    ignore: tuple[str, ...] = ()
+    target_state: str = TargetState.FORK.value
     settings: Mapping[str, object] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -111,6 +118,7 @@ class Finding:
         found: the same, in seconds since the epoch.
         status: wait status of the harness; None if it did not end.
         sha256: of the case.
+        place: what it is to be reproduced with; its fields are keys beside the others.
     """
 
     name: str
@@ -125,14 +133,13 @@ class Finding:
     status: int | None = None
     timed_out: bool = False
     sha256: str = ""
-    harness: str = ""
-    command: tuple[str, ...] = ()
-    settings: Mapping[str, object] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
+    place: Place = field(default_factory=Place)
 
     def as_json(self) -> bytes:
         """Return the text of ``finding.json``."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values |= {each.name: getattr(self.place, each.name) for each in fields(Place)}
+        del values["place"]
         whole = {"format": FORMAT, "version": VERSION, **values}
         return json.dumps(whole, indent=1, default=str).encode() + b"\n"
 
@@ -145,14 +152,17 @@ class Finding:
         """
         if data["format"] != FORMAT or data["version"] != VERSION:
             raise ValueError(f"format {data['format']!r}, version {data['version']!r}")
-        known = {each.name for each in fields(cls)}
+        known = {each.name for each in fields(cls)} - {"place"}
         values = {key: value for key, value in data.items() if key in known}
+        place = {each.name: data[each.name] for each in fields(Place) if each.name in data}
         if not _PLAIN.fullmatch(values["name"]):
             raise ValueError(f"not a plain name: {values['name'][:80]!r}")
         values["kind"] = Kind(values["kind"])
-        for name in ("stack", "others", "command"):
+        for name in ("stack", "others"):
             values[name] = tuple(values.get(name, ()))
-        return cls(**values)
+        for name in ("command", "ignore"):
+            place[name] = tuple(place.get(name, ()))
+        return cls(**values, place=Place(**place))
 
 
 def load_finding(folder: Path) -> Finding:
@@ -343,10 +353,7 @@ def finding_of(
         status=suspect.status,
         timed_out=suspect.timed_out,
         sha256=hashlib.sha256(suspect.case).hexdigest(),
-        harness=place.harness,
-        command=place.command,
-        settings=place.settings,
-        versions=place.versions,
+        place=place,
     )
 
 

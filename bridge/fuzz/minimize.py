@@ -240,7 +240,7 @@ def minimize_finding(
         slot, finding, timeout=timeout, packages=packages_of(slot), settle=_SETTLE_SECONDS
     )
     same = sum(attempt.has(finding.title) for attempt in runner.attempts(case, times))
-    files = finding.harness.split()[:1] == ["files"]
+    files = finding.place.harness.split()[:1] == ["files"]
     minimizer = Minimizer(
         runner,
         finding.title,
@@ -257,7 +257,7 @@ def minimize_finding(
     written = {MINIMIZED: best}
     if files:
         written[_MINIMIZED_TEXT] = to_text(best).encode()
-    reproducer = make_reproducer(finding.title, finding.harness, finding.command, best)
+    reproducer = make_reproducer(finding.title, finding.place.harness, finding.place.command, best)
     if reproducer is not None:
         written[reproducer.name] = reproducer.text.encode(errors="backslashreplace")
     for name, content in written.items():

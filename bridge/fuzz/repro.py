@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from bridge import config
 from bridge.config import Settings
 from bridge.errors import BridgeError, UsageError
-from bridge.fuzz.findings import CASE, Finding, load_finding
+from bridge.fuzz.findings import CASE, Finding, Place, load_finding
 from bridge.fuzz.lane import Execution
 from bridge.fuzz.slot import BuiltIn, Slot
 from bridge.fuzz.slot_events import Evidence, SlotHarness, Suspect
@@ -188,29 +187,30 @@ def open_finding(folder: Path) -> Iterator[tuple[Finding, bytes, Slot]]:
         case = (folder / CASE).read_bytes()
     except OSError as error:
         raise UsageError(f"the case of {folder} cannot be read: {error.strerror}") from error
-    settings = config.load(dict(finding.settings), environ={}, directory=folder)
-    harness = _harness_of(finding)
+    place = finding.place
+    # As in a campaign: reports of the kernel are noticed at once then.
+    settings = Settings.of(place.settings).replace(diagnose=True)
+    harness = _harness_of(place)
     with tempfile.TemporaryDirectory(prefix="kcov-bridge-") as directory:
-        slot = Slot(settings, harness, Path(directory), target_state=_target_state(settings))
+        slot = Slot(
+            settings, harness, Path(directory), target_state=TargetState(place.target_state)
+        )
         with slot:
             yield finding, case, slot
 
 
-def _harness_of(finding: Finding) -> SlotHarness:
-    name, *parameters = finding.harness.split() or [""]
-    if finding.command or name not in _BUILT_IN:
+def _harness_of(place: Place) -> SlotHarness:
+    name, *parameters = place.harness.split() or [""]
+    if place.command or name not in _BUILT_IN:
         raise UsageError(
-            f"the finding's harness cannot be started: {finding.harness or finding.command}",
+            f"the finding's harness cannot be started: {place.harness or place.command}",
             hint=f"these can: {', '.join(_BUILT_IN)}",
         )
-    places = (MOUNT_POINT,) if name == "files" else ()
-    return BuiltIn(name, (*places, *parameters))
-
-
-def _target_state(settings: Settings) -> TargetState:
-    """Guest and target go back together where the target runs in processes of its own."""
-    measured = settings.source != "kernel" and settings.target != "none"
-    return TargetState.FORK if measured else TargetState.KEEP
+    if name == "files":
+        parameters = [MOUNT_POINT, *parameters, *(["--differential"] if place.differential else [])]
+        for what in place.ignore:
+            parameters += ["--ignore", what]
+    return BuiltIn(name, tuple(parameters))
 
 
 def packages_of(slot: Slot) -> tuple[str, ...]:

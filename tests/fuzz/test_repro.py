@@ -26,7 +26,7 @@ pytestmark = pytest.mark.vm
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = "tests.fuzz.planted_files_target:PlantedFiles"
-SETTINGS = {"target": TARGET, "source": "python", "diagnose": True}
+SETTINGS = {"target": TARGET, "source": "python"}
 TITLE = "AssertionError in check_write (fuzz/planted_files.py)"
 SECONDS = 60.0
 """For what takes milliseconds on a quiet machine."""

@@ -32,7 +32,7 @@ from bridge.fuzz.titles import (
 )
 from bridge.targets.faults import TargetFaults, stacks_of
 
-CONSOLES = Path(__file__).parent / "data" / "consoles"
+CONSOLES = Path(__file__).resolve().parents[1] / "data" / "consoles"
 OURS = " [kernel_faults]"
 
 TITLES = {
@@ -69,7 +69,7 @@ TITLES = {
     "warn_text": f"WARNING at /work/kernel_faults.c:41 fault_warn_text{OURS}",
     "write_null": f"BUG: kernel NULL pointer dereference in fault_write_null{OURS}",
 }
-"""The first fault of each report, as ``tests/fuzz/data/consoles`` has it."""
+"""The first fault of each report, as ``tests/data/consoles`` has it."""
 
 
 def console(name: str) -> str:

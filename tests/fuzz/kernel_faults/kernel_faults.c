@@ -4,7 +4,7 @@
  *
  *	echo KIND >/sys/module/kernel_faults/parameters/provoke
  *
- * For tests: what tests/fuzz/data/consoles has was written by kernels with this module. Each fault
+ * For tests: what tests/data/consoles has was written by kernels with this module. Each fault
  * is in a function of its own, so that a trace says which it was.
  */
 
