@@ -90,7 +90,8 @@ class Place:
     Attributes:
         harness: the specification of the harness.
         command: the words of a command as harness.
-        differential, ignore: what the harness ``files`` was told.
+        differential, ignore, libraries, exit_status: what the harness was told; see
+            :meth:`bridge.fuzz.harness.Harness.parse`.
         settings: as :meth:`bridge.config.Settings.changed` describes them.
         target_state: what a reset does to the target: a value of
             :class:`bridge.session.target_host.TargetState`.
@@ -101,6 +102,8 @@ class Place:
     command: tuple[str, ...] = ()
     differential: bool = False
     ignore: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ()
+    exit_status: bool = False
     target_state: str = TargetState.FORK.value
     settings: Mapping[str, object] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -160,7 +163,7 @@ class Finding:
         values["kind"] = Kind(values["kind"])
         for name in ("stack", "others"):
             values[name] = tuple(values.get(name, ()))
-        for name in ("command", "ignore"):
+        for name in ("command", "ignore", "libraries"):
             place[name] = tuple(place.get(name, ()))
         return cls(**values, place=Place(**place))
 

@@ -13,13 +13,13 @@ from typing import Final, Protocol
 
 from bridge.config import Settings
 from bridge.errors import BridgeError, UsageError
-from bridge.fuzz.findings import CASE, Finding, Place, load_finding
+from bridge.fuzz.findings import CASE, Finding, load_finding
+from bridge.fuzz.harness import Harness
 from bridge.fuzz.lane import Execution
-from bridge.fuzz.slot import BuiltIn, Slot
-from bridge.fuzz.slot_events import Evidence, SlotHarness, Suspect
+from bridge.fuzz.slot import Slot
+from bridge.fuzz.slot_events import Evidence, Suspect
 from bridge.fuzz.titles import Fault, Kind, faults_of
 from bridge.session.target_host import TargetState
-from bridge.targets import MOUNT_POINT
 
 __all__ = ["Attempt", "CaseRunner", "Executes", "open_finding", "packages_of", "wait_seconds"]
 
@@ -31,9 +31,6 @@ _LATE: Final = (Kind.KERNEL, Kind.TARGET_DEATH, Kind.TARGET_EXCEPTION, Kind.TARG
 _POLL_SECONDS: Final = 0.005
 _HUNG_TASK_SECONDS: Final = 45.0
 """A task is reported as hung after twice the 20 s of the setting ``diagnose`` at the latest."""
-
-
-_BUILT_IN: Final = ("files", "empty", "calls", "file")
 
 
 class Executes(Protocol):
@@ -190,27 +187,21 @@ def open_finding(folder: Path) -> Iterator[tuple[Finding, bytes, Slot]]:
     place = finding.place
     # As in a campaign: reports of the kernel are noticed at once then.
     settings = Settings.of(place.settings).replace(diagnose=True)
-    harness = _harness_of(place)
+    harness = Harness.parse(
+        place.harness,
+        place.command,
+        differential=place.differential,
+        ignore=place.ignore,
+        libraries=[Path(each) for each in place.libraries],
+        exit_status=place.exit_status,
+        settings=settings,
+    )
     with tempfile.TemporaryDirectory(prefix="kcov-bridge-") as directory:
         slot = Slot(
             settings, harness, Path(directory), target_state=TargetState(place.target_state)
         )
         with slot:
             yield finding, case, slot
-
-
-def _harness_of(place: Place) -> SlotHarness:
-    name, *parameters = place.harness.split() or [""]
-    if place.command or name not in _BUILT_IN:
-        raise UsageError(
-            f"the finding's harness cannot be started: {place.harness or place.command}",
-            hint=f"these can: {', '.join(_BUILT_IN)}",
-        )
-    if name == "files":
-        parameters = [MOUNT_POINT, *parameters, *(["--differential"] if place.differential else [])]
-        for what in place.ignore:
-            parameters += ["--ignore", what]
-    return BuiltIn(name, tuple(parameters))
 
 
 def packages_of(slot: Slot) -> tuple[str, ...]:
