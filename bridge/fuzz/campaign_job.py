@@ -135,8 +135,15 @@ class Plan:
 
     def place(self) -> Place:
         """Return what a finding is to be reproduced with."""
-        settings = {**self.settings, "target_state": self.target_state}
-        return Place(self.harness, self.command, settings, self.versions)
+        return Place(
+            harness=self.harness,
+            command=self.command,
+            differential=self.differential,
+            ignore=self.ignore,
+            target_state=self.target_state,
+            settings=self.settings,
+            versions=self.versions,
+        )
 
 
 class CampaignJob:
