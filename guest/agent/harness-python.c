@@ -4,10 +4,10 @@
  *
  *	python INTERPRETER SCRIPT MODULE FUNCTION
  *
- * SCRIPT is harness_python.py. The interpreter traces into an area of its own. It has the case in
- * a memfd, gets the length on a pipe, and answers with a byte: '0', or '1' if the function raised,
- * after the traceback on stderr. If it dies, its status is the case's, and the next case gets
- * another one.
+ * SCRIPT is harness_python.py. Once it has the function, the interpreter traces into an area of its
+ * own, which it enables itself, so that its start is not part of a case. It has the case in a memfd,
+ * gets the length on a socket, and answers with a byte: '0', or '1' if the function raised, after
+ * the traceback on stderr. If it dies, its status is the case's, and the next case gets another one.
  */
 #define _GNU_SOURCE
 #include "harness.h"
@@ -26,9 +26,9 @@
 #include <unistd.h>
 
 /* Descriptors of the interpreter; harness_python.py has the same numbers. */
-enum { CASE = 3, CONNECTION = 4 };
+enum { CASE = 3, CONNECTION = 4, ERRORS = 5, AREA = 6 };
 
-enum { CASE_BYTES = 1 << 20 };
+enum { ABOVE = 32, CASE_BYTES = 1 << 20 };
 
 static char **arguments; /* INTERPRETER SCRIPT MODULE FUNCTION */
 static int area = -1;
@@ -49,16 +49,17 @@ static int load(int argc, char **argv)
 
 static void execute(int end)
 {
-	int error = area > 0 ? runner_area_enable(area) : 0;
+	int instance = runner_area_descriptor(area);
+	int high = instance < 0 ? -1 : fcntl(instance, F_DUPFD_CLOEXEC, ABOVE);
+	int errors = fcntl(runner_error_descriptor(), F_DUPFD_CLOEXEC, ABOVE);
 
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
-	if (error) {
-		fprintf(stderr, "python: KCOV_ENABLE: %s\n", strerror(error));
+	/* All are above, so that no dup2 closes another. */
+	if (dup2(memory, CASE) < 0 || dup2(end, CONNECTION) < 0 || dup2(errors, ERRORS) < 0)
 		_exit(126);
-	}
-	/* Both are above, so that neither dup2 closes the other. */
-	if (dup2(memory, CASE) < 0 || dup2(end, CONNECTION) < 0)
-		_exit(126);
+	close(AREA);
+	if (high >= 0)
+		dup2(high, AREA);
 	setenv("PYTHONDONTWRITEBYTECODE", "1", 1);
 	setenv("PYTHONHASHSEED", "0", 1);
 	execvp(arguments[0], arguments);
@@ -96,7 +97,7 @@ static int start(void)
 		perror("python: socketpair");
 		_exit(1);
 	}
-	high = fcntl(ends[1], F_DUPFD_CLOEXEC, 16);
+	high = fcntl(ends[1], F_DUPFD_CLOEXEC, ABOVE);
 	close(ends[1]);
 	interpreter = fork();
 	if (interpreter < 0 || high < 0) {
@@ -117,7 +118,7 @@ static int begin(void)
 	if (scratch_begin())
 		return 1;
 	fd = memfd_create("case", MFD_CLOEXEC);
-	memory = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 16);
+	memory = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, ABOVE);
 	if (memory < 0 || ftruncate(memory, CASE_BYTES)) {
 		perror("python: the memory of the case");
 		return 1;
@@ -128,16 +129,8 @@ static int begin(void)
 		perror("python: the memory of the case");
 		return 1;
 	}
-	/* Without tracing, for what is wrong with module or function. */
-	if (start())
-		return 1;
-	kill(interpreter, SIGKILL);
-	close(connection);
-	connection = -1;
-	while (waitpid(interpreter, NULL, 0) < 0 && errno == EINTR)
-		;
-	interpreter = 0;
-	return 0;
+	area = runner_area_take();
+	return start() != 0;
 }
 
 static int run(const uint8_t *data, size_t length)
@@ -145,8 +138,6 @@ static int run(const uint8_t *data, size_t length)
 	uint32_t size = length > CASE_BYTES ? CASE_BYTES : length;
 	int status = 0;
 
-	if (area < 0)
-		area = runner_area_take();
 	if (!interpreter) {
 		status = start();
 		if (status)

@@ -61,6 +61,8 @@ int runner_area_take(void);
 int runner_area_enable(int index);
 /* End that. 0 or errno. */
 int runner_area_disable(int index);
+/* The descriptor of the area, for a program that enables it by itself; -1 without an area. */
+int runner_area_descriptor(int index);
 /* Give the area back; no thread traces into it. */
 void runner_area_give(int index);
 
@@ -73,5 +75,7 @@ void runner_thread_end(int index);
  * case whose status is not 0 is the end of what the harness wrote to stderr.
  */
 void runner_output(const void *data, size_t length);
+/* The file that is stderr in run(), for a process that begin() starts; there stderr is the runner's. */
+int runner_error_descriptor(void);
 
 #endif

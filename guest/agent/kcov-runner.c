@@ -185,6 +185,11 @@ int runner_area_disable(int index)
 	return ioctl(instances[index], KCOV_DISABLE, 0) ? errno : 0;
 }
 
+int runner_area_descriptor(int index)
+{
+	return index > 0 ? instances[index] : -1;
+}
+
 void runner_area_give(int index)
 {
 	atomic_fetch_and(&taken, ~(1U << index));
@@ -246,6 +251,11 @@ static void take_errors(void)
 		have += (size_t)got;
 	}
 	lane->output_length = have;
+}
+
+int runner_error_descriptor(void)
+{
+	return errors;
 }
 
 static void empty_errors(off_t most)
@@ -359,12 +369,12 @@ __attribute__((noreturn)) static void child(const struct runner_harness *harness
 	setrlimit(RLIMIT_CORE, &no_core);
 	signal(SIGPIPE, SIG_DFL);
 	memset(input, 0, sizeof(input)); /* no page faults later on */
+	atomic_store(&taken, 3); /* the control area's, and this thread's */
+	atomic_store(&used, 1);
 	if (harness->begin && harness->begin())
 		_exit(EXIT_FAILED);
 	if (dup2(errors, 2) < 0)
 		fail("stderr: %s", strerror(errno));
-	atomic_store(&taken, 3); /* the control area's, and this thread's */
-	atomic_store(&used, 1);
 	trace(&mode, KCOV_TRACE_PC);
 	__atomic_store_n(&lane->ready, generation, __ATOMIC_RELEASE);
 	for (unsigned int count = 1;; count++) {

@@ -44,16 +44,27 @@ static bool write_text(const char *path, const char *text)
 	return written;
 }
 
-/* RLIMIT_NPROC does not hold for root. A kernel without the controller has no limit. */
-static void limit_tasks(void)
+/*
+ * RLIMIT_NPROC does not hold for root, and a machine that is nearly out of memory is slow for long.
+ * A kernel without a controller has no such limit.
+ */
+static void limit_group(void)
 {
+	unsigned long long bytes = (unsigned long long)sysconf(_SC_PHYS_PAGES) *
+				   (unsigned long long)sysconf(_SC_PAGESIZE) / 100 *
+				   SCRATCH_MEMORY_PERCENT;
+	char text[32];
 	struct stat status;
 
 	if (stat(GROUPS "/cgroup.controllers", &status) &&
 	    mount("cgroup2", GROUPS, "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL))
 		return;
+	snprintf(text, sizeof(text), "%llu", bytes);
 	write_text(GROUPS "/cgroup.subtree_control", "+pids");
+	write_text(GROUPS "/cgroup.subtree_control", "+memory");
 	mkdir(GROUP, 0755);
+	write_text(GROUP "/memory.max", text);
+	write_text(GROUP "/memory.oom.group", "1");
 	write_text(GROUP "/pids.max", TEXT(SCRATCH_TASKS));
 	write_text(GROUP "/cgroup.procs", "0");
 }
@@ -65,7 +76,7 @@ int scratch_begin(void)
 	prctl(PR_SET_CHILD_SUBREAPER, 1);
 	if (unshare(CLONE_NEWNS) || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL))
 		return fail("a mount namespace");
-	limit_tasks();
+	limit_group();
 	if (mount("tmpfs", PLACE, "tmpfs", MS_NODEV | MS_NOSUID, "size=25%,mode=1777"))
 		return fail("mount a tmpfs on " PLACE);
 	if (mount(NULL, "/", NULL, MS_REMOUNT | MS_BIND | MS_RDONLY, NULL))
