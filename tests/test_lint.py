@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bridge.bench.executions import LANE_LOOP
 from bridge.bench.floor import LAYOUT_FLAGS
 from tests.support import ROOT, sources
 
@@ -37,8 +38,8 @@ NO_SPDX_NAMES = {
     ".gitignore",
 }
 
-NO_SPDX_IN = ("tests/data/", "images/root/")
-"""Sources under measurement, and files that lie in the guest as they are."""
+NO_SPDX_IN = ("tests/data/", "tests/fuzz/data/", "images/root/")
+"""Sources under measurement, recorded texts, and files that lie in the guest as they are."""
 
 
 def texts() -> dict[str, str]:
@@ -140,7 +141,8 @@ def test_files_end_with_one_newline_and_lines_with_no_blank() -> None:
     wrong = [
         name
         for name, text in texts().items()
-        if Path(name).name not in NO_SPDX_NAMES and not name.startswith("tests/data/")
+        if Path(name).name not in NO_SPDX_NAMES
+        and not name.startswith(("tests/data/", "tests/fuzz/data/"))
         if text
         and (not text.endswith("\n") or text.endswith("\n\n") or re.search(r"[ \t]\n", text))
     ]
@@ -181,10 +183,19 @@ def test_scripts_are_executable() -> None:
     assert wrong == []
 
 
+LAYOUTS = {
+    "bridge/bench/floor.c": LAYOUT_FLAGS,
+    "bridge/bench/lane.c": LANE_LOOP.flags,
+}
+"""Sources that get the layout of shared memory from their Python module."""
+
 C_SOURCES = sorted(
     path.relative_to(ROOT).as_posix()
     for path in sources()
-    if path.suffix == ".c" and not path.is_relative_to(ROOT / "guest/module")
+    if path.suffix == ".c"
+    and not any(
+        map(path.is_relative_to, (ROOT / "guest/module", ROOT / "tests/fuzz/kernel_faults"))
+    )
 )
 
 
@@ -193,10 +204,11 @@ def test_c_sources_compile_without_a_warning(name: str, tmp_path: Path) -> None:
     # gcc is among the packages that `make test` installs; the module is compiled with its image.
     compiler = shutil.which("gcc") or shutil.which("cc")
     assert compiler is not None, "no C compiler: .ci/install-packages test"
-    defined = LAYOUT_FLAGS if name == "bridge/bench/floor.c" else ()
+    defined = LAYOUTS.get(name, ())
     check(
         *(compiler, "-std=gnu11", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", *defined),
-        *("-I", "tests/system/conformance", "-c", name, "-o", str(tmp_path / "out.o")),
+        *("-I", "tests/system/conformance", "-I", "guest/agent", "-I", "bridge/fuzz/shim"),
+        *("-c", name, "-o", str(tmp_path / "out.o")),
     )
 
 
