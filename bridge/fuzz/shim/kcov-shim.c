@@ -99,6 +99,8 @@ static const uint8_t *engine_case;	/* a length of 32 bits, then the case; NULL: 
 static const char *case_file;		/* NULL: stdin */
 
 static pid_t stand_in;
+/* The engine has the stand-in's pid for the present case, or there is no engine. */
+static bool announced = true;
 static volatile sig_atomic_t child_ended;
 
 static uint64_t case_number, faults, since_reset;
@@ -340,14 +342,19 @@ static void attach_engine(void)
 		     (unsigned long long)bytes);
 }
 
-static bool answer(uint32_t word)
+static bool answer_words(const uint32_t *words, size_t number)
 {
 	ssize_t written;
 
 	do
-		written = write(ENGINE_ANSWERS, &word, sizeof(word));
+		written = write(ENGINE_ANSWERS, words, number * sizeof(*words));
 	while (written < 0 && errno == EINTR);
-	return written == sizeof(word);
+	return written == (ssize_t)(number * sizeof(*words));
+}
+
+static bool answer(uint32_t word)
+{
+	return answer_words(&word, 1);
 }
 
 static bool hear(uint32_t *word)
@@ -412,6 +419,25 @@ static void start_stand_in(void)
 		_exit(0);
 	}
 	store(&board->stand_in, (uint64_t)stand_in);
+}
+
+/* Gives the engine a pid to kill. From here on the case may take as long as the engine allows. */
+static void announce(void)
+{
+	if (!announced && !answer((uint32_t)stand_in))
+		leave();
+	announced = true;
+}
+
+/* Tells the engine the end of the present case. One write wakes it once. */
+static bool answer_status(uint32_t status)
+{
+	uint32_t words[] = { (uint32_t)stand_in, status };
+
+	if (announced)
+		return answer(status);
+	announced = true;
+	return answer_words(words, 2);
 }
 
 /* Returns whether the stand-in has ended. */
@@ -518,7 +544,7 @@ static enum outcome await_done(uint64_t epoch, bool *lost)
 			__builtin_ia32_pause();
 			continue;
 		}
-		if (stand_in_ended())
+		if (announced && stand_in_ended())
 			return KILLED;
 		if (load(&board->epoch) != epoch || load(&board->state) != KB_BOARD_READY) {
 			*lost = true;
@@ -536,6 +562,7 @@ static enum outcome await_done(uint64_t epoch, bool *lost)
 			sched_yield();
 			continue;
 		}
+		announce();
 		/* An eighth of the time so far: late by an eighth at most. */
 		rest = elapsed / 8;
 		rest = rest < SLEEP_LEAST_NS ? SLEEP_LEAST_NS : rest;
@@ -663,6 +690,7 @@ static void execute(void)
 			break;
 		/* The slot reset the guest meanwhile, and may have used the lane. */
 		add(&board->repeated, 1);
+		announce();
 		await_ready();
 		length = take_case();
 		if (load(&board->last_case) > case_number)
@@ -735,10 +763,9 @@ static __attribute__((noreturn)) void serve(void)
 			await_go();
 		}
 		await_ready();
-		if (!answer((uint32_t)stand_in))
-			break;
+		announced = false;
 		execute();
-		if (!answer(engine_status()))
+		if (!answer_status(engine_status()))
 			break;
 		/*
 		 * While the engine looks at the map. After a kill it may be about to end; whether
