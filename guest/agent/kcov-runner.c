@@ -411,7 +411,8 @@ static void kill_the_rest(bool alone, pid_t child_pid)
 {
 	/* Process 1 of a namespace reaches all others in it, and nobody else. */
 	kill(alone ? -1 : -child_pid, SIGKILL);
-	while (waitpid(-1, NULL, 0) > 0 || errno == EINTR)
+	/* Without a namespace some may have left the child's group: nobody waits for these. */
+	while (waitpid(-1, NULL, alone ? 0 : WNOHANG) > 0 || (alone && errno == EINTR))
 		;
 }
 
