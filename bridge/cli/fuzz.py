@@ -49,6 +49,7 @@ _ACTIONS: dict[str, str] = {
     "minimize": "make the case of a finding small, and a program that reproduces it",
     "report": "make a page of a campaign, for a browser",
     "compare": "compare groups of campaigns, with the statistics of evaluations",
+    "simulate": "measure the coordinator of a campaign with simulated workers",
     "text": "print a case of the harness files as text, or make one of text",
 }
 """What each action does; ``bridge.cli.fuzz_NAME`` carries it out, with the names of a subcommand's

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import shutil
 import socket
@@ -33,6 +32,7 @@ from bridge.fuzz.hub import Answer, Hub
 from bridge.fuzz.job import JobFactory, JobSettings
 from bridge.fuzz.job_runner import OUTBOX_DIRECTORY, HubGoneError, Link, run_job
 from bridge.fuzz.outbox import leftover_reports
+from bridge.fuzz.placement import Placement
 from bridge.fuzz.store import JOBS_DIRECTORY, Store, read_campaign
 from bridge.util.cache import cache_folder
 
@@ -40,15 +40,6 @@ __all__ = ["RESOURCE", "Cluster", "adopt_leftovers"]
 
 RESOURCE: Final = "vm"
 """Name of the resource of which a job takes one."""
-
-_QUICK_FAILURES: Final = 5
-"""How many runs in a row may fail soon after their start before a job is given up."""
-
-_SOON: Final = 60.0
-"""Seconds within which a failure counts as soon after the start."""
-
-_LONGEST_PAUSE: Final = 30.0
-"""Seconds before a job that failed is started again, at most."""
 
 _VANISHED: Final = 150.0
 """Seconds without a report after which a job is started elsewhere, whatever the scheduler says."""
@@ -90,22 +81,6 @@ class _Plan:
     ordered: bool
 
 
-@dataclass(slots=True)
-class _Placed:
-    """A job as the scheduler knows it."""
-
-    future: Any = None
-    worker: str = ""
-    """Address of the worker that has it."""
-    attempts: int = 0
-    began: float = 0.0
-    failures: int = 0
-    """Runs in a row that failed soon."""
-    due: float = 0.0
-    """When it is to be started again."""
-    error: str = ""
-
-
 class Cluster:
     """Runs the jobs of a campaign; a context manager.
 
@@ -143,7 +118,10 @@ class Cluster:
         distributed = _distributed()
         self._hub = hub
         self._address = scheduler
-        self._jobs = [_Placed() for _ in range(jobs)]
+        self._placement = Placement(jobs, time.monotonic)
+        self._futures: list[Any] = [None] * jobs
+        self._attempts = 0
+        self._error = ""
         self._queues: dict[str, _Queue] = {}
         self._gone = False
         self._refusing = False
@@ -162,6 +140,7 @@ class Cluster:
                 if scheduler
                 else _local(distributed, jobs, progress)
             )
+            self._room = _Room(self._client)
             self._news = _Queue(self._client, f"{self._plan.token}-news")
             stack.callback(self._cancel)
             self._stack = stack.pop_all()
@@ -207,11 +186,10 @@ class Cluster:
             InfrastructureError: the scheduler went away, or the store cannot be written.
         """
         self._hub.stop()
-        for job in self._jobs:
-            job.due = math.inf
+        self._placement.stop()
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            if all(job.future is None or job.future.done() for job in self._jobs):
+            if all(future is None or future.done() for future in self._futures):
                 return True
             self.step(0.2)
         return False
@@ -258,9 +236,10 @@ class Cluster:
                 client.close(timeout=5)
 
     def _await_workers(self, client: Any, progress: Callable[[str], object]) -> None:
+        room = _Room(client)
         deadline = time.monotonic() + _CONNECT
         told = False
-        while not (vms := sum(_room(client).values())):
+        while not (vms := sum(room().values())):
             if time.monotonic() > deadline:
                 raise InfrastructureError(
                     f"the scheduler {self._address} has no worker with the resource {RESOURCE!r}",
@@ -271,10 +250,11 @@ class Cluster:
                 progress(f"waiting for a worker with the resource {RESOURCE!r}")
                 told = True
             time.sleep(0.5)
-        if vms < len(self._jobs):
+        jobs = len(self._futures)
+        if vms < jobs:
             progress(
-                f"the cluster has room for {vms} VMs: {len(self._jobs) - vms} of "
-                f"{len(self._jobs)} jobs wait for further workers"
+                f"the cluster has room for {vms} VMs: {jobs - vms} of "
+                f"{jobs} jobs wait for further workers"
             )
 
     def _receive(self, seconds: float) -> list[bytes]:
@@ -293,7 +273,9 @@ class Cluster:
                 if queue is None:
                     queue = _Queue(self._client, f"{self._plan.token}-{answer.run}")
                     self._queues[answer.run] = queue
-                queue.put(answer.message)
+                # A job that gets no answer asks again.
+                with contextlib.suppress(TimeoutError):
+                    queue.put(answer.message)
 
     @contextlib.contextmanager
     def _scheduler(self) -> Iterator[None]:
@@ -313,15 +295,12 @@ class Cluster:
     # The jobs.
 
     def _submit(self, number: int, worker: str) -> None:
-        job = self._jobs[number]
-        job.attempts += 1
-        job.began = time.monotonic()
-        job.worker = worker
-        job.future = self._client.submit(
+        self._attempts += 1
+        self._futures[number] = self._client.submit(
             _run_task,
             self._plan,
             number,
-            key=f"{self._plan.token}-job-{number}-{job.attempts}",
+            key=f"{self._plan.token}-job-{number}-{self._attempts}",
             resources={RESOURCE: 1},
             workers=[worker],
             allow_other_workers=False,
@@ -330,73 +309,58 @@ class Cluster:
 
     def _look_after_jobs(self) -> None:
         """Start jobs where there is room; take back those whose worker is not there any more."""
-        now = time.monotonic()
         with self._scheduler():
-            room = _room(self._client)
-            self._look_again = now + max(1.0, len(room) / _WORKERS_PER_SECOND)
+            room = self._room()
+            self._look_again = time.monotonic() + max(1.0, len(room) / _WORKERS_PER_SECOND)
+            for number, future in enumerate(self._futures):
+                if future is not None and future.done():
+                    self._ended(number, future)
             views = self._hub.view().jobs
-            for number, job in enumerate(self._jobs):
-                if job.future is None:
-                    continue
-                view = views[number]
-                if job.future.done():
-                    self._ended(number, job)
-                elif job.worker not in room:
-                    self._move(number, f"its worker {view.worker or job.worker} vanished")
-                elif view.silent > max(_VANISHED, 5 * self._hub.interval):
-                    self._move(number, f"its worker {view.worker} is silent")
-                else:
-                    room[job.worker] -= 1
-            for number, job in enumerate(self._jobs):
-                if job.future is None and now >= job.due and room:
-                    worker = max(room, key=lambda each: room[each])
-                    if room[worker] < 1:
-                        break
-                    room[worker] -= 1
-                    self._submit(number, worker)
-            if not self._address and len(room) < len(self._jobs):
+            for number in self._placement.lost(room):
+                self._take_back(number, f"its worker {views[number].worker} vanished")
+            longest = max(_VANISHED, 5 * self._hub.interval)
+            for view in views:
+                if view.silent > longest and self._futures[view.number] is not None:
+                    self._take_back(view.number, f"its worker {view.worker} is silent")
+            for number, worker in self._placement.place(room):
+                self._submit(number, worker)
+            if not self._address and len(room) < len(self._futures):
                 # Those that Dask gave up.
-                self._client.cluster.scale(len(self._jobs))
-        if self._jobs and all(
-            job.future is None and job.failures >= _QUICK_FAILURES for job in self._jobs
-        ):
+                self._client.cluster.scale(len(self._futures))
+        if self._futures and self._placement.hopeless:
             raise InfrastructureError(
                 "no job can run: each failed several times in a row soon after its start",
-                evidence=self._jobs[0].error,
-                hint="look at what the first one says; then go on with --resume",
+                evidence=self._error,
+                hint="look at what one of them says; then go on with --resume",
             )
 
-    def _move(self, number: int, reason: str) -> None:
+    def _take_back(self, number: int, reason: str) -> None:
         self._hub.retire(number, reason)
-        self._release(self._jobs[number])
+        self._release(number)
+        self._placement.take_back(number)
 
-    def _ended(self, number: int, job: _Placed) -> None:
+    def _ended(self, number: int, future: Any) -> None:
         """Note the end of a job's task; it starts again unless the campaign ends."""
-        status = job.future.status
-        if status == "finished":
-            job.error = job.future.result()
-        elif status == "error":
-            job.error = str(job.future.exception())
-            self._hub.retire(number, job.error.strip().splitlines()[-1])
-        else:
+        if future.status == "finished":
+            self._error = future.result() or self._error
+        elif future.status == "error":
+            self._error = str(future.exception()) or "unknown error"
+            self._hub.retire(number, self._error.strip().splitlines()[-1])
+        elif self._placement.worker(number) in self._room():
             raise ConnectionError(f"it knows nothing of job {number} any more")
-        soon = time.monotonic() - job.began < _SOON
-        job.failures = job.failures + 1 if soon else 0
-        self._release(job)
-        if job.due != math.inf:
-            pause = min(_LONGEST_PAUSE, 2.0**job.failures - 1)
-            job.due = math.inf if job.failures >= _QUICK_FAILURES else time.monotonic() + pause
+        self._release(number)
+        self._placement.ended(number)
 
-    def _release(self, job: _Placed) -> None:
-        if job.future is not None:
-            future, job.future = job.future, None
+    def _release(self, number: int) -> None:
+        future, self._futures[number] = self._futures[number], None
+        if future is not None:
             with contextlib.suppress(Exception):
                 future.cancel()
 
     def _cancel(self) -> None:
         with _quiet():
-            for job in self._jobs:
-                self._release(job)
+            for number in range(len(self._futures)):
+                self._release(number)
             if not self._gone:
                 for queue in (self._news, *self._queues.values()):
                     queue.close()
@@ -496,13 +460,17 @@ class _QueueLink:
 
     def send(self, message: bytes) -> None:
         """Send a report."""
-        with _hub_is_there():
+        # One that takes too long is sent again later.
+        with _hub_is_there(), contextlib.suppress(TimeoutError):
             self.news.put(message)
 
     def receive(self, seconds: float) -> bytes | None:
         """Return the next answer; None if there is none in time."""
         with _hub_is_there():
-            return self.answers.get(seconds)
+            try:
+                return self.answers.get(seconds)
+            except TimeoutError:
+                return None
 
 
 @contextlib.contextmanager
@@ -575,14 +543,22 @@ def _local(distributed: Any, jobs: int, progress: Callable[[str], object]) -> It
         yield client
 
 
-def _room(client: Any) -> dict[str, int]:
-    """Return for how many jobs each worker has room in all, by its address."""
-    workers = client.scheduler_info(n_workers=-1)["workers"]
-    found = {
-        address: int(each.get("resources", {}).get(RESOURCE, 0))
-        for address, each in workers.items()
-    }
-    return {address: vms for address, vms in found.items() if vms > 0}
+class _Room:
+    """For how many jobs each worker has room in all, by its address."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._vms: dict[str, int] = {}
+
+    def __call__(self) -> dict[str, int]:
+        present = list(self._client.nthreads())
+        if any(address not in self._vms for address in present):
+            # What the client returns here may lack workers: it updates the same object beside.
+            workers = self._client.scheduler_info()["workers"]
+            for address, each in workers.items():
+                self._vms[address] = int(each.get("resources", {}).get(RESOURCE, 0))
+        self._vms = {address: self._vms[address] for address in present if address in self._vms}
+        return {address: vms for address, vms in self._vms.items() if vms > 0}
 
 
 @contextlib.contextmanager

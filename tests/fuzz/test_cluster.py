@@ -83,8 +83,10 @@ def test_workers_that_are_killed_start_again_and_lose_nothing(hub: Hub, store: S
         step_until(cluster, lambda: store.covered == EVERYTHING)
         step_until(cluster, lambda: len(set(workers(hub)) - set(killed)) == 2)
         running = workers(hub)
+        starts = [job.starts for job in hub.view().jobs]
         assert cluster.stop()
     view = hub.view()
+    assert [job.starts for job in view.jobs] == starts
     assert sum(job.starts for job in view.jobs) >= 2 + len(killed)
     assert [job.state for job in view.jobs] == [JobState.ENDED] * 2
     assert any("vanished" in problem for problem in view.problems)
@@ -143,8 +145,8 @@ def test_scheduler_without_room_for_vms_is_an_error(
 def test_jobs_that_cannot_run_end_the_campaign(
     hub: Hub, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bridge.fuzz.cluster._LONGEST_PAUSE", 0.1)
-    monkeypatch.setattr("bridge.fuzz.cluster._QUICK_FAILURES", 2)
+    monkeypatch.setattr("bridge.fuzz.placement._LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr("bridge.fuzz.placement._QUICK_FAILURES", 2)
     with Cluster(hub, store, FailingJob, 2) as cluster:
         with pytest.raises(InfrastructureError, match="no job can run") as caught:
             step_until(cluster, lambda: False)
