@@ -77,7 +77,9 @@ class Placement:
     @property
     def hopeless(self) -> bool:
         """Whether all jobs were given up."""
-        return not self._stopping and all(place.failures >= _QUICK_FAILURES for place in self._places)
+        return not self._stopping and all(
+            place.failures >= _QUICK_FAILURES for place in self._places
+        )
 
     def place(self, room: Mapping[str, int]) -> list[tuple[int, str]]:
         """Decide where jobs start: on the workers with most room.
