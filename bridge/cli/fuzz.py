@@ -246,7 +246,7 @@ def _plan(args: argparse.Namespace) -> Any:
     if command and args.harness:
         raise UsageError(
             "both --harness and a command after -- are given",
-            hint="leave one of them out: a command is a harness by itself",
+            hint="leave out --harness: a command is a harness by itself",
         )
     if args.ignore and not args.differential:
         raise UsageError("--ignore is given without --differential", hint="add --differential")

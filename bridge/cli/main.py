@@ -180,8 +180,18 @@ def make_parser(*, complete: bool = False) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, usage=usage, fill=fill)
         _add_common(command)
         if complete:
-            command.fill()
+            _fill_all(command)
     return parser
+
+
+def _fill_all(parser: argparse.ArgumentParser) -> None:
+    """Fill a parser, and those of its actions."""
+    if isinstance(parser, _Parser):
+        parser.fill()
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for each in action.choices.values():
+                _fill_all(each)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:

@@ -21,6 +21,7 @@ from typing import Any, Final
 import bridge
 from bridge.config import Settings
 from bridge.errors import BridgeError, InfrastructureError, UsageError
+from bridge.fuzz.board import MAP_CELLS, Fold
 from bridge.fuzz.campaign_job import Plan, make_job
 from bridge.fuzz.cluster import Cluster, adopt_leftovers
 from bridge.fuzz.engine import DEFAULT_SEED, find_engine, prepare_seeds
@@ -137,11 +138,12 @@ class _Running:
         settings = Settings.of(plan.settings)
         said("looking for the guest image; the first time it is built")
         image = find_guest_image(settings)
-        versions = {"kcov-bridge": bridge.__version__, "AFL++": engine.version}
-        plan = dataclasses.replace(plan, versions=versions)
         seeds = [] if campaign.resume else self._seeds(harness)
         accelerator = choose_accelerator(settings.accel).name
         sources = sorted(settings.sources(accelerator))
+        fold = Fold.EDGES if "kernel" in sources else Fold.BLOCKS
+        versions = {"kcov-bridge": bridge.__version__, "AFL++": engine.version}
+        plan = dataclasses.replace(plan, versions=versions, map_size=MAP_CELLS[fold])
         if "python" in sources and plan.learn and not campaign.resume:
             with tempfile.TemporaryDirectory(prefix="kcov-bridge-words-") as place:
                 words = learn_words(plan, seeds, Path(place) / "learn", said)
@@ -154,7 +156,7 @@ class _Running:
             "accel": accelerator,
             "jobs": self._jobs,
             "engine": f"AFL++ {engine.version}".strip(),
-            "fold": "edges" if "kernel" in sources else "blocks",
+            "fold": fold.name.lower(),
             "feedback": plan.feedback,
             _PLAN: plan.as_values(),
         }
@@ -186,7 +188,7 @@ class _Running:
                 store,
                 make_job,
                 self._jobs,
-                ordered="kernel" in sources,
+                ordered=fold is Fold.EDGES,
                 values=self._plan.as_values(),
                 scheduler=campaign.scheduler,
                 progress=said,

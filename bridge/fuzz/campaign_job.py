@@ -20,7 +20,7 @@ from typing import Any, Final, Self, TypeVar
 
 from bridge.config import Settings
 from bridge.errors import BridgeError, InfrastructureError
-from bridge.fuzz.board import Board, BoardWord
+from bridge.fuzz.board import MAP_CELLS, Board, BoardWord, Fold
 from bridge.fuzz.engine import (
     DEFAULT_SEED,
     EngineJob,
@@ -99,7 +99,7 @@ class Plan:
     learn: bool = True
     case_seconds: float | None = None
     reset_every: int = 2000
-    map_size: int = 1 << 16
+    map_size: int = MAP_CELLS[Fold.EDGES]
     target_memory: int = 0
     feedback: bool = True
     random_seed: int | None = None
@@ -140,6 +140,8 @@ class Plan:
             command=self.command,
             differential=self.differential,
             ignore=self.ignore,
+            libraries=self.libraries,
+            exit_status=self.exit_status,
             target_state=self.target_state,
             settings=self.settings,
             versions=self.versions,

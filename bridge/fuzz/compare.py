@@ -190,7 +190,7 @@ def read_side(paths: Iterable[Path], name: str = "") -> Side:
         if record.progress.last is None:
             raise UsageError(
                 f"{record.directory} has no figures yet: it cannot be compared",
-                hint="wait until it has run for some seconds, or leave it out",
+                hint="wait until it has run for some seconds",
             )
     return Side(name or paths[0].resolve().name, tuple(found.values()))
 

@@ -352,7 +352,7 @@ def start_job(
     if resumed and not options.resume:
         raise UsageError(
             f"{output} has the job {options.name!r} of an earlier campaign",
-            hint="choose another output directory, or resume the campaign",
+            hint="choose another directory with --out, or go on with --resume",
         )
     try:
         _make_peers(output)

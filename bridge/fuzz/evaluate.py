@@ -108,5 +108,5 @@ def _check(out: Path, executions: int) -> None:
     if done < _LEAST * executions:
         raise UsageError(
             f"the trial {out} ended after {done:,} of {executions:,} executions",
-            hint="remove it to run it again, or ask for as many executions as the trials have",
+            hint="remove it to run it again, or give fewer --executions",
         )

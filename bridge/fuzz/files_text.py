@@ -433,7 +433,9 @@ def to_bytes(text: str) -> bytes:
         try:
             call = encoding.parse_line(line, parallel=parallel)
             if call is not None and len(calls) == most:
-                raise UsageError(f"a case has at most {most} calls", hint="leave some out")
+                raise UsageError(
+                    f"a case has at most {most} calls", hint="split it into several cases"
+                )
         except UsageError as error:
             raise UsageError(f"line {number}: {error.message}", hint=error.hint) from error
         if call is None:

@@ -145,7 +145,8 @@ class Harness:
             return _of_command(command, options)
         if command:
             raise UsageError(
-                f"--harness {spec} and a command after -- are two harnesses", hint="leave one out"
+                f"--harness {spec} and a command after -- are two harnesses",
+                hint="leave out --harness: a command is a harness by itself",
             )
         if spec == "files":
             return _of_files(options)

@@ -593,7 +593,7 @@ def _check_format(path: Path, values: Mapping[str, Any], form: str) -> None:
     if values.get("version") != VERSION:
         raise InfrastructureError(
             f"{path} has version {values.get('version')}, this program reads version {VERSION}",
-            hint="use the version of kcov-bridge that wrote it",
+            hint="read it with the version of the bridge that wrote it",
         )
 
 

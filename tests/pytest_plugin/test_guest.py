@@ -125,11 +125,11 @@ def test_guest_verbs_do_what_they_say(run: Run) -> None:
                 guest.get_file("/nowhere", tmp_path / "copy")
 
         def test_user(guest, kcov):
-            guest.succeed("useradd -m -G audio tester")
+            guest.succeed("useradd -m -d /srv/tester -G audio tester")
             who = "id -un; id -Gn; echo $HOME $USER $LOGNAME; pwd; cat"
-            wanted = "tester\\ntester audio\\n/home/tester tester tester\\n{}\\ntyped"
+            wanted = "tester\\ntester audio\\n/srv/tester tester tester\\n{}\\ntyped"
             done = guest.run(who, user="tester", stdin="typed")
-            assert done.stdout == wanted.format("/home/tester")
+            assert done.stdout == wanted.format("/srv/tester")
             with kcov.trace() as trace:
                 done = guest.run(who, user="tester", stdin="typed", cwd="/tmp")
             assert done.stdout == wanted.format("/tmp")
@@ -137,7 +137,7 @@ def test_guest_verbs_do_what_they_say(run: Run) -> None:
             assert "Permission denied" in guest.run(["cat", "/etc/shadow"], user="tester").stderr
             assert guest.succeed("pwd", user="nobody") == "/\\n"
             guest.fail("echo 1 >/root/x", user="tester")
-            guest.wait_until_succeeds(["test", "-O", "/home/tester"], user="tester")
+            guest.wait_until_succeeds(["test", "-O", "/srv/tester"], user="tester")
             guest.wait_until_fails(["test", "-O", "/root"], user="tester")
             missing = guest.run("true", user="nobody else")
             assert missing.status == 126 and "no user nobody else" in missing.stderr
