@@ -146,6 +146,7 @@ class _LiveScreen:
             self._draw(self._rate.add(self._view))
 
     def _draw(self, rate: float) -> None:
+        from rich.columns import Columns
         from rich.console import Group
         from rich.panel import Panel
         from rich.table import Table
@@ -154,22 +155,26 @@ class _LiveScreen:
         view = self._view
         if view is None:
             return
-        figures = Table.grid(padding=(0, 3))
-        for _ in range(4):
-            figures.add_column(justify="right")
-            figures.add_column()
-        figures.add_row(
-            *("executions", f"{view.executions:,}", "blocks", f"{view.blocks:,}"),
-            *("corpus", f"{view.corpus:,}", "VMs", str(view.vms)),
-        )
-        findings = Text(f"{view.findings:,}", style="bold red" if view.findings else "")
-        figures.add_row(
-            *("per second", f"{rate:,.0f}", "edges", f"{view.edges:,}"),
-            *("findings", findings, "stability", _percent(view.stability)),
+        figures = Columns(
+            [
+                Text.assemble((f"{name} ", "dim"), (value, style))
+                for name, value, style in (
+                    ("executions", f"{view.executions:,}", "bold"),
+                    ("per second", f"{rate:,.0f}", "bold"),
+                    ("blocks", f"{view.blocks:,}", "bold"),
+                    ("edges", f"{view.edges:,}", "bold"),
+                    ("corpus", f"{view.corpus:,}", "bold"),
+                    ("findings", f"{view.findings:,}", "bold red" if view.findings else "bold"),
+                    ("VMs", str(view.vms), "bold"),
+                    ("stability", _percent(view.stability), "bold"),
+                )
+            ],
+            padding=(0, 3),
         )
         jobs = Table(expand=True, box=None)
-        for name in ("job", "where", "state", "executions", "guest µs", "engine µs", "resets"):
-            jobs.add_column(name, justify="left" if name in ("where", "state") else "right")
+        for name in ("job", "where", "state", "executions", "guest µs", "resets"):
+            text = name in ("where", "state")
+            jobs.add_column(name, justify="left" if text else "right", overflow="fold")
         for job in view.jobs:
             more = job.figures.more
             state = job.figures.state if job.state == "running" else str(job.state)
@@ -179,7 +184,6 @@ class _LiveScreen:
                 Text(state),
                 f"{job.executions:,}",
                 f"{more.get('guest', 0):,.0f}",
-                f"{more.get('engine', 0):,.0f}",
                 f"{more.get('resets', 0):,.0f}",
             )
         said = Text("\n".join((*view.problems[-2:], *self._said)), style="dim", overflow="fold")
