@@ -33,6 +33,7 @@ from bridge.fuzz.learn_words import learn_words
 from bridge.fuzz.progress import PROGRESS_FILE, ProgressWriter, Sample, read_progress
 from bridge.fuzz.store import Offer, Store, read_campaign
 from bridge.guest.guest_image import find_guest_image
+from bridge.session.target_host import TargetState
 from bridge.vm.accel import choose_accelerator
 
 __all__ = ["Campaign", "End", "run_campaign"]
@@ -144,6 +145,9 @@ class _Running:
         fold = Fold.EDGES if "kernel" in sources else Fold.BLOCKS
         versions = {"kcov-bridge": bridge.__version__, "AFL++": engine.version}
         plan = dataclasses.replace(plan, versions=versions, map_size=MAP_CELLS[fold])
+        if "python" not in sources and plan.target_state == TargetState.FORK.value:
+            # A target that is not measured runs in the job's own process.
+            plan = dataclasses.replace(plan, target_state=TargetState.RESTART.value)
         if "python" in sources and plan.learn and not campaign.resume:
             with tempfile.TemporaryDirectory(prefix="kcov-bridge-words-") as place:
                 words = learn_words(plan, seeds, Path(place) / "learn", said)

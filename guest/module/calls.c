@@ -465,7 +465,9 @@ int kb_calls_start(struct kb_owner *owner, u64 offset, bool joining)
 	calls->mask = words - 1;
 	calls->count = region + count;
 	calls->bitmap_words = READ_ONCE(log->bitmap_words);
+	/* The bitmap lies before the count. What a program scribbled over the log agrees with nothing. */
 	if (calls->bitmap_words && calls->bitmap_words <= KB_BITMAP_MOST_WORDS &&
+	    bitmap + calls->bitmap_words * sizeof(u64) == count &&
 	    kb_region_holds(bridge, bitmap, calls->bitmap_words))
 		calls->bitmap = region + bitmap;
 	calls->head = READ_ONCE(log->head);

@@ -147,10 +147,14 @@ def test_trace_lines_belong_to_the_call_that_reached_them(session: Session) -> N
     assert len(reads) == 2
     for call in reads:
         assert "Plan9ServerProtocol.t_read" in {code.function for code in call.host}
-    # The shell that waits for cat reached nothing itself.
+    # The shell that waits for cat asked for nothing itself; what the target does after it answered
+    # may fall into that time.
     waits = [call for call in done.calls if call.name == "wait4"]
     assert waits
-    assert all(call.host == () for call in waits)
+    for call in waits:
+        assert not {"Plan9ServerProtocol.t_open", "Plan9ServerProtocol.t_read"} & {
+            code.function for code in call.host
+        }
     # Together the calls have all that the command covered.
     lines: dict[str, set[int]] = {}
     for call in done.calls:
