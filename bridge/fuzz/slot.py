@@ -342,6 +342,7 @@ class Slot:
         # Of shims that have ended, and of Python.
         self._executions = 0
         self._fault_told = False
+        self._reset_due = False
         self._stack = ExitStack()
 
     # From nothing to a runner that is ready
@@ -466,6 +467,8 @@ class Slot:
         Raises:
             BridgeError: the guest is lost, or its runner has ended.
         """
+        if self._reset_due:
+            self.reset("shim")
         vm = self._ready
         self._executions += 1
         flags = flags if flags is not None else LaneFlag(0)
@@ -497,6 +500,7 @@ class Slot:
             self._tell(lambda listener: listener.lost(failure))
             raise
         self.resets += 1
+        self._reset_due = False
         self._fault_told = False
         if self._board is not None:
             self._board.add_epoch()
@@ -584,8 +588,12 @@ class Slot:
             clean = True
         lane = self._ready.lane
         # A case may still run, and nobody waits for it.
-        if not stop() and not (clean and lane.idle and lane.catch_up()):
-            self.reset("shim")
+        if not (clean and lane.idle and lane.catch_up()):
+            if stop():
+                # Most often the slot ends now.
+                self._reset_due = True
+            else:
+                self.reset("shim")
 
     def _welcome(self, connection: Socket) -> None:
         board, vm = self._board, self._ready
