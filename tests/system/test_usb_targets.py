@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
@@ -62,10 +62,10 @@ def test_usb_keyboard_lamps_and_keys_are_calls_of_hidraw(session: Session) -> No
     assert keyboard.keys.last_output == b"\x02", "Caps Lock"
     read = "head -c 16 /dev/hidraw0 | od -An -v -tx1 -w8"
     with ThreadPoolExecutor(1) as pool:
-        typed = pool.submit(session.run, f"touch /tmp/reading; {read}", timeout=60)
-        while session.run("test -e /tmp/reading").exit_status:
-            pass
-        keyboard.press(4)
+        typed = pool.submit(session.run, read, timeout=60)
+        # Keys that are pressed before the file is open are lost.
+        while not wait([typed], timeout=0.2).done:
+            keyboard.press(4)
         assert typed.result().text.split("\n")[0] == " 00 00 04 00 00 00 00 00"
 
 
