@@ -30,7 +30,7 @@ from bridge.fuzz.engine import (
     start_job,
     time_limit_ms,
 )
-from bridge.fuzz.findings import Place, files_of, finding_of
+from bridge.fuzz.findings import CASES_KEPT, Place, files_of, finding_of
 from bridge.fuzz.harness import Harness
 from bridge.fuzz.job import Figures, FoundCase, FoundFinding, JobSettings, News
 from bridge.fuzz.monitor import MachineMonitor
@@ -50,8 +50,6 @@ logger = logging.getLogger(__name__)
 _START_SECONDS: Final = 900.0
 """How long a slot may take to be ready: the first one of an image makes a snapshot."""
 _STOP_SECONDS: Final = 60.0
-_HANDED_OVER: Final = 4
-"""How many cases of one finding are handed over whole; later ones are only counted."""
 _MEASURED: Final = 8
 """How many seeds are executed to learn how long a case takes."""
 _SEED_SECONDS: Final = 30.0
@@ -296,7 +294,7 @@ class CampaignJob:
         )
         before = self._handed_over.get(finding.name, 0)
         self._handed_over[finding.name] = before + 1
-        files = files_of(finding, event, self._readable) if before < _HANDED_OVER else {}
+        files = files_of(finding, event, self._readable) if before < CASES_KEPT else {}
         self._findings.append(FoundFinding(finding.name, files))
 
     def was_reset(self, reason: str, seconds: float, /) -> None:

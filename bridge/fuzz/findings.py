@@ -46,6 +46,7 @@ from bridge.util.files import remove, sync
 
 __all__ = [
     "CASE",
+    "CASES_KEPT",
     "CASE_TEXT",
     "FINDING",
     "FORMAT",
@@ -63,6 +64,8 @@ FORMAT: Final = "kcov-bridge finding"
 VERSION: Final = 1
 FINDING: Final = "finding.json"
 CASE: Final = "case"
+CASES_KEPT: Final = 4
+"""How many cases of one finding are kept."""
 CASE_TEXT: Final = "case.txt"
 _MORE: Final = "case-"
 _DIGITS: Final = 16
@@ -210,7 +213,7 @@ class Findings:
         self,
         directory: Path,
         *,
-        cases: int = 4,
+        cases: int = CASES_KEPT,
         readable: Callable[[bytes], str] | None = None,
     ) -> None:
         self.directory = directory
