@@ -335,6 +335,15 @@ class Doorbell(Generic[C]):
         ):
             self.target_answered = True
 
+    def _change_coverage_epoch(self) -> None:
+        """Have each owner ask at its next return."""
+        if self._relayed:
+            self._look_for_answers()
+            self._coverage_epoch = coverage_epoch_value()
+        else:
+            self._coverage_epoch = 0
+        self._control[HeaderWord.COVERAGE_EPOCH] = self._coverage_epoch
+
     def _thread_run(self) -> None:
         try:
             self._run()
@@ -442,12 +451,7 @@ class Doorbell(Generic[C]):
             self._epoch_changes -= 1
             self._epoch = self._epoch + 2 & (2**63 - 1)
         control[HeaderWord.HOST_EPOCH] = self._epoch
-        if self._relayed:
-            self._look_for_answers()
-            self._coverage_epoch = coverage_epoch_value()
-        else:
-            self._coverage_epoch = 0
-        control[HeaderWord.COVERAGE_EPOCH] = self._coverage_epoch
+        self._change_coverage_epoch()
         if self._kernel is not None:
             try:
                 self._kernel.tick()
@@ -649,6 +653,8 @@ class Doorbell(Generic[C]):
         """Count an exception of a source, and keep the first; on the doorbell's thread."""
         self.counters.source_failures += 1
         self.last_failure = failure
+        # The owner has seen the epoch of what the source still has.
+        self._change_coverage_epoch()
         if self.failure is None:
             self.failure = failure
             logger.error("a coverage source failed, so PCs are missing: %r", failure)

@@ -473,7 +473,7 @@ def test_image_named_as_a_recipe_is_its_current_image(cache: Path) -> None:
     fake_image(cache, "trixie-000000000000")
     current = fake_image(cache, f"trixie-{sources.fingerprint(recipe)}")
     assert find_guest_image(Settings(image="trixie")).name == current.name
-    assert find_guest_image(Settings(image="trixie-0")).name == "trixie-000000000000"
+    assert find_guest_image(Settings(image="trixie-000000")).name == "trixie-000000000000"
 
 
 def test_image_path_follows_the_setting(
