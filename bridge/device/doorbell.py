@@ -109,6 +109,9 @@ class KernelListener(Protocol):
     def module(self, name: str, comes: bool, start: int, size: int, /) -> int:
         """Note that a module's code was loaded or unloaded; return an errno."""
 
+    def rewound(self) -> None:
+        """Note that the guest, which is paused, goes on from the state in which it was saved."""
+
     def tick(self) -> None:
         """Do periodic work; called a few times a second."""
 
@@ -310,6 +313,8 @@ class Doorbell(Generic[C]):
         self._epoch_changes = 0
         self._epoch = self._epoch + 2 & (2**63 - 1)
         self._control[HeaderWord.HOST_EPOCH] = self._epoch
+        if self._kernel is not None:
+            self._kernel.rewound()
 
     def instances(self) -> list[tuple[int, Kcov[C]]]:
         """Return the open instances with their slots; on the doorbell's thread (:meth:`call`)."""

@@ -27,6 +27,7 @@ from bridge.errors import (
 from bridge.guest.images import compile_for_guest
 from bridge.guest.ssh import SshGuest
 from bridge.session.session import Session
+from bridge.sources.guest_kernel import source
 from bridge.sources.guest_kernel.plan import PlanWord
 from bridge.sources.pcs import PC_BASE
 from tests.support import run, without_plugins
@@ -186,6 +187,37 @@ def test_modules_loaded_while_the_host_stalls_keep_their_names(session: Session)
         assert kernel.code.modules[name].base == bases[name], name
     assert session.stats().guest_skipped > 0, "what could not be told is counted"
     session.run("rmmod nbd; rmmod virtio_balloon")
+
+
+def test_reset_what_is_translated_stays_watched(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also code of modules that were unloaded, with other modules in their place."""
+    # However slow this machine is.
+    monkeypatch.setattr(source, "_QUIET_SECONDS", 600.0)
+    kernel = session.kernel
+    assert kernel is not None
+    session.reset()
+    modules = dict(kernel.code.modules)
+
+    def trace() -> set[int]:
+        session.run(["cat", "/mnt/target/README"])
+        result = session.kcov(["cat", "/mnt/target/README"], follow=False)
+        return {pc for pc in result.pcs if pc < PC_BASE}
+
+    before = trace()
+    assert {"p9_client_walk", "v9fs_fid_lookup"} <= set(kernel_functions(session, before))
+    for _ in range(2):
+        session.run("umount /mnt/target; rmmod 9p 9pnet_fd 9pnet; modprobe vhci_hcd; modprobe nbd")
+        assert set(kernel.code.modules) ^ set(modules) >= {"9p", "9pnet", "nbd"}
+        session.kcov("cat /sys/block/nbd0/size /sys/devices/platform/vhci_hcd.0/nports")
+        translations = kernel.plan.words[PlanWord.RESETS]
+        session.reset()
+        assert kernel.code.modules == modules
+        after = trace()
+        assert kernel.plan.words[PlanWord.RESETS] == translations
+        assert len(before & after) / len(before | after) > 0.9
+        assert {"p9_client_walk", "v9fs_fid_lookup"} <= set(kernel_functions(session, after))
 
 
 def test_nothing_is_watched_once_nobody_traces(session: Session) -> None:

@@ -21,7 +21,7 @@ from bridge.errors import SourceError
 __all__ = ["CpuWord", "Plan", "PlanWord", "Ram", "RangeFlag", "SlotWord"]
 
 MAGIC = 0x4E414C50564F434B  # "KCOVPLAN" in memory
-VERSION = 4
+VERSION = 5
 CPUS = 256
 VECTORS = 256
 RANGES = 65536
@@ -118,9 +118,11 @@ class SlotWord(IntEnum):
     AREA = 1
     WORDS = 2
     BITMAP_WORDS = 3
-    APPENDED = 4
+    NUMBER = 4
+    """Another one for each owner: a task's address may be used again."""
+    APPENDED = 5
     """PLUGIN"""
-    DROPPED = 5
+    DROPPED = 6
     """PLUGIN"""
 
 
@@ -227,6 +229,7 @@ class Plan:
         words[at + SlotWord.AREA] = area
         words[at + SlotWord.WORDS] = size
         words[at + SlotWord.BITMAP_WORDS] = bitmap_words
+        words[at + SlotWord.NUMBER] += 1
         words[at + SlotWord.TASK] = task
         if words[PlanWord.SLOTS] <= slot:
             words[PlanWord.SLOTS] = slot + 1

@@ -14,6 +14,7 @@ import re
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,17 @@ class _TextBounds:
         return size
 
 
+@dataclass(frozen=True, slots=True)
+class _Described:
+    """What the guest's module says of its kernel; offsets in the guest's memory, or NOWHERE."""
+
+    entry: int
+    marker: int
+    marker_offset: int
+    cpus: tuple[tuple[int, int], ...]
+    vectors: tuple[int, ...]
+
+
 class GuestKernel:
     """Writes the plan, on the doorbell's thread. Created before QEMU, which inherits the plan.
 
@@ -100,10 +112,11 @@ class GuestKernel:
         self.unnamed = True
         """Whether some loaded modules lack symbols; see :meth:`load_symbols`."""
         self._memory = memory
-        self._vectors: list[int] = []
-        self._entry = 0
-        # Modules loaded before ours: base, bytes, lines of kallsyms.
-        self._early: dict[str, tuple[int, int, str]] = {}
+        # Modules loaded before ours: base, bytes, lines of kallsyms; None until they are known.
+        self._early: dict[str, tuple[int, int, str]] | None = None
+        # The description in effect, and the one that a guest that was rewound gives again.
+        self._described: _Described | None = None
+        self._expected: _Described | None = None
         self._attached: set[int] = set()
         # Slots that were attached when their kernel ended: they get no more PCs, but still count.
         self._cut_off: set[int] = set()
@@ -146,39 +159,70 @@ class GuestKernel:
     # Reports of the guest's module. They are not trusted: each address is bounded.
 
     def describe(self, payload: Sequence[int]) -> int:
-        """Handle KERNEL; return an errno. A kernel that is unexpected or ends is not watched."""
+        """Handle KERNEL; return an errno. A kernel that is unexpected or ends is not watched.
+
+        Of a guest that was rewound, everything is known if it describes itself as before: see
+        :meth:`rewound`.
+        """
+        expected, self._expected = self._expected, None
+        described = self._read(payload)
+        if described is not None and described == expected:
+            return 0
         self._forget()
-        if not payload[KernelWord.CPUS]:
+        if described is None:
             return 0
         if self._code is None:
             return errno.ENOEXEC
-        entry = payload[KernelWord.SYSCALL_ENTRY]
-        offset = entry - self.code.syscall_entry
+        offset = described.entry - self.code.syscall_entry
         if offset % _PAGE or not 0 <= offset < 1 << 30:
             self.mismatched = True
             logger.warning(
                 "the guest kernel does not match its symbols "
                 "(entry_SYSCALL_64 at %#x): its code is not watched",
-                entry,
+                described.entry,
             )
             return errno.ENOEXEC
-        cpus = []
-        for cpu in range(KERNEL_CPUS):
-            at = KernelWord.CPU + 2 * cpu
-            current, preempt = payload[at : at + 2]
-            cpus.append((self._where(current, 8), self._where(preempt, 4)))
-        marker = payload[KernelWord.MARKER]
-        self.plan.set_marker(marker, self._where(payload[KernelWord.MARKER_PHYSICAL], 64))
-        for cpu, (current, preempt) in enumerate(cpus):
+        self.plan.set_marker(described.marker, described.marker_offset)
+        for cpu, (current, preempt) in enumerate(described.cpus):
             self.plan.set_cpu(cpu, current, preempt)
         self.offset = offset
-        self._entry = entry
-        self._vectors = list(payload[KernelWord.VECTORS : KernelWord.VECTORS + VECTORS])
+        self._described = described
         for name in tuple(self.code.modules):
             self.code.module_goes(name)
         self.unnamed = True
         self.publish()
         return 0
+
+    def _read(self, payload: Sequence[int]) -> _Described | None:
+        """Read a description; None for that of a kernel that ends."""
+        if not payload[KernelWord.CPUS]:
+            return None
+        words = payload[KernelWord.CPU : KernelWord.CPU + 2 * KERNEL_CPUS]
+        pairs = zip(words[::2], words[1::2], strict=True)
+        return _Described(
+            entry=payload[KernelWord.SYSCALL_ENTRY],
+            marker=payload[KernelWord.MARKER],
+            marker_offset=self._where(payload[KernelWord.MARKER_PHYSICAL], 64),
+            cpus=tuple(
+                (self._where(current, 8), self._where(preempt, 4)) for current, preempt in pairs
+            ),
+            vectors=tuple(payload[KernelWord.VECTORS : KernelWord.VECTORS + VECTORS]),
+        )
+
+    def rewound(self) -> None:
+        """Note that the guest, which is paused and has no owners, was brought back to its ready
+        state.
+
+        Restore the modules of that state. So the plan is right for all code that runs from now on,
+        even before the guest's module describes its kernel, and what QEMU translated stays valid:
+        a page whose content the reset changed is translated again, and the other code has the same
+        addresses. When the module then describes the kernel as before, nothing is left to do.
+        """
+        self._expected = None
+        if self.offset is None or self._early is None:
+            return
+        self.restore_modules()
+        self._expected = self._described
 
     def _forget(self) -> None:
         """Forget the previous kernel and its addresses.
@@ -187,6 +231,7 @@ class GuestKernel:
         module executes. That code has the other kernel's addresses.
         """
         self.offset = None
+        self._described = None
         for cpu in range(KERNEL_CPUS):
             self.plan.set_cpu(cpu, NOWHERE, NOWHERE)
         while self._attached:
@@ -222,6 +267,7 @@ class GuestKernel:
         if self.offset is None:
             return
         self.unnamed = False
+        early: dict[str, tuple[int, int, str]] = {}
         code = self.code
         by_module: dict[str, list[str]] = {}
         for line in kallsyms.splitlines():
@@ -233,19 +279,25 @@ class GuestKernel:
                 if size:
                     code.module_comes(name, base, size)
                     symbols = "\n".join(by_module.get(name, ()))
-                    self._early[name] = base, size, symbols
+                    early[name] = base, size, symbols
         for name, lines in by_module.items():
             if name in code.modules:
                 code.name_module(name, "\n".join(lines))
+        if self._early is None:
+            # Our module tells of all that come later.
+            self._early = early
         self.publish()
 
     def restore_modules(self) -> None:
         """Restore the modules loaded before ours, in a guest that was reset.
 
-        Call it after :meth:`describe`. Our module reports all others.
+        For one that did not describe its kernel as before, to be called after :meth:`describe`. Our
+        module reports all others.
         """
-        if self.offset is None:
+        if self.offset is None or self._early is None:
             return
+        for name in [each for each in self.code.modules if each not in self._early]:
+            self.code.module_goes(name)
         for name, (base, size, symbols) in self._early.items():
             self.code.module_comes(name, base, size)
             self.code.name_module(name, symbols)
@@ -254,8 +306,10 @@ class GuestKernel:
 
     def publish(self) -> None:
         """Publish the changed code in the plan."""
-        if self.offset is not None:
-            self.plan.set_code(self.code.running(self.offset), self._vectors, self._entry)
+        if self.offset is not None and self._described is not None:
+            self.plan.set_code(
+                self.code.running(self.offset), self._described.vectors, self._described.entry
+            )
 
     # Owners
 

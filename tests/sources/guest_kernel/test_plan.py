@@ -310,6 +310,65 @@ def test_a_guest_that_goes_on_as_it_was(kernel: GuestKernel) -> None:
     assert found.name == "p9_read"
 
 
+def test_rewound_guest_has_its_modules_before_it_runs_and_its_code_stays_valid(
+    kernel: GuestKernel, area: Area
+) -> None:
+    kernel.describe(payload(0))
+    at = 0xFFFF_FFFF_C010_0000
+    modules = f"net_9p 90112 1 9p, Live {at:#x}\n"
+    kernel.load_symbols(modules, f"{at + 0x10:x} t p9_read\t[net_9p]\n")
+    ready, words = ranges(kernel.plan), kernel.plan.words
+    for _ in range(2):
+        kernel.attach(3, area, 0x1000)
+        kernel.module("net_9p", False, 0, 0)
+        # In its place.
+        kernel.module("late", True, at, 0x1000)
+        # A module of which the guest did not tell in time; it is none of the ready state.
+        kernel.load_symbols(f"{modules}lost 4096 0 - Live {at + 0x100000:#x}\n", "")
+        kernel.detach(3)
+        kernel.rewound()
+        assert ranges(kernel.plan) == ready
+        epoch = words[PlanWord.RANGES_EPOCH]
+        assert kernel.describe(payload(0)) == 0
+        assert (words[PlanWord.WANT], words[PlanWord.RANGES_EPOCH]) == (1, epoch)
+        assert not kernel.unnamed
+    # Only the first description after that is the one that was expected.
+    kernel.attach(3, area, 0x1000)
+    assert kernel.describe(payload(0)) == 0
+    assert words[PlanWord.WANT] == 0
+    assert ranges(kernel.plan) != ready
+
+
+@pytest.mark.parametrize("other", [{"offset": 0x1000}, {"current": 0x2000}])
+def test_rewound_guest_that_describes_another_kernel_is_translated_again(
+    kernel: GuestKernel, area: Area, other: dict[str, int]
+) -> None:
+    """As after a kexec, or if the guest had described what it likes."""
+    kernel.describe(payload(**other))
+    kernel.load_symbols("", "")
+    kernel.attach(3, area, 0x1000)
+    kernel.detach(3)
+    kernel.rewound()
+    assert kernel.describe(payload()) == 0
+    assert kernel.plan.words[PlanWord.WANT] == 0
+    assert kernel.offset == 0x1400000
+
+
+def test_rewound_guest_whose_kernel_had_ended_is_translated_again(
+    kernel: GuestKernel, area: Area
+) -> None:
+    kernel.describe(payload())
+    kernel.load_symbols("", "")
+    kernel.attach(3, area, 0x1000)
+    gone = payload()
+    gone[abi.KernelWord.CPUS] = 0
+    kernel.describe(gone)
+    kernel.plan.words[PlanWord.WANT] = 1
+    kernel.rewound()
+    assert kernel.describe(payload()) == 0
+    assert kernel.plan.words[PlanWord.WANT] == 0
+
+
 def test_a_module_before_the_kernel(kernel: GuestKernel) -> None:
     assert kernel.module("net_9p", True, KERNEL, 0x1000) == errno.EINVAL
     assert ranges(kernel.plan) == []
@@ -397,11 +456,14 @@ def test_owners(kernel: GuestKernel, area: Area) -> None:
     assert words[PlanWord.WANT] == 1
     words[at + SlotWord.APPENDED], words[at + SlotWord.DROPPED] = 5, 3
     assert kernel.counts(7) == (5, 3)
-    epoch = words[PlanWord.EPOCH]
+    epoch, number = words[PlanWord.EPOCH], words[at + SlotWord.NUMBER]
     assert kernel.detach(7) == (5, 3)
     assert words[at + SlotWord.TASK] == 0
     assert words[PlanWord.EPOCH] != epoch
     assert kernel.detach(7) == (0, 0)
+    # Another task at the same address.
+    kernel.attach(7, area, 0xFFFF_8880_0000_1000)
+    assert words[at + SlotWord.NUMBER] != number
 
 
 def test_a_kernel_that_goes(kernel: GuestKernel, area: Area) -> None:

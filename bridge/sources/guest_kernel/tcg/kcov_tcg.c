@@ -128,7 +128,7 @@ struct owner {
 		bool interrupt;
 	} interrupted[MAX_DEPTH];
 	unsigned int depth;
-	uint64_t task;
+	uint64_t task, number;
 };
 
 struct vcpu {
@@ -359,11 +359,13 @@ static void find_owner(unsigned int index, struct vcpu *vcpu, uint64_t epoch)
 
 		if (load(&slots[i].task) != vcpu->task)
 			continue;
-		if (owner->task != vcpu->task) {
+		/* The bridge writes the task after the number. */
+		if (owner->task != vcpu->task || owner->number != slots[i].number) {
 			*owner = (struct owner) {
 				.slot = &slots[i],
 				.hidden = (void *)(region + plan->hidden + i * plan->hidden_stride),
 				.task = vcpu->task,
+				.number = slots[i].number,
 			};
 		}
 		update_area(owner);

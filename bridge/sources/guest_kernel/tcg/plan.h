@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 #define PLAN_MAGIC		0x4e414c50564f434bULL	/* "KCOVPLAN" */
-#define PLAN_VERSION		4
+#define PLAN_VERSION		5
 #define PLAN_CPUS		256
 #define PLAN_SLOTS		1024
 #define PLAN_VECTORS		256
@@ -112,10 +112,11 @@ struct plan_slot {
 	uint64_t area;		/* offset in the region, bytes */
 	uint64_t words;
 	uint64_t bitmap_words;	/* size of the bitmap before the count; 0: none */
+	uint64_t number;	/* another one for each owner: a task's address may be used again */
 	/* Written by the plugin. */
 	uint64_t appended;
 	uint64_t dropped;
-	uint64_t pad[2];
+	uint64_t pad[1];
 };
 
 /* Code from start up to end; sorted, disjoint. */
