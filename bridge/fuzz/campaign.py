@@ -172,6 +172,9 @@ class _Running:
         self._plan = dataclasses.replace(plan, zero=time.time() - elapsed)
         self._findings = Findings(store.findings, readable=harness.readable)
         self._new_findings = 0
+        # The hub hands out what the store has when it begins, and what jobs find later.
+        if seeds:
+            store.add(Offer(seed, 0.0, 0, seed=True) for seed in seeds)
         self._hub = Hub(
             store,
             self._jobs,
@@ -182,8 +185,6 @@ class _Running:
         stack.callback(self._hub.close)
         self._began = self._hub.seconds
         self._writer = stack.enter_context(ProgressWriter(campaign.out / PROGRESS_FILE))
-        if seeds:
-            store.add(Offer(seed, 0.0, 0, seed=True) for seed in seeds)
         if adopted := adopt_leftovers(self._hub, store):
             said(f"{adopted} cases and findings of jobs that were killed are taken over")
         self._cluster = stack.enter_context(

@@ -93,9 +93,14 @@ def test_campaign_killed_goes_on_with_all_that_was_announced(tmp_path: Path) -> 
 
 
 def test_campaign_interrupted_ends_in_order(tmp_path: Path) -> None:
-    """With a command as harness, which is executed anew for each case."""
+    """With a command as harness, which is executed anew for each case, and with seeds."""
     out = tmp_path / "out"
-    options = ("--target", "none", "--source", "kernel", "--plain")
+    corpus = tmp_path / "seeds"
+    corpus.mkdir()
+    seeds = {b"first\n", b"a second seed\n"}
+    for number, seed in enumerate(sorted(seeds)):
+        (corpus / str(number)).write_bytes(seed)
+    options = ("--target", "none", "--source", "kernel", "--corpus", str(corpus), "--plain")
     with start(out, *options, "--", "cat", "@@") as campaign:
         try:
             deadline = time.monotonic() + WAIT_SECONDS
@@ -112,5 +117,7 @@ def test_campaign_interrupted_ends_in_order(tmp_path: Path) -> None:
     wait_until_gone(out)
     last = read_progress(out / PROGRESS_FILE).last
     assert last is not None
-    assert last.corpus == len(list((out / "corpus").iterdir())) >= 2
+    assert last.corpus == len(list((out / "corpus").iterdir())) >= len(seeds)
+    engine = next(out.glob("jobs/0/engine/job*/queue"))
+    assert seeds <= {path.read_bytes() for path in engine.glob("id:*")}
     assert (out / "report.html").is_file()
