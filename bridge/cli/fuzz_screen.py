@@ -50,12 +50,16 @@ class _Rate:
         return (after - before) / (end - begin) if end > begin else 0.0
 
 
+def _rate_text(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 9.95 else f"{rate:.1f}"
+
+
 def plain_text(view: CampaignView, rate: float) -> str:
     """Return the figures as one line."""
     return ", ".join(
         (
             _clock(view.seconds),
-            f"{view.executions:,} executions ({rate:,.0f} per second)",
+            f"{view.executions:,} executions ({_rate_text(rate)} per second)",
             f"{view.blocks:,} blocks",
             f"{view.corpus:,} cases",
             f"{view.findings:,} findings",
@@ -160,7 +164,7 @@ class _LiveScreen:
                 Text.assemble((f"{name} ", "dim"), (value, style))
                 for name, value, style in (
                     ("executions", f"{view.executions:,}", "bold"),
-                    ("per second", f"{rate:,.0f}", "bold"),
+                    ("per second", _rate_text(rate), "bold"),
                     ("blocks", f"{view.blocks:,}", "bold"),
                     ("edges", f"{view.edges:,}", "bold"),
                     ("corpus", f"{view.corpus:,}", "bold"),

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, Protocol
 
-from bridge.errors import InfrastructureError
+from bridge.errors import BridgeError, InfrastructureError
 from bridge.fuzz.job import Figures, FoundFinding, Job, JobFactory, JobSettings
 from bridge.fuzz.novelty import CoverageSet
 from bridge.fuzz.outbox import Outbox, leftover_reports
@@ -263,6 +263,9 @@ def run_job(
             runner.run()
         except (HubGoneError, WireError):
             raise
+        except BridgeError as failure:
+            # It says for itself what happened and what to do: also the engine's own words.
+            error = failure.report()
         except BaseException:
             # Code of an engine or a target may raise anything, SystemExit included.
             error = traceback.format_exc()

@@ -41,6 +41,7 @@ def test_plain_text_has_the_figures() -> None:
         "1:02:05, 12,345 executions (100 per second), 4,567 blocks, 234 cases, 2 findings, 1 VMs, "
         "stability 98.7 %"
     )
+    assert "(0.4 per second)" in plain_text(view(), 0.42)
 
 
 def test_plain_lines_come_now_and_then() -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from bridge.errors import InfrastructureError
 from bridge.fuzz.cluster import adopt_leftovers
+from bridge.fuzz.engine import EngineError
 from bridge.fuzz.hub import Answer, Hub, JobState
 from bridge.fuzz.job import JobFactory, JobSettings, News
 from bridge.fuzz.job_runner import OUTBOX_DIRECTORY, HubGoneError, run_job
@@ -222,6 +223,17 @@ def test_job_that_fails_is_told_to_the_hub(hub: Hub, store: Store) -> None:
     assert "there is no afl-fuzz" in play(hub, store, Way(hub), job=FailingJob)
     assert hub.view().jobs[0].state is JobState.FAILED
     assert "there is no afl-fuzz" in hub.view().jobs[0].error
+
+
+def test_job_whose_engine_fails_says_what_the_engine_said(hub: Hub, store: Store) -> None:
+    class Refused(PlayedJob):
+        def start(self, settings: JobSettings, seeds: Sequence[bytes], /) -> None:
+            raise EngineError(
+                "afl-fuzz exited with status 1", evidence="No instrumentation", hint="add a seed"
+            )
+
+    error = play(hub, store, Way(hub), job=Refused)
+    assert error == "afl-fuzz exited with status 1\n  | No instrumentation\nhint: add a seed"
 
 
 def test_run_that_is_killed_leaves_what_it_found(hub: Hub, store: Store) -> None:
