@@ -16,6 +16,7 @@ import functools
 import json
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +30,7 @@ from bridge.fuzz.slot import BuiltIn, Slot, SlotOptions
 from bridge.targets import MOUNT_POINT
 from bridge.util.compile import CProgram
 
-__all__ = ["LANE_LOOP", "MEASUREMENT", "Turn", "run_cases"]
+__all__ = ["LANE_LOOP", "MEASUREMENT", "Turn", "cases_of_a_turn", "run_cases"]
 
 LANE_LOOP = CProgram(
     name="the cases of a benchmark",
@@ -48,6 +49,11 @@ _AIM = Aim(10_000.0, at_most=False, of=Of.VALUE)
 _SPIN_NS = 1_000_000
 _LOOP_SECONDS = 300.0
 _CASE_BYTES = 64
+_TURN_SECONDS = 0.5
+_QUICK_TURN_SECONDS = 0.25
+"""A turn takes about so long: a shorter one would fall into one time slice, and say little."""
+_WARM = 20
+_MOST = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -109,13 +115,26 @@ def run_cases(slot: Slot, count: int, *, timed: bool = False) -> Turn:
     )
 
 
-def _turns(bench: Bench, settings: Settings, harness: BuiltIn, count: int) -> dict[str, list[Turn]]:
+def cases_of_a_turn(run: Callable[[int], Turn], seconds: float) -> int:
+    """Return how many cases take about so long; all that it runs warms up, too."""
+    count = _WARM
+    while True:
+        took = run(count).total * count / 1e6
+        if took >= seconds / 2 or count >= _MOST:
+            return min(max(round(count * seconds / max(took, 1e-6)), 1), _MOST)
+        # A first try with few cases says little: at most eight times as many follow.
+        count = min(count * 8, max(count * 2, round(count * seconds / max(took, 1e-6))), _MOST)
+
+
+def _turns(bench: Bench, settings: Settings, harness: BuiltIn) -> dict[str, list[Turn]]:
     """Return turns without and with the runner's clock."""
     options = SlotOptions(areas=1, spin_ns=_SPIN_NS, drift=0.0)
     with (
         TemporaryDirectory(prefix="kcov-bridge-bench-") as directory,
         Slot(settings, harness, Path(directory), options=options) as slot,
     ):
+        seconds = _QUICK_TURN_SECONDS if bench.quick else _TURN_SECONDS
+        count = cases_of_a_turn(functools.partial(run_cases, slot), seconds)
         ways = {
             "plain": functools.partial(run_cases, slot, count),
             "timed": functools.partial(run_cases, slot, count, timed=True),
@@ -125,23 +144,21 @@ def _turns(bench: Bench, settings: Settings, harness: BuiltIn, count: int) -> di
 
 def _measure(bench: Bench) -> None:
     LANE_LOOP.build()
-    count = 2_000 if bench.quick else 20_000
     kernel = bench.settings(target="none", source="kernel")
     bench.progress("an empty harness")
-    empty = _turns(bench, kernel, BuiltIn("empty"), count)
+    empty = _turns(bench, kernel, BuiltIn("empty"))
     _add_rate(bench, "empty", empty, (_AIM,))
     _add_split(bench, "empty", empty)
     bench.progress("ten system calls, with the guest kernel as the source")
-    calls = _turns(bench, kernel, BuiltIn("calls"), count)
+    calls = _turns(bench, kernel, BuiltIn("calls"))
     _add_rate(bench, "10 calls, kernel", calls)
     _add_split(bench, "10 calls, kernel", calls)
     served = bench.settings(source="python")
     bench.progress("ten system calls on the 9p target")
-    count = 20 if bench.quick else 500
     path = f"{MOUNT_POINT}/README"
-    there = _turns(bench, served, BuiltIn("file", (path,)), count)
+    there = _turns(bench, served, BuiltIn("file", (path,)))
     bench.progress("the same calls on a file of the guest")
-    here = _turns(bench, served, BuiltIn("file", ("/etc/hostname",)), count)
+    here = _turns(bench, served, BuiltIn("file", ("/etc/hostname",)))
     _add_rate(bench, "10 calls, 9p", there)
     _add_split(bench, "10 calls, 9p", there)
     guest = _series("in the guest's memory", here, "inside", "timed")

@@ -21,10 +21,11 @@ __all__ = [
 ]
 
 
-def add_settings(parser: argparse.ArgumentParser, names: Iterable[str] | None = None) -> None:
+def add_settings(parser: argparse._ActionsContainer, names: Iterable[str] | None = None) -> None:
     """Add ``--config`` and one flag for each setting; a flag that is not given is None.
 
     Args:
+        parser: a parser, or a group of its arguments.
         names: the settings to add; all when None.
     """
     parser.add_argument(

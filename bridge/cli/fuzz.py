@@ -73,7 +73,8 @@ def _fill(name: str, parser: argparse.ArgumentParser) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of a campaign, and the actions."""
-    actions = parser.add_subparsers(dest="fuzz_action", metavar="ACTION")
+    # The usage of the whole command is long, and is not that of an action.
+    actions = parser.add_subparsers(dest="fuzz_action", metavar="ACTION", prog=parser.prog)
     for name, text in _ACTIONS.items():
         # The parser of each subcommand fills itself when it is used.
         fill: dict[str, Any] = {"fill": functools.partial(_fill, name)}
@@ -200,7 +201,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--plain", action="store_true", help="print plain lines, as without a terminal"
     )
-    add_settings(parser, [name for name in config.options() if name not in _OTHERS])
+    group = parser.add_argument_group("the guest and the target, as of kcov-bridge run")
+    add_settings(group, [name for name in config.options() if name not in _OTHERS])
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,16 +6,19 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from coverage import CoverageData
 
 from bridge.results.test_record import FailureKind, Outcome, RecordedTest, RecordWriter
-from bridge.trace import Call, HostCode, TraceHeader, TraceWriter
+from bridge.trace import Call, HostCode, HostThread, TraceHeader, TraceWriter
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>"
 """A text that becomes a program where it is taken for markup."""
 
 _NAMES = ("read", "write", "openat", "close", "newfstatat", "getdents64", "mmap", "futex", "ioctl")
+_SERVER: Final = HostThread(1000, 1001, "serve-clients")
+"""The thread of the target that runs half of the host code."""
 _COMMANDS = ("cat", "ls", "dd", "sh", "kworker", "mount")
 
 
@@ -133,7 +136,11 @@ def _call(
     if number % 3 == 0:
         for path, line in sorted(chance.sample(places, 2)):
             lines = (line + 1, line + 2, line + 3, line + 4, line + 6)
-            host.append(HostCode(str(path), f"handle_{(line - 4) // 9}", lines))
+            host.append(
+                HostCode(
+                    str(path), f"handle_{(line - 4) // 9}", lines, _SERVER if number % 2 else None
+                )
+            )
     failed = number % 10 == 9
     name = _NAMES[number % len(_NAMES)]
     return Call(

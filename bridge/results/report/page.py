@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.resources
 import itertools
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
@@ -23,6 +23,7 @@ from bridge.results.test_record import (
     RecordedTest,
     evidence_name,
 )
+from bridge.trace import HostThread
 from bridge.util.files import write_atomically
 
 __all__ = ["page_data", "render_page", "write_report"]
@@ -350,7 +351,8 @@ def _trace(report: Report, number_of: dict[str, int]) -> dict[str, Any]:
     threads: _Interned[tuple[int, int]] = _Interned()
     thread_names: dict[tuple[int, int], str] = {}
     texts: _Interned[str] = _Interned()
-    codes: _Interned[tuple[int, str, str]] = _Interned()
+    codes: _Interned[tuple[int, str, str, int]] = _Interned()
+    host_threads: _Interned[tuple[int, HostThread]] = _Interned()
     host_sets: _Interned[tuple[int, ...]] = _Interned()
     functions: _Interned[str] = _Interned()
     kernel_sets: _Interned[tuple[int, ...]] = _Interned()
@@ -369,7 +371,12 @@ def _trace(report: Report, number_of: dict[str, int]) -> dict[str, Any]:
         thread_names[key] = _cut(call.command, 40) or thread_names.get(key, "")
         host = tuple(
             codes.number(
-                (number_of.get(report.paths[code.file], -1), code.function, _words(code.lines))
+                (
+                    number_of.get(report.paths[code.file], -1),
+                    code.function,
+                    _words(code.lines),
+                    host_threads.number((trace, code.thread)) if code.thread is not None else -1,
+                )
             )
             for code in call.host
         )
@@ -410,10 +417,22 @@ def _trace(report: Report, number_of: dict[str, int]) -> dict[str, Any]:
         ],
         "texts": texts.values,
         "codes": codes.values,
+        "hostThreads": _host_threads(host_threads.values),
         "hostSets": host_sets.values,
         "functions": functions.values,
         "kernelSets": kernel_sets.values,
     }
+
+
+def _host_threads(threads: Sequence[tuple[int, HostThread]]) -> list[str]:
+    """Return what threads of the target are called: their ids only where a name is not enough."""
+    names = Counter((trace, thread.name) for trace, thread in threads)
+    return [
+        _cut(thread.name, 60)
+        if thread.name and names[trace, thread.name] == 1
+        else f"{_cut(thread.name, 60) or 'thread'} {thread.id}"
+        for trace, thread in threads
+    ]
 
 
 def _result(value: int | None) -> int | str | None:

@@ -329,7 +329,7 @@ function kernel(panel) {
     const names = new Map(), codes = new Map();
     for (const call of calls) {
       names.set(T.name[call], (names.get(T.name[call]) || 0) + 1);
-      if (T.host[call] >= 0) for (const code of T.hostSets[T.host[call]]) { const key = `${T.codes[code][0]} ${T.codes[code][1]}`; if (!codes.has(key)) codes.set(key, { file: T.codes[code][0], name: T.codes[code][1], calls: 0, lines: new Set() }); const into = codes.get(key); into.calls++; for (const line of codeLines(code)) into.lines.add(line); }
+      if (T.host[call] >= 0) for (const code of T.hostSets[T.host[call]]) { const key = `${T.codes[code][0]} ${T.codes[code][1]}`; if (!codes.has(key)) codes.set(key, { file: T.codes[code][0], name: T.codes[code][1], calls: 0, last: -1, lines: new Set() }); const into = codes.get(key); if (into.last !== call) { into.calls++; into.last = call; } for (const line of codeLines(code)) into.lines.add(line); }
     }
     const most = (map) => [...map].sort((a, b) => b[1] - a[1]);
     replace(detail, h("h2", { class: "mono" }, name), h("p", { class: "quiet" }, module ? `module ${module}` : "the kernel itself", blocks ? `, ${counted(blocks, "block")} covered` : "", pcs ? `, ${counted(pcs, "PC")}` : ""),
@@ -363,7 +363,7 @@ function trace(panel) {
   const calls = T.start.length, until = new Float64Array(calls), next = new Map();
   for (let call = calls - 1; call >= 0; call--) { until[call] = T.seconds[call] < 0 ? ends.has(T.names[T.name[call]]) ? T.start[call] : next.has(T.thread[call]) ? next.get(T.thread[call]) : Infinity : T.start[call] + T.seconds[call]; next.set(T.thread[call], T.start[call]); }
   const end = T.start.reduce((most, start, call) => Math.max(most, start + Math.max(0, T.seconds[call])), 0) || 1;
-  const search = h("input", { type: "search", placeholder: "Search; name:read and kernel:vfs_read also work", title: "Words narrow the list together. They look at names, arguments, errors, host code, threads and tests; name:read finds calls of that name alone, kernel:vfs_read those that reached a kernel function.", "aria-label": "Search the trace", id: "trace-search" });
+  const search = h("input", { type: "search", placeholder: "Search; name:read and kernel:vfs_read also work", title: "Words narrow the list together. They look at names, arguments, errors, host code, threads of guest and target, and tests; name:read finds calls of that name alone, kernel:vfs_read those that reached a kernel function.", "aria-label": "Search the trace", id: "trace-search" });
   const errors = h("input", { type: "checkbox", id: "trace-errors" }), hosts = h("input", { type: "checkbox", id: "trace-hosts" });
   const use = T.threads.map(() => 0); T.thread.forEach((thread) => use[thread]++);
   const busiest = T.threads.map((_, at) => at).sort((a, b) => use[b] - use[a]);
@@ -439,7 +439,7 @@ function trace(panel) {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
 
   const low = (values) => once(() => values.map((value) => value.toLowerCase()));
-  const lowNames = low(T.names), lowTexts = low(T.texts), lowFunctions = low(T.functions), lowTests = low(D.tests.map((test) => test.id)), lowCodes = low(T.codes.map(([file, name]) => `${file >= 0 ? D.files[file].name : ""} ${name}`)), lowThreads = low(T.threads.map((_, at) => threadName(at)));
+  const lowNames = low(T.names), lowTexts = low(T.texts), lowFunctions = low(T.functions), lowTests = low(D.tests.map((test) => test.id)), lowCodes = low(T.codes.map(([file, name, , at]) => `${file >= 0 ? D.files[file].name : ""} ${name} ${at >= 0 ? T.hostThreads[at] : ""}`)), lowThreads = low(T.threads.map((_, at) => threadName(at)));
   function matcher(term) {
     const flag = (values) => Uint8Array.from(values, (value) => value.includes(term) ? 1 : 0);
     const any = (sets, flags) => Uint8Array.from(sets, (set) => set.some((each) => flags[each]) ? 1 : 0);
@@ -471,7 +471,7 @@ function trace(panel) {
     replace(detail, h("h2", { class: "mono" }, T.names[T.name[call]]), h("pre", {}, `${text} = ${result}`),
       h("p", { class: "quiet" }, `at ${T.start[call].toFixed(6)} s, ${T.seconds[call] < 0 ? "did not return" : `took ${time(T.seconds[call])}`}, ${threadName(T.thread[call])}`),
       T.test[call] >= 0 ? h("p", {}, link(D.tests[T.test[call]].id, () => showTest(T.test[call]), { class: "link mono" })) : null,
-      h("h3", {}, "Host code"), host.length ? h("ul", {}, host.map((code) => { const [file, name, lines] = T.codes[code]; return h("li", {}, link(`${fileName(file)}: ${name || "module"} ${lines}`, () => { if (file >= 0) showSource(file, parseWords(lines)[0]); }, { class: "link mono" })); })) : h("p", { class: "quiet" }, "none"),
+      h("h3", {}, "Host code"), host.length ? h("ul", {}, host.map((code) => { const [file, name, lines, at] = T.codes[code]; return h("li", {}, link(`${fileName(file)}: ${name || "module"} ${lines}`, () => { if (file >= 0) showSource(file, parseWords(lines)[0]); }, { class: "link mono" }), at >= 0 ? h("span", { class: "quiet" }, ` in ${T.hostThreads[at]}`) : null); })) : h("p", { class: "quiet" }, "none"),
       h("h3", {}, `Kernel functions${functions.length ? `: ${count(functions.length)}` : ""}`), functions.length ? h("ul", {}, functions.slice(0, 400).map((each) => h("li", {}, link(T.functions[each], () => showKernel(T.functions[each]), { class: "link mono" }))), functions.length > 400 ? h("li", { class: "quiet" }, `and ${count(functions.length - 400)} more`) : null) : h("p", { class: "quiet" }, T.kernel[call] === -2 ? "left out here for want of room; trace.jsonl has them" : "none"));
     detail.scrollTop = 0; paint();
   }

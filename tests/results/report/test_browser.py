@@ -274,7 +274,11 @@ def test_page_search_of_the_trace_finds_what_the_file_has(
 
     def matching(*terms: str) -> str:
         def text(call: dict[str, Any]) -> str:
-            host = [f"src/{Path(each['file']).name} {each['function']}" for each in call["host"]]
+            host = [
+                f"src/{Path(each['file']).name} {each['function']} "
+                f"{each['thread']['name'] if each['thread'] else ''}"
+                for each in call["host"]
+            ]
             parts = [call["name"], ", ".join(call["arguments"]), call["error"] or "", *host]
             parts += [call["test"] or "", f"{call['command']} {call['thread']}"]
             return "\n".join(parts).lower()
@@ -296,6 +300,7 @@ def test_page_search_of_the_trace_finds_what_the_file_has(
         ("openat",),
         ("file-17",),
         ("handle_3",),
+        ("serve-clients",),
         ("service_2.py",),
         ("kernel:kernel_function_5",),
         ("name:read",),
@@ -315,6 +320,12 @@ def test_page_search_of_the_trace_finds_what_the_file_has(
     browser.find("#trace-hosts").click()
     both = sum(call["error"] is not None and bool(call["host"]) for call in calls)
     assert browser.text("#trace-count") == f"{both:,} of {total}"
+    browser.find("#trace-list").send_keys(Keys.HOME)
+    first = next(call for call in calls if call["error"] and call["host"])
+    names = [code["thread"] and code["thread"]["name"] for code in first["host"]]
+    assert (
+        browser.text("#trace-detail").count("in serve-clients") == names.count("serve-clients") > 0
+    )
     assert browser.errors() == []
 
 

@@ -18,7 +18,7 @@ from bridge.results import REPORT_FILE
 from bridge.results.report import gather, page, write_report
 from bridge.results.report.page import page_data, render_page
 from bridge.results.test_record import Outcome, RecordedTest, RecordWriter, evidence_name
-from bridge.trace import Call, TraceHeader, TraceWriter
+from bridge.trace import Call, HostCode, HostThread, TraceHeader, TraceWriter
 from tests.support.report_data import HOSTILE, write_report_data
 
 
@@ -170,6 +170,26 @@ def test_page_data_calls_of_two_machines_have_tracks_of_their_own(tmp_path: Path
     with gather([tmp_path]) as (report, _):
         threads = page_data(report, None)["trace"]["threads"]
     assert sorted(thread for thread, _ in threads) == ["1:100", "1:101", "2:100", "2:101"]
+
+
+def test_page_data_host_code_names_its_thread(tmp_path: Path) -> None:
+    threads = [
+        None,
+        HostThread(7, 8, "reader"),
+        HostThread(7, 9, "worker"),
+        HostThread(7, 10, "worker"),
+        HostThread(7, 11, ""),
+    ]
+    host = tuple(HostCode("s.py", "f", (1,), thread) for thread in threads)
+    with TraceWriter(tmp_path / "trace.jsonl", TraceHeader()) as trace:
+        trace.write(Call(0, 1, 1, "a", 0, "read", None, 1, host=host))
+    with gather([tmp_path]) as (report, _):
+        data = page_data(report, None)["trace"]
+    (host_set,) = data["hostSets"]
+    named = [data["codes"][code][3] for code in host_set]
+    assert [data["hostThreads"][at] if at >= 0 else None for at in named] == [
+        *(None, "reader", "worker 9", "worker 10", "thread 11")
+    ]
 
 
 def test_page_data_results_beyond_exact_numbers_are_text(tmp_path: Path) -> None:
