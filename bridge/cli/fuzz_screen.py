@@ -56,14 +56,18 @@ def _rate_text(rate: float) -> str:
 
 def plain_text(view: CampaignView, rate: float) -> str:
     """Return the figures as one line."""
+    if not view.vms and not view.executions:
+        # Zeros would look like a campaign that does nothing.
+        seeds = f"{_counted(view.corpus, 'seed')} wait{'s' if view.corpus == 1 else ''}"
+        return f"{_clock(view.seconds)}, no VM is ready yet, {seeds}"
     return ", ".join(
         (
             _clock(view.seconds),
             f"{view.executions:,} executions ({_rate_text(rate)} per second)",
             f"{view.blocks:,} blocks",
-            f"{view.corpus:,} cases",
-            f"{view.findings:,} findings",
-            f"{view.vms} VMs",
+            _counted(view.corpus, "case"),
+            _counted(view.findings, "finding"),
+            _counted(view.vms, "VM"),
             f"stability {_percent(view.stability)}",
         )
     )
@@ -213,6 +217,10 @@ def live_screen(out: str) -> Iterator[Screen]:
         ) from error
     with Live(refresh_per_second=4, transient=False) as live:
         yield _LiveScreen(live, out)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _clock(seconds: float) -> str:

@@ -137,7 +137,7 @@ class _Running:
         engine = find_engine(plan.engine)
         harness = plan.make_harness()
         settings = Settings.of(plan.settings)
-        said("looking for the guest image; the first time it is built")
+        said("the guest image (the first time it is built, which takes some minutes)")
         image = find_guest_image(settings)
         seeds = [] if campaign.resume else self._seeds(harness)
         accelerator = choose_accelerator(settings.accel).name

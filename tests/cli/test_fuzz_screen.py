@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 
@@ -38,10 +39,15 @@ def view(seconds: float = 3725.0, executions: int = 12_345) -> CampaignView:
 
 def test_plain_text_has_the_figures() -> None:
     assert plain_text(view(), 99.6) == (
-        "1:02:05, 12,345 executions (100 per second), 4,567 blocks, 234 cases, 2 findings, 1 VMs, "
+        "1:02:05, 12,345 executions (100 per second), 4,567 blocks, 234 cases, 2 findings, 1 VM, "
         "stability 98.7 %"
     )
     assert "(0.4 per second)" in plain_text(view(), 0.42)
+
+
+def test_plain_text_before_a_vm_is_ready_says_so() -> None:
+    early = dataclasses.replace(view(12, 0), vms=0, corpus=1)
+    assert plain_text(early, 0.0) == "0:00:12, no VM is ready yet, 1 seed waits"
 
 
 def test_plain_lines_come_now_and_then() -> None:
