@@ -29,8 +29,11 @@ from bridge.bench.stats import Aim, Comparison, Of, Series
 from bridge.bench.virtme import Virtme
 from bridge.config import ENVIRONMENT_PREFIX, Settings
 from bridge.errors import BridgeError, InfrastructureError
+from bridge.fuzz.slot import BuiltIn, Slot
 from bridge.guest.guest_image import ProjectImage
 from bridge.session.session import Session
+from bridge.session.target_host import TargetState
+from bridge.targets import MOUNT_POINT
 
 __all__ = ["READY", "RESET", "environment_of", "virtme_of"]
 
@@ -41,6 +44,9 @@ _FASTER_AIM = Aim(15, at_most=False, of=Of.FASTER)
 _RESET_AIM = Aim(150.0, of=Of.VALUE)
 _WHOLE_AIM = Aim(30.0, of=Of.VALUE)
 _MEMORY_AIM = Aim(10.0, of=Of.VALUE)
+_SLOT_AIM = Aim(300.0, of=Of.VALUE)
+_BARE_SLOT_AIM = Aim(100.0, of=Of.VALUE)
+_CASE_SECONDS = 30.0
 _USES = {
     "little": "true",
     "5 MiB": "dd if=/dev/zero bs=1M count=5 2>/dev/null | tr '\\0' x >/dev/shm/filled",
@@ -168,6 +174,38 @@ def _measure_reset(bench: Bench) -> None:
             values = Series(part, tuple(each[part] for each in turns))
             aims = {"memory": (_MEMORY_AIM,), "whole": (_WHOLE_AIM,)}.get(part, ())
             bench.add(Comparison(f"{use}: {part}", "ms", values, None, _NEEDED, Of.VALUE, aims))
+    _measure_slots(bench)
+
+
+def _measure_slots(bench: Bench) -> None:
+    """Measure what a reset takes in a campaign: until the next case can run."""
+    kept, forked = TargetState.KEEP, TargetState.FORK
+    for name, target, state, aim in (
+        ("slot", "plan9", forked, _SLOT_AIM),
+        ("slot, no target", "none", kept, _BARE_SLOT_AIM),
+    ):
+        harness = BuiltIn("files", (MOUNT_POINT,)) if target != "none" else BuiltIn("empty")
+        settings = bench.settings(target=target).replace(diagnose=True)
+        bench.progress(f"resets of a campaign: {name}")
+        with (
+            TemporaryDirectory(prefix="kcov-bridge-bench-") as directory,
+            Slot(settings, harness, Path(directory), target_state=state) as slot,
+        ):
+            turns = [_slot_parts(slot) for _ in range(_NEEDED + 2 if bench.quick else 15)][2:]
+        for part in turns[0]:
+            values = Series(part, tuple(each[part] for each in turns))
+            aims = (aim,) if part == "whole" else ()
+            bench.add(Comparison(f"{name}: {part}", "ms", values, None, _NEEDED, Of.VALUE, aims))
+
+
+def _slot_parts(slot: Slot) -> dict[str, float]:
+    """Return the milliseconds of each part of a reset of a slot that executed some cases."""
+    for _ in range(10):
+        slot.execute(b"", _CASE_SECONDS)
+    begun = time.perf_counter()
+    slot.reset("bench")
+    whole = time.perf_counter() - begun
+    return {part: s * 1e3 for part, s in {**slot.reset_seconds, "whole": whole}.items()}
 
 
 def _parts(session: Session, use: str) -> dict[str, float]:

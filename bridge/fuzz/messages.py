@@ -2,11 +2,12 @@
 """What a shim and its slot say to each other on a Unix SOCK_SEQPACKET socket.
 
 Each message is a datagram of ASCII words. The shim connects, and says ``hello``; the slot answers
-``welcome`` with two descriptors (SCM_RIGHTS): the region, then the board. From then on only the
-shim begins. It waits for ``go`` after each message, and meanwhile touches nothing of the lane: the
-slot reads the case and its PCs from there, executes cases of its own (and writes ``last_case`` on
-the board), or resets the guest, before it answers. If it had to start another machine, whose region
-is another one with the same layout, it answers ``welcome`` in place of ``go``.
+``welcome`` with descriptors (SCM_RIGHTS): the region, the board, and, where the target has a
+process of its own, the memory whose first word counts its faults. From then on only the shim
+begins. It waits for ``go`` after each message, and meanwhile touches nothing of the lane: the slot
+reads the case and its PCs from there, executes cases of its own (and writes ``last_case`` on the
+board), or resets the guest, before it answers. If it had to start another machine, whose region is
+another one with the same layout, it answers ``welcome`` in place of ``go``.
 
 ==================== ============================================================================
 shim → slot          meaning
@@ -186,9 +187,11 @@ def receive(connection: socket.socket) -> Message | None:
     return message
 
 
-def send_welcome(connection: socket.socket, region: int, board_fd: int) -> None:
-    """Answer a ``hello`` with the descriptors of region and board."""
-    fds = array.array("i", [region, board_fd])
+def send_welcome(
+    connection: socket.socket, region: int, board_fd: int, faults: int | None = None
+) -> None:
+    """Answer a ``hello`` with the descriptors of region and board, and of the target's count."""
+    fds = array.array("i", [region, board_fd, *([faults] if faults is not None else [])])
     connection.sendmsg([WELCOME], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
 
 

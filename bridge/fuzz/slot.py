@@ -68,6 +68,7 @@ from bridge.guest.guest import CommandResult
 from bridge.session.session import Session
 from bridge.session.target_host import TargetState
 from bridge.targets.registry import TargetMaker
+from bridge.util.laps import Laps
 
 __all__ = ["BuiltIn", "RunnerError", "Slot", "SlotOptions"]
 
@@ -306,6 +307,8 @@ class Slot:
 
     Attributes:
         resets: how often guest and target went back to the ready state.
+        reset_seconds: what the parts of the last reset took: those of
+            :attr:`bridge.session.session.Session.reset_seconds`, then what a slot adds.
         machines: how many machines were started.
         stability: how often the same case covers the same.
     """
@@ -327,6 +330,7 @@ class Slot:
         self.directory = Path(directory).absolute()
         self.options = options
         self.resets = 0
+        self.reset_seconds: dict[str, float] = {}
         self.machines = 0
         self.stability = Stability(options.drift)
         self._target = target
@@ -511,10 +515,17 @@ class Slot:
     def _reset(self) -> None:
         vm = self._ready
         try:
+            laps = Laps()
             vm.session.reset()
+            laps("session")
             vm.start_runner()
+            laps("runner")
             self._monitor.began(vm.session)
+            laps("monitor")
             self._measure_reference()
+            laps("reference")
+            del laps.seconds["session"]
+            self.reset_seconds = {**vm.session.reset_seconds, **laps.seconds}
         except BridgeError as error:
             logger.warning("the machine is replaced: %s", error.message)
             self.stability.forget_reference()
@@ -603,7 +614,8 @@ class Slot:
             raise InfrastructureError("the lane of the next machine lies elsewhere")
         board.last_case = vm.lane.last_case
         board.state = BoardState.READY
-        send_welcome(connection, vm.session.region.fd, board.fd)
+        session = vm.session
+        send_welcome(connection, session.region.fd, board.fd, session.target_fault_memory)
 
     def _go(self, connection: Socket) -> None:
         if self._board is not None:
@@ -660,7 +672,8 @@ class Slot:
             logger.info("a case ended the guest when it was executed again: %s", error.message)
             done = None
         status = done.status if done is not None else None
-        if done is not None and status is not None and not self.options.is_suspect(status):
+        well = status is not None and not self.options.is_suspect(status) and not self.trouble()
+        if done is not None and well:
             return done.pcs
         self._report(case, status, timed_out=done is not None and status is None)
         return None

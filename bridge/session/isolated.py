@@ -335,6 +335,11 @@ class IsolatedTarget:
         return self._count.faults if self._count is not None else 0
 
     @property
+    def fault_memory(self) -> int | None:
+        """As :class:`bridge.session.target_host.TargetHost`."""
+        return self._count.fd if self._count is not None else None
+
+    @property
     def blocks_total(self) -> int:
         """As :class:`bridge.sources.python.source.PythonSource`."""
         return len(self.table)

@@ -432,6 +432,11 @@ class Session:
         """How many exceptions were noted in the target's own process; a look at memory."""
         return self._running.host.fault_count
 
+    @property
+    def target_fault_memory(self) -> int | None:
+        """A descriptor of the memory whose first word is that number, if there is one."""
+        return self._running.host.fault_memory
+
     def target_stacks(self) -> str:
         """Return where the threads of the target are now; empty if that cannot be had."""
         return self._running.host.stacks()

@@ -23,6 +23,7 @@ from bridge.guest.guest_image import GuestImage
 from bridge.guest.images.store import image_directory
 from bridge.session.device_host import DeviceHost
 from bridge.session.guest_setup import load_modules
+from bridge.targets import MOUNT_POINT
 from bridge.util.cache import cache_directory, lock_file, locked
 from bridge.vm.config import MachineConfig, MemoryFds
 from bridge.vm.machine import Machine
@@ -34,9 +35,13 @@ logger = logging.getLogger(__name__)
 
 _WARM_UP = (
     "cat /usr/bin/kcov-exec /usr/lib/kcov-bridge/* /bin/mkdir /bin/rm /bin/mount "
-    "/sbin/modprobe /lib/modules/*/modules.*.bin >/dev/null 2>&1; /usr/sbin/sshd -t; sync"
+    "/sbin/modprobe /lib/modules/*/modules.*.bin >/dev/null 2>&1; /usr/sbin/sshd -t; "
+    "kcov-exec -o /dev/null true; kcov-runner 2>/dev/null; "
+    f"mkdir -p {MOUNT_POINT}; mount --version >/dev/null; sync"
 )
-"""What a session needs at once and would read from the disk, unpack and link each time."""
+"""What a session needs at once and would read from the disk, unpack and link each time. The first
+owner of an instance has the guest's module put its probes into the kernel, which takes as long as
+the rest of a reset."""
 
 _QUIET_SECONDS = 5.0
 _SETTLE_SECONDS = 0.2
@@ -55,7 +60,7 @@ def ready_snapshot(
     :class:`bridge.errors.ImageError` where the guest cannot be saved, and what keeps it from
     becoming ready.
     """
-    name = f"{image.name}-{fingerprint(config, region_bytes, modules)}"
+    name = f"{image.name}-{fingerprint(config, region_bytes, modules, prepared=_WARM_UP)}"
     directory = _folder() / name
     with contextlib.suppress(ImageError):
         return Snapshot(directory)

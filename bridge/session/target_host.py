@@ -73,6 +73,10 @@ class TargetHost(Protocol):
         A look at memory, whatever the target does; :meth:`problems` says what they are.
         """
 
+    @property
+    def fault_memory(self) -> int | None:
+        """A descriptor of the memory whose first word is that number, if there is one."""
+
     def start(self, deliver: Deliver, epoch: EpochWord | None = None) -> Description:
         """Start the source, then the target; return when the target serves.
 
@@ -199,6 +203,11 @@ class InProcessTarget:
     def fault_count(self) -> int:
         """As :class:`TargetHost`."""
         return 0
+
+    @property
+    def fault_memory(self) -> int | None:
+        """As :class:`TargetHost`."""
+        return None
 
     def start(self, deliver: Deliver, epoch: EpochWord | None = None) -> Description:
         """As :class:`TargetHost`."""

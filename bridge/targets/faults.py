@@ -40,16 +40,17 @@ class SharedCount:
 
     def __init__(self, path: str | None = None) -> None:
         if path is None:
-            self._fd = os.memfd_create("kcov-bridge-faults", os.MFD_CLOEXEC)
-            os.ftruncate(self._fd, mmap.PAGESIZE)
+            self.fd = os.memfd_create("kcov-bridge-faults", os.MFD_CLOEXEC)
+            """The memory; its first word is the number of faults."""
+            os.ftruncate(self.fd, mmap.PAGESIZE)
         else:
-            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
+            self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self.path = f"/proc/{os.getpid()}/fd/{self.fd}"
         """Where another process finds the memory, as long as this object lives."""
         try:
-            self._memory = mmap.mmap(self._fd, mmap.PAGESIZE)
+            self._memory = mmap.mmap(self.fd, mmap.PAGESIZE)
         except BaseException:
-            os.close(self._fd)
+            os.close(self.fd)
             raise
         self._words = memoryview(self._memory).cast("Q")
 
@@ -75,11 +76,11 @@ class SharedCount:
 
     def close(self) -> None:
         """Give the memory back. Safe to call twice."""
-        if self._fd >= 0:
+        if self.fd >= 0:
             self._words.release()
             self._memory.close()
-            os.close(self._fd)
-            self._fd = -1
+            os.close(self.fd)
+            self.fd = -1
 
 
 class TargetFaults(logging.Handler):

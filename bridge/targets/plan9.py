@@ -34,6 +34,8 @@ _STOP_SECONDS = 10.0
 
 _RAISED_SHOWN = 10
 
+_SERVER = "pyroute2.plan9.server"
+
 _HEADER_SIZE = 7
 """size[4] type[1] tag[2], the start of each 9P message: intro(5) of the Plan 9 manual."""
 
@@ -113,7 +115,7 @@ class Plan9Target:
         """Mount the tree, uncached: each operation is to reach the server."""
         options = f"trans=tcp,port={GUEST_PORT},version=9p2000,noextend,cache=none"
         return (
-            f"set -e\nmkdir -p {MOUNT_POINT}\n"
+            f"set -e\n[ -d {MOUNT_POINT} ] || mkdir -p {MOUNT_POINT}\n"
             f"mount -t 9p -o {options} {TARGET_ADDRESS} {MOUNT_POINT}\n"
         )
 
@@ -121,6 +123,10 @@ class Plan9Target:
     def guest_teardown(self) -> str:
         """Unmount, even while something still has a file open there."""
         return f"umount {MOUNT_POINT} || umount -l {MOUNT_POINT}\n"
+
+    def prepare(self) -> None:
+        """Import the server, which a target that is forked for each reset then has."""
+        importlib.import_module(_SERVER)
 
     def start(self) -> None:
         """Serve; returns when a connection would be answered.
@@ -209,7 +215,7 @@ class Plan9Target:
         self._loop = asyncio.get_running_loop()
         self._loop.set_exception_handler(self._raised)
         # Imported here, when the measurement is on, so that module bodies count.
-        module = importlib.import_module("pyroute2.plan9.server")
+        module = importlib.import_module(_SERVER)
         server: Any = module.Plan9ServerSocket(address=listener.getsockname())
         server.get_loop()  # binds the server to this loop; its close() counts on that
         _fill(server.filesystem, entries)

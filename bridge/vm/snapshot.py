@@ -57,6 +57,8 @@ def fingerprint(
     region_bytes: int,
     modules: Sequence[str] = (),
     cpuinfo: str | None = None,
+    *,
+    prepared: str = "",
 ) -> str:
     """Return a hash of everything that a snapshot of a machine depends on: 16 hex digits.
 
@@ -68,6 +70,7 @@ def fingerprint(
     Args:
         modules: the kernel modules that the guest loads.
         cpuinfo: the text of /proc/cpuinfo; None to read that file.
+        prepared: the command that the guest ran before it was saved.
     """
     fds = BackendFds(0, 0, 0, 0, memory=MemoryFds(0, 0), channel=0 if config.channel else None)
     parts = [str(_FORMAT), *qemu_command(config.identity, fds)]
@@ -81,7 +84,7 @@ def fingerprint(
             status = path.stat()
             parts += [str(path), str(status.st_size), str(status.st_mtime_ns)]
     layout = (abi.VERSION, abi.SLOTS, abi.PAYLOAD_OFFSET, abi.AREAS_OFFSET)
-    parts += [",".join(modules), str(region_bytes), *map(str, layout)]
+    parts += [",".join(modules), prepared, str(region_bytes), *map(str, layout)]
     text = Path("/proc/cpuinfo").read_text() if cpuinfo is None else cpuinfo
     names = ("vendor_id", "model name", "stepping", "microcode", "flags")
     processor = text.partition("\n\n")[0].splitlines()

@@ -334,6 +334,7 @@ static void run_case(const struct runner_harness *harness, uint64_t number)
 		length = LANE_INPUT_BYTES;
 	lane->output_length = 0;
 	lane->started = number;
+	/* Its page faults come before the trace begins. */
 	memcpy(input, (uint8_t *)lane + LANE_INPUT_OFFSET, length);
 	if (flags & LANE_TIMED)
 		begun = now_ns();
@@ -368,7 +369,6 @@ __attribute__((noreturn)) static void child(const struct runner_harness *harness
 	prctl(PR_SET_TIMERSLACK, 1);
 	setrlimit(RLIMIT_CORE, &no_core);
 	signal(SIGPIPE, SIG_DFL);
-	memset(input, 0, sizeof(input)); /* no page faults later on */
 	atomic_store(&taken, 3); /* the control area's, and this thread's */
 	atomic_store(&used, 1);
 	if (harness->begin && harness->begin())

@@ -88,16 +88,19 @@ def test_receive_end_of_shim_is_none(pair: tuple[socket.socket, socket.socket]) 
     assert messages.receive(slot) is None
 
 
-def test_welcome_carries_both_descriptors(pair: tuple[socket.socket, socket.socket]) -> None:
+@pytest.mark.parametrize("counts", [False, True])
+def test_welcome_carries_its_descriptors(
+    pair: tuple[socket.socket, socket.socket], counts: bool
+) -> None:
     slot, shim = pair
-    region, board = os.memfd_create("region"), os.memfd_create("board")
-    os.write(region, b"r")
-    os.write(board, b"bb")
-    messages.send_welcome(slot, region, board)
-    data, ancillary, _, _ = shim.recvmsg(messages.MESSAGE_BYTES, socket.CMSG_SPACE(2 * 4))
+    own = [os.memfd_create(name) for name in ("region", "board", *(["faults"] if counts else []))]
+    for size, fd in enumerate(own):
+        os.write(fd, b"x" * (size + 1))
+    messages.send_welcome(slot, *own)
+    data, ancillary, _, _ = shim.recvmsg(messages.MESSAGE_BYTES, socket.CMSG_SPACE(3 * 4))
     fds = array.array("i")
     fds.frombytes(ancillary[0][2])
     assert data == messages.WELCOME
-    assert [os.fstat(fd).st_size for fd in fds] == [1, 2]
-    for fd in (region, board, *fds):
+    assert [os.fstat(fd).st_size for fd in fds] == list(range(1, len(own) + 1))
+    for fd in (*own, *fds):
         os.close(fd)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 
@@ -75,8 +76,13 @@ def test_monitor_well_machine_has_no_trouble(session: Session, monitor: MachineM
 def test_monitor_exception_of_the_target_is_noticed_when_it_happens(
     session: Session, monitor: MachineMonitor
 ) -> None:
+    memory = session.target_fault_memory
+    assert memory is not None
+    before = os.pread(memory, 8, 0)
     session.run(tell("raise"), timeout=60)
-    # Before anybody asks the target.
+    # Before anybody asks the target. The shim looks at that word after each case.
+    assert int.from_bytes(os.pread(memory, 8, 0), "little") == session.target_fault_count
+    assert os.pread(memory, 8, 0) != before
     assert monitor.trouble()
     fault = judged(monitor.collect(timed_out=False))
     assert fault.kind is Kind.TARGET_EXCEPTION

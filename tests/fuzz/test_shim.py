@@ -208,6 +208,21 @@ def test_fault_after_a_case_is_reported_with_it(slot: NullSlot, engine: EngineDr
     assert slot.board[BoardWord.SUSPECTS] == 1
 
 
+def test_fault_that_the_target_counts_is_blamed_on_its_case_at_full_speed(
+    slot: NullSlot, engine: EngineDriver
+) -> None:
+    """Each case ends within microseconds; nothing looks at the target but the shim."""
+    ends = {}
+    for number in range(2000):
+        case = b"KCOV%s%d" % (b"*" if number % 100 == 50 else b"-", number)
+        ends[case] = engine.run(case)
+    bad = [case for case in ends if b"*" in case]
+    assert [case for case, status in ends.items() if status] == bad
+    suspects = [(each, case) for each, case in slot.received if isinstance(each, SuspectCase)]
+    assert [case for _, case in suspects] == bad
+    assert {each.status for each, _ in suspects} == {0}
+
+
 def test_timeout_kill_of_the_stand_in_resets_the_guest(
     slot: NullSlot, engine: EngineDriver
 ) -> None:

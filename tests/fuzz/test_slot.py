@@ -332,13 +332,13 @@ class Shim:
         self.number = self.board[BoardWord.LAST_CASE]
         return word
 
-    def _map(self, region: int, board: int) -> None:
+    def _map(self, region: int, board: int, *faults: int) -> None:
         self.stack.close()
         self.welcomes += 1
         pages = mmap.mmap(board, boards.BOARD_BYTES)
         memory = mmap.mmap(region, os.fstat(region).st_size)
-        os.close(region)
-        os.close(board)
+        for fd in (region, board, *faults):
+            os.close(fd)
         self.board = memoryview(pages).cast("Q")
         start, length = self.board[BoardWord.LANE_OFFSET], self.board[BoardWord.LANE_BYTES]
         whole = memoryview(memory)

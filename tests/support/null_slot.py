@@ -249,7 +249,7 @@ class NullSlot:
         self.board.last_case = self.word(LaneWord.CASE_NUMBER)
         match message:
             case messages.Hello():
-                messages.send_welcome(connection, self._region, self.board.fd)
+                messages.send_welcome(connection, self._region, self.board.fd, self._region)
                 return
             case messages.ShimFailed():
                 return
@@ -257,7 +257,7 @@ class NullSlot:
                 pass
             case messages.ResetWanted() if self.replace_machine:
                 self._replace()
-                messages.send_welcome(connection, self._region, self.board.fd)
+                messages.send_welcome(connection, self._region, self.board.fd, self._region)
                 return
             case _:
                 self.reset()

@@ -13,6 +13,7 @@
  *	x	the harness exits with 1
  *	^	the machine dies
  *	#	words that no honest runner writes
+ *	*	the target counts a fault, in the first word of the region
  */
 #include <sched.h>
 #include <signal.h>
@@ -32,6 +33,7 @@
 static struct lane *lane;
 static uint64_t *area[LANE_MOST_AREAS];
 static uint64_t area_words;
+static uint64_t *target_faults;
 
 static void store(uint64_t *word, uint64_t value)
 {
@@ -73,6 +75,9 @@ static uint64_t run(const uint8_t *input, uint64_t length)
 		return 1 << 8;
 	case '^':
 		_exit(0);
+	case '*':
+		store(target_faults, *target_faults + 1);
+		return 0;
 	case '#':
 		lane->areas_used = ~0ULL;
 		memset(lane->area_counts, 0xff, sizeof(lane->area_counts));
@@ -97,6 +102,7 @@ int main(int argc, char **argv)
 		      atoi(argv[1]), 0);
 	if (region == MAP_FAILED)
 		return 2;
+	target_faults = (uint64_t *)region;
 	lane = (struct lane *)(region + strtoull(argv[2], NULL, 10));
 	area_words = strtoull(argv[3], NULL, 10);
 	for (i = 4; i < argc - (noop || nothing); i++)

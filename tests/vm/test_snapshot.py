@@ -300,6 +300,7 @@ class TestFingerprint:
         other = dataclasses.replace(config, **WIRING)
         assert other.identity == config.identity == config
         assert fingerprint(other, 1 << 30, cpuinfo=CPUINFO) == before
+        assert fingerprint(config, 1 << 30, cpuinfo=CPUINFO, prepared="true") != before
         assert (
             fingerprint(config, 1 << 30, cpuinfo=CPUINFO.replace("MHz\t: 1", "MHz\t: 2")) == before
         )

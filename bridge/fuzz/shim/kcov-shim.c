@@ -69,6 +69,9 @@
 #define SLEEP_LEAST_NS		20000ULL
 #define SLEEP_MOST_NS		1000000ULL
 
+/* The descriptors that come with "welcome"; the last one is missing where no target counts. */
+enum { REGION_FD, BOARD_FD, FAULTS_FD, FDS };
+
 enum outcome {
 	DONE,
 	KILLED,		/* the engine has killed the stand-in */
@@ -104,6 +107,8 @@ static bool announced = true;
 static volatile sig_atomic_t child_ended;
 
 static uint64_t case_number, faults, since_reset;
+/* A word that the target's process counts its faults in; NULL: the slot alone counts. */
+static const uint64_t *target_faults;
 
 static uint64_t now(void)
 {
@@ -121,6 +126,15 @@ static uint64_t load(const uint64_t *word)
 static void store(uint64_t *word, uint64_t value)
 {
 	__atomic_store_n(word, value, __ATOMIC_RELEASE);
+}
+
+/*
+ * All that went wrong so far. What the target notes before its answer, which the guest waits for, is
+ * counted before the case is done (both are shared memory), so it is the case's.
+ */
+static uint64_t fault_count(void)
+{
+	return load(&board->faults) + (target_faults ? load(target_faults) : 0);
 }
 
 /* For words of the board that only the shim writes. */
@@ -172,12 +186,12 @@ static __attribute__((format(printf, 1, 2))) void tell(const char *format, ...)
 	}
 }
 
-/* Waits for the slot's next message. "welcome" brings region and board; else fds are -1. */
-static size_t hear_slot(char text[KB_MESSAGE_BYTES], int fds[2])
+/* Waits for the slot's next message. Descriptors that did not come with it are -1. */
+static size_t hear_slot(char text[KB_MESSAGE_BYTES], int fds[FDS])
 {
 	union {
 		struct cmsghdr header;
-		char room[CMSG_SPACE(2 * sizeof(int))];
+		char room[CMSG_SPACE(FDS * sizeof(int))];
 	} control;
 	struct iovec data = { .iov_base = text, .iov_len = KB_MESSAGE_BYTES };
 	struct msghdr message = { .msg_iov = &data, .msg_iovlen = 1, .msg_control = &control,
@@ -191,16 +205,34 @@ static size_t hear_slot(char text[KB_MESSAGE_BYTES], int fds[2])
 	if (length <= 0)
 		leave();
 	header = CMSG_FIRSTHDR(&message);
-	fds[0] = fds[1] = -1;
-	if (header && header->cmsg_type == SCM_RIGHTS &&
-	    header->cmsg_len == CMSG_LEN(2 * sizeof(int)))
-		memcpy(fds, CMSG_DATA(header), 2 * sizeof(int));
+	for (unsigned int i = 0; i < FDS; i++)
+		fds[i] = -1;
+	if (header && header->cmsg_type == SCM_RIGHTS && header->cmsg_len >= CMSG_LEN(0) &&
+	    header->cmsg_len <= CMSG_LEN(FDS * sizeof(int)))
+		memcpy(fds, CMSG_DATA(header), header->cmsg_len - CMSG_LEN(0));
 	return (size_t)length;
 }
 
-static bool is_welcome(const char *text, size_t length, const int fds[2])
+static bool is_welcome(const char *text, size_t length, const int fds[FDS])
 {
-	return length == 7 && !memcmp(text, "welcome", 7) && fds[1] >= 0;
+	return length == 7 && !memcmp(text, "welcome", 7) && fds[BOARD_FD] >= 0;
+}
+
+/* Maps what the target counts its faults in, in the place of that of an earlier machine. */
+static void map_target_faults(int fd)
+{
+	void *memory;
+
+	if (target_faults)
+		munmap((void *)target_faults, sizeof(*target_faults));
+	target_faults = NULL;
+	if (fd < 0)
+		return;
+	memory = mmap(NULL, sizeof(*target_faults), PROT_READ, MAP_SHARED, fd, 0);
+	if (memory == MAP_FAILED)
+		fail("the count of the target's faults cannot be mapped: %s", strerror(errno));
+	target_faults = memory;
+	close(fd);
 }
 
 /* Maps the region, in the place of an earlier one: its layout is the same. */
@@ -220,26 +252,33 @@ static void map_region(int fd)
 	close(fd);
 }
 
-/* Waits until the slot lets the shim continue. Meanwhile the lane is the slot's. */
-static void await_go(void)
+/*
+ * Waits until the slot lets the shim continue. Meanwhile the lane is the slot's. With @settled, or if
+ * it reset the guest, the slot knows of all faults so far; else one that was counted meanwhile is
+ * still to be told.
+ */
+static void await_go(bool settled)
 {
-	uint64_t start = now(), last_case;
+	uint64_t start = now(), epoch = load(&board->epoch), last_case;
 	char text[KB_MESSAGE_BYTES];
-	int fds[2];
+	int fds[FDS];
 	size_t length = hear_slot(text, fds);
 
 	if (is_welcome(text, length, fds)) {
 		/* Another machine. */
-		map_region(fds[0]);
-		close(fds[1]);
+		map_region(fds[REGION_FD]);
+		close(fds[BOARD_FD]);
+		map_target_faults(fds[FAULTS_FD]);
 		case_number = 0;
+		settled = true;
 	} else if (length != 2 || memcmp(text, "go", 2)) {
 		fail("the slot answered %.*s, not go", (int)(length < 80 ? length : 80), text);
 	}
 	last_case = load(&board->last_case);
 	if (last_case > case_number)
 		case_number = last_case;
-	faults = load(&board->faults);
+	if (settled || load(&board->epoch) != epoch)
+		faults = fault_count();
 	add(&board->ns_slot, now() - start);
 }
 
@@ -259,7 +298,7 @@ static void attach_slot(void)
 	struct sockaddr_un address = { .sun_family = AF_UNIX };
 	char text[KB_MESSAGE_BYTES];
 	unsigned int i;
-	int fds[2];
+	int fds[FDS];
 
 	if (!path)
 		fail("%s is not set: it names the socket of a slot", KB_SLOT_VARIABLE);
@@ -272,11 +311,12 @@ static void attach_slot(void)
 	tell("hello %d %d", KB_BOARD_VERSION, (int)getpid());
 	if (!is_welcome(text, hear_slot(text, fds), fds))
 		fail("the slot did not say welcome");
-	map_region(fds[0]);
-	board = mmap(NULL, KB_BOARD_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fds[1], 0);
+	map_region(fds[REGION_FD]);
+	board = mmap(NULL, KB_BOARD_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fds[BOARD_FD], 0);
 	if ((void *)board == MAP_FAILED)
 		fail("the slot's board cannot be mapped: %s", strerror(errno));
-	close(fds[1]);
+	close(fds[BOARD_FD]);
+	map_target_faults(fds[FAULTS_FD]);
 	if (board->magic != KB_BOARD_MAGIC || board->version != KB_BOARD_VERSION)
 		fail("the slot's board has another version");
 
@@ -296,7 +336,7 @@ static void attach_slot(void)
 		area[i].most = words - 1;
 	}
 	case_number = load(&board->last_case);
-	faults = load(&board->faults);
+	faults = fault_count();
 }
 
 /* ---- the engine -------------------------------------------------------------------------- */
@@ -558,7 +598,7 @@ static enum outcome await_done(uint64_t epoch, bool *lost)
 			return FAULTED;
 		}
 		elapsed = now() - start;
-		if (load(&board->faults) != faults) {
+		if (fault_count() != faults) {
 			if (!fault_at)
 				fault_at = elapsed;
 			if (elapsed - fault_at > FAULT_GRACE_NS)
@@ -708,7 +748,7 @@ static void execute(void)
 		last.status = SIGKILL;
 	last.fresh = fold(last.outcome == DONE);
 	last.told = false;
-	if (last.outcome == DONE && !is_bad(last.status) && load(&board->faults) != faults)
+	if (last.outcome == DONE && !is_bad(last.status) && fault_count() != faults)
 		last.status = SIGABRT;
 	add(&board->ns_fold, now() - end);
 	add(&board->executions, 1);
@@ -719,7 +759,8 @@ static void execute(void)
 static void report(void)
 {
 	unsigned long long number = case_number;
-	bool faulted = load(&board->faults) != faults;
+	bool settled = true;
+	bool faulted = fault_count() != faults;
 
 	if (last.fresh && !last.told)
 		add(&board->new_cases, 1);
@@ -737,12 +778,13 @@ static void report(void)
 			tell("suspect %llu none", number);
 	} else if (!last.told && last.fresh) {
 		tell("new %llu", number);
+		settled = false;
 	} else {
 		last.told = true;
 		return;
 	}
 	last.told = true;
-	await_go();
+	await_go(settled);
 }
 
 static __attribute__((noreturn)) void serve(void)
@@ -767,7 +809,7 @@ static __attribute__((noreturn)) void serve(void)
 			since_reset = 0;
 			add(&board->resets, 1);
 			tell("reset every");
-			await_go();
+			await_go(true);
 		}
 		await_ready();
 		announced = false;

@@ -39,6 +39,9 @@ _MODULE = re.compile(r"^(\S+) (\d{1,9}) .* 0x([0-9a-f]{1,16})(?: \(\w+\))?$", re
 _SYMBOL = re.compile(r"^([0-9a-f]{1,16}) ([A-Za-z]) \S+\t\[(\S+)\]$", re.MULTILINE)
 _QUIET_SECONDS = 2.0
 """How long the code stays watched after the last owner has gone, because another may follow."""
+_QUIET_AFTER_RESET_SECONDS = 20.0
+"""The same in a guest that was reset, until its next owner: on a busy machine it takes so long to
+start the same program again, and to translate all code twice takes longer."""
 
 
 def ram_offset(physical: int, memory: int) -> int | None:
@@ -124,7 +127,8 @@ class GuestKernel:
         self._blocks_lost = 0
         self.mismatched = False
         """Whether a kernel was reported that the symbols do not belong to; it is not watched."""
-        self._quiet_since: float | None = None
+        # When the code is no longer watched, as nobody traces; None while somebody does.
+        self._quiet_at: float | None = None
         self._blind = False
 
     @property
@@ -223,6 +227,8 @@ class GuestKernel:
             return
         self.restore_modules()
         self._expected = self._described
+        if self._quiet_at is not None:
+            self._quiet_at = time.monotonic() + _QUIET_AFTER_RESET_SECONDS
 
     def _forget(self) -> None:
         """Forget the previous kernel and its addresses.
@@ -238,7 +244,7 @@ class GuestKernel:
             slot = self._attached.pop()
             self._cut_off.add(slot)
             self.plan.detach(slot)
-        self._quiet_since = None
+        self._quiet_at = None
         self.plan.words[PlanWord.WANT] = 0
 
     def _where(self, physical: int, alignment: int) -> int:
@@ -319,7 +325,7 @@ class GuestKernel:
             return
         self._attached.add(slot)
         self._cut_off.discard(slot)
-        self._quiet_since = None
+        self._quiet_at = None
         self.plan.words[PlanWord.WANT] = 1
         self.plan.attach(slot, task, area.offset, area.size, area.bitmap_words)
 
@@ -337,7 +343,7 @@ class GuestKernel:
             return 0, 0
         self._attached.discard(slot)
         if not self._attached:
-            self._quiet_since = time.monotonic()
+            self._quiet_at = time.monotonic() + _QUIET_SECONDS
         return self.plan.detach(slot)
 
     def tick(self) -> None:
@@ -347,8 +353,8 @@ class GuestKernel:
         """
         if not self._blind and self.blind:
             logger.error("the guest's memory was not found in QEMU, so its kernel is not watched")
-        if self._quiet_since is not None and time.monotonic() - self._quiet_since > _QUIET_SECONDS:
-            self._quiet_since = None
+        if self._quiet_at is not None and time.monotonic() > self._quiet_at:
+            self._quiet_at = None
             self.plan.words[PlanWord.WANT] = 0
 
     @property

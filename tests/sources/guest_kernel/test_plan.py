@@ -520,6 +520,16 @@ def test_the_kernel_is_left_alone_while_nobody_traces(
         now[0] += 3
         kernel.tick()
         assert kernel.plan.words[want] == 0
+    kernel.load_symbols("", "")
+    kernel.attach(3, area, 0x1000)
+    kernel.detach(3)
+    kernel.rewound()
+    now[0] += 15
+    kernel.tick()
+    assert kernel.plan.words[want] == 1, "a reset takes its time on a busy machine"
+    now[0] += 10
+    kernel.tick()
+    assert kernel.plan.words[want] == 0
 
 
 def test_blocks_that_were_seen(kernel: GuestKernel, tmp_path: Path) -> None:
