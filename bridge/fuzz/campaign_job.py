@@ -277,7 +277,7 @@ class CampaignJob:
 
     def new_case(self, event: NewCase, /) -> None:
         """See :class:`bridge.fuzz.slot_events.SlotListener`."""
-        self._cases.append(FoundCase(event.case, event.pcs))
+        self._cases.append(FoundCase(event.case, event.pcs, event.again))
 
     def suspect(self, event: Suspect, /) -> None:
         """See :class:`bridge.fuzz.slot_events.SlotListener`."""

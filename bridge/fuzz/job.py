@@ -48,10 +48,12 @@ class FoundCase:
 
     Attributes:
         traces: for each task of the harness, its PCs in order.
+        again: the same when it was executed once more; None if it was not.
     """
 
     data: bytes
     traces: tuple[tuple[int, ...], ...] = ()
+    again: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,7 +145,7 @@ class _Runner:
         self._figures = news.figures
         cases = []
         for case in news.cases:
-            if found := self._covered.take(case.traces, ordered=self._ordered):
+            if found := self._covered.take(case.traces, ordered=self._ordered, again=case.again):
                 cases.append(ReportedCase(case.data, found))
                 self._own.add(hash(case.data))
         if cases or news.findings:

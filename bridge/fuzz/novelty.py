@@ -36,6 +36,14 @@ class Coverage:
         return bool(self.pcs or self.edges)
 
 
+Traces = Sequence[Sequence[int]]
+"""The PCs of each task, in order."""
+
+
+def _pairs(traces: Traces) -> set[tuple[int, int]]:
+    return set(itertools.chain.from_iterable(map(itertools.pairwise, traces)))
+
+
 class CoverageSet:
     """All that was covered so far."""
 
@@ -56,17 +64,19 @@ class CoverageSet:
         self.pcs.update(coverage.pcs)
         self.edges.update(coverage.edges)
 
-    def take(self, traces: Sequence[Sequence[int]], *, ordered: bool) -> Coverage:
+    def take(self, traces: Traces, *, ordered: bool, again: Traces | None = None) -> Coverage:
         """Add what a case covered, and return the part that was new.
 
         Args:
             traces: for each task its PCs.
             ordered: they are in the order in which they ran, so edges count.
+            again: what it covered when it was executed once more: edges of one execution alone do
+                not count, since the interrupts and tasks of a guest make new ones without end. PCs
+                do, as there are not many.
         """
-        pairs: set[tuple[int, int]] = set()
-        if ordered:
-            for trace in traces:
-                pairs.update(itertools.pairwise(trace))
+        pairs = _pairs(traces) if ordered else set()
+        if pairs and again is not None:
+            pairs &= _pairs(again)
         found = self.new(
             Coverage.of(
                 {pc for trace in traces for pc in trace},

@@ -651,12 +651,12 @@ class Slot:
     def _new_case(self) -> None:
         lane = self._ready.lane
         case, pcs = lane.read_case(), lane.read_pcs()
-        event = NewCase(case, pcs, self.executions, self.seconds)
-        self._tell(lambda listener: listener.new_case(event))
-        if not self.stability.due():
-            return
+        executions, seconds = self.executions, self.seconds
+        # What differs from one execution to the next is no news.
         again = self._again(case)
-        if again is None:
+        event = NewCase(case, pcs, executions, seconds, again)
+        self._tell(lambda listener: listener.new_case(event))
+        if again is None or not self.stability.due():
             return
         self.stability.add(pcs, again)
         if self.stability.reference is None:

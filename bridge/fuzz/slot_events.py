@@ -27,12 +27,14 @@ class NewCase:
         pcs: for each trace area that was in use, its PCs in order.
         executions: executions of the slot so far.
         seconds: time since the slot began.
+        again: its PCs when it was executed once more at once; None if that did not end well.
     """
 
     case: bytes
     pcs: tuple[tuple[int, ...], ...]
     executions: int
     seconds: float
+    again: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -415,6 +415,8 @@ def test_serve_new_case_is_told_with_its_pcs(server: Server, heard: Heard) -> No
     server.while_served(work)
     assert [event.case for event in heard.new] == [b"first", b"x"]
     assert counted(heard.new[0].pcs[0]) == {GETPPID: 3, GETUID: 1}
+    assert heard.new[0].again is not None
+    assert counted(heard.new[0].again[0]) == {GETPPID: 3, GETUID: 1}
     assert heard.new[0].executions == before + 1
     assert server.slot.stability.value == 1.0
     assert server.slot.board is None
