@@ -20,9 +20,12 @@ examples:
   kcov-bridge run --out build/ls -- ls -lR /mnt/target
   kcov-bridge run --source python -- cat /mnt/target/README
   kcov-bridge run --trace -- cat /mnt/target/README
+  kcov-bridge run -- sh -s <script.sh
   kcov-bridge run --target none --syscall-pcs -- true
   kcov-bridge run --target mypackage.target:Server --timeout 60 -- sh -c 'cat /mnt/target/*'
   KCOV_BRIDGE_MEMORY=512 kcov-bridge run
+
+The command gets the standard input of this one; in a loop that reads from it, give </dev/null.
 
 The directory --out then holds summary.json, pcs.txt (one hex PC a line, in order), blocks.tsv,
 .coverage, html/, lcov.info and console.log; `kcov-bridge symbolize <build/run/pcs.txt` says which

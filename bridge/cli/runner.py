@@ -107,7 +107,9 @@ def _work(session: Session, command: Sequence[str], record: _Record, streams: St
     trace = record.trace is not None
     record.started = time.monotonic()
     if command:
-        result = session.kcov(command, trace=trace, timeout=timeout, stdout=out, stderr=err)
+        result = session.kcov(
+            command, trace=trace, timeout=timeout, stdout=out, stderr=err, stdin=streams.stdin
+        )
         record.keep(result)
         return result.exit_status
     session.put(_WORKLOAD, "/run/kcov-bridge/files.sh", 0o755)

@@ -11,7 +11,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +23,10 @@ from typing import TextIO
 from bridge.errors import InfrastructureError
 from bridge.util.descriptors import write_all
 
-__all__ = ["Streams", "own_streams", "reserve_descriptors"]
+__all__ = ["StandardInput", "Streams", "own_streams", "reserve_descriptors"]
+
+_BACKGROUND_SECONDS = 0.25
+"""How often a job in the background looks whether it has the terminal."""
 
 
 def reserve_descriptors() -> None:
@@ -45,10 +51,19 @@ def reserve_descriptors() -> None:
 
 @dataclass(frozen=True)
 class Streams:
-    """Standard output and standard error, as they were at the command's start."""
+    """The standard streams, as they were at the command's start.
+
+    ``input`` is the descriptor of standard input; None where it is no file.
+    """
 
     out: TextIO
     err: TextIO
+    input: int | None = None
+
+    @property
+    def stdin(self) -> StandardInput | bytes:
+        """What a command in the guest may read."""
+        return StandardInput(self.input) if self.input is not None else b""
 
     def write_out(self, data: bytes) -> None:
         """Write bytes to standard output, past Python's buffers and encodings.
@@ -64,12 +79,55 @@ class Streams:
         _write(self.err, "stderr", data)
 
 
+class StandardInput:
+    """Reads standard input past Python's buffers: what is there, as soon as it is there.
+
+    A job in the background waits for its terminal, and is not stopped by reading from it.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def read(self, size: int, /) -> bytes:
+        """Return up to ``size`` bytes, none at the end.
+
+        Raises:
+            OSError: it cannot be read, for example because it is a directory.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            # So that read() fails in the background, where the signal would stop the process.
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTIN,))
+        while True:
+            try:
+                return os.read(self._descriptor, size)
+            except BlockingIOError:
+                select.select([self._descriptor], [], [])
+            except OSError as error:
+                if error.errno == errno.EBADF:
+                    # nohup gives a file that can only be written.
+                    return b""
+                if error.errno != errno.EIO or not os.isatty(self._descriptor):
+                    raise
+                if not self._in_background():
+                    return b""
+                threading.Event().wait(_BACKGROUND_SECONDS)
+
+    def _in_background(self) -> bool:
+        """Return whether another job has the terminal; False for one that is gone or not ours."""
+        try:
+            return os.tcgetpgrp(self._descriptor) not in (0, os.getpgrp())
+        except OSError:
+            return False
+
+
 @contextlib.contextmanager
 def own_streams() -> Iterator[Streams]:
     """Keep the standard streams while inside; afterwards ``sys`` has them again."""
     before = sys.stdout, sys.stderr
     with ExitStack() as stack:
-        streams = Streams(_duplicate(before[0], stack), _duplicate(before[1], stack))
+        streams = Streams(
+            _duplicate(before[0], stack), _duplicate(before[1], stack), _duplicate_input(stack)
+        )
         try:
             yield streams
         finally:
@@ -92,6 +150,16 @@ def _duplicate(stream: TextIO, stack: ExitStack) -> TextIO:
     )
     stack.callback(_close, own)
     return own
+
+
+def _duplicate_input(stack: ExitStack) -> int | None:
+    """A descriptor of our own of standard input; None where it is none of a file."""
+    try:
+        descriptor = os.dup(sys.stdin.fileno())
+    except (OSError, ValueError, AttributeError):
+        return None
+    stack.callback(os.close, descriptor)
+    return descriptor
 
 
 def _close(stream: TextIO) -> None:

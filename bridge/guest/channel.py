@@ -43,6 +43,7 @@ from bridge.guest.guest import (
     TO_STDOUT,
     Capture,
     CommandResult,
+    Input,
     Output,
     Watched,
     Word,
@@ -237,7 +238,7 @@ class _Input:
         error: why stdin could not be read; its end is not sent then.
     """
 
-    def __init__(self, channel: _Channel, command: _Command, stdin: BinaryIO | bytes) -> None:
+    def __init__(self, channel: _Channel, command: _Command, stdin: Input | bytes) -> None:
         self.error: BaseException | None = None
         self._channel = channel
         self._command = command
@@ -435,7 +436,7 @@ class ChannelGuest:
         *,
         stdout: Output | None = None,
         stderr: Output | None = None,
-        stdin: BinaryIO | bytes = b"",
+        stdin: Input | bytes = b"",
         timeout: float | None = None,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
@@ -473,7 +474,7 @@ class ChannelGuest:
         line: str,
         out: Capture,
         err: Capture,
-        stdin: BinaryIO | bytes = b"",
+        stdin: Input | bytes = b"",
         timeout: float | None = None,
         before_kill: Callable[[], object] = lambda: None,
     ) -> CommandResult:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final, Protocol
+from typing import Final, Protocol
 
 from bridge.errors import BridgeError, GuestResetError, UsageError
 from bridge.util.descriptors import write_all
@@ -29,6 +29,7 @@ __all__ = [
     "Capture",
     "CommandResult",
     "Guest",
+    "Input",
     "Output",
     "Watched",
     "Word",
@@ -42,6 +43,14 @@ __all__ = [
 
 Output = Callable[[bytes], object]
 """Called with a command's output as it comes, in pieces of any size."""
+
+
+class Input(Protocol):
+    """What a command's input is read from, on a thread of its own: a binary file, for one."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return up to ``size`` bytes, none at the end. May block."""
+
 
 Word = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 """An argument of a command: bytes, or text that :func:`os.fsencode` makes bytes."""
@@ -115,7 +124,7 @@ class Guest(Protocol):
         *,
         stdout: Output | None = None,
         stderr: Output | None = None,
-        stdin: BinaryIO | bytes = b"",
+        stdin: Input | bytes = b"",
         timeout: float | None = None,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,

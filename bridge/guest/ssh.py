@@ -56,6 +56,7 @@ from bridge.guest.guest import (
     TO_STDOUT,
     Capture,
     CommandResult,
+    Input,
     Output,
     Watched,
     Word,
@@ -262,7 +263,7 @@ class _Feeder:
         error: why stdin could not be read; its end is not sent then.
     """
 
-    def __init__(self, channel: paramiko.Channel, stdin: BinaryIO | bytes) -> None:
+    def __init__(self, channel: paramiko.Channel, stdin: Input | bytes) -> None:
         self.error: BaseException | None = None
         self._channel = channel
         self._thread: threading.Thread | None = None
@@ -514,7 +515,7 @@ class SshGuest:
         *,
         stdout: Output | None = None,
         stderr: Output | None = None,
-        stdin: BinaryIO | bytes = b"",
+        stdin: Input | bytes = b"",
         timeout: float | None = None,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,

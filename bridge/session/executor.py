@@ -20,7 +20,7 @@ from bridge.sources.comparisons import LIMIT as COMPARISONS_LIMIT
 from bridge.trace.call import Call
 
 if TYPE_CHECKING:
-    from bridge.guest.guest import CommandResult, Guest, Output
+    from bridge.guest.guest import CommandResult, Guest, Input, Output
 
 __all__ = ["Executor", "GuestExecutor", "KcovResult"]
 
@@ -68,6 +68,7 @@ class Executor(Protocol):
         timeout: float | None = None,
         stdout: Output | None = None,
         stderr: Output | None = None,
+        stdin: Input | bytes = b"",
     ) -> KcovResult:
         """Run ``command`` and return what it did.
 
@@ -79,6 +80,7 @@ class Executor(Protocol):
             trace: have ``calls`` in the result.
             timeout: seconds.
             stdout, stderr: are given the output as it comes.
+            stdin: its input.
 
         Raises:
             RunTimeoutError: it did not end in time.
@@ -134,6 +136,7 @@ class GuestExecutor:
         timeout: float | None = None,
         stdout: Output | None = None,
         stderr: Output | None = None,
+        stdin: Input | bytes = b"",
     ) -> KcovResult:
         """As :class:`Executor`."""
         once_a_call = unique is None and trace and self._watched and self._can_be_unique
@@ -148,7 +151,7 @@ class GuestExecutor:
             directory=self._directory,
         )
         try:
-            result = self._run(stream, command, follow, timeout, stdout, stderr)
+            result = self._run(stream, command, follow, timeout, stdout, stderr, stdin)
             stream.check()
             if stream.dropped:
                 raise IncompleteError(
@@ -199,6 +202,7 @@ class GuestExecutor:
         timeout: float | None,
         stdout: Output | None = None,
         stderr: Output | None = None,
+        stdin: Input | bytes = b"",
     ) -> CommandResult:
         """Run a command whose processes trace into ``stream``, which is finished at the end."""
         close = functools.partial(self._device.close_stream, stream)
@@ -217,6 +221,7 @@ class GuestExecutor:
                 timeout=timeout,
                 stdout=stdout,
                 stderr=stderr,
+                stdin=stdin,
                 before_kill=close_if_possible,
             )
             close()

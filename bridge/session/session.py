@@ -69,7 +69,7 @@ from bridge.vm.snapshot import Snapshot
 
 if TYPE_CHECKING:
     # Imported while the guest goes on: it takes longest.
-    from bridge.guest.guest import CommandResult, Guest, Output, Word
+    from bridge.guest.guest import CommandResult, Guest, Input, Output, Word
     from bridge.sources.python.source import PythonSource
 
 __all__ = ["KcovResult", "Session"]
@@ -493,6 +493,7 @@ class Session:
         timeout: float | None = None,
         stdout: Output | None = None,
         stderr: Output | None = None,
+        stdin: Input | bytes = b"",
     ) -> KcovResult:
         """Run ``command`` in the guest under kcov and return its PCs.
 
@@ -505,6 +506,7 @@ class Session:
             trace: record its system calls too: ``calls`` of the result.
             timeout: seconds.
             stdout, stderr: are given the output as it comes.
+            stdin: its input: bytes, or a binary file.
 
         Raises:
             RunTimeoutError: it did not end in time.
@@ -522,6 +524,7 @@ class Session:
                 timeout=timeout,
                 stdout=stdout,
                 stderr=stderr,
+                stdin=stdin,
             )
             ended(result.exit_status, len(result.pcs))
             self._load_symbols(parts, result)

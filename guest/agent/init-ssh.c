@@ -77,10 +77,13 @@ void ssh_serve(void)
 		return;
 	}
 	leave_process_1();
-	/* Standard error remains the console, which is where -e makes sshd log to. */
+	/*
+	 * Standard error remains the console, which is where -e makes sshd log to: its errors only,
+	 * because it has three more lines for each connection.
+	 */
 	dup2(connection, STDIN_FILENO);
 	dup2(connection, STDOUT_FILENO);
-	execl(SSHD, SSHD, "-i", "-e", (char *)NULL);
+	execl(SSHD, SSHD, "-i", "-e", "-o", "LogLevel=ERROR", (char *)NULL);
 	say("%s: %s", SSHD, strerror(errno));
 	_exit(127);
 }

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -166,6 +168,28 @@ class TestCommands:
         result = run(tmp_path, *QUICK, "--", "no-such-command")
         assert result.returncode == 127
         assert "no-such-command" in result.stderr
+
+    def test_stdin_is_the_commands_byte_for_byte(self, image: Image, tmp_path: Path) -> None:
+        data = os.urandom(3 << 20)
+        source = tmp_path / "data"
+        source.write_bytes(data)
+        with source.open("rb") as stdin:
+            result = run(tmp_path / "run", *QUICK, "--", "sha256sum", stdin=stdin)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == f"{hashlib.sha256(data).hexdigest()}  -\n"
+
+    def test_stdin_is_a_terminal_that_stays_open_ends_with_the_command(
+        self, image: Image, tmp_path: Path
+    ) -> None:
+        ours, terminal = pty.openpty()
+        try:
+            os.write(ours, b"hello\nleft unread\n")
+            result = run(tmp_path, *QUICK, "--", "sh", "-c", "read x; echo $x", stdin=terminal)
+        finally:
+            os.close(terminal)
+            os.close(ours)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == "hello\n"
 
     def test_out_of_time(self, image: Image, tmp_path: Path) -> None:
         script = "cat /mnt/target/*; sleep 100"

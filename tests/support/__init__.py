@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import pytest
 
@@ -87,12 +88,17 @@ class Program(subprocess.Popen[str]):
 
 
 def start(
-    out: Path, *arguments: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None
+    out: Path,
+    *arguments: str,
+    cwd: Path = ROOT,
+    env: Mapping[str, str] | None = None,
+    stdin: IO[bytes] | int = subprocess.DEVNULL,
+    subcommand: str = "run",
 ) -> Program:
     """Start a run into ``out``; ``env`` is added to the environment."""
     return Program(
-        [*COMMAND, "run", "--out", str(out), *arguments],
-        stdin=subprocess.DEVNULL,
+        [*COMMAND, subcommand, "--out", str(out), *arguments],
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -102,9 +108,11 @@ def start(
     )
 
 
-def run(out: Path, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def run(
+    out: Path, *arguments: str, cwd: Path = ROOT, stdin: IO[bytes] | int = subprocess.DEVNULL
+) -> subprocess.CompletedProcess[str]:
     """A whole run; asserts that it leaves nothing."""
-    with nothing_left(out), start(out, *arguments, cwd=cwd) as process:
+    with nothing_left(out), start(out, *arguments, cwd=cwd, stdin=stdin) as process:
         try:
             stdout, stderr = process.communicate(timeout=600)
         finally:

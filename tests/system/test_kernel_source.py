@@ -142,6 +142,18 @@ def test_the_same_program_again(session: Session) -> None:
         assert len(one & runs[1]) / len(one | runs[1]) > 0.9
 
 
+def test_root_makes_the_module_describe_the_kernel_again_keeps_the_trace(
+    session: Session,
+) -> None:
+    script = "cd /sys/kernel/debug; echo 1 >kcov_bridge_host; read line </etc/passwd"
+    result = session.kcov(["sh", "-c", script], follow=False)
+    assert result.exit_status == 0, result.stderr.decode()
+    plain = session.kcov(["sh", "-c", script.replace("echo 1 >kcov_bridge_host; ", "")])
+    names = kernel_functions(session, result.pcs)
+    assert names.index("vfs_write") < names.index("ksys_read")
+    assert len(result.pcs) > len(plain.pcs) - 500
+
+
 def test_an_area_too_small_for_one_call(session: Session) -> None:
     device = session.device
     assert device is not None

@@ -172,6 +172,9 @@ class GuestKernel:
         described = self._read(payload)
         if described is not None and described == expected:
             return 0
+        if self._attached and described is not None and described == self._described:
+            # Root in the guest can have the module describe it again: traces go on.
+            return 0
         self._forget()
         if described is None:
             return 0

@@ -334,6 +334,7 @@ def test_rewound_guest_has_its_modules_before_it_runs_and_its_code_stays_valid(
         assert not kernel.unnamed
     # Only the first description after that is the one that was expected.
     kernel.attach(3, area, 0x1000)
+    kernel.detach(3)
     assert kernel.describe(payload(0)) == 0
     assert words[PlanWord.WANT] == 0
     assert ranges(kernel.plan) != ready
@@ -489,6 +490,20 @@ def test_a_kernel_that_goes(kernel: GuestKernel, area: Area) -> None:
     assert words[at + SlotWord.TASK] == 0
     assert kernel.detach(7) == (5, 3)
     assert kernel.detach(7) == (0, 0)
+
+
+def test_describe_again_while_traced_keeps_the_owner(kernel: GuestKernel, area: Area) -> None:
+    words = kernel.plan.words
+    at = layout.SLOTS_OFFSET // abi.WORD + 7 * layout.PLAN_SLOT_WORDS
+    assert kernel.describe(payload()) == 0
+    kernel.attach(7, area, 0xFFFF_8880_0000_1000)
+    task, found = words[at + SlotWord.TASK], ranges(kernel.plan)
+    assert task
+    assert kernel.describe(payload()) == 0
+    assert (words[at + SlotWord.TASK], words[PlanWord.WANT]) == (task, 1)
+    assert ranges(kernel.plan) == found
+    assert kernel.describe(payload(0x2400000)) == 0
+    assert words[at + SlotWord.TASK] == 0, "another kernel"
 
 
 def test_an_area_is_not_given_away_while_it_is_written_to(
