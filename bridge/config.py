@@ -269,8 +269,9 @@ class Settings:
         default=None,
         metadata=_about(
             Kind.NAME_OR_PATH,
-            "guest image: a recipe (`trixie`), whose image is built when it is missing, a name "
-            "from `image list`, or a disk image file of your own, which needs --ssh-key",
+            "guest image: a recipe (`trixie`, or a file `./mine.toml`), whose image is built when "
+            "it is missing, a name from `image list`, or a disk image file of your own, which "
+            "needs --ssh-key",
             metavar="IMAGE",
             file=True,
         ),

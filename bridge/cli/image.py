@@ -40,6 +40,7 @@ EPILOG = """\
 examples:
   kcov-bridge image build
   kcov-bridge image build --include strace
+  kcov-bridge image build --recipe ./mine.toml
   kcov-bridge image build --recipe trixie --module ext4 --module sctp
   kcov-bridge image list
   ls -l "$(kcov-bridge image path)"
@@ -113,7 +114,8 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
         "--recipe",
         "--suite",
         metavar="RECIPE",
-        help="recipe to build the image from: bookworm, trixie or sid (default: the recipe that "
+        help="recipe to build the image from: bookworm, trixie, sid, or a file PATH.toml "
+        "of your own (default: the recipe that "
         f"the setting `image` names, or {DEFAULT_RECIPE})",
     )
     command.add_argument(

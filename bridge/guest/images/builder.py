@@ -97,17 +97,18 @@ def build(
         ImageError: the build failed.
     """
     sources = Sources.find()
-    wanted = Recipe.load(recipe, sources.recipes).extended(include, modules)
-    directory = image_directory(f"{recipe}-{sources.fingerprint(wanted)}")
+    plain = Recipe.load(recipe, sources.recipes)
+    wanted = plain.extended(include, modules)
+    directory = image_directory(f"{wanted.name}-{sources.fingerprint(wanted)}")
     if not force and (image := _usable(directory)):
         return image
     mirror = mirror or os.environ.get("KCOV_BRIDGE_MIRROR") or None
     try:
         with contextlib.ExitStack() as stack:
-            fd = stack.enter_context(_recipe_lock(recipe, progress))
+            fd = stack.enter_context(_recipe_lock(wanted.name, progress))
             if not force and (image := _usable(directory)):
                 return image
-            builder = _Builder(sources, wanted, mirror, Phases(progress), fd)
+            builder = _Builder(sources, plain, wanted, mirror, Phases(progress), fd)
             base = builder.base(force=force)
             image = builder.image(base, directory)
             progress(
@@ -258,12 +259,14 @@ class _Builder:
     def __init__(
         self,
         sources: Sources,
+        plain: Recipe,
         recipe: Recipe,
         mirror: str | None,
         phases: Phases,
         lock_fd: int,
     ) -> None:
         self.sources = sources
+        self.plain = plain
         self.recipe = recipe
         self.mirror = mirror
         self.phases = phases
@@ -511,7 +514,6 @@ class _Builder:
                 self._read_symbols(base, temporary, commands)
             _link(base.directory / "System.map", temporary / "System.map")
             shutil.rmtree(temporary / "scratch", ignore_errors=True)
-            plain = Recipe.load(self.recipe.name, self.sources.recipes)
             image = Image(
                 directory=directory,
                 recipe=self.recipe.name,
@@ -521,8 +523,8 @@ class _Builder:
                 agent_fingerprint=self.sources.agent_fingerprint(),
                 kernel_release=base.kernel_release,
                 kernel_version=base.kernel_version,
-                include=tuple(p for p in self.recipe.packages if p not in plain.packages),
-                modules=tuple(m for m in self.recipe.modules if m not in plain.modules),
+                include=tuple(p for p in self.recipe.packages if p not in self.plain.packages),
+                modules=tuple(m for m in self.recipe.modules if m not in self.plain.modules),
                 packages=base.packages,
                 files={
                     name: FileRecord((temporary / name).stat().st_size, sha256_of(temporary / name))

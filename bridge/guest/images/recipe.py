@@ -43,6 +43,12 @@ _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+")
 
 _MODULE = re.compile(r"[A-Za-z0-9_-]+")
 
+_SUFFIX = ".toml"
+"""A recipe whose name ends with this is a file of the user's."""
+
+_FILE = re.compile(r"[a-z0-9][a-z0-9_-]*")
+"""The name of such a file without the suffix; the names of its images begin with it."""
+
 _AGENT_SOURCES = ("*.c", "*.h", "Makefile", "Kbuild")
 
 
@@ -72,19 +78,25 @@ class Recipe:
 
     @classmethod
     def load(cls, name: str, directory: Path) -> Recipe:
-        """Read the recipe ``name`` from a directory of recipes.
+        """Read the recipe ``name`` from a directory of recipes, or ``PATH.toml`` from there.
 
         Raises:
-            UsageError: there is no such recipe.
+            UsageError: there is no such recipe, or the name of its file is not allowed.
             ImageError: it cannot be read.
         """
-        known = recipes(directory)
-        if name not in known:
+        path = Path(name) if name.endswith(_SUFFIX) else directory / f"{name}{_SUFFIX}"
+        if not path.is_file():
+            known = ", ".join(recipes(directory)) or "none"
             raise UsageError(
                 f"there is no image recipe {name!r}",
-                hint=f"the recipes are: {', '.join(known) or 'none'}",
+                hint=f"the recipes are: {known}; or give the path of one, PATH{_SUFFIX}",
             )
-        path = directory / f"{name}.toml"
+        name = path.stem
+        if not _FILE.fullmatch(name):
+            raise UsageError(
+                f"the recipe {path} needs another name",
+                hint="the file's name may have small letters, digits, - and _",
+            )
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -131,16 +143,16 @@ class Recipe:
 
 def recipes(directory: Path) -> list[str]:
     """Return the names of the recipes in a directory, sorted."""
-    return sorted(path.stem for path in directory.glob("*.toml"))
+    return sorted(path.stem for path in directory.glob(f"*{_SUFFIX}"))
 
 
 def is_recipe(name: str) -> bool:
-    """Return whether the source tree has a recipe of this name.
+    """Return whether this names a recipe of the source tree, or a file that is to be one.
 
     Raises:
         InfrastructureError: there is no source tree.
     """
-    return name in recipes(Sources.find().recipes)
+    return name.endswith(_SUFFIX) or name in recipes(Sources.find().recipes)
 
 
 @dataclass(frozen=True)

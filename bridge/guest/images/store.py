@@ -308,7 +308,7 @@ def find(
     """
     sources = Sources.find()
     wanted = Recipe.load(recipe, sources.recipes).extended(include, modules)
-    directory = image_directory(f"{recipe}-{sources.fingerprint(wanted)}")
+    directory = image_directory(f"{wanted.name}-{sources.fingerprint(wanted)}")
     if not directory.is_dir():
         return None
     image = Image.load(directory)

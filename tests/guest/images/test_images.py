@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from bridge.cli import image as image_command
-from bridge.config import Settings
+from bridge.config import Settings, load
 from bridge.errors import ImageError, MissingDependencyError, UsageError
 from bridge.guest.guest_image import find_guest_image
 from bridge.guest.images import (
@@ -32,7 +32,7 @@ from bridge.guest.images import (
 )
 from bridge.guest.images.archive import EPOCH, Entry, normalise_tar, write_newc
 from bridge.guest.images.command import Commands, Phases
-from bridge.guest.images.recipe import Recipe, Sources, recipes
+from bridge.guest.images.recipe import Recipe, Sources, is_recipe, recipes
 from bridge.guest.images.store import (
     FILES,
     FileRecord,
@@ -107,6 +107,37 @@ def test_an_unknown_recipe_names_those_that_exist() -> None:
     with pytest.raises(UsageError) as caught:
         Recipe.load("potato", ROOT / "images")
     assert "bookworm" in caught.value.hint
+
+
+def test_a_recipe_by_path_is_one_of_its_own(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (sources.recipes / "bookworm.toml").read_text()
+    (tmp_path / "mine.toml").write_text(
+        text.replace("boot_modules = [", 'boot_modules = [ "fuse",')
+    )
+    plain = Recipe.load("bookworm", sources.recipes)
+    mine = Recipe.load(str(tmp_path / "mine.toml"), sources.recipes)
+    assert (mine.name, mine.suite) == ("mine", "bookworm")
+    assert mine.boot_modules == ("fuse", *plain.boot_modules)
+    monkeypatch.chdir(tmp_path)
+    assert Recipe.load("./mine.toml", sources.recipes) == mine
+    assert is_recipe("./mine.toml")
+    # Found by its contents, in a cache that has none.
+    monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(tmp_path / "cache"))
+    assert find("./mine.toml") is None
+    assert load({"image": "mine.toml"}, environ={}).image == str(tmp_path / "mine.toml")
+
+
+@pytest.mark.parametrize("name", ["missing.toml", "./dir.toml", "Odd Name.toml"])
+def test_a_recipe_by_path_that_cannot_be_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dir.toml").mkdir()
+    (tmp_path / "Odd Name.toml").write_text("")
+    with pytest.raises(UsageError):
+        Recipe.load(name, ROOT / "images")
 
 
 @pytest.mark.parametrize(
