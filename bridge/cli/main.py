@@ -121,6 +121,7 @@ _SUBCOMMANDS = {
     "doctor": "check that this machine has all that a run needs",
     "run": "run a command in a guest under kcov, with a target on this machine",
     "ssh": "open a shell in a booted guest",
+    "serve": "hold a guest for other programs, on an SSH port that stays the same",
     "symbolize": "print the source of each PC",
     "trace": "print the system calls of a run, with the code that each reached",
     "fuzz": "fuzz what stands behind the guest's system calls",

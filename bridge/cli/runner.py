@@ -33,7 +33,7 @@ from bridge.trace.trace_file import TRACE_FILE
 from bridge.util.files import remove, remove_partial, write_stream
 from bridge.util.resources import guest_directory
 
-__all__ = ["run", "shell"]
+__all__ = ["claimed", "clear", "noted", "run", "shell"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ _RESULTS = (
     *("summary.json", "pcs.txt", ".coverage", BLOCKS_FILE),
     *(SYMBOLS_FILE, KERNEL_BLOCKS_FILE),
     *(LCOV_FILE, HTML_DIRECTORY, REPORT_FILE, "console.log"),
-    *(TRACE_FILE, PERFETTO_FILE),
+    *(TRACE_FILE, PERFETTO_FILE, "guests"),
 )
 _WORKLOAD = guest_directory() / "workload" / "files.sh"
 _EXAMPLE_BYTES = 2 << 20
@@ -72,8 +72,8 @@ def run(
             f"the target {settings.target} has no default workload",
             hint="give a command to run in the guest: kcov-bridge run … -- CMD",
         )
-    with _claimed(settings.out) as out:
-        _clear(out)
+    with claimed(settings.out) as out:
+        clear(out)
         return _run(settings, out, command, streams, trace)
 
 
@@ -143,7 +143,7 @@ def _check_complete(session: Session) -> None:
 
 
 @contextlib.contextmanager
-def _claimed(out: Path) -> Iterator[Path]:
+def claimed(out: Path) -> Iterator[Path]:
     """Make the directory, for this run alone until the end of the block or of the process."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ def _lock_holder(descriptor: int) -> str:
     return ""
 
 
-def _clear(out: Path) -> None:
+def clear(out: Path) -> None:
     """Take away what an earlier run left: a file that is there belongs to this run."""
     try:
         for name in _RESULTS:
@@ -241,7 +241,7 @@ class _Record:
         problems: list[str] = []
         try:
             with (
-                _noted("pcs.txt", problems),
+                noted("pcs.txt", problems),
                 (out / "pcs.txt").open("w", encoding="ascii") as file,
             ):
                 for pcs in self.pcs:
@@ -250,18 +250,18 @@ class _Record:
                 self._write_trace(self.trace, out, streams, problems)
             data_file = out / ".coverage"
             if data_file.is_file():
-                with _noted("the HTML report", problems):
+                with noted("the HTML report", problems):
                     make_html(data_file, out / HTML_DIRECTORY)
-                with _noted("the LCOV report", problems):
+                with noted("the LCOV report", problems):
                     make_lcov(data_file, out / LCOV_FILE)
         except KeyboardInterrupt as error:
             self.failed(error)
             raise
         finally:
             summary = self._summary(seconds)
-            with _noted("summary.json", problems):
+            with noted("summary.json", problems):
                 summaries.write(summary, out / "summary.json")
-            with _noted("the summary on stderr", problems):
+            with noted("the summary on stderr", problems):
                 if self.started is not None:
                     print(summaries.render(summary), file=streams.err)
                 print(f"{'results in':>12}  {out}", file=streams.err)
@@ -276,11 +276,11 @@ class _Record:
             command=self.command,
         )
         calls = functools.partial(itertools.chain.from_iterable, self.calls)
-        with _noted(TRACE_FILE, problems), TraceWriter(out / TRACE_FILE, header) as writer:
+        with noted(TRACE_FILE, problems), TraceWriter(out / TRACE_FILE, header) as writer:
             writer.write_all(calls())
-        with _noted(PERFETTO_FILE, problems):
+        with noted(PERFETTO_FILE, problems):
             write_perfetto(calls(), out / PERFETTO_FILE)
-        with _noted("the readable trace", problems):
+        with noted("the readable trace", problems):
             lines = (f"{line}\n" for line in render_trace(calls()))
             if place == "-":
                 for line in lines:
@@ -299,7 +299,7 @@ class _Record:
 
 
 @contextlib.contextmanager
-def _noted(what: str, problems: list[str]) -> Iterator[None]:
+def noted(what: str, problems: list[str]) -> Iterator[None]:
     """Keep a failure to write one result from hiding the others, or what ended the run."""
     try:
         yield

@@ -96,6 +96,13 @@ class GuestImage(Protocol):
     can_be_saved: bool
     """Whether a ready machine can be saved with everything that the guest has written."""
 
+    @property
+    def ssh_key(self) -> Path:
+        """The private key that root in the guest accepts."""
+
+    def check_key(self) -> None:
+        """Raise UsageError or ImageError if the key cannot be used."""
+
     def machine_config(self, settings: Settings, accelerator: Accelerator) -> MachineConfig:
         """Return the machine to boot it in, without endpoints."""
 
@@ -208,6 +215,22 @@ class ProjectImage:
         """The image itself."""
         return self._image
 
+    @property
+    def ssh_key(self) -> Path:
+        """See :class:`GuestImage`."""
+        return self._image.ssh_key
+
+    def check_key(self) -> None:
+        """See :class:`GuestImage`."""
+        try:
+            with self.ssh_key.open("rb"):
+                return
+        except OSError as error:
+            raise ImageError(
+                f"the SSH key {self.ssh_key} of the image cannot be read: {error.strerror}",
+                hint="does the cache belong to another user? KCOV_BRIDGE_CACHE names another",
+            ) from error
+
     def machine_config(self, settings: Settings, accelerator: Accelerator) -> MachineConfig:
         """See :class:`GuestImage`. ``settings.kernel`` replaces the image's kernel."""
         image = self._image
@@ -283,6 +306,17 @@ class CustomImage:
 
     def kernel_code(self, wanted: KernelFilter, vmlinux: Path | None) -> None:
         """See :class:`GuestImage`. The kernel is inside the image, which cannot be read."""
+
+    @property
+    def ssh_key(self) -> Path:
+        """See :class:`GuestImage`."""
+        return self._key
+
+    def check_key(self) -> None:
+        """See :class:`GuestImage`."""
+        from bridge.guest.ssh import private_key
+
+        private_key(self._key)
 
     def machine_config(self, settings: Settings, accelerator: Accelerator) -> MachineConfig:
         """See :class:`GuestImage`."""

@@ -70,7 +70,7 @@ from bridge.guest.guest import (
 from bridge.util.files import atomic_output
 from bridge.vm.network import LOCALHOST
 
-__all__ = ["SshGuest"]
+__all__ = ["SshGuest", "private_key"]
 
 logger = logging.getLogger(__name__)
 
@@ -335,7 +335,7 @@ class SshGuest:
         self._port = port
         self._user = user
         self._key_file = key
-        self._key = _private_key(key)
+        self._key = private_key(key)
         self._host_key = _public_key(host_key) if host_key is not None else None
         self._watched = watched
         self._lock = threading.Lock()  # guards the four below
@@ -917,7 +917,12 @@ def _terminal_size(fd: int) -> tuple[int, int]:
     return columns or 80, lines or 24
 
 
-def _private_key(path: Path) -> paramiko.PKey:
+def private_key(path: Path) -> paramiko.PKey:
+    """Load a key.
+
+    Raises:
+        UsageError: it cannot be read, or used.
+    """
     try:
         return paramiko.PKey.from_path(path)
     except OSError as error:

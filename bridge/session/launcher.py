@@ -313,6 +313,7 @@ class Launcher:
         accelerator: QEMU's.
         coverage_epoch: what the relays to the target must write; None where they need not.
         out: where ``console.log`` goes; None for nowhere.
+        ssh_port: the port of 127.0.0.1 for SSH; 0 for a free one.
     """
 
     def __init__(
@@ -326,6 +327,7 @@ class Launcher:
         *,
         coverage_epoch: EpochWord | None = None,
         out: Path | None = None,
+        ssh_port: int = 0,
     ) -> None:
         self._settings = settings
         self._image = image
@@ -356,6 +358,7 @@ class Launcher:
             datagrams=self._datagrams.directory if self._datagrams is not None else None,
             plugin=watch.plugin,
             restorer=_restorer(config),
+            ssh_port=ssh_port,
         )
 
     def __enter__(self) -> Launcher:

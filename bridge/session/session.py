@@ -102,6 +102,7 @@ class Session:
             and ``blocks.tsv`` at its end; None for nowhere.
         target: what makes the target, in place of the setting ``target``.
         target_state: what a reset does to the target.
+        ssh_port: the port of 127.0.0.1 for SSH; 0 for a free one.
 
     Raises:
         UsageError: settings that do not go together.
@@ -120,6 +121,7 @@ class Session:
         *,
         target: TargetMaker | None = None,
         target_state: TargetState = TargetState.KEEP,
+        ssh_port: int = 0,
     ) -> None:
         apart = settings.isolate or target_state is TargetState.FORK
         if settings.comparisons and apart:
@@ -130,6 +132,7 @@ class Session:
         self.settings = settings
         self._target: str | TargetMaker = target if target is not None else settings.target
         self._target_state = target_state
+        self._ssh_port = ssh_port
         self.events = Events()
         self.partial_pcs: Sequence[int] = ()
         self.partial_calls: Sequence[Call] = ()
@@ -226,6 +229,7 @@ class Session:
             target,
             coverage_epoch=coverage_epoch,
             out=out,
+            ssh_port=self._ssh_port,
         )
         stack.enter_context(launcher)
         if out is not None:

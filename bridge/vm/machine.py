@@ -1012,7 +1012,7 @@ class Machine:
             return UsageError(
                 f"the SSH port {self.config.ssh_port} is taken",
                 evidence=said,
-                hint="MachineConfig.ssh_port 0 takes a free port",
+                hint="name another port; 0 stands for a free one",
             )
         if "is not a valid device model name" in said and not self.config.extra_args:
             return MissingDependencyError(

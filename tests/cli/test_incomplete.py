@@ -251,7 +251,7 @@ def test_run_into_the_directory_of_another_run_is_refused_until_that_one_has_end
             sys.executable,
             "-c",
             "import sys, time, pathlib; from bridge.cli import runner\n"
-            "with runner._claimed(pathlib.Path(sys.argv[1])): print(flush=True); time.sleep(300)",
+            "with runner.claimed(pathlib.Path(sys.argv[1])): print(flush=True); time.sleep(300)",
             out,
         ],
         stdout=subprocess.PIPE,
@@ -270,9 +270,9 @@ def test_run_into_the_directory_of_another_run_is_refused_until_that_one_has_end
             assert kept.read_text() == "of the other run\n"
         finally:
             other.kill()
-    with runner._claimed(out) as claimed:
+    with runner.claimed(out) as claimed:
         assert claimed == out
-        with pytest.raises(UsageError, match=f"process {os.getpid()}"), runner._claimed(out):
+        with pytest.raises(UsageError, match=f"process {os.getpid()}"), runner.claimed(out):
             raise AssertionError("it must not begin")
-    with runner._claimed(out):
+    with runner.claimed(out):
         pass

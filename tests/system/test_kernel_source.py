@@ -145,13 +145,12 @@ def test_the_same_program_again(session: Session) -> None:
 def test_root_makes_the_module_describe_the_kernel_again_keeps_the_trace(
     session: Session,
 ) -> None:
-    script = "cd /sys/kernel/debug; echo 1 >kcov_bridge_host; read line </etc/passwd"
+    script = "echo 1 >/sys/kernel/debug/kcov_bridge_host; kill -0 $$"
     result = session.kcov(["sh", "-c", script], follow=False)
     assert result.exit_status == 0, result.stderr.decode()
-    plain = session.kcov(["sh", "-c", script.replace("echo 1 >kcov_bridge_host; ", "")])
     names = kernel_functions(session, result.pcs)
-    assert names.index("vfs_write") < names.index("ksys_read")
-    assert len(result.pcs) > len(plain.pcs) - 500
+    assert "vfs_write" in names
+    assert "__x64_sys_kill" in names, "what the shell did afterwards"
 
 
 def test_an_area_too_small_for_one_call(session: Session) -> None:

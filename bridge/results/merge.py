@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The results of several guests that served one after the other, as those of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from bridge.errors import InfrastructureError
+from bridge.results.kernel_export import read_blocks
+from bridge.session.stats import Stats
+from bridge.sources import PC
+from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
+from bridge.sources.guest_kernel import SYMBOLS_FILE
+from bridge.sources.pcs import BlockTable
+from bridge.sources.symbolize import BLOCKS_FILE
+from bridge.util.files import cannot_write, write_atomically
+
+__all__ = ["COVERAGE_FILE", "covered_blocks", "merge_results", "merge_stats"]
+
+COVERAGE_FILE = ".coverage"
+"""coverage.py's data in a run's directory."""
+
+_COUNTED = (
+    *("returns", "pcs", "lost_pcs", "untraced", "comparisons", "lost_comparisons"),
+    *("guest_timeouts", "guest_skipped", "source_failures", "tracer_faults", "resets"),
+)
+"""Figures that are sums over all guests. The others are those of the last one."""
+
+
+def merge_results(part: Path, run: Path) -> None:
+    """Move the results of one guest into a run's directory, which may have those of others.
+
+    The block table and the kernel's symbols are those of the newest guest, unless an earlier one
+    had loaded more modules.
+
+    Raises:
+        InfrastructureError: a file cannot be read or written; the rest of ``part`` stays.
+        SourceError: one is damaged.
+    """
+    try:
+        _merge_coverage(part / COVERAGE_FILE, run / COVERAGE_FILE)
+        _move(part / BLOCKS_FILE, run / BLOCKS_FILE)
+        _merge_kernel_blocks(part / KERNEL_BLOCKS_FILE, run / KERNEL_BLOCKS_FILE)
+        symbols, kept = part / SYMBOLS_FILE, run / SYMBOLS_FILE
+        if kept.is_file() and symbols.is_file() and kept.stat().st_size > symbols.stat().st_size:
+            symbols.unlink()
+        _move(symbols, kept)
+    except OSError as error:
+        raise cannot_write(run, error) from error
+
+
+def _move(file: Path, destination: Path) -> None:
+    if file.is_file():
+        file.replace(destination)
+
+
+def _merge_kernel_blocks(file: Path, destination: Path) -> None:
+    if not file.is_file() or not destination.is_file():
+        _move(file, destination)
+        return
+    sizes: dict[PC, int] = {}
+    for block in (*read_blocks(destination), *read_blocks(file)):
+        sizes[block.start] = max(block.size, sizes.get(block.start, 0))
+    text = "".join(f"{start:#x}\t{size}\n" for start, size in sorted(sizes.items()))
+    write_atomically(destination, text)
+    file.unlink()
+
+
+def _merge_coverage(file: Path, destination: Path) -> None:
+    if not file.is_file() or not destination.is_file():
+        _move(file, destination)
+        return
+    import coverage
+    from coverage.exceptions import CoverageException
+
+    try:
+        # Into the newer file, which replaces the other when it is whole.
+        data, before = (coverage.CoverageData(str(each)) for each in (file, destination))
+        data.read()
+        before.read()
+        data.update(before)
+        data.close()
+        before.close()
+    except CoverageException as error:
+        raise InfrastructureError(
+            f"the coverage data {destination} and {file} cannot be merged", evidence=str(error)
+        ) from error
+    _move(file, destination)
+
+
+def covered_blocks(run: Path) -> tuple[int, int | None]:
+    """Return how many blocks of the target a run covered, and of the kernel (None: no source).
+
+    Raises:
+        SourceError: a file is damaged.
+        InfrastructureError: the coverage data cannot be read.
+    """
+    kernel = run / KERNEL_BLOCKS_FILE
+    of_kernel = len(read_blocks(kernel)) if kernel.is_file() else None
+    if not (run / COVERAGE_FILE).is_file() or not (run / BLOCKS_FILE).is_file():
+        return 0, of_kernel
+    import coverage
+    from coverage.exceptions import CoverageException
+
+    table = BlockTable.load(run / BLOCKS_FILE)
+    data = coverage.CoverageData(str(run / COVERAGE_FILE))
+    found: set[PC] = set()
+    try:
+        data.read()
+        # A file's name in the table is the end of its path.
+        paths = sorted(data.measured_files())
+        for name in table.files:
+            for path in paths:
+                if path.endswith(f"/{name}"):
+                    pcs = (table.line_pc(name, line) for line in data.lines(path) or ())
+                    found.update(pc for pc in pcs if pc is not None)
+        data.close()
+    except CoverageException as error:
+        raise InfrastructureError(
+            f"{run / COVERAGE_FILE} cannot be read as coverage data", evidence=str(error)
+        ) from error
+    return len(found), of_kernel
+
+
+def merge_stats(each: Iterable[Stats]) -> Stats:
+    """Return the figures of several guests: sums of what is counted, the last guest's else."""
+    merged = Stats()
+    before: dict[str, int] = dict.fromkeys(_COUNTED, 0)
+    for stats in each:
+        before = {name: before[name] + getattr(stats, name) for name in _COUNTED}
+        merged = replace(
+            stats,
+            instances=[],
+            blocks_total=stats.blocks_total or merged.blocks_total,
+            target_answered=stats.target_answered or merged.target_answered,
+            problem=stats.problem or merged.problem,
+        )
+    return replace(merged, **before)  # type: ignore[arg-type]
