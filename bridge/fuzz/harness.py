@@ -43,13 +43,14 @@ _LINKED_SOURCES = ("kcov-runner.c", "harness-llvm.c", "scratch.c", "sweep.c")
 
 _SEEDS = (
     "open f0 a rw|creat 0644\nwrite f0 100 7\nlseek f0 0 set\nread f0 200\nfstat f0\nclose f0\n",
-    'mkdir d 0755\nopen f0 d/a rw|creat|excl 0600\nput f0 "text"\nlist .\nrename d e replace\n',
+    'mkdir d 0755\nopen f0 d/a rw|creat|excl 0600\nput f0 "text"\nrename d e replace\n',
     "open f0 a rw|creat 0644\nftruncate f0 65536\nmwrite f0 4096 100 1\nmsync f0 0 100 2\n",
     "open f0 a rw|creat 0644\nlink a b\nsymlink a c\nreadlink c\nunlink a\nstat b\nchmod b 0444\n",
     "open f0 a rw|creat 0644\nparallel\n0: write f0 65535 1\n1: truncate a 5\n2: stat a\njoin\n",
     "open f0 a r 0644\npread f0 4096 0\ngetdents f0\nsetxattr a user.a 10 1 set\nlistxattr a 99\n",
 )
-"""Of ``files``, for a campaign without a corpus."""
+"""Of ``files``, for a campaign without a corpus. Without ``list``, which takes 50 times as long as
+others: the engine executes each seed about ten times before it makes the first case."""
 
 _SANITIZERS = ("libasan.so", "libclang_rt.asan", "libtsan.so", "libubsan.so")
 """Libraries that must be loaded before all others."""
