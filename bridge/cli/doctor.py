@@ -28,7 +28,8 @@ from packaging.requirements import Requirement
 from bridge.cli.arguments import add_settings, settings_of
 from bridge.config import Settings
 from bridge.device import fastpath
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, MissingDependencyError
+from bridge.fuzz.engine import find_engine
 from bridge.guest import images
 from bridge.guest.images.recipe import DEFAULT_RECIPE, is_recipe
 from bridge.guest.images.store import resolve
@@ -320,6 +321,16 @@ def _memory(settings: Settings) -> Iterator[Check]:
         yield Check("memfd", True, True, "works")
 
 
+def _engine() -> Iterator[Check]:
+    """Check for the engine of ``kcov-bridge fuzz``, which nothing else needs."""
+    try:
+        engine = find_engine()
+    except MissingDependencyError as error:
+        yield Check("AFL++", False, False, f"{error.message} (for fuzz)", error.hint)
+        return
+    yield Check("AFL++", False, True, f"{engine.version} (for fuzz), {engine.program}")
+
+
 def diagnose(settings: Settings) -> tuple[Check, ...]:
     """Look for everything that a run with these settings needs."""
     parts: tuple[Callable[[], Iterator[Check]], ...] = (
@@ -331,6 +342,7 @@ def diagnose(settings: Settings) -> tuple[Check, ...]:
         lambda: _kernel(settings),
         lambda: _memory(settings),
         lambda: _image(settings),
+        _engine,
     )
     return tuple(check for part in parts for check in part())
 

@@ -22,6 +22,7 @@ from bridge import config
 from bridge.bench import guest_tests, ready, virtme
 from bridge.bench.commands import seconds_to_answer
 from bridge.bench.document import describe, surroundings
+from bridge.bench.executions import Turn, cases_of_a_turn
 from bridge.bench.floor import FLOOR, floor
 from bridge.bench.measurement import Bench, Measurement, Result, best_of, perform, take_turns
 from bridge.bench.plot import plot
@@ -579,3 +580,17 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, only: str) -> None:
     assert process.returncode == 130, said + stderr
     assert "interrupted" in stderr
     assert not out.exists()
+
+
+@pytest.mark.parametrize("microseconds", [0.5, 20.0, 600.0, 40_000.0, 2_000_000.0])
+def test_cases_of_a_turn_last_as_long_as_it_should(microseconds: float) -> None:
+    asked = []
+
+    def run(count: int) -> Turn:
+        asked.append(count)
+        return Turn(1e6 / microseconds, microseconds, 0.0, 0.0)
+
+    count = cases_of_a_turn(run, 0.25)
+    assert count * microseconds / 1e6 == pytest.approx(0.25, rel=0.2) or count == 1
+    # What it takes to know is no more than a few turns, or the fewest cases.
+    assert sum(asked) * microseconds / 1e6 <= 1.0 or sum(asked) == 20

@@ -222,6 +222,20 @@ def test_uidmap_is_required_without_root_only(
     assert by_name()["uidmap"].required
 
 
+def test_engine_missing_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tmp_path / "afl-fuzz"
+    engine.write_text("#!/bin/sh\necho afl-fuzz++4.21c\n")
+    engine.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    there = by_name()["AFL++"]
+    assert there.found
+    assert "4.21c" in there.detail
+    engine.write_text("#!/bin/sh\necho afl-fuzz++3.15a\n")
+    old = by_name()["AFL++"]
+    assert (old.found, old.required) == (False, False)
+    assert "afl++" in old.remedy
+
+
 def test_memfd_missing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(*args: object) -> int:
         raise OSError(1, "Operation not permitted")
