@@ -127,16 +127,19 @@ docs: $(VENV)/installed-dev ## build the API reference into build/docs
 	$(VENV)/bin/python docs/api.py build/docs
 	@echo "open build/docs/index.html"
 
-# A run of tests and a run with a trace, and the pictures of their reports.
+# A run of tests, a run with a trace and a campaign, and the pictures of their reports. A campaign
+# that found something ends with status 1.
 PICTURED := ls -lR /mnt/target; cp -r /mnt/target /tmp/copy; diff -r /mnt/target /tmp/copy
-screenshots: packages-test $(VENV)/installed-dev ## make the pictures of docs/report.md from runs in guests
+screenshots: packages-test $(VENV)/installed-dev ## make the pictures of docs/report.md and docs/fuzzing.md from runs in guests
 	rm -rf build/screenshots
 	mkdir -p build/screenshots
 	KCOV_BRIDGE_REQUIRE=1 PYTHONPATH=examples/power_supply/src $(VENV)/bin/python -m pytest -m guest \
 		examples/power_supply/tests/guest examples/test_key_value.py --guest-report=build/screenshots/tests
 	$(VENV)/bin/kcov-bridge run --source python,kernel --out build/screenshots/run \
 		--trace=build/screenshots/trace.txt -- sh -c "$(PICTURED)"
-	$(VENV)/bin/python -m docs.screenshots build/screenshots/tests build/screenshots/run
+	$(VENV)/bin/kcov-bridge fuzz --out build/screenshots/campaign --time 5m || [ $$? -eq 1 ]
+	$(VENV)/bin/python -m docs.screenshots build/screenshots/tests build/screenshots/run \
+		build/screenshots/campaign
 
 dist: $(VENV)/installed-dev ## build the wheel and the source distribution into dist/
 	$(VENV)/bin/python -m build

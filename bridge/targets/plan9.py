@@ -195,7 +195,8 @@ class Plan9Target:
                 if not started.done():
                     started.set_exception(error)
                 else:
-                    _log.warning("the 9P server ended: %s: %s", type(error).__name__, error)
+                    # Where faults of targets are noted, as in _raised().
+                    logging.getLogger("asyncio").error("the 9P server ended", exc_info=error)
                     self._failure = error
 
     def _raised(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
