@@ -52,8 +52,10 @@ _CASE_BYTES = 64
 _TURN_SECONDS = 0.5
 _QUICK_TURN_SECONDS = 0.25
 """A turn takes about so long: a shorter one would fall into one time slice, and say little."""
-_WARM = 20
+_WARM = 10
+"""Cases that come first and do not count: their code is translated meanwhile."""
 _MOST = 1 << 22
+"""Cases of a turn at most."""
 
 
 @dataclass(frozen=True)
@@ -116,14 +118,17 @@ def run_cases(slot: Slot, count: int, *, timed: bool = False) -> Turn:
 
 
 def cases_of_a_turn(run: Callable[[int], Turn], seconds: float) -> int:
-    """Return how many cases take about so long; all that it runs warms up, too."""
+    """Return how many cases take about so long when nothing else disturbs them."""
+    run(_WARM)
     count = _WARM
     while True:
-        took = run(count).total * count / 1e6
+        # The quicker of two: other work can only make one slower.
+        took = min(run(count).total for _ in range(2)) * count / 1e6
+        fitting = round(count * seconds / max(took, 1e-6))
         if took >= seconds / 2 or count >= _MOST:
-            return min(max(round(count * seconds / max(took, 1e-6)), 1), _MOST)
-        # A first try with few cases says little: at most eight times as many follow.
-        count = min(count * 8, max(count * 2, round(count * seconds / max(took, 1e-6))), _MOST)
+            return min(max(fitting, 1), _MOST)
+        # A try with few cases says little: at most eight times as many follow.
+        count = min(max(fitting, 2 * count), 8 * count, _MOST)
 
 
 def _turns(bench: Bench, settings: Settings, harness: BuiltIn) -> dict[str, list[Turn]]:

@@ -22,6 +22,7 @@ _RATE_SECONDS: Final = 10.0
 _LINE_SECONDS: Final = 10.0
 _SAID: Final = 6
 """Lines of what happened at the bottom of the screen."""
+_HOW_TO_END: Final = "Ctrl-C ends it and keeps all; --resume goes on"
 
 
 class Screen(Protocol):
@@ -196,7 +197,8 @@ class _LiveScreen:
             )
         said = Text("\n".join((*view.problems[-2:], *self._said)), style="dim", overflow="fold")
         title = f"kcov-bridge fuzz · {_clock(view.seconds)} · {self._out}"
-        self._live.update(Panel(Group(figures, Text(), jobs, Text(), said), title=Text(title)))
+        parts = Group(figures, Text(), jobs, Text(), said)
+        self._live.update(Panel(parts, title=Text(title), subtitle=Text(_HOW_TO_END, style="dim")))
 
 
 @contextlib.contextmanager

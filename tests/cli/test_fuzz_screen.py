@@ -88,4 +88,5 @@ def test_live_screen_shows_figures_jobs_and_what_happened(
     for part in ("it [begins]", "1,000", "4,567", "host[0]/1", "waiting", "finding: [bold]BUG"):
         assert part in text, part
     assert "its worker vanished" in text
+    assert "Ctrl-C ends it" in text
     assert " 100 " in text, "executions per second"
