@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import re
 import sys
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from bridge import config
 from bridge.cli.arguments import add_settings, settings_of
@@ -226,16 +227,20 @@ def _campaign(args: argparse.Namespace) -> int:
         scheduler=args.scheduler,
         resume=args.resume,
     )
+    out: TextIO = args.streams.out
     with ExitStack() as stack:
-        screen = _screen(args, stack)
+        # What a target prints is not for whoever reads the campaign's lines.
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        screen = _screen(args, out, stack)
         end = run_campaign(campaign, shown=screen.show, said=screen.say)
     if not args.json:
         print(
             f"{end.view.executions:,} executions, {end.view.blocks:,} blocks, "
-            f"{end.view.corpus:,} cases, {end.view.findings:,} findings: {args.out}"
+            f"{end.view.corpus:,} cases, {end.view.findings:,} findings: {args.out}",
+            file=out,
         )
         if end.report is not None:
-            print(f"the report: {end.report}")
+            print(f"the report: {end.report}", file=out)
     if end.interrupted is not None:
         raise end.interrupted
     return _FOUND if end.new_findings else 0
@@ -262,7 +267,7 @@ def _plan(args: argparse.Namespace) -> Any:
             ) from error
     return Plan(
         settings=settings_of(args).changed(),
-        harness="" if command else args.harness or "files",
+        harness="" if command else _harness(args.harness or "files"),
         command=command,
         differential=args.differential,
         ignore=tuple(args.ignore),
@@ -276,17 +281,32 @@ def _plan(args: argparse.Namespace) -> Any:
         target_memory=args.target_memory,
         feedback=not args.no_feedback,
         random_seed=args.random_seed,
+        path=_path(),
     )
 
 
-def _screen(args: argparse.Namespace, stack: ExitStack) -> Screen:
+def _harness(spec: str) -> str:
+    """Return the specification of a harness so that it means the same in each directory."""
+    path = Path(spec)
+    return str(path.absolute()) if path.suffix and path.is_file() else spec
+
+
+def _path() -> tuple[str, ...]:
+    """Return where this process finds modules that are not installed with its Python."""
+    installed = {Path(each).resolve() for each in (sys.prefix, sys.base_prefix, sys.exec_prefix)}
+    found = [Path(each or ".").absolute() for each in sys.path] + [Path.cwd()]
+    own = [path for path in found if not installed & {path.resolve(), *path.resolve().parents}]
+    return tuple(dict.fromkeys(map(str, own)))
+
+
+def _screen(args: argparse.Namespace, out: TextIO, stack: ExitStack) -> Screen:
     from bridge.cli.fuzz_screen import JsonLines, PlainLines, live_screen
 
     if args.json:
-        return JsonLines(sys.stdout)
-    if args.plain or not sys.stdout.isatty():
-        return PlainLines(sys.stdout)
-    return stack.enter_context(live_screen(str(args.out)))
+        return JsonLines(out)
+    if args.plain or not out.isatty():
+        return PlainLines(out)
+    return stack.enter_context(live_screen(str(args.out), out))
 
 
 def _count(text: str) -> int:

@@ -202,22 +202,24 @@ class _LiveScreen:
 
 
 @contextlib.contextmanager
-def live_screen(out: str) -> Iterator[Screen]:
+def live_screen(out: str, terminal: TextIO) -> Iterator[Screen]:
     """Use the terminal as a screen that changes in place.
 
     Args:
         out: the campaign's directory, for the title.
+        terminal: where the screen is.
 
     Raises:
         MissingDependencyError: the package ``rich`` is not installed.
     """
     try:
+        from rich.console import Console
         from rich.live import Live
     except ImportError as error:
         raise MissingDependencyError(
             "the live screen needs the package rich", hint="pip install 'kcov-bridge[fuzz]'"
         ) from error
-    with Live(refresh_per_second=4, transient=False) as live:
+    with Live(console=Console(file=terminal), refresh_per_second=4, transient=False) as live:
         yield _LiveScreen(live, out)
 
 

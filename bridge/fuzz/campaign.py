@@ -8,9 +8,9 @@ their news (:mod:`bridge.fuzz.hub`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -24,16 +24,18 @@ from bridge.errors import BridgeError, InfrastructureError, UsageError
 from bridge.fuzz.board import MAP_CELLS, Fold
 from bridge.fuzz.campaign_job import Plan, make_job
 from bridge.fuzz.cluster import Cluster, adopt_leftovers
-from bridge.fuzz.engine import DEFAULT_SEED, find_engine, prepare_seeds
+from bridge.fuzz.engine import DEFAULT_SEED, find_engine, read_seeds
 from bridge.fuzz.findings import FINDING, Findings
 from bridge.fuzz.harness import Harness
 from bridge.fuzz.hub import CampaignView, Hub
 from bridge.fuzz.job import FoundFinding
 from bridge.fuzz.learn_words import learn_words
 from bridge.fuzz.progress import PROGRESS_FILE, ProgressWriter, Sample, read_progress
-from bridge.fuzz.store import Offer, Store, read_campaign
+from bridge.fuzz.store import JOBS_DIRECTORY, Offer, Store, check_unused, read_campaign
 from bridge.guest.guest_image import find_guest_image
 from bridge.session.target_host import TargetState
+from bridge.targets.registry import check_name, find_factory
+from bridge.util.files import remove
 from bridge.vm.accel import choose_accelerator
 
 __all__ = ["Campaign", "End", "run_campaign"]
@@ -46,6 +48,8 @@ _LATER_SAMPLE_SECONDS: Final = 5.0
 _EARLY_SECONDS: Final = 120.0
 """Until then there is a sample each second."""
 _STOP_SECONDS: Final = 90.0
+_LEARN: Final = "words"
+"""The directory in that of the jobs where the dictionary is made; it is gone afterwards."""
 _PLAN: Final = "plan"
 """The key of ``campaign.json`` under which the plan stands."""
 
@@ -133,10 +137,17 @@ class _Running:
                 raise UsageError(f"{campaign.out} is the directory of another kind of campaign")
             plan = Plan.of(facts[_PLAN])
             jobs = jobs if jobs is not None else int(facts["jobs"])
+        else:
+            check_unused(campaign.out)
         self._jobs = jobs if jobs is not None else 1
         engine = find_engine(plan.engine)
+        plan.find_modules()
         harness = plan.make_harness()
         settings = Settings.of(plan.settings)
+        check_name(settings.target)
+        if not campaign.scheduler:
+            # On a cluster the workers have it, and maybe only they.
+            find_factory(settings.target)
         said("the guest image (the first time it is built, which takes some minutes)")
         image = find_guest_image(settings)
         seeds = [] if campaign.resume else self._seeds(harness)
@@ -149,8 +160,15 @@ class _Running:
             # A target that is not measured runs in the job's own process.
             plan = dataclasses.replace(plan, target_state=TargetState.RESTART.value)
         if "python" in sources and plan.learn and not campaign.resume:
-            with tempfile.TemporaryDirectory(prefix="kcov-bridge-words-") as place:
-                words = learn_words(plan, seeds, Path(place) / "learn", said)
+            place = campaign.out / JOBS_DIRECTORY / _LEARN
+            # Of a campaign that was killed meanwhile; learn_words complains if it cannot go.
+            with contextlib.suppress(OSError):
+                remove(place)
+            try:
+                words = learn_words(plan, seeds, place, said)
+            finally:
+                with contextlib.suppress(OSError):
+                    remove(place)
             plan = dataclasses.replace(plan, dictionary=plan.dictionary + words)
         facts |= {
             "target": settings.target,
@@ -202,12 +220,10 @@ class _Running:
 
     def _seeds(self, harness: Harness) -> list[bytes]:
         """Read the corpus; what the engine cannot use is said."""
-        with tempfile.TemporaryDirectory(prefix="kcov-bridge-seeds-") as place:
-            folder = Path(place) / "seeds"
-            defaults = tuple(harness.seeds) or (DEFAULT_SEED,)
-            prepared = prepare_seeds(self._campaign.corpus, folder, defaults=defaults)
-            self._said(prepared.sentence())
-            return [path.read_bytes() for path in sorted(folder.iterdir())]
+        defaults = tuple(harness.seeds) or (DEFAULT_SEED,)
+        seeds, chosen = read_seeds(self._campaign.corpus, defaults=defaults)
+        self._said(chosen.sentence())
+        return seeds
 
     def _before(self) -> tuple[float, int]:
         """Return the campaign's clock and its executions so far."""

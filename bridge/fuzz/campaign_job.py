@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -81,6 +82,8 @@ class Plan:
         feedback: whether the engine sees what is covered.
         random_seed: of the engines.
         versions: of what takes part, by name.
+        path: directories where the modules of target and harness are looked for, after those of
+            the Python that runs a job.
     """
 
     settings: Mapping[str, Any]
@@ -102,6 +105,7 @@ class Plan:
     feedback: bool = True
     random_seed: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    path: tuple[str, ...] = ()
 
     def as_values(self) -> dict[str, Any]:
         """Return values of JSON."""
@@ -111,9 +115,13 @@ class Plan:
     def of(cls, values: Mapping[str, Any]) -> Self:
         """Return the plan that :meth:`as_values` described."""
         known: dict[str, Any] = dict(values)
-        for words in ("command", "ignore", "libraries"):
+        for words in ("command", "ignore", "libraries", "path"):
             known[words] = tuple(known.get(words, ()))
         return cls(**known)
+
+    def find_modules(self) -> None:
+        """Have this process find the modules of target and harness."""
+        sys.path += [each for each in self.path if each not in sys.path]
 
     def make_harness(self) -> Harness:
         """Return the harness.
@@ -172,6 +180,7 @@ class CampaignJob:
     def start(self, settings: JobSettings, seeds: Sequence[bytes], /) -> None:
         """See :class:`bridge.fuzz.job.Job`."""
         plan = self._plan = Plan.of(settings.values)
+        plan.find_modules()
         harness = plan.make_harness()
         self._readable = harness.readable
         engine = find_engine(plan.engine)

@@ -17,12 +17,14 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -34,12 +36,20 @@ from bridge.fuzz.job_runner import OUTBOX_DIRECTORY, HubGoneError, Link, run_job
 from bridge.fuzz.outbox import leftover_reports
 from bridge.fuzz.placement import Placement
 from bridge.fuzz.store import JOBS_DIRECTORY, Store, read_campaign
+from bridge.fuzz.worker_preload import LOG_KEY
 from bridge.util.cache import cache_folder
+from bridge.util.files import remove
 
-__all__ = ["RESOURCE", "Cluster", "adopt_leftovers"]
+__all__ = ["RESOURCE", "WORKERS", "WORKERS_LOG", "Cluster", "adopt_leftovers"]
 
 RESOURCE: Final = "vm"
 """Name of the resource of which a job takes one."""
+
+WORKERS: Final = "workers"
+"""The directory of this machine's workers, in that of the jobs."""
+
+WORKERS_LOG: Final = "log"
+"""The file there with what targets and Dask print in the workers."""
 
 _VANISHED: Final = 150.0
 """Seconds without a report after which a job is started elsewhere, whatever the scheduler says."""
@@ -138,7 +148,7 @@ class Cluster:
             self._client: Any = stack.enter_context(
                 self._remote(distributed, progress)
                 if scheduler
-                else _local(distributed, jobs, progress)
+                else _local(distributed, jobs, store.jobs / WORKERS, progress)
             )
             self._room = _Room(self._client)
             self._news = _Queue(self._client, f"{self._plan.token}-news")
@@ -512,26 +522,46 @@ def _distributed() -> Any:
 
 
 @contextlib.contextmanager
-def _local(distributed: Any, jobs: int, progress: Callable[[str], object]) -> Iterator[Any]:
+def _local(
+    distributed: Any, jobs: int, place: Path, progress: Callable[[str], object]
+) -> Iterator[Any]:
     """Yield a client of a new cluster on this machine."""
     import dask
 
     progress(f"starting {jobs} local workers" if jobs > 1 else "starting a local worker")
+    options = {
+        **_LOCAL,
+        "temporary-directory": str(place),
+        LOG_KEY: str(place / WORKERS_LOG),
+    }
+
+    def start() -> Any:
+        # Ctrl-C is for this process alone: the workers and Dask's threads, which start them
+        # again, inherit this mask until `worker_preload` has left the terminal's session. The
+        # tracker comes first, as its start ends with the signal let through.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        with dask.config.set(options):
+            return distributed.LocalCluster(
+                n_workers=jobs,
+                threads_per_worker=1,
+                processes=True,
+                resources={RESOURCE: 1},
+                memory_limit=0,
+                # Without an address Dask would take port 8787 on all interfaces, or warn that it
+                # is taken.
+                dashboard_address="127.0.0.1:0",
+                scheduler_kwargs={"dashboard": False},
+                host="127.0.0.1",
+                silence_logs=logging.CRITICAL,
+            )
+
     with contextlib.ExitStack() as stack, _quiet():
         try:
+            remove(place)
+            place.mkdir()
+            cluster = stack.enter_context(_started(start))
             with dask.config.set(_LOCAL):
-                cluster = stack.enter_context(
-                    distributed.LocalCluster(
-                        n_workers=jobs,
-                        threads_per_worker=1,
-                        processes=True,
-                        resources={RESOURCE: 1},
-                        memory_limit=0,
-                        dashboard_address=None,
-                        host="127.0.0.1",
-                        silence_logs=logging.CRITICAL,
-                    )
-                )
                 client = stack.enter_context(
                     distributed.Client(cluster, set_as_default=False, name="kcov-bridge")
                 )
@@ -541,6 +571,23 @@ def _local(distributed: Any, jobs: int, progress: Callable[[str], object]) -> It
                 hint="use fewer --jobs",
             ) from error
         yield client
+
+
+@contextlib.contextmanager
+def _started(start: Callable[[], Any]) -> Iterator[Any]:
+    """Yield what a call in a thread of its own makes, and close it.
+
+    Ctrl-C meanwhile takes effect when the call has returned, and closes it too.
+    """
+    with ThreadPoolExecutor(1, "cluster") as pool, contextlib.ExitStack() as stack:
+        future = pool.submit(start)
+        try:
+            made = future.result()
+        except KeyboardInterrupt:
+            with contextlib.suppress(Exception):
+                stack.enter_context(future.result())
+            raise
+        yield stack.enter_context(made)
 
 
 class _Room:

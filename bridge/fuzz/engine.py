@@ -9,7 +9,6 @@ the engine looks for other fuzzers' cases once a minute (:meth:`EngineJob.offer`
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import math
 import os
@@ -40,6 +39,7 @@ __all__ = [
     "SeedFolder",
     "find_engine",
     "prepare_seeds",
+    "read_seeds",
     "start_job",
     "time_limit_ms",
 ]
@@ -448,25 +448,22 @@ class SeedFolder:
         return f"{seeds}; not used: {', '.join(parts)}" if parts else seeds
 
 
-def prepare_seeds(
+def read_seeds(
     corpus: Path | None,
-    folder: Path,
     *,
     defaults: Sequence[bytes] = (DEFAULT_SEED,),
     limit: int = 10_000,
-) -> SeedFolder:
-    """Make a folder of seeds for the engine: the corpus without what it cannot use.
+) -> tuple[list[bytes], SeedFolder]:
+    """Read the seeds of a corpus without what the engine cannot use.
 
     Args:
         corpus: files in it and below it are seeds; None for no corpus.
-        folder: is made.
         defaults: what is used if the corpus has nothing.
         limit: of seeds; the shortest are taken, as each is executed several times before the
             engine starts to fuzz.
 
     Raises:
         UsageError: the corpus is not a readable folder.
-        InfrastructureError: the folder cannot be written.
     """
     sizes: list[tuple[int, Path]] = []
     empty = too_long = 0
@@ -490,34 +487,49 @@ def prepare_seeds(
         except OSError as error:
             raise UsageError(f"the corpus {corpus} cannot be read: {error}") from error
     sizes.sort(key=lambda each: each[0])
-    seen: set[bytes] = set()
+    seeds: dict[bytes, None] = {}
     repeated = left_out = 0
+    for number, (_, path) in enumerate(sizes):
+        if len(seeds) == limit:
+            left_out = len(sizes) - number
+            break
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UsageError(f"the seed {path} cannot be read: {error}") from error
+        repeated += content in seeds
+        seeds[content] = None
+    found = list(seeds) or list(defaults)
+    return found, SeedFolder(len(found), repeated, empty, too_long, left_out, default=not seeds)
+
+
+def prepare_seeds(
+    corpus: Path | None,
+    folder: Path,
+    *,
+    defaults: Sequence[bytes] = (DEFAULT_SEED,),
+    limit: int = 10_000,
+) -> SeedFolder:
+    """Make a folder of seeds for the engine; as :func:`read_seeds`.
+
+    Args:
+        folder: is made.
+
+    Raises:
+        UsageError: the corpus is not a readable folder.
+        InfrastructureError: the folder cannot be written.
+    """
+    seeds, chosen = read_seeds(corpus, defaults=defaults, limit=limit)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for number, (_, path) in enumerate(sizes):
-            if len(seen) == limit:
-                left_out = len(sizes) - number
-                break
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                raise UsageError(f"the seed {path} cannot be read: {error}") from error
-            digest = hashlib.sha256(content).digest()
-            if digest in seen:
-                repeated += 1
-                continue
-            _put_seed(folder, len(seen), content)
-            seen.add(digest)
-        for number, content in enumerate(() if seen else defaults):
+        for number, content in enumerate(seeds):
             _put_seed(folder, number, content)
     except OSError as error:
         raise InfrastructureError(
             f"the seeds cannot be written to {folder}: {error.strerror}",
             hint="free some room on the disk of the output directory",
         ) from error
-    return SeedFolder(
-        len(seen) or len(defaults), repeated, empty, too_long, left_out, default=not seen
-    )
+    return chosen
 
 
 def _put_seed(folder: Path, number: int, content: bytes) -> None:

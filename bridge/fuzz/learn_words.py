@@ -59,7 +59,7 @@ def learn_words(
     except OSError as error:
         raise InfrastructureError(
             f"{directory} cannot be written: {error.strerror}",
-            hint="make room on the disk of the directory for temporary files",
+            hint="make room on its disk, or give another directory with --out",
         ) from error
     command = [sys.executable, "-m", __name__, str(directory)]
     process = spawn(command, name="the learning of words", env=dict(os.environ))

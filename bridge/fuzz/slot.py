@@ -16,8 +16,6 @@ import contextlib
 import logging
 import os
 import select
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -375,9 +373,10 @@ class Slot:
     def _open_socket(self, stack: ExitStack) -> None:
         path = self.directory / _SOCKET
         if len(str(path).encode()) > _SOCKET_PATH_BYTES:
-            short = Path(tempfile.mkdtemp(prefix="kcov-bridge-"))
-            stack.callback(shutil.rmtree, short, ignore_errors=True)
-            path = short / _SOCKET
+            # A short name of the same place, which ends with this process.
+            place = os.open(self.directory, os.O_PATH | os.O_CLOEXEC)
+            stack.callback(os.close, place)
+            path = Path(f"/proc/{os.getpid()}/fd/{place}/{_SOCKET}")
         self._listening = stack.enter_context(Socket(AF_UNIX, SOCK_SEQPACKET))
         # Of an earlier life that was killed.
         path.unlink(missing_ok=True)

@@ -59,6 +59,7 @@ __all__ = [
     "Offer",
     "Store",
     "case_name",
+    "check_unused",
     "read_campaign",
     "read_cases",
 ]
@@ -190,7 +191,7 @@ class Store:
         self._partial = directory / _PARTIAL
         with contextlib.ExitStack() as stack:
             if not resume:
-                _check_unused(directory)
+                check_unused(directory)
             elif not (directory / CAMPAIGN_FILE).is_file():
                 raise _no_campaign(directory)
             with _writing(directory):
@@ -199,7 +200,7 @@ class Store:
             stack.callback(os.close, _lock(directory))
             if not resume:
                 # Another one may have come first.
-                _check_unused(directory)
+                check_unused(directory)
             with _writing(directory):
                 remove_partial(directory / CAMPAIGN_FILE)
                 for left in self._partial.iterdir():
@@ -597,8 +598,12 @@ def _check_format(path: Path, values: Mapping[str, Any], form: str) -> None:
         )
 
 
-def _check_unused(directory: Path) -> None:
-    """Refuse a directory that belongs to a campaign or contains something else."""
+def check_unused(directory: Path) -> None:
+    """Refuse a directory that belongs to a campaign or contains something else.
+
+    Raises:
+        UsageError: it does.
+    """
     if (directory / CAMPAIGN_FILE).exists():
         holder = _holder(directory)
         raise UsageError(

@@ -109,8 +109,9 @@ def _order(
     start_seconds: float | None,
     state: TargetState,
 ) -> _Order:
+    path = tuple(sys.path)
     if isinstance(target, str):
-        return _Order(target, target, {}, (), directory, out, start_seconds, state)
+        return _Order(target, target, {}, path, directory, out, start_seconds, state)
     files: dict[str, str] = {}
 
     class Pickler(pickle.Pickler):
@@ -134,7 +135,6 @@ def _order(
             "be plain data before start(); open files and sockets, and make locks and threads, in "
             "prepare() or start()",
         ) from error
-    path = tuple(sys.path)
     return _Order(buffer.getvalue(), str(target), files, path, directory, out, start_seconds, state)
 
 
@@ -150,7 +150,6 @@ class _Maker:
 
     def __call__(self, directory: Path | None) -> Target:
         order = self._order
-        sys.path += [each for each in order.path if each not in sys.path]
 
         class Unpickler(pickle.Unpickler):
             def find_class(self, module: str, name: str) -> Any:
@@ -724,6 +723,7 @@ def _host(
     sockets: Sequence[socket.socket],
     count: SharedCount | None,
 ) -> InProcessTarget:
+    sys.path += [each for each in order.path if each not in sys.path]
     target = order.target if isinstance(order.target, str) else _Maker(order, order.target)
     if order.state is not TargetState.FORK:
         return InProcessTarget(

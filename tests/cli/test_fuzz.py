@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from bridge.cli.main import main
+from bridge.cli import fuzz
+from bridge.cli.main import _parse, main
+from bridge.fuzz.campaign_job import Plan
+from bridge.targets.registry import find_factory
 
 WRONG = [
     (["--time", "5 minutes"], "is no time such as 90s"),
@@ -20,6 +25,9 @@ WRONG = [
     (["--dictionary", "no-such-file"], "the dictionary no-such-file cannot be read"),
     (["--corpus", "no-such-directory"], "the corpus"),
     (["--resume"], "no campaign"),
+    (["--target", "nothing"], "there is no target nothing"),
+    (["--target", "no.such.module:Class"], "there is no module no"),
+    (["--scheduler", "tcp://127.0.0.1:9", "--target", "nothing"], "there is no target nothing"),
     (["--"], "no command after --"),
     (["report"], "the following arguments are required"),
 ]
@@ -49,3 +57,27 @@ def test_fuzz_without_the_engine_says_what_to_install(
     said = capsys.readouterr().err
     assert "afl-fuzz is not installed" in said
     assert "apt-get install" in said
+
+
+def test_fuzz_plan_means_the_same_in_each_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the command finds beside it is found by a worker elsewhere, and by --resume."""
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    for place in (home, elsewhere):
+        place.mkdir()
+    (home / "harness.so").write_bytes(b"")
+    (home / "beside_the_command.py").write_text("class Mine:\n    pass\n")
+    monkeypatch.chdir(home)
+    args = _parse(["fuzz", "--harness", "harness.so"])
+    assert args is not None
+    plan = fuzz._plan(args)
+    assert plan.harness == str(home / "harness.so")
+    assert str(home) in plan.path
+    assert not [each for each in plan.path if each.startswith(sys.prefix)]
+
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each != str(home)])
+    there = Plan.of(json.loads(json.dumps(plan.as_values())))
+    there.find_modules()
+    assert find_factory("beside_the_command:Mine").__name__ == "Mine"

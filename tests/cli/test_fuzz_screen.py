@@ -78,8 +78,8 @@ def test_live_screen_shows_figures_jobs_and_what_happened(
 ) -> None:
     out = io.StringIO()
     console = Console(file=out, width=width, height=40, force_terminal=True, color_system=None)
-    monkeypatch.setattr("rich._console", console)
-    with live_screen("build/fuzz") as screen:
+    monkeypatch.setattr("rich.console.Console", lambda file: console)
+    with live_screen("build/fuzz", out) as screen:
         screen.say("it [begins]")
         screen.show(view(0.0, 0))
         screen.show(view(10.0, 1000))

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 from bridge.errors import InfrastructureError
-from bridge.fuzz.cluster import Cluster, adopt_leftovers
+from bridge.fuzz.cluster import WORKERS, WORKERS_LOG, Cluster, adopt_leftovers
 from bridge.fuzz.hub import Hub, JobState
 from bridge.fuzz.store import Store, case_name, read_cases
+from tests.support import MARK, wait_until_gone
 from tests.support.dask import Scheduler
-from tests.support.fuzz_jobs import FailingJob, PlayedJob, stream_pcs
+from tests.support.fuzz_jobs import FailingJob, PlayedJob, PrintingJob, stream_pcs
 
 LENGTH = 120
 VALUES = {"length": LENGTH, "rate": 40, "finding": True}
@@ -152,6 +153,66 @@ def test_jobs_that_cannot_run_end_the_campaign(
             step_until(cluster, lambda: False)
         assert "there is no afl-fuzz" in caught.value.evidence
         assert hub.view().jobs[0].state is JobState.FAILED
+
+
+def test_workers_print_into_their_log(
+    hub: Hub, store: Store, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Cluster(hub, store, PrintingJob, 1, values=VALUES) as cluster:
+        step_until(cluster, lambda: len(store) > 2)
+        # Dask's own pages are nobody's business, and no port of all interfaces is taken.
+        address = cluster._client.cluster.scheduler.http_server.address
+        assert cluster.stop()
+    assert address == "127.0.0.1"
+    assert capfd.readouterr() == ("", "")
+    lines = (store.jobs / WORKERS / WORKERS_LOG).read_text().splitlines()
+    for line in ("printed by the job", "complained by the job", "printed by a program"):
+        assert line in lines
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from bridge.fuzz.cluster import Cluster
+from bridge.fuzz.hub import Hub
+from bridge.fuzz.store import Store
+from tests.support.fuzz_jobs import PlayedJob
+
+def tell(text):
+    print(text, flush=True)
+
+if __name__ == "__main__":
+    with Store.create(Path(sys.argv[1]), {}) as store:
+        try:
+            with Cluster(Hub(store, 2), store, PlayedJob, 2, progress=tell) as cluster:
+                tell("started")
+                while True:
+                    cluster.step(0.2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.5])
+def test_interrupt_while_workers_start_prints_nothing(tmp_path: Path, seconds: float) -> None:
+    root = str(Path(__file__).resolve().parents[2])
+    with subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root, MARK: str(tmp_path)},
+        start_new_session=True,
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "starting 2 local workers\n"
+        time.sleep(seconds)
+        # As the terminal does: to all of the foreground.
+        os.killpg(child.pid, signal.SIGINT)
+        out, err = child.communicate(timeout=120)
+    assert child.returncode == 130
+    assert (out.replace("started\n", ""), err) == ("", "")
+    wait_until_gone(tmp_path)
 
 
 CAMPAIGN = """

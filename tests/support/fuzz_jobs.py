@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 
 from bridge.fuzz.job import Figures, FoundCase, FoundFinding, JobSettings, News
 
-__all__ = ["BASE", "FailingJob", "PlayedJob", "stream", "stream_pcs"]
+__all__ = ["BASE", "FailingJob", "PlayedJob", "PrintingJob", "stream", "stream_pcs"]
 
 BASE = 0xFFFFFFFF81000000
 
@@ -98,6 +98,16 @@ class PlayedJob:
             self._rest += data
         *lines, self._rest = self._rest.split(b"\n")
         return lines
+
+
+class PrintingJob(PlayedJob):
+    """Prints, as a target may, here and in another process."""
+
+    def start(self, settings: JobSettings, seeds: Sequence[bytes], /) -> None:
+        print("printed by the job", flush=True)
+        print("complained by the job", file=sys.stderr, flush=True)
+        subprocess.run(["echo", "printed by a program"], check=True)
+        super().start(settings, seeds)
 
 
 class FailingJob(PlayedJob):
