@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kcov-bridge export``: coverage of the guest kernel for other programs."""
+"""``kcov-bridge export``: a finished run for other programs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from pathlib import Path
 
 from bridge.cli.arguments import add_run_directory, add_vmlinux
 from bridge.cli.last_run import find_run
+from bridge.errors import UsageError
+from bridge.results.elf_export import write_elf
 from bridge.results.kernel_export import FORMATS
 from bridge.util.files import write_atomically
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
 DESCRIPTION = """\
-Write the guest kernel coverage of a finished run in a format that other programs read.
-The target's coverage needs no export: it is in .coverage, html/ and lcov.info of the run directory.
+Write the guest kernel coverage of a finished run in a format that other programs read, or an ELF
+object from which addr2line, gdb and syzkaller tell the target's source lines (--format elf). The
+target's coverage needs no export: it is in .coverage, html/ and lcov.info of the run directory.
 """
 
 EPILOG = """\
@@ -24,7 +27,10 @@ examples:
   kcov-bridge export --format rawcover >rawcover.txt
   kcov-bridge export --format drcov -o kernel.drcov
   kcov-bridge export --format lcov --vmlinux vmlinux -o kernel.info
+  kcov-bridge export --format elf -o vmlinux && addr2line -fe vmlinux <build/run/pcs.txt
 """
+
+_ELF = "elf"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,10 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_directory(parser)
     parser.add_argument(
         "--format",
-        choices=sorted(FORMATS),
+        choices=sorted([*FORMATS, _ELF]),
         required=True,
         help="rawcover: PCs, for syzkaller's tools; drcov: blocks, for disassemblers; lcov: lines "
-        "and functions, for genhtml (needs debug information)",
+        "and functions, for genhtml (needs debug information); elf: the target's blocks and the "
+        "kernel's names, for programs that read DWARF (needs binutils, and -o FILE)",
     )
     parser.add_argument(
         "-o",
@@ -51,9 +58,18 @@ def run(args: argparse.Namespace) -> int:
     """Write the coverage; return 0.
 
     Raises:
-        UsageError: the run has nothing to export.
+        UsageError: the run has nothing to export, or the object has no file to go to.
         SourceError: its files are damaged.
+        InfrastructureError: binutils is missing or fails, or a file cannot be written.
     """
+    if args.format == _ELF:
+        if args.output == "-":
+            raise UsageError(
+                "an ELF object has up to 240 MiB, nearly all of it a hole, so it needs a file",
+                hint="name a file with -o; syzkaller wants the name vmlinux",
+            )
+        write_elf(find_run(args.run), Path(args.output))
+        return 0
     data = FORMATS[args.format](find_run(args.run), args.vmlinux)
     if args.output == "-":
         sys.stdout.buffer.write(data)
