@@ -69,8 +69,11 @@ _LISTENS_HINT = (
 )
 _HANG_UP_SECONDS = 20.0
 _HANG_UP_POLL_SECONDS = 0.002
-_ENDED_BY_TARGET = re.compile(r"TCP\[(FIN_WAIT_1|FIN_WAIT_2|CLOSING|LAST_ACK|TIME_WAIT)\]")
-"""A connection in QEMU's ``info usernet`` that only waits for the guest now, which is paused."""
+_WAITS_FOR_GUEST = re.compile(r"TCP\[(SYN_RCVD|FIN_WAIT_1|FIN_WAIT_2|CLOSING|LAST_ACK|TIME_WAIT)\]")
+"""A connection in QEMU's ``info usernet`` that only waits for the guest now, which is paused.
+
+In ``SYN_RCVD`` it has no relay yet: libslirp starts one at the guest's acknowledgement.
+"""
 
 
 # ---- attempts
@@ -276,7 +279,7 @@ class RunningGuest:
         """End the guest's connections to its target: it will take the same ports again."""
         deadline = time.monotonic() + _HANG_UP_SECONDS
         while open_now := [line for line in self.machine.connections if TARGET_ADDRESS in line]:
-            if all(_ENDED_BY_TARGET.match(line) for line in open_now):
+            if all(_WAITS_FOR_GUEST.match(line) for line in open_now):
                 self.machine.replace_network()
                 return
             if time.monotonic() > deadline:

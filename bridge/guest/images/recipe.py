@@ -89,7 +89,7 @@ class Recipe:
             known = ", ".join(recipes(directory)) or "none"
             raise UsageError(
                 f"there is no image recipe {name!r}",
-                hint=f"the recipes are: {known}; or give the path of one, PATH{_SUFFIX}",
+                hint=f"the recipes are: {known}; --image and --recipe also take a PATH{_SUFFIX}",
             )
         name = path.stem
         if not _FILE.fullmatch(name):

@@ -41,7 +41,7 @@ from bridge.guest.images.store import (
     resolve,
     sha256_of,
 )
-from bridge.util.cache import cache_directory
+from bridge.util.cache import cache_directory, lock_file, locked
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -561,7 +561,9 @@ def copied_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copied = tmp_path_factory.mktemp("cache")
     (copied / "bases").mkdir()
     command = ["cp", "--archive", "--reflink=auto", str(base), str(copied / "bases")]
-    subprocess.run(command, check=True)
+    # Builds of other tests work in the base.
+    with locked(lock_file(image.recipe), f"the image {image.recipe}", print):
+        subprocess.run(command, check=True)
     return copied
 
 
