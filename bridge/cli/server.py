@@ -122,7 +122,7 @@ def serve(
 
     Raises:
         UsageError: the port, the key or the directory of the results cannot be used.
-        BridgeError: the first guest does not start, or later ones do not any more.
+        BridgeError: the first guest does not start, or too many starts in a row fail.
     """
     with reserved_port(ssh_port) as port, claimed(settings.out) as out:
         image = find_guest_image(settings)

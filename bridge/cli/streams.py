@@ -153,7 +153,7 @@ def _duplicate(stream: TextIO, stack: ExitStack) -> TextIO:
 
 
 def _duplicate_input(stack: ExitStack) -> int | None:
-    """A descriptor of our own of standard input; None where it is none of a file."""
+    """Return a duplicate of the descriptor of standard input; None if that is no file."""
     try:
         descriptor = os.dup(sys.stdin.fileno())
     except (OSError, ValueError, AttributeError):

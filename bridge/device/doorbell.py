@@ -110,7 +110,7 @@ class KernelListener(Protocol):
         """Note that a module's code was loaded or unloaded; return an errno."""
 
     def rewound(self) -> None:
-        """Note that the guest, which is paused, goes on from the state in which it was saved."""
+        """Note that the paused guest was brought back to its saved state."""
 
     def tick(self) -> None:
         """Do periodic work; called a few times a second."""
