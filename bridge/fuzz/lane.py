@@ -22,6 +22,8 @@ __all__ = [
     "LANE_CONTROL_BYTES",
     "LANE_INPUT_BYTES",
     "LANE_INPUT_OFFSET",
+    "LANE_KEPT_BYTES",
+    "LANE_KEPT_OFFSET",
     "LANE_MAGIC",
     "LANE_MOST_AREAS",
     "LANE_OUTPUT_BYTES",
@@ -34,15 +36,18 @@ __all__ = [
 ]
 
 LANE_MAGIC = 0x454E414C56434B
-LANE_VERSION = 1
+LANE_VERSION = 2
 LANE_CONTROL_BYTES = 4096
 LANE_INPUT_OFFSET = LANE_CONTROL_BYTES
 LANE_INPUT_BYTES = 1 << 20
 """The longest case."""
 LANE_OUTPUT_OFFSET = LANE_INPUT_OFFSET + LANE_INPUT_BYTES
 LANE_OUTPUT_BYTES = 1 << 16
-LANE_BYTES = LANE_OUTPUT_OFFSET + LANE_OUTPUT_BYTES
-"""Size of the control area with the case and its output."""
+LANE_KEPT_OFFSET = LANE_OUTPUT_OFFSET + LANE_OUTPUT_BYTES
+LANE_KEPT_BYTES = 3 << 16
+"""What a harness may keep from one start of the runner to the next."""
+LANE_BYTES = LANE_KEPT_OFFSET + LANE_KEPT_BYTES
+"""Size of the control area with the case, its output and what is kept."""
 LANE_MOST_AREAS = 16
 """The most trace areas of a lane."""
 
@@ -60,6 +65,8 @@ class LaneWord(IntEnum):
     """Size of each."""
     SPIN_NS = 5
     """How long the runner polls for the next case before it sleeps."""
+    KEPT = 6
+    """Bytes that an earlier runner has kept."""
     CASE_NUMBER = 8
     """A new number for each case; written last."""
     LENGTH = 9
@@ -84,6 +91,8 @@ class LaneWord(IntEnum):
     """GUEST: how often a child that runs cases was started."""
     AREA_COUNTS = 24
     """GUEST: ``LANE_MOST_AREAS`` words, the count of each trace area when the case was done."""
+    KEEP = 40
+    """GUEST: bytes that the harness keeps for later runners; before READY."""
 
 
 class LaneFlag(IntFlag):
@@ -147,6 +156,7 @@ class Lane:
         self.last_case = 0
         self._spin_ns = spin_ns
         self._generation = 0
+        self._kept: bytes | None = None
         control, *traces = areas.areas
         self._words = control.words
         self._bytes = self._words.cast("B")
@@ -172,9 +182,12 @@ class Lane:
     def prepare(self) -> None:
         """Make the lane as a runner that starts now expects it; no runner uses it.
 
-        The numbers of cases go on, so that none is used twice.
+        The numbers of cases go on, so that none is used twice. A later runner gets what the first
+        one has kept, whatever cases wrote there since.
         """
         words = self._words
+        kept = self._kept or b""
+        self._bytes[LANE_KEPT_OFFSET : LANE_KEPT_OFFSET + len(kept)] = kept
         words[: LANE_CONTROL_BYTES // WORD] = memoryview(bytes(LANE_CONTROL_BYTES)).cast("Q")
         self._generation = secrets.randbits(_GENERATION_BITS) | 1
         for word, value in (
@@ -183,6 +196,7 @@ class Lane:
             (LaneWord.AREAS, len(self._traces)),
             (LaneWord.AREA_WORDS, len(self._traces[0])),
             (LaneWord.SPIN_NS, self._spin_ns),
+            (LaneWord.KEPT, len(kept)),
             # Last: a runner that finds it finds a complete page.
             (LaneWord.MAGIC, LANE_MAGIC),
         ):
@@ -193,6 +207,16 @@ class Lane:
         """Whether the runner that was started after :meth:`prepare` has loaded its harness."""
         ready: int = self._words[LaneWord.READY]
         return ready == self._generation != 0
+
+    def keep(self) -> None:
+        """Take what the runner that has just become ready keeps for later ones, of the first one.
+
+        It knows by itself then what it would have to find out again after each reset. No case has
+        run yet.
+        """
+        if self._kept is None:
+            length = min(self._words[LaneWord.KEEP], LANE_KEPT_BYTES)
+            self._kept = self._bytes[LANE_KEPT_OFFSET : LANE_KEPT_OFFSET + length].tobytes()
 
     @property
     def idle(self) -> bool:

@@ -179,7 +179,8 @@ class _Features:
     def case(self, feature: int, numbers: random.Random) -> ReportedCase:
         """Return a case that reaches a feature: another one each time."""
         growth = self._growth
-        first = _FIRST_PC + (feature << 16)
+        # Close together, as the code of one kernel is: so they all fit below 2 ** 64.
+        first = _FIRST_PC + feature * max(16 * growth.pcs, growth.edges)
         return ReportedCase(
             numbers.randbytes(growth.case_bytes),
             Coverage.of(

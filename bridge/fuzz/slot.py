@@ -258,6 +258,7 @@ class _Vm:
                     evidence=self.session.machine.console.tail(20),
                 )
             time.sleep(_READY_POLL_SECONDS)
+        lane.keep()
 
     def check(self) -> None:
         """Raise why the runner cannot take cases, if it cannot."""

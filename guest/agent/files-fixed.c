@@ -97,6 +97,43 @@ static int by_path(const void *a, const void *b)
 	return strcmp(left->path, right->path);
 }
 
+/* While what was found is loaded: what is left of it. */
+static const uint8_t *loading, *loading_end;
+
+/* An original as it is saved, its data after it. Without data it cannot be put back. */
+struct saved {
+	uint32_t present, mode, length;
+};
+
+static bool take(void *data, size_t length)
+{
+	if (length > (size_t)(loading_end - loading))
+		return false;
+	memcpy(data, loading, length);
+	loading += length;
+	return true;
+}
+
+/* Keep what was saved of a file. Returns whether it can be put back. */
+static bool load(const char *path)
+{
+	struct original *original = &originals[original_count];
+	struct saved saved;
+
+	if (!take(&saved, sizeof(saved)) || !saved.present || saved.length >= MOST_BYTES)
+		return false;
+	original->data = malloc(saved.length + 1);
+	if (!original->data || !take(original->data, saved.length)) {
+		free(original->data);
+		return false;
+	}
+	original->path = path;
+	original->mode = saved.mode;
+	original->length = saved.length;
+	original_count++;
+	return true;
+}
+
 /* Keep what is in a file. Returns whether it can be put back. */
 static bool keep(const char *path)
 {
@@ -122,6 +159,16 @@ static bool keep(const char *path)
 	return true;
 }
 
+/* The paths for which assign() asked whether they can be kept, in order. */
+static const char *asked[ARRAY_SIZE(file_names)];
+static size_t asked_count;
+
+static bool ask(const char *path)
+{
+	asked[asked_count++] = path;
+	return loading ? load(path) : keep(path);
+}
+
 /* Have names stand for `count` paths from `first` on, spread over them. */
 static void assign(const char *const *names, size_t name_count, size_t first, size_t count)
 {
@@ -137,7 +184,7 @@ static void assign(const char *const *names, size_t name_count, size_t first, si
 			continue;
 		/* Paths come in order, so the same ones follow each other. */
 		if (path != last)
-			kept = names == file_names && keep(path);
+			kept = names == file_names && ask(path);
 		last = path;
 		for (size_t name = 0; name < files_name_count; name++) {
 			if (strcmp(files_names[name], names[i]))
@@ -149,16 +196,85 @@ static void assign(const char *const *names, size_t name_count, size_t first, si
 	}
 }
 
-size_t files_find_fixed(void)
+/* Have the names stand for what was found. Returns the number of files. */
+static size_t assign_all(void)
 {
 	size_t files = 0;
 
-	find(".", 0);
-	qsort(found, found_count, sizeof(found[0]), by_path);
 	while (files < found_count && !found[files].directory)
 		files++;
 	assign(file_names, ARRAY_SIZE(file_names), 0, files);
 	assign(directory_names, ARRAY_SIZE(directory_names), files, found_count - files);
+	return files;
+}
+
+size_t files_find_fixed(void)
+{
+	find(".", 0);
+	qsort(found, found_count, sizeof(found[0]), by_path);
+	return assign_all();
+}
+
+static bool put(uint8_t **at, const uint8_t *end, const void *data, size_t length)
+{
+	if (length > (size_t)(end - *at))
+		return false;
+	memcpy(*at, data, length);
+	*at += length;
+	return true;
+}
+
+size_t files_save_fixed(uint8_t *bytes, size_t size)
+{
+	const uint8_t *end = bytes + size;
+	uint8_t *at = bytes;
+
+	for (size_t i = 0; i < found_count; i++) {
+		const uint8_t kind = found[i].directory ? 'd' : 'f';
+
+		if (!put(&at, end, &kind, 1) ||
+		    !put(&at, end, found[i].path, strlen(found[i].path) + 1))
+			return 0;
+	}
+	if (!put(&at, end, "", 1))
+		return 0;
+	/* In the order in which assign() asks for them. */
+	for (size_t i = 0, next = 0; i < asked_count; i++) {
+		const struct original *original = next < original_count ? &originals[next] : NULL;
+		struct saved saved = {0};
+
+		if (original && original->path == asked[i]) {
+			saved = (struct saved){1, original->mode, original->length};
+			next++;
+		}
+		if (!put(&at, end, &saved, sizeof(saved)) ||
+		    (saved.present && !put(&at, end, original->data, saved.length)))
+			return 0;
+	}
+	return at - bytes;
+}
+
+size_t files_load_fixed(const uint8_t *bytes, size_t length)
+{
+	uint8_t kind;
+	size_t files;
+
+	loading = bytes;
+	loading_end = bytes + length;
+	while (take(&kind, 1) && kind && found_count < MOST_FOUND) {
+		size_t rest = loading_end - loading, path = strnlen((const char *)loading, rest);
+
+		if (path == rest)
+			break;
+		found[found_count].directory = kind == 'd';
+		found[found_count].path = strdup((const char *)loading);
+		if (!found[found_count].path)
+			break;
+		found_count++;
+		loading += path + 1;
+	}
+	files = assign_all();
+	loading = NULL;
 	return files;
 }
 

@@ -25,7 +25,7 @@
 enum {
 	BUFFER = 1 << 16,
 	MOST_DEPTH = 8,	   /* of directories in a walk */
-	MOST_ENTRIES = 48, /* of a walk: each costs a request; a target may serve endless trees */
+	MOST_ENTRIES = 24, /* of a walk: each costs a request; a target may serve endless trees */
 	MOST_ROUNDS = 64,  /* of getdents */
 };
 

@@ -68,6 +68,10 @@ extern const char *files_paths[];
  * number of files.
  */
 size_t files_find_fixed(void);
+/* What files_find_fixed() found, up to `size` bytes. Returns the length; 0 if it does not fit. */
+size_t files_save_fixed(uint8_t *bytes, size_t size);
+/* Take that in place of files_find_fixed(), which it is then like. */
+size_t files_load_fixed(const uint8_t *bytes, size_t length);
 /* Write what was in the files of these names, as far as the target lets it. */
 void files_put_back(uint32_t names);
 /* Make the same tree in an empty working directory. */

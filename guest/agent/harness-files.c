@@ -20,6 +20,7 @@
 #define _GNU_SOURCE
 #include "files-world.h"
 #include "harness.h"
+#include "lane.h"
 #include "sweep.h"
 
 #include <errno.h>
@@ -263,6 +264,30 @@ static int start_local(void)
 	return errno ? fail("pthread_create") : 0;
 }
 
+/* Whether an earlier child or runner found that nothing can be made. */
+static bool is_known_fixed(void)
+{
+	size_t length;
+
+	return runner_kept(&length);
+}
+
+/* Find what is there, once: in each life of the guest the target is the same. */
+static size_t find_fixed(void)
+{
+	static uint8_t bytes[LANE_KEPT_BYTES];
+	size_t length, files;
+	const void *kept = runner_kept(&length);
+
+	if (kept)
+		return files_load_fixed(kept, length);
+	files = files_find_fixed();
+	length = files ? files_save_fixed(bytes, sizeof(bytes)) : 0;
+	if (length)
+		runner_keep(bytes, length);
+	return files;
+}
+
 static int files_begin_child(void)
 {
 	/* Another user than root needs a user namespace for it. */
@@ -290,10 +315,10 @@ static int files_begin_child(void)
 	if (fchdir(root) || chroot("."))
 		return fail(directory);
 	close(root);
-	if (!renew()) {
+	if (is_known_fixed() || !renew()) {
 		/* What is wrong with the target itself shows in its root. */
 		fixed = true;
-		if (chdir("/") || !files_find_fixed())
+		if (chdir("/") || !find_fixed())
 			return fail("no directory can be made on the target, and it has no files");
 	}
 	if (files_begin_signals())

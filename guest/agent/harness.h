@@ -75,6 +75,13 @@ void runner_thread_end(int index);
  * case whose status is not 0 is the end of what the harness wrote to stderr.
  */
 void runner_output(const void *data, size_t length);
+/*
+ * What begin() finds out at length and is the same in each life of the guest, it can keep: the
+ * runners of a lane that start later get it. Both are for begin(); keep does nothing if it does not
+ * fit. runner_kept returns NULL if nothing was kept.
+ */
+void runner_keep(const void *data, size_t length);
+const void *runner_kept(size_t *length);
 /* The file that is stderr in run(), for a process that begin() starts; there stderr is the runner's. */
 int runner_error_descriptor(void);
 

@@ -233,6 +233,22 @@ void runner_output(const void *data, size_t length)
 	lane->output_length = have + length;
 }
 
+void runner_keep(const void *data, size_t length)
+{
+	if (length > LANE_KEPT_BYTES)
+		return;
+	memcpy((uint8_t *)lane + LANE_KEPT_OFFSET, data, length);
+	lane->keep = length;
+}
+
+const void *runner_kept(size_t *length)
+{
+	uint64_t kept = lane->kept ? lane->kept : lane->keep;
+
+	*length = kept;
+	return kept && kept <= LANE_KEPT_BYTES ? (uint8_t *)lane + LANE_KEPT_OFFSET : NULL;
+}
+
 /* Make the end of the child's stderr the output of the case, unless it has some of its own. */
 static void take_errors(void)
 {

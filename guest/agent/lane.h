@@ -5,7 +5,8 @@
  * the same numbers; tests/fuzz/test_lane.py compares them.
  *
  * A lane is a control area (index 0) and trace areas (1 to areas), which the runner opens with
- * KCOV_BRIDGE_LANE. The control area is a page of words, the case, and the case's output:
+ * KCOV_BRIDGE_LANE. The control area is a page of words, the case, the case's output, and what the
+ * harness keeps from one start of the runner to the next:
  *
  *	host					runner
  *	writes generation, starts it
@@ -27,15 +28,17 @@
 #include <stdint.h>
 
 #define LANE_MAGIC 0x454e414c56434bULL /* "KCVLANE" in memory */
-#define LANE_VERSION 1
+#define LANE_VERSION 2
 
 #define LANE_CONTROL_BYTES 4096
 #define LANE_INPUT_OFFSET LANE_CONTROL_BYTES
 #define LANE_INPUT_BYTES (1 << 20)
 #define LANE_OUTPUT_OFFSET (LANE_INPUT_OFFSET + LANE_INPUT_BYTES)
 #define LANE_OUTPUT_BYTES (1 << 16)
+#define LANE_KEPT_OFFSET (LANE_OUTPUT_OFFSET + LANE_OUTPUT_BYTES)
+#define LANE_KEPT_BYTES (3 << 16)
 /* Of the whole control area, which is mapped in one piece. */
-#define LANE_BYTES (LANE_OUTPUT_OFFSET + LANE_OUTPUT_BYTES)
+#define LANE_BYTES (LANE_KEPT_OFFSET + LANE_KEPT_BYTES)
 
 #define LANE_MOST_AREAS 16 /* trace areas of a lane */
 
@@ -54,7 +57,8 @@ struct lane {
 	uint64_t areas;	     /* number of trace areas, 1 to LANE_MOST_AREAS */
 	uint64_t area_words; /* size of each */
 	uint64_t spin_ns;    /* how long the runner polls for the next case before it sleeps */
-	uint64_t host_pad0[2];
+	uint64_t kept;	     /* bytes that an earlier runner has kept */
+	uint64_t host_pad0[1];
 	/* Written by the host for each case, case_number last. */
 	uint64_t case_number;
 	uint64_t length; /* of the case, in bytes */
@@ -71,6 +75,8 @@ struct lane {
 	uint64_t children;     /* how often a child that runs cases was started */
 	/* By trace area, index 1 first: its count when the case was done. Later PCs are not its. */
 	uint64_t area_counts[LANE_MOST_AREAS];
+	/* Bytes that the harness keeps for later runners; before ready. */
+	uint64_t keep;
 };
 
 #endif

@@ -6,7 +6,8 @@
 A case is ten system calls on a file of the mount (the runner's harness ``file``: four times open
 and close, fstat, read). The messages that they become are recorded once, and atheris gives these
 to pyroute2's server in its own process: equal work for the target, without system calls, kernel,
-network and VM. Then atheris fuzzes, from these messages as seed. Both sides take turns.
+network and VM. Both cover the target's code alone. Then atheris fuzzes, from these messages as
+seed. Both sides take turns.
 
 The VM's cases come from Python (``Lane.execute``), which adds some 50 us to each; there is no
 engine on this side. Needs atheris: pip install 'kcov-bridge[bench]'.
@@ -129,7 +130,7 @@ def main() -> int:
     args = parser.parse_args()
     values: dict[str, list[float]] = {"vm": [], "equal": [], "fuzzing": []}
     recorder = Recorder()
-    with recorder, Session(Settings()) as session, running_lane(session) as lane:
+    with recorder, Session(Settings(source="python")) as session, running_lane(session) as lane:
         execute(lane, 10)
         before = len(recorder.messages)
         execute(lane, 1)

@@ -5,7 +5,8 @@
  *	runner NAME [ARGUMENT]... <CASES
  *
  * Standard input has the cases, each after its length in 4 bytes. For each one a line comes out: its
- * wait status, the nanoseconds that it took, the bytes of its output; then the output.
+ * wait status, the nanoseconds that it took, the bytes of its output; then the output. What the
+ * harness keeps is the file in the environment variable KEPT, which a later runner finds.
  */
 #include "../../guest/agent/harness.h"
 
@@ -27,6 +28,8 @@ static struct {
 	size_t length;
 	int status;
 	long ns;
+	char kept[3 << 16];
+	size_t kept_length;
 } *shared;
 
 void runner_register(struct runner_harness *harness)
@@ -84,6 +87,35 @@ void runner_output(const void *text, size_t length)
 	shared->length += length;
 }
 
+void runner_keep(const void *bytes, size_t length)
+{
+	if (length > sizeof(shared->kept))
+		return;
+	memcpy(shared->kept, bytes, length);
+	shared->kept_length = length;
+}
+
+const void *runner_kept(size_t *length)
+{
+	*length = shared->kept_length;
+	return *length ? shared->kept : NULL;
+}
+
+/* Read or write what is kept. Here: a child may have another root. */
+static void move_kept(const char *mode)
+{
+	const char *path = getenv("KEPT");
+	FILE *file = path ? fopen(path, mode) : NULL;
+
+	if (!file)
+		return;
+	if (*mode == 'r')
+		shared->kept_length = fread(shared->kept, 1, sizeof(shared->kept), file);
+	else
+		fwrite(shared->kept, 1, shared->kept_length, file);
+	fclose(file);
+}
+
 static long now(void)
 {
 	struct timespec time;
@@ -132,6 +164,7 @@ int main(int argc, char **argv)
 	shared = mmap(NULL, sizeof(*shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (argc < 2 || !harness || shared == MAP_FAILED)
 		return 2;
+	move_kept("r");
 	if (harness->load && harness->load(argc - 1, argv + 1))
 		return 125;
 	signal(SIGPIPE, SIG_IGN);
@@ -165,5 +198,6 @@ int main(int argc, char **argv)
 		fwrite(shared->output, 1, shared->length, stdout);
 		fflush(stdout);
 	}
+	move_kept("w");
 	return 0;
 }

@@ -107,6 +107,37 @@ def test_files_every_case_is_cleaned_up(runner: Runner, tmp_path: Path) -> None:
     assert work.stat().st_mode & 0o7777 == 0o777
 
 
+def test_files_of_a_target_that_makes_none_are_found_once(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree, kept = tmp_path / "tree", tmp_path / "kept"
+    for number in range(7):
+        place = tree / f"dir{number % 3}" / f"file{number}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(bytes(range(number)) * 50)
+    monkeypatch.setenv("KEPT", str(kept))
+    read_only = 'mount --bind "$D" "$D"; mount -o remount,bind,ro "$D"'
+    names = ("a", "b", "c", "d/a", "d/b", "d/e/a", "e/a")
+    reads = "".join(f"open f0 {name} r 0000\nread f0 65535\nclose f0\n" for name in names)
+    case = to_bytes(reads)
+    (first,) = runner.run([case], tree, "--differential", setup=read_only)
+    assert first == Done(0, "")
+    found = kept.read_bytes()
+    assert found.count(b"file") == 7
+    # The tree of the local side, contents included, comes from what was kept.
+    (second,) = runner.run([case], tree, "--differential", setup=read_only)
+    assert (second, kept.read_bytes()) == (first, found)
+    for each in tree.glob("*/*"):
+        each.write_bytes(b"others")
+    (third,) = runner.run([case], tree, "--differential", setup=read_only)
+    assert third.status == SIGABRT
+    assert third.output.startswith("difference in read.")
+    # Nonsense is no more than bytes.
+    for length in (1, 7, len(found) // 2, len(found) - 1):
+        kept.write_bytes(found[:length])
+        runner.start([case], tree, setup=read_only)
+
+
 def test_files_difference_is_reported_with_both_results(runner: Runner, tmp_path: Path) -> None:
     case = to_bytes("open f0 a rw|creat 0644\nwrite f0 100 7\nwrite f0 65535 7\nclose f0\n")
     (done,) = runner.run([case], tmp_path, "--differential", setup=tmpfs("8k"))

@@ -33,7 +33,7 @@ def expected() -> dict[str, int]:
         **{name: getattr(lane, name) for name in CONSTANTS},
         **{f"offsetof(struct lane, {word.name.lower()})": word * WORD for word in LaneWord},
         **{f"LANE_{flag.name}": int(flag) for flag in LaneFlag},
-        "sizeof(struct lane)": (LaneWord.AREA_COUNTS + lane.LANE_MOST_AREAS) * WORD,
+        "sizeof(struct lane)": (LaneWord.KEEP + 1) * WORD,
     }
 
 
@@ -54,7 +54,8 @@ def test_layout_header_of_the_runner_is_the_same(tmp_path: Path) -> None:
 
 
 def test_layout_everything_fits_in_the_control_page() -> None:
-    assert (LaneWord.AREA_COUNTS + lane.LANE_MOST_AREAS) * WORD <= lane.LANE_CONTROL_BYTES
+    assert LaneWord.AREA_COUNTS + lane.LANE_MOST_AREAS == LaneWord.KEEP
+    assert (LaneWord.KEEP + 1) * WORD <= lane.LANE_CONTROL_BYTES
 
 
 @pytest.mark.parametrize("word", [word for word in LaneWord if word < LaneWord.DONE])
@@ -247,3 +248,27 @@ def test_catch_up_numbers_of_a_shim_are_not_used_again(bench: Bench) -> None:
     bench.runner.put(LaneWord.DONE, 2**64 - 1)
     assert not bench.lane.catch_up()
     assert bench.lane.last_case == 42
+
+
+def test_keep_what_the_first_runner_kept_is_there_for_each_later_one(bench: Bench) -> None:
+    kept = slice(lane.LANE_KEPT_OFFSET, lane.LANE_KEPT_OFFSET + 5)
+    memory = bench.runner.control.cast("B")
+    assert bench.runner.control[LaneWord.KEPT] == 0
+    memory[kept] = b"tree\n"
+    bench.runner.put(LaneWord.KEEP, 5)
+    bench.lane.keep()
+    # What a case writes there later is nothing that stays.
+    memory[kept] = b"wrong"
+    bench.runner.put(LaneWord.KEEP, 3)
+    for _ in range(2):
+        bench.lane.prepare()
+        assert (bench.runner.control[LaneWord.KEPT], memory[kept].tobytes()) == (5, b"tree\n")
+        bench.lane.keep()
+    memory.release()
+
+
+def test_keep_length_beyond_the_memory_is_bounded(bench: Bench) -> None:
+    bench.runner.put(LaneWord.KEEP, 2**64 - 1)
+    bench.lane.keep()
+    bench.lane.prepare()
+    assert bench.runner.control[LaneWord.KEPT] == lane.LANE_KEPT_BYTES

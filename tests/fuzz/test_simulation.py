@@ -42,6 +42,14 @@ def test_fit_recovers_the_model_that_made_the_cases(tmp_path: Path) -> None:
     assert (fitted.case_bytes, fitted.pcs) == (50, 6)
 
 
+def test_model_last_feature_of_many_workers_is_a_pc() -> None:
+    # The default: 1,000 workers for 600 s.
+    features = _Features(RECORDED, 6e8)
+    case = features.case(len(features._chances), random.Random(1))
+    assert max(case.coverage.pcs) < 2**64
+    assert len(case.coverage.pcs) == RECORDED.pcs
+
+
 def test_fit_to_too_few_cases_is_refused(tmp_path: Path) -> None:
     with Store.create(tmp_path, {}) as store:
         store.add([Offer(b"one", 0, 5, [1])])
