@@ -41,7 +41,7 @@ SOURCES := bridge tests examples docs setup.py
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help run check-guest image bench test test-unit test-all test-on storm answers executor kills conformance reference lint docs screenshots dist format venv packages packages-test clean distclean
+.PHONY: help run check-guest image bench test test-unit test-all test-on storm answers executor kills fuzz-kills conformance reference lint docs screenshots dist format venv packages packages-test clean distclean
 
 help: ## print this help
 	@awk -F ' ## ' '/^##@/ { print "\n" substr($$0, 5) } \
@@ -88,6 +88,9 @@ executor: packages-test $(VENV)/installed-dev ## run a client like a fuzzer's fo
 
 kills: packages-test $(VENV)/installed-dev ## kill 200 runs at random moments and check that nothing is left
 	KCOV_BRIDGE_KILLS=200 $(VENV)/bin/python -m pytest tests/cli/test_kills.py $(ARGS)
+
+fuzz-kills: packages-test $(VENV)/installed-dev ## kill a campaign 50 times, and compare what it announced
+	KCOV_BRIDGE_FUZZ_KILLS=50 $(VENV)/bin/python -m pytest -s tests/fuzz/campaign_kills.py $(ARGS)
 
 test-all: packages-test ## run test-unit on each Python of PYTHONS that is found
 	@found=; for version in $(PYTHONS); do \
