@@ -10,6 +10,7 @@
  *	hooks.c		the tracepoints that show system calls, forks and exits of owners
  *	device.c	the kcov device's file: open, ioctl, mmap, close
  *	watch.c		a host that records this kernel's own code
+ *	wire.c		connections to the target through the region
  *	stats.c		figures for people, in debugfs
  *
  * Locks, outermost first. A lock is never taken while one that is listed below it is held.
@@ -17,6 +18,8 @@
  *	mmap_lock (the caller's)	held around mmap and page faults
  *	kb_describe_lock (watch.c)	one description of the kernel at a time
  *	kb_instance.lock		one request at a time in a slot; all of an instance
+ *	    (kb_wires_mutex (wire.c) is taken before it: which connections there are; below that
+ *	    mutex also read_lock, write_lock of a connection, and kb_wires_lock, a spinlock)
  *	  kb_hook_lock (hooks.c)	whether the tracepoints are hooked
  *	  kb_region_lock (calls.c)	whether the region is mapped as a whole
  *	  kb_bridge.payload_lock	the payload, from filling it to the answer
@@ -61,6 +64,9 @@
 #include <uapi/linux/kcov.h>
 
 #include "kcov_bridge_abi.h"
+
+/* Registers of ivshmem-doorbell in BAR 0: docs/specs/ivshmem-spec.txt in QEMU. */
+#define KB_REG_DOORBELL		12
 
 /* Module parameters: how long a request waits for the host, and how much of that it polls. */
 extern unsigned int kb_timeout_ms;
@@ -193,6 +199,7 @@ struct kb_owner {
  * @stats_file: figures in debugfs
  * @host_file: the agent writes here when the host has changed
  * @self: an instance for the module's own requests, with a slot but without a descriptor
+ * @wires: whether it offers connections, which need interrupts. Constant after probe
  * @slots_lock: guards the fields from @removed to @zombie_seq
  * @removed: the device is being removed, and no instance is made
  * @slots: slots in use
@@ -229,6 +236,7 @@ struct kb_bridge {
 	struct dentry *stats_file;
 	struct dentry *host_file;
 	struct kb_instance self;
+	bool wires;
 
 	spinlock_t slots_lock;
 	bool removed;
@@ -352,6 +360,11 @@ extern const struct file_operations kb_device_fops;
 struct kb_instance *kb_instance_new(struct kb_bridge *bridge, struct address_space *mapping);
 void kb_instance_free(struct kref *ref);
 void kb_instances_detach(struct kb_bridge *bridge);
+
+/* wire.c */
+
+int kb_wires_start(struct kb_bridge *bridge, struct pci_dev *pdev);
+void kb_wires_stop(void);
 
 /* stats.c */
 

@@ -31,11 +31,14 @@
 #define KCOV_BRIDGE_LANE	_IO('c', 0xe1)
 #define KCOV_BRIDGE_LANE_SHIFT	32
 
+/* kcov-bridge's own, on /dev/kcov_wire: connect to the endpoint with this port in the guest. */
+#define KCOV_BRIDGE_WIRE	_IO('c', 0xe2)
+
 #define KB_PCI_VENDOR_ID	0x1af4
 #define KB_PCI_DEVICE_ID	0x1110
 
 #define KB_MAGIC		0x47445242564f434bULL	/* "KCOVBRDG" */
-#define KB_VERSION		10
+#define KB_VERSION		11
 #define KB_SLOTS		1024
 #define KB_REQUESTS_OFFSET	4096
 #define KB_RESPONSES_OFFSET	(KB_REQUESTS_OFFSET + KB_SLOTS * 64)
@@ -72,6 +75,7 @@ enum kb_op {
 	KB_OP_CALLS	= 16,	/* the owner's log of calls is to be emptied */
 	/* From an instance without an area. */
 	KB_OP_LANE	= 17,	/* arg0: the ioctl's argument */
+	KB_OP_WIRE	= 18,	/* arg0: the ioctl's argument; area_offset: struct kb_wire */
 };
 
 struct kb_header {
@@ -186,6 +190,36 @@ enum kb_call_flags {
 	KB_CALL_RETURNED	= 1 << 16,	/* result and returned are valid */
 	KB_CALL_IA32		= 1 << 17,	/* a call of a 32-bit program; its own numbers */
 	KB_CALL_REFUSED		= 1 << 18,	/* refused before it was entered: entered = returned */
+};
+
+#define KB_WIRE_VECTOR		1	/* of the doorbell, in both directions */
+#define KB_WIRE_RING_BYTES	262144
+
+enum kb_wire_end_kind {
+	KB_WIRE_CLOSED	= 1,	/* the target has closed it; there may be data to read */
+	KB_WIRE_RESET	= 2,	/* it is broken */
+};
+
+/*
+ * A connection to an endpoint of the target: two rings. Positions count bytes since the connection
+ * began; a byte's place in its ring is its position modulo KB_WIRE_RING_BYTES.
+ */
+struct kb_wire {
+	/* Written by the guest. */
+	__u64 guest_sent;	/* the end of what it has written */
+	__u64 guest_taken;	/* the end of what it has read */
+	__u64 guest_polls;	/* it polls host_sent, and needs no interrupt */
+	__u64 guest_full;	/* it waits for room: interrupt when host_taken has moved */
+	__u64 pad0[4];
+	/* Written by the host. */
+	__u64 host_sent;
+	__u64 host_taken;
+	__u64 host_full;	/* it waits for room: ring when guest_taken has moved */
+	__u64 host_ended;	/* enum kb_wire_end_kind, or 0 */
+	__u64 pad1[500];
+	/* Rings. */
+	__u8 to_host[KB_WIRE_RING_BYTES];
+	__u8 to_guest[KB_WIRE_RING_BYTES];
 };
 
 #define KB_KERNEL_CPUS	64

@@ -25,6 +25,8 @@
  * A runner of test cases gets areas that the host has made (KCOV_BRIDGE_LANE, in place of
  * KCOV_INIT_TRACE), maps them, and enables all but the first as above.
  *
+ * A program can connect to the host's target through the region, without a network: see wire.c.
+ *
  * The module keeps only which task owns which instance. The device may be removed at any time
  * (remove in sysfs): the host then ends its instances, and operations on an open one fail with
  * ENODEV. A rescan finds a new device; old instances do not belong to it.
@@ -207,11 +209,18 @@ static int kb_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	err = misc_register(&kb_misc);
 	if (err)
 		goto unwatched;
+	err = kb_wires_start(bridge, pdev);
+	if (err)
+		goto unregister;
 	kb_files_create(bridge, pdev);
 	pci_set_drvdata(pdev, bridge);
 	dev_info(&pdev->dev, "kcov from the host, %llu MiB shared\n", bridge->region_bytes >> 20);
 	return 0;
 
+unregister:
+	misc_deregister(&kb_misc);
+	kb_instances_detach(bridge);
+	kb_hooks_remove();
 unwatched:
 	kb_watch_stop(bridge);
 inactive:
@@ -230,6 +239,7 @@ static void kb_remove(struct pci_dev *pdev)
 	debugfs_remove(bridge->stats_file);
 	debugfs_remove(bridge->device_file);
 	misc_deregister(&kb_misc);
+	kb_wires_stop();
 	kb_instances_detach(bridge);
 	kb_hooks_remove();
 	kb_calls_stop(bridge);

@@ -18,9 +18,6 @@
 
 #include "kcov_bridge.h"
 
-/* Registers of ivshmem-doorbell in BAR 0: docs/specs/ivshmem-spec.txt in QEMU. */
-#define KB_REG_DOORBELL		12
-
 #define KB_KICK_TRIES		64
 #define KB_SLEEP_MIN_US		20
 #define KB_SLEEP_MAX_US		1000

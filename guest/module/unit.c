@@ -13,4 +13,5 @@
 #include "hooks.c"
 #include "device.c"
 #include "watch.c"
+#include "wire.c"
 #include "stats.c"
