@@ -41,6 +41,7 @@ __all__ = [
     "HOST_PEER",
     "KCOV_BRIDGE_LANE",
     "KCOV_BRIDGE_STREAM",
+    "KCOV_BRIDGE_WIRE",
     "KCOV_CMP_CONST",
     "KCOV_CMP_SIZE",
     "KCOV_DISABLE",
@@ -70,6 +71,9 @@ __all__ = [
     "UNREPORTED_MASK",
     "VECTORS",
     "VERSION",
+    "WIRE_BYTES",
+    "WIRE_RING_BYTES",
+    "WIRE_VECTOR",
     "WORD",
     "CallFlag",
     "CallLogWord",
@@ -81,6 +85,8 @@ __all__ = [
     "Op",
     "RequestWord",
     "ResponseWord",
+    "WireEnd",
+    "WireWord",
 ]
 
 # kcov: include/uapi/linux/kcov.h, 64-bit little-endian.
@@ -118,6 +124,10 @@ LANE_INDEX_SHIFT = 32
 LANE_MASK = (1 << LANE_INDEX_SHIFT) - 1
 """The bits of a lane's number."""
 
+# The bridge's own, on /dev/kcov_wire: connect to an endpoint of the target.
+KCOV_BRIDGE_WIRE = 0x63E2
+"""Argument: the endpoint's port in the guest."""
+
 
 def KCOV_CMP_SIZE(log: int) -> int:
     """In the type of a comparison: operands of ``1 << log`` bytes, ``log`` 0 to 3."""
@@ -135,7 +145,7 @@ ENOTSUPP = 524
 PAGE_SIZE = 4096
 WORD = 8
 MAGIC = 0x47445242564F434B  # "KCOVBRDG" in memory
-VERSION = 10
+VERSION = 11
 SLOTS = 1024
 SLOT_WORDS = 8
 REQUESTS_OFFSET = PAGE_SIZE
@@ -148,7 +158,9 @@ PCI_VENDOR_ID = 0x1AF4
 PCI_DEVICE_ID = 0x1110
 HOST_PEER = 1
 """The bridge's peer id. QEMU's own is 0, which snapshots require."""
-VECTORS = 1
+VECTORS = 2
+"""0: requests, to the host alone. WIRE_VECTOR: connections, in both directions."""
+WIRE_VECTOR = 1
 
 
 class HeaderWord(IntEnum):
@@ -237,6 +249,8 @@ class Op(IntEnum):
     """The log of the owner's system calls is to be emptied; see :class:`CallLogWord`."""
     LANE = 17
     """KCOV_BRIDGE_LANE; ARG0 = the ioctl's argument."""
+    WIRE = 18
+    """KCOV_BRIDGE_WIRE; ARG0 = the ioctl's argument; see :class:`WireWord`."""
 
 
 UNREPORTED_MASK = (1 << 32) - 1
@@ -280,7 +294,7 @@ class ResponseWord(IntEnum):
     ERROR = 1
     """0 or an errno (positive)."""
     AREA_OFFSET = 2
-    """MAP: where the area starts in the region, bytes. STREAM with CALLS: where the log starts."""
+    """WIRE: where its :class:`WireWord` are. MAP: where the area starts in the region, bytes. STREAM with CALLS: where the log starts."""
     APPENDED = 3
     """PCs that the instance has got so far."""
     DROPPED = 4
@@ -386,3 +400,36 @@ class KernelWord(IntEnum):
 
 KERNEL_CPUS = 64
 """How many CPUs KERNEL's payload has room for."""
+
+
+WIRE_RING_BYTES = 256 * 1024
+WIRE_BYTES = PAGE_SIZE + 2 * WIRE_RING_BYTES
+"""A connection: a page of words, the ring to the host, the ring to the guest."""
+
+
+class WireWord(IntEnum):
+    """Index of each word of a connection. Positions count bytes since it began."""
+
+    GUEST_SENT = 0
+    """GUEST: the end of what it has written."""
+    GUEST_TAKEN = 1
+    """GUEST: the end of what it has read."""
+    GUEST_POLLS = 2
+    """GUEST: it polls HOST_SENT, and needs no interrupt."""
+    GUEST_FULL = 3
+    """GUEST: it waits for room, and needs an interrupt once HOST_TAKEN has moved."""
+    HOST_SENT = 8
+    HOST_TAKEN = 9
+    HOST_FULL = 10
+    """It waits for room: the guest rings when GUEST_TAKEN has moved."""
+    HOST_ENDED = 11
+    """A :class:`WireEnd`, or 0."""
+
+
+class WireEnd(IntEnum):
+    """How the host's side of a connection has ended."""
+
+    CLOSED = 1
+    """The target has closed it; there may be data to read."""
+    RESET = 2
+    """It is broken."""

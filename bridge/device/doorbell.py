@@ -79,6 +79,7 @@ _OPENING = frozenset(
     {
         Op.INIT,
         Op.LANE,
+        Op.WIRE,
         Op.MAP,
         Op.ENABLE,
         Op.DISABLE,
@@ -598,6 +599,10 @@ class Doorbell(Generic[C]):
             return error
         if op == Op.CALLS:
             return device.take_calls(kcov, task)
+        if op == Op.WIRE:
+            error, offset = device.connect_wire(kcov, args[0])
+            self._control[_RESPONSES + slot * SLOT_WORDS + ResponseWord.AREA_OFFSET] = offset
+            return error
         if op == Op.LANE:
             return device.join_lane(kcov, args[0])
         if op == Op.DISABLE:

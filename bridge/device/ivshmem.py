@@ -15,7 +15,7 @@ import os
 import socket
 import struct
 
-from bridge.device.abi import HOST_PEER, VECTORS
+from bridge.device.abi import HOST_PEER
 from bridge.device.region import Region
 from bridge.errors import DoorbellError
 
@@ -34,6 +34,10 @@ class IvshmemServer:
             self.bell = self._eventfd(stack)
             """Readable once the guest has rung."""
             self._guest_bell = self._eventfd(stack)
+            self.wire_bell = self._eventfd(stack)
+            """Readable once the guest has written to a connection."""
+            self.wire_guest_bell = self._eventfd(stack)
+            """Interrupts the guest for its connections."""
             self._region_fd = region.fd
             self._stack = stack.pop_all()
 
@@ -57,10 +61,11 @@ class IvshmemServer:
             self._send(ours, _PROTOCOL_VERSION)
             self._send(ours, _QEMU_PEER)
             self._send(ours, _REGION_FOLLOWS, self._region_fd)
-            for _ in range(VECTORS):
-                self._send(ours, HOST_PEER, self.bell)
-            for _ in range(VECTORS):
-                self._send(ours, _QEMU_PEER, self._guest_bell)
+            # Of each peer one for each of abi.VECTORS, in their order.
+            for bell in (self.bell, self.wire_bell):
+                self._send(ours, HOST_PEER, bell)
+            for bell in (self._guest_bell, self.wire_guest_bell):
+                self._send(ours, _QEMU_PEER, bell)
         except OSError as error:
             raise DoorbellError(f"QEMU could not be told about the region: {error}") from error
         return theirs

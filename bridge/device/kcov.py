@@ -36,6 +36,7 @@ from bridge.device.abi import (
     LANE_MASK,
     LINUX_MAX_WORDS,
     PAGE_SIZE,
+    WIRE_BYTES,
     WORD,
     Comparison,
 )
@@ -88,6 +89,8 @@ class Mode(Enum):
     TRACE_PC = "trace-pc"
     UNIQUE_PC = "unique-pc"
     TRACE_CMP = "trace-cmp"
+    WIRED = "wired"
+    """No mode of Linux: the instance is a connection to the target."""
 
 
 class Areas(AreaSource, Protocol):
@@ -141,6 +144,16 @@ class Threads(Protocol):
         """The thread that ran a block last, of those that were consumed meanwhile."""
 
 
+class Wires(Protocol):
+    """What carries the guest's connections: :class:`bridge.vm.wires.WireRelay`."""
+
+    def open(self, port: int, offset: int) -> int:
+        """Connect the rings at ``offset``; return an errno."""
+
+    def end(self, offset: int) -> int:
+        """End a connection; return 0 once nobody writes to its memory any more."""
+
+
 class Watcher(Protocol):
     """Writes PCs into areas by itself: :class:`bridge.sources.guest_kernel.source.GuestKernel`.
 
@@ -186,6 +199,7 @@ class Kcov(KcovState[Area, C], Generic[C]):
         "slot",
         "stream",
         "watched",
+        "wired",
     )
 
     def __init__(self, generation: int, slot: int = 0) -> None:
@@ -202,6 +216,7 @@ class Kcov(KcovState[Area, C], Generic[C]):
         self.stream: Stream | None = None
         self.lane: tuple[LaneAreas, int] | None = None
         self.calls: CallLog | None = None
+        self.wired = False
 
 
 class Device(Generic[C]):
@@ -247,6 +262,8 @@ class Device(Generic[C]):
         # Of streams whose threads log calls: see join_stream().
         self._stream_cursors: dict[Stream, C] = {}
         self._lanes: dict[int, LaneAreas] = {}
+        self.wires: Wires | None = None
+        """What carries connections of the guest to the target."""
         self.untraced = 0
         """Number of threads that should have joined a stream and could not."""
         # A dict, because it keeps the order of opening.
@@ -497,6 +514,23 @@ class Device(Generic[C]):
 
     # Streams
 
+    def connect_wire(self, kcov: Kcov[C], port: int) -> tuple[Errno, int]:
+        """Carry out KCOV_BRIDGE_WIRE; return an errno, and the offset of the connection."""
+        if self.wires is None:
+            return errno.EOPNOTSUPP, 0
+        if kcov.mode is not Mode.DISABLED:
+            return errno.EBUSY, 0
+        area = self._areas.allocate(WIRE_BYTES // WORD)
+        if area is None:
+            return errno.ENOMEM, 0
+        error = self.wires.open(port, area.offset)
+        if error:
+            self._areas.free(area)
+            return error, 0
+        kcov.area, kcov.size, kcov.wired = area, area.size, True
+        kcov.mode = Mode.WIRED
+        return 0, area.offset
+
     def open_stream(self, stream: Stream) -> None:
         """Let threads of the guest join the stream from now on."""
         self._streams[stream.number] = stream
@@ -723,6 +757,10 @@ class Device(Generic[C]):
                 lane, index = kcov.lane
                 kcov.lane = kcov.area = None
                 lane.give_back(index)
+            if kcov.wired and kcov.area is not None:
+                kcov.wired = False
+                # Whoever does not answer may still write there.
+                kcov.area.abandoned = self.wires is None or self.wires.end(kcov.area.offset) != 0
             if kcov.area is not None:
                 self._areas.free(kcov.area)
                 kcov.area = None

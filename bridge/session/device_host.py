@@ -27,7 +27,9 @@ from bridge.sources.comparisons import Comparing, ComparisonLedger
 from bridge.sources.guest_kernel.source import GuestKernel
 from bridge.sources.ledger import Cursor, Ledger
 from bridge.sources.pcs import syscall_pc
+from bridge.targets import AnyEndpoint
 from bridge.vm.network import EpochWord
+from bridge.vm.wires import WireRelay
 
 __all__ = ["DeviceHost", "Unanswered", "reason_of"]
 
@@ -86,6 +88,7 @@ class DeviceHost:
         poll_seconds: float = 0.0,
     ) -> None:
         self._closed = False
+        self._wires: WireRelay | None = None
         with ExitStack() as stack:
             self.region = Region(region_bytes)
             stack.callback(self.region.close)
@@ -148,12 +151,36 @@ class DeviceHost:
         """The word that the tracer and the relays change."""
         return EpochWord(self.region.path, HeaderWord.COVERAGE_EPOCH * WORD)
 
+    def serve_wires(self, endpoints: Sequence[AnyEndpoint]) -> None:
+        """Let the guest connect to these endpoints through the region, from now on.
+
+        Where there is no compiler it cannot; it is told EOPNOTSUPP when it tries.
+
+        Raises:
+            DoorbellError: as :meth:`call`.
+        """
+        if self._wires is None:
+            server = self._server
+            try:
+                self._wires = WireRelay(
+                    self.region, server.wire_bell, server.wire_guest_bell, endpoints
+                )
+            except BridgeError as error:
+                logger.debug("no connections through the region: %s", error.report())
+                return
+            self._stack.callback(self._wires.close)
+            self.device.wires = self._wires
+        self.call(functools.partial(self._wires.set, endpoints))
+
     def rely_on_epoch(self) -> None:
         """Have no return reported that finds the coverage epoch unchanged."""
         self.doorbell.rely_on_epoch()
 
     def reset(self) -> None:
         """End all instances and clear the region: the guest goes on as another."""
+        if self._wires is not None:
+            # At once: what the guest has written and the target has not read is dropped.
+            self.call(self._wires.reset)
         self.call(self.doorbell.reset)
 
     def deliver(self, handle: int, pcs: Sequence[int]) -> None:

@@ -19,6 +19,8 @@
 /* kcov-bridge's own, in place of KCOV_INIT_TRACE: number of a lane, index of an area above it. */
 #define KCOV_BRIDGE_LANE _IO('c', 0xe1)
 #define KCOV_BRIDGE_LANE_SHIFT 32
+/* kcov-bridge's own, on /dev/kcov_wire: connect to the target's endpoint with this port. */
+#define KCOV_BRIDGE_WIRE _IO('c', 0xe2)
 #define KCOV_TRACE_PC 0
 #define KCOV_TRACE_CMP 1
 #define KCOV_WORDS_PER_CMP 4 /* type, two operands, PC */
