@@ -294,7 +294,8 @@ class ResponseWord(IntEnum):
     ERROR = 1
     """0 or an errno (positive)."""
     AREA_OFFSET = 2
-    """WIRE: where its :class:`WireWord` are. MAP: where the area starts in the region, bytes. STREAM with CALLS: where the log starts."""
+    """MAP: where the area starts in the region, bytes. STREAM with CALLS: where the log starts.
+    WIRE: where the connection's :class:`WireWord` start."""
     APPENDED = 3
     """PCs that the instance has got so far."""
     DROPPED = 4

@@ -43,6 +43,13 @@ CONSTANTS = {
     "KCOV_BRIDGE_FOLLOW": abi.FOLLOW_FLAG,
     "KCOV_BRIDGE_LANE": abi.KCOV_BRIDGE_LANE,
     "KCOV_BRIDGE_LANE_SHIFT": abi.LANE_INDEX_SHIFT,
+    "KCOV_BRIDGE_WIRE": abi.KCOV_BRIDGE_WIRE,
+    "KB_WIRE_VECTOR": abi.WIRE_VECTOR,
+    "KB_WIRE_RING_BYTES": abi.WIRE_RING_BYTES,
+    "sizeof(struct kb_wire)": abi.WIRE_BYTES,
+    "offsetof(struct kb_wire, to_host)": abi.PAGE_SIZE,
+    "offsetof(struct kb_wire, to_guest)": abi.PAGE_SIZE + abi.WIRE_RING_BYTES,
+    **{f"KB_WIRE_{kind.name}": int(kind) for kind in abi.WireEnd},
     "KB_KERNEL_CPUS": abi.KERNEL_CPUS,
     "offsetof(struct kb_kernel, cpus)": abi.KernelWord.CPUS * abi.WORD,
     "offsetof(struct kb_kernel, syscall_entry)": abi.KernelWord.SYSCALL_ENTRY * abi.WORD,
@@ -69,6 +76,7 @@ def _expected() -> dict[str, int]:
         ("kb_request", abi.RequestWord),
         ("kb_response", abi.ResponseWord),
         ("kb_call_log", abi.CallLogWord),
+        ("kb_wire", abi.WireWord),
         ("kb_call", [word for word in abi.CallWord if word is not abi.CallWord.STRINGS]),
     ):
         for word in words:
