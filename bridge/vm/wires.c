@@ -54,6 +54,8 @@ struct wire {
 	int fd;			/* -1: ended */
 	bool connecting;
 	bool eof;		/* the target has closed its half */
+	bool full;		/* no room for the guest; HOST_FULL says so, which it may overwrite */
+	bool hung_up;		/* poll() says so again and again */
 };
 
 static struct wire wires[MOST];
@@ -184,9 +186,11 @@ static bool find_room(struct wire *wire, size_t *part)
 		}
 		*part = RING_BYTES - used < RING_BYTES - at ? RING_BYTES - used : RING_BYTES - at;
 		if (*part) {
+			wire->full = false;
 			tell(&wire->words[HOST_FULL], 0);
 			return true;
 		}
+		wire->full = true;
 		tell(&wire->words[HOST_FULL], 1);
 		/* Pairs with the guest's: guest_taken, barrier, host_full. */
 		__atomic_thread_fence(__ATOMIC_SEQ_CST);
@@ -334,7 +338,7 @@ static short wanted(const struct wire *wire)
 
 	if (wire->connecting)
 		return POLLOUT;
-	if (wire->words && !wire->eof && !look(&wire->words[HOST_FULL]))
+	if (wire->words && !wire->eof && !wire->full)
 		events |= POLLIN;
 	if (waiting)
 		events |= POLLOUT;
@@ -356,6 +360,11 @@ static void serve(struct wire *wire, short events)
 	}
 	if (wire->connecting)
 		return;
+	wire->hung_up |= !!(events & POLLHUP);
+	if (events & (POLLERR | POLLNVAL)) {
+		end(wire, true);
+		return;
+	}
 	send_some(wire);
 	receive_some(wire);
 }
@@ -389,11 +398,14 @@ int main(int argc, char **argv)
 		count = had = kept;
 		polled[0] = (struct pollfd){ .fd = bell, .events = POLLIN };
 		polled[1] = (struct pollfd){ .fd = control, .events = POLLIN };
-		for (size_t i = 0; i < count; i++)
+		for (size_t i = 0; i < count; i++) {
+			short events = wires[i].fd < 0 ? 0 : wanted(&wires[i]);
+
 			polled[2 + i] = (struct pollfd){
-				.fd = wires[i].fd,
-				.events = wires[i].fd < 0 ? 0 : wanted(&wires[i]),
+				.fd = wires[i].hung_up && !events ? -1 : wires[i].fd,
+				.events = events,
 			};
+		}
 		if (poll(polled, 2 + count, -1) < 0 && errno != EINTR)
 			err(1, "poll");
 		if (polled[0].revents && read(bell, &rung, sizeof(rung)) < 0 && errno != EAGAIN)
