@@ -240,6 +240,16 @@ class Settings:
             metavar="DIR",
         ),
     )
+    transport: str = field(
+        default="network",
+        metadata=_about(
+            Kind.TEXT,
+            "how the guest reaches the target: by its network, or by the region, the memory that "
+            "it shares with the host, which is faster; auto uses the region where the target "
+            "offers it, as plan9 does",
+            choices=("auto", "network", "region"),
+        ),
+    )
     target_timeout: float = field(
         default=90.0,
         metadata=_about(

@@ -162,10 +162,15 @@ def _measure(bench: Bench) -> None:
     bench.progress("ten system calls on the 9p target")
     path = f"{MOUNT_POINT}/README"
     there = _turns(bench, served, BuiltIn("file", (path,)))
+    bench.progress("the same, with the connection by the region")
+    by_region = bench.settings(source="python", transport="region")
+    near = _turns(bench, by_region, BuiltIn("file", (path,)))
     bench.progress("the same calls on a file of the guest")
     here = _turns(bench, served, BuiltIn("file", ("/etc/hostname",)))
     _add_rate(bench, "10 calls, 9p", there)
     _add_split(bench, "10 calls, 9p", there)
+    _add_rate(bench, "10 calls, 9p, by the region", near)
+    _add_split(bench, "10 calls, 9p, by the region", near)
     guest = _series("in the guest's memory", here, "inside", "timed")
     whole = _series("on 9p", there, "inside", "timed")
     bench.add(

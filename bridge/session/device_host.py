@@ -152,25 +152,32 @@ class DeviceHost:
         return EpochWord(self.region.path, HeaderWord.COVERAGE_EPOCH * WORD)
 
     def serve_wires(self, endpoints: Sequence[AnyEndpoint]) -> None:
-        """Let the guest connect to these endpoints through the region, from now on.
+        """Let the guest connect to these endpoints through the region; call it once.
 
-        Where there is no compiler it cannot; it is told EOPNOTSUPP when it tries.
+        Raises:
+            MissingDependencyError: there is no C compiler.
+            InfrastructureError: the process that carries the connections cannot be started.
+            DoorbellError: as :meth:`call`.
+        """
+        server = self._server
+        wires = WireRelay(self.region, server.wire_bell, server.wire_guest_bell, endpoints)
+        self._stack.callback(wires.close)
+        self._wires = wires
+        self.call(functools.partial(setattr, self.device, "wires", wires))
+
+    @property
+    def serves_wires(self) -> bool:
+        """Whether the guest can connect through the region."""
+        return self._wires is not None
+
+    def move_wires(self, endpoints: Sequence[AnyEndpoint]) -> None:
+        """Have connections through the region, if there are any, lead to these from now on.
 
         Raises:
             DoorbellError: as :meth:`call`.
         """
-        if self._wires is None:
-            server = self._server
-            try:
-                self._wires = WireRelay(
-                    self.region, server.wire_bell, server.wire_guest_bell, endpoints
-                )
-            except BridgeError as error:
-                logger.debug("no connections through the region: %s", error.report())
-                return
-            self._stack.callback(self._wires.close)
-            self.device.wires = self._wires
-        self.call(functools.partial(self._wires.set, endpoints))
+        if self._wires is not None:
+            self.call(functools.partial(self._wires.set, endpoints))
 
     def rely_on_epoch(self) -> None:
         """Have no return reported that finds the coverage epoch unchanged."""

@@ -250,7 +250,7 @@ class RunningGuest:
             if renew is not None:
                 target = renew()
                 self._relays.set(target.endpoints)
-                device.serve_wires(target.endpoints)
+                device.move_wires(target.endpoints)
                 self._devices, self.endpoints = target.devices, target.endpoints
                 laps("target")
 
@@ -344,7 +344,6 @@ class Launcher:
             self._gate = RelayGate()
             stack.callback(self._gate.close)
             self._addresses = HostAddresses(target.endpoints)
-            device.serve_wires(target.endpoints)
             stack.callback(self._addresses.close)
             self._datagrams: DatagramRelay | None = None
             if udp := _udp(target.endpoints):

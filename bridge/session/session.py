@@ -35,6 +35,7 @@ from bridge.errors import (
     GuestLostError,
     GuestResetError,
     InfrastructureError,
+    MissingDependencyError,
     TargetError,
     UsageError,
 )
@@ -84,6 +85,7 @@ class _Parts:
     accelerator: Accelerator
     image: GuestImage
     target: Description
+    by_region: bool
     host: TargetHost
     watch: KernelWatch
     device: DeviceHost
@@ -213,7 +215,7 @@ class Session:
         stack.push(functools.partial(stop_target, host))
         # With a PC for each return the guest is to report every return.
         coverage_epoch = device.coverage_epoch if not settings.syscall_pcs else None
-        target = host.start(device.deliver, coverage_epoch)
+        target = self._reached(host.start(device.deliver, coverage_epoch), device)
         if coverage_epoch is not None:
             device.rely_on_epoch()
         if source is not None:
@@ -253,7 +255,17 @@ class Session:
             explain=self._explain,
             cut_off=self._keep_partial,
         )
-        return _Parts(attempt.accelerator, image, target, host, watch, device, running, executor)
+        return _Parts(
+            attempt.accelerator,
+            image,
+            target,
+            device.serves_wires,
+            host,
+            watch,
+            device,
+            running,
+            executor,
+        )
 
     def _target_host(self, out: Path | None, *, measured: bool) -> TargetHost:
         settings = self.settings
@@ -278,6 +290,28 @@ class Session:
             out=out,
             start_seconds=settings.target_timeout,
         )
+
+    def _reached(self, target: Description, device: DeviceHost) -> Description:
+        """Return the target with the set-up for the way on which the guest connects to it."""
+        wanted = self.settings.transport
+        if wanted == "network" or not target.endpoints:
+            return target
+        if not target.guest_setup_by_region:
+            if wanted == "region":
+                raise UsageError(
+                    f"the guest cannot connect to the target {target.name} by the region",
+                    hint="leave out --transport region; docs/targets.md says what a target needs "
+                    "for it",
+                )
+            return target
+        try:
+            device.serve_wires(target.endpoints)
+        except MissingDependencyError as error:
+            if wanted == "region":
+                raise
+            logger.info("the guest connects to its target by its network: %s", error.message)
+            return target
+        return target.by_region()
 
     def _output_directory(self) -> Path | None:
         if self._out is None:
@@ -677,6 +711,8 @@ def _words(command: Word | Sequence[Word]) -> tuple[str, ...]:
 def _renew(parts: _Parts) -> Description:
     """Give the target its first state again; its next connections and devices reach it."""
     now = parts.host.renew()
+    if parts.by_region:
+        now = now.by_region()
     if _on_guest_side(now) != _on_guest_side(parts.target):
         raise TargetError(
             f"the target {now.name} describes itself in another way, now that it was started again",

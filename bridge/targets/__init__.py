@@ -153,5 +153,13 @@ class DeviceTarget(Target, Protocol):
         """Files to write in the guest before :attr:`guest_setup`."""
 
     @property
+    def guest_setup_by_region(self) -> str:
+        """What takes the place of :attr:`guest_setup` where the guest connects by the region.
+
+        ``kcov-wire PORT COMMAND`` runs a command whose descriptor 3 is a connection to the
+        endpoint with this port. Empty for a target that only the network leads to.
+        """
+
+    @property
     def guest_packages(self) -> Sequence[str]:
         """Debian packages that the guest's image must have."""

@@ -44,6 +44,11 @@ class Description:
     devices: tuple[QemuDevice, ...] = ()
     guest_files: tuple[GuestFile, ...] = ()
     guest_packages: tuple[str, ...] = ()
+    guest_setup_by_region: str = ""
+
+    def by_region(self) -> Description:
+        """Return the same target, which the guest connects to by the region."""
+        return dataclasses.replace(self, guest_setup=self.guest_setup_by_region)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -77,6 +82,7 @@ class Description:
                 for each in values["guest_files"]
             ),
             tuple(values["guest_packages"]),
+            values["guest_setup_by_region"],
         )
 
 
@@ -148,6 +154,7 @@ def describe(target: Target) -> Description:
         reader.read(
             "guest_packages", 'a tuple of Debian packages such as ("python3",)', _tuple_of(str), ()
         ),
+        reader.read("guest_setup_by_region", "a shell script, as text", _text, ""),
     )
 
 

@@ -113,11 +113,12 @@ class Plan9Target:
     @property
     def guest_setup(self) -> str:
         """Mount the tree, uncached: each operation is to reach the server."""
-        options = f"trans=tcp,port={GUEST_PORT},version=9p2000,noextend,cache=none"
-        return (
-            f"set -e\n[ -d {MOUNT_POINT} ] || mkdir -p {MOUNT_POINT}\n"
-            f"mount -t 9p -o {options} {TARGET_ADDRESS} {MOUNT_POINT}\n"
-        )
+        return _mount("", f"trans=tcp,port={GUEST_PORT}", TARGET_ADDRESS)
+
+    @property
+    def guest_setup_by_region(self) -> str:
+        """The same, with a connection that the guest's client is given."""
+        return _mount(f"kcov-wire {GUEST_PORT} ", "trans=fd,rfdno=3,wfdno=3", self.name)
 
     @property
     def guest_teardown(self) -> str:
@@ -244,6 +245,14 @@ class Plan9Target:
         for result in results:
             if isinstance(result, Exception):
                 raise result
+
+
+def _mount(prefix: str, transport: str, source: str) -> str:
+    options = f"{transport},version=9p2000,noextend,cache=none"
+    return (
+        f"set -e\n[ -d {MOUNT_POINT} ] || mkdir -p {MOUNT_POINT}\n"
+        f"{prefix}mount -t 9p -o {options} {source} {MOUNT_POINT}\n"
+    )
 
 
 def _fill(filesystem: Any, entries: tuple[Entry, ...]) -> None:

@@ -126,6 +126,10 @@ class Services(tuple[Service, ...]):
         return " + ".join(str(service) for service in self)
 
 
+def _in_turn(scripts: Sequence[str]) -> str:
+    return "".join(f"(\n{script}\n) || exit $?\n" for script in scripts if script)
+
+
 class CompositeTarget:
     """Several targets as one: they start in order, and stop in reverse.
 
@@ -211,8 +215,20 @@ class CompositeTarget:
     @property
     def guest_setup(self) -> str:
         """The scripts of all of them, each in a shell of its own; the first that fails is last."""
-        scripts = [member_of(each, "guest_setup", "") for each in self.targets]
-        return "".join(f"(\n{script}\n) || exit $?\n" for script in scripts if script)
+        return _in_turn([member_of(each, "guest_setup", "") for each in self.targets])
+
+    @property
+    def guest_setup_by_region(self) -> str:
+        """The scripts of all of them, if any has one; the others are reached by the network."""
+        offered = [member_of(each, "guest_setup_by_region", "") for each in self.targets]
+        if not any(offered):
+            return ""
+        return _in_turn(
+            [
+                script or member_of(each, "guest_setup", "")
+                for each, script in zip(self.targets, offered, strict=True)
+            ]
+        )
 
     @property
     def guest_teardown(self) -> str:

@@ -109,6 +109,8 @@ class WireRelay:
         self._stack.close()
 
     def _command(self, text: str) -> int:
+        if self._closing:
+            return errno.EIO
         try:
             self._control.send(text.encode())
             answer = self._control.recv(1)

@@ -86,6 +86,11 @@ def test_composite_target_joins_what_its_parts_say() -> None:
     assert told.guest_files == WithFiles.guest_files
     shown = subprocess.run(["sh", "-c", told.guest_setup], stdout=subprocess.PIPE, check=True)
     assert shown.stdout == b"a\nb\n", "`exit` ends the part alone"
+    assert told.guest_setup_by_region == "", "none of them offers it"
+    first.guest_setup_by_region = "echo region"  # type: ignore[attr-defined]
+    by_region = describe(target).by_region().guest_setup
+    shown = subprocess.run(["sh", "-c", by_region], stdout=subprocess.PIPE, check=True)
+    assert shown.stdout == b"region\nb\n"
     failing = CompositeTarget([Part("a", 1, "exit 3"), second]).guest_setup
     assert subprocess.run(["sh", "-c", failing], stdout=subprocess.PIPE).returncode == 3
     target.stop()

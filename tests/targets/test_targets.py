@@ -287,7 +287,8 @@ def test_plan9_guest_setup_mounts_the_server(plan9: Plan9Target) -> None:
     assert f"port={GUEST_PORT}," in plan9.guest_setup
     assert "version=9p2000,noextend" in plan9.guest_setup
     assert f"{TARGET_ADDRESS} {MOUNT_POINT}" in plan9.guest_setup
-    for script in (plan9.guest_setup, plan9.guest_teardown):
+    assert f"kcov-wire {GUEST_PORT} mount" in plan9.guest_setup_by_region
+    for script in (plan9.guest_setup, plan9.guest_setup_by_region, plan9.guest_teardown):
         subprocess.run(["sh", "-n"], input=script, text=True, check=True)
 
 

@@ -145,6 +145,7 @@ class Odd:
         "devices",
         "guest_files",
         "guest_packages",
+        "guest_setup_by_region",
     ],
 )
 def test_describe_a_property_that_exits_is_a_target_error(member: str) -> None:
@@ -170,6 +171,7 @@ def test_describe_a_property_that_exits_is_a_target_error(member: str) -> None:
         ("guest_files", ("/etc/motd",)),
         ("guest_files", (GuestFile("etc/motd", b""),)),
         ("guest_packages", "python3"),
+        ("guest_setup_by_region", None),
     ],
 )
 def test_describe_a_member_of_a_wrong_type_is_a_target_error(member: str, value: object) -> None:
