@@ -15,6 +15,7 @@ import pytest
 
 from bridge.bench.executions import LANE_LOOP
 from bridge.bench.floor import LAYOUT_FLAGS
+from bridge.vm.wires import WIRES
 from tests.support import ROOT, sources
 
 PYTHON = ("bridge", "tests", "examples", "docs", "setup.py")
@@ -186,6 +187,7 @@ def test_scripts_are_executable() -> None:
 LAYOUTS = {
     "bridge/bench/floor.c": LAYOUT_FLAGS,
     "bridge/bench/lane.c": LANE_LOOP.flags,
+    "bridge/vm/wires.c": WIRES.flags,
 }
 """Sources that get the layout of shared memory from their Python module."""
 

@@ -12,6 +12,7 @@ import pytest
 from bridge import Endpoint, Session, Settings, UsageError
 from bridge.session.target_host import TargetState
 from bridge.targets import MOUNT_POINT, TARGET_ADDRESS
+from bridge.targets.services import Service, Services
 
 pytestmark = pytest.mark.vm
 
@@ -110,6 +111,6 @@ def test_region_target_that_does_not_offer_it_is_refused() -> None:
     settings = Settings(transport="region", source="python")
     with (
         pytest.raises(UsageError, match="cannot connect to the target plain by the region"),
-        Session(settings, target=lambda _: _Plain()),
+        Session(settings, target=Services((Service(_Plain),))),
     ):
         pass

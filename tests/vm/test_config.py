@@ -33,7 +33,7 @@ def test_command_backends_are_descriptors() -> None:
         "socket,id=kcov,fd=13",
     ]
     assert options(command, "-serial") == ["chardev:console", "chardev:report"]
-    assert "ivshmem-doorbell,chardev=kcov,vectors=1,master=on" in options(command, "-device")
+    assert "ivshmem-doorbell,chardev=kcov,vectors=2,master=on" in options(command, "-device")
     assert FDS.all == (10, 11, 12, 13)
 
 

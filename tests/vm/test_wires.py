@@ -77,17 +77,17 @@ class Guest:
 @pytest.fixture
 def guest() -> Iterator[Guest]:
     region = Region(4 << 20)
-    bells = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
+    bell, guest_bell = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         endpoint = Endpoint("echo", listener.getsockname()[1], PORT)
-        relay = WireRelay(region, *bells, [endpoint])
+        relay = WireRelay(region, bell, guest_bell, [endpoint])
         try:
-            yield Guest(region, relay, *bells, listener)
+            yield Guest(region, relay, bell, guest_bell, listener)
         finally:
             relay.close()
             region.close()
-            for bell in bells:
-                os.close(bell)
+            os.close(bell)
+            os.close(guest_bell)
 
 
 def test_wires_both_directions_bytes_arrive_after_the_epoch_changed(guest: Guest) -> None:
