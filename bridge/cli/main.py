@@ -122,6 +122,7 @@ _SUBCOMMANDS = {
     "run": "run a command in a guest under kcov, with a target on this machine",
     "ssh": "open a shell in a booted guest",
     "serve": "hold a guest for other programs, on an SSH port that stays the same",
+    "syzkaller": "prepare a directory in which syzkaller's manager fuzzes a stock kernel",
     "symbolize": "print the source of each PC",
     "trace": "print the system calls of a run, with the code that each reached",
     "fuzz": "fuzz what stands behind the guest's system calls",

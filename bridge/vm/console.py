@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -70,6 +71,12 @@ class ConsoleLog:
         self._tail = bytearray()
         self._size = 0
         self._panic: str | None = None
+        self._listener: Callable[[bytes], None] | None = None
+
+    def listen(self, listener: Callable[[bytes], None]) -> None:
+        """Have all further output passed on as it comes, without a limit; not to raise."""
+        with self._lock:
+            self._listener = listener
 
     def feed(self, chunk: bytes) -> None:
         """Add what the guest wrote. On a full disk the file ends early, and the run continues."""
@@ -81,6 +88,9 @@ class ConsoleLog:
             self._size += len(chunk)
             self._tail[:] = (self._tail + chunk)[-TAIL_LIMIT:]
             self._write(chunk[:room])
+            listener = self._listener
+        if listener is not None:
+            listener(chunk)
 
     def _write(self, chunk: bytes) -> None:
         """Must be called with the lock held."""

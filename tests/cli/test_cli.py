@@ -62,7 +62,8 @@ def test_main_no_arguments_prints_help(capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize(
-    "subcommand", ["doctor", "run", "serve", "ssh", "symbolize", "trace", "bench", "image"]
+    "subcommand",
+    ["doctor", "run", "serve", "ssh", "syzkaller", "symbolize", "trace", "bench", "image"],
 )
 def test_help_each_subcommand_has_examples(
     subcommand: str, capsys: pytest.CaptureFixture[str]

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One guest of a campaign of syzkaller's manager: ``syzkaller_guest DIR SSH_PORT``.
+
+It serves until it is lost, or until stdin ends. The console goes to stdout. In the end what it
+covered is added to what the other guests of the campaign covered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bridge.cli.syzkaller_directory import COVERAGE, Campaign, copy_key, locked
+from bridge.errors import BridgeError, GuestLostError, GuestSetupError
+from bridge.guest.guest_image import find_guest_image
+from bridge.results import summary as summaries
+from bridge.results.merge import covered_blocks, merge_results, merge_stats
+from bridge.session.session import Session
+from bridge.session.stats import Stats
+
+__all__ = ["GUESTS_FILE", "main"]
+
+logger = logging.getLogger(__name__)
+
+GUESTS_FILE = "guests.jsonl"
+"""In the directory of the results: a line for each guest that ended."""
+
+_LAST_WORDS_SECONDS = 3.0
+"""So long the manager may read what a guest said that was lost."""
+
+_MODULES = (
+    *("tun", "veth", "dummy", "vcan", "nlmon", "fuse", "loop", "binfmt_misc", "rfkill"),
+    *("hci_vhci", "mac80211_hwsim", "mac802154_hwsim", "wireguard", "sctp", "nf_tables"),
+    *("9p", "btrfs", "ext4", "f2fs", "vfat", "xfs", "exfat", "udf", "isofs", "overlay"),
+    *("uinput", "uhid", "ppp_generic", "snd_seq", "snd_timer", "rdma_ucm", "ib_uverbs"),
+)
+"""What the executor configures, and what descriptions open or mount: nothing loads these in the
+guest when they are looked for. Modules that have a name for modprobe load by themselves."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve the guest."""
+    logging.basicConfig(level=logging.WARNING, format="kcov-bridge: %(message)s")
+    directory, port = Path(argv[0]), int(argv[1])
+    try:
+        return _Machine(directory, Campaign.load(directory), port).run()
+    except BridgeError as error:
+        logger.error("%s", error.report())
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+
+
+class _Machine:
+    """A guest, from its start to the line about it in the results."""
+
+    def __init__(self, directory: Path, campaign: Campaign, port: int) -> None:
+        self._directory = directory
+        self._campaign = campaign
+        self._port = port
+        self._ended = threading.Event()
+        self._ready = False
+        self._guard = threading.Lock()  # of _ready
+
+    def run(self) -> int:
+        """Serve until the guest is lost, or stdin ends; return the exit status."""
+        threading.Thread(target=self._watch_manager, daemon=True).start()
+        settings = self._campaign.machine_settings()
+        copy_key(find_guest_image(settings), self._directory)
+        results = self._directory / COVERAGE
+        results.mkdir(exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix="guest-", dir=results))
+        session = Session(settings, part, ssh_port=self._port)
+        began, why = time.time(), ""
+        try:
+            with session:
+                session.machine.console.listen(_write)
+                session.machine.add_loss_listener(lambda _: self._ended.set())
+                self._set_up(session)
+                with self._guard:
+                    self._ready = True
+                self._ended.wait()
+                # The guest is not powered down: nobody needs what it has not yet written.
+                raise session.machine.loss or GuestLostError("the manager ended the guest")
+        except BridgeError as error:
+            why = error.message
+            if not self._ready:
+                raise
+            time.sleep(_LAST_WORDS_SECONDS if session.machine.loss is not None else 0)
+            return 0
+        except KeyboardInterrupt:
+            why = "the manager ended the guest before it was ready"
+            raise
+        finally:
+            # Whoever sent the first one is gone; the results are still to be written.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            self._keep(session.stats(), part, results, began, why)
+
+    def _watch_manager(self) -> None:
+        """Wait for the end of stdin, which is the end of what the manager started."""
+        while os.read(0, 1024):
+            pass
+        self._ended.set()
+        with self._guard:
+            if not self._ready:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    def _set_up(self, session: Session) -> None:
+        campaign = self._campaign
+        values = {
+            # The console's level is the first of four.
+            "printk": f"{campaign.loglevel} 4 1 7",
+            "panic_on_warn": f"{campaign.panic_on_warn:d}",
+            "panic_on_oops": f"{campaign.panic_on_oops:d}",
+        }
+        lines = [f"echo {value} > /proc/sys/kernel/{name}\n" for name, value in values.items()]
+        # An image of one's own may lack some: their features are off then.
+        lines += [f"modprobe -q {module} || true\n" for module in _MODULES]
+        done = session.guest.run("".join(["set -e\n", *lines]), timeout=300)
+        if done.exit_status:
+            raise GuestSetupError(
+                f"the guest could not be set up for syzkaller (exit status {done.exit_status})",
+                evidence=(done.stdout + done.stderr).decode(errors="replace"),
+            )
+
+    def _keep(self, stats: Stats, part: Path, results: Path, began: float, why: str) -> None:
+        """Add what this guest covered to the results of all."""
+        with locked(results):
+            try:
+                merge_results(part, results)
+            except BridgeError as error:
+                logger.error("what the guest covered stays in %s: %s", part, error.report())
+            else:
+                shutil.rmtree(part, ignore_errors=True)
+            seconds = round(time.time() - began, 3)
+            stats.instances = []
+            line = {"began": began, "seconds": seconds, "end": why, "stats": stats.as_dict()}
+            with (results / GUESTS_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            with contextlib.suppress(BridgeError):
+                _write_summary(results)
+
+
+def _write_summary(results: Path) -> None:
+    guests = []
+    seconds = 0.0
+    for line in (results / GUESTS_FILE).read_text(encoding="utf-8").splitlines():
+        # One that was cut off by a full disk is left out.
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            values = json.loads(line)
+            guests.append(Stats(**values["stats"]))
+            seconds += values["seconds"]
+    stats = merge_stats(guests)
+    stats.blocks_covered, stats.kernel_blocks_covered = covered_blocks(results)
+    found = summaries.Summary(
+        stats, exit_status=0, command=("syzkaller",), run_seconds=round(seconds, 3)
+    )
+    summaries.write(found, results / "summary.json")
+
+
+def _write(chunk: bytes) -> None:
+    """Pass the console on; whoever read it may be gone."""
+    with contextlib.suppress(OSError):
+        while chunk:
+            chunk = chunk[os.write(1, chunk) :]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What syzkaller's manager starts in QEMU's place: ``syzkaller_machine DIR [QEMU's arguments]``.
+
+The manager ends a machine with SIGKILL. So this process is thin: it starts another one, which has
+the session (:mod:`bridge.cli.syzkaller_guest`), and passes the console on to the manager. The
+other one holds the end of a pipe, sees it close when this process dies, however it dies, and
+ends its session in order.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+_SSH_PORT = re.compile(r"hostfwd=tcp:[^:]*:(\d+)-[^:]*:22\b")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a guest until it is lost, or until this process is killed."""
+    directory, arguments = argv[0], argv[1:]
+    if "--version" in arguments:
+        print("kcov-bridge in QEMU's place")
+        return 0
+    port = _SSH_PORT.search(" ".join(arguments))
+    if port is None:
+        print("kcov-bridge: the manager names no SSH port: is its type qemu?", file=sys.stderr)
+        return 2
+    guest = subprocess.Popen(
+        [sys.executable, "-m", "bridge.cli.syzkaller_guest", directory, port.group(1)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        # A signal for the manager's group is not for it.
+        start_new_session=True,
+    )
+    assert guest.stdout is not None
+    while chunk := os.read(guest.stdout.fileno(), 1 << 16):
+        while chunk:
+            chunk = chunk[os.write(1, chunk) :]
+    return guest.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kcov-bridge syzkaller``: the directory, and guests driven as the manager drives them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from bridge.cli.main import main
+from bridge.cli.syzkaller_directory import COVERAGE, Campaign
+from bridge.cli.syzkaller_guest import GUESTS_FILE
+from bridge.config import Settings
+from tests.support.coverage_data import executed
+from tests.support.programs import guest_image
+
+_BUILT = ("bin/syz-manager", "bin/linux_amd64/syz-executor", "bin/linux_amd64/syz-execprog")
+
+
+def checkout(directory: Path, *, built: bool = True) -> Path:
+    """Make what looks like a checkout; nothing in it is run."""
+    (directory / "syz-manager").mkdir(parents=True)
+    for name in _BUILT if built else ():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).touch(mode=0o755)
+    return directory
+
+
+def test_syzkaller_checkout_cannot_be_used_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["syzkaller", str(tmp_path / "d"), "--syzkaller"]
+    assert main([*command, str(tmp_path / "none")]) == 2
+    assert "is no checkout of syzkaller" in capsys.readouterr().err
+    old = checkout(tmp_path / "old")
+    (old / "syz-fuzzer").mkdir()
+    assert main([*command, str(old)]) == 2
+    assert "too old" in capsys.readouterr().err
+    assert main([*command, str(checkout(tmp_path / "source", built=False))]) == 2
+    said = capsys.readouterr().err
+    assert "bin/syz-manager" in said
+    assert "make manager executor" in said
+    assert not (tmp_path / "d").exists()
+
+
+def test_syzkaller_more_guests_than_memory_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["syzkaller", str(tmp_path / "d"), "--syzkaller", str(checkout(tmp_path / "s"))]
+    assert main([*words, "--count", "1000"]) == 2
+    assert "lower --count or --memory" in capsys.readouterr().err
+    assert main([*words, "--procs", "0"]) == 2
+    assert "--procs: 0 is not allowed" in capsys.readouterr().err
+
+
+def test_campaign_kernel_is_no_source_has_a_pc_for_each_call() -> None:
+    assert Campaign(Settings(accel="tcg", source="python")).machine_settings().syscall_pcs
+    assert not Campaign(Settings(accel="tcg")).machine_settings().syscall_pcs
+
+
+class Manager:
+    """The manager's side of the door: it starts what stands in for QEMU, and kills it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.config = json.loads((directory / "manager.cfg").read_text())
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        forward = f"user,id=net0,restrict=on,hostfwd=tcp:127.0.0.1:{self.port}-:22"
+        words = [self.config["vm"]["qemu"], "-m", "256", "-smp", "1", "-serial", "stdio"]
+        words += ["-no-reboot", "-name", "VM-0", "-accel", "tcg", "-netdev", forward]
+        self.machine = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        self.console = b""
+
+    def ssh(self, command: str) -> subprocess.CompletedProcess[str]:
+        words = ["ssh", "-p", str(self.port), "-F", "/dev/null", "-i", self.config["sshkey"]]
+        for option in ("UserKnownHostsFile=/dev/null", "IdentitiesOnly=yes", "BatchMode=yes"):
+            words += ["-o", option]
+        words += ["-o", "StrictHostKeyChecking=no", "-o", "ConnectTimeout=10", "root@localhost"]
+        return subprocess.run([*words, command], capture_output=True, text=True, timeout=120)
+
+    def wait_ssh(self) -> None:
+        deadline = time.monotonic() + 240
+        while self.ssh("pwd").returncode:
+            assert self.machine.poll() is None, self.read(0)
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+
+    def read(self, seconds: float, until: bytes = b"\0") -> str:
+        """Read the console until some bytes come, or the end, or for so long."""
+        assert self.machine.stdout is not None
+        descriptor, deadline = self.machine.stdout.fileno(), time.monotonic() + seconds
+        while until not in self.console:
+            left = max(0, deadline - time.monotonic())
+            if not select.select([descriptor], [], [], left)[0]:
+                break
+            chunk = os.read(descriptor, 1 << 16)
+            if not chunk:
+                break
+            self.console += chunk
+        return self.console.decode(errors="replace")
+
+    def kill(self) -> None:
+        self.machine.kill()
+        self.machine.wait()
+        assert self.machine.stdout is not None
+        self.machine.stdout.close()
+
+
+def guests(results: Path, count: int) -> list[dict[str, object]]:
+    """Wait until so many guests have ended in order."""
+    deadline = time.monotonic() + 120
+    while True:
+        file = results / GUESTS_FILE
+        found = file.read_text().splitlines() if file.exists() else []
+        # The summary is the last that a guest writes.
+        if len(found) >= count and not list(results.glob("guest-*")):
+            return [json.loads(line) for line in found]
+        assert time.monotonic() < deadline, sorted(results.iterdir())
+        time.sleep(0.2)
+
+
+@pytest.mark.vm
+def test_syzkaller_guests_are_killed_and_panic_results_of_all_are_merged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = guest_image()
+    directory = tmp_path / "campaign"
+    words = ["syzkaller", str(directory), "--syzkaller", str(checkout(tmp_path / "s"))]
+    words += ["--image", image.name, "--source", "python", "--target", "plan9", "--memory", "256"]
+    assert main([*words, "--panic-on-warn"]) == 0
+    started = capsys.readouterr().out.split()
+    assert started == [f"{tmp_path}/s/bin/syz-manager", f"-config={directory}/manager.cfg"]
+    results = directory / COVERAGE
+
+    first = Manager(directory)
+    try:
+        first.wait_ssh()
+        done = first.ssh(
+            "cat /proc/sys/kernel/panic_on_warn; cat /proc/sys/kernel/printk;"
+            "mkdir /mnt/target/made; kcov-doc /etc/hostname; echo '<4>a warning' >/dev/kmsg"
+        )
+        panic, printk, *pcs = done.stdout.splitlines()
+        assert (panic, printk.split()[0]) == ("1", "7")
+        # The kernel is no source, and yet the calls on a file of the guest have PCs.
+        assert any(re.match(r"0xffffffff[0-9a-f]{8}\b", each) for each in pcs), done.stdout
+        assert "a warning" in first.read(30, b"a warning")
+    finally:
+        first.kill()
+    assert guests(results, 1)[0]["end"] == "the manager ended the guest"
+
+    second = Manager(directory)
+    try:
+        second.wait_ssh()
+        second.ssh("cat /mnt/target/README")
+        second.ssh("echo 1 >/proc/sys/kernel/sysrq; (sleep 0.5; echo c >/proc/sysrq-trigger) &")
+        assert "Kernel panic - not syncing: sysrq triggered crash" in second.read(60)
+        assert second.machine.wait(60) == 0
+    finally:
+        second.kill()
+    ended = guests(results, 2)
+    assert "panicked" in str(ended[1]["end"])
+    # Only the first guest tried to make a directory, only the second one read a file.
+    (path,) = (each for each in executed(results / ".coverage") if each.endswith("plan9/server.py"))
+    source = Path(path).read_text().splitlines()
+    lines = {source[line - 1].strip() for line in executed(results / ".coverage")[path]}
+    assert any("permission_denied" in line for line in lines), lines
+    assert any("msg_rread" in line for line in lines), lines
+    deadline = time.monotonic() + 30
+    while True:
+        summary = json.loads((results / "summary.json").read_text())
+        if summary["returns"] >= sum(each["stats"]["returns"] for each in ended):  # type: ignore[index]
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert 0 < summary["blocks_covered"] < summary["blocks_total"]
+
+
+@pytest.mark.vm
+def test_syzkaller_machine_is_killed_while_it_starts_leaves_no_process(tmp_path: Path) -> None:
+    image = guest_image()
+    directory = tmp_path / "campaign"
+    words = ["syzkaller", str(directory), "--syzkaller", str(checkout(tmp_path / "s"))]
+    assert main([*words, "--image", image.name, "--memory", "256", "--source", "python"]) == 0
+    manager = Manager(directory)
+    time.sleep(1)
+    (child,) = map(
+        int,
+        Path(f"/proc/{manager.machine.pid}/task/{manager.machine.pid}/children")
+        .read_text()
+        .split(),
+    )
+    manager.kill()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{child}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, signal.SIGCONT)
