@@ -51,6 +51,8 @@ guest when they are looked for. Modules that have a name for modprobe load by th
 def main(argv: Sequence[str]) -> int:
     """Serve the guest."""
     logging.basicConfig(level=logging.WARNING, format="kcov-bridge: %(message)s")
+    # A manager that a script starts in the background inherits and passes on that it is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     directory, port = Path(argv[0]), int(argv[1])
     try:
         return _Machine(directory, Campaign.load(directory), port).run()
