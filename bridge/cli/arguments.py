@@ -8,7 +8,7 @@ directory and the debug information of its kernel.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from bridge import config
@@ -21,12 +21,18 @@ __all__ = [
 ]
 
 
-def add_settings(parser: argparse._ActionsContainer, names: Iterable[str] | None = None) -> None:
+def add_settings(
+    parser: argparse._ActionsContainer,
+    names: Iterable[str] | None = None,
+    *,
+    defaults: Mapping[str, object] | None = None,
+) -> None:
     """Add ``--config`` and one flag for each setting; a flag that is not given is None.
 
     Args:
         parser: a parser, or a group of its arguments.
         names: the settings to add; all when None.
+        defaults: those of the command, where they differ from the general ones.
     """
     parser.add_argument(
         "--config",
@@ -36,10 +42,11 @@ def add_settings(parser: argparse._ActionsContainer, names: Iterable[str] | None
         "pyproject.toml)",
     )
     chosen = None if names is None else set(names)
+    own = defaults or {}
     for name, option in config.options().items():
         if chosen is not None and name not in chosen:
             continue
-        default = config.default_of(name)
+        default = own[name] if name in own else config.default_of(name)
         text = option.help
         if default not in (None, "") and option.kind is not config.Kind.FLAG:
             text += f" (default {default})"
@@ -52,15 +59,21 @@ def add_settings(parser: argparse._ActionsContainer, names: Iterable[str] | None
             parser.add_argument(flag, metavar=metavar, default=None, help=text)
 
 
-def settings_of(args: argparse.Namespace) -> config.Settings:
+def settings_of(
+    args: argparse.Namespace, *, defaults: Mapping[str, object] | None = None
+) -> config.Settings:
     """Load the settings: defaults, file, environment, and the flags among parsed arguments.
+
+    Args:
+        args: the parsed arguments.
+        defaults: as for :func:`add_settings`.
 
     Raises:
         UsageError: a setting has a wrong name or value.
     """
     given = vars(args)
     flags = {name: given[name] for name in config.options() if given.get(name) is not None}
-    return config.load(flags, file=given.get("config"))
+    return config.load(flags, file=given.get("config"), defaults=defaults)
 
 
 def add_run_directory(parser: argparse.ArgumentParser) -> None:

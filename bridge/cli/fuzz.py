@@ -61,6 +61,9 @@ _OTHERS: Final = frozenset(
 )
 """Settings of a session that a campaign chooses by itself."""
 
+_DEFAULTS: Final = {"transport": "auto"}
+"""Defaults of a campaign: the way of a message decides how many cases it executes."""
+
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _FOUND: Final = 1
 
@@ -203,7 +206,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plain", action="store_true", help="print plain lines, as without a terminal"
     )
     group = parser.add_argument_group("the guest and the target, as of kcov-bridge run")
-    add_settings(group, [name for name in config.options() if name not in _OTHERS])
+    names = [name for name in config.options() if name not in _OTHERS]
+    add_settings(group, names, defaults=_DEFAULTS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -266,7 +270,7 @@ def _plan(args: argparse.Namespace) -> Any:
                 f"the dictionary {args.dictionary} cannot be read: {error.strerror}"
             ) from error
     return Plan(
-        settings=settings_of(args).changed(),
+        settings=settings_of(args, defaults=_DEFAULTS).changed(),
         harness="" if command else _harness(args.harness or "files"),
         command=command,
         differential=args.differential,

@@ -428,10 +428,15 @@ static inline bool kb_exit_work_is_own(const struct kb_instance *inst)
 	return !kb_exit_work_is_due();
 }
 
-/* Load the floating-point registers here, which a task that slept otherwise does at the exit. */
+/*
+ * Load the floating-point registers here, which a task that slept otherwise does at the exit. A
+ * thread of the kernel, which writes to a wire for the 9p client, has none and no such exit.
+ */
 static inline void kb_fpu_load(void)
 {
 #ifdef KB_SWITCH_FPU_EXPORTED
+	if (current->flags & (PF_KTHREAD | PF_IO_WORKER))
+		return;
 	local_irq_disable();
 	if (test_thread_flag(TIF_NEED_FPU_LOAD))
 		switch_fpu_return();

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from bridge import Endpoint, Session, Settings, UsageError
+from bridge.results.kernel_export import is_kernel_pc
 from bridge.session.target_host import TargetState
 from bridge.targets import MOUNT_POINT, TARGET_ADDRESS
 from bridge.targets.services import Service, Services
@@ -95,6 +96,20 @@ def test_region_target_dies_calls_fail_and_a_reset_brings_it_back(session: Sessi
     assert _run(session, f"timeout 60 cat {MOUNT_POINT}/README")[0] not in (0, 124)
     session.reset()
     assert _run(session, f"cat {MOUNT_POINT}/README")[0] == 0
+
+
+def test_region_kernel_recorded_carries_calls_without_a_complaint() -> None:
+    """The 9p client writes on a thread of the kernel, beside the task that is recorded."""
+    with Session(Settings(transport="region", source="kernel,python")) as session:
+        session.kcov(["true"])
+        done = session.kcov(_work(MOUNT_POINT))
+        pcs = set(done.pcs)
+        log = _run(session, "dmesg")[1]
+    assert done.exit_status == 0
+    assert any(is_kernel_pc(pc) for pc in pcs)
+    assert not all(is_kernel_pc(pc) for pc in pcs)
+    assert "WARNING" not in log
+    assert "Call Trace" not in log
 
 
 class _Plain:
