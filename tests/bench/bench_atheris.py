@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Executions per second: a VM with the 9P target, beside atheris with the same server in a process.
 
-    python -m tests.bench.bench_atheris [--rounds N] [--executions N] [--peer-executions N]
+    python -m tests.bench.bench_atheris [--rounds N] [--seconds N] [--peer-executions N]
 
 A case is ten system calls on a file of the mount (the runner's harness ``file``: four times open
 and close, fstat, read). The messages that they become are recorded once, and atheris gives these
 to pyroute2's server in its own process: equal work for the target, without system calls, kernel,
 network and VM. Both cover the target's code alone. Then atheris fuzzes, from these messages as
-seed. Both sides take turns.
+seed. VM and atheris take turns, first with a VM whose messages travel by the network, then with one
+where they travel by the region. A turn of a VM ends after some seconds, however many cases that
+was, so a busy machine makes the figures worse and hardly the command longer.
 
 The VM's cases come from Python (``Lane.execute``), which adds some 50 us to each; there is no
 engine on this side. Needs atheris: pip install 'kcov-bridge[bench]'.
@@ -35,8 +37,10 @@ from bridge.fuzz.lane import Lane
 from tests.support import ROOT
 
 FILE = "/mnt/target/sizes/64"
-_READY_SECONDS = 60
-_CASE_SECONDS = 60
+WAYS = {"network": "network", "region": "auto"}
+"""Values of the setting ``transport``, by the name of a VM's line."""
+_READY_SECONDS = 600
+_CASE_SECONDS = 600
 
 
 class Recorder:
@@ -89,14 +93,26 @@ def running_lane(session: Session) -> Iterator[Lane]:
         session.close_lane(areas)
 
 
-def execute(lane: Lane, executions: int) -> float:
-    """Return executions per second of the VM."""
+def execute(lane: Lane, seconds: float) -> float:
+    """Execute cases for a time, at least one; return the executions per second."""
     begun = time.perf_counter()
-    for _ in range(executions):
+    executions = 0
+    while not executions or time.perf_counter() - begun < seconds:
         done = lane.execute(b"", _CASE_SECONDS)
         if done.status != 0 or not any(done.pcs):
             raise RuntimeError(f"a case failed: status {done.status}, {len(done.pcs)} areas")
+        executions += 1
     return executions / (time.perf_counter() - begun)
+
+
+def said(text: str) -> None:
+    """Say on stderr what goes on."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def shown(turn: dict[str, float]) -> str:
+    """Return the rates of a turn as text."""
+    return ", ".join(f"{name} {rate:,.0f} /s" for name, rate in turn.items())
 
 
 def peer(messages: dict[str, list[str]], executions: int) -> dict[str, float]:
@@ -123,43 +139,62 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: 5)")
-    parser.add_argument("--executions", type=int, default=1000, help="of the VM in each")
-    parser.add_argument("--peer-executions", type=int, default=5000, help="of atheris in each")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each (default: 3)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a VM in each (default: 3)")
+    parser.add_argument(
+        "--peer-executions", type=int, default=500, help="of atheris in each (default: 500)"
+    )
     parser.add_argument("--json", action="store_true", help="print the values of all turns")
     args = parser.parse_args()
-    values: dict[str, list[float]] = {"vm": [], "equal": [], "fuzzing": []}
-    recorder = Recorder()
-    with recorder, Session(Settings(source="python")) as session, running_lane(session) as lane:
-        execute(lane, 10)
-        before = len(recorder.messages)
-        execute(lane, 1)
-        messages = {
-            "before": [each.hex() for each in recorder.messages[:before]],
-            "case": [each.hex() for each in recorder.messages[before:]],
-        }
-        recorder.__exit__()
-        accelerator = session.accelerator.name.upper()
-        for _ in range(args.rounds):
-            values["vm"].append(execute(lane, args.executions))
-            for name, rate in peer(messages, args.peer_executions).items():
-                values[name].append(rate)
+    messages: dict[str, list[str]] = {}
+    values: dict[str, dict[str, list[float]]] = {}
+    accelerator = ""
+    for way, transport in WAYS.items():
+        said(f"a VM, 9p by the {way}")
+        found = values[way] = {"vm": [], "equal": [], "fuzzing": []}
+        recorder = Recorder()
+        with (
+            recorder,
+            Session(Settings(source="python", transport=transport)) as session,
+            running_lane(session) as lane,
+        ):
+            accelerator = session.accelerator.name.upper()
+            execute(lane, 1.0)
+            before = len(recorder.messages)
+            execute(lane, 0)
+            # Those of the first VM are for both: equal work.
+            messages = messages or {
+                "before": [each.hex() for each in recorder.messages[:before]],
+                "case": [each.hex() for each in recorder.messages[before:]],
+            }
+            recorder.__exit__()
+            for number in range(1, args.rounds + 1):
+                turn = {"vm": execute(lane, args.seconds), **peer(messages, args.peer_executions)}
+                for name, rate in turn.items():
+                    found[name].append(rate)
+                said(f"turn {number} of {args.rounds}, by the {way}: " + shown(turn))
     if args.json:
         print(json.dumps({"messages": len(messages["case"]), **values}))
         return 0
     print(f"a case: 10 system calls, {len(messages['case'])} messages to the target")
+    lines = [
+        (f"a VM under {accelerator}, 9p by the {way}, kcov on", found["vm"])
+        for way, found in values.items()
+    ]
     for name, text in (
-        ("vm", f"a VM under {accelerator}, 9p mount, kcov on"),
         ("equal", "atheris, the same messages"),
         ("fuzzing", "atheris, fuzzing from these messages"),
     ):
-        found = values[name]
+        lines.append((text, [rate for found in values.values() for rate in found[name]]))
+    for text, rates in lines:
         print(
-            f"{text:<40}{statistics.median(found):>10,.0f} /s  [{min(found):,.0f} - "
-            f"{max(found):,.0f}]"
+            f"{text:<44}{statistics.median(rates):>10,.0f} /s  [{min(rates):,.0f} - "
+            f"{max(rates):,.0f}]"
         )
-    ratios = [there / here for here, there in zip(values["vm"], values["equal"], strict=True)]
-    print(f"{'atheris to the VM, equal work':<40}{statistics.median(ratios):>10.1f} x")
+    for way, found in values.items():
+        ratios = [there / here for here, there in zip(found["vm"], found["equal"], strict=True)]
+        text = f"atheris to the VM by the {way}, equal work"
+        print(f"{text:<44}{statistics.median(ratios):>10.1f} x")
     return 0
 
 
