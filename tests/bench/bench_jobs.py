@@ -12,6 +12,8 @@ directory. A worker's process is slot, job and Dask's worker in one; its part is
 The harness writes to a virtual terminal of the guest, whose kernel is the source
 (``terminal.c``): one system call a case. With as many VMs as cores or more, an engine and its VM
 share a core, so the ratio says what the machine gives, too: the load at the beginning is printed.
+The coordination takes about the same per second whatever the VMs get, so its part is too large on a
+machine that other programs use.
 """
 
 from __future__ import annotations
