@@ -195,7 +195,7 @@ class _LiveScreen:
                 f"{more.get('guest', 0):,.0f}",
                 f"{more.get('resets', 0):,.0f}",
             )
-        said = Text("\n".join((*view.problems[-2:], *self._said)), style="dim", overflow="fold")
+        said = Text("\n".join(self._said), style="dim", overflow="fold")
         title = f"kcov-bridge fuzz · {_clock(view.seconds)} · {self._out}"
         parts = Group(figures, Text(), jobs, Text(), said)
         self._live.update(Panel(parts, title=Text(title), subtitle=Text(_HOW_TO_END, style="dim")))

@@ -199,6 +199,7 @@ class _Running:
             elapsed=elapsed,
             executions=executions,
             keep_finding=self._keep,
+            tell=said,
         )
         stack.callback(self._hub.close)
         self._began = self._hub.seconds
@@ -237,7 +238,7 @@ class _Running:
         """Keep a finding; see :class:`bridge.fuzz.hub.FindingSink`."""
         known = (self._store.findings / found.name / FINDING).is_file()
         if found.files:
-            finding = self._findings.add(found.files, found.times)
+            finding = self._findings.add(found.files, found.times, executions=self._hub.executions)
         elif known:
             finding = self._findings.count(found.name, found.times)
         else:

@@ -35,7 +35,7 @@ from bridge.fuzz.findings import CASES_KEPT, Place, files_of, finding_of
 from bridge.fuzz.harness import Harness
 from bridge.fuzz.job import Figures, FoundCase, FoundFinding, JobSettings, News
 from bridge.fuzz.monitor import MachineMonitor
-from bridge.fuzz.places import keep_places
+from bridge.fuzz.places import keep_places, tidy_places
 from bridge.fuzz.slot import Slot, SlotOptions
 from bridge.fuzz.slot_events import NewCase, Suspect
 from bridge.fuzz.titles import faults_of
@@ -185,6 +185,7 @@ class CampaignJob:
         self._readable = harness.readable
         engine = find_engine(plan.engine)
         directory = settings.directory
+        tidy_places(directory)
         folder = directory / "seeds"
         given = directory / "given"
         _write_cases(given, seeds)
@@ -293,13 +294,11 @@ class CampaignJob:
         faults = faults_of(event, self._packages)
         if not faults:
             return
-        slot = self._slot
         finding = finding_of(
             event,
             faults,
             self._plan.place(),
             seconds=time.time() - self._plan.zero,
-            executions=slot.executions if slot is not None else 0,
         )
         before = self._handed_over.get(finding.name, 0)
         self._handed_over[finding.name] = before + 1

@@ -233,22 +233,6 @@ def compare(ours: Side, theirs: Side, *, reach: int | None = None) -> Comparison
         Figure.of(f"blocks after {_time(seconds)}", "", *by_time),
         Figure.of(f"blocks after {executions:,} runs", "", *final("executions", executions)),
         Figure.of(
-            f"time to {wanted:,} blocks",
-            "s",
-            *(
-                [_first(points, wanted, seconds) for points in side.curves("seconds")]
-                for side in (ours, theirs)
-            ),
-        ),
-        Figure.of(
-            f"runs to {wanted:,} blocks",
-            "",
-            *(
-                [_first(points, wanted, executions) for points in side.curves("executions")]
-                for side in (ours, theirs)
-            ),
-        ),
-        Figure.of(
             "executions per second",
             "",
             *(
@@ -264,6 +248,22 @@ def compare(ours: Side, theirs: Side, *, reach: int | None = None) -> Comparison
             *([float(len(trial.findings)) for trial in side.trials] for side in (ours, theirs)),
         ),
     ]
+    # At no block there is nothing to wait for.
+    if wanted > 0:
+        figures[2:2] = [
+            Figure.of(
+                f"{name} to {wanted:,} blocks",
+                unit,
+                *(
+                    [_first(points, wanted, end) for points in side.curves(over)]
+                    for side in (ours, theirs)
+                ),
+            )
+            for name, unit, over, end in (
+                ("time", "s", "seconds", seconds),
+                ("runs", "", "executions", float(executions)),
+            )
+        ]
     titles = sorted({title for trial in trials for title in _titles(trial)})
     first, second = ours.covered(), theirs.covered()
     return Comparison(

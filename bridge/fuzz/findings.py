@@ -254,12 +254,15 @@ class Findings:
         finding = finding_of(suspect, faults, place, seconds=seconds, executions=executions)
         return self.add(files_of(finding, suspect, self._readable))
 
-    def add(self, files: Mapping[str, bytes], times: int = 1) -> Finding:
+    def add(
+        self, files: Mapping[str, bytes], times: int = 1, *, executions: int | None = None
+    ) -> Finding:
         """Keep the files of a finding; return when they are on the disk.
 
         Args:
             files: as :func:`files_of` returns them.
             times: how often it was found, if it is not found the first time.
+            executions: of the campaign, which a job does not know; None to keep what the files say.
 
         Raises:
             UsageError: they are not the files of a finding.
@@ -269,6 +272,9 @@ class Findings:
             if not _PLAIN.fullmatch(name):
                 raise UsageError(f"not the plain name of a file: {name[:80]!r}")
         finding = _parse(files[FINDING], self.directory)
+        if executions is not None:
+            finding = replace(finding, executions=executions)
+            files = {**files, FINDING: finding.as_json()}
         case = files[CASE]
         shown = case[:_SHOWN_CASE].hex(" ")
         with (

@@ -82,6 +82,10 @@ class JobState(enum.StrEnum):
     FAILED = "failed"
 
 
+_WITH_VMS: Final = (JobState.RUNNING, JobState.SILENT)
+"""A late report is no sign that the VM is gone; a job that vanished waits for another run."""
+
+
 @dataclass(frozen=True, slots=True)
 class JobView:
     """A job as the hub knows it.
@@ -124,7 +128,7 @@ class CampaignView:
         """Return the VMs that run on each worker."""
         vms: dict[str, int] = {}
         for job in self.jobs:
-            if job.state is JobState.RUNNING:
+            if job.state in _WITH_VMS:
                 vms[job.worker] = vms.get(job.worker, 0) + job.figures.vms
         return vms
 
@@ -172,6 +176,7 @@ class Hub:
         elapsed: float | None = None,
         executions: int | None = None,
         keep_finding: FindingSink | None = None,
+        tell: Callable[[str], object] = lambda problem: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Continue from what the store has.
@@ -182,6 +187,7 @@ class Hub:
             elapsed: the campaign's clock so far; by default the store's.
             executions: of the campaign so far; by default the store's.
             keep_finding: by default :meth:`bridge.fuzz.store.Store.add_finding`.
+            tell: takes a sentence about what goes wrong, as :attr:`CampaignView.problems` has it.
             clock: seconds.
 
         Raises:
@@ -189,6 +195,7 @@ class Hub:
         """
         self._store = store
         self._clock = clock
+        self._told = tell
         self._began = clock() - (store.elapsed if elapsed is None else elapsed)
         self._executions = store.executions if executions is None else executions
         self._keep_finding = keep_finding or self._add_finding
@@ -310,7 +317,7 @@ class Hub:
         now = self._clock()
         overdue = max(_OVERDUE, 3 * self.interval)
         jobs = tuple(_view(number, job, now, overdue) for number, job in enumerate(self._jobs))
-        running = [job.figures for job in jobs if job.state is JobState.RUNNING]
+        running = [job.figures for job in jobs if job.state in _WITH_VMS]
         known = [each.stability for each in running if each.stability is not None]
         return CampaignView(
             seconds=self.seconds,
@@ -348,7 +355,7 @@ class Hub:
         if run is None or run.run != report.run or not report.ended:
             return
         if report.error and run.state is not JobState.FAILED:
-            self._tell(f"job {report.job} failed: {report.error.strip().splitlines()[-1]}")
+            self._tell(f"job {report.job} failed: {_in_short(report.error)}")
         run.state = JobState.FAILED if report.error else JobState.ENDED
         run.error = report.error
 
@@ -406,6 +413,13 @@ class Hub:
 
     def _tell(self, problem: str) -> None:
         self._problems = [*self._problems[-19:], problem]
+        self._told(problem)
+
+
+def _in_short(error: str) -> str:
+    """Return the line that says what happened: of an error of ours the first, else the last."""
+    lines = error.strip().splitlines()
+    return lines[-1 if lines[0].startswith("Traceback ") else 0]
 
 
 def _view(number: int, job: _Job, now: float, overdue: float) -> JobView:

@@ -24,6 +24,8 @@ from bridge.targets.faults import TargetFaults
 
 __all__ = ["MachineMonitor", "resident"]
 
+_BEGIN_SECONDS: Final = 30.0
+"""How long a guest may take to answer when nothing is wrong: this machine may be busy."""
 _LOOK_SECONDS: Final = 5.0
 """How long a guest may take to answer after something went wrong."""
 _STEP_SECONDS: Final = 0.02
@@ -75,7 +77,7 @@ class MachineMonitor:
         session.target_problems()
         if session is not self._session:
             # A reset brings the log back to where it was.
-            self._log = KernelLog.read(session.guest, _LOOK_SECONDS)
+            self._log = KernelLog.read(session.guest, _BEGIN_SECONDS)
         self._console_start = self._seen = session.machine.console.size
         self._complained = False
         self._pid = session.target_pid

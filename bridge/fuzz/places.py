@@ -29,9 +29,9 @@ from bridge.sources.guest_kernel.symbols import KernelSymbols
 from bridge.sources.pcs import PC_BASE, SLOT_BYTES, SYSCALL_FILE, SYSCALL_SLOTS, BlockTable
 from bridge.sources.python.blocks import decode_source
 from bridge.sources.symbolize import BLOCKS_FILE
-from bridge.util.files import atomic_output, write_atomically
+from bridge.util.files import atomic_output, remove_partials, write_atomically
 
-__all__ = ["Places", "is_syscall_pc", "keep_places"]
+__all__ = ["Places", "is_syscall_pc", "keep_places", "tidy_places"]
 
 _MODULES: Final = "modules"
 _TEXT: Final = 160
@@ -74,6 +74,19 @@ def keep_places(session: Session, directory: Path) -> None:
         write_atomically(path, "".join(f"{b.start:#x}\t{b.size}\n" for b in sorted(set(blocks))))
     if (directory / SYMBOLS_FILE).is_file():
         _keep_modules(session, directory, blocks)
+
+
+def tidy_places(directory: Path) -> None:
+    """Remove what killed processes left half-written of :func:`keep_places`.
+
+    Raises:
+        InfrastructureError: it cannot be removed.
+    """
+    for each in (directory, directory / _MODULES):
+        try:
+            remove_partials(each)
+        except OSError as error:
+            raise InfrastructureError(f"cannot write {each}: {error.strerror}") from error
 
 
 def _keep_modules(session: Session, directory: Path, blocks: Iterable[Block]) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import deque
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -89,17 +90,25 @@ class Progress:
             if (value := getattr(sample, figure)) is not None
         ]
 
-    def rates(self) -> TCurve:
-        """Return executions per second between samples, at the end of each interval."""
+    def rates(self, seconds: float = 0.0) -> TCurve:
+        """Return executions per second, at the end of each interval.
+
+        Args:
+            seconds: length of an interval; it begins with the last sample that is as old, or with
+                the first one.
+        """
         points: TCurve = []
-        before: Sample | None = None
+        earlier: deque[Sample] = deque()
         for sample in self.samples:
-            if before is None:
-                before = sample
-            elif sample.seconds > before.seconds:
+            if earlier and sample.seconds <= earlier[-1].seconds:
+                continue
+            while len(earlier) > 1 and sample.seconds - earlier[1].seconds >= seconds:
+                earlier.popleft()
+            if earlier:
+                before = earlier[0]
                 done = sample.executions - before.executions
                 points.append((sample.seconds, max(0, done) / (sample.seconds - before.seconds)))
-                before = sample
+            earlier.append(sample)
         return points
 
 

@@ -33,6 +33,8 @@ __all__ = ["CURVES_FILE", "CampaignReport", "read_pcs", "write_campaign_report"]
 CURVES_FILE: Final = "coverage.svg"
 """Name of the drawing of the coverage, beside the page."""
 
+_RATE_SECONDS: Final = 10.0
+"""Executions per second are those of so many seconds, as on the screen."""
 _ROWS: Final = 50_000
 """Rows of blocks, and of the frontier, that the page lists at most; figures are of all."""
 _UNRECORDED: Final = ("__SCT__", "__x86_", "__fentry__", "__cfi_", "__pfx_")
@@ -326,7 +328,7 @@ def _series(campaign: CampaignRecord) -> list[dict[str, Any]]:
             runs,
             False,
         ),
-        ("Executions per second", "seconds", "a second", progress.rates(), [], True),
+        ("Executions per second", "seconds", "a second", progress.rates(_RATE_SECONDS), [], True),
         ("Corpus", "seconds", "cases", progress.curve("corpus"), [], False),
         ("Stability", "seconds", "percent", stability, [], True),
         ("VMs", "seconds", "VMs", progress.curve("vms"), [], False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -19,12 +20,15 @@ __all__ = [
     "cannot_write",
     "remove",
     "remove_partial",
+    "remove_partials",
     "sync",
     "write_atomically",
     "write_stream",
 ]
 
 F = TypeVar("F", bound="_Closes")
+_PARTIAL: Final = re.compile(r"\.(.+)\.[a-z0-9_]{8}", re.DOTALL)
+"""The private directories of :func:`atomic_output`, as :mod:`tempfile` names them."""
 _HINT: Final = "check that its directory exists, is writable and has room left"
 
 
@@ -81,7 +85,8 @@ def atomic_output(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yield the name of a file or directory to create, which replaces ``path`` at the end.
 
     The name is in a private directory ``.NAME.…`` beside ``path``, which is removed afterwards, or
-    by :func:`remove_partial` if this process was killed. After an exception ``path`` is unchanged.
+    by :func:`remove_partial` or
+    :func:`remove_partials` if this process was killed. After an exception ``path`` is unchanged.
     A directory replaces an old one in two steps, so for a moment there is none. A file never
     replaces a directory.
 
@@ -146,11 +151,31 @@ def remove_partial(path: Path) -> None:
     Raises:
         OSError: it cannot be removed.
     """
-    prefix = f".{path.name}."
-    if path.parent.is_dir():
-        for left in path.parent.iterdir():
-            if left.name.startswith(prefix):
-                remove(left)
+    for left in _partials(path.parent):
+        if left.name.startswith(f".{path.name}."):
+            remove(left)
+
+
+def remove_partials(directory: Path) -> None:
+    """Remove what killed processes left behind of :func:`atomic_output` in a directory.
+
+    Nobody may be writing there. Directories below are not looked at, nor is one that is missing.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    for left in _partials(directory):
+        remove(left)
+
+
+def _partials(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        return []
+    return [
+        each
+        for each in directory.iterdir()
+        if _PARTIAL.fullmatch(each.name) and _is_directory(each)
+    ]
 
 
 def sync(path: Path) -> None:

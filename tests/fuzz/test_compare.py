@@ -187,6 +187,7 @@ def test_compare_equal_trials_divide_by_nothing(tmp_path: Path) -> None:
     none = [write_trial(tmp_path / name, [(0, 0, 0)]) for name in ("c", "d")]
     text = compare(read_side(none[:1]), read_side(none[1:])).render()
     assert "nan" not in text
+    assert "to 0 blocks" not in text
 
 
 @pytest.mark.parametrize(

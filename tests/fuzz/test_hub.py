@@ -197,7 +197,7 @@ def test_run_that_is_replaced_is_told_to_end_and_keeps_its_executions(
     assert "w1 vanished, w2 goes on" in hub.view().problems[0]
 
 
-def test_silent_job_counts_no_vm(hub: Hub, clock: Clock) -> None:
+def test_silent_job_keeps_its_vm(hub: Hub, clock: Clock) -> None:
     send(
         hub,
         Report(0, "a", 1, 0, "w1", figures=Figures(1, vms=1, stability=0.5)),
@@ -213,6 +213,9 @@ def test_silent_job_counts_no_vm(hub: Hub, clock: Clock) -> None:
         JobState.RUNNING,
         JobState.WAITING,
     ]
+    assert (view.vms, view.stability, view.workers()) == (2, 0.75, {"w1": 1, "w2": 1})
+    hub.retire(0, "its worker w1 is silent")
+    view = hub.view()
     assert (view.vms, view.stability, view.workers()) == (1, 1.0, {"w2": 1})
 
 

@@ -153,6 +153,13 @@ def test_progress_rates_are_of_the_interval_before() -> None:
     assert Progress(SAMPLES[:1]).rates() == []
 
 
+def test_progress_rates_of_a_slow_campaign_are_those_of_the_last_seconds() -> None:
+    """One execution in two seconds is not now 0, now 1 a second."""
+    samples = tuple(Sample(float(at), at // 2, 1) for at in range(21))
+    assert Progress(samples).rates(10.0)[-2:] == [(19.0, 0.5), (20.0, 0.5)]
+    assert Progress(samples).rates(10.0)[2] == pytest.approx((3.0, 1 / 3))
+
+
 def test_progress_writer_leaves_no_descriptor_open(tmp_path: Path) -> None:
     before = descriptors()
     write(tmp_path / PROGRESS_FILE, *SAMPLES)

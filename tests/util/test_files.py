@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 from bridge.errors import InfrastructureError
-from bridge.util.files import atomic_output, remove, remove_partial, write_atomically
+from bridge.util.files import (
+    atomic_output,
+    remove,
+    remove_partial,
+    remove_partials,
+    write_atomically,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -100,7 +106,8 @@ def test_atomic_output_nothing_made_raises(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_remove_partial_after_a_kill_removes_the_rest_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [False, True], ids=["of a file", "of a directory"])
+def test_remove_partial_after_a_kill_removes_the_rest_alone(tmp_path: Path, whole: bool) -> None:
     script = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
@@ -116,10 +123,14 @@ def test_remove_partial_after_a_kill_removes_the_rest_alone(tmp_path: Path) -> N
     words = [sys.executable, "-c", script, str(path)]
     assert subprocess.run(words, cwd=ROOT, check=False).returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 3
-    remove_partial(path)
+    if whole:
+        remove_partials(tmp_path)
+    else:
+        remove_partial(path)
     assert sorted(tmp_path.iterdir()) == [other, path]
     assert path.read_text() == "whole"
     remove_partial(tmp_path / "gone" / "it")
+    remove_partials(tmp_path / "gone")
 
 
 def test_remove_takes_files_links_trees_and_nothing(tmp_path: Path) -> None:
