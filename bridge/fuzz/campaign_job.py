@@ -33,7 +33,7 @@ from bridge.fuzz.engine import (
 )
 from bridge.fuzz.findings import CASES_KEPT, Place, files_of, finding_of
 from bridge.fuzz.harness import Harness
-from bridge.fuzz.job import Figures, FoundCase, FoundFinding, JobSettings, News
+from bridge.fuzz.job import STARTING, Figures, FoundCase, FoundFinding, JobSettings, News
 from bridge.fuzz.monitor import MachineMonitor
 from bridge.fuzz.places import keep_places, tidy_places
 from bridge.fuzz.slot import Slot, SlotOptions
@@ -328,7 +328,7 @@ class CampaignJob:
     def _figures(self) -> Figures:
         slot = self._slot
         if slot is None:
-            return Figures(state="starting")
+            return Figures(state=STARTING)
         more: dict[str, float] = {"resets": slot.resets, "machines": slot.machines}
         if self._resets:
             more["reset seconds"] = self._reset_seconds / self._resets

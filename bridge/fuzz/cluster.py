@@ -54,6 +54,9 @@ WORKERS_LOG: Final = "log"
 _VANISHED: Final = 150.0
 """Seconds without a report after which a job is started elsewhere, whatever the scheduler says."""
 
+_STARTS: Final = 1800.0
+"""The same while a job starts: on a busy machine an image and a snapshot take many minutes."""
+
 _CONNECT: Final = 15.0
 """Seconds in which the scheduler has to answer, and workers have to be there."""
 
@@ -328,8 +331,8 @@ class Cluster:
             views = self._hub.view().jobs
             for number in self._placement.lost(room):
                 self._take_back(number, f"its worker {views[number].worker} vanished")
-            longest = max(_VANISHED, 5 * self._hub.interval)
             for view in views:
+                longest = _STARTS if view.starting else max(_VANISHED, 5 * self._hub.interval)
                 if view.silent > longest and self._futures[view.number] is not None:
                     self._take_back(view.number, f"its worker {view.worker} is silent")
             for number, worker in self._placement.place(room):

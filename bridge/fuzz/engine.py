@@ -79,6 +79,10 @@ _REMEDIES = (
 """What the engine says when it ends, and what to do then."""
 
 
+_ABORT: Final = re.compile(r"PROGRAM ABORT : (.+)")
+"""Why the engine ended, in its own words."""
+
+
 class EngineError(InfrastructureError):
     """The fuzzing engine did not start, or ended by itself."""
 
@@ -396,8 +400,10 @@ def _failure(process: Process) -> EngineError:
     text = _COLOURS.sub("", process.stderr_text)
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     hint = next((remedy for words, remedy in _REMEDIES if words.lower() in text.lower()), "")
+    reason = _ABORT.search(text)
+    why = f": {reason[1].strip()}" if reason is not None else ""
     return EngineError(
-        f"{process.name} {process.how_it_ended}", evidence="\n".join(lines[-12:]), hint=hint
+        f"{process.name} {process.how_it_ended}{why}", evidence="\n".join(lines[-12:]), hint=hint
     )
 
 

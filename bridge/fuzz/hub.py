@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
 from bridge.errors import InfrastructureError
-from bridge.fuzz.job import Figures, FoundFinding
+from bridge.fuzz.job import STARTING, Figures, FoundFinding
 from bridge.fuzz.novelty import Coverage, CoverageSet
 from bridge.fuzz.store import Offer, Store, case_name
 from bridge.fuzz.wire import (
@@ -106,6 +106,11 @@ class JobView:
     executions: int
     figures: Figures
     error: str = ""
+
+    @property
+    def starting(self) -> bool:
+        """Whether it starts, and may take long to say anything."""
+        return self.state is JobState.RUNNING and self.figures.state == STARTING
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,16 +422,19 @@ class Hub:
 
 
 def _in_short(error: str) -> str:
-    """Return the line that says what happened: of an error of ours the first, else the last."""
+    """Return what happened, and the hint, as one line."""
     lines = error.strip().splitlines()
-    return lines[-1 if lines[0].startswith("Traceback ") else 0]
+    if lines[0].startswith("Traceback "):
+        return lines[-1]
+    return f"{lines[0]} ({lines[-1]})" if lines[-1].startswith("hint: ") else lines[0]
 
 
 def _view(number: int, job: _Job, now: float, overdue: float) -> JobView:
     if (run := job.run) is None:
         return JobView(number, JobState.WAITING, "", job.starts, 0.0, job.executions, Figures())
     silent = now - run.heard
-    late = run.state is JobState.RUNNING and silent > overdue
+    starting = run.figures.state == STARTING
+    late = run.state is JobState.RUNNING and silent > overdue and not starting
     return JobView(
         number,
         JobState.SILENT if late else run.state,

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 __all__ = [
+    "STARTING",
     "Figures",
     "FoundCase",
     "FoundFinding",
@@ -22,6 +23,10 @@ __all__ = [
     "JobSettings",
     "News",
 ]
+
+
+STARTING: Final = "starting"
+"""The state of a job until :meth:`Job.start` returns; it sends no reports meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)

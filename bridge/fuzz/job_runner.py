@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from bridge.errors import BridgeError, InfrastructureError
-from bridge.fuzz.job import Figures, FoundFinding, Job, JobFactory, JobSettings
+from bridge.fuzz.job import STARTING, Figures, FoundFinding, Job, JobFactory, JobSettings
 from bridge.fuzz.novelty import CoverageSet
 from bridge.fuzz.outbox import Outbox, leftover_reports
 from bridge.fuzz.wire import (
@@ -89,7 +89,7 @@ class _Runner:
         """Hashes of the cases that the job found, so that they are not given back to it."""
         self._pending: list[tuple[Path | None, Report]] = []
         """What is not confirmed, with its file."""
-        self._figures = Figures(state="starting")
+        self._figures = Figures(state=STARTING)
         self._playing = False
         self._sequence = 0
         self._position = 0

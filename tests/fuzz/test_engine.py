@@ -273,6 +273,7 @@ def test_job_harness_that_covers_nothing_is_explained(
         assert job.process.wait(60)
         with pytest.raises(EngineError) as raised:
             job.check()
+    assert raised.value.message.endswith("exited with status 1: No instrumentation detected")
     assert "No instrumentation detected" in raised.value.evidence
     assert "covers nothing" in raised.value.hint
     assert "\x1b" not in raised.value.evidence

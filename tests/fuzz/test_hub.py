@@ -12,7 +12,7 @@ import pytest
 
 from bridge.errors import InfrastructureError
 from bridge.fuzz.hub import EDGES_FILE, Hub, JobState
-from bridge.fuzz.job import Figures, FoundFinding
+from bridge.fuzz.job import STARTING, Figures, FoundFinding
 from bridge.fuzz.novelty import Coverage, CoverageSet, edge
 from bridge.fuzz.store import Offer, Store, case_name, read_cases
 from bridge.fuzz.wire import (
@@ -226,6 +226,21 @@ def test_failed_job_is_told(hub: Hub) -> None:
     assert reply.stop
     assert hub.view().jobs[2].state is JobState.FAILED
     assert hub.view().problems == ("job 2 failed: OSError: no qemu",)
+
+
+def test_job_that_starts_is_not_silent_and_its_error_is_told_with_the_hint(
+    hub: Hub, clock: Clock
+) -> None:
+    send(hub, Report(0, "a", 1, 0, "w1", figures=Figures(state=STARTING)))
+    clock.now += 600
+    job = hub.view().jobs[0]
+    assert (job.state, job.starting) == (JobState.RUNNING, True)
+    error = "afl-fuzz ended: No instrumentation\n  | more\nhint: add a seed\n"
+    send(hub, Report(0, "a", 2, 0, "w1", ended=True, error=error))
+    assert not hub.view().jobs[0].starting
+    assert hub.view().problems == (
+        "job 0 failed: afl-fuzz ended: No instrumentation (hint: add a seed)",
+    )
 
 
 def test_stop_reaches_each_job(hub: Hub) -> None:
