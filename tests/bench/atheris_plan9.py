@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """pyroute2's 9P server under atheris, in this process, without socket, kernel or VM.
 
-    python -m tests.bench.atheris_plan9 MESSAGES EXECUTIONS DIRECTORY
+    python -m tests.bench.atheris_plan9 MESSAGES SECONDS DIRECTORY
 
 MESSAGES is JSON: ``before``, the messages (hex) that a mount has sent when it is ready, and
 ``case``, those of one execution. Each is given to the server as the target gives it one: whole.
-First the case itself is executed EXECUTIONS times, which is equal work, then as many times what
-atheris makes of it, which is fuzzing. Prints the executions per second of both as JSON.
+For SECONDS the case itself is executed, which is equal work, then as long what atheris makes of it,
+which is fuzzing. Prints the executions per second of both as JSON.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _messages(data: bytes) -> Iterator[bytes]:
         at += size
 
 
-def main(messages: Path, executions: int, directory: Path) -> None:
+def main(messages: Path, seconds: float, directory: Path) -> None:
     """Measure, print, and end the process; atheris does not return."""
     recorded = json.loads(messages.read_text())
     before, case = ([bytes.fromhex(each) for each in recorded[key]] for key in ("before", "case"))
@@ -90,8 +90,9 @@ def main(messages: Path, executions: int, directory: Path) -> None:
                 state["begun"] = time.perf_counter()
             run(data)
             state["runs"] += 1
-            if state["runs"] == executions:
-                rates[name] = executions / (time.perf_counter() - state["begun"])
+            passed = time.perf_counter() - state["begun"]
+            if passed >= seconds:
+                rates[name] = state["runs"] / passed
 
         return one
 
@@ -114,4 +115,4 @@ def main(messages: Path, executions: int, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]), float(sys.argv[2]), Path(sys.argv[3]))

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Executions per second: a VM with the 9P target, beside atheris with the same server in a process.
 
-    python -m tests.bench.bench_atheris [--rounds N] [--seconds N] [--peer-executions N]
+    python -m tests.bench.bench_atheris [--rounds N] [--seconds N]
 
 A case is ten system calls on a file of the mount (the runner's harness ``file``: four times open
 and close, fstat, read). The messages that they become are recorded once, and atheris gives these
 to pyroute2's server in its own process: equal work for the target, without system calls, kernel,
 network and VM. Both cover the target's code alone. Then atheris fuzzes, from these messages as
 seed. VM and atheris take turns, first with a VM whose messages travel by the network, then with one
-where they travel by the region. A turn of a VM ends after some seconds, however many cases that
-was, so a busy machine makes the figures worse and hardly the command longer.
+where they travel by the region. Each part of a turn ends after some seconds, however many cases
+that was, so a busy machine makes the figures worse and hardly the command longer.
 
 The VM's cases come from Python (``Lane.execute``), which adds some 50 us to each; there is no
 engine on this side. Needs atheris: pip install 'kcov-bridge[bench]'.
@@ -37,8 +37,8 @@ from bridge.fuzz.lane import Lane
 from tests.support import ROOT
 
 FILE = "/mnt/target/sizes/64"
-WAYS = {"network": "network", "region": "auto"}
-"""Values of the setting ``transport``, by the name of a VM's line."""
+WAYS = ("network", "region")
+"""Values of the setting ``transport``."""
 _READY_SECONDS = 600
 _CASE_SECONDS = 600
 
@@ -115,14 +115,14 @@ def shown(turn: dict[str, float]) -> str:
     return ", ".join(f"{name} {rate:,.0f} /s" for name, rate in turn.items())
 
 
-def peer(messages: dict[str, list[str]], executions: int) -> dict[str, float]:
+def peer(messages: dict[str, list[str]], seconds: float) -> dict[str, float]:
     """Return executions per second of atheris: of equal work, and fuzzing."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "messages.json")
         path.write_text(json.dumps(messages))
         module = "tests.bench.atheris_plan9"
         done = subprocess.run(
-            [sys.executable, "-m", module, path, str(executions), scratch],
+            [sys.executable, "-m", module, path, str(seconds), scratch],
             cwd=ROOT,
             check=False,
             capture_output=True,
@@ -140,22 +140,19 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3, help="turns of each (default: 3)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a VM in each (default: 3)")
-    parser.add_argument(
-        "--peer-executions", type=int, default=500, help="of atheris in each (default: 500)"
-    )
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each part (default: 3)")
     parser.add_argument("--json", action="store_true", help="print the values of all turns")
     args = parser.parse_args()
     messages: dict[str, list[str]] = {}
     values: dict[str, dict[str, list[float]]] = {}
     accelerator = ""
-    for way, transport in WAYS.items():
+    for way in WAYS:
         said(f"a VM, 9p by the {way}")
         found = values[way] = {"vm": [], "equal": [], "fuzzing": []}
         recorder = Recorder()
         with (
             recorder,
-            Session(Settings(source="python", transport=transport)) as session,
+            Session(Settings(source="python", transport=way)) as session,
             running_lane(session) as lane,
         ):
             accelerator = session.accelerator.name.upper()
@@ -169,7 +166,7 @@ def main() -> int:
             }
             recorder.__exit__()
             for number in range(1, args.rounds + 1):
-                turn = {"vm": execute(lane, args.seconds), **peer(messages, args.peer_executions)}
+                turn = {"vm": execute(lane, args.seconds), **peer(messages, args.seconds)}
                 for name, rate in turn.items():
                     found[name].append(rate)
                 said(f"turn {number} of {args.rounds}, by the {way}: " + shown(turn))
