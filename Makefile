@@ -41,11 +41,11 @@ SOURCES := bridge tests examples docs setup.py
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help run check-guest image bench test test-unit test-all test-on storm answers executor kills fuzz-kills conformance reference lint docs screenshots dist format venv packages packages-test clean distclean
+.PHONY: help run check-guest image bench test test-unit test-all test-on storm answers executor kills fuzz-kills fuzz-workers conformance reference lint docs screenshots dist format venv packages packages-test clean distclean
 
 help: ## print this help
 	@awk -F ' ## ' '/^##@/ { print "\n" substr($$0, 5) } \
-		/^[a-z-]+:.* ## / { split($$1, name, ":"); printf "make %-11s %s\n", name[1], $$2 }' \
+		/^[a-z-]+:.* ## / { split($$1, name, ":"); printf "make %-12s %s\n", name[1], $$2 }' \
 		$(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo 'Variables: OUT=$(OUT) (where `make run` puts its results), CMD="..." TARGET=... SOURCE=...'
@@ -91,6 +91,9 @@ kills: packages-test $(VENV)/installed-dev ## kill 200 runs at random moments an
 
 fuzz-kills: packages-test $(VENV)/installed-dev ## kill a campaign 50 times, and compare what it announced
 	KCOV_BRIDGE_FUZZ_KILLS=50 $(VENV)/bin/python -m pytest -s tests/fuzz/campaign_kills.py $(ARGS)
+
+fuzz-workers: packages-test $(VENV)/installed-dev ## kill workers in network namespaces for 5 minutes (as root)
+	$(VENV)/bin/python -m pytest -s tests/fuzz/campaign_workers.py $(ARGS)
 
 test-all: packages-test ## run test-unit on each Python of PYTHONS that is found
 	@found=; for version in $(PYTHONS); do \

@@ -22,13 +22,16 @@ ROOT = Path(__file__).resolve().parents[2]
 class Scheduler:
     """The processes; a context manager that ends all of them."""
 
-    def __init__(self, workers: int, vms: int, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, workers: int, vms: int, host: str = "127.0.0.1", prefix: tuple[str, ...] = ()
+    ) -> None:
         """Start them.
 
         Args:
             workers: how many.
             vms: the resource of each.
             host: the address on which the scheduler listens.
+            prefix: runs the scheduler's command.
         """
         self._stack = contextlib.ExitStack()
         self._place = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
@@ -36,7 +39,7 @@ class Scheduler:
         file = self._place / "scheduler.json"
         words = ["--no-dashboard", "--scheduler-file", str(file), "--port", "0", "--host", host]
         with self._stack:
-            self._scheduler = self._start("scheduler", *words)
+            self._scheduler = self._start("scheduler", *words, prefix=prefix)
             deadline = time.monotonic() + 60
             while not file.exists() or not file.read_text().rstrip().endswith("}"):
                 assert self._scheduler.poll() is None, "the scheduler ended"
@@ -47,10 +50,11 @@ class Scheduler:
                 self.processes.append(self.start_worker(vms))
             self._stack = self._stack.pop_all()
 
-    def start_worker(self, vms: int, *prefix: str) -> subprocess.Popen[bytes]:
+    def start_worker(self, vms: int, *prefix: str, name: str = "") -> subprocess.Popen[bytes]:
         """Start a worker; ``prefix`` runs its command."""
         words = ["--nthreads", str(vms), "--resources", f"vm={vms}", "--no-dashboard"]
         words += ["--no-nanny", "--death-timeout", "10", "--local-directory", str(self._place)]
+        words += ["--name", name] if name else []
         return self._start("worker", self.address, *words, prefix=prefix)
 
     def kill(self) -> None:

@@ -8,6 +8,7 @@ the same seed would. Each case covers a few PCs of its own and many that others 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -17,9 +18,18 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
-from bridge.fuzz.job import Figures, FoundCase, FoundFinding, JobSettings, News
+from bridge.fuzz.campaign_job import CampaignJob
+from bridge.fuzz.job import Figures, FoundCase, FoundFinding, Job, JobSettings, News
 
-__all__ = ["BASE", "FailingJob", "PlayedJob", "PrintingJob", "stream", "stream_pcs"]
+__all__ = [
+    "BASE",
+    "FailingJob",
+    "PlayedJob",
+    "PrintingJob",
+    "RealOrPlayedJob",
+    "stream",
+    "stream_pcs",
+]
 
 BASE = 0xFFFFFFFF81000000
 
@@ -115,6 +125,33 @@ class FailingJob(PlayedJob):
 
     def start(self, settings: JobSettings, seeds: Sequence[bytes], /) -> None:
         raise SystemExit("there is no afl-fuzz")
+
+
+class RealOrPlayedJob:
+    """A job with a VM for the first numbers of a campaign, a played one for the others.
+
+    Values: ``real``, how many have a VM; ``plan`` for those; what :class:`PlayedJob` takes.
+    """
+
+    def __init__(self) -> None:
+        self._job: Job = PlayedJob()
+
+    def start(self, settings: JobSettings, seeds: Sequence[bytes], /) -> None:
+        if settings.number < settings.values["real"]:
+            self._job = CampaignJob()
+            settings = dataclasses.replace(settings, values=settings.values["plan"])
+        self._job.start(settings, seeds)
+
+    def take_news(self) -> News:
+        news = self._job.take_news()
+        more = {**news.figures.more, "process": os.getpid()}
+        return dataclasses.replace(news, figures=dataclasses.replace(news.figures, more=more))
+
+    def give(self, cases: Sequence[bytes], /) -> None:
+        self._job.give(cases)
+
+    def stop(self) -> None:
+        self._job.stop()
 
 
 def play(number: int, length: int, rate: float) -> None:
