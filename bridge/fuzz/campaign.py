@@ -23,7 +23,7 @@ from bridge.config import Settings
 from bridge.errors import BridgeError, InfrastructureError, UsageError
 from bridge.fuzz.board import MAP_CELLS, Fold
 from bridge.fuzz.campaign_job import Plan, make_job
-from bridge.fuzz.cluster import Cluster, adopt_leftovers
+from bridge.fuzz.cluster import Cluster, adopt_leftovers, check_scheduler
 from bridge.fuzz.engine import DEFAULT_SEED, find_engine, read_seeds
 from bridge.fuzz.findings import FINDING, Findings
 from bridge.fuzz.harness import Harness
@@ -145,8 +145,10 @@ class _Running:
         harness = plan.make_harness()
         settings = Settings.of(plan.settings)
         check_name(settings.target)
-        if not campaign.scheduler:
-            # On a cluster the workers have it, and maybe only they.
+        if campaign.scheduler:
+            # The workers have the target, and maybe only they.
+            check_scheduler(campaign.scheduler)
+        else:
             find_factory(settings.target)
         said("the guest image (the first time it is built, which takes some minutes)")
         image = find_guest_image(settings)
@@ -187,6 +189,7 @@ class _Running:
         for problem in store.problems:
             said(problem)
         elapsed, executions = self._before()
+        self._executions = executions
         self._plan = dataclasses.replace(plan, zero=time.time() - elapsed)
         self._findings = Findings(store.findings, readable=harness.readable)
         self._new_findings = 0
@@ -264,6 +267,8 @@ class _Running:
             self._sample(view)
         self._cluster.close()
         shown(view)
+        if interrupted is None and view.executions == self._executions:
+            self._said("no case was executed before the limit: give a longer --time")
         return End(view, self._new_findings, self._results(), interrupted)
 
     def _loop(self, shown: Callable[[CampaignView], object]) -> None:

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from bridge.errors import BridgeError, InfrastructureError, MissingDependencyError
+from bridge.errors import BridgeError, InfrastructureError, MissingDependencyError, UsageError
 from bridge.fuzz.hub import Answer, Hub
 from bridge.fuzz.job import JobFactory, JobSettings
 from bridge.fuzz.job_runner import OUTBOX_DIRECTORY, HubGoneError, Link, run_job
@@ -40,7 +40,7 @@ from bridge.fuzz.worker_preload import LOG_KEY
 from bridge.util.cache import cache_folder
 from bridge.util.files import remove
 
-__all__ = ["RESOURCE", "WORKERS", "WORKERS_LOG", "Cluster", "adopt_leftovers"]
+__all__ = ["RESOURCE", "WORKERS", "WORKERS_LOG", "Cluster", "adopt_leftovers", "check_scheduler"]
 
 RESOURCE: Final = "vm"
 """Name of the resource of which a job takes one."""
@@ -236,11 +236,7 @@ class Cluster:
                     self._address, timeout=_CONNECT, set_as_default=False, name="kcov-bridge"
                 )
         except (OSError, ValueError, TypeError) as error:
-            raise InfrastructureError(
-                f"the scheduler {self._address} cannot be reached: {_reason(error)}",
-                hint="start one with `dask scheduler` and name its address with --scheduler, or "
-                "leave --scheduler out for a cluster on this machine",
-            ) from error
+            raise _unreachable(self._address, error) from error
         try:
             self._await_workers(client, progress)
             yield client
@@ -377,6 +373,41 @@ class Cluster:
             if not self._gone:
                 for queue in (self._news, *self._queues.values()):
                     queue.close()
+
+
+def check_scheduler(address: str) -> None:
+    """Refuse a scheduler that is not there, before anything is made for a campaign.
+
+    Raises:
+        UsageError: this is no address.
+        MissingDependencyError: the package ``distributed`` is not installed.
+        InfrastructureError: nothing answers there.
+    """
+    distributed = _distributed()
+    try:
+        distributed.comm.get_address_host_port(address)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UsageError(
+            f"{address!r} is no address of a scheduler: {_reason(error)}",
+            hint="name it as `dask scheduler` prints it, such as --scheduler tcp://HOST:8786",
+        ) from error
+
+    async def connect() -> None:
+        await (await distributed.comm.connect(address, timeout=_CONNECT)).close()
+
+    try:
+        with _quiet():
+            asyncio.run(connect())
+    except (OSError, ValueError, TypeError) as error:
+        raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str, error: BaseException) -> InfrastructureError:
+    return InfrastructureError(
+        f"the scheduler {address} cannot be reached: {_reason(error)}",
+        hint="start one with `dask scheduler` and name its address with --scheduler, or "
+        "leave --scheduler out for a cluster on this machine",
+    )
 
 
 def adopt_leftovers(hub: Hub, store: Store) -> int:

@@ -28,6 +28,7 @@ WRONG = [
     (["--target", "nothing"], "there is no target nothing"),
     (["--target", "no.such.module:Class"], "there is no module no"),
     (["--scheduler", "tcp://127.0.0.1:9", "--target", "nothing"], "there is no target nothing"),
+    (["--scheduler", "nowhere"], "'nowhere' is no address of a scheduler"),
     (["--"], "no command after --"),
     (["report"], "the following arguments are required"),
 ]
@@ -57,6 +58,18 @@ def test_fuzz_without_the_engine_says_what_to_install(
     said = capsys.readouterr().err
     assert "afl-fuzz is not installed" in said
     assert "apt-get install" in said
+
+
+def test_fuzz_scheduler_that_is_not_there_leaves_no_campaign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bridge.fuzz.cluster._CONNECT", 1.0)
+    out = tmp_path / "out"
+    assert main(["fuzz", "--out", str(out), "--scheduler", "tcp://127.0.0.1:9"]) == 125
+    said = capsys.readouterr().err
+    assert "the scheduler tcp://127.0.0.1:9 cannot be reached" in said
+    assert "Traceback" not in said
+    assert not out.exists()
 
 
 def test_fuzz_plan_means_the_same_in_each_directory(

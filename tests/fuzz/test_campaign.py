@@ -121,3 +121,10 @@ def test_campaign_interrupted_ends_in_order(tmp_path: Path) -> None:
     engine = next(out.glob("jobs/0/engine/job*/queue"))
     assert seeds <= {path.read_bytes() for path in engine.glob("id:*")}
     assert (out / "report.html").is_file()
+
+
+def test_campaign_over_before_a_vm_is_ready_says_so(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    text = fuzz(out, "--time", "1s", "--target", "none", "--source", "kernel", status=(0,))
+    assert "no case was executed before the limit: give a longer --time" in text
+    wait_until_gone(out)
