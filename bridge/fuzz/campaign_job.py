@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
 from bridge.config import Settings
-from bridge.errors import BridgeError, InfrastructureError
+from bridge.errors import BridgeError, GuestLostError, InfrastructureError
 from bridge.fuzz.board import MAP_CELLS, Board, BoardWord, Fold
 from bridge.fuzz.engine import (
     DEFAULT_SEED,
@@ -36,7 +36,7 @@ from bridge.fuzz.harness import Harness
 from bridge.fuzz.job import STARTING, Figures, FoundCase, FoundFinding, JobSettings, News
 from bridge.fuzz.monitor import MachineMonitor
 from bridge.fuzz.places import keep_places, tidy_places
-from bridge.fuzz.slot import Slot, SlotOptions
+from bridge.fuzz.slot import RunnerError, Slot, SlotOptions
 from bridge.fuzz.slot_events import NewCase, Suspect
 from bridge.fuzz.titles import faults_of
 from bridge.session.target_host import TargetState
@@ -275,8 +275,12 @@ class CampaignJob:
         for seed in seeds:
             if self._stop.is_set():
                 break
-            done = slot.execute(seed, _SEED_SECONDS)
-            if done.status == 0 and not slot.trouble():
+            try:
+                done = slot.execute(seed, _SEED_SECONDS)
+                well = done.status == 0 and not slot.trouble()
+            except (GuestLostError, RunnerError):
+                well = False
+            if well:
                 took.append(done.seconds)
             else:
                 # The engine will find it again, and say so.

@@ -63,6 +63,7 @@ class Watched:
         self.began = time.monotonic()
         self.cases: list[str] = []
         self.findings = 0
+        self.problems: list[str] = []
         self.killed: dict[int, tuple[float, int]] = {}
         """The jobs whose worker was killed: when, and their executions then."""
         self.again: list[tuple[int, float]] = []
@@ -75,6 +76,10 @@ class Watched:
     def step(self) -> CampaignView:
         self._cluster.step(0.2)
         view = self._hub.view()
+        for problem in view.problems:
+            if problem not in self.problems:
+                self.problems.append(problem)
+                print(f"{self.seconds:.0f} s: {problem}", flush=True)
         self.cases += list(self._store.since(len(self.cases)))
         self.findings = max(self.findings, view.findings)
         for number, (moment, executions) in list(self.killed.items()):
