@@ -38,7 +38,7 @@ from bridge.fuzz.monitor import MachineMonitor
 from bridge.fuzz.places import keep_places, tidy_places
 from bridge.fuzz.slot import RunnerError, Slot, SlotOptions
 from bridge.fuzz.slot_events import NewCase, Suspect
-from bridge.fuzz.titles import faults_of
+from bridge.fuzz.titles import Kind, faults_of
 from bridge.session.target_host import TargetState
 from bridge.util.files import remove, write_atomically
 
@@ -253,6 +253,7 @@ class CampaignJob:
                     if plan.case_seconds is not None
                     else self._measure(slot, seeds)
                 )
+                slot.case_seconds = self._limit_ms / 1000
                 self._slot = slot
                 self._ready.set()
                 keeper = _PlaceKeeper(slot, directory)
@@ -293,11 +294,15 @@ class CampaignJob:
         """See :class:`bridge.fuzz.slot_events.SlotListener`."""
         self._cases.append(FoundCase(event.case, event.pcs, event.again))
 
-    def suspect(self, event: Suspect, /) -> None:
+    def suspect(self, event: Suspect, /) -> bool:
         """See :class:`bridge.fuzz.slot_events.SlotListener`."""
         faults = faults_of(event, self._packages)
         if not faults:
-            return
+            return False
+        known = event.status == 0 and all(
+            fault.kind is Kind.TARGET_EXCEPTION and fault.key in self._handed_over
+            for fault in faults
+        )
         finding = finding_of(
             event,
             faults,
@@ -308,6 +313,7 @@ class CampaignJob:
         self._handed_over[finding.name] = before + 1
         files = files_of(finding, event, self._readable) if before < CASES_KEPT else {}
         self._findings.append(FoundFinding(finding.name, files))
+        return known
 
     def was_reset(self, reason: str, seconds: float, /) -> None:
         """See :class:`bridge.fuzz.slot_events.SlotListener`."""
@@ -333,7 +339,12 @@ class CampaignJob:
         slot = self._slot
         if slot is None:
             return Figures(state=STARTING)
-        more: dict[str, float] = {"resets": slot.resets, "machines": slot.machines}
+        more: dict[str, float] = {
+            "resets": slot.resets,
+            "machines": slot.machines,
+            "slow": slot.slow,
+            "spared": slot.spared,
+        }
         if self._resets:
             more["reset seconds"] = self._reset_seconds / self._resets
         more |= _times(slot.board)

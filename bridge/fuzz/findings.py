@@ -384,6 +384,8 @@ def files_of(
     if evidence.lost:
         log = f"{log.rstrip()}\n\n==== the guest was lost\n{evidence.lost}"
     reports = [*evidence.problems, *([evidence.stacks] if evidence.stacks else [])]
+    if evidence.later:
+        reports.append(f"==== the target a moment later\n{evidence.later}")
     files = {
         FINDING: finding.as_json(),
         CASE: suspect.case,

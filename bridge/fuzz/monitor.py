@@ -29,6 +29,8 @@ _BEGIN_SECONDS: Final = 30.0
 _LOOK_SECONDS: Final = 5.0
 """How long a guest may take to answer after something went wrong."""
 _STEP_SECONDS: Final = 0.02
+_LATER_SECONDS: Final = 0.5
+"""Between the two looks at a target that may hang."""
 _SETTLE_SECONDS: Final = 0.3
 """After so long without a word the kernel's report is complete."""
 _REPORT_SECONDS: Final = 3.0
@@ -109,13 +111,16 @@ class MachineMonitor:
         session = self._session
         if session is None:
             return Evidence()
-        stacks = ""
+        stacks = later = ""
         if timed_out:
             # First, as they may go on.
             stacks = session.target_stacks()
+            second = time.monotonic() + _LATER_SECONDS
             if session.machine.loss is None:
                 with contextlib.suppress(BridgeError):
                     stacks = f"{guest_processes(session, _LOOK_SECONDS)}\n{stacks}"
+            time.sleep(max(0.0, second - time.monotonic()))
+            later = session.target_stacks()
         console = self._settled_console(session)
         loss = session.machine.loss
         log = ""
@@ -129,6 +134,7 @@ class MachineMonitor:
             lost=loss.report() if loss is not None else "",
             problems=tuple(self._problems(session)),
             stacks=stacks,
+            later=later,
         )
 
     def _problems(self, session: Session) -> list[str]:

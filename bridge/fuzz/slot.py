@@ -77,6 +77,11 @@ _FAILED_STARTS = 2
 _POLL_SECONDS = 0.05
 _READY_POLL_SECONDS = 0.0005
 _JOIN_SECONDS = 10.0
+_LONGER = 10
+"""So many times its limit a case may take when it did not end in time."""
+_LONGEST_SECONDS = 60.0
+_SLOW_INTERVAL_SECONDS = 60.0
+"""Between two lines about cases that were slow."""
 _SAID_BYTES = 64 << 10
 _SOCKET_PATH_BYTES = 107
 """Of ``sockaddr_un`` in unix(7), without its NUL."""
@@ -125,6 +130,10 @@ class SlotOptions:
         exit_is_suspect: a harness that exits with another status than 0 is as bad as one that dies.
         drift: a reset comes if the same case gives a map that differs from the one after the last
             reset by more than this part; 0 for never.
+        confirm_seconds: how long a case that did not end in time may take the second time, at
+            least.
+        known_faults: after so many faults without a reset, because they are known, there is one; 0
+            for a reset after each.
     """
 
     areas: int = 4
@@ -136,6 +145,8 @@ class SlotOptions:
     blind: bool = False
     exit_is_suspect: bool = False
     drift: float = 0.2
+    confirm_seconds: float = 5.0
+    known_faults: int = 100
 
     def is_suspect(self, status: int) -> bool:
         """Return whether this wait status of the harness says that something is wrong."""
@@ -184,6 +195,10 @@ class _Runner:
             evidence=said,
             hint="does the harness load in the guest by itself?",
         )
+
+
+class _Interrupted(Exception):
+    """A case is not waited for any more."""
 
 
 class _Vm:
@@ -310,6 +325,9 @@ class Slot:
             :attr:`bridge.session.session.Session.reset_seconds`, then what a slot adds.
         machines: how many machines were started.
         stability: how often the same case covers the same.
+        case_seconds: how long a case may take, as far as that is known.
+        slow: how many cases took longer than they may only once, which is no finding.
+        spared: how many faults were known, and needed no reset.
     """
 
     def __init__(
@@ -332,6 +350,10 @@ class Slot:
         self.reset_seconds: dict[str, float] = {}
         self.machines = 0
         self.stability = Stability(options.drift)
+        self.case_seconds = 0.0
+        self.slow = 0
+        self.spared = 0
+        self._slow_due = 0.0
         self._target = target
         self._target_state = target_state
         self._listeners = tuple(listeners)
@@ -346,6 +368,8 @@ class Slot:
         self._executions = 0
         self._fault_told = False
         self._reset_due = False
+        self._spared_since_reset = 0
+        self._stopping: Callable[[], bool] = lambda: False
         self._stack = ExitStack()
 
     # From nothing to a runner that is ready
@@ -505,6 +529,7 @@ class Slot:
             raise
         self.resets += 1
         self._reset_due = False
+        self._spared_since_reset = 0
         self._fault_told = False
         if self._board is not None:
             self._board.add_epoch()
@@ -548,6 +573,7 @@ class Slot:
             BridgeError: machines fail to start, or a shim cannot work.
         """
         served = 0
+        self._stopping = stop
         while not stop() and not (shims and served >= shims):
             connection = self._accept()
             if connection is None:
@@ -665,7 +691,7 @@ class Slot:
             self.reset("drift")
 
     def _again(self, case: bytes) -> tuple[tuple[int, ...], ...] | None:
-        """Execute a case once more; None, after a reset, if that does not end well."""
+        """Execute a case once more; None, after a report, if that does not end well."""
         try:
             done = self.execute(case, self.stability.timeout)
         except BridgeError as error:
@@ -704,14 +730,96 @@ class Slot:
         self._report(self._ready.lane.read_case(), status, timed_out=timed_out)
 
     def _report(self, case: bytes, status: int | None, *, timed_out: bool) -> None:
-        """Collect evidence, tell it, and reset."""
+        """Collect evidence, tell it, and reset.
+
+        A case that did not end in time is told if it does so a second time. What is known, and
+        harmed nothing, needs no reset.
+        """
+        if timed_out and not self.trouble():
+            self.reset("time-out")
+            confirmed = self._confirm(case)
+            if confirmed is None:
+                return
+            status, timed_out = confirmed
         lane = self._ready.lane
         output = lane.read_output() if status else b""
         pcs = lane.read_pcs() if status is not None else ()
         evidence = self.collect(timed_out=timed_out)
         event = Suspect(case, status, output, timed_out, evidence, pcs)
-        self._tell(lambda listener: listener.suspect(event))
-        self.reset("time-out" if timed_out else "finding")
+        known = [listener.suspect(event) for listener in self._listeners]
+        if known and all(known) and self._is_unharmed():
+            self.spared += 1
+        else:
+            self.reset("time-out" if timed_out else "finding")
+
+    def _confirm(self, case: bytes) -> tuple[int | None, bool] | None:
+        """Execute a case that did not end in time again, in a guest as new, with much more time.
+
+        Returns:
+            Its wait status, and whether it did not end again; None if nothing is wrong with it.
+        """
+        vm = self._ready
+        limit = min(
+            _LONGEST_SECONDS, max(self.options.confirm_seconds, _LONGER * self.case_seconds)
+        )
+
+        def check() -> None:
+            vm.check()
+            if self._stopping() or self._monitor.trouble():
+                raise _Interrupted
+
+        self._executions += 1
+        try:
+            status = vm.lane.execute(case, limit, check=check).status
+        except _Interrupted:
+            if self._stopping():
+                self._reset_due = True
+                return None
+            return None, True
+        except BridgeError as error:
+            logger.info("a case ended the guest when it was executed again: %s", error.message)
+            return None, False
+        if status is None:
+            return None, True
+        if self.options.is_suspect(status) or self.trouble():
+            return status, False
+        self._was_slow()
+        return None
+
+    def _was_slow(self) -> None:
+        self.slow += 1
+        now = time.monotonic()
+        if now >= self._slow_due:
+            self._slow_due = now + _SLOW_INTERVAL_SECONDS
+            logger.warning(
+                "a case took longer than %g s only once, which is no finding (%d such so far)",
+                self.case_seconds,
+                self.slow,
+            )
+
+    def _is_unharmed(self) -> bool:
+        """Return whether the next case may come without a reset, after a fault that is known.
+
+        The guest must have nothing of the target that the fault may have harmed, and the case by
+        which drift is measured must cover what it covers after a reset.
+        """
+        vm = self._ready
+        reference = self.stability.reference
+        if reference is None or not self.options.drift or vm.dead or vm.session.target_in_guest:
+            return False
+        if self._spared_since_reset >= self.options.known_faults:
+            return False
+        self._spared_since_reset += 1
+        try:
+            # What went wrong so far has been told.
+            self._monitor.began(vm.session)
+            self._fault_told = False
+            done = self.execute(reference, self.stability.timeout)
+        except BridgeError:
+            return False
+        if done.status is None or self.options.is_suspect(done.status) or self.trouble():
+            return False
+        return not self.stability.has_drifted(done.pcs)
 
     def _tell(self, say: Callable[[SlotListener], None]) -> None:
         for listener in self._listeners:

@@ -47,6 +47,7 @@ class Evidence:
         lost: why the guest is lost; empty if it runs.
         problems: what the target reported: tracebacks, dead threads, its death.
         stacks: what guest and target were doing, if the case did not end in time.
+        later: the target's part of that once more, a moment later.
     """
 
     console: str = ""
@@ -54,6 +55,7 @@ class Evidence:
     lost: str = ""
     problems: tuple[str, ...] = ()
     stacks: str = ""
+    later: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +84,13 @@ class SlotListener(Protocol):
     def new_case(self, event: NewCase, /) -> None:
         """Keep a case with new coverage."""
 
-    def suspect(self, event: Suspect, /) -> None:
-        """Judge a case after which something is wrong; the slot resets after it."""
+    def suspect(self, event: Suspect, /) -> bool:
+        """Judge a case after which something is wrong.
+
+        Returns:
+            Whether it did no more than what is known to leave guest and target as they were. The
+            slot resets them after it, unless all listeners say so.
+        """
 
     def was_reset(self, reason: str, seconds: float, /) -> None:
         """Note that guest and target went back to the ready state, in this time."""

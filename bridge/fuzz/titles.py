@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from bridge.fuzz.slot_events import Suspect
+from bridge.fuzz.slot_events import Evidence, Suspect
 from bridge.session.health import KERNEL_COMPLAINTS, sanitizer_reports
 
 __all__ = [
@@ -376,20 +376,11 @@ def memory_problem(mebibytes: int, stacks: str = "") -> str:
 _KERNEL_FRAME: Final = re.compile(r"^\s*\[<0>\] (?P<name>[\w.]+)\+0x")
 
 
-def hang_fault(
-    processes: str, stacks: str, packages: Sequence[str] = (), *, text: str = ""
-) -> Fault:
-    """Return the fault of a case that did not end in time.
+def _busy_threads(stacks: str, packages: Sequence[str]) -> Iterator[list[_Frame]]:
+    """Yield the frames of threads that are in the target's code and do not wait for work.
 
-    The target is to blame if one of its threads is in its own code and does not wait for
-    something to do.
-
-    Args:
-        processes: the guest's processes as :data:`bridge.session.evidence.PROCESSES` prints them.
-        stacks: where the target's threads are.
-        packages: what the target runs.
+    The innermost function of the target is the first one.
     """
-    whole = text or "\n".join(filter(None, [processes, stacks]))
     for thread in re.split(r"^(?=thread |Thread |Current thread )", stacks, flags=re.MULTILINE):
         lines = thread.splitlines()
         frames = _python_frames(lines)
@@ -402,7 +393,34 @@ def hang_fault(
             continue
         if innermost.of(packages) and _WAITS.search(innermost.source):
             continue
-        inner = _innermost_first(frames, packages)
+        yield _innermost_first(frames, packages)
+
+
+def hang_fault(
+    processes: str,
+    stacks: str,
+    packages: Sequence[str] = (),
+    *,
+    later: str | None = None,
+    text: str = "",
+) -> Fault:
+    """Return the fault of a case that did not end in time.
+
+    The target is to blame if one of its threads is in its own code and does not wait for
+    something to do; and a moment later is still in the same function.
+
+    Args:
+        processes: the guest's processes as :data:`bridge.session.evidence.PROCESSES` prints them.
+        stacks: where the target's threads are.
+        packages: what the target runs.
+        later: where its threads are a moment later; None for a target that gave no answer for
+            seconds.
+    """
+    whole = text or "\n".join(filter(None, [processes, stacks]))
+    still = {str(inner[0]) for inner in _busy_threads(later or "", packages)}
+    for inner in _busy_threads(stacks, packages):
+        if later is not None and str(inner[0]) not in still:
+            continue
         return Fault(
             Kind.TARGET_HANG, _bounded(f"the target hangs in {inner[0]}"), _stack_of(inner), whole
         )
@@ -496,6 +514,10 @@ _DIFFERENCE: Final = re.compile(rb"difference in ([^:\s]+)")
 """How the output of a harness begins that found a difference."""
 
 
+def _hang_of(evidence: Evidence, packages: Sequence[str]) -> Fault:
+    return hang_fault(evidence.stacks, evidence.stacks, packages, later=evidence.later)
+
+
 def faults_of(suspect: Suspect, packages: Sequence[str] = ()) -> list[Fault]:
     """Return the faults that a case led to, the one that causes the others first.
 
@@ -511,7 +533,7 @@ def faults_of(suspect: Suspect, packages: Sequence[str] = ()) -> list[Fault]:
         harness = harness_fault(suspect.status, suspect.output)
         found += [harness] if harness is not None else []
     if suspect.timed_out:
-        found.append(hang_fault(evidence.stacks, evidence.stacks, packages))
+        found.append(_hang_of(evidence, packages))
     if evidence.lost and not found:
         title = _bounded(without_numbers(evidence.lost.partition("\n")[0]))
         found.append(Fault(Kind.GUEST_LOST, title, (), evidence.lost))

@@ -461,6 +461,12 @@ class Session:
         ]
 
     @property
+    def target_in_guest(self) -> bool:
+        """Whether the guest keeps something of the target: what was set up there, or a device."""
+        target = self._running.target
+        return bool(target.guest_setup or target.devices)
+
+    @property
     def target_pid(self) -> int | None:
         """The process that serves the guest; None where it is this one, or does not run."""
         return self._running.host.serving_pid

@@ -5,6 +5,7 @@
 #define _GNU_SOURCE
 #include "harness.h"
 
+#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
@@ -13,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/reboot.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -91,6 +93,25 @@ static void write_to(const char *path, const char *text)
 	close(fd);
 }
 
+/* A line to tests/fuzz/planted_target.py, and its answer; none if an exception ends it. */
+static int tell_target(const uint8_t *line, size_t length)
+{
+	struct sockaddr_in server = { .sin_family = AF_INET, .sin_port = htons(7000) };
+	int fd = socket(AF_INET, SOCK_STREAM, 0);
+	char answer[8];
+
+	inet_pton(AF_INET, "10.0.2.100", &server.sin_addr);
+	if (fd < 0 || connect(fd, (struct sockaddr *)&server, sizeof(server)) ||
+	    write(fd, line, length) < 0 || write(fd, "\n", 1) < 0) {
+		fprintf(stderr, "the target is not reached: %m\n");
+		return 1 << 8;
+	}
+	if (read(fd, answer, sizeof(answer)) < 0)
+		fprintf(stderr, "no answer: %m\n");
+	close(fd);
+	return 0;
+}
+
 static int run(const uint8_t *data, size_t length)
 {
 	char text[32];
@@ -103,6 +124,8 @@ static int run(const uint8_t *data, size_t length)
 	case 'b': /* children that fork forever */
 		for (;;)
 			fork();
+	case 'c':
+		return tell_target(data + 1, length - 1);
 	case 'e':
 		exit(3);
 	case 'h':

@@ -8,10 +8,12 @@ import signal
 import socketserver
 import threading
 import time
+from pathlib import Path
 
 __all__ = ["Lines"]
 
 STEP = 8 << 20
+SLOW = 3.0
 
 
 class Lines(socketserver.StreamRequestHandler):
@@ -35,6 +37,8 @@ def answer(line: str) -> None:
         loop_forever()
     elif line == "eat":
         take_memory()
+    elif line.startswith("slow "):
+        be_slow_once(Path(line[5:]))
 
 
 def check_header(length: int) -> None:
@@ -46,6 +50,13 @@ def loop_forever() -> None:
     """Be busy for ever."""
     while True:
         time.sleep(0.001)
+
+
+def be_slow_once(mark: Path) -> None:
+    """Be slow if there is no such file yet, which stays when this process is forked anew."""
+    if not mark.exists():
+        mark.touch()
+        time.sleep(SLOW)
 
 
 def take_memory() -> None:

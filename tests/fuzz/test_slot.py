@@ -87,8 +87,9 @@ class Heard:
     def new_case(self, event: NewCase) -> None:
         self.new.append(event)
 
-    def suspect(self, event: Suspect) -> None:
+    def suspect(self, event: Suspect) -> bool:
         self.suspects.append(event)
+        return False
 
     def was_reset(self, reason: str, seconds: float) -> None:
         assert seconds > 0
@@ -119,7 +120,7 @@ def everything(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         settings,
         Harness([File(program)]),
         tmp_path_factory.mktemp("slot"),
-        options=SlotOptions(areas=3, area_words=4096),
+        options=SlotOptions(areas=3, area_words=4096, confirm_seconds=1),
         listeners=[heard],
     ) as slot:
         yield slot
@@ -451,7 +452,9 @@ def test_serve_case_that_does_not_end_is_told_then_reset(server: Server, heard: 
     server.while_served(work)
     (event,) = heard.suspects
     assert (event.case, event.status, event.timed_out) == (b"hang", None, True)
-    assert heard.resets == ["time-out"]
+    # Once before it was executed again, and once after that.
+    assert heard.resets == ["time-out", "time-out"]
+    assert server.slot.slow == 0
 
 
 def test_serve_panic_is_a_fault_and_another_machine_goes_on(server: Server, heard: Heard) -> None:

@@ -365,6 +365,20 @@ def test_hang_fault_target_in_its_own_code_is_to_blame(
     assert fault.title == f"the target hangs in {work.__name__} (fuzz/test_titles.py)"
 
 
+def test_hang_fault_target_that_goes_on_is_not_to_blame() -> None:
+    first = stacks_while(spin)
+    for later, kind in (
+        (first, Kind.TARGET_HANG),
+        (stacks_while(sleep_with_lock), Kind.TIME_OUT),
+        (stacks_while(serve), Kind.TIME_OUT),
+        ("", Kind.TIME_OUT),
+    ):
+        assert hang_fault(PROCESSES, first, ("tests.fuzz",), later=later).kind is kind
+        evidence = Evidence(stacks=first, later=later)
+        suspect = Suspect(b"", None, timed_out=True, evidence=evidence)
+        assert faults_of(suspect, ("tests.fuzz",))[0].kind is kind
+
+
 def test_hang_fault_target_that_waits_for_a_request_is_not_to_blame() -> None:
     fault = hang_fault(PROCESSES, stacks_while(serve), ("tests.fuzz",))
     assert fault.kind is Kind.TIME_OUT
