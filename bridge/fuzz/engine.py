@@ -62,8 +62,9 @@ _PEERS = "peers"
 _REMEDIES = (
     (
         "No instrumentation detected",
-        "the harness covers nothing of what is recorded: check with 'kcov-bridge run' that the "
-        "target is reached, or choose another source",
+        "the harness covers nothing of what is recorded: name a --corpus with a seed that it "
+        "does not refuse at once, check with 'kcov-bridge run' that the target is reached, or "
+        "choose another source",
     ),
     (
         "at least one valid input seed",

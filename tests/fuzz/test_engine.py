@@ -301,6 +301,16 @@ def test_job_seed_that_crashes_beside_one_that_does_not(
     assert b"KCOV!" in slot.cases(SuspectCase)
 
 
+def test_job_seed_that_covers_nothing_beside_one_that_does(
+    engine: Engine, slot: NullSlot, seeds: Path, tmp_path: Path
+) -> None:
+    (seeds / "another").write_bytes(b"-")
+    options = JobOptions(seconds=1, time_limit_ms=250)
+    with start_job(engine, slot.socket, seeds, tmp_path / "out", options) as job:
+        assert job.process.wait(60)
+        job.check()
+
+
 def test_job_end_of_the_slot_ends_the_engine(
     engine: Engine, slot: NullSlot, seeds: Path, tmp_path: Path
 ) -> None:

@@ -137,6 +137,17 @@ def test_fold_each_case_starts_anew(slot: NullSlot, engine: EngineDriver) -> Non
     assert slot.board[BoardWord.CELLS] == 1
 
 
+def test_fold_case_that_covers_nothing_has_one_cell_once_another_covered(
+    slot: NullSlot, engine: EngineDriver
+) -> None:
+    engine.run(b"-")
+    assert engine.cells() == {}
+    engine.run(b"K")
+    assert len(engine.cells()) == 2
+    engine.run(b"-")
+    assert engine.cells() == {0: 1}
+
+
 def test_fold_blind_engine_sees_one_cell_and_the_slot_all(tmp_path: Path) -> None:
     with NullSlot(tmp_path, blind=True) as slot, EngineDriver(slot.environment()) as engine:
         for case in (b"K", b"KC", b"KCO", b""):

@@ -6,7 +6,7 @@
  *
  * It takes cases from the lane as guest/agent/kcov-runner.c does. "noop" covers one block, and "nothing" none. Otherwise
  * the first area gets a PC for each byte of the case that continues "KCOV", the second one PC for
- * each byte after that, and the byte after KCOV decides:
+ * each byte after that, and the byte after KCOV decides (a case that begins with "-" covers none):
  *
  *	!	the harness dies of SIGABRT
  *	?	the harness never ends
@@ -55,6 +55,8 @@ static uint64_t run(const uint8_t *input, uint64_t length)
 	static const char magic[] = "KCOV";
 	uint64_t i;
 
+	if (length && input[0] == '-')
+		return 0;
 	cover(0, BLOCK(0));
 	for (i = 0; i < 4; i++) {
 		if (i >= length || input[i] != (uint8_t)magic[i])

@@ -665,7 +665,9 @@ static bool fold_area(const uint64_t *pcs, uint64_t number, bool edges)
 /* Folds the present case's PCs into the map. Returns whether a cell was set for the first time. */
 static bool fold(bool done)
 {
-	bool edges = board->fold == KB_FOLD_EDGES, fresh = false;
+	/* Whether a case has covered anything yet. */
+	static bool covered;
+	bool edges = board->fold == KB_FOLD_EDGES, fresh = false, empty = true;
 	uint64_t used = load(&lane->areas_used);
 	unsigned int i;
 
@@ -680,8 +682,11 @@ static bool fold(bool done)
 			add(&board->overflows, 1);
 		}
 		fresh |= fold_area(area[i].words + 1, number, edges);
+		empty = empty && !number;
 	}
-	if (blind)
+	covered = covered || !empty;
+	/* An engine gives up where one of its seeds covers nothing. That is right if all do. */
+	if (blind || (empty && covered))
 		map[0] = 1;
 	return fresh;
 }
