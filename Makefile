@@ -89,7 +89,7 @@ executor: packages-test $(VENV)/installed-dev ## run a client like a fuzzer's fo
 kills: packages-test $(VENV)/installed-dev ## kill 200 runs at random moments and check that nothing is left
 	KCOV_BRIDGE_KILLS=200 $(VENV)/bin/python -m pytest tests/cli/test_kills.py $(ARGS)
 
-fuzz-kills: packages-test $(VENV)/installed-dev ## kill a campaign 50 times, and compare what it announced
+fuzz-kills: packages-test $(VENV)/installed-dev ## kill each of two campaigns 50 times, and compare what they announced
 	KCOV_BRIDGE_FUZZ_KILLS=50 $(VENV)/bin/python -m pytest -s tests/fuzz/campaign_kills.py $(ARGS)
 
 fuzz-workers: packages-test $(VENV)/installed-dev ## kill workers in network namespaces for 5 minutes (as root)

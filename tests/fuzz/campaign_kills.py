@@ -16,6 +16,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ LATEST = 8.0
 LATEST_OF_THE_FUZZING = 4.0
 """Seconds after its VM is ready, for the others."""
 READY_SECONDS = 300.0
+ENGINE_EXECUTIONS = 10
+"""A run with so many has executed more than the few seeds that come before the engine."""
 
 
 @dataclass
@@ -48,8 +51,17 @@ class Announced:
     findings: int = 0
     executions: int = 0
     folders: set[str] = field(default_factory=set)
+    failures: list[str] = field(default_factory=list)
+    """What was said of jobs that failed: a VM may have stopped executing cases then."""
+    before: int | None = field(default=None, repr=False)
+    """Executions when the present run began."""
     fuzzing: threading.Event = field(default_factory=threading.Event, repr=False)
-    """A VM executes cases, in the present run."""
+    """The engine executes cases, in the present run."""
+
+    def begin(self) -> None:
+        """Begin with another run."""
+        self.before = None
+        self.fuzzing.clear()
 
     def take(self, line: str) -> None:
         """Note a line; each is an object of JSON."""
@@ -57,20 +69,26 @@ class Announced:
         if "said" in values:
             if found := re.match(r"finding: .* \(in (.*)\)$", values["said"]):
                 self.folders.add(found[1])
+            if re.match(r"job \d+ failed: ", values["said"]):
+                self.failures.append(values["said"])
             return
         for name in ("corpus", "blocks", "findings", "executions"):
             setattr(self, name, max(getattr(self, name), values[name]))
-        if values["executions_per_second"]:
+        if self.before is None:
+            self.before = values["executions"]
+        if values["executions"] >= self.before + ENGINE_EXECUTIONS:
             self.fuzzing.set()
 
 
-def kill_one(out: Path, moment: float, wait: bool, announced: Announced) -> str:
+def kill_one(
+    out: Path, moment: float, wait: bool, announced: Announced, options: Sequence[str]
+) -> str:
     """Run the campaign, kill it, compare; return how far it had come."""
     temporary = out.with_name("tmp")
     temporary.mkdir(exist_ok=True)
     resume = (out / CAMPAIGN_FILE).exists()
-    options = ["--resume"] if resume else ["--target", TARGET, "--no-learn", "--reset-every", "100"]
-    announced.fuzzing.clear()
+    options = ["--resume"] if resume else options
+    announced.begin()
     with subprocess.Popen(
         [*COMMAND, "fuzz", "--json", "--out", str(out), *options],
         stdout=subprocess.PIPE,
@@ -112,13 +130,11 @@ def kill_one(out: Path, moment: float, wait: bool, announced: Announced) -> str:
     assert not left
     assert not list(temporary.iterdir())
     compare(out, announced)
+    assert not announced.failures
     if announced.fuzzing.is_set():
         assert "afl-fuzz" in names
         return "fuzzing"
     return "booting" if any(name.startswith("qemu") for name in names) else "starting"
-
-
-TARGET = "tests.fuzz.planted_files_target:PlantedFiles"
 
 
 def compare(out: Path, announced: Announced) -> None:
@@ -140,8 +156,26 @@ def compare(out: Path, announced: Announced) -> None:
         assert (folder / "case").is_file()
 
 
-def test_campaign_killed_at_random_moments_keeps_what_it_announced(tmp_path: Path) -> None:
+def harness_that_fails(directory: Path) -> Path:
+    """Return a harness that finds something many times a minute."""
+    program = directory / "failing.so"
+    source = Path(__file__).with_name("failing_harness.c")
+    subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", program, source], check=True)
+    return program
+
+
+@pytest.mark.parametrize("kind", ["target", "findings"])
+def test_campaign_killed_at_random_moments_keeps_what_it_announced(
+    tmp_path: Path, kind: str
+) -> None:
+    """With a target in a process of its own, and with findings many times a minute."""
     guest_image()
+    options = ["--reset-every", "100", "--target"]
+    if kind == "target":
+        options += ["tests.fuzz.planted_files_target:PlantedFiles", "--no-learn"]
+    else:
+        harness = harness_that_fails(tmp_path)
+        options += ["none", "--source", "kernel", "--harness", str(harness)]
     moments = random.Random(SEED)
     announced = Announced()
     out = tmp_path / "out"
@@ -150,7 +184,7 @@ def test_campaign_killed_at_random_moments_keeps_what_it_announced(tmp_path: Pat
         for number in range(KILLS):
             # The last one, too, so that the campaign has come somewhere.
             wait = (KILLS - number) % 2 == 1
-            phases[kill_one(out, moments.random(), wait, announced)] += 1
+            phases[kill_one(out, moments.random(), wait, announced, options)] += 1
             print(f"kill {number + 1}: {dict(phases)}, {announced}", flush=True)
     except BaseException as error:
         error.add_note(f"KCOV_BRIDGE_FUZZ_KILLS={KILLS} KCOV_BRIDGE_KILLS_SEED={SEED} {phases}")
@@ -160,3 +194,4 @@ def test_campaign_killed_at_random_moments_keeps_what_it_announced(tmp_path: Pat
     last = read_progress(out / PROGRESS_FILE).last
     assert last is not None
     assert last.executions > 0
+    assert kind == "target" or announced.findings > 0
