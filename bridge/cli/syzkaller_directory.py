@@ -110,7 +110,7 @@ def prepare(directory: Path, checkout: Path, campaign: Campaign) -> list[str]:
     if " " in str(directory):
         raise UsageError(
             f"the path {directory} has a space, which the manager does not take",
-            hint="choose another directory",
+            hint="give another DIR, as in kcov-bridge syzkaller ~/fuzz --syzkaller …",
         )
     # Built here if it is missing, because the manager waits minutes at most.
     image = find_guest_image(campaign.settings)
