@@ -247,6 +247,8 @@ def _campaign(args: argparse.Namespace) -> int:
             print(f"the report: {end.report}", file=out)
     if end.interrupted is not None:
         raise end.interrupted
+    if end.unreported is not None:
+        raise end.unreported
     return _FOUND if end.new_findings else 0
 
 

@@ -93,12 +93,14 @@ class End:
         view: its last figures.
         new_findings: how many it found in this run.
         report: the page with its results; None if it could not be made.
+        unreported: why it could not.
         interrupted: what ended it, if it was neither a limit nor an error.
     """
 
     view: CampaignView
     new_findings: int
     report: Path | None
+    unreported: BridgeError | None = None
     interrupted: KeyboardInterrupt | None = None
 
 
@@ -269,7 +271,8 @@ class _Running:
         shown(view)
         if interrupted is None and view.executions == self._executions:
             self._said("no case was executed before the limit: give a longer --time")
-        return End(view, self._new_findings, self._results(), interrupted)
+        report, unreported = self._results()
+        return End(view, self._new_findings, report, unreported, interrupted)
 
     def _loop(self, shown: Callable[[CampaignView], object]) -> None:
         campaign = self._campaign
@@ -301,12 +304,12 @@ class _Running:
             )
         )
 
-    def _results(self) -> Path | None:
-        """Write the page; a failure loses nothing that was announced."""
+    def _results(self) -> tuple[Path | None, BridgeError | None]:
+        """Write the page, or return why it cannot be; that loses nothing that was announced."""
         from bridge.fuzz.report import write_campaign_report
 
         try:
-            return write_campaign_report(self._campaign.out)
+            return write_campaign_report(self._campaign.out), None
         except BridgeError as error:
             self._said(f"the report could not be made: {error.message}")
-            return None
+            return None, error

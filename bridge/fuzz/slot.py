@@ -13,6 +13,7 @@ that enters the slot.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import select
@@ -77,6 +78,7 @@ _FAILED_STARTS = 2
 _POLL_SECONDS = 0.05
 _READY_POLL_SECONDS = 0.0005
 _JOIN_SECONDS = 10.0
+_LOSS_SECONDS = 2.0
 _LONGER = 10
 """So many times its limit a case may take when it did not end in time."""
 _LONGEST_SECONDS = 60.0
@@ -287,6 +289,20 @@ class _Vm:
         if self.session.machine.loss is not None:
             return True
         return self._runner is None or not self._runner.running
+
+    def ended(self) -> str:
+        """Return why no case will end any more; empty if the runner takes cases.
+
+        The runner ends some moments before it is known that the guest is lost, as at a reboot.
+        """
+        deadline = time.monotonic() + _LOSS_SECONDS
+        while self.dead and self.session.machine.loss is None and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        try:
+            self.check()
+        except BridgeError as error:
+            return error.report()
+        return ""
 
     def _join_runner(self) -> None:
         if self._runner is not None:
@@ -508,7 +524,9 @@ class Slot:
 
     def collect(self, *, timed_out: bool = False) -> Evidence:
         """Return what is known of guest and target, before a reset."""
-        return self._monitor.collect(timed_out=timed_out)
+        ended = self._ready.ended()
+        evidence = self._monitor.collect(timed_out=timed_out)
+        return evidence if evidence.lost else dataclasses.replace(evidence, lost=ended)
 
     def reset(self, reason: str) -> None:
         """Bring guest and target back to the ready state, with a runner that is ready.

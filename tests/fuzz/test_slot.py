@@ -266,6 +266,7 @@ def test_execute_guest_that_is_lost_is_replaced(slot: Slot, case: bytes) -> None
 def test_execute_case_that_ends_the_runner_is_over_after_a_reset(slot: Slot) -> None:
     with pytest.raises(RunnerError, match="ended with status"):
         slot.execute(b"r", SECONDS)
+    assert "the runner in the guest ended" in slot.collect().lost
     machines = slot.machines
     slot.reset("test")
     assert slot.execute(b"x", SECONDS).status == 0
