@@ -85,8 +85,8 @@ def atomic_output(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yield the name of a file or directory to create, which replaces ``path`` at the end.
 
     The name is in a private directory ``.NAME.…`` beside ``path``, which is removed afterwards, or
-    by :func:`remove_partial` or
-    :func:`remove_partials` if this process was killed. After an exception ``path`` is unchanged.
+    by :func:`remove_partial` or :func:`remove_partials` if this process was killed. After an
+    exception ``path`` is unchanged.
     A directory replaces an old one in two steps, so for a moment there is none. A file never
     replaces a directory.
 
@@ -151,9 +151,11 @@ def remove_partial(path: Path) -> None:
     Raises:
         OSError: it cannot be removed.
     """
-    for left in _partials(path.parent):
-        if left.name.startswith(f".{path.name}."):
-            remove(left)
+    prefix = f".{path.name}."
+    if path.parent.is_dir():
+        for left in path.parent.iterdir():
+            if left.name.startswith(prefix):
+                remove(left)
 
 
 def remove_partials(directory: Path) -> None:
@@ -164,18 +166,10 @@ def remove_partials(directory: Path) -> None:
     Raises:
         OSError: it cannot be removed.
     """
-    for left in _partials(directory):
-        remove(left)
-
-
-def _partials(directory: Path) -> list[Path]:
-    if not directory.is_dir():
-        return []
-    return [
-        each
-        for each in directory.iterdir()
-        if _PARTIAL.fullmatch(each.name) and _is_directory(each)
-    ]
+    if directory.is_dir():
+        for left in directory.iterdir():
+            if _PARTIAL.fullmatch(left.name) and _is_directory(left):
+                remove(left)
 
 
 def sync(path: Path) -> None:
