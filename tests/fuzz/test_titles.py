@@ -313,7 +313,7 @@ def test_target_fault_of_a_problem_without_a_traceback(
 
 def spin(stop: threading.Event) -> None:
     while not stop.is_set():
-        sum(range(1000))
+        sum(range(1_000_000))  # long, so that a sample of the stack is hardly of is_set()
 
 
 def sleep_with_lock(stop: threading.Event) -> None:
