@@ -238,9 +238,10 @@ def _campaign(args: argparse.Namespace) -> int:
         screen = _screen(args, out, stack)
         end = run_campaign(campaign, shown=screen.show, said=screen.say)
     if not args.json:
+        found = "finding" if end.view.findings == 1 else "findings"
         print(
             f"{end.view.executions:,} executions, {end.view.blocks:,} blocks, "
-            f"{end.view.corpus:,} cases, {end.view.findings:,} findings: {args.out}",
+            f"{end.view.corpus:,} cases, {end.view.findings:,} {found}: {args.out}",
             file=out,
         )
         if end.report is not None:
