@@ -238,10 +238,12 @@ def _campaign(args: argparse.Namespace) -> int:
         screen = _screen(args, out, stack)
         end = run_campaign(campaign, shown=screen.show, said=screen.say)
     if not args.json:
-        found = "finding" if end.view.findings == 1 else "findings"
+        from bridge.cli.fuzz_screen import counted
+
         print(
-            f"{end.view.executions:,} executions, {end.view.blocks:,} blocks, "
-            f"{end.view.corpus:,} cases, {end.view.findings:,} {found}: {args.out}",
+            f"{counted(end.view.executions, 'execution')}, {counted(end.view.blocks, 'block')}, "
+            f"{counted(end.view.corpus, 'case')}, {counted(end.view.findings, 'finding')}: "
+            f"{args.out}",
             file=out,
         )
         if end.report is not None:

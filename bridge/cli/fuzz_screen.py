@@ -15,7 +15,7 @@ from bridge.errors import MissingDependencyError
 if TYPE_CHECKING:
     from bridge.fuzz.hub import CampaignView
 
-__all__ = ["JsonLines", "PlainLines", "Screen", "live_screen", "plain_text"]
+__all__ = ["JsonLines", "PlainLines", "Screen", "counted", "live_screen", "plain_text"]
 
 _RATE_SECONDS: Final = 10.0
 """Executions per second are those of the last few seconds."""
@@ -59,16 +59,16 @@ def plain_text(view: CampaignView, rate: float) -> str:
     """Return the figures as one line."""
     if not view.vms and not view.executions:
         # Zeros would look like a campaign that does nothing.
-        seeds = f"{_counted(view.corpus, 'seed')} wait{'s' if view.corpus == 1 else ''}"
+        seeds = f"{counted(view.corpus, 'seed')} wait{'s' if view.corpus == 1 else ''}"
         return f"{_clock(view.seconds)}, no VM is ready yet, {seeds}"
     return ", ".join(
         (
             _clock(view.seconds),
             f"{view.executions:,} executions ({_rate_text(rate)} per second)",
             f"{view.blocks:,} blocks",
-            _counted(view.corpus, "case"),
-            _counted(view.findings, "finding"),
-            _counted(view.vms, "VM"),
+            counted(view.corpus, "case"),
+            counted(view.findings, "finding"),
+            counted(view.vms, "VM"),
             f"stability {_percent(view.stability)}",
         )
     )
@@ -223,7 +223,8 @@ def live_screen(out: str, terminal: TextIO) -> Iterator[Screen]:
         yield _LiveScreen(live, out)
 
 
-def _counted(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
+    """Return a number with what it counts, in the singular or the plural."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 

@@ -7,9 +7,9 @@ import argparse
 import os
 import shlex
 from pathlib import Path
+from typing import Final
 
-from bridge import config
-from bridge.cli.arguments import add_settings
+from bridge.cli.arguments import add_settings, settings_of
 from bridge.errors import UsageError
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
@@ -37,6 +37,9 @@ _SETTINGS = (
     *("boot_timeout", "sandbox", "qemu"),
 )
 """The settings of a run that make sense here."""
+
+_DEFAULTS: Final = {"image": "syzkaller", "memory": 1024, "target": "none"}
+"""Settings that differ here from those of a run."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,16 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a warning of the kernel ends the guest (default: no)",
     )
     parser.add_argument("--start", action="store_true", help="start the manager at once")
-    add_settings(parser, _SETTINGS)
+    add_settings(parser, _SETTINGS, defaults=_DEFAULTS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the directory; print the line that starts the manager, or start it."""
-    from bridge.cli.syzkaller_directory import DEFAULTS, Campaign, prepare
+    from bridge.cli.syzkaller_directory import Campaign, prepare
 
-    given = vars(args)
-    flags = {name: given[name] for name in _SETTINGS if given.get(name) is not None}
-    settings = config.load(flags, file=args.config, defaults=DEFAULTS)
+    settings = settings_of(args, defaults=_DEFAULTS)
     for flag, value, least, most in (
         ("--count", args.count, 1, 1024),
         ("--procs", args.procs, 1, 64),

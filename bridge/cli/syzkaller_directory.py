@@ -33,12 +33,9 @@ from bridge.targets.registry import check_name
 from bridge.util.files import write_atomically
 from bridge.vm.accel import choose_accelerator
 
-__all__ = ["COVERAGE", "DEFAULTS", "Campaign", "copy_key", "locked", "prepare"]
+__all__ = ["COVERAGE", "Campaign", "copy_key", "locked", "prepare"]
 
 logger = logging.getLogger(__name__)
-
-DEFAULTS: dict[str, object] = {"image": "syzkaller", "memory": 1024, "target": "none"}
-"""Settings that differ here from those of a run."""
 
 COVERAGE = "coverage"
 _CAMPAIGN = "campaign.json"

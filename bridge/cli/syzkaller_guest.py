@@ -149,8 +149,10 @@ class _Machine:
             line = {"began": began, "seconds": seconds, "end": why, "stats": stats.as_dict()}
             with (results / GUESTS_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            with contextlib.suppress(BridgeError):
+            try:
                 _write_summary(results)
+            except BridgeError as error:
+                logger.error("the summary of all guests is not up to date: %s", error.report())
 
 
 def _write_summary(results: Path) -> None:

@@ -30,16 +30,17 @@ def main(argv: Sequence[str]) -> int:
     if port is None:
         print("kcov-bridge: the manager names no SSH port: is its type qemu?", file=sys.stderr)
         return 2
+    console, end = os.pipe()
     guest = subprocess.Popen(
         [sys.executable, "-m", "bridge.cli.syzkaller_guest", directory, port.group(1)],
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        stdout=end,
         stderr=subprocess.STDOUT,
         # A signal for the manager's group is not for it.
         start_new_session=True,
     )
-    assert guest.stdout is not None
-    while chunk := os.read(guest.stdout.fileno(), 1 << 16):
+    os.close(end)
+    while chunk := os.read(console, 1 << 16):
         while chunk:
             chunk = chunk[os.write(1, chunk) :]
     return guest.wait()

@@ -512,7 +512,7 @@ class Device(Generic[C]):
         kcov.mode = Mode.INIT
         return 0
 
-    # Streams
+    # Connections
 
     def connect_wire(self, kcov: Kcov[C], port: int) -> tuple[Errno, int]:
         """Carry out KCOV_BRIDGE_WIRE; return an errno, and the offset of the connection."""
@@ -530,6 +530,8 @@ class Device(Generic[C]):
         kcov.area, kcov.size, kcov.wired = area, area.size, True
         kcov.mode = Mode.WIRED
         return 0, area.offset
+
+    # Streams
 
     def open_stream(self, stream: Stream) -> None:
         """Let threads of the guest join the stream from now on."""

@@ -376,7 +376,7 @@ class Cluster:
 
 
 def check_scheduler(address: str) -> None:
-    """Refuse a scheduler that is not there, before anything is made for a campaign.
+    """Refuse an unreachable scheduler before anything is made for a campaign.
 
     Raises:
         UsageError: this is no address.

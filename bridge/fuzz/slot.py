@@ -200,7 +200,7 @@ class _Runner:
 
 
 class _Interrupted(Exception):
-    """A case is not waited for any more."""
+    """The wait for a case was given up."""
 
 
 class _Vm:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from bridge.fuzz.slot_events import Evidence, Suspect
+from bridge.fuzz.slot_events import Suspect
 from bridge.session.health import KERNEL_COMPLAINTS, sanitizer_reports
 
 __all__ = [
@@ -514,10 +514,6 @@ _DIFFERENCE: Final = re.compile(rb"difference in ([^:\s]+)")
 """How the output of a harness begins that found a difference."""
 
 
-def _hang_of(evidence: Evidence, packages: Sequence[str]) -> Fault:
-    return hang_fault(evidence.stacks, evidence.stacks, packages, later=evidence.later)
-
-
 def faults_of(suspect: Suspect, packages: Sequence[str] = ()) -> list[Fault]:
     """Return the faults that a case led to, the one that causes the others first.
 
@@ -533,7 +529,8 @@ def faults_of(suspect: Suspect, packages: Sequence[str] = ()) -> list[Fault]:
         harness = harness_fault(suspect.status, suspect.output)
         found += [harness] if harness is not None else []
     if suspect.timed_out:
-        found.append(_hang_of(evidence, packages))
+        stacks = evidence.stacks
+        found.append(hang_fault(stacks, stacks, packages, later=evidence.later))
     if evidence.lost and not found:
         title = _bounded(without_numbers(evidence.lost.partition("\n")[0]))
         found.append(Fault(Kind.GUEST_LOST, title, (), evidence.lost))

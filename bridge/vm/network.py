@@ -32,6 +32,7 @@ from bridge.util.compile import CProgram
 from bridge.vm.relay import SLOT
 
 __all__ = [
+    "EPOCH_HEADER",
     "GUEST_ADDRESS",
     "LOCALHOST",
     "SSH_GUEST_PORT",
@@ -54,11 +55,14 @@ GUEST_ADDRESS = "10.0.2.15"
 SSH_GUEST_PORT = 22
 
 _PLAIN_RELAY = (sys.executable, "-I", "-S", str(Path(__file__).with_name("relay.py")))
+EPOCH_HEADER = Path(__file__).with_name("epoch.h")
+"""What each process that carries connections includes."""
 _COMPILED_RELAY = CProgram(
     "the relay",
     Path(__file__).with_name("relay.c"),
     ("-O2", "-Wall", "-Wextra", "-Werror"),
     "relays",
+    (EPOCH_HEADER,),
 )
 _LISTENS = {
     protocol: re.compile(

@@ -19,8 +19,9 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/un.h>
-#include <time.h>
 #include <unistd.h>
+
+#include "epoch.h"
 
 #define CHUNK	(256 * 1024)
 #define SLOT	128
@@ -33,21 +34,6 @@ struct direction {
 	char *buffer;
 	size_t start, end;
 };
-
-static volatile uint64_t *epoch;
-
-/* coverage_epoch_value() of bridge/device/coverage_epoch.py. */
-static void change_epoch(void)
-{
-	struct timespec now;
-	uint64_t ns;
-
-	if (!epoch)
-		return;
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	ns = (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-	__atomic_store_n(epoch, ns << 23 | (uint64_t)getpid() << 1 | 1, __ATOMIC_SEQ_CST);
-}
 
 static bool map_epoch(const char *file, const char *place)
 {

@@ -34,8 +34,9 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/un.h>
-#include <time.h>
 #include <unistd.h>
+
+#include "epoch.h"
 
 /* Words of struct kb_wire; bridge/vm/wires.py gives their indices and the ring's size. */
 #ifndef RING_BYTES
@@ -62,7 +63,6 @@ static struct wire wires[MOST];
 static size_t count;
 static char *region;
 static uint64_t region_bytes;
-static volatile uint64_t *epoch;
 static int bell, guest_bell;
 
 static uint64_t look(const uint64_t *word)
@@ -73,19 +73,6 @@ static uint64_t look(const uint64_t *word)
 static void tell(uint64_t *word, uint64_t value)
 {
 	__atomic_store_n(word, value, __ATOMIC_RELEASE);
-}
-
-/* coverage_epoch_value() of bridge/device/coverage_epoch.py. */
-static void change_epoch(void)
-{
-	struct timespec now;
-	uint64_t ns;
-
-	if (!epoch)
-		return;
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	ns = (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-	__atomic_store_n(epoch, ns << 23 | (uint64_t)getpid() << 1 | 1, __ATOMIC_SEQ_CST);
 }
 
 static void interrupt(void)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from bridge.device.abi import WIRE_RING_BYTES, WORD, HeaderWord, WireEnd, WireWo
 from bridge.device.region import Region
 from bridge.targets import AnyEndpoint, UdpEndpoint, UnixEndpoint
 from bridge.util.compile import CProgram
+from bridge.vm.network import EPOCH_HEADER
 from bridge.vm.process import Process, spawn
 
 __all__ = ["WIRES", "WireRelay"]
@@ -35,6 +37,7 @@ WIRES = CProgram(
         *(f"-DWIRE_{kind.name}={kind.value}" for kind in WireEnd),
     ),
     "relays",
+    (EPOCH_HEADER,),
 )
 _ANSWER_SECONDS = 2.0
 
@@ -73,6 +76,7 @@ class WireRelay:
             )
             stack.callback(process.kill)
             control.close()
+            self._process = process
             self.pid = process.pid
             self._stack = stack.pop_all()
 
@@ -116,7 +120,8 @@ class WireRelay:
             answer = self._control.recv(1)
         except OSError as error:
             logger.error("the process for wires does not answer: %s", error)
-            # A late answer must not be taken for another one's.
+            # It must not write later, where it was told, into memory that is something else then.
+            self._process.send_signal(signal.SIGKILL)
             self._control.close()
             return errno.EIO
         return answer[0] if answer else errno.EIO
