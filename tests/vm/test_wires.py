@@ -6,10 +6,12 @@ from __future__ import annotations
 import errno
 import os
 import select
+import signal
 import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -163,3 +165,14 @@ def test_wires_full_ring_goes_on_when_the_guest_has_read(guest: Guest) -> None:
 
 def test_wires_unknown_port_is_refused(guest: Guest) -> None:
     assert guest.relay.open(1, 0) == errno.ECONNREFUSED
+
+
+def test_process_that_does_not_answer_is_ended(guest: Guest) -> None:
+    """Later it would write into memory that is something else then."""
+    os.kill(guest.relay.pid, signal.SIGSTOP)
+    assert guest.relay.open(PORT, 0) == errno.EIO
+    deadline = time.monotonic() + SECONDS
+    while Path(f"/proc/{guest.relay.pid}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert guest.relay.end(0) == errno.EIO
