@@ -145,6 +145,14 @@ class Settings:
             "record what the target's Python code compares, for KCOV_TRACE_CMP; slows the target",
         ),
     )
+    syscall_comparisons: bool = field(
+        default=False,
+        metadata=_about(
+            Kind.FLAG,
+            "with KCOV_TRACE_CMP, append one comparison for the number of each system call, which "
+            "also allows that mode without --comparisons",
+        ),
+    )
     kernel_include: str = field(
         default="",
         metadata=_about(

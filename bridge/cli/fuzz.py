@@ -57,7 +57,8 @@ _ACTIONS: dict[str, str] = {
 module."""
 
 _OTHERS: Final = frozenset(
-    {"out", "timeout", "isolate", "comparisons", "personality", "syscall_pcs", "diagnose", "awake"}
+    {"out", "timeout", "isolate", "comparisons", "personality", "diagnose", "awake"}
+    | {"syscall_pcs", "syscall_comparisons"}
 )
 """Settings of a session that a campaign chooses by itself."""
 

@@ -4,8 +4,8 @@
 =================  ===========================================================================
 ``manager.cfg``    the manager's configuration
 ``qemu``           what the manager starts in QEMU's place: :mod:`bridge.cli.syzkaller_machine`
-``campaign.json``  settings, for the stand-in
-``id_ed25519``     a copy of the image's key, brought up to date at each start of a guest
+``campaign.json``  settings, for the stand-in, and the image that they mean
+``id_ed25519``     the key with which the manager logs in; each guest is given its public half
 ``image``          empty: syzkaller wants a file, and takes an empty one for none
 ``workdir/``       the manager's own: corpus, crashes
 ``coverage/``      what all guests covered together, as the directory of a run
@@ -16,34 +16,88 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from bridge.config import Settings
-from bridge.errors import InfrastructureError, UsageError
-from bridge.guest.guest_image import GuestImage, find_guest_image
+from bridge.errors import ImageError, InfrastructureError, UsageError
+from bridge.guest.guest_image import ProjectImage, find_guest_image
+from bridge.guest.images import Image
+from bridge.guest.images.store import image_directory
+from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
 from bridge.targets.registry import check_name
 from bridge.util.files import write_atomically
 from bridge.vm.accel import choose_accelerator
 
-__all__ = ["COVERAGE", "Campaign", "copy_key", "locked", "prepare"]
+__all__ = ["COVERAGE", "Campaign", "PinnedImage", "locked", "prepare", "public_key"]
 
 logger = logging.getLogger(__name__)
 
 COVERAGE = "coverage"
 _CAMPAIGN = "campaign.json"
 _KEY = "id_ed25519"
-_VERSION = 1
+_VERSION = 2
+"""Of ``campaign.json``. 2: it pins the image."""
+_PLACES = ("vmlinux", "modules.json")
+"""The files of an image on which the PCs of its kernel depend."""
 _OWN_MEMORY_MIB = 300
 """What QEMU and the bridge need beside the guest's memory, about."""
 _PROGRAMS = ("bin/syz-manager", "bin/linux_amd64/syz-executor", "bin/linux_amd64/syz-execprog")
+
+
+@dataclass(frozen=True)
+class PinnedImage:
+    """The image that all guests of a campaign boot, so that their coverage is of one kernel.
+
+    Attributes:
+        name: of the image in the cache.
+        release: of its kernel.
+        kernel: SHA-256 over kernel and places of its modules, on which the PCs depend.
+    """
+
+    name: str = ""
+    release: str = ""
+    kernel: str = ""
+
+    @classmethod
+    def of(cls, image: Image) -> PinnedImage:
+        """Pin an image."""
+        parts = [image.files[name].sha256 for name in _PLACES if name in image.files]
+        kernel = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return cls(image.name, image.kernel_release, kernel)
+
+    def find(self) -> None:
+        """Check that it is still what a guest would boot.
+
+        Raises:
+            UsageError: there is no such image any more.
+            ImageError: it was built again, with another kernel.
+        """
+        again = "run kcov-bridge syzkaller again for this directory: it takes the image of today"
+        try:
+            found = PinnedImage.of(Image.load(image_directory(self.name)))
+        except ImageError as error:
+            raise UsageError(
+                f"the image {self.name} of this campaign is gone: {error.message}", hint=again
+            ) from error
+        if found != self:
+            raise ImageError(
+                f"the image {self.name} was built again since this campaign was prepared, and has "
+                f"another kernel: {found.release} in place of {self.release}",
+                hint=again,
+            )
 
 
 @dataclass(frozen=True)
@@ -51,6 +105,7 @@ class Campaign:
     """What ``campaign.json`` holds."""
 
     settings: Settings
+    image: PinnedImage = PinnedImage()
     count: int = 1
     procs: int = 2
     loglevel: int = 7
@@ -75,20 +130,25 @@ class Campaign:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values.pop("version") != _VERSION:
                 raise ValueError("another version wrote it")
-            return cls(Settings.of(values.pop("settings")), **values)
+            image = PinnedImage(**values.pop("image"))
+            return cls(Settings.of(values.pop("settings")), image, **values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"{path} cannot be used: {error}", hint="make it again: kcov-bridge syzkaller"
             ) from error
 
     def machine_settings(self) -> Settings:
-        """Return the settings of each guest, in which every call leaves a PC.
+        """Return the settings of each guest, in which every call leaves a PC and a comparison.
 
-        The manager's first look fails if a call leaves none, and only the kernel always leaves
-        some.
+        The manager's first look at a guest fails if a call leaves no PC, and only the kernel always
+        leaves some. It switches comparisons off for good if a call leaves none.
         """
         sources = self.settings.sources(choose_accelerator(self.settings.accel).name)
-        return self.settings.replace(syscall_pcs="kernel" not in sources)
+        return self.settings.replace(
+            image=self.image.name,
+            syscall_pcs="kernel" not in sources,
+            syscall_comparisons=True,
+        )
 
 
 def prepare(directory: Path, checkout: Path, campaign: Campaign) -> list[str]:
@@ -111,12 +171,16 @@ def prepare(directory: Path, checkout: Path, campaign: Campaign) -> list[str]:
         )
     # Built here if it is missing, because the manager waits minutes at most.
     image = find_guest_image(campaign.settings)
+    if not isinstance(image, ProjectImage):
+        raise UsageError("a disk image of your own cannot be used here", hint="name a recipe")
+    campaign = replace(campaign, image=PinnedImage.of(image.image))
+    _check_kernel(directory, campaign.image)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name in ("workdir", COVERAGE):
             (directory / name).mkdir(exist_ok=True)
         (directory / "image").write_bytes(b"")
-        copy_key(image, directory)
+        _make_key(directory)
         stand_in = directory / "qemu"
         stand_in.write_text(_stand_in(directory), encoding="utf-8")
         stand_in.chmod(0o755)
@@ -157,6 +221,24 @@ def _check_memory(campaign: Campaign) -> None:
         )
 
 
+def _check_kernel(directory: Path, image: PinnedImage) -> None:
+    """Raise UsageError if what is covered in the directory is of another kernel."""
+    results = directory / COVERAGE
+    if not (results / KERNEL_BLOCKS_FILE).exists():
+        return
+    try:
+        before = Campaign.load(directory).image
+    except UsageError:
+        # The remains of a version that did not say so.
+        return
+    if before.kernel != image.kernel:
+        raise UsageError(
+            f"{results} is of another kernel: {before.release} of the image {before.name}, and "
+            f"not {image.release} of {image.name}",
+            hint="take another DIR, or --image with that name; or move that directory away",
+        )
+
+
 def _stand_in(directory: Path) -> str:
     """Return the script that has all it needs to know of this installation."""
     lines = ["#!/bin/sh", "# Started by syz-manager in QEMU's place."]
@@ -193,16 +275,40 @@ def _manager_config(
     }
 
 
-def copy_key(image: GuestImage, directory: Path) -> None:
-    """Have the manager's key be that of the image, which may have been built again."""
-    image.check_key()
-    key, copy = image.ssh_key.read_bytes(), directory / _KEY
-    if copy.is_file() and copy.read_bytes() == key:
+def _make_key(directory: Path) -> None:
+    """Make the manager's own key, which stays when images are built again."""
+    path = directory / _KEY
+    if path.is_file():
         return
+    text = Ed25519PrivateKey.generate().private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.OpenSSH,
+        serialization.NoEncryption(),
+    )
     new = directory / f".{_KEY}.{os.getpid()}"
     new.touch(mode=0o600)
-    new.write_bytes(key)
-    new.replace(copy)
+    new.write_bytes(text)
+    new.replace(path)
+
+
+def public_key(directory: Path) -> str:
+    """Return the line for ``authorized_keys`` that lets the manager in.
+
+    Raises:
+        UsageError: the key cannot be read.
+    """
+    path = directory / _KEY
+    try:
+        key = serialization.load_ssh_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise UsageError(
+            f"the key {path} cannot be used: {error}",
+            hint="remove it, and run kcov-bridge syzkaller again for this directory",
+        ) from error
+    line = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    return line.decode()
 
 
 @contextlib.contextmanager

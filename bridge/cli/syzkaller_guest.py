@@ -20,9 +20,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bridge.cli.syzkaller_directory import COVERAGE, Campaign, copy_key, locked
+from bridge.cli.syzkaller_directory import COVERAGE, Campaign, locked, public_key
 from bridge.errors import BridgeError, GuestLostError, GuestSetupError
-from bridge.guest.guest_image import find_guest_image
 from bridge.results import summary as summaries
 from bridge.results.merge import covered_blocks, merge_results, merge_stats
 from bridge.session.session import Session
@@ -46,6 +45,16 @@ _MODULES = (
 )
 """What the executor configures, and what descriptions open or mount: nothing loads these in the
 guest when they are looked for. Modules that have a name for modprobe load by themselves."""
+
+
+_SWAP_FILE = """\
+if modprobe -q zram; then
+    echo 128M >/sys/block/zram0/disksize && >/swap-file && mount --bind /dev/zram0 /swap-file ||
+        echo 'kcov-bridge: there is no swap area' >/dev/kmsg
+fi
+"""
+"""The executor makes /swap-file a swap area. Files of the guest are in its memory, and can be none;
+so a device stands for that file, which compresses what is written to it and keeps it in memory."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -77,8 +86,8 @@ class _Machine:
     def run(self) -> int:
         """Serve until the guest is lost, or stdin ends; return the exit status."""
         threading.Thread(target=self._watch_manager, daemon=True).start()
+        self._campaign.image.find()
         settings = self._campaign.machine_settings()
-        copy_key(find_guest_image(settings), self._directory)
         results = self._directory / COVERAGE
         results.mkdir(exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix="guest-", dir=results))
@@ -128,6 +137,9 @@ class _Machine:
         lines = [f"echo {value} > /proc/sys/kernel/{name}\n" for name, value in values.items()]
         # An image of one's own may lack some: their features are off then.
         lines += [f"modprobe -q {module} || true\n" for module in _MODULES]
+        lines += [_SWAP_FILE]
+        # Last: the manager begins when it can log in.
+        lines += [f"echo '{public_key(self._directory)}' >>~root/.ssh/authorized_keys\n"]
         done = session.guest.run("".join(["set -e\n", *lines]), timeout=300)
         if done.exit_status:
             raise GuestSetupError(

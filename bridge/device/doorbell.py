@@ -152,7 +152,8 @@ class Doorbell(Generic[C]):
         poll_seconds: how long the loop polls for the next request before it sleeps on the bell.
         epoch: shows the guest a new host; never 0. It grows when the guest considers the host gone.
         kernel: gets the guest's reports about its kernel.
-        silent: owners need not report their returns, because no source is consumed at them.
+        silent: owners need not report their returns, because no source is consumed at them. It
+            does not concern those that :meth:`bridge.device.kcov.Device.needs_each_return`.
 
     Attributes:
         polling: decides when to poll.
@@ -518,6 +519,9 @@ class Doorbell(Generic[C]):
                 error = self._source_failed(failure)
             kcov = self._slots[slot]
             control[answer + ResponseWord.FLAGS] = self._answer_flags(op, kcov)
+        if kcov is not None and self._device.needs_each_return(kcov):
+            # The owner has read the epoch before it asked.
+            self._change_coverage_epoch()
         self.counters.requests += 1
         control[answer + _ERROR] = error if 0 <= error <= _MAX_ERRNO else errno.EIO
         if kcov is not None:
@@ -531,6 +535,8 @@ class Doorbell(Generic[C]):
         if op == Op.STREAM:
             # The doorbell needs the owner's returns to empty the area before it is full.
             return Answer.CALLS if kcov is not None and kcov.calls is not None else Answer(0)
+        if kcov is not None and self._device.needs_each_return(kcov):
+            return Answer(0)
         return Answer.SILENT if op == Op.REMOTE else self._flags
 
     def _end(self, slot: int, kcov: Kcov[C]) -> None:

@@ -230,6 +230,8 @@ class Device(Generic[C]):
         watcher: writes PCs into areas by itself.
         comparisons: the provider of comparisons; without it TRACE_CMP is refused.
         threads: tells which thread of the target ran a block; None where that is not known.
+        syscall_comparison: maps a system call's number to the comparison that stands for it, or
+            None. Each return in mode TRACE_CMP appends that comparison first.
 
     Attributes:
         unique: every PC that was appended to any area, except those of ``watcher``.
@@ -244,6 +246,7 @@ class Device(Generic[C]):
         watcher: Watcher | None = None,
         comparisons: Comparisons | None = None,
         threads: Threads | None = None,
+        syscall_comparison: Callable[[int], Comparison | None] | None = None,
     ) -> None:
         self.personality = personality
         self._threads = threads
@@ -254,6 +257,7 @@ class Device(Generic[C]):
         self._areas = areas
         self._coverage = coverage
         self._syscall_pc = syscall_pc
+        self._syscall_comparison = syscall_comparison
         self._remotes: dict[int, Kcov[C]] = {}
         # The bit of each PC in the bitmaps of UNIQUE_PC; bounded by the number of PCs.
         self._bits: dict[int, int] = {}
@@ -791,6 +795,13 @@ class Device(Generic[C]):
             return error
         return self.return_in_other_mode(kcov, task, number, unreported)
 
+    def needs_each_return(self, kcov: Kcov[C]) -> bool:
+        """Whether each return of the owner appends something, covered or not.
+
+        It is not asked in mode TRACE_PC, of which the same is known when the device is made.
+        """
+        return kcov.comparing is not None and self._syscall_comparison is not None
+
     def return_in_other_mode(
         self, kcov: Kcov[C], task: Task, number: int, unreported: int
     ) -> Errno:
@@ -801,7 +812,9 @@ class Device(Generic[C]):
         if kcov.cursor is not None:
             self._return_unique(kcov, area, kcov.cursor, number, unreported)
         elif kcov.comparing is not None and self._comparisons is not None:
-            self._return_comparisons(kcov, area, self._comparisons, kcov.comparing, unreported)
+            self._return_comparisons(
+                kcov, area, self._comparisons, kcov.comparing, number, unreported
+            )
         else:
             return errno.EINVAL
         return 0
@@ -828,12 +841,17 @@ class Device(Generic[C]):
         area: Area,
         comparisons: Comparisons,
         cursor: Any,
+        number: int,
         unreported: int,
     ) -> None:
         """Do :meth:`syscall_return` in mode TRACE_CMP."""
         totals = self.totals
         totals.returns += 1 + unreported
         records, dropped = comparisons.collect(cursor)
+        if self._syscall_comparison is not None:
+            record = self._syscall_comparison(number)
+            if record is not None:
+                records = [record, *records]
         fitted = area.append_comparisons(records)
         while fitted < len(records) and kcov.stream is not None:
             self._hand_over(kcov)

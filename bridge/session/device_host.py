@@ -23,7 +23,12 @@ from bridge.errors import BridgeError, DoorbellError, RegionError, SourceError
 from bridge.session.stats import InstanceStats, Stats
 from bridge.sources import Consumed
 from bridge.sources.by_thread import ByThread
-from bridge.sources.comparisons import Comparing, ComparisonLedger
+from bridge.sources.comparisons import (
+    Comparing,
+    ComparisonLedger,
+    NoComparisons,
+    syscall_comparison,
+)
 from bridge.sources.guest_kernel.source import GuestKernel
 from bridge.sources.ledger import Cursor, Ledger
 from bridge.sources.pcs import syscall_pc
@@ -68,6 +73,8 @@ class DeviceHost:
         kernel: the guest kernel as a source, which writes into areas by itself.
         personality: whose kcov rules the device follows.
         syscall_pcs: whether each return appends a PC for the system call.
+        syscall_comparisons: the same for comparisons, and TRACE_CMP is allowed without
+            ``comparing``.
         poll_seconds: how long the doorbell polls after a request before it sleeps.
 
     Raises:
@@ -85,6 +92,7 @@ class DeviceHost:
         kernel: GuestKernel | None = None,
         personality: Personality = Personality.LINUX,
         syscall_pcs: bool = False,
+        syscall_comparisons: bool = False,
         poll_seconds: float = 0.0,
     ) -> None:
         self._closed = False
@@ -94,6 +102,8 @@ class DeviceHost:
             stack.callback(self.region.close)
             self._server = IvshmemServer(self.region)
             stack.callback(self._server.close)
+            if comparing is None and syscall_comparisons:
+                comparing = NoComparisons()
             self._ledger = Ledger([source] if source is not None else [], self._source_failed)
             self.device: Device[Cursor] = Device(
                 self.region,
@@ -103,6 +113,7 @@ class DeviceHost:
                 kernel,
                 ComparisonLedger(comparing, self._source_failed) if comparing is not None else None,
                 threads,
+                syscall_comparison if syscall_comparisons else None,
             )
             self.doorbell: Doorbell[Cursor] = Doorbell(
                 self.region,

@@ -206,6 +206,7 @@ class Session:
             kernel=watch.kernel,
             personality=Personality(settings.personality),
             syscall_pcs=settings.syscall_pcs,
+            syscall_comparisons=settings.syscall_comparisons,
             poll_seconds=settings.awake,
         )
         stack.callback(device.close)

@@ -6,12 +6,36 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
-from bridge.device.abi import Comparison
+from bridge.device.abi import KCOV_CMP_CONST, KCOV_CMP_SIZE, Comparison
+from bridge.sources.pcs import syscall_pc
 
-__all__ = ["LIMIT", "Comparing", "ComparisonCursor", "ComparisonLedger"]
+__all__ = [
+    "LIMIT",
+    "Comparing",
+    "ComparisonCursor",
+    "ComparisonLedger",
+    "NoComparisons",
+    "syscall_comparison",
+]
 
 LIMIT: Final = 1 << 16
 """Limit of comparisons kept for readers; more are dropped and counted."""
+
+_NO_OPERAND: Final = 0xC0DE_B41D_6E5A_97F3
+"""An operand that no program passes by chance, in any of its widths."""
+
+
+def syscall_comparison(nr: int) -> Comparison | None:
+    """Return the comparison that stands for system call number ``nr``; None outside 0 to 4095.
+
+    Its PC is :func:`bridge.sources.pcs.syscall_pc`. syzkaller's executor keeps it: ``convert`` in
+    its ``executor/executor.cc`` drops equal operands, and 0 as the constant. It makes no mutation:
+    ``prog/hints.go`` there replaces arguments that are equal to the operand that is no constant.
+    """
+    pc = syscall_pc(nr)
+    if pc is None:
+        return None
+    return KCOV_CMP_CONST | KCOV_CMP_SIZE(3), nr + 1, _NO_OPERAND, pc
 
 
 class Comparing(Protocol):
@@ -22,6 +46,17 @@ class Comparing(Protocol):
 
     def consume_comparisons(self) -> tuple[Sequence[Comparison], int]:
         """Return the comparisons since the last call, in order, and how many were dropped."""
+
+
+class NoComparisons:
+    """A source that compares nothing."""
+
+    def record_comparisons(self, on: bool) -> None:
+        """See :class:`Comparing`."""
+
+    def consume_comparisons(self) -> tuple[Sequence[Comparison], int]:
+        """See :class:`Comparing`."""
+        return (), 0
 
 
 class ComparisonCursor:

@@ -11,14 +11,17 @@ import signal
 import socket
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bridge.cli.main import main
-from bridge.cli.syzkaller_directory import COVERAGE, Campaign
+from bridge.cli.syzkaller_directory import COVERAGE, Campaign, PinnedImage, public_key
 from bridge.cli.syzkaller_guest import GUESTS_FILE
 from bridge.config import Settings
+from bridge.errors import ImageError, UsageError
+from bridge.sources.guest_kernel import BLOCKS_FILE
 from tests.support.coverage_data import executed
 from tests.support.programs import guest_image
 
@@ -62,8 +65,52 @@ def test_syzkaller_more_guests_than_memory_is_refused(
 
 
 def test_campaign_kernel_is_no_source_has_a_pc_for_each_call() -> None:
-    assert Campaign(Settings(accel="tcg", source="python")).machine_settings().syscall_pcs
-    assert not Campaign(Settings(accel="tcg")).machine_settings().syscall_pcs
+    pinned = PinnedImage(name="syzkaller-0123456789ab")
+    settings = Campaign(Settings(accel="tcg", source="python"), pinned).machine_settings()
+    assert settings.syscall_pcs
+    assert settings.syscall_comparisons
+    assert settings.image == pinned.name
+    settings = Campaign(Settings(accel="tcg"), pinned).machine_settings()
+    assert not settings.syscall_pcs
+    assert settings.syscall_comparisons
+
+
+def test_key_cannot_be_read_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "id_ed25519").write_text("nonsense")
+    with pytest.raises(UsageError, match="id_ed25519 cannot be used") as caught:
+        public_key(tmp_path)
+    assert "remove it" in caught.value.hint
+
+
+@pytest.mark.vm
+def test_image_is_pinned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = guest_image()
+    directory = tmp_path / "campaign"
+    words = ["syzkaller", str(directory), "--syzkaller", str(checkout(tmp_path / "s"))]
+    words += ["--image", image.name, "--memory", "256"]
+    assert main(words) == 0
+    key = public_key(directory)
+    pinned = Campaign.load(directory).image
+    assert (pinned.name, pinned.release) == (image.name, image.kernel_release)
+    pinned.find()
+    with pytest.raises(UsageError, match="is gone"):
+        replace(pinned, name="bookworm-000000000000").find()
+    other = replace(pinned, kernel="0" * 64, release="6.0.0")
+    with pytest.raises(ImageError, match=r"another kernel: .* in place of 6\.0\.0") as caught:
+        other.find()
+    assert "kcov-bridge syzkaller" in caught.value.hint
+    # What is covered of one kernel is not added to what is covered of another.
+    replace(Campaign.load(directory), image=other).save(directory)
+    assert main(words) == 0
+    replace(Campaign.load(directory), image=other).save(directory)
+    (directory / COVERAGE / BLOCKS_FILE).touch()
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "is of another kernel: 6.0.0" in capsys.readouterr().err
+    (directory / COVERAGE).rename(directory / "moved")
+    assert main(words) == 0
+    assert Campaign.load(directory).image == pinned
+    assert public_key(directory) == key
 
 
 class Manager:

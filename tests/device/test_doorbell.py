@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from bridge.device import abi, streams
-from bridge.device.abi import HeaderWord, Op, ResponseWord
+from bridge.device.abi import Answer, HeaderWord, Op, ResponseWord
 from bridge.device.coverage_epoch import coverage_epoch_value
 from bridge.device.doorbell import Doorbell
 from bridge.device.ivshmem import IvshmemServer
@@ -21,6 +22,7 @@ from bridge.device.kcov import Device, Personality
 from bridge.device.region import Area, Region
 from bridge.device.streams import Stream
 from bridge.errors import IncompleteError, SourceError
+from bridge.sources.comparisons import ComparisonLedger, NoComparisons, syscall_comparison
 from tests.support.doorbell import TASK, WORDS, Counting, FakeGuest
 
 
@@ -139,6 +141,37 @@ def test_coverage_epoch_with_relays_changes_by_itself(bench: Bench) -> None:
         time.sleep(0.02)
     assert len(seen) == 5
     assert 0 not in seen
+
+
+def test_returns_that_need_a_comparison_are_all_reported() -> None:
+    with contextlib.ExitStack() as stack:
+        region = Region(16 << 20)
+        stack.callback(region.close)
+        server = IvshmemServer(region)
+        stack.callback(server.close)
+        ledger = ComparisonLedger(NoComparisons())
+        device = Device(
+            region, Counting(), comparisons=ledger, syscall_comparison=syscall_comparison
+        )
+        doorbell = Doorbell(region, device, server.bell, silent=True)
+        doorbell.start()
+        stack.callback(doorbell.stop)
+        doorbell.rely_on_epoch()
+        guest = FakeGuest(region, server.bell)
+        for slot, mode in ((1, abi.KCOV_TRACE_PC), (2, abi.KCOV_TRACE_CMP)):
+            assert guest.call(slot, Op.INIT, arg0=WORDS) == 0
+            assert guest.call(slot, Op.MAP, arg0=WORDS * 8) == 0
+            assert guest.call(slot, Op.ENABLE, task=TASK + slot, arg0=mode) == 0
+        assert guest.answer(1, ResponseWord.FLAGS) == Answer.SILENT
+        assert guest.answer(2, ResponseWord.FLAGS) == 0
+        for number in range(1, 4):
+            # As the module does: an epoch that it reads before it asks is not there at the next.
+            epoch = guest.control[HeaderWord.COVERAGE_EPOCH]
+            assert guest.call(2, Op.RETURN, task=TASK + 2, arg0=39) == 0
+            assert guest.control[HeaderWord.COVERAGE_EPOCH] not in (0, epoch)
+            assert guest.answer(2, ResponseWord.APPENDED) == number
+        doorbell.call(doorbell.look_at_guest)
+        assert not doorbell.target_answered
 
 
 def test_target_answered_is_what_relays_write_alone(bench: Bench) -> None:

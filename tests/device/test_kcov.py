@@ -18,7 +18,8 @@ from bridge.device.abi import (
 )
 from bridge.device.kcov import Device, Kcov, Mode, Personality
 from bridge.device.region import Area, Region
-from bridge.sources.comparisons import ComparisonCursor
+from bridge.sources.comparisons import ComparisonCursor, syscall_comparison
+from bridge.sources.pcs import syscall_pc
 
 WORDS = 512
 """One page: right for both personalities."""
@@ -648,6 +649,25 @@ class TestComparisons:
         self.comparisons.make(3)
         assert fixture.device.syscall_return(kcov, ALICE, 1) == 0
         assert self.words(kcov)[:5] == [1, 6, 3, 4, 0xFF]
+
+    def test_comparison_of_the_call_comes_first(self, fixture: Fixture) -> None:
+        device = fixture.device
+        device._syscall_comparison = syscall_comparison
+        kcov = self.comparing(fixture)
+        assert device.needs_each_return(kcov)
+        assert not device.needs_each_return(fixture.traced(BOB))
+        assert device.syscall_return(kcov, ALICE, 39) == 0
+        self.comparisons.make(5)
+        assert device.syscall_return(kcov, ALICE, 0) == 0
+        assert device.syscall_return(kcov, ALICE, 4096) == 0
+        count, *words = self.words(kcov)
+        assert count == 3
+        (kind, constant, other, pc), second, third = (tuple(words[n : n + 4]) for n in (0, 4, 8))
+        assert (kind, constant, pc) == (7, 40, syscall_pc(39))
+        # Kept by ``convert`` in syzkaller's executor.
+        assert other not in (0, constant)
+        assert second == (7, 1, other, syscall_pc(0))
+        assert third == (6, 5, 6, 0xFF)
 
     def test_comparisons_dropped_by_the_source_are_counted(self, fixture: Fixture) -> None:
         kcov = self.comparing(fixture)
