@@ -123,6 +123,7 @@ _SUBCOMMANDS = {
     "ssh": "open a shell in a booted guest",
     "serve": "hold a guest for other programs, on an SSH port that stays the same",
     "syzkaller": "prepare a directory in which syzkaller's manager fuzzes a stock kernel",
+    "native": "print the flags that link a native program with the run time for coverage",
     "symbolize": "print the source of each PC",
     "trace": "print the system calls of a run, with the code that each reached",
     "fuzz": "fuzz what stands behind the guest's system calls",

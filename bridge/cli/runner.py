@@ -23,7 +23,7 @@ from bridge.session.device_host import reason_of
 from bridge.session.session import KcovResult, Session
 from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
 from bridge.sources.guest_kernel import SYMBOLS_FILE
-from bridge.sources.symbolize import BLOCKS_FILE
+from bridge.sources.symbolize import BLOCKS_FILE, NATIVE_FILE
 from bridge.targets import DEFAULT_TARGET, MOUNT_POINT
 from bridge.targets.registry import check_name
 from bridge.trace import Call, TraceHeader, TraceWriter
@@ -38,7 +38,7 @@ __all__ = ["claimed", "clear", "noted", "run", "shell"]
 logger = logging.getLogger(__name__)
 
 _RESULTS = (
-    *("summary.json", "pcs.txt", ".coverage", BLOCKS_FILE),
+    *("summary.json", "pcs.txt", ".coverage", BLOCKS_FILE, NATIVE_FILE),
     *(SYMBOLS_FILE, KERNEL_BLOCKS_FILE),
     *(LCOV_FILE, HTML_DIRECTORY, REPORT_FILE, "console.log"),
     *(TRACE_FILE, PERFETTO_FILE, "guests"),

@@ -10,7 +10,7 @@ import sys
 from bridge.cli.arguments import add_run_directory, add_vmlinux
 from bridge.cli.last_run import find_run
 from bridge.errors import SourceError
-from bridge.results.run_directory import load_blocks, load_kernel
+from bridge.results.run_directory import load_blocks, load_kernel, load_native
 from bridge.sources.pcs import BlockTable
 from bridge.sources.symbolize import BLOCKS_FILE, Symbolizer
 
@@ -59,10 +59,12 @@ def run(args: argparse.Namespace) -> int:
     """
     directory = find_run(args.run, stdin=not args.all)
     kernel = load_kernel(directory, args.vmlinux)
-    # A run of the kernel alone has no block table.
-    alone = kernel is not None and not args.all and not (directory / BLOCKS_FILE).is_file()
+    native = load_native(directory)
+    # A run of the kernel alone has no block table, nor has one of native programs.
+    alone = native is not None or (kernel is not None and not args.all)
+    alone = alone and not (directory / BLOCKS_FILE).is_file()
     table = BlockTable() if alone else load_blocks(directory)
-    symbolizer = Symbolizer(table, prefix=args.prefix, kernel=kernel)
+    symbolizer = Symbolizer(table, prefix=args.prefix, kernel=kernel, native=native)
     try:
         if args.all:
             symbolizer.write_all(sys.stdout)

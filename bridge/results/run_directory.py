@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bridge.errors import UsageError
 from bridge.sources import PC
 from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
 from bridge.sources.guest_kernel import SYMBOLS_FILE
 from bridge.sources.pcs import BlockTable
-from bridge.sources.symbolize import BLOCKS_FILE, KernelPlaces
+from bridge.sources.symbolize import BLOCKS_FILE, NATIVE_FILE, KernelPlaces
 
-__all__ = ["load_blocks", "load_kernel"]
+if TYPE_CHECKING:
+    from bridge.sources.native.places import NativePlaces
+
+__all__ = ["load_blocks", "load_kernel", "load_native"]
 
 
 def load_blocks(run: Path) -> BlockTable:
@@ -28,6 +32,20 @@ def load_blocks(run: Path) -> BlockTable:
             hint="name the directory of a finished run with --run",
         )
     return BlockTable.load(path)
+
+
+def load_native(run: Path) -> NativePlaces | None:
+    """Read the native modules of a run directory; None if it has none.
+
+    Raises :class:`bridge.errors.SourceError` where the file is damaged.
+    """
+    path = run / NATIVE_FILE
+    if not path.is_file():
+        return None
+    from bridge.sources.native.modules import ModuleTable
+    from bridge.sources.native.places import NativePlaces
+
+    return NativePlaces(ModuleTable.load(path))
 
 
 def load_kernel(run: Path, vmlinux: Path | None = None) -> KernelPlaces | None:

@@ -68,6 +68,7 @@ class DeviceHost:
     Args:
         region_bytes: size of the memory shared with the guest.
         source: what is consumed at each return of an owner.
+        native: another source, which is consumed after it.
         comparing: what hands over comparisons; None refuses TRACE_CMP.
         threads: what tells which thread of the target ran a block; None where that is not known.
         kernel: the guest kernel as a source, which writes into areas by itself.
@@ -87,6 +88,7 @@ class DeviceHost:
         region_bytes: int,
         *,
         source: Consumed | None = None,
+        native: Consumed | None = None,
         comparing: Comparing | None = None,
         threads: ByThread | None = None,
         kernel: GuestKernel | None = None,
@@ -104,7 +106,8 @@ class DeviceHost:
             stack.callback(self._server.close)
             if comparing is None and syscall_comparisons:
                 comparing = NoComparisons()
-            self._ledger = Ledger([source] if source is not None else [], self._source_failed)
+            sources = [each for each in (source, native) if each is not None]
+            self._ledger = Ledger(sources, self._source_failed)
             self.device: Device[Cursor] = Device(
                 self.region,
                 self._ledger,
@@ -121,7 +124,7 @@ class DeviceHost:
                 self._server.bell,
                 poll_seconds=poll_seconds,
                 kernel=kernel,
-                silent=kernel is not None and source is None and not syscall_pcs,
+                silent=kernel is not None and not sources and not syscall_pcs,
             )
             self.doorbell.start()
             stack.callback(self.doorbell.stop)

@@ -494,6 +494,10 @@ class IsolatedTarget:
                 self._settled = channel.receive()
                 running.owed -= 1
 
+    @property
+    def native(self) -> None:
+        """None: a target in a process of its own has no native programs that are covered."""
+
     def consume(self) -> Sequence[int]:
         """Return the PCs covered since the last call, in the order of the process.
 

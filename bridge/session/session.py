@@ -71,6 +71,7 @@ from bridge.vm.snapshot import Snapshot
 if TYPE_CHECKING:
     # Imported while the guest goes on: it takes longest.
     from bridge.guest.guest import CommandResult, Guest, Input, Output, Word
+    from bridge.sources.native.source import NativeSource
     from bridge.sources.python.source import PythonSource
 
 __all__ = ["KcovResult", "Session"]
@@ -196,11 +197,12 @@ class Session:
         watch = watch_kernel(settings, image, wanted="kernel" in attempt.sources)
         stack.callback(watch.close)
         self._measured.append(watch)
-        source = host.source
+        source, native = host.source, host.native
         comparing = None if isinstance(source, IsolatedTarget) else source
         device = DeviceHost(
             settings.region << 20,
             source=source,
+            native=native,
             comparing=comparing if settings.comparisons else None,
             threads=source,
             kernel=watch.kernel,
@@ -219,9 +221,10 @@ class Session:
         target = self._reached(host.start(device.deliver, coverage_epoch), device)
         if coverage_epoch is not None:
             device.rely_on_epoch()
-        if source is not None:
+        if source is not None or native is not None:
             # What the target covers of itself when it starts is nobody's yet.
             device.consume()
+        if source is not None:
             stack.callback(_warn_of_silence, device, source, source.given)
         launcher = Launcher(
             settings,
@@ -386,6 +389,11 @@ class Session:
     def source(self) -> PythonSource | IsolatedTarget | None:
         """What covers the target; None where nothing does."""
         return self._running.host.source
+
+    @property
+    def native(self) -> NativeSource | None:
+        """What covers the native programs of the target; None where nothing does."""
+        return self._running.host.native
 
     @property
     def kernel(self) -> GuestKernel | None:
@@ -699,9 +707,11 @@ class Session:
     @functools.cached_property
     def _symbolizer(self) -> Symbolizer:
         parts = self._running
-        source = parts.host.source
+        source, native = parts.host.source, parts.host.native
         return Symbolizer(
-            source.table if source is not None else BlockTable(), kernel=parts.watch.places()
+            source.table if source is not None else BlockTable(),
+            kernel=parts.watch.places(),
+            native=native.places() if native is not None else None,
         )
 
 
@@ -726,7 +736,7 @@ def _renew(parts: _Parts) -> Description:
             evidence=f"before: {parts.target}\nnow:    {now}",
             hint="the guest and its devices stay, so only addresses on the host may differ",
         )
-    if parts.host.source is not None:
+    if parts.host.source is not None or parts.host.native is not None:
         # What it covers of itself when it starts is nobody's.
         parts.device.consume()
     return now

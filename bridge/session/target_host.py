@@ -13,6 +13,7 @@ import enum
 import functools
 import logging
 import pickle
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,9 +21,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from bridge.errors import BridgeError, TargetError, UsageError
 from bridge.session.stats import Stats
 from bridge.sources.remote import Deliver, serving
-from bridge.sources.symbolize import BLOCKS_FILE
+from bridge.sources.symbolize import BLOCKS_FILE, NATIVE_FILE
 from bridge.targets import Target
-from bridge.targets.description import Description, describe
+from bridge.targets.description import Description, describe, member_of
 from bridge.targets.faults import ServingThreads, stacks_of
 from bridge.targets.registry import TargetMaker
 from bridge.targets.registry import create as create_target
@@ -32,6 +33,7 @@ from bridge.vm.network import EpochWord
 if TYPE_CHECKING:
     # Imported where it is used: a run that covers no Python does without coverage.py.
     from bridge.session.isolated import IsolatedTarget
+    from bridge.sources.native.source import NativeSource
     from bridge.sources.python.source import PythonSource
 
 __all__ = [
@@ -57,6 +59,10 @@ class TargetHost(Protocol):
     @property
     def source(self) -> PythonSource | IsolatedTarget | None:
         """What covers the target; None where nothing does."""
+
+    @property
+    def native(self) -> NativeSource | None:
+        """What covers the native programs of the target; None where nothing does."""
 
     @property
     def thread(self) -> TargetThread | None:
@@ -122,13 +128,21 @@ class TargetHost(Protocol):
         """As :class:`bridge.session.stats.Measured`."""
 
 
-def fill_blocks(stats: Stats, source: PythonSource | IsolatedTarget | None) -> None:
-    """Enter what the source of a target covered."""
+def fill_blocks(
+    stats: Stats,
+    source: PythonSource | IsolatedTarget | None,
+    native: NativeSource | None = None,
+) -> None:
+    """Enter what the sources of a target covered."""
     if source is not None:
         stats.sources = sorted({*stats.sources, "python"})
         stats.blocks_total = source.blocks_total
         stats.blocks_covered = source.blocks_covered
         stats.tracer_faults = source.tracer_faults
+    if native is not None:
+        stats.sources = sorted({*stats.sources, native.name})
+        stats.blocks_total += native.blocks_total
+        stats.blocks_covered += native.blocks_covered
 
 
 class TargetState(enum.Enum):
@@ -179,8 +193,8 @@ class InProcessTarget:
             made = self.thread.call(self._make)
             self.target: Target = made
             who, when = f"the target {target}", "when asked for its name and packages"
-            self.name, packages = self.thread.call_foreign(
-                who, when, lambda: (str(made.name), made.packages)
+            self.name, packages, native = self.thread.call_foreign(
+                who, when, lambda: (str(made.name), made.packages, member_of(made, "native", False))
             )
             self.source: PythonSource | None = None
             if measured and packages:
@@ -188,6 +202,11 @@ class InProcessTarget:
 
                 data_file = out / ".coverage" if out is not None else None
                 self.source = PythonSource(packages, data_file=data_file, comparisons=comparisons)
+            self.native: NativeSource | None = None
+            if measured and native:
+                from bridge.sources.native.source import NativeSource
+
+                self.native = NativeSource()
         except BaseException:
             # A thread that is stuck says less than what it was left for.
             with suppress(TargetError):
@@ -211,10 +230,15 @@ class InProcessTarget:
 
     def start(self, deliver: Deliver, epoch: EpochWord | None = None) -> Description:
         """As :class:`TargetHost`."""
-        thread, source = self.thread, self.source
+        thread, source, native = self.thread, self.source, self.native
+        place = (epoch.file, epoch.offset) if epoch is not None else None
+        if native is not None:
+            native.start(place)
+            if self._out is not None:
+                self._stack.callback(native.save, self._out / NATIVE_FILE)
+            self._stack.callback(native.stop)
         if source is not None:
             # Which imports packages that others lie in.
-            place = (epoch.file, epoch.offset) if epoch is not None else None
             begin = functools.partial(source.start, place)
             thread.call_foreign(self._who, "while its packages were looked for", begin)
             # In the reverse order: the source writes .coverage, and its table is whole then.
@@ -243,6 +267,8 @@ class InProcessTarget:
         thread, target = self.thread, self.target
         before = ServingThreads.running()
         try:
+            if self.native is not None:
+                self._cover_programs(self.native.environment)
             thread.call_foreign(self._who, "on start", target.start, self._start_seconds)
             self._serving = ServingThreads(before)
             return thread.call(lambda: describe(target))
@@ -251,6 +277,13 @@ class InProcessTarget:
             with suppress(TargetError):
                 self._end_service()
             raise
+
+    def _cover_programs(self, environment: Mapping[str, str]) -> None:
+        cover: Callable[[Mapping[str, str]], None] | None = member_of(
+            self.target, "cover_programs", None
+        )
+        if cover is not None:
+            self.thread.call_foreign(self._who, "on start", lambda: cover(environment))
 
     def _end_service(self) -> None:
         self._serving = None
@@ -284,7 +317,7 @@ class InProcessTarget:
     def fill(self, stats: Stats) -> None:
         """As :class:`bridge.session.stats.Measured`."""
         stats.target = self.name
-        fill_blocks(stats, self.source)
+        fill_blocks(stats, self.source, self.native)
 
 
 def describe_failure(error: BridgeError) -> dict[str, object]:

@@ -4,7 +4,8 @@
 For synthetic PCs the output is that of gVisor's ``runsc symbolize``: for each PC a line with it in
 hex and a line ``file:line.col,line.col``. For PCs of the guest's kernel the second line is
 ``function+0xoffset``. `` [module]`` follows for code of a module; ``file:line `` precedes it if the
-kernel's debug information is installed.
+kernel's debug information is installed. For PCs of native code it is ``file:line.col,line.col
+function``: see :mod:`bridge.sources.native.places`.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ from bridge.sources.pcs import BlockTable, Location
 if TYPE_CHECKING:
     from bridge.sources.guest_kernel.lines import Lines
     from bridge.sources.guest_kernel.symbols import KernelSymbols
+    from bridge.sources.native.places import NativePlaces
 
 __all__ = [
     "BLOCKS_FILE",
+    "NATIVE_FILE",
     "KernelPlaces",
     "Symbolizer",
 ]
 
 BLOCKS_FILE: Final = "blocks.tsv"
 """The name of the block table in a run directory."""
+NATIVE_FILE: Final = "native.tsv"
+"""The name of the table of native modules in a run directory."""
 
 # Always hex, with or without 0x. int() would also accept a sign and underscores.
 _HEX: Final = re.compile(r"(?:0[xX])?[0-9a-fA-F]+")
@@ -101,15 +106,21 @@ class KernelPlaces:
 
 
 class Symbolizer:
-    """Looks up PCs in a block table and in the guest's kernel, and prints them."""
+    """Looks up PCs in a block table, in native modules and in the guest's kernel; prints them."""
 
     def __init__(
-        self, table: BlockTable, *, prefix: str = "", kernel: KernelPlaces | None = None
+        self,
+        table: BlockTable,
+        *,
+        prefix: str = "",
+        kernel: KernelPlaces | None = None,
+        native: NativePlaces | None = None,
     ) -> None:
         """Look up in these tables; ``prefix`` precedes each printed path and includes its slash."""
         self._table = table
         self._prefix = prefix
         self._kernel = kernel
+        self._native = native
 
     def lookup(self, pc: PC) -> Location | None:
         """Return the location of a PC, or of any other address of its slot; None if unknown."""
@@ -120,6 +131,8 @@ class Symbolizer:
         location = self.lookup(pc)
         if location is not None:
             return f"{self._prefix}{location}"
+        if self._native is not None and (text := self._native.text(pc, self._prefix)):
+            return text
         return self._kernel.text(pc, self._prefix) if self._kernel is not None else None
 
     def write(self, pc: PC, out: TextIO) -> bool:
@@ -137,6 +150,9 @@ class Symbolizer:
         """
         for pc, location in self._table:
             self._write(pc, location, out)
+        for module in self._native.table if self._native is not None else ():
+            for index in range(module.count):
+                self.write(module.pc(index), out)
 
     def symbolize(self, lines: Iterable[str], out: TextIO, err: TextIO) -> int:
         """Print the PCs in ``lines``, one a line in hex; ignore blank lines.

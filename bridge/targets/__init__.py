@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +28,7 @@ __all__ = [
     "DeviceTarget",
     "Endpoint",
     "GuestFile",
+    "NativeTarget",
     "QemuDevice",
     "SerialPort",
     "Target",
@@ -163,3 +164,17 @@ class DeviceTarget(Target, Protocol):
     @property
     def guest_packages(self) -> Sequence[str]:
         """Debian packages that the guest's image must have."""
+
+
+class NativeTarget(Target, Protocol):
+    """A target that starts native programs which were built with coverage: see docs/native.md.
+
+    Both members are optional, as those of :class:`DeviceTarget` are.
+    """
+
+    @property
+    def native(self) -> bool:
+        """Whether it does; read before :meth:`start`."""
+
+    def cover_programs(self, environment: Mapping[str, str]) -> None:
+        """Take the variables that a program must have to be covered; called before each start."""

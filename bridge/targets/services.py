@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,17 @@ class CompositeTarget:
         for target in self.targets:
             if (prepare := getattr(target, "prepare", None)) is not None:
                 prepare()
+
+    @property
+    def native(self) -> bool:
+        """Whether any of them starts native programs that are covered."""
+        return any(member_of(each, "native", False) for each in self.targets)
+
+    def cover_programs(self, environment: Mapping[str, str]) -> None:
+        """Give the variables to those that start such programs."""
+        for target in self.targets:
+            if (cover := getattr(target, "cover_programs", None)) is not None:
+                cover(environment)
 
     def start(self) -> None:
         """Start all of them, or none."""

@@ -30,7 +30,7 @@ __all__ = [
 
 MODULES_BASE: Final = 0xFFFF_FFFF_A000_0000
 """The first canonical address of modules."""
-MODULES_END: Final = 0xFFFF_FFFF_EF00_0000
+MODULES_END: Final = 0xFFFF_FFFF_E000_0000
 """The end of the canonical addresses of modules, exclusive; synthetic PCs lie further up."""
 
 _PAGE: Final = 4096

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run time and the reader: compiled for this machine on first use, then kept in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from bridge.errors import InfrastructureError, MissingDependencyError
+from bridge.util.cache import cache_errors, cache_folder
+from bridge.util.compile import COMPILER_REMEDY, CProgram
+
+__all__ = ["READER", "RUNTIME", "Runtime", "build_runtime"]
+
+_HERE = Path(__file__).parent / "runtime"
+_FOLDER = "native"
+_HEADER = _HERE / "kcov_bridge.h"
+_LAYOUT = _HERE / "layout.h"
+_FLAGS = (
+    *("-O2", "-g", "-std=gnu11", "-fPIC", "-pthread", "-fvisibility=hidden"),
+    *("-Wall", "-Wextra", "-Werror"),
+)
+RUNTIME = CProgram(
+    "the run time for native code",
+    _HERE / "runtime.c",
+    (*_FLAGS, "-shared", "-Wl,-soname,libkcovbridge.so"),
+    _FOLDER,
+    (_HEADER, _LAYOUT),
+    ".so",
+)
+_OBJECT = CProgram(RUNTIME.name, RUNTIME.source, (*_FLAGS, "-c"), _FOLDER, RUNTIME.includes, ".o")
+READER = CProgram(
+    "the reader of native coverage",
+    _HERE / "reader.c",
+    (*_FLAGS, "-shared"),
+    _FOLDER,
+    (_LAYOUT,),
+    ".so",
+)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A directory with ``libkcovbridge.a``, ``libkcovbridge.so`` and ``kcov_bridge.h``."""
+
+    directory: Path
+
+    @property
+    def archive(self) -> Path:
+        """The library to link an executable with."""
+        return self.directory / "libkcovbridge.a"
+
+    @property
+    def shared(self) -> Path:
+        """The library to link shared objects with, or to preload."""
+        return self.directory / "libkcovbridge.so"
+
+    @property
+    def header(self) -> Path:
+        """Declares what a program may call."""
+        return self.directory / "kcov_bridge.h"
+
+    @property
+    def link_flags(self) -> tuple[str, ...]:
+        """Flags for the linking of an executable by gcc or clang.
+
+        The archive as a whole: clang links weak callbacks of its own before it, so nothing would
+        ask for those in the archive.
+        """
+        return ("-Wl,--whole-archive", str(self.archive), "-Wl,--no-whole-archive", "-pthread")
+
+
+def build_runtime() -> Runtime:
+    """Return the run time, from the cache if it is there.
+
+    Raises:
+        MissingDependencyError: there is no C compiler, or no ``ar``.
+        InfrastructureError: it does not compile.
+        CacheError: it is not in the cache, and the cache cannot be written.
+    """
+    shared, compiled = RUNTIME.build(), _OBJECT.build()
+    digest = hashlib.sha256(f"{shared.name} {compiled.name}".encode()).hexdigest()[:12]
+    runtime = Runtime(shared.with_name(f"kcov-bridge-{digest}"))
+    if runtime.directory.is_dir():
+        return runtime
+    archiver = shutil.which("ar")
+    if archiver is None:
+        raise MissingDependencyError(
+            "the run time for native code is an archive, and this machine has no ar",
+            hint=COMPILER_REMEDY,
+        )
+    folder = cache_folder(_FOLDER)
+    with (
+        cache_errors("the run time for native code"),
+        TemporaryDirectory(prefix=".part-", dir=folder) as scratch,
+    ):
+        made = Runtime(Path(scratch, "made"))
+        made.directory.mkdir()
+        shutil.copy(shared, made.shared)
+        shutil.copy(_HEADER, made.header)
+        done = subprocess.run(
+            [archiver, "rcsD", str(made.archive), str(compiled)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        if done.returncode:
+            raise InfrastructureError(
+                "the run time for native code cannot be archived", evidence=done.stderr
+            )
+        try:
+            made.directory.rename(runtime.directory)
+        except OSError:
+            # Another process was first.
+            if not runtime.directory.is_dir():
+                raise
+    return runtime

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory that instrumented programs share with the bridge.
+
+``runtime/layout.h`` defines it and ``runtime/reader.c`` reads it: it bounds every value, because
+programs that the bridge does not trust may write anywhere in it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+from array import array
+from ctypes import c_char, c_char_p, c_int, c_long, c_size_t, c_uint8, c_uint32, c_uint64
+from ctypes import c_void_p as pointer
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Final
+
+from bridge.errors import SourceError
+from bridge.sources import PC
+from bridge.sources.native.build import READER
+from bridge.sources.python.threads import TABLE_END
+
+__all__ = ["VARIABLE", "Kind", "NativeMemory", "Said"]
+
+VARIABLE: Final = "KCOV_BRIDGE_NATIVE"
+"""The environment variable that leads a program to the memory: ``KBN_VARIABLE``."""
+
+_BUILD_ID: Final = 32
+_PATH: Final = 256
+_MOST_BLOCKS: Final = 1 << 24
+
+
+class Kind(IntEnum):
+    """How the blocks of a module are counted: ``enum kbn_kind``."""
+
+    GUARDS = 1
+    COUNTERS = 2
+    TEXT = 3
+
+
+class _Said(ctypes.Structure):
+    """``struct kbn_said``."""
+
+    _fields_ = (
+        ("kind", c_uint32),
+        ("first", c_uint32),
+        ("count", c_uint32),
+        ("has_pcs", c_uint32),
+        ("id_bytes", c_uint32),
+        ("call_target", c_uint32),
+        ("text_start", c_uint64),
+        ("id", c_uint8 * _BUILD_ID),
+        ("path", c_char * _PATH),
+    )
+
+
+_KINDS: Final = frozenset(Kind)
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a program says of a module that it has loaded; bounded, but perhaps not true."""
+
+    kind: Kind
+    first: int
+    """Number of its first block in the memory."""
+    count: int
+    """Its blocks; for ``Kind.TEXT`` a fourth of the bytes of its code."""
+    has_places: bool
+    """Whether the place of each block is known, run or not."""
+    build_id: bytes
+    path: str
+    call_target: int
+    text_start: int
+
+
+_PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
+    "kbn_open": (pointer, (c_int, c_char_p, c_uint64, c_char_p)),
+    "kbn_close": (None, (pointer,)),
+    "kbn_modules": (c_uint32, (pointer,)),
+    "kbn_said": (c_int, (pointer, c_uint32, pointer)),
+    "kbn_place": (None, (pointer, c_uint32, c_uint32, c_uint64, pointer)),
+    "kbn_places": (pointer, (pointer,)),
+    "kbn_covered": (c_uint64, (pointer,)),
+    "kbn_ever": (pointer, (pointer,)),
+    "kbn_lost": (c_uint64, (pointer,)),
+    "kbn_other_layout": (c_uint32, (pointer,)),
+    "kbn_drain": (c_long, (pointer, pointer, c_size_t, c_int, c_int)),
+}
+
+
+@functools.cache
+def _library() -> Any:
+    """Load the reader; raises as :meth:`bridge.util.compile.CProgram.build`."""
+    # Calls keep the interpreter lock: they take a microsecond.
+    library = ctypes.PyDLL(str(READER.build()), use_errno=True)
+    for name, (result, arguments) in _PROTOTYPES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+class NativeMemory:
+    """The memory of one source. Not thread-safe.
+
+    Args:
+        epoch: the file with the coverage epoch, and the word's offset in it.
+        handles: name of the abstract socket that takes coverage on behalf of handles.
+
+    Raises:
+        SourceError: there is no memory.
+        BridgeError: the reader cannot be built.
+    """
+
+    def __init__(self, epoch: tuple[str, int] | None = None, handles: str = "") -> None:
+        self._library = _library()
+        self._drain = self._library.kbn_drain
+        self.descriptor = os.memfd_create(
+            "kcov-bridge-native", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        )
+        file, offset = epoch if epoch is not None else ("", 0)
+        reader = self._library.kbn_open(
+            self.descriptor, os.fsencode(file), offset, os.fsencode(handles)
+        )
+        if not reader:
+            reason = os.strerror(ctypes.get_errno())
+            os.close(self.descriptor)
+            raise SourceError(f"no memory for native coverage: {reason}")
+        self._reader: int | None = reader
+        self.buffer = mmap.mmap(self.descriptor, TABLE_END)
+        """The threads, for :class:`bridge.sources.by_thread.ThreadOfPc`."""
+        # Untouched memory costs nothing.
+        self._room = _MOST_BLOCKS
+        self._out = mmap.mmap(-1, 8 * self._room)
+        self._words = memoryview(self._out).cast("Q")
+        self._out_address = ctypes.addressof(c_char.from_buffer(self._out))
+        self._slots: list[array[int]] = []
+        self._placed = 0
+
+    @property
+    def path(self) -> str:
+        """Path by which programs of this user map the memory."""
+        return f"/proc/{os.getpid()}/fd/{self.descriptor}"
+
+    @property
+    def closed(self) -> bool:
+        """Whether the memory was given back."""
+        return self._reader is None
+
+    def close(self) -> None:
+        """Give the memory back; programs keep their mappings. Safe to call twice."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            self._library.kbn_close(reader)
+            os.close(self.descriptor)
+
+    def drain(self, *, force: bool = False, everything: bool = False) -> list[PC] | None:
+        """Return the PCs of the blocks covered since the last call, and forget them.
+
+        Args:
+            force: also if there are modules without PCs, whose blocks are kept for the next call.
+            everything: look at each block.
+
+        Returns:
+            The PCs; None if there is a new module, and nothing was taken.
+        """
+        if self._reader is None:
+            return []
+        taken = self._drain(self._reader, self._out_address, self._room, force, everything)
+        if taken < 0:
+            return None
+        return self._words[:taken].tolist() if taken else []
+
+    def new_modules(self) -> list[Said | None]:
+        """Return the modules that are not placed yet; None for one that makes no sense.
+
+        Each must be given to :meth:`place`, in this order.
+        """
+        if self._reader is None:
+            return []
+        count = self._library.kbn_modules(self._reader)
+        return [self.said(index) for index in range(self._placed, count)]
+
+    def said(self, index: int) -> Said | None:
+        """Return what is said of a module now; None if it makes no sense.
+
+        The blocks of one that is placed are no longer checked, and are not to be used.
+        """
+        said = _Said()
+        right = self._library.kbn_said(self._reader, index, ctypes.byref(said))
+        if not right and (index >= self._placed or said.kind not in _KINDS):
+            return None
+        return Said(
+            Kind(said.kind),
+            said.first,
+            said.count,
+            bool(said.has_pcs),
+            bytes(said.id[: said.id_bytes]),
+            os.fsdecode(said.path),
+            said.call_target,
+            said.text_start,
+        )
+
+    def place(self, said: Said | None, first_pc: PC, slots: array[int] | None = None) -> None:
+        """Give the blocks of the next module PCs, from ``first_pc`` on.
+
+        Args:
+            slots: for each block the number of its PC, or -1; None: all of them, in order.
+        """
+        self._placed += 1
+        address = None
+        if slots is not None:
+            self._slots.append(slots)
+            address = slots.buffer_info()[0]
+        first, count = (said.first, said.count) if said is not None else (0, 0)
+        self._library.kbn_place(self._reader, first, count, first_pc, address)
+
+    def places(self, first: int, count: int) -> array[int]:
+        """Return the places of blocks in their module; 0 where it is not known."""
+        if self._reader is None:
+            return array("I", bytes(4 * count))
+        start = self._library.kbn_places(self._reader) + 4 * first
+        return array("I", ctypes.string_at(start, 4 * count))
+
+    def ever(self, first: int, count: int) -> bytes:
+        """Return a byte for each of these blocks: 1 if it was ever drained."""
+        if self._reader is None:
+            return bytes(count)
+        return ctypes.string_at(self._library.kbn_ever(self._reader) + first, count)
+
+    @property
+    def covered(self) -> int:
+        """Number of different blocks that were drained."""
+        return int(self._library.kbn_covered(self._reader)) if self._reader is not None else 0
+
+    @property
+    def lost_blocks(self) -> int:
+        """Blocks of modules that found no room, as programs say."""
+        return int(self._library.kbn_lost(self._reader)) if self._reader is not None else 0
+
+    @property
+    def other_layout(self) -> int:
+        """The layout of a program's run time that is another than this one's; 0 without any."""
+        if self._reader is None:
+            return 0
+        return int(self._library.kbn_other_layout(self._reader))

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Coverage of the programs that a target starts, handed over as it happens."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from bridge.device.calls import HostThread
+from bridge.errors import SourceError
+from bridge.sources import PC
+from bridge.sources.by_thread import ThreadOfPc
+from bridge.sources.native.memory import VARIABLE, NativeMemory, Said
+from bridge.sources.native.modules import ModuleTable, NativeModule, module_key
+from bridge.sources.native.places import NativePlaces
+
+__all__ = ["NativeSource"]
+
+_log = logging.getLogger(__name__)
+
+
+class NativeSource:
+    """Blocks of native programs that were built with coverage and linked with the run time.
+
+    The source covers each program that is started with :attr:`environment`, the processes that it
+    forks, and the programs that these execute with that environment.
+
+    A source is started and stopped once. :meth:`consume` may be called on any thread.
+    """
+
+    def __init__(self, name: str = "native") -> None:
+        self.name = name
+        self.given = 0
+        """Number of PCs that :meth:`consume` has returned."""
+        self.table = ModuleTable()
+        """The modules that programs have loaded so far."""
+        # Guards all below: consume() and stop() may run on different threads.
+        self._lock = threading.Lock()
+        self._memory: NativeMemory | None = None
+        self._running = False
+        # What a program says of each module of the table, by its index in the memory.
+        self._said: dict[int, tuple[NativeModule, Said]] = {}
+        self._indices = 0
+        self._nonsense = 0
+        self._covered = 0  # at the end
+        self._threads = ThreadOfPc()
+        self._by_thread = False
+
+    def start(self, epoch: tuple[str, int] | None = None) -> None:
+        """Make the memory; programs that are started from now on are covered.
+
+        Args:
+            epoch: a file and the offset in it of the word that new coverage changes; see
+                :mod:`bridge.device.coverage_epoch`.
+
+        Raises:
+            SourceError: there is no memory, or the source was started before.
+            BridgeError: the reader cannot be built.
+        """
+        if self._memory is not None:
+            raise SourceError(f"the source {self.name} was already started", hint="make a new one")
+        self._memory = NativeMemory(epoch)
+        self._running = True
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What a program must have in its environment to be covered; empty when stopped."""
+        memory = self._memory
+        return {VARIABLE: memory.path} if memory is not None and self._running else {}
+
+    @property
+    def blocks_total(self) -> int:
+        """Number of blocks of all modules that were loaded."""
+        return len(self.table)
+
+    @property
+    def blocks_covered(self) -> int:
+        """Number of different blocks that :meth:`consume` has returned."""
+        memory = self._memory
+        return memory.covered if memory is not None and self._running else self._covered
+
+    def consume(self) -> list[PC]:
+        """As :class:`bridge.sources.Consumed`; by module, and in the compiler's order."""
+        with self._lock:
+            return self._consume()
+
+    def _consume(self) -> list[PC]:
+        memory = self._memory
+        if memory is None:
+            return []
+        pcs = memory.drain()
+        if pcs is None:
+            self._place_new(memory)
+            pcs = memory.drain(force=True) or []
+        if not pcs:
+            return pcs
+        self.given += len(pcs)
+        return self._threads.unpack(memory.buffer, pcs) if self._by_thread else pcs
+
+    def _place_new(self, memory: NativeMemory) -> None:
+        """Give PCs to the blocks of modules that were loaded since the last call."""
+        for said in memory.new_modules():
+            index, self._indices = self._indices, self._indices + 1
+            if said is None:
+                self._nonsense += 1
+                memory.place(None, 0)
+                continue
+            key = module_key(said.build_id, said.path)
+            try:
+                module = self.table.add(key, said.path, said.count)
+            except SourceError as error:
+                _log.warning("%s is not covered: %s", said.path, error.message)
+                memory.place(None, 0)
+                continue
+            memory.place(said, module.first_pc)
+            self._said[index] = module, said
+            _log.debug("%s has %d blocks from %#x on", said.path, said.count, module.first_pc)
+
+    def record_threads(self, on: bool) -> None:
+        """As :class:`bridge.sources.by_thread.ByThread`."""
+        with self._lock:
+            if self._memory is not None:
+                self._by_thread = on
+                self._threads.record(self._memory.buffer, on)
+
+    @property
+    def thread_of(self) -> Mapping[PC, HostThread]:
+        """As :class:`bridge.sources.by_thread.ByThread`."""
+        return self._threads.thread_of
+
+    def places(self) -> NativePlaces:
+        """Return what the PCs stand for; for one thread."""
+        self.refresh()
+        return NativePlaces(self.table, self.refresh)
+
+    def refresh(self) -> None:
+        """Read where the blocks of the table lie, which programs add, and which were covered."""
+        with self._lock:
+            self._read_places()
+
+    def _read_places(self) -> None:
+        memory = self._memory
+        if memory is None or memory.closed:
+            return
+        for module, said in self._said.values():
+            module.places = memory.places(said.first, said.count)
+            module.covered = memory.ever(said.first, said.count)
+
+    def stop(self) -> None:
+        """Stop the measurement. Safe to call twice, and on a source that never started.
+
+        Programs that still run count for nobody from then on.
+        """
+        with self._lock:
+            memory = self._memory
+            if memory is None or not self._running:
+                return
+            self._running = False
+            # Also what a process that was killed had not announced.
+            self._place_new(memory)
+            self.given += len(memory.drain(everything=True) or [])
+            self._read_places()
+            self._say_what_is_lost(memory)
+            self._covered = memory.covered
+            memory.close()
+
+    def _say_what_is_lost(self, memory: NativeMemory) -> None:
+        if memory.other_layout:
+            _log.warning(
+                "a program of the target is linked with the run time of another version, and was "
+                "not covered: link it again, with the library that `kcov-bridge native` names"
+            )
+        elif not self._indices:
+            _log.warning(
+                "no program of the target has told of its blocks: it was not built with coverage "
+                "and linked with the run time (see docs/native.md), or lost its environment"
+            )
+        if memory.lost_blocks:
+            _log.warning("%d native blocks found no room, and are not covered", memory.lost_blocks)
+        if self._nonsense:
+            _log.warning(
+                "%d native modules make no sense and are not covered: a program has written over "
+                "the memory of the coverage",
+                self._nonsense,
+            )
+        for module, said in self._said.values():
+            if not said.build_id:
+                _log.warning(
+                    "%s has no build id: its PCs are those of this file's contents", module.path
+                )
+
+    def save(self, path: Path) -> None:
+        """Write the modules, for ``symbolize`` and ``export``; raises InfrastructureError."""
+        self.places().table.save(path)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Native programs for tests: built with coverage, and run under a source."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from bridge.sources import PC
+from bridge.sources.native.build import build_runtime
+from bridge.sources.native.source import NativeSource
+
+__all__ = ["DATA", "GUARDS", "build", "functions", "lines", "needs_clang", "run"]
+
+DATA = Path(__file__).resolve().parents[1] / "data" / "native"
+GUARDS = ("-fsanitize-coverage=trace-pc-guard,pc-table",)
+
+needs_clang = pytest.mark.skipif(
+    shutil.which("clang") is None, reason="clang is missing: apt-get install clang"
+)
+
+
+def build(
+    output: Path,
+    source: Path,
+    *flags: str,
+    compiler: str = "clang",
+    coverage: Sequence[str] = GUARDS,
+    linked: Iterable[str] | None = None,
+) -> Path:
+    """Compile a program with coverage, and link it with the run time.
+
+    Args:
+        linked: flags for the linker in place of the run time's own.
+    """
+    if linked is None:
+        linked = build_runtime().link_flags
+    if compiler == "clang":
+        # Its own run time is a package of its own.
+        linked = ("-fno-sanitize-link-runtime", *linked)
+    command = [compiler, "-g", "-O1", *coverage, *flags, str(source), *linked, "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def run(
+    source: NativeSource, *command: str | Path, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, covered by a source that was started."""
+    return subprocess.run(
+        [str(word) for word in command],
+        env={**os.environ, **source.environment, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def functions(source: NativeSource, pcs: Iterable[PC]) -> set[str]:
+    """Return the names of the functions that PCs lie in, also those that they are inlined into."""
+    places = source.places()
+    names = set()
+    for pc in pcs:
+        found = places.table.lookup(pc)
+        assert found is not None, hex(pc)
+        names |= {frame.function for frame in places.frames(*found)}
+    return names
+
+
+def lines(source: NativeSource, pcs: Iterable[PC]) -> set[int]:
+    """Return the lines of the innermost functions that PCs lie in."""
+    places = source.places()
+    numbers = set()
+    for pc in pcs:
+        found = places.table.lookup(pc)
+        assert found is not None, hex(pc)
+        numbers |= {frame.line for frame in places.frames(*found)[:1]}
+    return numbers
