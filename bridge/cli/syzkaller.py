@@ -25,20 +25,27 @@ examples:
   kcov-bridge syzkaller fuzz --syzkaller ~/syzkaller
   kcov-bridge syzkaller fuzz --syzkaller ~/syzkaller --count 2 --procs 4 --panic-on-warn
   kcov-bridge syzkaller fuzz --syzkaller ~/syzkaller --start
+  kcov-bridge syzkaller fuzz --syzkaller ~/syzkaller --target plan9 --enable '*$kcov_bridge*'
 
 Build syzkaller's parts before: make manager executor execprog. The defaults here are those of the
 stock kernel as the target: --image syzkaller --memory 1024 --target none. See docs/syzkaller.md.
 """
 
 _SETTINGS = (
-    *("target", "target_dir", "target_timeout", "source", "comparisons", "isolate"),
+    *("target", "target_dir", "target_timeout", "transport"),
+    *("source", "comparisons", "isolate"),
     *("kernel_include", "kernel_exclude", "kernel_all", "vmlinux"),
     *("accel", "memory", "cpus", "cpu", "region", "image", "snapshot"),
     *("boot_timeout", "sandbox", "qemu"),
 )
 """The settings of a run that make sense here."""
 
-_DEFAULTS: Final = {"image": "syzkaller", "memory": 1024, "target": "none"}
+_DEFAULTS: Final = {
+    "image": "syzkaller",
+    "memory": 1024,
+    "target": "none",
+    "transport": "auto",
+}
 """Settings that differ here from those of a run."""
 
 
@@ -78,6 +85,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="a warning of the kernel ends the guest (default: no)",
     )
+    parser.add_argument(
+        "--enable",
+        metavar="CALLS",
+        action="append",
+        default=[],
+        help="keep to these calls, in syzkaller's words, as '*$kcov_bridge*'; repeatable",
+    )
     parser.add_argument("--start", action="store_true", help="start the manager at once")
     add_settings(parser, _SETTINGS, defaults=_DEFAULTS)
 
@@ -104,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
         panic_on_oops=args.panic_on_oops,
         panic_on_warn=args.panic_on_warn,
         http=args.http,
+        enable=tuple(args.enable),
     )
     words = prepare(args.directory, args.syzkaller, campaign)
     if args.start:

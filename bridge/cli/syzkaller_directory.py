@@ -7,6 +7,7 @@
 ``campaign.json``  settings, for the stand-in, and the image that they mean
 ``id_ed25519``     the key with which the manager logs in; each guest is given its public half
 ``image``          empty: syzkaller wants a file, and takes an empty one for none
+``kcov_bridge.*``  what the target offers: :mod:`bridge.cli.syzkaller_descriptions`
 ``workdir/``       the manager's own: corpus, crashes
 ``coverage/``      what all guests covered together, as the directory of a run
 =================  ===========================================================================
@@ -31,11 +32,14 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from bridge.cli.syzkaller_descriptions import CONST_FILE, DESCRIPTION_FILE, constants, description
+from bridge.cli.syzkaller_sandbox import look
 from bridge.config import Settings
 from bridge.errors import ImageError, InfrastructureError, UsageError
 from bridge.guest.guest_image import ProjectImage, find_guest_image
 from bridge.guest.images import Image
 from bridge.guest.images.store import image_directory
+from bridge.session.session import Session
 from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
 from bridge.targets.registry import check_name
 from bridge.util.files import write_atomically
@@ -112,6 +116,8 @@ class Campaign:
     panic_on_oops: bool = True
     panic_on_warn: bool = False
     http: str = "127.0.0.1:56741"
+    enable: tuple[str, ...] = ()
+    """Calls to which the manager keeps; without any it takes all that the kernel has."""
 
     def save(self, directory: Path) -> None:
         """Write it."""
@@ -131,7 +137,8 @@ class Campaign:
             if values.pop("version") != _VERSION:
                 raise ValueError("another version wrote it")
             image = PinnedImage(**values.pop("image"))
-            return cls(Settings.of(values.pop("settings")), image, **values)
+            enable = tuple(values.pop("enable"))
+            return cls(Settings.of(values.pop("settings")), image, enable=enable, **values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"{path} cannot be used: {error}", hint="make it again: kcov-bridge syzkaller"
@@ -187,9 +194,39 @@ def prepare(directory: Path, checkout: Path, campaign: Campaign) -> list[str]:
         campaign.save(directory)
         config = _manager_config(directory, checkout, campaign, accelerator.name)
         write_atomically(directory / "manager.cfg", json.dumps(config, indent=1) + "\n")
+        if campaign.settings.target != "none":
+            _describe_target(directory, checkout, campaign)
     except OSError as error:
         raise InfrastructureError(f"{directory} cannot be used: {error}") from error
     return [str(checkout / _PROGRAMS[0]), f"-config={directory / 'manager.cfg'}"]
+
+
+def _describe_target(directory: Path, checkout: Path, campaign: Campaign) -> None:
+    """Start a guest, and write what it reaches of the target."""
+    logger.info("looking at the target %s in a guest", campaign.settings.target)
+    with Session(campaign.machine_settings(), None) as session:
+        offer = look(session.guest, session.target)
+    files = {DESCRIPTION_FILE: description(offer), CONST_FILE: constants()}
+    for name, text in files.items():
+        write_atomically(directory / name, text)
+    if not offer:
+        logger.warning("the target %s offers nothing to programs", campaign.settings.target)
+        return
+    there = checkout / "sys" / "linux"
+    if any(_text_of(there / name) != text for name, text in files.items()):
+        logger.warning(
+            "syzkaller does not know the target yet; to tell it: "
+            "cp %s/kcov_bridge.txt* %s && make -C %s manager executor execprog",
+            *(shlex.quote(str(path)) for path in (directory, there, checkout)),
+        )
+
+
+def _text_of(path: Path) -> str | None:
+    """Return what is in a file, or None if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
 
 
 def _check_checkout(checkout: Path) -> None:
@@ -251,6 +288,7 @@ def _stand_in(directory: Path) -> str:
 def _manager_config(
     directory: Path, checkout: Path, campaign: Campaign, accelerator: str
 ) -> dict[str, Any]:
+    chosen = {"enable_syscalls": list(campaign.enable)} if campaign.enable else {}
     return {
         "name": "kcov-bridge",
         "target": "linux/amd64",
@@ -263,6 +301,7 @@ def _manager_config(
         "procs": campaign.procs,
         "sandbox": "none",
         "cover": True,
+        **chosen,
         "type": "qemu",
         "vm": {
             "count": campaign.count,

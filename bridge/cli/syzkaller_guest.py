@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bridge.cli.syzkaller_directory import COVERAGE, Campaign, locked, public_key
+from bridge.cli.syzkaller_sandbox import mounts_of, show_script
 from bridge.errors import BridgeError, GuestLostError, GuestSetupError
 from bridge.results import summary as summaries
 from bridge.results.merge import covered_blocks, merge_results, merge_stats
@@ -138,6 +139,7 @@ class _Machine:
         # An image of one's own may lack some: their features are off then.
         lines += [f"modprobe -q {module} || true\n" for module in _MODULES]
         lines += [_SWAP_FILE]
+        lines += [show_script(mounts_of(session.guest))]
         # Last: the manager begins when it can log in.
         lines += [f"echo '{public_key(self._directory)}' >>~root/.ssh/authorized_keys\n"]
         done = session.guest.run("".join(["set -e\n", *lines]), timeout=300)

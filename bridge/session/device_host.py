@@ -165,8 +165,12 @@ class DeviceHost:
         """The word that the tracer and the relays change."""
         return EpochWord(self.region.path, HeaderWord.COVERAGE_EPOCH * WORD)
 
-    def serve_wires(self, endpoints: Sequence[AnyEndpoint]) -> None:
+    def serve_wires(self, endpoints: Sequence[AnyEndpoint], *, changes_epoch: bool) -> None:
         """Let the guest connect to these endpoints through the region; call it once.
+
+        Args:
+            endpoints: of the target.
+            changes_epoch: whether owners are to rely on the epoch (:meth:`rely_on_epoch`).
 
         Raises:
             MissingDependencyError: there is no C compiler.
@@ -174,7 +178,13 @@ class DeviceHost:
             DoorbellError: as :meth:`call`.
         """
         server = self._server
-        wires = WireRelay(self.region, server.wire_bell, server.wire_guest_bell, endpoints)
+        wires = WireRelay(
+            self.region,
+            server.wire_bell,
+            server.wire_guest_bell,
+            endpoints,
+            changes_epoch=changes_epoch,
+        )
         self._stack.callback(wires.close)
         self._wires = wires
         self.call(functools.partial(setattr, self.device, "wires", wires))

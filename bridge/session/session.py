@@ -309,7 +309,7 @@ class Session:
                 )
             return target
         try:
-            device.serve_wires(target.endpoints)
+            device.serve_wires(target.endpoints, changes_epoch=not self.settings.syscall_pcs)
         except MissingDependencyError as error:
             if wanted == "region":
                 raise

@@ -49,6 +49,8 @@ class WireRelay:
         bell: the eventfd that the guest rings.
         guest_bell: the eventfd that interrupts the guest.
         endpoints: what the guest can connect to.
+        changes_epoch: whether it changes the coverage epoch, which every return is reported
+            without.
 
     Raises:
         MissingDependencyError: there is no C compiler.
@@ -56,7 +58,13 @@ class WireRelay:
     """
 
     def __init__(
-        self, region: Region, bell: int, guest_bell: int, endpoints: Sequence[AnyEndpoint]
+        self,
+        region: Region,
+        bell: int,
+        guest_bell: int,
+        endpoints: Sequence[AnyEndpoint],
+        *,
+        changes_epoch: bool = True,
     ) -> None:
         self._closing = False
         self.set(endpoints)
@@ -66,7 +74,7 @@ class WireRelay:
             stack.callback(control.close)
             self._control.settimeout(_ANSWER_SECONDS)
             fds = (region.fd, bell, guest_bell, control.fileno())
-            epoch = HeaderWord.COVERAGE_EPOCH * WORD
+            epoch = HeaderWord.COVERAGE_EPOCH * WORD if changes_epoch else 0
             words = (fds[0], region.size, epoch, *fds[1:])
             process = spawn(
                 [WIRES.build(), *map(str, words)],

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,13 +18,25 @@ from pathlib import Path
 import pytest
 
 from bridge.cli.main import main
+from bridge.cli.syzkaller_descriptions import (
+    DESCRIPTION_FILE,
+    Device,
+    Offer,
+    constants,
+    description,
+)
 from bridge.cli.syzkaller_directory import COVERAGE, Campaign, PinnedImage, public_key
 from bridge.cli.syzkaller_guest import GUESTS_FILE
+from bridge.cli.syzkaller_sandbox import INPUTS, mount_points, show_script
 from bridge.config import Settings
+from bridge.device.abi import KCOV_CMP_CONST, KCOV_CMP_SIZE
 from bridge.errors import ImageError, UsageError
 from bridge.sources.guest_kernel import BLOCKS_FILE
+from bridge.sources.pcs import PC_BASE, SYSCALL_SLOTS, syscall_pc
+from bridge.targets import TARGET_ADDRESS, Endpoint, UdpEndpoint
+from bridge.targets.plan9 import GUEST_PORT
 from tests.support.coverage_data import executed
-from tests.support.programs import guest_image
+from tests.support.programs import guest_image, guest_program
 
 _BUILT = ("bin/syz-manager", "bin/linux_amd64/syz-executor", "bin/linux_amd64/syz-execprog")
 
@@ -82,6 +95,65 @@ def test_key_cannot_be_read_says_what_to_do(tmp_path: Path) -> None:
     assert "remove it" in caught.value.hint
 
 
+ODD = ("a b", 'x"y', "`", "\n}", "$(reboot)", "'; reboot", "\udcff", "ü", "#", "x" * 255)
+
+
+def offer(name: str) -> Offer:
+    endpoints = (Endpoint(name, 1, 2), UdpEndpoint(name, 3, 4))
+    devices = [Device("/dev/target/disk", "fd_block"), Device(f"/dev/target/{name}", "fd")]
+    return Offer([f"{INPUTS}/target"], [f"{INPUTS}/target/{name}"], devices, endpoints)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_description_odd_names_are_strings_and_nothing_else(name: str) -> None:
+    literal = re.compile(r'"([^"\n]*)"|`([0-9a-f]*)`')
+    text = description(offer(name))
+    assert literal.sub("", text) == literal.sub("", description(offer("plain")))
+    strings = {
+        plain or bytes.fromhex(digits).decode("utf-8", "surrogateescape")
+        for plain, digits in literal.findall(text)
+    }
+    assert {f"{INPUTS}/target/{name}", f"/dev/target/{name}", f"{INPUTS}/target"} <= strings
+    assert all(character.isprintable() or character in "\n\t" for character in text)
+
+
+def test_description_names_no_constant_without_its_value() -> None:
+    values = {line.partition(" = ")[0] for line in constants().splitlines()}
+    text = description(offer("file"))
+    named = set(re.findall(r"const\[([A-Z_]+)", text))
+    calls = set(re.findall(r"^(\w+)\$", text, re.MULTILINE)) - {"syz_init_net_socket"}
+    assert named | {f"__NR_{call}" for call in calls} == values - {"arches"}
+
+
+def test_description_many_files_names_those_near_the_root() -> None:
+    files = [f"{INPUTS}/target/deep/{number}" for number in range(1000)]
+    text = description(Offer([f"{INPUTS}/target", f"{INPUTS}/target/deep"], files))
+    assert "802 more paths are left out" in text
+    (line,) = re.findall(r"^kcov_bridge_path = (.*)$", text, re.MULTILINE)
+    assert line.startswith(f'"{INPUTS}/target", "{INPUTS}/target/deep", ')
+    assert line.count(",") == 199
+
+
+def test_mounts_of_the_target_are_shown_in_order() -> None:
+    head = "26 1 0:23 /"
+    mountinfo = "\n".join(
+        [
+            rf"{head} /mnt/a\040b rw shared:1 - 9p target rw",
+            f"{head} /mnt/a\\040b/'c rw - ext4 /dev/vdb rw",
+            f"{head} /proc rw - proc proc rw",
+            "",
+        ]
+    )
+    mounts = mount_points(mountinfo)
+    assert mounts == ["/mnt/a b", "/mnt/a b/'c"]
+    script = show_script(mounts)
+    assert "mount --bind '/mnt/a b' '/syz-inputs/a b'\n" in script
+    assert script.index("'/mnt/a b' ") < script.index("""'/mnt/a b/'"'"'c' """)
+    checked = subprocess.run(["sh", "-n"], input=script, text=True, capture_output=True)
+    assert checked.stderr == ""
+    assert show_script([]) == ""
+
+
 @pytest.mark.vm
 def test_image_is_pinned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = guest_image()
@@ -129,12 +201,14 @@ class Manager:
         )
         self.console = b""
 
-    def ssh(self, command: str) -> subprocess.CompletedProcess[str]:
+    def ssh(self, command: str, data: bytes = b"") -> subprocess.CompletedProcess[str]:
         words = ["ssh", "-p", str(self.port), "-F", "/dev/null", "-i", self.config["sshkey"]]
         for option in ("UserKnownHostsFile=/dev/null", "IdentitiesOnly=yes", "BatchMode=yes"):
             words += ["-o", option]
         words += ["-o", "StrictHostKeyChecking=no", "-o", "ConnectTimeout=10", "root@localhost"]
-        return subprocess.run([*words, command], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([*words, command], input=data, capture_output=True, timeout=120)
+        said = (each.decode(errors="replace") for each in (done.stdout, done.stderr))
+        return subprocess.CompletedProcess(done.args, done.returncode, *said)
 
     def wait_ssh(self) -> None:
         deadline = time.monotonic() + 240
@@ -156,6 +230,27 @@ class Manager:
                 break
             self.console += chunk
         return self.console.decode(errors="replace")
+
+    def check_sandbox(self) -> None:
+        """See what a program of the executor has of the target plan9."""
+        program = guest_program(Path(__file__).parent / "sandbox.c")
+        words = f"./sandbox {INPUTS}/target/README {TARGET_ADDRESS} {GUEST_PORT}"
+        copy = f"cat >sandbox && chmod +x sandbox && {words}"
+        done = self.ssh(copy, program.read_bytes())
+        assert done.returncode == 0, done.stderr
+        found: dict[str, list[list[int]]] = {}
+        for line in done.stdout.splitlines():
+            word, *numbers = line.split()
+            found.setdefault(word, []).append([int(each, 0) for each in numbers])
+        assert found["read"][0][0] > 0
+        # Beside the PCs of the three calls.
+        assert len([pc for (pc,) in found["pc"] if pc >= PC_BASE + SYSCALL_SLOTS * 16]) > 10
+        # One for getpid(), and what is before and after it.
+        kind, constant, other, pc = next(each for each in found["cmp"] if each[1] == 39 + 1)
+        assert (kind, pc) == (KCOV_CMP_CONST | KCOV_CMP_SIZE(3), syscall_pc(39))
+        assert other not in (0, constant)
+        assert found["unreachable"] == [[errno.ENETUNREACH]]
+        assert found["version"][0][0] > 7
 
     def kill(self) -> None:
         self.machine.kill()
@@ -185,9 +280,14 @@ def test_syzkaller_guests_are_killed_and_panic_results_of_all_are_merged(
     directory = tmp_path / "campaign"
     words = ["syzkaller", str(directory), "--syzkaller", str(checkout(tmp_path / "s"))]
     words += ["--image", image.name, "--source", "python", "--target", "plan9", "--memory", "256"]
-    assert main([*words, "--panic-on-warn"]) == 0
-    started = capsys.readouterr().out.split()
+    assert main([*words, "--panic-on-warn", "--enable", "*$kcov_bridge*"]) == 0
+    said = capsys.readouterr()
+    started = said.out.split()
     assert started == [f"{tmp_path}/s/bin/syz-manager", f"-config={directory}/manager.cfg"]
+    assert f"cp {directory}/kcov_bridge.txt* {tmp_path}/s/sys/linux" in said.err
+    offered = (directory / DESCRIPTION_FILE).read_text()
+    assert '"/syz-inputs/target/README"' in offered
+    assert f"port\tconst[{GUEST_PORT}, int16be]" in offered
     results = directory / COVERAGE
 
     first = Manager(directory)
@@ -198,10 +298,12 @@ def test_syzkaller_guests_are_killed_and_panic_results_of_all_are_merged(
             "mkdir /mnt/target/made; kcov-doc /etc/hostname; echo '<4>a warning' >/dev/kmsg"
         )
         panic, printk, *pcs = done.stdout.splitlines()
-        assert (panic, printk.split()[0]) == ("1", "7")
+        assert (panic, printk.split()[0]) == ("1", "7"), done.stderr
         # The kernel is no source, and yet the calls on a file of the guest have PCs.
-        assert any(re.match(r"0xffffffff[0-9a-f]{8}\b", each) for each in pcs), done.stdout
+        assert any(re.match(r"0xffffffff[0-9a-f]{8}\b", each) for each in pcs), repr(done.stderr)
         assert "a warning" in first.read(30, b"a warning")
+        assert first.config["enable_syscalls"] == ["*$kcov_bridge*"]
+        first.check_sandbox()
     finally:
         first.kill()
     assert guests(results, 1)[0]["end"] == "the manager ended the guest"

@@ -10,7 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -102,6 +102,18 @@ def test_wires_both_directions_bytes_arrive_after_the_epoch_changed(guest: Guest
     assert guest.region.control[HeaderWord.COVERAGE_EPOCH] != before
     # The guest does not poll, so it is interrupted.
     assert select.select([guest.guest_bell], [], [], SECONDS)[0]
+
+
+def test_wires_without_an_epoch_leave_it_alone(guest: Guest) -> None:
+    endpoint = Endpoint("echo", guest.listener.getsockname()[1], PORT)
+    relay = WireRelay(guest.region, guest.bell, guest.guest_bell, [endpoint], changes_epoch=False)
+    try:
+        wire = replace(guest, relay=relay).connect()
+        wire.service.sendall(b"answer")
+        assert wire.read(6) == b"answer"
+        assert guest.region.control[HeaderWord.COVERAGE_EPOCH] == 0, "each return is reported"
+    finally:
+        relay.close()
 
 
 def test_wires_closed_with_unsent_bytes_service_gets_them_and_the_end(guest: Guest) -> None:
