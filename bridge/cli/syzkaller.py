@@ -25,7 +25,7 @@ examples:
   kcov-bridge syzkaller fuzz --syzkaller ~/syzkaller
   kcov-bridge syzkaller fuzz --syzkaller ~/syzkaller --count 2 --procs 4 --panic-on-warn
   kcov-bridge syzkaller fuzz --syzkaller ~/syzkaller --start
-  kcov-bridge syzkaller fuzz --syzkaller ~/syzkaller --target plan9 --enable '*$kcov_bridge*'
+  kcov-bridge syzkaller fuzz --syzkaller ~/syzkaller --target plan9 --only-target
 
 Build syzkaller's parts before: make manager executor execprog. The defaults here are those of the
 stock kernel as the target: --image syzkaller --memory 1024 --target none. See docs/syzkaller.md.
@@ -86,11 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a warning of the kernel ends the guest (default: no)",
     )
     parser.add_argument(
-        "--enable",
-        metavar="CALLS",
-        action="append",
-        default=[],
-        help="keep to these calls, in syzkaller's words, as '*$kcov_bridge*'; repeatable",
+        "--only-target",
+        action="store_true",
+        help="keep to the calls that reach the target",
     )
     parser.add_argument("--start", action="store_true", help="start the manager at once")
     add_settings(parser, _SETTINGS, defaults=_DEFAULTS)
@@ -118,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         panic_on_oops=args.panic_on_oops,
         panic_on_warn=args.panic_on_warn,
         http=args.http,
-        enable=tuple(args.enable),
+        only_target=args.only_target,
     )
     words = prepare(args.directory, args.syzkaller, campaign)
     if args.start:

@@ -22,6 +22,7 @@ __all__ = [
     "Device",
     "DeviceKind",
     "Offer",
+    "calls_in",
     "constants",
     "description",
 ]
@@ -187,6 +188,11 @@ def description(offer: Offer) -> str:
         parts.append(_device_calls(number, device))
     parts += _endpoint_calls(offer.endpoints)
     return "".join(parts)
+
+
+def calls_in(text: str) -> list[str]:
+    """Return the names of the calls in a description."""
+    return re.findall(r"^(\w+\$\w+)\(", text, re.MULTILINE)
 
 
 def constants() -> str:

@@ -32,7 +32,13 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from bridge.cli.syzkaller_descriptions import CONST_FILE, DESCRIPTION_FILE, constants, description
+from bridge.cli.syzkaller_descriptions import (
+    CONST_FILE,
+    DESCRIPTION_FILE,
+    calls_in,
+    constants,
+    description,
+)
 from bridge.cli.syzkaller_sandbox import look
 from bridge.config import Settings
 from bridge.errors import ImageError, InfrastructureError, UsageError
@@ -116,8 +122,8 @@ class Campaign:
     panic_on_oops: bool = True
     panic_on_warn: bool = False
     http: str = "127.0.0.1:56741"
-    enable: tuple[str, ...] = ()
-    """Calls to which the manager keeps; without any it takes all that the kernel has."""
+    only_target: bool = False
+    """Whether the manager keeps to the calls of the target's description."""
 
     def save(self, directory: Path) -> None:
         """Write it."""
@@ -137,8 +143,7 @@ class Campaign:
             if values.pop("version") != _VERSION:
                 raise ValueError("another version wrote it")
             image = PinnedImage(**values.pop("image"))
-            enable = tuple(values.pop("enable"))
-            return cls(Settings.of(values.pop("settings")), image, enable=enable, **values)
+            return cls(Settings.of(values.pop("settings")), image, **values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"{path} cannot be used: {error}", hint="make it again: kcov-bridge syzkaller"
@@ -168,6 +173,8 @@ def prepare(directory: Path, checkout: Path, campaign: Campaign) -> list[str]:
     _check_checkout(checkout)
     _check_memory(campaign)
     check_name(campaign.settings.target)
+    if campaign.only_target and campaign.settings.target == "none":
+        raise UsageError("--only-target is given without a target", hint="--target NAME names one")
     accelerator = choose_accelerator(campaign.settings.accel)
     campaign.settings.sources(accelerator.name)
     directory = directory.expanduser().absolute()
@@ -192,17 +199,20 @@ def prepare(directory: Path, checkout: Path, campaign: Campaign) -> list[str]:
         stand_in.write_text(_stand_in(directory), encoding="utf-8")
         stand_in.chmod(0o755)
         campaign.save(directory)
-        config = _manager_config(directory, checkout, campaign, accelerator.name)
-        write_atomically(directory / "manager.cfg", json.dumps(config, indent=1) + "\n")
+        text = ""
         if campaign.settings.target != "none":
-            _describe_target(directory, checkout, campaign)
+            text = _describe_target(directory, checkout, campaign)
+        config = _manager_config(directory, checkout, campaign, accelerator.name)
+        if campaign.only_target:
+            config["enable_syscalls"] = [*calls_in(text), "close"]
+        write_atomically(directory / "manager.cfg", json.dumps(config, indent=1) + "\n")
     except OSError as error:
         raise InfrastructureError(f"{directory} cannot be used: {error}") from error
     return [str(checkout / _PROGRAMS[0]), f"-config={directory / 'manager.cfg'}"]
 
 
-def _describe_target(directory: Path, checkout: Path, campaign: Campaign) -> None:
-    """Start a guest, and write what it reaches of the target."""
+def _describe_target(directory: Path, checkout: Path, campaign: Campaign) -> str:
+    """Start a guest, and write what it reaches of the target; return the description."""
     logger.info("looking at the target %s in a guest", campaign.settings.target)
     with Session(campaign.machine_settings(), None) as session:
         offer = look(session.guest, session.target)
@@ -211,7 +221,7 @@ def _describe_target(directory: Path, checkout: Path, campaign: Campaign) -> Non
         write_atomically(directory / name, text)
     if not offer:
         logger.warning("the target %s offers nothing to programs", campaign.settings.target)
-        return
+        return ""
     there = checkout / "sys" / "linux"
     if any(_text_of(there / name) != text for name, text in files.items()):
         logger.warning(
@@ -219,6 +229,7 @@ def _describe_target(directory: Path, checkout: Path, campaign: Campaign) -> Non
             "cp %s/kcov_bridge.txt* %s && make -C %s manager executor execprog",
             *(shlex.quote(str(path)) for path in (directory, there, checkout)),
         )
+    return files[DESCRIPTION_FILE]
 
 
 def _text_of(path: Path) -> str | None:
@@ -288,7 +299,6 @@ def _stand_in(directory: Path) -> str:
 def _manager_config(
     directory: Path, checkout: Path, campaign: Campaign, accelerator: str
 ) -> dict[str, Any]:
-    chosen = {"enable_syscalls": list(campaign.enable)} if campaign.enable else {}
     return {
         "name": "kcov-bridge",
         "target": "linux/amd64",
@@ -301,7 +311,6 @@ def _manager_config(
         "procs": campaign.procs,
         "sandbox": "none",
         "cover": True,
-        **chosen,
         "type": "qemu",
         "vm": {
             "count": campaign.count,
