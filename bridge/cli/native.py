@@ -18,6 +18,7 @@ in the cache, and print the flags for the linker. docs/native.md says how progra
 EPILOG = """\
 examples:
   clang -g -fsanitize-coverage=trace-pc-guard,pc-table server.c $(kcov-bridge native)
+  RUSTFLAGS="$(kcov-bridge native --rust)" cargo build
   cc -I "$(kcov-bridge native --directory)" -c server.c
 """
 
@@ -28,8 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds.add_argument(
         "--shared",
         action="store_true",
-        help="print the path of libkcovbridge.so: for several shared objects in one program, and "
-        "for programs that load it beforehand (LD_PRELOAD)",
+        help="print the flags for libkcovbridge.so: for a program with several shared objects",
+    )
+    kinds.add_argument(
+        "--rust",
+        action="store_true",
+        help="print flags for rustc, which compile with coverage and link",
     )
     kinds.add_argument(
         "--directory",
@@ -47,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
     """
     runtime = build_runtime()
     if args.shared:
-        print(runtime.shared)
+        print(shlex.join(runtime.shared_flags))
+    elif args.rust:
+        print(" ".join(runtime.rust_flags))
     elif args.directory:
         print(runtime.directory)
     else:

@@ -73,6 +73,23 @@ class Runtime:
         """
         return ("-Wl,--whole-archive", str(self.archive), "-Wl,--no-whole-archive", "-pthread")
 
+    @property
+    def shared_flags(self) -> tuple[str, ...]:
+        """The same with the shared object, for all parts of a program that has several."""
+        return (str(self.shared), f"-Wl,-rpath,{self.directory}")
+
+    @property
+    def rust_flags(self) -> tuple[str, ...]:
+        """Flags for rustc, which instrument all crates but the standard library, and link."""
+        return (
+            "-Cpasses=sancov-module",
+            *(
+                f"-Cllvm-args=-sanitizer-coverage-{each}"
+                for each in ("level=3", "trace-pc-guard", "pc-table")
+            ),
+            *(f"-Clink-arg={each}" for each in self.link_flags),
+        )
+
 
 def build_runtime() -> Runtime:
     """Return the run time, from the cache if it is there.

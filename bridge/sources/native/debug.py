@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 from bisect import bisect_right
 from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_uint, c_uint64, c_void_p
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from bridge.errors import MissingDependencyError
 __all__ = ["Frame", "NativeSymbols"]
 
 _LIBRARY: Final = "libdw.so.1"
+_RUST_HASH: Final = re.compile("::h[0-9a-f]{16}$")
 _TAG_INLINED: Final = 0x1D
 _TAG_FUNCTION: Final = 0x2E
 _AT_CALL_LINE: Final = 0x59
@@ -218,7 +220,7 @@ class NativeSymbols:
         file, line, column = self._source(unit, in_debug) if unit else ("", 0, 0)
         scopes = self._scopes(unit, in_debug) if unit else []
         if not scopes:
-            name = _text(self._dw.dwfl_module_addrname(self._module, at))
+            name = _demangled(_text(self._dw.dwfl_module_addrname(self._module, at)))
             return [Frame(name or "?", file, line, column)] if name or line else []
         frames = []
         for name, called_from in scopes:
@@ -249,16 +251,15 @@ class NativeSymbols:
     def _scopes(self, unit: int, at: int) -> list[tuple[str, tuple[str, int, int]]]:
         """Return the functions around an address, each with the place that it was inlined at."""
         dw = self._dw
-        innermost, dies = POINTER(_Die)(), POINTER(_Die)()
-        if dw.dwarf_getscopes(unit, at, byref(innermost)) <= 0:
-            return []
-        # The scopes around that of inlined code are those of its text; these are of the code.
-        try:
-            count = dw.dwarf_getscopes_die(innermost, byref(dies))
-        finally:
-            _free(innermost)
+        dies, around = POINTER(_Die)(), POINTER(_Die)()
+        count = dw.dwarf_getscopes(unit, at, byref(dies))
         if count <= 0:
             return []
+        # Those around inlined code are the scopes of its text; of the code itself they are these.
+        inner = dw.dwarf_getscopes_die(dies, byref(around))
+        if inner > 0:
+            _free(dies)
+            dies, count = around, inner
         found = []
         try:
             for index in range(count):
@@ -293,6 +294,35 @@ class NativeSymbols:
         if index >= count.value:
             return ""
         return _text(self._dw.dwarf_filesrc(files, index, None, None))
+
+
+@functools.cache
+def _demangler() -> Any:
+    """Return the function of the C++ library; None without one."""
+    try:
+        function = ctypes.CDLL("libstdc++.so.6").__cxa_demangle
+    except (OSError, AttributeError):
+        return None
+    function.restype = c_void_p
+    function.argtypes = (c_char_p, c_void_p, c_void_p, POINTER(c_int))
+    return function
+
+
+def _demangled(name: str) -> str:
+    """Return the name of a C++ or Rust function as its source has it, if that can be told."""
+    function = _demangler() if name.startswith("_Z") else None
+    if function is None:
+        return name
+    status = c_int()
+    found = function(name.encode(), None, None, byref(status))
+    if not found:
+        return name
+    try:
+        text = ctypes.string_at(found).decode(errors="replace")
+    finally:
+        _free(found)
+    # rustc adds a hash.
+    return _RUST_HASH.sub("", text)
 
 
 def _text(value: bytes | None) -> str:

@@ -23,7 +23,7 @@ from bridge.sources import PC
 from bridge.sources.native.build import READER
 from bridge.sources.python.threads import TABLE_END
 
-__all__ = ["VARIABLE", "Kind", "NativeMemory", "Said"]
+__all__ = ["VARIABLE", "Kind", "NativeMemory", "Range", "Said", "find_calls"]
 
 VARIABLE: Final = "KCOV_BRIDGE_NATIVE"
 """The environment variable that leads a program to the memory: ``KBN_VARIABLE``."""
@@ -51,12 +51,17 @@ class _Said(ctypes.Structure):
         ("has_pcs", c_uint32),
         ("id_bytes", c_uint32),
         ("call_target", c_uint32),
+        ("call_bytes", c_uint32),
+        ("spare", c_uint32),
         ("text_start", c_uint64),
         ("id", c_uint8 * _BUILD_ID),
         ("path", c_char * _PATH),
     )
 
 
+_RANGES: Final = 64
+"""Counters of so many processes and modules are looked at in one go."""
+_COMPARES: Final = 1 << 14
 _KINDS: Final = frozenset(Kind)
 
 
@@ -74,7 +79,22 @@ class Said:
     build_id: bytes
     path: str
     call_target: int
+    """Where calls of gcc's callback lead to, as addresses of the file go."""
+    call_bytes: int
+    """Bytes of such a call, 5 or 6; 0: not known."""
     text_start: int
+    """Address of the first byte of its code, for ``Kind.TEXT``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Counters that lie in the memory of a process, as that says."""
+
+    entry: int
+    process: int
+    address: int
+    count: int
+    module: int
 
 
 _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
@@ -88,6 +108,14 @@ _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "kbn_ever": (pointer, (pointer,)),
     "kbn_lost": (c_uint64, (pointer,)),
     "kbn_other_layout": (c_uint32, (pointer,)),
+    "kbn_new_ranges": (c_uint32, (pointer, pointer, c_uint32)),
+    "kbn_add_range": (c_int, (pointer, c_int, c_uint32, c_uint64, c_uint32, c_uint32)),
+    "kbn_calls": (
+        c_uint32,
+        (c_char_p, c_uint64, c_uint64, c_uint64, c_uint32, pointer, pointer, c_uint32),
+    ),
+    "kbn_compare": (None, (pointer, c_uint32)),
+    "kbn_take_compares": (c_uint32, (pointer, pointer, c_uint32, pointer)),
     "kbn_drain": (c_long, (pointer, pointer, c_size_t, c_int, c_int)),
 }
 
@@ -101,6 +129,35 @@ def _library() -> Any:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
+
+
+def find_calls(
+    code: bytes, start: int, target: int, call_bytes: int
+) -> tuple[array[int], array[int]]:
+    """Find the calls of gcc's callback in a module's code.
+
+    Args:
+        code: its bytes, which lie at ``start``.
+        target: as :attr:`Said.call_target`.
+
+    Returns:
+        Where each returns to, in order; and for each four bytes of code the number of the call that
+        returns into them, or -1.
+    """
+    most = len(code) // 5 + 1
+    places = array("I", bytes(4 * most))
+    slots = array("i", b"\xff" * (4 * (len(code) // 4 + 1)))
+    found = _library().kbn_calls(
+        code,
+        len(code),
+        start,
+        target,
+        call_bytes,
+        places.buffer_info()[0],
+        slots.buffer_info()[0],
+        most,
+    )
+    return places[:found], slots
 
 
 class NativeMemory:
@@ -201,6 +258,7 @@ class NativeMemory:
             bytes(said.id[: said.id_bytes]),
             os.fsdecode(said.path),
             said.call_target,
+            said.call_bytes,
             said.text_start,
         )
 
@@ -217,6 +275,42 @@ class NativeMemory:
             address = slots.buffer_info()[0]
         first, count = (said.first, said.count) if said is not None else (0, 0)
         self._library.kbn_place(self._reader, first, count, first_pc, address)
+
+    def new_ranges(self) -> list[Range]:
+        """Return the counters that the reader was not told of yet, or whose process is another."""
+        if self._reader is None:
+            return []
+        words = array("Q", bytes(8 * 5 * _RANGES))
+        count = self._library.kbn_new_ranges(self._reader, words.buffer_info()[0], _RANGES)
+        return [Range(*words[5 * at : 5 * at + 5]) for at in range(count)]
+
+    def add_range(self, descriptor: int, found: Range, first: int) -> bool:
+        """Read these counters from now on, through a descriptor of ``/proc/PID/mem``.
+
+        The descriptor becomes the memory's own if there is room, which is the answer.
+        """
+        return self._reader is not None and bool(
+            self._library.kbn_add_range(
+                self._reader, descriptor, found.entry, found.address, first, found.count
+            )
+        )
+
+    def record_comparisons(self, on: bool) -> None:
+        """Start or stop to have programs record comparisons."""
+        if self._reader is not None:
+            self._library.kbn_compare(self._reader, on)
+
+    def take_comparisons(self) -> tuple[list[tuple[int, ...]], int]:
+        """Return type, operands, module and place of comparisons since the last call; and how many
+        were lost.
+        """
+        if self._reader is None:
+            return [], 0
+        words, lost = array("Q", bytes(8 * 5 * _COMPARES)), c_uint64()
+        count = self._library.kbn_take_compares(
+            self._reader, words.buffer_info()[0], _COMPARES, ctypes.byref(lost)
+        )
+        return [tuple(words[5 * at : 5 * at + 5]) for at in range(count)], lost.value
 
     def places(self, first: int, count: int) -> array[int]:
         """Return the places of blocks in their module; 0 where it is not known."""

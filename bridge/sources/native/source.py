@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import threading
+from array import array
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,9 +15,10 @@ from bridge.device.calls import HostThread
 from bridge.errors import SourceError
 from bridge.sources import PC
 from bridge.sources.by_thread import ThreadOfPc
-from bridge.sources.native.memory import VARIABLE, NativeMemory, Said
+from bridge.sources.native.memory import VARIABLE, Kind, NativeMemory, Range, Said, find_calls
 from bridge.sources.native.modules import ModuleTable, NativeModule, module_key
 from bridge.sources.native.places import NativePlaces
+from bridge.sources.native.processes import read_code, shares
 
 __all__ = ["NativeSource"]
 
@@ -41,7 +45,8 @@ class NativeSource:
         self._memory: NativeMemory | None = None
         self._running = False
         # What a program says of each module of the table, by its index in the memory.
-        self._said: dict[int, tuple[NativeModule, Said]] = {}
+        self._said: dict[int, tuple[NativeModule, Said, array[int] | None]] = {}
+        self._index_of: dict[tuple[str, Kind], int] = {}
         self._indices = 0
         self._nonsense = 0
         self._covered = 0  # at the end
@@ -109,14 +114,53 @@ class NativeSource:
                 continue
             key = module_key(said.build_id, said.path)
             try:
-                module = self.table.add(key, said.path, said.count)
+                module, slots = self._new_module(said, key)
             except SourceError as error:
                 _log.warning("%s is not covered: %s", said.path, error.message)
                 memory.place(None, 0)
                 continue
-            memory.place(said, module.first_pc)
-            self._said[index] = module, said
-            _log.debug("%s has %d blocks from %#x on", said.path, said.count, module.first_pc)
+            memory.place(said, module.first_pc, slots)
+            self._said[index] = module, said, slots
+            self._index_of[key, said.kind] = index
+            _log.debug("%s has %d blocks from %#x on", said.path, module.count, module.first_pc)
+        while found := memory.new_ranges():
+            for each in found:
+                self._add_range(memory, each)
+
+    def _new_module(self, said: Said, key: str) -> tuple[NativeModule, array[int] | None]:
+        """Return a module that is new to the table, and its slots as for ``NativeMemory.place``."""
+        if said.kind is not Kind.TEXT:
+            return self.table.add(key, said.path, said.count), None
+        if not said.call_bytes:
+            raise SourceError("its calls of the coverage callback have an unknown form")
+        code = read_code(Path(said.path), said.text_start)
+        places, slots = find_calls(code, said.text_start, said.call_target, said.call_bytes)
+        if len(slots) < said.count:
+            slots.extend([-1] * (said.count - len(slots)))
+        module = self.table.add(key, said.path, len(places), after_call=True)
+        module.places = places
+        return module, slots
+
+    def _add_range(self, memory: NativeMemory, found: Range) -> None:
+        """Read counters of a process from now on, if it is one that shares the memory."""
+        known = self._said.get(found.module)
+        if known is None or known[1].kind is not Kind.COUNTERS or known[1].count != found.count:
+            self._nonsense += 1
+            return
+        try:
+            descriptor = os.open(f"/proc/{found.process}/mem", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESRCH):
+                _log.warning(
+                    "the counters of process %d cannot be read: %s", found.process, error.strerror
+                )
+            return
+        # A process that is hostile may name any other, and the bridge may be allowed more than it.
+        if not shares(found, memory.descriptor):
+            self._nonsense += 1
+        elif memory.add_range(descriptor, found, known[1].first):
+            return
+        os.close(descriptor)
 
     def record_threads(self, on: bool) -> None:
         """As :class:`bridge.sources.by_thread.ByThread`."""
@@ -144,9 +188,20 @@ class NativeSource:
         memory = self._memory
         if memory is None or memory.closed:
             return
-        for module, said in self._said.values():
-            module.places = memory.places(said.first, said.count)
-            module.covered = memory.ever(said.first, said.count)
+        for module, said, slots in self._said.values():
+            ever = memory.ever(said.first, said.count)
+            if slots is None:
+                module.places = memory.places(said.first, said.count)
+                now = memory.said(self._index_of[module.key, said.kind])
+                module.after_call = now is not None and not now.has_places
+                module.covered = ever
+            else:
+                covered = bytearray(module.count)
+                at = ever.find(1)
+                while at >= 0:
+                    covered[slots[at]] = 1
+                    at = ever.find(1, at + 1)
+                module.covered = bytes(covered)
 
     def stop(self) -> None:
         """Stop the measurement. Safe to call twice, and on a source that never started.
@@ -185,7 +240,7 @@ class NativeSource:
                 "the memory of the coverage",
                 self._nonsense,
             )
-        for module, said in self._said.values():
+        for module, said, _ in self._said.values():
             if not said.build_id:
                 _log.warning(
                     "%s has no build id: its PCs are those of this file's contents", module.path

@@ -39,7 +39,7 @@
 enum kbn_kind {
 	KBN_GUARDS = 1,	  /* clang's trace-pc-guard: a block for each guard */
 	KBN_COUNTERS = 2, /* clang's inline-8bit-counters and inline-bool-flag: one for each counter */
-	KBN_TEXT = 3,	  /* gcc's trace-pc: one for each four bytes of code */
+	KBN_TEXT = 3,	  /* gcc's trace-pc: one for each four bytes of code, as calls have five */
 };
 
 struct kbn_header {
@@ -81,32 +81,51 @@ struct kbn_module {
 	uint32_t count;
 	uint32_t has_pcs;   /* PCS has the place of each block */
 	uint32_t id_bytes;  /* 0: without a build id */
-	uint32_t call_target; /* KBN_TEXT: what calls of __sanitizer_cov_trace_pc lead to */
+	uint32_t call_target; /* KBN_TEXT: where calls of __sanitizer_cov_trace_pc lead to: the
+				 callee, or the word that has its address if CALL_BYTES is 6 */
 	uint64_t text_start;  /* KBN_TEXT: place of the first byte of code */
 	uint8_t id[KBN_BUILD_ID];
 	char path[KBN_PATH];
-	uint8_t spare[192];
+	uint32_t call_bytes; /* KBN_TEXT: 5 or 6 */
+	uint8_t spare[188];
 };
 
 /* Counters that lie in the memory of a process. */
 struct kbn_range {
-	uint32_t process; /* 0: free */
+	uint32_t process; /* 0: free; stored last */
 	uint32_t module;
 	uint64_t address;
 	uint32_t count;
 	uint32_t spare;
 };
 
+/*
+ * A comparison, in a ring of KBN_MOST_COMPARES. SEQUENCE is its number from 1 on, stored last, so that
+ * one that is half written, or was written over, is told apart.
+ */
+struct kbn_compare {
+	uint64_t sequence;
+	uint64_t type; /* as in Linux' include/uapi/linux/kcov.h: KCOV_CMP_CONST, KCOV_CMP_SIZE() */
+	uint64_t left;
+	uint64_t right;
+	uint32_t module;
+	uint32_t place; /* behind the call of the callback */
+};
+
+#define KBN_MOST_COMPARES (1u << 16)
+
 #define KBN_MODULES_AT 20480
 #define KBN_RANGES_AT (KBN_MODULES_AT + 512u * KBN_MOST_MODULES)
 #define KBN_DIRTY_AT (KBN_RANGES_AT + 24u * KBN_MOST_RANGES)
 #define KBN_PCS_AT (KBN_DIRTY_AT + KBN_MOST_BLOCKS / KBN_GROUP)
 #define KBN_HIT_AT (KBN_PCS_AT + 4ull * KBN_MOST_BLOCKS)
-#define KBN_BYTES (KBN_HIT_AT + KBN_MOST_BLOCKS)
+#define KBN_COMPARES_AT (KBN_HIT_AT + KBN_MOST_BLOCKS)
+#define KBN_BYTES (KBN_COMPARES_AT + 40ull * KBN_MOST_COMPARES)
 
 _Static_assert(sizeof(struct kbn_thread) == KBN_THREAD_BYTES, "as in threads.py");
 _Static_assert(sizeof(struct kbn_module) == 512, "KBN_RANGES_AT");
 _Static_assert(sizeof(struct kbn_range) == 24, "KBN_DIRTY_AT");
+_Static_assert(sizeof(struct kbn_compare) == 40, "KBN_BYTES");
 _Static_assert(__builtin_offsetof(struct kbn_header, by_thread) == 12, "as in threads.py");
 _Static_assert(__builtin_offsetof(struct kbn_header, pending) == 64, "a cache line of its own");
 _Static_assert(sizeof(struct kbn_header) <= KBN_THREADS_AT, "the threads follow");

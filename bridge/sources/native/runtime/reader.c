@@ -37,6 +37,15 @@ struct placed {
 	const int32_t *slots;
 };
 
+/* Counters in a process that the bridge has looked at; read through its /proc/PID/mem. */
+struct counters {
+	int fd; /* -1: free. It stays that of the same memory, whatever gets the process's number. */
+	uint32_t entry;
+	uint64_t address;
+	uint32_t first;
+	uint32_t count;
+};
+
 struct kbn_reader {
 	char *memory;
 	struct kbn_header *header;
@@ -48,6 +57,11 @@ struct kbn_reader {
 	uint32_t known; /* modules that were placed */
 	uint32_t end;	/* of their blocks, a multiple of KBN_GROUP */
 	struct placed placed[KBN_MOST_MODULES];
+	uint8_t *copy; /* of the counters of one process */
+	uint32_t used; /* of the counters below */
+	uint32_t process_of[KBN_MOST_RANGES]; /* that an entry had when it was looked at */
+	uint64_t compared; /* comparisons that were taken or lost */
+	struct counters counters[KBN_MOST_RANGES];
 };
 
 static void *private_memory(size_t bytes)
@@ -60,12 +74,19 @@ static void *private_memory(size_t bytes)
 
 EXPORT void kbn_close(struct kbn_reader *reader)
 {
+	uint32_t i;
+
 	if (!reader)
 		return;
 	if (reader->memory)
 		munmap(reader->memory, KBN_BYTES);
 	if (reader->ever)
 		munmap(reader->ever, KBN_MOST_BLOCKS);
+	if (reader->copy)
+		munmap(reader->copy, KBN_MOST_BLOCKS);
+	for (i = 0; i < reader->used; i++)
+		if (reader->counters[i].fd >= 0)
+			close(reader->counters[i].fd);
 	munmap(reader, sizeof(*reader));
 }
 
@@ -91,7 +112,8 @@ EXPORT struct kbn_reader *kbn_open(int fd, const char *epoch_path, uint64_t epoc
 		goto failed;
 	}
 	reader->ever = private_memory(KBN_MOST_BLOCKS);
-	if (!reader->ever)
+	reader->copy = private_memory(KBN_MOST_BLOCKS);
+	if (!reader->ever || !reader->copy)
 		goto failed;
 	reader->header = header = (void *)reader->memory;
 	reader->dirty = (uint8_t *)reader->memory + KBN_DIRTY_AT;
@@ -116,7 +138,7 @@ failed:
 
 /* What a program says of a module. */
 struct kbn_said {
-	uint32_t kind, first, count, has_pcs, id_bytes, call_target;
+	uint32_t kind, first, count, has_pcs, id_bytes, call_target, call_bytes, spare;
 	uint64_t text_start;
 	uint8_t id[KBN_BUILD_ID];
 	char path[KBN_PATH];
@@ -146,6 +168,7 @@ EXPORT int kbn_said(const struct kbn_reader *reader, uint32_t index, struct kbn_
 	said->has_pcs = LOAD(&entry->has_pcs);
 	said->id_bytes = LOAD(&entry->id_bytes);
 	said->call_target = LOAD(&entry->call_target);
+	said->call_bytes = LOAD(&entry->call_bytes);
 	said->text_start = LOAD(&entry->text_start);
 	if (said->id_bytes > KBN_BUILD_ID)
 		said->id_bytes = KBN_BUILD_ID;
@@ -225,6 +248,31 @@ static const struct placed *find(const struct kbn_reader *reader, uint32_t block
 	return &reader->placed[low];
 }
 
+/* Append the PC of a block that was hit by the thread with this number; return the new length. */
+static size_t give(struct kbn_reader *reader, const struct placed *placed, uint32_t block,
+		   uint64_t number, uint64_t *out, size_t at, size_t room)
+{
+	int32_t slot = (int32_t)(block - placed->first);
+	uint64_t pc;
+
+	if (!placed->first_pc || at == room)
+		return at;
+	if (placed->slots) {
+		slot = placed->slots[slot];
+		if (slot < 0)
+			return at;
+	}
+	if (!reader->ever[block]) {
+		reader->ever[block] = 1;
+		reader->covered++;
+	}
+	pc = placed->first_pc + (uint64_t)slot * SLOT_BYTES;
+	if (number && number < 0xff)
+		pc = (pc & ((1ull << THREAD_SHIFT) - 1)) | number << THREAD_SHIFT;
+	out[at] = pc;
+	return at + 1;
+}
+
 /* Append the PCs of a group's blocks that were hit; clear them. */
 static size_t take_group(struct kbn_reader *reader, uint32_t group, uint64_t *out, size_t at,
 			 size_t room)
@@ -243,31 +291,198 @@ static size_t take_group(struct kbn_reader *reader, uint32_t group, uint64_t *ou
 		while (bytes) {
 			unsigned int byte = (unsigned int)__builtin_ctzll(bytes) / 8;
 			uint32_t block = group * KBN_GROUP + i * 8 + byte;
-			uint64_t number = bytes >> (8 * byte) & 0xff, pc;
-			int32_t slot;
+			uint64_t number = by_thread ? bytes >> (8 * byte) & 0xff : 0;
 
 			bytes &= ~(0xffull << (8 * byte));
 			if (!placed || block < placed->first || block >= placed->end)
 				placed = find(reader, block);
-			if (!placed || !placed->first_pc || at == room)
-				continue;
-			slot = (int32_t)(block - placed->first);
-			if (placed->slots) {
-				slot = placed->slots[slot];
-				if (slot < 0)
-					continue;
-			}
-			if (!reader->ever[block]) {
-				reader->ever[block] = 1;
-				reader->covered++;
-			}
-			pc = placed->first_pc + (uint64_t)slot * SLOT_BYTES;
-			if (by_thread && number < 0xff)
-				pc = (pc & ((1ull << THREAD_SHIFT) - 1)) | number << THREAD_SHIFT;
-			out[at++] = pc;
+			if (placed)
+				at = give(reader, placed, block, number, out, at, room);
 		}
 	}
 	return at;
+}
+
+/*
+ * Entries of counters that were not looked at yet, or that another process has since: write up to
+ * ROOM of them as five numbers each (entry, process, address, count, module) and return how many.
+ */
+EXPORT uint32_t kbn_new_ranges(struct kbn_reader *reader, uint64_t *out, uint32_t room)
+{
+	const struct kbn_range *range = (const void *)(reader->memory + KBN_RANGES_AT);
+	uint32_t ranges = LOAD(&reader->header->ranges), i, at = 0;
+
+	if (ranges > KBN_MOST_RANGES)
+		ranges = KBN_MOST_RANGES;
+	for (i = 0; i < ranges && at < room; i++) {
+		uint32_t process = LOAD(&range[i].process);
+
+		if (process == reader->process_of[i])
+			continue;
+		reader->process_of[i] = process;
+		if (!process)
+			continue;
+		out[5 * at] = i;
+		out[5 * at + 1] = process;
+		out[5 * at + 2] = LOAD(&range[i].address);
+		out[5 * at + 3] = LOAD(&range[i].count);
+		out[5 * at + 4] = LOAD(&range[i].module);
+		at++;
+	}
+	return at;
+}
+
+/* Read counters through FD, which becomes the reader's, from now on. Return 0 if there is no room. */
+EXPORT int kbn_add_range(struct kbn_reader *reader, int fd, uint32_t entry, uint64_t address,
+			 uint32_t first, uint32_t count)
+{
+	struct counters *counters = NULL;
+	uint32_t i;
+
+	for (i = 0; i < reader->used && !counters; i++)
+		if (reader->counters[i].fd < 0)
+			counters = &reader->counters[i];
+	if (!counters) {
+		if (reader->used == KBN_MOST_RANGES)
+			return 0;
+		counters = &reader->counters[reader->used++];
+	}
+	counters->fd = fd;
+	counters->entry = entry;
+	counters->address = address;
+	counters->first = first;
+	counters->count = count;
+	return 1;
+}
+
+/*
+ * Take the counters of a process that are not 0, and clear just these: one that was 0 when it was
+ * read may have been raised since. One that was raised between reading and clearing is in this
+ * answer; one whose raise began before the clearing and ended after it is in the next one too.
+ */
+static size_t take_counters(struct kbn_reader *reader, struct counters *counters, uint64_t *out,
+			    size_t at, size_t room)
+{
+	static const uint8_t zeroes[4096];
+	const struct placed *placed = find(reader, counters->first);
+	uint32_t i = 0, count = counters->count;
+	ssize_t got = pread(counters->fd, reader->copy, count, (off_t)counters->address);
+
+	if (got < (ssize_t)count || !placed) {
+		/* The process has ended, executed another program, or unloaded the module. */
+		close(counters->fd);
+		counters->fd = -1;
+		return at;
+	}
+	while (i < count) {
+		uint32_t start;
+
+		while (i + 16 <= count &&
+		       _mm_movemask_epi8(_mm_cmpeq_epi8(
+			       _mm_loadu_si128((const __m128i *)(reader->copy + i)),
+			       _mm_setzero_si128())) == 0xffff)
+			i += 16;
+		while (i < count && !reader->copy[i])
+			if (++i % 16 == 0)
+				break;
+		if (i == count || !reader->copy[i])
+			continue;
+		start = i;
+		while (i < count && reader->copy[i] && i - start < sizeof(zeroes))
+			at = give(reader, placed, counters->first + i++, 0, out, at, room);
+		if (pwrite(counters->fd, zeroes, i - start, (off_t)(counters->address + start)) < 0)
+			return at;
+	}
+	return at;
+}
+
+/* A comparison as it is taken. */
+struct kbn_taken {
+	uint64_t type, left, right, module, place;
+};
+
+EXPORT void kbn_compare(struct kbn_reader *reader, uint32_t on)
+{
+	reader->compared = LOAD(&reader->header->compares);
+	__atomic_store_n(&reader->header->comparing, on, __ATOMIC_SEQ_CST);
+}
+
+/* Take up to ROOM comparisons, in order. Return their number; add to LOST how many are gone. */
+EXPORT uint32_t kbn_take_compares(struct kbn_reader *reader, struct kbn_taken *out, uint32_t room,
+				  uint64_t *lost)
+{
+	const struct kbn_compare *records = (const void *)(reader->memory + KBN_COMPARES_AT);
+	uint64_t end = __atomic_load_n(&reader->header->compares, __ATOMIC_ACQUIRE);
+	uint32_t at = 0;
+
+	if (end - reader->compared > KBN_MOST_COMPARES) {
+		/* Far more is what a program has written over. */
+		uint64_t gone = end - reader->compared - KBN_MOST_COMPARES;
+
+		*lost += gone < (1ull << 40) ? gone : 1;
+		reader->compared = end - KBN_MOST_COMPARES;
+	}
+	while (reader->compared < end && at < room) {
+		const struct kbn_compare *record = &records[reader->compared % KBN_MOST_COMPARES];
+		struct kbn_taken *taken = &out[at];
+		uint64_t wanted = ++reader->compared;
+
+		if (__atomic_load_n(&record->sequence, __ATOMIC_ACQUIRE) != wanted) {
+			/* Half written by a thread that does not answer yet, or written over. */
+			++*lost;
+			continue;
+		}
+		taken->type = LOAD(&record->type);
+		taken->left = LOAD(&record->left);
+		taken->right = LOAD(&record->right);
+		taken->module = LOAD(&record->module);
+		taken->place = LOAD(&record->place);
+		__atomic_thread_fence(__ATOMIC_ACQUIRE);
+		if (LOAD(&record->sequence) != wanted)
+			++*lost;
+		else
+			at++;
+	}
+	return at;
+}
+
+/*
+ * Find the calls that lead to TARGET in code that lies at START: of five bytes to the callee, or of six
+ * through a word at TARGET. Write where each returns to PLACES, and into SLOTS, one for each four bytes
+ * of code and filled with -1 before, the number of each. Return how many there are.
+ */
+EXPORT uint32_t kbn_calls(const uint8_t *code, uint64_t bytes, uint64_t start, uint64_t target,
+			  uint32_t call_bytes, uint32_t *places, int32_t *slots, uint32_t room)
+{
+	uint64_t i;
+	uint32_t at = 0;
+
+	for (i = call_bytes; i <= bytes && at < room; i++) {
+		int32_t distance;
+
+		if (call_bytes == 5 ? code[i - 5] != 0xe8
+				    : code[i - 6] != 0xff || code[i - 5] != 0x15)
+			continue;
+		memcpy(&distance, code + i - 4, sizeof(distance));
+		if (start + i + (uint64_t)(int64_t)distance != target)
+			continue;
+		places[at] = (uint32_t)(start + i);
+		slots[i / 4] = (int32_t)at++;
+	}
+	return at;
+}
+
+static int has_new_range(const struct kbn_reader *reader)
+{
+	const struct kbn_range *range = (const void *)(reader->memory + KBN_RANGES_AT);
+	uint32_t ranges = LOAD(&reader->header->ranges), i;
+
+	if (ranges > KBN_MOST_RANGES)
+		ranges = KBN_MOST_RANGES;
+	for (i = 0; i < ranges; i++)
+		if (LOAD(&range[i].process) != reader->process_of[i])
+			return 1;
+	return 0;
 }
 
 /*
@@ -281,10 +496,14 @@ EXPORT long kbn_drain(struct kbn_reader *reader, uint64_t *out, size_t room, int
 	uint8_t *dirty = reader->dirty;
 	size_t at = 0;
 
-	if (!force && !all && kbn_modules(reader) > reader->known)
+	if (!force && !all &&
+	    (kbn_modules(reader) > reader->known || has_new_range(reader)))
 		return -1;
+	for (group = 0; group < reader->used; group++)
+		if (reader->counters[group].fd >= 0)
+			at = take_counters(reader, &reader->counters[group], out, at, room);
 	if (!force && !all && !LOAD(&reader->header->pending))
-		return 0;
+		goto done;
 	EXCHANGE(&reader->header->pending, 0);
 	for (group = 0; group < groups; group += 64) {
 		const __m128i *line = (const __m128i *)(dirty + group);
@@ -302,6 +521,7 @@ EXPORT long kbn_drain(struct kbn_reader *reader, uint64_t *out, size_t room, int
 			at = take_group(reader, i, out, at, room);
 		}
 	}
+done:
 	reader->given += at;
 	return (long)at;
 }

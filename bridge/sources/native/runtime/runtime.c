@@ -46,8 +46,10 @@
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -250,11 +252,18 @@ static uint64_t new_epoch(void)
 	return ns << 23 | (uint64_t)thread_id << 1 | 1;
 }
 
+static int is_apart(void);
+static void keep_apart(uint32_t block, uint32_t place);
+
 /* Set all levels of a block whose HIT may be set; place is 0, or where it lies in its module. */
 static void __attribute__((noinline)) note(uint32_t block, uint32_t place)
 {
 	uint64_t pending;
 
+	if (unlikely(is_apart())) {
+		keep_apart(block, place);
+		return;
+	}
 	if (unlikely(!number_of_thread))
 		take_number();
 	if (!LOAD(&hit[block])) {
@@ -433,12 +442,179 @@ static struct found find_module(uintptr_t address)
 	return found;
 }
 
+/* ---- counters, which the compiler's own code adds to: the bridge reads them in this process */
+
+static struct kbn_range *range_entry(uint32_t index)
+{
+	return (struct kbn_range *)((char *)shared + KBN_RANGES_AT) + index;
+}
+
+/* Tell the bridge of counters of this process; under local_lock. */
+static void enter_range(const struct local *local)
+{
+	uint32_t process = (uint32_t)getpid(), i;
+	int fd = lock_tables();
+
+	if (fd < 0)
+		return;
+	for (i = 0; i < KBN_MOST_RANGES; i++) {
+		struct kbn_range *range = range_entry(i);
+
+		if (LOAD(&range->process))
+			continue;
+		range->module = local->module;
+		range->address = local->start;
+		range->count = local->count;
+		STORE(&range->process, process);
+		if (i >= LOAD(&shared->ranges))
+			STORE(&shared->ranges, i + 1);
+		break;
+	}
+	if (i == KBN_MOST_RANGES)
+		shared->lost_blocks += local->count;
+	close(fd);
+}
+
 static void forked(void)
 {
+	uint32_t i;
+
 	fast_number = NO_NUMBER;
 	number_of_thread = 0;
 	/* Another thread of the parent may have held it. */
 	pthread_mutex_init(&local_lock, NULL);
+	for (i = 0; i < local_count; i++)
+		if (locals[i].kind == KBN_COUNTERS)
+			enter_range(&locals[i]);
+}
+
+/* What the bridge has not read is given to it, since it cannot read this process any more. */
+static void __attribute__((destructor)) leave(void)
+{
+	uint32_t process = (uint32_t)getpid(), i, j;
+
+	if (!LOAD(&shared))
+		return;
+	for (i = 0; i < local_count; i++) {
+		uint8_t *counters = (uint8_t *)locals[i].start;
+		struct found found;
+
+		if (locals[i].kind != KBN_COUNTERS)
+			continue;
+		/* Its library may have been unloaded. */
+		found = find_module(locals[i].start);
+		if (!found.done || found.base != locals[i].base)
+			continue;
+		for (j = 0; j < locals[i].count; j++)
+			if (counters[j]) {
+				counters[j] = 0;
+				note(locals[i].first + j, 0);
+			}
+	}
+	for (i = 0; i < LOAD(&shared->ranges) && i < KBN_MOST_RANGES; i++)
+		if (LOAD(&range_entry(i)->process) == process)
+			STORE(&range_entry(i)->process, 0u);
+}
+
+static void add_counters(uint8_t *start, uint8_t *stop)
+{
+	uint32_t i;
+	struct found found;
+	struct local *local;
+
+	if (start == stop || !attach())
+		return;
+	found = find_module((uintptr_t)start);
+	if (!found.done)
+		return;
+	pthread_mutex_lock(&local_lock);
+	for (i = 0; i < local_count; i++)
+		/* Called by another object file of the module, or it has guards too. */
+		if (locals[i].base == found.base &&
+		    (locals[i].start == (uintptr_t)start || locals[i].kind == KBN_GUARDS))
+			break;
+	if (i == local_count) {
+		local = add_local(KBN_COUNTERS, (uintptr_t)start, (uintptr_t)(stop - start),
+				  (uint32_t)(stop - start), &found);
+		if (local)
+			enter_range(local);
+	}
+	pthread_mutex_unlock(&local_lock);
+}
+
+EXPORT void __sanitizer_cov_8bit_counters_init(uint8_t *start, uint8_t *stop)
+{
+	add_counters(start, stop);
+}
+
+EXPORT void __sanitizer_cov_bool_flag_init(uint8_t *start, uint8_t *stop)
+{
+	add_counters(start, stop);
+}
+
+/* ---- gcc: trace-pc, which says nothing but its return address */
+
+static const struct local *find_text(uintptr_t address)
+{
+	uint32_t count = __atomic_load_n(&local_count, __ATOMIC_ACQUIRE), i;
+
+	for (i = 0; i < count; i++)
+		if (locals[i].kind == KBN_TEXT && address - locals[i].start < locals[i].bytes)
+			return &locals[i];
+	return NULL;
+}
+
+static const struct local *__attribute__((noinline)) add_text(uintptr_t address)
+{
+	const uint8_t *call = (const uint8_t *)address;
+	uint32_t bytes = 0;
+	int32_t distance;
+	const struct local *local;
+	struct kbn_module *entry;
+	struct found found;
+
+	if (!attach())
+		return NULL;
+	found = find_module(address);
+	if (!found.done || !found.text_bytes)
+		return NULL;
+	if (call[-5] == 0xe8)
+		bytes = 5;
+	else if (call[-6] == 0xff && call[-5] == 0x15)
+		bytes = 6;
+	memcpy(&distance, call - 4, sizeof(distance));
+	pthread_mutex_lock(&local_lock);
+	local = find_text(address);
+	if (!local)
+		local = add_local(KBN_TEXT, found.text_start, found.text_bytes,
+				  (uint32_t)(found.text_bytes / 4 + 1), &found);
+	if (local && bytes) {
+		entry = module_entry(local->module);
+		entry->call_target = (uint32_t)(address + (uintptr_t)distance - found.base);
+		STORE(&entry->call_bytes, bytes);
+	}
+	pthread_mutex_unlock(&local_lock);
+	return local;
+}
+
+EXPORT void __sanitizer_cov_trace_pc(void)
+{
+	uintptr_t address = (uintptr_t)__builtin_return_address(0);
+	const struct local *local;
+	uint32_t block;
+
+	if (unlikely(LOAD(&attached) == 1))
+		return;
+	local = find_text(address);
+	if (unlikely(!local)) {
+		local = add_text(address);
+		if (!local)
+			return;
+	}
+	block = local->first + (uint32_t)((address - local->start) / 4);
+	if (likely(LOAD(&hit[block]) == fast_number))
+		return;
+	note(block, (uint32_t)(address - local->base));
 }
 
 /* ---- clang: trace-pc-guard */
@@ -463,6 +639,14 @@ EXPORT void __sanitizer_cov_trace_pc_guard_init(uint32_t *start, uint32_t *stop)
 	pthread_mutex_unlock(&local_lock);
 }
 
+/* Without a table of places (pc-table) a block's place is where its call returns to. */
+static uint32_t __attribute__((noinline)) place_in_module(uintptr_t address)
+{
+	struct found found = find_module(address);
+
+	return found.done ? (uint32_t)(address - found.base) : 0;
+}
+
 EXPORT void __sanitizer_cov_trace_pc_guard(uint32_t *guard)
 {
 	uint32_t block = LOAD(guard);
@@ -471,7 +655,10 @@ EXPORT void __sanitizer_cov_trace_pc_guard(uint32_t *guard)
 		return;
 	if (likely(LOAD(&hit[block]) == fast_number))
 		return;
-	note(block, 0);
+	if (unlikely(!LOAD(&pcs[block])))
+		note(block, place_in_module((uintptr_t)__builtin_return_address(0)));
+	else
+		note(block, 0);
 }
 
 /* The places of a module's blocks; an entry is an address and flags. */
@@ -500,13 +687,206 @@ EXPORT void __sanitizer_cov_pcs_init(const uintptr_t *start, const uintptr_t *st
 	pthread_mutex_unlock(&local_lock);
 }
 
+/* ---- comparisons: the callbacks of trace-cmp, with the records of Linux' kernel/kcov.c */
+
+#define CMP_CONST 1
+#define CMP_SIZE(n) ((n) << 1)
+
+static void compare(uint64_t type, uint64_t left, uint64_t right, uintptr_t address)
+{
+	struct kbn_compare *record;
+	const struct local *local = NULL;
+	uint32_t count, i;
+	uint64_t number;
+
+	if (likely(!LOAD(&shared)) || likely(!LOAD(&shared->comparing)) || is_apart())
+		return;
+	count = __atomic_load_n(&local_count, __ATOMIC_ACQUIRE);
+	for (i = 0; i < count; i++)
+		/* Modules lie apart, so the one that begins last below is its own. */
+		if (locals[i].base <= address && (!local || locals[i].base > local->base))
+			local = &locals[i];
+	if (!local)
+		return;
+	number = __atomic_fetch_add(&shared->compares, 1, __ATOMIC_RELAXED);
+	record = (struct kbn_compare *)((char *)shared + KBN_COMPARES_AT) +
+		 number % KBN_MOST_COMPARES;
+	STORE(&record->sequence, (uint64_t)0);
+	__atomic_thread_fence(__ATOMIC_RELEASE);
+	record->type = type;
+	record->left = left;
+	record->right = right;
+	record->module = local->module;
+	record->place = (uint32_t)(address - local->base);
+	STORE(&record->sequence, number + 1);
+	/* The guest asks for comparisons as it asks for blocks. */
+	if (unlikely(!number_of_thread))
+		take_number();
+	if (!LOAD(&shared->pending) || LOAD(epoch) != LOAD(&shared->pending)) {
+		uint64_t pending = new_epoch();
+
+		EXCHANGE(&shared->pending, pending);
+		STORE(epoch, pending);
+	}
+}
+
+#define COMPARE(name, bits, type)                                                                  \
+	EXPORT void __sanitizer_cov_trace_##name(uint##bits##_t left, uint##bits##_t right)        \
+	{                                                                                          \
+		compare(type, left, right, (uintptr_t)__builtin_return_address(0));                \
+	}
+
+COMPARE(cmp1, 8, CMP_SIZE(0))
+COMPARE(cmp2, 16, CMP_SIZE(1))
+COMPARE(cmp4, 32, CMP_SIZE(2))
+COMPARE(cmp8, 64, CMP_SIZE(3))
+COMPARE(const_cmp1, 8, CMP_SIZE(0) | CMP_CONST)
+COMPARE(const_cmp2, 16, CMP_SIZE(1) | CMP_CONST)
+COMPARE(const_cmp4, 32, CMP_SIZE(2) | CMP_CONST)
+COMPARE(const_cmp8, 64, CMP_SIZE(3) | CMP_CONST)
+
+/* CASES: their number, the bits of VALUE, then each literal. */
+EXPORT void __sanitizer_cov_trace_switch(uint64_t value, uint64_t *cases)
+{
+	uint64_t type, i;
+
+	if (likely(!LOAD(&shared)) || likely(!LOAD(&shared->comparing)))
+		return;
+	switch (cases[1]) {
+	case 8:
+		type = CMP_SIZE(0) | CMP_CONST;
+		break;
+	case 16:
+		type = CMP_SIZE(1) | CMP_CONST;
+		break;
+	case 32:
+		type = CMP_SIZE(2) | CMP_CONST;
+		break;
+	case 64:
+		type = CMP_SIZE(3) | CMP_CONST;
+		break;
+	default:
+		return;
+	}
+	for (i = 0; i < cases[0]; i++)
+		compare(type, cases[i + 2], value, (uintptr_t)__builtin_return_address(0));
+}
+
+/* gcc's callbacks for floating point, which Linux does not have either. */
+EXPORT void __sanitizer_cov_trace_cmpf(float left, float right)
+{
+	(void)left;
+	(void)right;
+}
+
+EXPORT void __sanitizer_cov_trace_cmpd(double left, double right)
+{
+	(void)left;
+	(void)right;
+}
+
+/* What clang's trace-div, trace-gep and indirect calls are for, nobody here asks. */
+EXPORT void __sanitizer_cov_trace_div4(uint32_t value)
+{
+	(void)value;
+}
+
+EXPORT void __sanitizer_cov_trace_div8(uint64_t value)
+{
+	(void)value;
+}
+
+EXPORT void __sanitizer_cov_trace_gep(uintptr_t index)
+{
+	(void)index;
+}
+
+EXPORT void __sanitizer_cov_trace_pc_indir(uintptr_t callee)
+{
+	(void)callee;
+}
+
 /* ---- handles: see kcov_bridge.h */
+
+#define MOST_APART 4096
+
+struct apart {
+	uint64_t handle;
+	uint64_t count;
+	uint32_t blocks[MOST_APART];
+};
+
+static TLS struct apart *apart;
+
+static int is_apart(void)
+{
+	return apart != NULL;
+}
+
+/* Keep a block for the handle of this thread; each once, in the order of their first run. */
+static void keep_apart(uint32_t block, uint32_t place)
+{
+	uint64_t i;
+
+	if (place && !LOAD(&pcs[block]))
+		STORE(&pcs[block], place);
+	for (i = apart->count; i > 0; i--)
+		if (apart->blocks[i - 1] == block)
+			return;
+	if (apart->count < MOST_APART)
+		apart->blocks[apart->count++] = block;
+	else
+		__atomic_fetch_add(&shared->lost_blocks, 1, __ATOMIC_RELAXED);
+}
 
 EXPORT void kcov_bridge_handle_begin(uint64_t handle)
 {
-	(void)handle;
+	if (!attach() || apart || !shared->handles[0])
+		return;
+	apart = mmap(NULL, sizeof(*apart), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
+		     0);
+	if (apart == MAP_FAILED) {
+		apart = NULL;
+		return;
+	}
+	apart->handle = handle;
+	fast_number = NO_NUMBER;
+}
+
+/* Give the blocks to the bridge and wait until they are in the area, or the bridge is gone. */
+static void deliver(const struct apart *done)
+{
+	struct sockaddr_un address = {.sun_family = AF_UNIX};
+	size_t name = strnlen(shared->handles, sizeof(shared->handles));
+	size_t bytes = offsetof(struct apart, blocks) + done->count * sizeof(done->blocks[0]);
+	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0), size = 1 << 16;
+	char answer;
+
+	if (fd < 0)
+		return;
+	if (name >= sizeof(address.sun_path))
+		name = sizeof(address.sun_path) - 1;
+	memcpy(address.sun_path + 1, shared->handles, name);
+	setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size));
+	if (connect(fd, (struct sockaddr *)&address,
+		    (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + name)) ||
+	    send(fd, done, bytes, MSG_NOSIGNAL) < 0 || recv(fd, &answer, 1, 0) < 0)
+		__atomic_fetch_add(&shared->lost_blocks, done->count, __ATOMIC_RELAXED);
+	close(fd);
 }
 
 EXPORT void kcov_bridge_handle_end(void)
 {
+	struct apart *done = apart;
+	int saved = errno;
+
+	if (!done)
+		return;
+	apart = NULL;
+	if (number_of_thread > KBN_OTHER_THREAD)
+		fast_number = number_of_thread;
+	if (done->count)
+		deliver(done);
+	munmap(done, sizeof(*done));
+	errno = saved;
 }
