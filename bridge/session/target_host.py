@@ -13,7 +13,7 @@ import enum
 import functools
 import logging
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -271,6 +271,9 @@ class InProcessTarget:
                 self._cover_programs(self.native.environment)
             thread.call_foreign(self._who, "on start", target.start, self._start_seconds)
             self._serving = ServingThreads(before)
+            if self.native is not None:
+                for process in thread.call(lambda: _processes_of(target)):
+                    self.native.add_process(process)
             return thread.call(lambda: describe(target))
         except BaseException:
             # What a target that never started raises on its end says nothing.
@@ -318,6 +321,12 @@ class InProcessTarget:
         """As :class:`bridge.session.stats.Measured`."""
         stats.target = self.name
         fill_blocks(stats, self.source, self.native)
+
+
+def _processes_of(target: Target) -> Sequence[int]:
+    """Return the processes that a target says it has started."""
+    found: Sequence[int] = member_of(target, "processes", ())
+    return tuple(int(each) for each in found)
 
 
 def describe_failure(error: BridgeError) -> dict[str, object]:

@@ -169,12 +169,16 @@ class DeviceTarget(Target, Protocol):
 class NativeTarget(Target, Protocol):
     """A target that starts native programs which were built with coverage: see docs/native.md.
 
-    Both members are optional, as those of :class:`DeviceTarget` are.
+    The members are optional, as those of :class:`DeviceTarget` are.
     """
 
     @property
     def native(self) -> bool:
         """Whether it does; read before :meth:`start`."""
+
+    @property
+    def processes(self) -> Sequence[int]:
+        """The processes of its Go programs, which no run time announces; valid after start."""
 
     def cover_programs(self, environment: Mapping[str, str]) -> None:
         """Take the variables that a program must have to be covered; called before each start."""

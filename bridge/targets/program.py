@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A program in native code as a target: started, watched and ended by the bridge.
 
-The program is built by its own project, with coverage (docs/native.md). A subclass says how it is
+The program is built by its own project, with coverage (docs/native.md). Programs in Go are covered
+when they are ready. A subclass says how it is
 started and what the guest is given::
 
     class Echo(ProgramTarget):
@@ -155,6 +156,11 @@ class ProgramTarget:
         return self._written(_SHOWN).decode(errors="replace")
 
     # What the bridge calls
+
+    @property
+    def processes(self) -> Sequence[int]:
+        """The program's process; as :class:`bridge.targets.NativeTarget`."""
+        return (self.pid,) if self.pid else ()
 
     def cover_programs(self, environment: Mapping[str, str]) -> None:
         """Take the variables with which programs are covered; called before :meth:`start`."""

@@ -154,6 +154,11 @@ class CompositeTarget:
         """Whether any of them starts native programs that are covered."""
         return any(member_of(each, "native", False) for each in self.targets)
 
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """The processes of all of them."""
+        return self._join("processes")
+
     def cover_programs(self, environment: Mapping[str, str]) -> None:
         """Give the variables to those that start such programs."""
         for target in self.targets:

@@ -114,6 +114,14 @@ _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
         c_uint32,
         (c_char_p, c_uint64, c_uint64, c_uint64, c_uint32, pointer, pointer, c_uint32),
     ),
+    "kbn_add_words": (
+        c_int,
+        (
+            *(pointer, c_int, c_uint64, c_uint32, pointer, pointer),
+            *(c_uint32, c_uint32, c_uint64),
+        ),
+    ),
+    "kbn_unknown": (c_uint32, (pointer,)),
     "kbn_compare": (None, (pointer, c_uint32)),
     "kbn_take_compares": (c_uint32, (pointer, pointer, c_uint32, pointer)),
     "kbn_drain": (c_long, (pointer, pointer, c_size_t, c_int, c_int)),
@@ -196,6 +204,8 @@ class NativeMemory:
         self._out_address = ctypes.addressof(c_char.from_buffer(self._out))
         self._slots: list[array[int]] = []
         self._placed = 0
+        # Blocks of Go programs are numbered from the end on.
+        self._go_first = _MOST_BLOCKS
 
     @property
     def path(self) -> str:
@@ -294,6 +304,52 @@ class NativeMemory:
                 self._reader, descriptor, found.entry, found.address, first, found.count
             )
         )
+
+    def add_words(
+        self,
+        descriptor: int,
+        address: int,
+        slots: array[int],
+        looked_at: array[int],
+        blocks: int,
+        first_pc: PC,
+    ) -> int | None:
+        """Read the counters of a Go program from now on.
+
+        Args:
+            descriptor: of its ``/proc/PID/mem``; becomes the memory's own if there is room.
+            address: of the first word.
+            slots: of each word the number of its block; -1: no counter; -2: not known yet. May be
+                changed, as long as its length stays.
+            looked_at: of each word 0 for one that is no counter, else all ones. As ``slots``.
+            blocks: their number.
+
+        Returns:
+            The first block's number for :meth:`ever`; None if there is no room.
+        """
+        first = self._go_first - blocks
+        if self._reader is None or first < 0:
+            return None
+        added = self._library.kbn_add_words(
+            self._reader,
+            descriptor,
+            address,
+            len(slots),
+            slots.buffer_info()[0],
+            looked_at.buffer_info()[0],
+            first,
+            blocks,
+            first_pc,
+        )
+        if not added:
+            return None
+        self._slots += [slots, looked_at]
+        self._go_first = first
+        return first
+
+    def found_unknown(self) -> bool:
+        """Return whether the last :meth:`drain` met words of a Go program that are not known."""
+        return self._reader is not None and bool(self._library.kbn_unknown(self._reader))
 
     def record_comparisons(self, on: bool) -> None:
         """Start or stop to have programs record comparisons."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -24,7 +24,7 @@ from bridge.sources import PC
 from bridge.sources.pcs import PC_BASE, SLOT_BYTES
 from bridge.util.files import write_atomically
 
-__all__ = ["NATIVE_BASE", "NATIVE_END", "ModuleTable", "NativeModule", "module_key"]
+__all__ = ["NATIVE_BASE", "NATIVE_END", "ModuleTable", "NativeModule", "SourceBlock", "module_key"]
 
 NATIVE_BASE: Final = 0xFFFF_FFFF_E000_0000
 """The first address of native blocks: the end of those of kernel modules."""
@@ -52,6 +52,22 @@ def module_key(build_id: bytes, path: str) -> str:
         return "name-" + Path(path).name
 
 
+@dataclass(frozen=True, slots=True)
+class SourceBlock:
+    """A block whose place in the source is known without debug information: of a Go program."""
+
+    function: str
+    """With the path of its package."""
+    file: str
+    line: int
+    column: int
+    end_line: int
+    end_column: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}.{self.column},{self.end_line}.{self.end_column}"
+
+
 @dataclass
 class NativeModule:
     """A module with its blocks, in the order of their PCs."""
@@ -64,6 +80,8 @@ class NativeModule:
     """Whether places are those behind the call of a callback, not those where blocks begin."""
     places: array[int] = field(default_factory=lambda: array("I"))
     """Where each block lies in the module's file, as its addresses go; 0 where it is not known."""
+    blocks: Sequence[SourceBlock] = ()
+    """Where each block is in the source, for a Go program; it has no places."""
     covered: bytes = b""
     """A byte for each block: 1 if it was covered."""
 
@@ -126,7 +144,9 @@ class ModuleTable:
         The first line is ``kcov-bridge-native`` and the version of the format, 1. Each other line
         has the module's key and path, the PC of its first block in hex, the number of blocks,
         ``after`` if places lie behind calls and else ``at``, the place of each block in hex,
-        separated by blanks, and a digit for each block: 1 if it was covered.
+        separated by blanks, and a digit for each block: 1 if it was covered. For a Go program it
+        is ``source``, and for each block function, file and ``line.column,line.column``, separated
+        by ``:``; blanks and ``:`` are %-escapes.
 
         Raises:
             InfrastructureError: the file cannot be written.
@@ -136,6 +156,8 @@ class ModuleTable:
             places = " ".join(f"{place:x}" for place in module.places)
             covered = module.covered.translate(_DIGITS).decode("ascii")
             after = "after" if module.after_call else "at"
+            if module.blocks:
+                after, places = "source", " ".join(map(_block_text, module.blocks))
             name = quote(module.path, safe="/ ", errors="surrogateescape")
             lines.append(
                 f"{module.key}\t{name}\t{module.first_pc:#x}\t{module.count}\t{after}\t{places}"
@@ -168,7 +190,8 @@ class ModuleTable:
                     int(first, 16),
                     int(count),
                     after == "after",
-                    array("I", (int(place, 16) for place in places.split())),
+                    array("I", (int(place, 16) for place in places.split() if after != "source")),
+                    [_block(text) for text in places.split() if after == "source"],
                     bytes(digit == "1" for digit in covered),
                 )
             except (ValueError, OverflowError) as error:
@@ -204,6 +227,17 @@ class ModuleTable:
             if chunk + wanted <= _CHUNKS:
                 return NATIVE_BASE + chunk * _CHUNK * SLOT_BYTES + _PC_IN_SLOT
         raise SourceError(f"no room for {wanted * _CHUNK} native blocks in the synthetic PC range")
+
+
+def _block_text(block: SourceBlock) -> str:
+    names = ":".join(quote(name, errors="surrogateescape") for name in (block.function, block.file))
+    return f"{names}:{block.line}.{block.column},{block.end_line}.{block.end_column}"
+
+
+def _block(text: str) -> SourceBlock:
+    function, file, place = text.split(":")
+    line, column, end_line, end_column = map(int, place.replace(",", ".").split("."))
+    return SourceBlock(unquote(function), unquote(file), line, column, end_line, end_column)
 
 
 _DIGITS: Final = bytes([ord("0")]) + bytes([ord("1")]) * 255

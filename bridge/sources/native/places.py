@@ -32,6 +32,9 @@ class NativePlaces:
 
     def frames(self, module: NativeModule, index: int) -> list[Frame]:
         """Return the functions that a block belongs to, the innermost first."""
+        if module.blocks:
+            block = module.blocks[index]
+            return [Frame(block.function, block.file, block.line, block.column)]
         address = module.address(index)
         if not address and self._refresh is not None:
             self._refresh()
@@ -49,6 +52,9 @@ class NativePlaces:
         if found is None:
             return None
         module, index = found
+        if module.blocks:
+            block = module.blocks[index]
+            return f"{prefix}{block} {block.function}"
         frames = self.frames(module, index)
         if not frames:
             place = module.address(index)

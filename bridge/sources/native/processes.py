@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from pathlib import Path
@@ -11,12 +12,23 @@ from typing import Final
 from bridge.errors import SourceError
 from bridge.sources.native.memory import Range
 
-__all__ = ["read_code", "shares"]
+__all__ = ["descendants", "read_code", "shares"]
 
 _LOAD: Final = 1
 _EXECUTABLE: Final = 1
 _SEGMENT: Final = struct.Struct("<IIQQQQQQ")
 """``Elf64_Phdr``: type, flags, offset, address, physical address, bytes in file and in memory."""
+
+
+def descendants(process: int) -> list[int]:
+    """Return a process and those that it and its children have started and that still run."""
+    found, todo = [], [process]
+    while todo:
+        found.append(todo.pop())
+        with contextlib.suppress(OSError, ValueError):
+            for task in Path(f"/proc/{found[-1]}/task").iterdir():
+                todo += map(int, (task / "children").read_text(encoding="ascii").split())
+    return found
 
 
 def read_code(path: Path, start: int) -> bytes:

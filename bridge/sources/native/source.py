@@ -9,20 +9,31 @@ import os
 import threading
 from array import array
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from bridge.device.calls import HostThread
 from bridge.errors import SourceError
 from bridge.sources import PC
 from bridge.sources.by_thread import ThreadOfPc
+from bridge.sources.native.go import GoProgram, find_go_program
 from bridge.sources.native.memory import VARIABLE, Kind, NativeMemory, Range, Said, find_calls
 from bridge.sources.native.modules import ModuleTable, NativeModule, module_key
 from bridge.sources.native.places import NativePlaces
-from bridge.sources.native.processes import read_code, shares
+from bridge.sources.native.processes import descendants, read_code, shares
 
 __all__ = ["NativeSource"]
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Go:
+    """A Go program that is covered, and the number of its first block in the memory."""
+
+    program: GoProgram
+    module: NativeModule
+    first: int
 
 
 class NativeSource:
@@ -48,6 +59,7 @@ class NativeSource:
         self._said: dict[int, tuple[NativeModule, Said, array[int] | None]] = {}
         self._index_of: dict[tuple[str, Kind], int] = {}
         self._indices = 0
+        self._go: list[_Go] = []
         self._nonsense = 0
         self._covered = 0  # at the end
         self._threads = ThreadOfPc()
@@ -91,6 +103,57 @@ class NativeSource:
         with self._lock:
             return self._consume()
 
+    def add_process(self, process: int) -> None:
+        """Cover a running process that no run time tells of: a Go program, and its descendants.
+
+        Programs without coverage of Go are left alone.
+        """
+        with self._lock:
+            memory = self._memory
+            if memory is None or not self._running:
+                return
+            for each in descendants(process):
+                try:
+                    program = find_go_program(each)
+                    if program is not None:
+                        self._add_go(memory, program)
+                except SourceError as error:
+                    _log.warning("process %d is not covered: %s", each, error.message)
+
+    def _add_go(self, memory: NativeMemory, program: GoProgram) -> None:
+        for other in self._go:
+            if other.module.key == program.key:
+                module = other.module
+                break
+        else:
+            module = self.table.add(program.key, program.path, len(program.blocks))
+            module.blocks = program.blocks
+        memory_of_process = os.dup(program.memory)
+        first = memory.add_words(
+            memory_of_process,
+            program.address,
+            program.slots,
+            program.looked_at,
+            len(program.blocks),
+            module.first_pc,
+        )
+        if first is None:
+            os.close(memory_of_process)
+            program.close()
+            _log.warning("%s is not covered: there is no room", program.path)
+            return
+        self._go.append(_Go(program, module, first))
+        _log.debug("%s has %d blocks of Go", program.path, len(program.blocks))
+
+    def _learn(self, memory: NativeMemory) -> list[PC]:
+        """Look where functions of Go have their counters that have run now; return their PCs."""
+        for each in list(self._go):
+            try:
+                each.program.learn()
+            except SourceError as error:
+                _log.debug("%s", error.message)
+        return memory.drain(force=True) or []
+
     def _consume(self) -> list[PC]:
         memory = self._memory
         if memory is None:
@@ -99,6 +162,8 @@ class NativeSource:
         if pcs is None:
             self._place_new(memory)
             pcs = memory.drain(force=True) or []
+        if self._go and memory.found_unknown():
+            pcs += self._learn(memory)
         if not pcs:
             return pcs
         self.given += len(pcs)
@@ -202,6 +267,12 @@ class NativeSource:
                     covered[slots[at]] = 1
                     at = ever.find(1, at + 1)
                 module.covered = bytes(covered)
+        by_module: dict[str, int] = {}
+        for go in self._go:
+            # Several processes may run the same program.
+            ever = memory.ever(go.first, go.module.count)
+            by_module[go.module.key] = by_module.get(go.module.key, 0) | int.from_bytes(ever, "big")
+            go.module.covered = by_module[go.module.key].to_bytes(go.module.count, "big")
 
     def stop(self) -> None:
         """Stop the measurement. Safe to call twice, and on a source that never started.
@@ -216,10 +287,14 @@ class NativeSource:
             # Also what a process that was killed had not announced.
             self._place_new(memory)
             self.given += len(memory.drain(everything=True) or [])
+            if self._go and memory.found_unknown():
+                self.given += len(self._learn(memory))
             self._read_places()
             self._say_what_is_lost(memory)
             self._covered = memory.covered
             memory.close()
+            for each in self._go:
+                each.program.close()
 
     def _say_what_is_lost(self, memory: NativeMemory) -> None:
         if memory.other_layout:
@@ -227,7 +302,7 @@ class NativeSource:
                 "a program of the target is linked with the run time of another version, and was "
                 "not covered: link it again, with the library that `kcov-bridge native` names"
             )
-        elif not self._indices:
+        elif not self._indices and not self._go:
             _log.warning(
                 "no program of the target has told of its blocks: it was not built with coverage "
                 "and linked with the run time (see docs/native.md), or lost its environment"

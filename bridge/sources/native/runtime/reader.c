@@ -46,6 +46,21 @@ struct counters {
 	uint32_t count;
 };
 
+#define MOST_WORDS 64
+
+/* The counters of a Go program, which are words among others: see go.py. */
+struct words {
+	int fd; /* -1: the process has ended */
+	uint64_t address;
+	uint32_t count;
+	/* Of each word: its block, -1 for one that is no counter, or UNKNOWN. */
+	const int32_t *slots;
+	const uint32_t *looked_at; /* of each word: 0 for one that is no counter, else all ones */
+	struct placed placed;
+};
+
+#define UNKNOWN (-2)
+
 struct kbn_reader {
 	char *memory;
 	struct kbn_header *header;
@@ -60,6 +75,10 @@ struct kbn_reader {
 	uint8_t *copy; /* of the counters of one process */
 	uint32_t used; /* of the counters below */
 	uint32_t process_of[KBN_MOST_RANGES]; /* that an entry had when it was looked at */
+	uint32_t words_used;
+	uint32_t unknown; /* a word was found that is UNKNOWN */
+	uint32_t *copy_of_words;
+	struct words words[MOST_WORDS];
 	uint64_t compared; /* comparisons that were taken or lost */
 	struct counters counters[KBN_MOST_RANGES];
 };
@@ -84,9 +103,14 @@ EXPORT void kbn_close(struct kbn_reader *reader)
 		munmap(reader->ever, KBN_MOST_BLOCKS);
 	if (reader->copy)
 		munmap(reader->copy, KBN_MOST_BLOCKS);
+	if (reader->copy_of_words)
+		munmap(reader->copy_of_words, 4ull * KBN_MOST_BLOCKS);
 	for (i = 0; i < reader->used; i++)
 		if (reader->counters[i].fd >= 0)
 			close(reader->counters[i].fd);
+	for (i = 0; i < reader->words_used; i++)
+		if (reader->words[i].fd >= 0)
+			close(reader->words[i].fd);
 	munmap(reader, sizeof(*reader));
 }
 
@@ -113,7 +137,8 @@ EXPORT struct kbn_reader *kbn_open(int fd, const char *epoch_path, uint64_t epoc
 	}
 	reader->ever = private_memory(KBN_MOST_BLOCKS);
 	reader->copy = private_memory(KBN_MOST_BLOCKS);
-	if (!reader->ever || !reader->copy)
+	reader->copy_of_words = private_memory(4ull * KBN_MOST_BLOCKS);
+	if (!reader->ever || !reader->copy || !reader->copy_of_words)
 		goto failed;
 	reader->header = header = (void *)reader->memory;
 	reader->dirty = (uint8_t *)reader->memory + KBN_DIRTY_AT;
@@ -396,6 +421,89 @@ static size_t take_counters(struct kbn_reader *reader, struct counters *counters
 	return at;
 }
 
+/*
+ * Read counters of a Go program from now on, through FD, which becomes the reader's. SLOTS and LOOKED_AT
+ * as in struct words, they must stay there; its blocks have numbers from FIRST on for kbn_ever(), and
+ * PCs from FIRST_PC on. Return 0 if there is no room.
+ */
+EXPORT int kbn_add_words(struct kbn_reader *reader, int fd, uint64_t address, uint32_t count,
+			 const int32_t *slots, const uint32_t *looked_at, uint32_t first,
+			 uint32_t blocks, uint64_t first_pc)
+{
+	struct words *words = NULL;
+	uint32_t i;
+
+	for (i = 0; i < reader->words_used && !words; i++)
+		if (reader->words[i].fd < 0)
+			words = &reader->words[i];
+	if (count > KBN_MOST_BLOCKS || blocks > KBN_MOST_BLOCKS - first)
+		return 0;
+	if (!words) {
+		if (reader->words_used == MOST_WORDS)
+			return 0;
+		words = &reader->words[reader->words_used++];
+	}
+	*words = (struct words){fd, address, count, slots, looked_at, {first, first + blocks, first_pc, NULL}};
+	return 1;
+}
+
+/* Return whether words were found since the last call that are UNKNOWN. */
+EXPORT uint32_t kbn_unknown(struct kbn_reader *reader)
+{
+	uint32_t unknown = reader->unknown;
+
+	reader->unknown = 0;
+	return unknown;
+}
+
+/* Take the counters of a Go program that are not 0, and clear just these: as take_counters(). */
+static size_t take_words(struct kbn_reader *reader, struct words *words, uint64_t *out, size_t at,
+			 size_t room)
+{
+	static const uint32_t zeroes[1024];
+	uint32_t *copy = reader->copy_of_words, count = words->count, i = 0;
+	size_t bytes = sizeof(*copy) * (size_t)count;
+
+	if (pread(words->fd, copy, bytes, (off_t)words->address) < (ssize_t)bytes) {
+		close(words->fd);
+		words->fd = -1;
+		return at;
+	}
+	while (i < count) {
+		uint32_t start;
+
+		if (i + 4 <= count) {
+			__m128i four = _mm_and_si128(
+				_mm_loadu_si128((const __m128i *)(copy + i)),
+				_mm_loadu_si128((const __m128i *)(words->looked_at + i)));
+
+			if (_mm_movemask_epi8(_mm_cmpeq_epi32(four, _mm_setzero_si128())) == 0xffff) {
+				i += 4;
+				continue;
+			}
+		}
+		if (!copy[i] || words->slots[i] == -1) {
+			i++;
+			continue;
+		}
+		if (words->slots[i] == UNKNOWN) {
+			reader->unknown = 1;
+			i++;
+			continue;
+		}
+		start = i;
+		while (i < count && copy[i] && words->slots[i] >= 0 && i - start < 1024) {
+			at = give(reader, &words->placed,
+				  words->placed.first + (uint32_t)words->slots[i], 0, out, at, room);
+			i++;
+		}
+		if (pwrite(words->fd, zeroes, sizeof(*copy) * (i - start),
+			   (off_t)(words->address + sizeof(*copy) * start)) < 0)
+			return at;
+	}
+	return at;
+}
+
 /* A comparison as it is taken. */
 struct kbn_taken {
 	uint64_t type, left, right, module, place;
@@ -502,6 +610,9 @@ EXPORT long kbn_drain(struct kbn_reader *reader, uint64_t *out, size_t room, int
 	for (group = 0; group < reader->used; group++)
 		if (reader->counters[group].fd >= 0)
 			at = take_counters(reader, &reader->counters[group], out, at, room);
+	for (group = 0; group < reader->words_used; group++)
+		if (reader->words[group].fd >= 0)
+			at = take_words(reader, &reader->words[group], out, at, room);
 	if (!force && !all && !LOAD(&reader->header->pending))
 		goto done;
 	EXCHANGE(&reader->header->pending, 0);
