@@ -44,6 +44,7 @@ from bridge.config import Settings
 from bridge.errors import ImageError, InfrastructureError, UsageError
 from bridge.guest.guest_image import ProjectImage, find_guest_image
 from bridge.guest.images import Image
+from bridge.guest.images.recipe import Sources
 from bridge.guest.images.store import image_directory
 from bridge.session.session import Session
 from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
@@ -92,16 +93,22 @@ class PinnedImage:
         """Check that it is still what a guest would boot.
 
         Raises:
-            UsageError: there is no such image any more.
+            UsageError: there is no such image any more, or another version of kcov-bridge made it.
             ImageError: it was built again, with another kernel.
         """
         again = "run kcov-bridge syzkaller again for this directory: it takes the image of today"
         try:
-            found = PinnedImage.of(Image.load(image_directory(self.name)))
+            image = Image.load(image_directory(self.name))
         except ImageError as error:
             raise UsageError(
                 f"the image {self.name} of this campaign is gone: {error.message}", hint=again
             ) from error
+        if image.agent_fingerprint != Sources.find().agent_fingerprint():
+            raise UsageError(
+                f"the image {self.name} of this campaign is of another version of kcov-bridge",
+                hint=again,
+            )
+        found = PinnedImage.of(image)
         if found != self:
             raise ImageError(
                 f"the image {self.name} was built again since this campaign was prepared, and has "

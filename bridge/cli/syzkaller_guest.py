@@ -43,6 +43,7 @@ _MODULES = (
     *("hci_vhci", "mac80211_hwsim", "mac802154_hwsim", "wireguard", "sctp", "nf_tables"),
     *("9p", "btrfs", "ext4", "f2fs", "vfat", "xfs", "exfat", "udf", "isofs", "overlay"),
     *("uinput", "uhid", "ppp_generic", "snd_seq", "snd_timer", "rdma_ucm", "ib_uverbs"),
+    *("raw_gadget",),
 )
 """What the executor configures, and what descriptions open or mount: nothing loads these in the
 guest when they are looked for. Modules that have a name for modprobe load by themselves."""
@@ -138,6 +139,8 @@ class _Machine:
         lines = [f"echo {value} > /proc/sys/kernel/{name}\n" for name, value in values.items()]
         # An image of one's own may lack some: their features are off then.
         lines += [f"modprobe -q {module} || true\n" for module in _MODULES]
+        # syz_usb_connect of each program has a controller of its own; 32 are the most.
+        lines += [f"modprobe -q dummy_hcd num={min(campaign.procs, 32)} || true\n"]
         lines += [_SWAP_FILE]
         lines += [show_script(mounts_of(session.guest))]
         # Last: the manager begins when it can log in.

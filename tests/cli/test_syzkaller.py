@@ -31,6 +31,7 @@ from bridge.cli.syzkaller_sandbox import INPUTS, mount_points, show_script
 from bridge.config import Settings
 from bridge.device.abi import KCOV_CMP_CONST, KCOV_CMP_SIZE
 from bridge.errors import ImageError, UsageError
+from bridge.guest.images.recipe import Sources
 from bridge.sources.guest_kernel import BLOCKS_FILE
 from bridge.sources.pcs import PC_BASE, SYSCALL_SLOTS, syscall_pc
 from bridge.targets import TARGET_ADDRESS, Endpoint, UdpEndpoint
@@ -157,7 +158,9 @@ def test_mounts_of_the_target_are_shown_in_order() -> None:
 
 
 @pytest.mark.vm
-def test_image_is_pinned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_image_is_pinned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = guest_image()
     directory = tmp_path / "campaign"
     words = ["syzkaller", str(directory), "--syzkaller", str(checkout(tmp_path / "s"))]
@@ -169,6 +172,10 @@ def test_image_is_pinned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     pinned.find()
     with pytest.raises(UsageError, match="is gone"):
         replace(pinned, name="bookworm-000000000000").find()
+    with monkeypatch.context() as patch:
+        patch.setattr(Sources, "agent_fingerprint", lambda _: "0" * 12)
+        with pytest.raises(UsageError, match="another version"):
+            pinned.find()
     other = replace(pinned, kernel="0" * 64, release="6.0.0")
     with pytest.raises(ImageError, match=r"another kernel: .* in place of 6\.0\.0") as caught:
         other.find()

@@ -288,6 +288,7 @@ class _Builder:
             build_root = _BuildRoot(temporary / "build-root", commands)
             self._make_build_root(build_root, temporary, commands)
             release, version = self._unpack_kernel(build_root, temporary)
+            self._build_source_modules(build_root, release)
             modules = _Modules(build_root.root / "kernel" / "lib" / "modules" / release)
             modules.require((*self.recipe.boot_modules, *self.recipe.modules))
             ModulePlacement(modules.text_sizes()).save(temporary / "modules.json")
@@ -315,6 +316,8 @@ class _Builder:
             "apt-get install --yes --no-install-recommends linux-headers-$release; "
             "mkdir /kernel; cd /kernel; apt-get download $image $parts"
         )
+        if self.recipe.source_modules:
+            hook += "; apt-get download linux-source-$(echo $release | cut -d. -f1,2)"
         archive = temporary / "build-root.tar"
         self._bootstrap(
             self.recipe.build_packages,
@@ -370,6 +373,43 @@ class _Builder:
             module.unlink()
         build_root.run(["depmod", "-b", "/kernel", release], what="depmod")
         return release, version.replace("%3a", ":")
+
+    def _build_source_modules(self, build_root: _BuildRoot, release: str) -> None:
+        """Build modules of the kernel's source package beside those of the release."""
+        if not self.recipe.source_modules:
+            return
+        self.phases.begin("building modules of the kernel's source")
+        kernel = build_root.root / "kernel"
+        archive = next((kernel / "usr" / "src").glob("linux-source-*.tar.xz"), None)
+        if archive is None:
+            raise ImageError(f"the kernel {release} has no package with its source")
+        with build_root.workspace() as work:
+            # The directory in the archive has the archive's name.
+            top = archive.name.removesuffix(".tar.xz")
+            files = [f"{top}/{source}" for source in self.recipe.source_modules]
+            build_root.run(
+                [
+                    *("tar", "--extract", "--xz", "--file", f"/kernel/usr/src/{archive.name}"),
+                    *("--directory", "/work", "--no-same-owner", *files),
+                ],
+                what="unpacking the kernel's source",
+            )
+            archive.unlink()
+            for source in self.recipe.source_modules:
+                there = Path("/work") / top / Path(source).parent
+                name = Path(source).stem
+                makefile = build_root.root / there.relative_to("/") / "Makefile"
+                makefile.write_text(f"obj-m := {name}.o\n", encoding="utf-8")
+                build_root.run(
+                    ["make", "-C", f"/lib/modules/{release}/build", f"M={there}", "modules"],
+                    what=f"compiling {source}",
+                )
+                made = f"{there}/{name}.ko"
+                build_root.run(["strip", "--strip-debug", made], what="strip")
+                place = kernel / "lib" / "modules" / release / "kernel" / Path(source).parent
+                place.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(work / made.removeprefix("/work/"), place / f"{name}.ko")
+        build_root.run(["depmod", "-b", "/kernel", release], what="depmod")
 
     def _unpacked(self, vmlinuz: Path, build_root: _BuildRoot) -> bytes:
         """Return the ELF file in a bzImage, which xz or another program of the build root unpacks.

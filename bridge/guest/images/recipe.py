@@ -12,7 +12,7 @@ import hashlib
 import re
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
 from bridge.errors import ImageError, UsageError
@@ -43,6 +43,9 @@ _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+")
 
 _MODULE = re.compile(r"[A-Za-z0-9_-]+")
 
+_SOURCE = re.compile(r"([a-z0-9_-]+/)+[A-Za-z0-9_-]+\.c")
+"""A file of the kernel's source."""
+
 _SUFFIX = ".toml"
 """A recipe whose name ends with this is a file of the user's."""
 
@@ -65,6 +68,8 @@ class Recipe:
             Their dependencies are added.
         modules: modules in the root file system for modprobe. Their dependencies are added.
         exclude: patterns of paths to leave out of the guest's root; ``*`` also matches slashes.
+        source_modules: modules that the release does not build, as files of its kernel's source;
+            optional. Each is one file, and is built for the guest's kernel.
     """
 
     name: str
@@ -75,6 +80,7 @@ class Recipe:
     boot_modules: tuple[str, ...]
     modules: tuple[str, ...]
     exclude: tuple[str, ...]
+    source_modules: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, name: str, directory: Path) -> Recipe:
@@ -101,9 +107,10 @@ class Recipe:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ImageError(f"the recipe {path} cannot be read: {error}") from error
-        names = [field.name for field in fields(cls) if field.name != "name"]
-        if sorted(data) != sorted(names):
-            different = sorted(set(data) ^ set(names))
+        names = {field.name: field.default for field in fields(cls) if field.name != "name"}
+        needed = {key for key, default in names.items() if default is MISSING}
+        different = sorted((needed - set(data)) | (set(data) - set(names)))
+        if different:
             raise ImageError(
                 f"the recipe {path} lacks keys, or has unknown ones: {', '.join(different)}"
             )
@@ -118,6 +125,9 @@ class Recipe:
                 raise ImageError(f"the recipe {path} has a value of the wrong type for {key}")
         if set(values) != {"suite", "kernel"}:
             raise ImageError(f"the recipe {path} has a list for suite or kernel instead of text")
+        for source in lists.get("source_modules", ()):
+            if not _SOURCE.fullmatch(source):
+                raise ImageError(f"the recipe {path} names {source!r}, which is no file in C")
         return cls(name=name, suite=values["suite"], kernel=values["kernel"], **lists)
 
     def extended(self, packages: Iterable[str] = (), modules: Iterable[str] = ()) -> Recipe:
@@ -201,7 +211,10 @@ class Sources:
         """Return the fingerprint of a recipe and of ``images/root``: 12 hex digits."""
         parts = [("format", str(BASE_FORMAT).encode())]
         for field in fields(recipe):
-            parts.append((field.name, repr(getattr(recipe, field.name)).encode()))
+            value = getattr(recipe, field.name)
+            # A key that a recipe does not use leaves its fingerprint alone.
+            if value != field.default:
+                parts.append((field.name, repr(value).encode()))
         files = [
             (str(path.relative_to(self.root_files)), path)
             for path in sorted(self.root_files.rglob("*"))

@@ -148,6 +148,8 @@ def test_a_recipe_by_path_that_cannot_be_is_refused(
         (lambda text: text.replace('suite = "bookworm"', 'suite = ["bookworm"]'), "suite"),
         (lambda text: text.replace('suite = "bookworm"', "suite = 12"), "suite"),
         (lambda text: text + "\n]", "cannot be read"),
+        (lambda text: text + '\nsource_modules = ["/etc/../passwd.c"]\n', "no file in C"),
+        (lambda text: text + '\nsource_modules = ["drivers/x.c; reboot"]\n', "no file in C"),
     ],
 )
 def test_a_broken_recipe_is_an_error(
@@ -195,6 +197,11 @@ def test_fingerprints_have_two_levels(sources: Sources) -> None:
     assert sources.agent_fingerprint() == agent
 
     base = sources.base_fingerprint(recipe)
+    # A key that a recipe leaves out does not count.
+    assert recipe.source_modules == ()
+    path = sources.recipes / "bookworm.toml"
+    path.write_text(path.read_text() + '\nsource_modules = ["drivers/usb/raw.c"]\n')
+    assert sources.base_fingerprint(Recipe.load("bookworm", sources.recipes)) != base
     assert sources.base_fingerprint(recipe.extended(["file"])) != base
     assert sources.base_fingerprint(recipe.extended(modules=["xfs"])) != base
     # An included package that is there anyway changes nothing.
