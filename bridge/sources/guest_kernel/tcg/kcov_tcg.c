@@ -73,25 +73,36 @@ enum block_flags {
 	BLOCK_AFTER_SCHEDULE	= 16384,
 	BLOCK_EXIT_WORK		= 32768,
 	BLOCK_EXIT_DONE		= 65536,
-	BLOCK_SPECIAL		= BLOCK_NOINSTR | BLOCK_INTERRUPT | BLOCK_EXCEPTION | BLOCK_SYSCALL |
-				  BLOCK_IRET | BLOCK_SCHEDULE | BLOCK_SCHEDULE_END |
-				  BLOCK_CALLS_SCHEDULE | BLOCK_SWITCH_START |
-				  BLOCK_INTERRUPT_COUNT | BLOCK_AFTER_SCHEDULE |
-				  BLOCK_EXIT_WORK | BLOCK_EXIT_DONE,
+	/* Changes what the task does, in whatever state. */
+	BLOCK_SPECIAL		= BLOCK_INTERRUPT | BLOCK_EXCEPTION | BLOCK_SYSCALL | BLOCK_IRET |
+				  BLOCK_SCHEDULE | BLOCK_CALLS_SCHEDULE,
+	/* Matters if the module caused work before the task returns to user mode. */
+	BLOCK_EXIT		= BLOCK_EXIT_WORK | BLOCK_EXIT_DONE,
+	/* Matters only in an irregular state, see struct owner. */
+	BLOCK_WATCHED		= BLOCK_NOINSTR | BLOCK_SCHEDULE_END | BLOCK_SWITCH_START |
+				  BLOCK_INTERRUPT_COUNT | BLOCK_AFTER_SCHEDULE,
 };
 
 /*
- * A translated block of kernel code. Never freed; translating the same code again finds it. One
+ * A translated block of kernel code. Never freed; translating the same code again finds it. Half a
  * cache line.
  */
 struct block {
-	struct block *next;
-	uint64_t start, last, end;	/* last: address of the last instruction */
-	uint64_t pc;			/* canonical */
-	uint64_t number;
+	uint64_t start;
+	uint64_t pc;		/* canonical */
 	uint32_t flags;
-	atomic_bool seen;
-} __attribute__((aligned(64)));
+	uint32_t next;		/* number of the next block in this bucket; 0: none */
+	uint16_t bytes;
+	uint16_t last;		/* offset of the last instruction */
+	atomic_bool seen;	/* in the plan's table of blocks */
+} __attribute__((aligned(32)));
+
+/*
+ * What a callback gets: the number of a block times 2, plus 1 unless the block is one of
+ * BLOCK_SPECIAL or BLOCK_EXIT. Numbers begin with 1; block 0 is none, and all zero. With the 1 this
+ * is the block's bit in bitmaps, of which the bridge uses the even ones.
+ */
+typedef uintptr_t block_id;
 
 enum interrupt {
 	INTERRUPT_NONE,
@@ -102,15 +113,26 @@ enum interrupt {
 	INTERRUPT_UNCOUNTED,
 };
 
-/* The state of a slot's owner. Accessed by the vCPU that runs the owner. */
+/*
+ * The state of a slot's owner. Accessed by the vCPU that runs the owner. What each block needs comes
+ * first, in one cache line.
+ */
 struct owner {
-	struct plan_slot *slot;
+	/* The slot's bitmap and area in the region as of the vCPU's epoch; &nowhere for no area. */
+	uint64_t *bitmap;
+	uint64_t bitmap_bits;
+	uint64_t *area;
+	uint64_t most, half;
+	/* The previous block that this task ran, not counting what interrupted it. */
+	block_id previous;
 	_Atomic uint64_t *hidden;
-	/* The slot's area in the region as of the vCPU's epoch; NULL for none. */
-	uint64_t *area, *bitmap;
-	uint64_t most, half, bitmap_bits;
-	/* The previous block of this task in this context. */
-	const struct block *previous;
+
+	struct plan_slot *slot;
+	uint64_t busy;		/* for plan_cpu.busy */
+	/* Some of the state below matters to any next block. */
+	bool irregular;
+
+	/* The code of an interrupted block continues, perhaps in the middle. */
 	bool resumed;
 	/* In __schedule(). */
 	bool scheduling;
@@ -121,7 +143,7 @@ struct owner {
 	enum interrupt interrupt;
 	/* What interrupts and exceptions interrupted, innermost last. */
 	struct {
-		const struct block *block;
+		block_id block;
 		/* The value of owner.interrupt before. */
 		enum interrupt outer;
 		/* By an interrupt rather than an exception. */
@@ -129,14 +151,19 @@ struct owner {
 	} interrupted[MAX_DEPTH];
 	unsigned int depth;
 	uint64_t task, number;
-};
+} __attribute__((aligned(64)));
+
+/* A vCPU's variables are here until it is known where the guest keeps them. */
+static uint64_t nowhere;
 
 struct vcpu {
-	const volatile uint64_t *current;
-	const volatile uint32_t *preempt;
+	/* The plan's epoch in which the other fields were set; 0: set them again. */
 	uint64_t epoch;
+	const volatile uint64_t *current;
 	uint64_t task;
 	struct owner *owner;
+	const volatile uint32_t *preempt;
+	uint64_t *busy;		/* plan_cpu.busy */
 } __attribute__((aligned(64)));
 
 static struct plan_header *plan;
@@ -148,7 +175,9 @@ static uint64_t region_bytes;
 /* Set once, with translation held. */
 static _Atomic(uint8_t *) guest_memory;
 
-static struct vcpu vcpus[PLAN_CPUS];
+static struct vcpu vcpus[PLAN_CPUS] = {
+	[0 ... PLAN_CPUS - 1] = { .current = &nowhere },
+};
 static struct owner owners[PLAN_SLOTS];
 
 static qemu_plugin_id_t plugin_id;
@@ -160,7 +189,9 @@ static void *insn_data_symbol;
 
 /* Guards the variables below, because every vCPU translates. */
 static pthread_mutex_t translation = PTHREAD_MUTEX_INITIALIZER;
-static struct block *buckets[BUCKETS];
+static uint32_t buckets[BUCKETS];
+/* Pages take memory once they are used. */
+static struct block block_table[PLAN_BLOCKS + 1];
 static uint64_t n_blocks;
 static struct plan_range *ranges;
 static uint64_t n_ranges, ranges_epoch;
@@ -236,6 +267,16 @@ static void find_guest_memory(const struct qemu_plugin_insn *insn, uint64_t addr
 
 /* ---- recording ----------------------------------------------------------------------------- */
 
+static inline struct block *block_of(block_id id)
+{
+	return &block_table[id / 2];
+}
+
+static inline uint64_t block_end(const struct block *block)
+{
+	return block->start + block->bytes;
+}
+
 static void list_block(struct block *block)
 {
 	uint64_t at;
@@ -246,7 +287,7 @@ static void list_block(struct block *block)
 	at = plan->blocks;
 	if (at < PLAN_BLOCKS) {
 		blocks[at].start = block->pc;
-		blocks[at].bytes = block->end - block->start;
+		blocks[at].bytes = block->bytes;
 		store(&plan->blocks, at + 1);
 	}
 	pthread_mutex_unlock(&translation);
@@ -280,48 +321,68 @@ static void change_coverage_epoch(void)
  *
  * Return false if the plan has changed since @epoch.
  */
-static bool append(unsigned int index, uint64_t epoch, struct owner *owner, struct block *block)
+static bool append(const struct vcpu *vcpu, struct owner *owner, block_id id)
 {
-	uint64_t busy = (uint64_t)(owner->slot - slots) + 1, count;
-	uint64_t *area = owner->area;
+	struct block *block = block_of(id);
+	uint64_t *area = owner->area, count;
 	bool same;
 
-	if (likely(expedited)) {
-		__atomic_store_n(&cpus[index].busy, busy, __ATOMIC_RELAXED);
+	if (expedited) {
+		__atomic_store_n(vcpu->busy, owner->busy, __ATOMIC_RELAXED);
 		__atomic_signal_fence(__ATOMIC_SEQ_CST);
 	} else {
-		__atomic_store_n(&cpus[index].busy, busy, __ATOMIC_SEQ_CST);
+		__atomic_store_n(vcpu->busy, owner->busy, __ATOMIC_SEQ_CST);
 	}
-	same = load(&plan->epoch) == epoch;
-	if (unlikely(!same || !area))
+	same = load(&plan->epoch) == vcpu->epoch;
+	if (!same || area == &nowhere)
 		goto out;
-	if (owner->bitmap) {
-		/* The bridge uses the even numbers. */
-		uint64_t number = block->number * 2 + 1;
+	if ((id | 1) < owner->bitmap_bits) {
+		uint64_t *word = &owner->bitmap[id / 64], bit = 1ULL << (id | 1) % 64;
 
-		if (likely(number < owner->bitmap_bits)) {
-			uint64_t *word = &owner->bitmap[number / 64], bit = 1ULL << number % 64;
-
-			if (*word & bit)
-				goto out;
-			*word |= bit;
-		}
+		if (*word & bit)
+			goto out;
+		*word |= bit;
 	}
 	count = __atomic_load_n(&area[0], __ATOMIC_RELAXED);
-	if (likely(count < owner->most)) {
+	if (count < owner->most) {
 		__atomic_store_n(&area[count + 1], block->pc, __ATOMIC_RELAXED);
 		__atomic_store_n(&area[0], count + 1, __ATOMIC_RELEASE);
 		owner->slot->appended++;
-		if (unlikely(count == owner->half))
+		if (count == owner->half)
 			change_coverage_epoch();
-		if (unlikely(!atomic_load_explicit(&block->seen, memory_order_relaxed)))
+		if (!atomic_load_explicit(&block->seen, memory_order_relaxed))
 			list_block(block);
 	} else {
 		owner->slot->dropped++;
 	}
 out:
-	__atomic_store_n(&cpus[index].busy, 0, __ATOMIC_RELEASE);
+	__atomic_store_n(vcpu->busy, 0, __ATOMIC_RELEASE);
 	return same;
+}
+
+/*
+ * Do what append() does, without a bitmap, if nothing but the area changes: the block is in the
+ * plan's table, and the area is neither full nor half full. Else return false; append() follows.
+ */
+static inline bool append_at_once(const struct vcpu *vcpu, struct owner *owner,
+				  const struct block *block)
+{
+	uint64_t *area = owner->area, count;
+
+	if (unlikely(!expedited || !atomic_load_explicit(&block->seen, memory_order_relaxed)))
+		return false;
+	__atomic_store_n(vcpu->busy, owner->busy, __ATOMIC_RELAXED);
+	__atomic_signal_fence(__ATOMIC_SEQ_CST);
+	if (unlikely(load(&plan->epoch) != vcpu->epoch))
+		return false;
+	count = __atomic_load_n(&area[0], __ATOMIC_RELAXED);
+	if (unlikely(count >= owner->most || count == owner->half))
+		return false;
+	__atomic_store_n(&area[count + 1], block->pc, __ATOMIC_RELAXED);
+	__atomic_store_n(&area[0], count + 1, __ATOMIC_RELEASE);
+	owner->slot->appended++;
+	__atomic_store_n(vcpu->busy, 0, __ATOMIC_RELEASE);
+	return true;
 }
 
 /* Update the owner's area from the plan. */
@@ -330,7 +391,8 @@ static void update_area(struct owner *owner)
 	uint64_t at = owner->slot->area, words = owner->slot->words;
 	uint64_t bitmap = owner->slot->bitmap_words;
 
-	owner->area = owner->bitmap = NULL;
+	owner->area = &nowhere;
+	owner->bitmap_bits = owner->most = owner->half = 0;
 	if (at % 8 || at > region_bytes || words > (region_bytes - at) / 8 || words < 2 ||
 	    bitmap > words - 2)
 		return;
@@ -344,14 +406,19 @@ static void update_area(struct owner *owner)
 }
 
 /* Find the vCPU's owner again after a change of its task or of the plan. */
-static void find_owner(unsigned int index, struct vcpu *vcpu, uint64_t epoch)
+static void find_owner(struct vcpu *vcpu, uint64_t epoch)
 {
+	struct plan_cpu *cpu = &cpus[vcpu - vcpus];
+
 	vcpu->owner = NULL;
 	/* Until the guest's memory is found, look again each time: no plan has the epoch 0. */
 	vcpu->epoch = atomic_load(&guest_memory) ? epoch : 0;
-	vcpu->current = guest_word(load(&cpus[index].current), 8);
-	vcpu->preempt = guest_word(load(&cpus[index].preempt), 4);
-	vcpu->task = vcpu->current && vcpu->preempt ? *vcpu->current : 0;
+	vcpu->current = guest_word(load(&cpu->current), 8);
+	vcpu->preempt = guest_word(load(&cpu->preempt), 4);
+	vcpu->busy = &cpu->busy;
+	if (!vcpu->current || !vcpu->preempt)
+		vcpu->current = &nowhere;
+	vcpu->task = *vcpu->current;
 	if (!vcpu->task)
 		return;
 	for (unsigned int i = 0; i < PLAN_SLOTS && i < load(&plan->slots); i++) {
@@ -363,6 +430,7 @@ static void find_owner(unsigned int index, struct vcpu *vcpu, uint64_t epoch)
 		if (owner->task != vcpu->task || owner->number != slots[i].number) {
 			*owner = (struct owner) {
 				.slot = &slots[i],
+				.busy = i + 1,
 				.hidden = (void *)(region + plan->hidden + i * plan->hidden_stride),
 				.task = vcpu->task,
 				.number = slots[i].number,
@@ -385,7 +453,7 @@ static void enter_handler(struct owner *owner, bool interrupt)
 	if (interrupt && owner->interrupt == INTERRUPT_NONE)
 		owner->interrupt = INTERRUPT_ENTERED;
 	owner->depth++;
-	owner->previous = NULL;
+	owner->previous = 0;
 	owner->resumed = false;
 }
 
@@ -394,7 +462,7 @@ static void leave_handler(struct owner *owner)
 	if (!owner->depth)
 		return;
 	owner->depth--;
-	owner->previous = NULL;
+	owner->previous = 0;
 	if (owner->depth >= MAX_DEPTH)
 		return;
 	owner->previous = owner->interrupted[owner->depth].block;
@@ -425,7 +493,7 @@ static void track_context(struct owner *owner, const struct block *block)
 	if (block->flags & BLOCK_SYSCALL) {
 		owner->interrupt = INTERRUPT_NONE;
 		owner->depth = 0;
-		owner->previous = NULL;
+		owner->previous = 0;
 		owner->resumed = false;
 		owner->scheduling = owner->switching = false;
 	} else if (block->flags & BLOCK_INTERRUPT) {
@@ -440,21 +508,23 @@ static void track_context(struct owner *owner, const struct block *block)
 	else if (block->flags & BLOCK_SCHEDULE_END)
 		owner->scheduling = owner->switching = false;
 	if (block->flags & BLOCK_CALLS_SCHEDULE)
-		owner->schedule_return = block->end;
+		owner->schedule_return = block_end(block);
 	/* Code of this kind called the handler, which has now returned to it. */
 	if (owner->interrupt == INTERRUPT_UNCOUNTED && block->flags & BLOCK_NOINSTR)
 		owner->interrupt = INTERRUPT_NONE;
 }
 
 /* Return whether @block only continues @previous. */
-static bool continues_block(const struct block *previous, const struct block *block, bool resumed)
+static inline bool continues_block(const struct block *previous, const struct block *block,
+				   bool resumed)
 {
-	if (!(previous->flags & BLOCK_ENDS_IN_BRANCH) && block->start == previous->end)
+	if (block->start == block_end(previous))
+		return !(previous->flags & BLOCK_ENDS_IN_BRANCH);
+	if (unlikely(previous->flags & BLOCK_REPEATS) &&
+	    block->start == previous->start + previous->last)
 		return true;
-	if (previous->flags & BLOCK_REPEATS && block->start == previous->last)
-		return true;
-	if (resumed || block->flags & BLOCK_EXCLUSIVE)
-		return block->start >= previous->start && block->start < previous->end;
+	if (unlikely(resumed || block->flags & BLOCK_EXCLUSIVE))
+		return block->start - previous->start < previous->bytes;
 	return false;
 }
 
@@ -462,9 +532,11 @@ static bool continues_block(const struct block *previous, const struct block *bl
  * Return whether @block is the task's own work. It is a block of interrupts, exceptions or context
  * switches, or runs during one.
  */
-static bool is_own_work(struct owner *owner, const struct block *block, uint32_t preempt)
+static bool is_own_work(struct owner *owner, block_id id, uint32_t preempt)
 {
-	if (block->flags & BLOCK_SPECIAL)
+	const struct block *block = block_of(id);
+
+	if (block->flags & (BLOCK_SPECIAL | BLOCK_WATCHED))
 		track_context(owner, block);
 	if (owner->scheduling && block->start == owner->schedule_return)
 		owner->scheduling = owner->switching = false;
@@ -484,8 +556,10 @@ static bool is_own_work(struct owner *owner, const struct block *block, uint32_t
 		return false;
 	}
 	/* in_task() */
-	if (preempt & (HARD_OR_NMI | SERVING_SOFTIRQ))
+	if (preempt & (HARD_OR_NMI | SERVING_SOFTIRQ)) {
+		owner->previous = id;
 		return false;
+	}
 	if (block->flags & (BLOCK_EXIT_WORK | BLOCK_EXIT_DONE | BLOCK_SYSCALL) && !owner->depth &&
 	    !owner->scheduling)
 		hide_exit_work(owner, block->flags);
@@ -494,53 +568,86 @@ static bool is_own_work(struct owner *owner, const struct block *block, uint32_t
 		 owner->interrupted[owner->depth - 1].interrupt);
 }
 
+/* Return whether the owner is on the way out of an interrupt. */
+static bool leaves_interrupt(const struct owner *owner)
+{
+	return owner->depth &&
+	       (owner->depth > MAX_DEPTH || owner->interrupted[owner->depth - 1].interrupt);
+}
+
 /* Handle a block of kernel code that is about to run in an owner. */
-static void owner_runs(unsigned int index, struct vcpu *vcpu, struct block *block)
+static __attribute__((noinline)) void owner_runs(struct vcpu *vcpu, block_id id)
 {
 	struct owner *owner = vcpu->owner;
-	const struct block *previous;
-	uint32_t preempt = *vcpu->preempt;
-	bool resumed;
+	const struct block *block = block_of(id);
+	bool own = is_own_work(owner, id, *vcpu->preempt), resumed = owner->resumed;
+	block_id previous = owner->previous;
 
-	if (unlikely(block->flags & BLOCK_SPECIAL || owner->scheduling ||
-		     owner->interrupt != INTERRUPT_NONE ||
-		     preempt & (HARD_OR_NMI | SERVING_SOFTIRQ)) &&
-	    !is_own_work(owner, block, preempt))
+	if (own) {
+		owner->previous = id;
+		owner->resumed = false;
+	}
+	owner->irregular = owner->scheduling || owner->interrupt != INTERRUPT_NONE ||
+			   owner->resumed || leaves_interrupt(owner);
+	if (!own || !(block->flags & BLOCK_RECORD) || owner->switching ||
+	    atomic_load_explicit(owner->hidden, memory_order_relaxed) & PLAN_HIDDEN_MASK ||
+	    continues_block(block_of(previous), block, resumed))
 		return;
-	previous = owner->previous;
-	resumed = owner->resumed;
-	owner->previous = block;
-	owner->resumed = false;
-	if (!(block->flags & BLOCK_RECORD) || owner->switching ||
-	    atomic_load_explicit(owner->hidden, memory_order_relaxed) & PLAN_HIDDEN_MASK)
-		return;
-	if (previous && unlikely(continues_block(previous, block, resumed)))
-		return;
-	while (unlikely(!append(index, vcpu->epoch, owner, block))) {
-		find_owner(index, vcpu, load(&plan->epoch));
+	while (!append(vcpu, owner, id)) {
+		find_owner(vcpu, load(&plan->epoch));
 		if (vcpu->owner != owner)
 			return;
 	}
 }
 
-static __attribute__((noinline))
-void block_runs_after_change(unsigned int index, struct vcpu *vcpu, struct block *block)
+static __attribute__((noinline)) void block_runs_after_change(struct vcpu *vcpu, block_id id)
 {
-	find_owner(index, vcpu, load(&plan->epoch));
+	find_owner(vcpu, load(&plan->epoch));
 	if (vcpu->owner)
-		owner_runs(index, vcpu, block);
+		owner_runs(vcpu, id);
 }
 
-/* QEMU calls this before each execution of a block of kernel code. */
-static void block_runs(unsigned int index, void *block)
+/* Handle a block that is in no bitmap, in a regular state. */
+static __attribute__((noinline)) void block_runs_anew(struct vcpu *vcpu, block_id id)
+{
+	struct owner *owner = vcpu->owner;
+	const struct block *block = block_of(id), *previous = block_of(owner->previous);
+
+	if (block->flags & BLOCK_RECORD &&
+	    (block->start != block_end(previous) || previous->flags & BLOCK_ENDS_IN_BRANCH) &&
+	    (owner->bitmap || previous->flags & BLOCK_REPEATS || block->flags & BLOCK_EXCLUSIVE ||
+	     *vcpu->preempt & (HARD_OR_NMI | SERVING_SOFTIRQ) ||
+	     atomic_load_explicit(owner->hidden, memory_order_relaxed) & PLAN_HIDDEN_MASK ||
+	     !append_at_once(vcpu, owner, block)))
+		owner_runs(vcpu, id);
+	else
+		owner->previous = id;
+}
+
+/*
+ * QEMU calls this before each execution of a block of kernel code. Half of the time that a traced
+ * system call takes may be spent here, so what happens most of the time is done without memory of
+ * the block, and in two dozen instructions: tasks that own nothing, and blocks that are in a bitmap.
+ */
+static void block_runs(unsigned int index, void *data)
 {
 	struct vcpu *vcpu = &vcpus[index];
+	block_id id = (block_id)data, bit = id | 1;
+	struct owner *owner;
 
-	if (unlikely(load(&plan->epoch) != vcpu->epoch ||
-		     (vcpu->current && *vcpu->current != vcpu->task)))
-		block_runs_after_change(index, vcpu, block);
-	else if (vcpu->owner)
-		owner_runs(index, vcpu, block);
+	if (unlikely(load(&plan->epoch) != vcpu->epoch || *vcpu->current != vcpu->task))
+		return block_runs_after_change(vcpu, id);
+	owner = vcpu->owner;
+	if (!owner)
+		return;
+	if (unlikely(owner->irregular))
+		return owner_runs(vcpu, id);
+	if (!(id & 1) && (block_of(id)->flags & BLOCK_SPECIAL ||
+			  atomic_load_explicit(owner->hidden, memory_order_relaxed)))
+		return owner_runs(vcpu, id);
+	if (bit >= owner->bitmap_bits || !(owner->bitmap[bit / 64] & 1ULL << bit % 64))
+		return block_runs_anew(vcpu, id);
+	owner->previous = id;
 }
 
 /* ---- translation --------------------------------------------------------------------------- */
@@ -683,29 +790,31 @@ static uint32_t vector_flags(uint64_t address)
 	return 0;
 }
 
-/* Return the block that equals @wanted, new or known. Called with translation held. */
-static struct block *intern(const struct block *wanted)
+/* Return the block that equals @wanted, new or known; 0 for none. Called with translation held. */
+static block_id intern(const struct block *wanted)
 {
-	uint64_t hash = (wanted->start ^ wanted->end << 20) * 0x9e3779b97f4a7c15;
-	struct block **bucket = &buckets[hash >> 46];
+	uint64_t hash = (wanted->start ^ (uint64_t)wanted->bytes << 20) * 0x9e3779b97f4a7c15;
+	uint32_t *bucket = &buckets[hash >> 46], number;
 	struct block *block;
 
-	for (block = *bucket; block; block = block->next)
-		if (block->start == wanted->start && block->end == wanted->end &&
+	for (number = *bucket; number; number = block->next) {
+		block = &block_table[number];
+		if (block->start == wanted->start && block->bytes == wanted->bytes &&
 		    block->last == wanted->last && block->pc == wanted->pc &&
 		    block->flags == wanted->flags)
-			return block;
-	if (n_blocks == PLAN_BLOCKS)
-		return NULL;
-	block = aligned_alloc(_Alignof(struct block), sizeof(*block));
-	if (!block)
-		return NULL;
-	*block = *wanted;
-	block->number = n_blocks++;
-	block->next = *bucket;
-	*bucket = block;
-	plan->translated = n_blocks;
-	return block;
+			break;
+	}
+	if (!number) {
+		if (n_blocks == PLAN_BLOCKS)
+			return 0;
+		number = ++n_blocks;
+		block = &block_table[number];
+		*block = *wanted;
+		block->next = *bucket;
+		*bucket = number;
+		plan->translated = n_blocks;
+	}
+	return (block_id)number * 2 + !(wanted->flags & (BLOCK_SPECIAL | BLOCK_EXIT));
 }
 
 static void reset_done(void);
@@ -727,7 +836,7 @@ static void marker_runs(unsigned int index, void *data)
 	struct vcpu *vcpu = &vcpus[index];
 
 	(void)data;
-	find_owner(index, vcpu, load(&plan->epoch));
+	find_owner(vcpu, load(&plan->epoch));
 	if (vcpu->owner)
 		atomic_store(vcpu->owner->hidden, PLAN_HIDDEN_SEEN);
 }
@@ -744,7 +853,8 @@ static void block_translated(struct qemu_plugin_tb *tb)
 	const struct plan_range *range;
 	const struct qemu_plugin_insn *last;
 	struct block block = { .start = start };
-	struct block *found = NULL;
+	uint64_t end;
+	block_id found = 0;
 	uint8_t code[15];
 	size_t size;
 
@@ -759,8 +869,9 @@ static void block_translated(struct qemu_plugin_tb *tb)
 	}
 
 	last = qemu_plugin_tb_get_insn(tb, n - 1);
-	block.last = qemu_plugin_insn_vaddr(last);
-	block.end = block.last + qemu_plugin_insn_size(last);
+	end = qemu_plugin_insn_vaddr(last) + qemu_plugin_insn_size(last);
+	block.last = qemu_plugin_insn_vaddr(last) - start;
+	block.bytes = end - start;
 	size = insn_data(last, code, sizeof(code));
 	block.flags = classify(code, size);
 	if (n != 1)
@@ -781,9 +892,9 @@ static void block_translated(struct qemu_plugin_tb *tb)
 		block.flags |= range->flags & PLAN_INTERRUPT_COUNT ? BLOCK_INTERRUPT_COUNT : 0;
 		block.flags |= range->flags & PLAN_EXIT_WORK ? BLOCK_EXIT_WORK : 0;
 		block.flags |= range->flags & PLAN_EXIT_DONE ? BLOCK_EXIT_DONE : 0;
-		if (calls_schedule(block.end, code, size)) {
+		if (calls_schedule(end, code, size)) {
 			block.flags |= BLOCK_CALLS_SCHEDULE;
-			is_after_schedule(block.end, true);
+			is_after_schedule(end, true);
 		}
 		if (is_after_schedule(start, false))
 			block.flags |= BLOCK_AFTER_SCHEDULE;
@@ -792,7 +903,7 @@ static void block_translated(struct qemu_plugin_tb *tb)
 		 * Other blocks need no callback: no recorded block continues one, because they
 		 * belong to other functions.
 		 */
-		if (block.flags & (BLOCK_RECORD | BLOCK_SPECIAL)) {
+		if (block.flags & (BLOCK_RECORD | BLOCK_SPECIAL | BLOCK_EXIT | BLOCK_WATCHED)) {
 			found = intern(&block);
 			if (!found)
 				plan->blocks_lost++;
@@ -800,7 +911,8 @@ static void block_translated(struct qemu_plugin_tb *tb)
 	}
 	pthread_mutex_unlock(&translation);
 	if (found)
-		qemu_plugin_register_vcpu_tb_exec_cb(tb, block_runs, QEMU_PLUGIN_CB_NO_REGS, found);
+		qemu_plugin_register_vcpu_tb_exec_cb(tb, block_runs, QEMU_PLUGIN_CB_NO_REGS,
+						     (void *)found);
 }
 
 static void block_translated_with_id(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
