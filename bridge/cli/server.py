@@ -22,6 +22,7 @@ from bridge.cli.runner import claimed, clear, noted
 from bridge.cli.streams import Streams
 from bridge.config import Settings
 from bridge.errors import BridgeError, GuestLostError, GuestSetupError, UsageError
+from bridge.guest.guest import Guest
 from bridge.guest.guest_image import find_guest_image
 from bridge.results import summary as summaries
 from bridge.results.coverage_files import HTML_DIRECTORY, LCOV_FILE, make_html, make_lcov
@@ -276,9 +277,12 @@ class _Server:
             parent = str(Path(file.remote).parent)
             guest.run(["mkdir", "-p", "--", parent], check=True)
             guest.put(file.local, file.remote, file.mode)
-        if wanted.setup is None:
-            return
-        text = wanted.setup.read_bytes()
+        if wanted.setup is not None:
+            self._run_setup(guest, wanted.setup)
+        session.load_symbols()
+
+    def _run_setup(self, guest: Guest, setup: Path) -> None:
+        text = setup.read_bytes()
         guest.run(["mkdir", "-p", str(Path(_SCRIPT).parent)], check=True)
         guest.put(text, _SCRIPT, 0o755)
         command = [_SCRIPT] if text.startswith(b"#!") else ["sh", _SCRIPT]
@@ -286,7 +290,7 @@ class _Server:
         done = guest.run(command, stdout=write, stderr=write)
         if done.exit_status:
             raise GuestSetupError(
-                f"{wanted.setup} failed in the guest (exit status {done.exit_status})",
+                f"{setup} failed in the guest (exit status {done.exit_status})",
                 evidence=(done.stdout + done.stderr)[-4096:].decode(errors="replace"),
             )
 
@@ -297,6 +301,9 @@ class _Server:
         forget = session.machine.add_loss_listener(lambda _: lost.set())
         try:
             while not lost.wait(_LOOK_SECONDS):
+                # Of modules that whoever logged in has loaded.
+                with contextlib.suppress(BridgeError):
+                    session.load_symbols()
                 for problem in session.target_problems():
                     if problem not in told:
                         told.add(problem)

@@ -97,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prepare the directory; print the line that starts the manager, or start it."""
     from bridge.cli.syzkaller_directory import Campaign, prepare
+    from bridge.cli.syzkaller_trial import try_guest
 
     settings = settings_of(args, defaults=_DEFAULTS)
     for flag, value, least, most in (
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         http=args.http,
         only_target=args.only_target,
     )
-    words = prepare(args.directory, args.syzkaller, campaign)
+    words = prepare(args.directory, args.syzkaller, campaign, try_guest)
     if args.start:
         args.streams.err.flush()
         os.execv(words[0], words)

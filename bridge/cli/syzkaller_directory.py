@@ -10,6 +10,8 @@
 ``kcov_bridge.*``  what the target offers: :mod:`bridge.cli.syzkaller_descriptions`
 ``workdir/``       the manager's own: corpus, crashes
 ``coverage/``      what all guests covered together, as the directory of a run
+``kernel_obj/``    what the manager shows coverage with: :mod:`bridge.cli.syzkaller_trial`
+``manager.json``   which manager runs here
 =================  ===========================================================================
 """
 
@@ -23,7 +25,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,27 +34,35 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from bridge.cli.syzkaller_claim import manager_of
 from bridge.cli.syzkaller_descriptions import (
     CONST_FILE,
     DESCRIPTION_FILE,
+    Offer,
     calls_in,
     constants,
     description,
 )
-from bridge.cli.syzkaller_sandbox import look
 from bridge.config import Settings
 from bridge.errors import ImageError, InfrastructureError, UsageError
 from bridge.guest.guest_image import ProjectImage, find_guest_image
 from bridge.guest.images import Image
 from bridge.guest.images.recipe import Sources
 from bridge.guest.images.store import image_directory
-from bridge.session.session import Session
 from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
 from bridge.targets.registry import check_name
 from bridge.util.files import write_atomically
 from bridge.vm.accel import choose_accelerator
 
-__all__ = ["COVERAGE", "Campaign", "PinnedImage", "locked", "prepare", "public_key"]
+__all__ = [
+    "COVERAGE",
+    "Campaign",
+    "PinnedImage",
+    "Trial",
+    "locked",
+    "prepare",
+    "public_key",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -170,11 +180,31 @@ class Campaign:
         )
 
 
-def prepare(directory: Path, checkout: Path, campaign: Campaign) -> list[str]:
+@dataclass(frozen=True)
+class Trial:
+    """What was found in a guest that is like those of a campaign."""
+
+    kernel_object: Path | None
+    """``kernel_obj`` in the campaign's directory; None if there is nothing to show."""
+    offer: Offer | None
+    """What the target offers; None without a target."""
+
+
+def prepare(
+    directory: Path,
+    checkout: Path,
+    campaign: Campaign,
+    try_guest: Callable[[Path, Campaign], Trial],
+) -> list[str]:
     """Make the directory, or bring it up to date; return the command that starts the manager.
 
+    Args:
+        try_guest: boots a guest and looks at it.
+
     Raises:
-        UsageError: the checkout is too old or not built, or the machine has too little memory.
+        UsageError: the checkout is too old or not built, the machine has too little memory, or a
+            manager runs in the directory.
+        BridgeError: no guest can be started.
     """
     checkout = checkout.expanduser().absolute()
     _check_checkout(checkout)
@@ -189,6 +219,11 @@ def prepare(directory: Path, checkout: Path, campaign: Campaign) -> list[str]:
         raise UsageError(
             f"the path {directory} has a space, which the manager does not take",
             hint="give another DIR, as in kcov-bridge syzkaller ~/fuzz --syzkaller …",
+        )
+    if manager := manager_of(directory):
+        raise UsageError(
+            f"a manager (process {manager}) runs in {directory}",
+            hint="end it before its directory is changed, or give another DIR",
         )
     # Built here if it is missing, because the manager waits minutes at most.
     image = find_guest_image(campaign.settings)
@@ -206,23 +241,25 @@ def prepare(directory: Path, checkout: Path, campaign: Campaign) -> list[str]:
         stand_in.write_text(_stand_in(directory), encoding="utf-8")
         stand_in.chmod(0o755)
         campaign.save(directory)
-        text = ""
-        if campaign.settings.target != "none":
-            text = _describe_target(directory, checkout, campaign)
+        trial = try_guest(directory, campaign)
+        text = _describe_target(directory, checkout, campaign, trial.offer)
         config = _manager_config(directory, checkout, campaign, accelerator.name)
         if campaign.only_target:
             config["enable_syscalls"] = [*calls_in(text), "close"]
+        if trial.kernel_object is not None:
+            config["kernel_obj"] = str(trial.kernel_object)
         write_atomically(directory / "manager.cfg", json.dumps(config, indent=1) + "\n")
     except OSError as error:
         raise InfrastructureError(f"{directory} cannot be used: {error}") from error
     return [str(checkout / _PROGRAMS[0]), f"-config={directory / 'manager.cfg'}"]
 
 
-def _describe_target(directory: Path, checkout: Path, campaign: Campaign) -> str:
-    """Start a guest, and write what it reaches of the target; return the description."""
-    logger.info("looking at the target %s in a guest", campaign.settings.target)
-    with Session(campaign.machine_settings(), None) as session:
-        offer = look(session.guest, session.target)
+def _describe_target(
+    directory: Path, checkout: Path, campaign: Campaign, offer: Offer | None
+) -> str:
+    """Write what guests reach of the target; return the description, "" if there is none."""
+    if offer is None:
+        return ""
     files = {DESCRIPTION_FILE: description(offer), CONST_FILE: constants()}
     for name, text in files.items():
         write_atomically(directory / name, text)

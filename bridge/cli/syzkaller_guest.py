@@ -28,7 +28,7 @@ from bridge.results.merge import covered_blocks, merge_results, merge_stats
 from bridge.session.session import Session
 from bridge.session.stats import Stats
 
-__all__ = ["GUESTS_FILE", "main"]
+__all__ = ["GUESTS_FILE", "main", "set_up"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,9 @@ GUESTS_FILE = "guests.jsonl"
 
 _LAST_WORDS_SECONDS = 3.0
 """So long the manager may read what a guest said that was lost."""
+
+_LOOK_SECONDS = 10.0
+"""How often the guest is asked for the names of modules that programs loaded."""
 
 _MODULES = (
     *("tun", "veth", "dummy", "vcan", "nlmon", "fuse", "loop", "binfmt_misc", "rfkill"),
@@ -99,10 +102,11 @@ class _Machine:
             with session:
                 session.machine.console.listen(_write)
                 session.machine.add_loss_listener(lambda _: self._ended.set())
-                self._set_up(session)
+                set_up(session, self._campaign, public_key(self._directory))
                 with self._guard:
                     self._ready = True
-                self._ended.wait()
+                while not self._ended.wait(_LOOK_SECONDS):
+                    _name_modules(session)
                 # The guest is not powered down: nobody needs what it has not yet written.
                 raise session.machine.loss or GuestLostError("the manager ended the guest")
         except BridgeError as error:
@@ -128,30 +132,6 @@ class _Machine:
             if not self._ready:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    def _set_up(self, session: Session) -> None:
-        campaign = self._campaign
-        values = {
-            # The console's level is the first of four.
-            "printk": f"{campaign.loglevel} 4 1 7",
-            "panic_on_warn": f"{campaign.panic_on_warn:d}",
-            "panic_on_oops": f"{campaign.panic_on_oops:d}",
-        }
-        lines = [f"echo {value} > /proc/sys/kernel/{name}\n" for name, value in values.items()]
-        # An image of one's own may lack some: their features are off then.
-        lines += [f"modprobe -q {module} || true\n" for module in _MODULES]
-        # syz_usb_connect of each program has a controller of its own; 32 are the most.
-        lines += [f"modprobe -q dummy_hcd num={min(campaign.procs, 32)} || true\n"]
-        lines += [_SWAP_FILE]
-        lines += [show_script(mounts_of(session.guest))]
-        # Last: the manager begins when it can log in.
-        lines += [f"echo '{public_key(self._directory)}' >>~root/.ssh/authorized_keys\n"]
-        done = session.guest.run("".join(["set -e\n", *lines]), timeout=300)
-        if done.exit_status:
-            raise GuestSetupError(
-                f"the guest could not be set up for syzkaller (exit status {done.exit_status})",
-                evidence=(done.stdout + done.stderr).decode(errors="replace"),
-            )
-
     def _keep(self, stats: Stats, part: Path, results: Path, began: float, why: str) -> None:
         """Add what this guest covered to the results of all."""
         with locked(results):
@@ -170,6 +150,42 @@ class _Machine:
                 _write_summary(results)
             except BridgeError as error:
                 logger.error("the summary of all guests is not up to date: %s", error.report())
+
+
+def set_up(session: Session, campaign: Campaign, key: str) -> None:
+    """Make a guest ready for the manager: limits of the console, modules, and who may log in.
+
+    Raises:
+        GuestSetupError: it could not be.
+    """
+    values = {
+        # The console's level is the first of four.
+        "printk": f"{campaign.loglevel} 4 1 7",
+        "panic_on_warn": f"{campaign.panic_on_warn:d}",
+        "panic_on_oops": f"{campaign.panic_on_oops:d}",
+    }
+    lines = [f"echo {value} > /proc/sys/kernel/{name}\n" for name, value in values.items()]
+    # An image of one's own may lack some: their features are off then.
+    lines += [f"modprobe -q {module} || true\n" for module in _MODULES]
+    # syz_usb_connect of each program has a controller of its own; 32 are the most.
+    lines += [f"modprobe -q dummy_hcd num={min(campaign.procs, 32)} || true\n"]
+    lines += [_SWAP_FILE]
+    lines += [show_script(mounts_of(session.guest))]
+    # Last: the manager begins when it can log in.
+    lines += [f"echo '{key}' >>~root/.ssh/authorized_keys\n"]
+    done = session.guest.run("".join(["set -e\n", *lines]), timeout=300)
+    if done.exit_status:
+        raise GuestSetupError(
+            f"the guest could not be set up for syzkaller (exit status {done.exit_status})",
+            evidence=(done.stdout + done.stderr).decode(errors="replace"),
+        )
+    session.load_symbols()
+
+
+def _name_modules(session: Session) -> None:
+    """Have names for the functions of modules that programs loaded, as far as the guest answers."""
+    with contextlib.suppress(BridgeError):
+        session.load_symbols()
 
 
 def _write_summary(results: Path) -> None:

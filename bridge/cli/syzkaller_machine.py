@@ -9,11 +9,16 @@ ends its session in order.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+from bridge.cli.syzkaller_claim import claim
+from bridge.errors import BridgeError
 
 __all__ = ["main"]
 
@@ -23,6 +28,12 @@ _SSH_PORT = re.compile(r"hostfwd=tcp:[^:]*:(\d+)-[^:]*:22\b")
 def main(argv: Sequence[str]) -> int:
     """Run a guest until it is lost, or until this process is killed."""
     directory, arguments = argv[0], argv[1:]
+    try:
+        claim(Path(directory), os.getppid())
+    except (BridgeError, OSError) as error:
+        what = error.report() if isinstance(error, BridgeError) else str(error)
+        _say(f"kcov-bridge: error: {what}\n", os.getppid())
+        return 2
     if "--version" in arguments:
         print("kcov-bridge in QEMU's place")
         return 0
@@ -44,6 +55,14 @@ def main(argv: Sequence[str]) -> int:
         while chunk:
             chunk = chunk[os.write(1, chunk) :]
     return guest.wait()
+
+
+def _say(text: str, manager: int) -> None:
+    """Print for the manager, and where it prints: of a failed look at the version it says no more
+    than the exit status."""
+    print(text, end="", file=sys.stderr)
+    with contextlib.suppress(OSError), Path(f"/proc/{manager}/fd/2").open("a") as file:
+        file.write(text)
 
 
 if __name__ == "__main__":

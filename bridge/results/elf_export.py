@@ -18,7 +18,7 @@ import ast
 import logging
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -29,7 +29,7 @@ from bridge.results.report.host import COVERAGE_FILE, find_paths, measured_files
 from bridge.results.run_directory import load_blocks
 from bridge.sources import PC
 from bridge.sources.guest_kernel import SYMBOLS_FILE
-from bridge.sources.guest_kernel.symbols import KernelSymbols
+from bridge.sources.guest_kernel.symbols import KernelSymbols, Symbol
 from bridge.sources.pcs import (
     PC_BASE,
     SLOT_BYTES,
@@ -44,7 +44,22 @@ from bridge.trace.names import system_calls
 from bridge.util.files import atomic_output, cannot_write
 from bridge.util.packages import apt_line
 
-__all__ = ["CALLBACK", "CompileUnit", "PlacedBlock", "compile_units", "write_elf"]
+__all__ = [
+    "CALLBACK",
+    "CompileUnit",
+    "KernelText",
+    "Names",
+    "PlacedBlock",
+    "compile_units",
+    "kernel_symbols",
+    "kernel_texts",
+    "line_table",
+    "link",
+    "linker_script",
+    "preamble",
+    "unit_entry",
+    "write_elf",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -162,30 +177,39 @@ def write_elf(run: Path, output: Path) -> None:
         MissingDependencyError: there is no assembler or linker.
         InfrastructureError: they fail, or the file cannot be written.
     """
-    assembler, linker = _tool("as"), _tool("ld")
     units, calls = compile_units(run)
     path = run / SYMBOLS_FILE
     kernel = KernelSymbols.load(path) if path.is_file() else None
-    try:
-        with atomic_output(output) as part:
-            source, made, linked, script = (
-                part.with_suffix(suffix) for suffix in (".s", ".o", ".linked", ".ld")
-            )
-            texts = _kernel_texts(kernel)
-            with source.open("w", encoding="utf-8", newline="\n") as out:
-                out.writelines(_assembly(calls + units, texts, kernel))
-            script.write_text(_linker_script(calls + units, texts), encoding="ascii")
-            _do([assembler, "--64", "-o", str(made), str(source)])
-            _do([linker, "-m", "elf_x86_64", "-T", str(script), "-o", str(linked), str(made)])
-            _copy_with_holes(linked, part)
-            size, on_disk = part.stat().st_size, part.stat().st_blocks * 512
-    except OSError as error:
-        raise cannot_write(output, error) from error
-    blocks = sum(len(unit.blocks) for unit in units)
+    texts = kernel_texts(kernel)
+    link(output, _assembly(calls + units, texts, kernel), _linker_script(calls + units, texts))
+    blocks, status = sum(len(unit.blocks) for unit in units), output.stat()
     _log.info(
         "%d blocks of %d source files in %s: %.1f MiB, %.1f MiB of them on the disk",
-        *(blocks, len(units), output, size / 2**20, on_disk / 2**20),
+        *(blocks, len(units), output, status.st_size / 2**20, status.st_blocks * 512 / 2**20),
     )
+
+
+def link(output: Path, assembly: Iterable[str], script: str) -> None:
+    """Write the object of a text for the assembler and a linker script, whole or not at all.
+
+    Raises:
+        MissingDependencyError: there is no assembler or linker.
+        InfrastructureError: they fail, or the file cannot be written.
+    """
+    assembler, linker = _tool("as"), _tool("ld")
+    try:
+        with atomic_output(output) as part:
+            source, made, linked, parts = (
+                part.with_suffix(suffix) for suffix in (".s", ".o", ".linked", ".ld")
+            )
+            with source.open("w", encoding="utf-8", newline="\n") as out:
+                out.writelines(assembly)
+            parts.write_text(script, encoding="ascii")
+            _do([assembler, "--64", "-o", str(made), str(source)])
+            _do([linker, "-m", "elf_x86_64", "-T", str(parts), "-o", str(linked), str(made)])
+            _copy_with_holes(linked, part)
+    except OSError as error:
+        raise cannot_write(output, error) from error
 
 
 def _unit(table: BlockTable, name: str, path: Path, text: bytes | None) -> CompileUnit | None:
@@ -252,23 +276,25 @@ def _system_call_units() -> list[CompileUnit]:
 
 
 @dataclass(frozen=True, slots=True)
-class _KernelText:
+class KernelText:
+    """A text of the kernel or of a module, and the name of its section."""
+
     section: str
     start: PC
     end: PC
 
 
-def _kernel_texts(kernel: KernelSymbols | None) -> list[_KernelText]:
+def kernel_texts(kernel: KernelSymbols | None) -> list[KernelText]:
     """Return the texts of the kernel and its modules, with the names of their sections."""
     if kernel is None:
         return []
     return [
-        _KernelText(f".kernel.{index}.{module or 'vmlinux'}", start, end)
+        KernelText(f".kernel.{index}.{module or 'vmlinux'}", start, end)
         for index, (start, end, module) in enumerate(kernel.texts(all_modules=True))
     ]
 
 
-class _Names:
+class Names:
     """Makes names of symbols unique, as an assembler wants them."""
 
     def __init__(self) -> None:
@@ -286,10 +312,24 @@ class _Names:
 
 
 def _assembly(
-    units: list[CompileUnit], texts: list[_KernelText], kernel: KernelSymbols | None
+    units: list[CompileUnit], texts: list[KernelText], kernel: KernelSymbols | None
 ) -> Iterator[str]:
     """Yield the text of the object for the assembler."""
-    names = _Names()
+    names = Names()
+    stext = kernel.address("_stext") if kernel is not None else None
+    yield from preamble(names, PC_BASE if stext is None else stext)
+    for number, unit in enumerate(units):
+        yield from _unit_assembly(number, unit, names)
+    starts: dict[str, KernelText] = {}
+    for index, text in enumerate(texts):
+        yield f'\t.section "{text.section}","ax",@nobits\n.Lk{index}:\n'
+        yield f"\t.skip {text.end - text.start:#x}\n"
+        starts[f".Lk{index}"] = text
+    yield from kernel_symbols(kernel or (), starts, names)
+
+
+def preamble(names: Names, stext: PC) -> Iterator[str]:
+    """Yield what comes first in each object: the callback, ``_stext``, and what has no address."""
     names.quoted(CALLBACK)
     names.quoted("_stext")
     # What readers print as the file of functions without lines.
@@ -297,21 +337,12 @@ def _assembly(
     yield f'\t.section .text.callback,"ax",@progbits\n\t.globl {CALLBACK}\n'
     yield f"\t.type {CALLBACK},@function\n{CALLBACK}:\n\tret\n\t.size {CALLBACK},.-{CALLBACK}\n"
     yield f'\t.section .comment,"MS",@progbits,1\n\t.string "{_COMMENT}"\n'
-    yield _ABBREVIATIONS
-    for number, unit in enumerate(units):
-        yield from _unit_assembly(number, unit, names)
-    stext = kernel.address("_stext") if kernel is not None else None
-    yield f"\t.globl _stext\n\t.set _stext,{PC_BASE if stext is None else stext:#x}\n"
-    starts: dict[str, _KernelText] = {}
-    for index, text in enumerate(texts):
-        yield f'\t.section "{text.section}","ax",@nobits\n.Lk{index}:\n'
-        yield f"\t.skip {text.end - text.start:#x}\n"
-        starts[f".Lk{index}"] = text
-    yield from _kernel_symbols(kernel, starts, names)
     yield '\t.section .note.GNU-stack,"",@progbits\n'
+    yield _ABBREVIATIONS
+    yield f"\t.globl _stext\n\t.set _stext,{stext:#x}\n"
 
 
-def _unit_assembly(number: int, unit: CompileUnit, names: _Names) -> Iterator[str]:
+def _unit_assembly(number: int, unit: CompileUnit, names: Names) -> Iterator[str]:
     """Yield code, symbols, debug information and line table of a source file."""
     first = unit.blocks[0].pc - _HALF
     size = len(unit.blocks) * SLOT_BYTES
@@ -327,19 +358,10 @@ def _unit_assembly(number: int, unit: CompileUnit, names: _Names) -> Iterator[st
         yield f"\t.set {label},.Lt{number}+{start - first}\n"
         yield f"\t.type {label},@function\n\t.size {label},{extent}\n"
         functions.append((name, line, start, extent))
-    code = 1 if unit.directory else 2
-    yield f"\t.section .debug_info\n\t.4byte .Lie{number}-.Lib{number}\n.Lib{number}:\n"
-    yield f"\t.2byte 4\n\t.4byte 0\n\t.byte 8\n\t.uleb128 {code}\n\t.2byte {_LANGUAGE_PYTHON}\n"
-    yield _string(unit.name) + (_string(unit.directory) if unit.directory else "")
-    yield f"\t.8byte {first:#x},{size}\n\t.4byte .Lls{number}\n"
+    yield unit_entry(number, unit.name, unit.directory, _LANGUAGE_PYTHON, first, size)
     for name, line, start, extent in functions:
         yield f"\t.uleb128 3\n{_string(name)}\t.8byte {start:#x},{extent}\n\t.uleb128 1,{line}\n"
-    yield f"\t.byte 0\n.Lie{number}:\n"
-    # A line table, version 4: 13 opcodes, one file, in the unit's directory.
-    yield f"\t.section .debug_line\n.Lls{number}:\n\t.4byte .Lle{number}-.Llb{number}\n"
-    yield f".Llb{number}:\n\t.2byte 4\n\t.4byte .Llp{number}-.Llh{number}\n.Llh{number}:\n"
-    yield "\t.byte 1,1,1,-5,14,13, 0,1,1,1,1,0,0,0,1,0,0,1, 0\n"
-    yield f"{_string(unit.name)}\t.byte 0,0,0, 0\n.Llp{number}:\n"
+    yield line_table(number, unit.name)
     yield f"\t.byte 0,9,2\n\t.8byte {first:#x}\n"
     line = 1
     for block in unit.blocks:
@@ -350,13 +372,34 @@ def _unit_assembly(number: int, unit: CompileUnit, names: _Names) -> Iterator[st
     yield f"\t.byte 0,1,1\n.Lle{number}:\n"
 
 
-def _kernel_symbols(
-    kernel: KernelSymbols | None, starts: dict[str, _KernelText], names: _Names
+def unit_entry(number: int, name: str, directory: str, language: int, first: PC, size: int) -> str:
+    """Return the entry of a compile unit, to which its functions may be added."""
+    text = f"\t.section .debug_info\n\t.4byte .Lie{number}-.Lib{number}\n.Lib{number}:\n"
+    text += f"\t.2byte 4\n\t.4byte 0\n\t.byte 8\n\t.uleb128 {1 if directory else 2}\n"
+    text += f"\t.2byte {language:#x}\n{_string(name)}{_string(directory) if directory else ''}"
+    return text + f"\t.8byte {first:#x},{size}\n\t.4byte .Lls{number}\n"
+
+
+def line_table(number: int, name: str) -> str:
+    """Return the end of a compile unit, and the head of its line table.
+
+    The table is of version 4: 13 opcodes, one file, in the unit's directory. What follows are its
+    rows, and the label ``.Lle`` with the number.
+    """
+    text = f"\t.byte 0\n.Lie{number}:\n\t.section .debug_line\n.Lls{number}:\n"
+    text += f"\t.4byte .Lle{number}-.Llb{number}\n.Llb{number}:\n\t.2byte 4\n"
+    text += f"\t.4byte .Llp{number}-.Llh{number}\n.Llh{number}:\n"
+    text += "\t.byte 1,1,1,-5,14,13, 0,1,1,1,1,0,0,0,1,0,0,1, 0\n"
+    return text + f"{_string(name)}\t.byte 0,0,0, 0\n.Llp{number}:\n"
+
+
+def kernel_symbols(
+    kernel: Iterable[Symbol], starts: Mapping[str, KernelText], names: Names
 ) -> Iterator[str]:
     """Yield the functions of the guest's kernel, each in the section of its text."""
     places = sorted(((text.start, text.end, label) for label, text in starts.items()))
     at = 0
-    for symbol in kernel or ():
+    for symbol in kernel:
         while at and (at == len(places) or symbol.start < places[at][0]):
             at -= 1
         while at < len(places) and symbol.start >= places[at][1]:
@@ -377,17 +420,23 @@ def _string(text: str) -> str:
     return f"\t.byte {','.join(map(str, data + bytes(1)))}\n"
 
 
-def _linker_script(units: list[CompileUnit], texts: list[_KernelText]) -> str:
-    """Return the script that gives each part its address."""
+def _linker_script(units: list[CompileUnit], texts: list[KernelText]) -> str:
     parts = [(unit.blocks[0].pc - _HALF, f".text.{n}") for n, unit in enumerate(units)]
     parts.append((_CALLBACK_PC, ".text.callback"))
+    return linker_script(parts, PC_BASE, texts)
+
+
+def linker_script(
+    parts: Iterable[tuple[PC, str]], base: PC, elsewhere: Iterable[KernelText] = ()
+) -> str:
+    """Return the script that gives each part of ``.text`` its address, and texts outside of it."""
     lines = ["PHDRS { text PT_LOAD FLAGS(5); }", f"ENTRY({CALLBACK})", "SECTIONS {"]
     lines += [
         f'"{text.section}" {text.start:#x} (NOLOAD) : {{ *("{text.section}") }} :NONE'
-        for text in texts
+        for text in elsewhere
     ]
-    lines.append(f".text {PC_BASE:#x} : {{")
-    lines += [f". = {at - PC_BASE:#x}; *({name})" for at, name in sorted(parts)]
+    lines.append(f".text {base:#x} : {{")
+    lines += [f'. = {at - base:#x}; *("{name}")' for at, name in sorted(parts)]
     lines.append("} :text =0x00000000")
     lines += [
         f"{name} 0 : {{ *({name}) }} :NONE"

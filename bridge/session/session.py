@@ -583,10 +583,22 @@ class Session:
             self._load_symbols(parts, result)
         return result
 
+    def load_symbols(self) -> None:
+        """Ask the guest for the functions of kernel modules that were loaded meanwhile.
+
+        :meth:`kcov` does so by itself, for modules that its command loaded.
+
+        Raises:
+            GuestLostError: the guest went away.
+            BridgeError: it could not tell.
+        """
+        parts = self._running
+        parts.watch.load_symbols(parts.running.guest, parts.device.call)
+
     def _load_symbols(self, parts: _Parts, result: KcovResult) -> None:
         """Ask for the names of modules that a command loaded; it keeps its PCs without them."""
         try:
-            parts.watch.load_symbols(parts.running.guest, parts.device.call)
+            self.load_symbols()
         except BaseException as error:
             if isinstance(error, GuestLostError) or not isinstance(error, BridgeError):
                 self._keep_partial(result.pcs, result.calls)
