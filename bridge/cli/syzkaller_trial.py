@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guest that is booted when a campaign is prepared: ``kernel_obj``, and what the target offers.
 
-The manager reads ``kernel_obj`` when it starts and does not take another one. So all blocks and functions must
-be known before: those of the target are, as soon as it serves, and those of modules once they are
-loaded. A guest that is like those of the campaign loads every module of its image.
+The manager reads ``kernel_obj`` when it starts and does not take another one. So all blocks and
+functions must be known before: those of the target are, as soon as it serves, and those of modules
+once they are loaded. A guest that is like those of the campaign loads every module of its image.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LOAD_SECONDS = 300.0
 
 
 def try_guest(directory: Path, campaign: Campaign) -> Trial:
-    """Boot a guest, look at what it reaches of the target, and make ``kernel_obj`` of what it knows.
+    """Boot a guest, look what it reaches of the target, and make ``kernel_obj`` of what it knows.
 
     Raises:
         BridgeError: the guest does not start, so those of the manager would not, either; or a file

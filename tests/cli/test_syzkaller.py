@@ -3,21 +3,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bridge.cli.main import main
+from bridge.cli.syzkaller_claim import claim, manager_of
 from bridge.cli.syzkaller_descriptions import (
     DESCRIPTION_FILE,
     Device,
@@ -194,6 +199,68 @@ def test_image_is_pinned(
     assert public_key(directory) == key
 
 
+@pytest.fixture
+def managers(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    """Start processes that have the manager's name."""
+    program = tmp_path / "syz-manager"
+    shutil.copy("/bin/sleep", program)
+    with contextlib.ExitStack() as stack:
+
+        def start() -> subprocess.Popen[bytes]:
+            process = subprocess.Popen([program, "600"])
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            return process
+
+        yield start
+
+
+def test_second_manager_in_a_directory_is_refused_until_the_first_has_ended(
+    tmp_path: Path,
+    managers: Callable[[], subprocess.Popen[bytes]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first, second = managers(), managers()
+    directory = tmp_path / "d"
+    directory.mkdir()
+    # Other programs that start guests are no managers.
+    claim(directory, os.getpid())
+    assert manager_of(directory) == 0
+    for _ in range(2):
+        claim(directory, first.pid)
+    assert manager_of(directory) == first.pid
+    with pytest.raises(UsageError, match=rf"another manager \(process {first.pid}\) runs in"):
+        claim(directory, second.pid)
+    words = ["syzkaller", str(directory), "--syzkaller", str(checkout(tmp_path / "s"))]
+    assert main(words) == 2
+    assert f"a manager (process {first.pid}) runs in {directory}" in capsys.readouterr().err
+    first.kill()
+    first.wait()
+    assert manager_of(directory) == 0
+    claim(directory, second.pid)
+    assert manager_of(directory) == second.pid
+
+
+def test_stand_in_tells_a_second_manager_where_it_prints(
+    tmp_path: Path, managers: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    claim(tmp_path, managers().pid)
+    # A manager that shows nothing of what its QEMU prints. A script's name is that of its process.
+    second = tmp_path / "bin" / "syz-manager"
+    second.parent.mkdir()
+    second.write_text(
+        f"#!{sys.executable}\nimport subprocess, sys\n"
+        f"words = [sys.executable, '-m', 'bridge.cli.syzkaller_machine', {str(tmp_path)!r}]\n"
+        "done = subprocess.run([*words, '--version'], capture_output=True)\n"
+        "sys.exit(done.returncode)\n"
+    )
+    second.chmod(0o755)
+    done = subprocess.run([second], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "another manager (process" in done.stderr
+    assert "make a directory for each" in done.stderr
+
+
 class Manager:
     """The manager's side of the door: it starts what stands in for QEMU, and kills it."""
 
@@ -298,6 +365,10 @@ def test_syzkaller_guests_are_killed_and_panic_results_of_all_are_merged(
     assert '"/syz-inputs/target/README"' in offered
     assert f"port\tconst[{GUEST_PORT}, int16be]" in offered
     results = directory / COVERAGE
+    # The manager finds the target's lines before any guest of its own has started.
+    shown = json.loads((directory / "manager.cfg").read_text())["kernel_obj"]
+    symbols = subprocess.run(["nm", f"{shown}/vmlinux"], capture_output=True, text=True).stdout
+    assert re.search(r"^f{8,9}[0-9a-f]+ t pyroute2\.plan9\.", symbols, re.M), symbols[:2000]
 
     first = Manager(directory)
     try:
