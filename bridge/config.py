@@ -128,6 +128,15 @@ class Settings:
             "append one PC for the number of each system call, so that every traced call has a PC",
         ),
     )
+    attribution: str = field(
+        default="call",
+        metadata=_about(
+            Kind.TEXT,
+            "which coverage of the target a system call gets while several threads trace: call "
+            "(what was covered during it), or all (what was covered since the thread's last call)",
+            choices=("call", "all"),
+        ),
+    )
     source: str = field(
         default="auto",
         metadata=_about(

@@ -65,6 +65,7 @@ __all__ = [
     "PCI_VENDOR_ID",
     "REQUESTS_OFFSET",
     "RESPONSES_OFFSET",
+    "SINCE_NONE",
     "SLOTS",
     "SLOT_WORDS",
     "STREAM_MASK",
@@ -145,7 +146,7 @@ ENOTSUPP = 524
 PAGE_SIZE = 4096
 WORD = 8
 MAGIC = 0x47445242564F434B  # "KCOVBRDG" in memory
-VERSION = 11
+VERSION = 12
 SLOTS = 1024
 SLOT_WORDS = 8
 REQUESTS_OFFSET = PAGE_SIZE
@@ -190,6 +191,10 @@ class HeaderWord(IntEnum):
     """Changes to a new value, never used before, whenever something may have been covered. The
     target's tracer, the relays and the doorbell write it. An owner reports a return only if the
     value differs from that at the last reported one. 0: every return is reported."""
+    COVERAGE_POSITION = 40
+    """How many blocks the host has noted so far while there was more than one reader. A call that
+    finds a value when it begins gets what is noted after that; see
+    :meth:`bridge.sources.ledger.Ledger.collect`."""
 
 
 KICK_SLOT_BITS = 16
@@ -221,7 +226,9 @@ class Op(IntEnum):
     """The last reference to the instance has gone; no mapping is left."""
     RETURN = 7
     """A system call of the owner is about to return to user mode; ARG0 = its number, ARG1 =
-    unreported: how many returns since the owner's last request were not reported."""
+    unreported: how many returns since the owner's last request were not reported; ARG2 = the value
+    of COVERAGE_POSITION from which on the call gets what was covered, 0 for all since the owner's
+    last RETURN, or SINCE_NONE."""
     RESET = 8
     """KCOV_RESET_TRACE; ARG0 = the ioctl's argument."""
     UNIQUE = 9
@@ -252,6 +259,9 @@ class Op(IntEnum):
     WIRE = 18
     """KCOV_BRIDGE_WIRE; ARG0 = the ioctl's argument; see :class:`WireWord`."""
 
+
+SINCE_NONE = (1 << 64) - 1
+"""In ARG2 of RETURN: the call reached no target, and gets no coverage."""
 
 UNREPORTED_MASK = (1 << 32) - 1
 """The bits of *unreported* that are used; no guest makes more returns between two requests."""
@@ -302,6 +312,9 @@ class ResponseWord(IntEnum):
     """PCs that did not fit into its area so far."""
     FLAGS = 5
     """An :class:`Answer`."""
+    SOONEST_NS = 6
+    """To an op that starts an owner: the shortest time in which a target can answer, nanoseconds. A
+    call that was shorter and did not sleep reached none. 0: calls are not told apart."""
 
 
 class Answer(IntFlag):

@@ -68,6 +68,7 @@ _NAME_WORDS = 56 // WORD
 # Plain numbers, because looking up a member of an enumeration costs as much as reading the region.
 _KICK = int(HeaderWord.KICK)
 _HOST_STATE = int(HeaderWord.HOST_STATE)
+_COVERAGE_POSITION = int(HeaderWord.COVERAGE_POSITION)
 _ERROR = int(ResponseWord.ERROR)
 _APPENDED = int(ResponseWord.APPENDED)
 _DROPPED = int(ResponseWord.DROPPED)
@@ -154,6 +155,9 @@ class Doorbell(Generic[C]):
         kernel: gets the guest's reports about its kernel.
         silent: owners need not report their returns, because no source is consumed at them. It
             does not concern those that :meth:`bridge.device.kcov.Device.needs_each_return`.
+        soonest_ns: the shortest time in which a target can answer the guest, nanoseconds: shorter
+            calls that did not sleep get no coverage while several owners trace. 0: each call gets
+            all coverage since its owner's last one.
 
     Attributes:
         polling: decides when to poll.
@@ -178,6 +182,7 @@ class Doorbell(Generic[C]):
         epoch: int | None = None,
         kernel: KernelListener | None = None,
         silent: bool = False,
+        soonest_ns: int = 0,
     ) -> None:
         self.counters = DoorbellCounters()
         self.failure: BaseException | None = None
@@ -190,6 +195,8 @@ class Doorbell(Generic[C]):
         self._device = device
         self._kernel = kernel
         self._flags = Answer.SILENT if silent else Answer(0)
+        self._soonest_ns = soonest_ns
+        self._coverage_position = 0
         self._region = region
         self._control = region.control
         self._bell = bell
@@ -236,6 +243,11 @@ class Doorbell(Generic[C]):
         self._relayed = True
         self._coverage_epoch = coverage_epoch_value()
         self._control[HeaderWord.COVERAGE_EPOCH] = self._coverage_epoch
+
+    def set_coverage_position(self, position: int) -> None:
+        """Show the guest how many blocks were noted so far; on the doorbell's thread."""
+        self._coverage_position = position
+        self._control[_COVERAGE_POSITION] = position
 
     def start(self) -> None:
         """Start to answer the guest, and announce that in the header."""
@@ -315,6 +327,7 @@ class Doorbell(Generic[C]):
         self._epoch_changes = 0
         self._epoch = self._epoch + 2 & (2**63 - 1)
         self._control[HeaderWord.HOST_EPOCH] = self._epoch
+        self._control[_COVERAGE_POSITION] = self._coverage_position
         if self._kernel is not None:
             self._kernel.rewound()
 
@@ -459,6 +472,7 @@ class Doorbell(Generic[C]):
             self._epoch = self._epoch + 2 & (2**63 - 1)
         control[HeaderWord.HOST_EPOCH] = self._epoch
         self._change_coverage_epoch()
+        control[_COVERAGE_POSITION] = self._coverage_position
         if self._kernel is not None:
             try:
                 self._kernel.tick()
@@ -509,7 +523,9 @@ class Doorbell(Generic[C]):
         kcov = self._slots[slot]
         if op == _RETURN and kcov is not None and kcov.generation == generation:
             try:
-                error = self._device.return_in_other_mode(kcov, task, arg0, arg1 & UNREPORTED_MASK)
+                error = self._device.return_in_other_mode(
+                    kcov, task, arg0, arg1 & UNREPORTED_MASK, arg2
+                )
             except BaseException as failure:
                 error = self._source_failed(failure)
         else:
@@ -519,6 +535,7 @@ class Doorbell(Generic[C]):
                 error = self._source_failed(failure)
             kcov = self._slots[slot]
             control[answer + ResponseWord.FLAGS] = self._answer_flags(op, kcov)
+            control[answer + ResponseWord.SOONEST_NS] = self._soonest(kcov)
         if kcov is not None and self._device.needs_each_return(kcov):
             # The owner has read the epoch before it asked.
             self._change_coverage_epoch()
@@ -538,6 +555,12 @@ class Doorbell(Generic[C]):
         if kcov is not None and self._device.needs_each_return(kcov):
             return Answer(0)
         return Answer.SILENT if op == Op.REMOTE else self._flags
+
+    def _soonest(self, kcov: Kcov[C] | None) -> int:
+        if kcov is None or self._device.needs_each_return(kcov):
+            return 0
+        # The threads of a stream, or of a lane's case, are read as one, and are to miss nothing.
+        return self._soonest_ns if kcov.stream is None and kcov.lane is None else 0
 
     def _end(self, slot: int, kcov: Kcov[C]) -> None:
         """Do :meth:`_release` for no request; what a source raises is counted."""

@@ -36,6 +36,7 @@ from bridge.device.abi import (
     LANE_MASK,
     LINUX_MAX_WORDS,
     PAGE_SIZE,
+    SINCE_NONE,
     WIRE_BYTES,
     WORD,
     Comparison,
@@ -109,8 +110,11 @@ class Coverage(Protocol[C]):
     def open_cursor(self) -> C:
         """Return a cursor that starts now: its owner gets no earlier coverage."""
 
-    def collect(self, cursor: C) -> Sequence[int]:
-        """Return what was covered since the cursor's last collect, each block once."""
+    def collect(self, cursor: C, since: int = 0) -> Sequence[int]:
+        """Return what was covered since the cursor's last collect, each block once.
+
+        ``since`` as for :meth:`bridge.sources.ledger.Ledger.collect`.
+        """
 
     def close_cursor(self, cursor: C) -> None:
         """Close a cursor, which must not be used afterwards."""
@@ -778,22 +782,26 @@ class Device(Generic[C]):
             self._open.pop(kcov, None)
         return 0
 
-    def syscall_return(self, kcov: Kcov[C], task: Task, number: int, unreported: int = 0) -> Errno:
-        """Append coverage since the owner's last return to its area.
+    def syscall_return(
+        self, kcov: Kcov[C], task: Task, number: int, unreported: int = 0, since: int = 0
+    ) -> Errno:
+        """Append coverage of the owner's call to its area.
 
         The caller handles exceptions of sources, which leave the area unchanged.
 
         Args:
             number: system call number.
             unreported: returns since the last request.
+            since: the position from which on coverage is the call's; 0: all since the owner's last
+                return; SINCE_NONE: none of it.
 
         Returns:
             0, or EINVAL if ``task`` is not the owner.
         """
-        error = self.return_handler.syscall_return(kcov, task, number, unreported)
+        error = self.return_handler.syscall_return(kcov, task, number, unreported, since)
         if error is not None:
             return error
-        return self.return_in_other_mode(kcov, task, number, unreported)
+        return self.return_in_other_mode(kcov, task, number, unreported, since)
 
     def needs_each_return(self, kcov: Kcov[C]) -> bool:
         """Whether each return of the owner appends something, covered or not.
@@ -803,28 +811,28 @@ class Device(Generic[C]):
         return kcov.comparing is not None and self._syscall_comparison is not None
 
     def return_in_other_mode(
-        self, kcov: Kcov[C], task: Task, number: int, unreported: int
+        self, kcov: Kcov[C], task: Task, number: int, unreported: int, since: int = 0
     ) -> Errno:
         """Do :meth:`syscall_return` for the modes that ``return_handler`` does not handle."""
         area = kcov.area
         if kcov.owner != task or area is None:
             return errno.EINVAL
         if kcov.cursor is not None:
-            self._return_unique(kcov, area, kcov.cursor, number, unreported)
+            self._return_unique(kcov, area, kcov.cursor, number, unreported, since)
         elif kcov.comparing is not None and self._comparisons is not None:
             self._return_comparisons(
-                kcov, area, self._comparisons, kcov.comparing, number, unreported
+                kcov, area, self._comparisons, kcov.comparing, number, unreported, since
             )
         else:
             return errno.EINVAL
         return 0
 
     def _return_unique(
-        self, kcov: Kcov[C], area: Area, cursor: C, number: int, unreported: int
+        self, kcov: Kcov[C], area: Area, cursor: C, number: int, unreported: int, since: int
     ) -> None:
         """Do :meth:`syscall_return` in mode UNIQUE_PC."""
         self.totals.returns += 1 + unreported
-        pcs = self._coverage.collect(cursor)
+        pcs = self._coverage.collect(cursor, since) if since != SINCE_NONE else ()
         if self.return_handler.on_collected is not None:
             self.return_handler.on_collected(kcov, pcs)
         if self._syscall_pc is not None:
@@ -843,10 +851,16 @@ class Device(Generic[C]):
         cursor: Any,
         number: int,
         unreported: int,
+        since: int,
     ) -> None:
-        """Do :meth:`syscall_return` in mode TRACE_CMP."""
+        """Do :meth:`syscall_return` in mode TRACE_CMP.
+
+        Comparisons have positions of their own, so a call gets all since the owner's last one.
+        """
         totals = self.totals
         totals.returns += 1 + unreported
+        if since == SINCE_NONE:
+            return
         records, dropped = comparisons.collect(cursor)
         if self._syscall_comparison is not None:
             record = self._syscall_comparison(number)

@@ -77,6 +77,7 @@ class DeviceHost:
         syscall_comparisons: the same for comparisons, and TRACE_CMP is allowed without
             ``comparing``.
         poll_seconds: how long the doorbell polls after a request before it sleeps.
+        soonest_ns: as for :class:`bridge.device.doorbell.Doorbell`.
 
     Raises:
         RegionError: there is no memory for the region.
@@ -96,6 +97,7 @@ class DeviceHost:
         syscall_pcs: bool = False,
         syscall_comparisons: bool = False,
         poll_seconds: float = 0.0,
+        soonest_ns: int = 0,
     ) -> None:
         self._closed = False
         self._wires: WireRelay | None = None
@@ -107,7 +109,7 @@ class DeviceHost:
             if comparing is None and syscall_comparisons:
                 comparing = NoComparisons()
             sources = [each for each in (source, native) if each is not None]
-            self._ledger = Ledger(sources, self._source_failed)
+            self._ledger = Ledger(sources, self._source_failed, self._coverage_position_changed)
             self.device: Device[Cursor] = Device(
                 self.region,
                 self._ledger,
@@ -125,6 +127,7 @@ class DeviceHost:
                 poll_seconds=poll_seconds,
                 kernel=kernel,
                 silent=kernel is not None and not sources and not syscall_pcs,
+                soonest_ns=soonest_ns,
             )
             self.doorbell.start()
             stack.callback(self.doorbell.stop)
@@ -323,6 +326,9 @@ class DeviceHost:
             )
             for slot, kcov in doorbell.instances()
         ]
+
+    def _coverage_position_changed(self, position: int) -> None:
+        self.doorbell.set_coverage_position(position)
 
     def _source_failed(self, failure: Exception) -> None:
         """A device without coverage is still a device: the guest's calls must go on."""

@@ -78,6 +78,10 @@ __all__ = ["KcovResult", "Session"]
 
 logger = logging.getLogger(__name__)
 
+_SOONEST_NS = {"kvm": 10_000, "tcg": 50_000}
+"""The shortest time in which a target can answer a call of the guest, by accelerator. The fastest
+way, through the region, takes several times as long; see docs/performance.md."""
+
 
 @dataclass(frozen=True)
 class _Parts:
@@ -210,6 +214,9 @@ class Session:
             syscall_pcs=settings.syscall_pcs,
             syscall_comparisons=settings.syscall_comparisons,
             poll_seconds=settings.awake,
+            soonest_ns=(
+                _SOONEST_NS[attempt.accelerator.name] if settings.attribution == "call" else 0
+            ),
         )
         stack.callback(device.close)
         self._measured.append(device)

@@ -8,7 +8,7 @@
  * owner ends or the stream does; then it also takes the present call. So a call costs no request of
  * its own.
  *
- * sys_enter is hooked when the first owner with a log starts.
+ * sys_enter is hooked when the first owner with a log starts, or the second owner of any kind.
  */
 
 #include <linux/io.h>
@@ -316,8 +316,15 @@ void kb_sys_enter(void *unused, struct pt_regs *regs, long id)
 {
 	struct kb_owner *owner;
 
+	if (!READ_ONCE(kb_entries_used))
+		return;
 	rcu_read_lock();
 	owner = kb_owner_of(current);
+	if (owner && owner->tells_calls && READ_ONCE(kb_entries_noted)) {
+		kb_recording_pause(owner->inst);
+		kb_owner_call_begin(owner, regs, id);
+		kb_recording_resume(owner->inst);
+	}
 	if (owner && owner->calls) {
 		struct kb_calls *calls = owner->calls;
 

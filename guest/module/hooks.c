@@ -3,8 +3,8 @@
  * The tracepoints that show system calls, exits and forks of owners: sys_exit,
  * sched_process_exit and sched_process_fork.
  *
- * The first ENABLE hooks them, and the first owner with a log of its calls sys_enter. The cost of sys_exit for other tasks is removed again; see
- * kb_task_drop_trace_flag().
+ * The first ENABLE hooks them; the first owner with a log of its calls, or the second owner of any
+ * kind, hooks sys_enter. Their cost for other tasks is removed again; see kb_task_drop_trace_flag().
  */
 
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt

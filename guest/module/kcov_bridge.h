@@ -6,6 +6,7 @@
  *	transport.c	slots, requests and answers, a host that does not answer
  *	owners.c	tasks that trace, and the work at the end of their system calls
  *	calls.c		the log of an owner's system calls
+ *	reach.c		what a system call can have to do with a target
  *	follow.c	children of tasks that trace for the host
  *	hooks.c		the tracepoints that show system calls, forks and exits of owners
  *	device.c	the kcov device's file: open, ioctl, mmap, close
@@ -25,7 +26,8 @@
  *	  kb_bridge.payload_lock	the payload, from filling it to the answer
  *	    i_mmap_rwsem		only to remove mappings
  *	    kb_bridge.slots_lock	which slot belongs to which instance (spinlock)
- *	    kb_owners_lock (owners.c)	the table of owners (spinlock; readers: RCU)
+ *	    kb_owners_lock (owners.c)	the table of owners, and their counts (spinlock; readers of
+ *					  the table: RCU)
  *	    kb_bridge.lost_lock		which request the host missed (spinlock)
  *
  * kb_bridge.self is an instance without an owner; its lock is a kb_instance.lock. If both are
@@ -132,6 +134,36 @@ struct kb_instance {
 	unsigned long blank_page;
 };
 
+/* What a system call can have to do with a target. */
+enum kb_reach {
+	/* It waits for the answer of a target that it reaches. */
+	KB_REACH_CALL	= 0,
+	/* It touches neither files, sockets nor memory maps. */
+	KB_REACH_NONE,
+	/* As KB_REACH_NONE, but it waits: what an earlier call left to a target may happen meanwhile. */
+	KB_REACH_WAIT,
+	/* It may leave work to a target, or find what an earlier call left to it. */
+	KB_REACH_LATER,
+};
+
+/**
+ * struct kb_entry - what an owner's system call found when it began
+ * @noted: the call began while calls were told apart; if not, all fields below are void
+ * @reach: what it can have to do with a target
+ * @since: the coverage position from which on the call gets what was covered
+ * @epoch: the header's coverage epoch
+ * @switches: how often the task had slept
+ * @cycles: the time-stamp counter
+ */
+struct kb_entry {
+	bool noted;
+	enum kb_reach reach;
+	u64 since;
+	u64 epoch;
+	unsigned long switches;
+	u64 cycles;
+};
+
 /**
  * struct kb_owner - a task that traces, from ENABLE to DISABLE or exit
  * @ref: held by kb_instance.owner and by each queued work
@@ -149,8 +181,15 @@ struct kb_instance {
  * @return_alone: whether @return_work is all that the task does before it returns to user mode
  * @nr: number of the system call that returns
  * @coverage_epoch: the header's coverage epoch before the last return that was reported
+ * @empty_epoch: the same for the last return that was reported without coverage
  * @unreported_returns: number of returns since the last one that was reported
  * @untraced_children: number of children that should trace into the stream and cannot
+ * @soonest: the shortest time in which a target can answer, in cycles of the time-stamp counter
+ * @entry: of the present system call
+ * @entries_number: kb_entries_number as of the last system call that was noted
+ * @unsettled: a call of KB_REACH_LATER was made since the last one of another kind that was reported
+ * @later_since: the coverage position when the last call of KB_REACH_LATER began, or ~0
+ * @tells_calls: whether the host wants calls told apart. Constant while it is in the table
  * @exit_work: runs when the task exits
  * @calls: the log of its system calls, or NULL. Constant while it is in the table
  *
@@ -172,8 +211,15 @@ struct kb_owner {
 	bool return_alone;
 	int nr;
 	u64 coverage_epoch;
+	u64 empty_epoch;
 	u64 unreported_returns;
 	u64 untraced_children;
+	u64 soonest;
+	struct kb_entry entry;
+	unsigned int entries_number;
+	bool unsettled;
+	u64 later_since;
+	bool tells_calls;
 	struct callback_head exit_work;
 	struct kb_calls *calls;
 };
@@ -301,8 +347,12 @@ static inline void kb_skipped_count(struct kb_bridge *bridge)
 
 /* owners.c */
 
+extern bool kb_entries_noted;
+extern bool kb_entries_used;
+
 struct kb_owner *kb_owner_of(struct task_struct *task);
 u64 kb_current_id(void);
+void kb_owner_call_begin(struct kb_owner *owner, struct pt_regs *regs, long number);
 int kb_owner_start(struct kb_instance *inst, enum kb_op op, u64 arg0, u64 arg1, u64 arg2);
 void kb_owner_end(struct kb_instance *inst);
 void kb_owner_end_exiting(struct kb_instance *inst);
@@ -319,6 +369,10 @@ void kb_calls_end(struct kb_owner *owner);
 void kb_calls_free(struct kb_owner *owner);
 int kb_calls_start(struct kb_owner *owner, u64 offset, bool joining);
 void kb_calls_stop(struct kb_bridge *bridge);
+
+/* reach.c */
+
+enum kb_reach kb_call_reach(struct pt_regs *regs, long number);
 
 /* follow.c */
 

@@ -38,7 +38,7 @@
 #define KB_PCI_DEVICE_ID	0x1110
 
 #define KB_MAGIC		0x47445242564f434bULL	/* "KCOVBRDG" */
-#define KB_VERSION		11
+#define KB_VERSION		12
 #define KB_SLOTS		1024
 #define KB_REQUESTS_OFFSET	4096
 #define KB_RESPONSES_OFFSET	(KB_REQUESTS_OFFSET + KB_SLOTS * 64)
@@ -59,7 +59,11 @@ enum kb_op {
 	KB_OP_DISABLE	= 4,	/* arg0: the ioctl's argument; arg1: unreported */
 	KB_OP_EXIT	= 5,	/* arg1: unreported */
 	KB_OP_RELEASE	= 6,
-	KB_OP_RETURN	= 7,	/* arg0: system call number; arg1: unreported, returns without one */
+	/*
+	 * arg0: system call number; arg1: unreported, returns without one; arg2: coverage_position when
+	 * the call began, 0 (all since the last request of this op) or KB_SINCE_NONE
+	 */
+	KB_OP_RETURN	= 7,
 	KB_OP_RESET	= 8,	/* arg0: the ioctl's argument */
 	KB_OP_UNIQUE	= 9,	/* arg0: words of the bitmap; arg1: the task's address */
 	KB_OP_REMOTE	= 10,	/* arg0: mode, size << 32; arg1: handles or ~0; arg2: common */
@@ -104,7 +108,13 @@ struct kb_header {
 	/* Written by the host and its relays: see HeaderWord.COVERAGE_EPOCH in bridge/device/abi.py. */
 	__u64 coverage_epoch;
 	__u64 pad3[7];
+	/* Written by the host: see HeaderWord.COVERAGE_POSITION. */
+	__u64 coverage_position;
+	__u64 pad4[7];
 };
+
+/* In arg2 of KB_OP_RETURN: the call reached no target, and gets no coverage. */
+#define KB_SINCE_NONE	(~0ULL)
 
 struct kb_request {
 	__u64 seq;
@@ -136,7 +146,12 @@ struct kb_response {
 	__u64 appended;
 	__u64 dropped;
 	__u64 flags;		/* enum kb_answer */
-	__u64 pad[2];
+	/*
+	 * To an op that starts an owner: the shortest time in which a target can answer, so a shorter
+	 * call that did not sleep reached none; 0: calls are not told apart.
+	 */
+	__u64 soonest_ns;
+	__u64 pad;
 };
 
 enum kb_answer {

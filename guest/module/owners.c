@@ -6,14 +6,20 @@
  * the task returns to user mode. If the header's coverage epoch has not changed, there is nothing
  * to fetch, and no work is queued.
  *
+ * With several owners, an owner may find coverage of the others' calls. Then the probe on
+ * sys_enter notes where coverage stands, and a call asks only if a target can have answered it: it
+ * gets what was covered from its begin on. See kb_owner_must_fetch().
+ *
  * All code that runs for each system call of an owner is in this file, so that the compiler can
- * optimise it as a whole; elsewhere it calls only kb_instance_settle() and kb_request().
+ * optimise it as a whole; elsewhere it calls only kb_instance_settle(), kb_request() and
+ * kb_call_reach().
  */
 
 #include <linux/hashtable.h>
 #include <linux/sched/task.h>
 #include <linux/slab.h>
 #include <asm/syscall.h>
+#include <asm/tsc.h>
 
 #include "kcov_bridge.h"
 
@@ -21,6 +27,22 @@
 
 static DEFINE_HASHTABLE(kb_owners, KB_HASH_BITS);
 static DEFINE_SPINLOCK(kb_owners_lock);
+
+/*
+ * Owners that report returns, those of them that tell calls apart, and owners with a log of calls.
+ * Guarded by kb_owners_lock.
+ */
+static unsigned int kb_owners_reporting, kb_owners_telling, kb_owners_logging;
+
+/*
+ * Whether owners that tell calls apart note how calls begin: from the moment that another owner
+ * reports, too, until none is left. The last one may still find coverage of others, who have ended.
+ */
+bool kb_entries_noted;
+/* Grows each time that becomes so. Guarded by kb_owners_lock; read without it. */
+static unsigned int kb_entries_number;
+/* Whether an owner needs the probe on sys_enter. */
+bool kb_entries_used;
 
 /* Distinguishes owners with the same thread id. */
 static atomic_t kb_owner_number = ATOMIC_INIT(0);
@@ -84,6 +106,25 @@ u64 kb_current_id(void)
 	return id;
 }
 
+/* Count an owner that enters the table, or leaves it (-1). */
+static void kb_owners_count(const struct kb_owner *owner, int change)
+{
+	bool noted = kb_entries_noted;
+
+	lockdep_assert_held(&kb_owners_lock);
+	kb_owners_reporting += owner->ignores_returns ? 0 : change;
+	kb_owners_telling += owner->tells_calls ? change : 0;
+	kb_owners_logging += owner->calls ? change : 0;
+	if (!kb_owners_telling)
+		noted = false;
+	else if (kb_owners_reporting > 1)
+		noted = true;
+	if (noted && !kb_entries_noted)
+		WRITE_ONCE(kb_entries_number, kb_entries_number + 1);
+	WRITE_ONCE(kb_entries_noted, noted);
+	WRITE_ONCE(kb_entries_used, noted || kb_owners_logging);
+}
+
 /**
  * kb_owner_end() - end the ownership of an instance, if it has an owner
  * @inst: the instance; the caller holds a reference to it
@@ -97,6 +138,7 @@ void kb_owner_end(struct kb_instance *inst)
 		return;
 	spin_lock(&kb_owners_lock);
 	hash_del_rcu(&owner->node);
+	kb_owners_count(owner, -1);
 	spin_unlock(&kb_owners_lock);
 	WRITE_ONCE(inst->owner, NULL);
 	kb_owner_put(owner);
@@ -144,8 +186,129 @@ static inline bool kb_owner_may_have_coverage(const struct kb_owner *owner)
 	return !epoch || epoch != owner->coverage_epoch;
 }
 
-/* Make the host append the owner's new coverage. */
-static void kb_owner_fetch(struct kb_owner *owner)
+/**
+ * kb_owner_call_begin() - note what an owner's system call finds when it begins
+ * @owner: the owner, which is current and tells calls apart
+ * @regs: of the system call
+ * @number: its number
+ */
+void kb_owner_call_begin(struct kb_owner *owner, struct pt_regs *regs, long number)
+{
+	const struct kb_header *header = owner->inst->bridge->header;
+	unsigned int entries_number = READ_ONCE(kb_entries_number);
+	struct kb_entry *entry = &owner->entry;
+
+	if (owner->entries_number != entries_number) {
+		/* Calls were made that were not noted. */
+		owner->entries_number = entries_number;
+		owner->unsettled = true;
+		owner->later_since = 0;
+	}
+	entry->reach = kb_call_reach(regs, number);
+	entry->epoch = READ_ONCE(header->coverage_epoch);
+	entry->since = READ_ONCE(header->coverage_position);
+	if (entry->reach == KB_REACH_LATER) {
+		u64 position = entry->since;
+
+		entry->since = min(owner->later_since, position);
+		owner->later_since = position;
+	} else if (owner->unsettled) {
+		entry->since = min(owner->later_since, entry->since);
+	}
+	entry->switches = current->nvcsw;
+	entry->cycles = get_cycles();
+	entry->noted = true;
+}
+
+/*
+ * Return whether the owner's system call, which ends, may have coverage of its own for which the host
+ * must be asked.
+ *
+ * A target that a call waits for has answered it only if the epoch has changed meanwhile, and if the
+ * call slept or took at least as long as a target's quickest answer. Neither alone is enough: a call
+ * whose processor the host took away finds the answer without sleep, and so may one take long that
+ * asked for none. So the calls that touch nothing are told by their numbers.
+ *
+ * A call that may leave work to a target, and the next one after such a call, ask if anything was
+ * covered since the last time: as do all calls while there is one owner.
+ */
+static inline bool kb_owner_must_fetch(const struct kb_owner *owner)
+{
+	const struct kb_entry *entry = &owner->entry;
+	u64 epoch;
+
+	if (!entry->noted || entry->reach == KB_REACH_LATER)
+		return kb_owner_may_have_coverage(owner);
+	if (entry->reach == KB_REACH_NONE)
+		return false;
+	if (owner->unsettled)
+		return kb_owner_may_have_coverage(owner);
+	if (entry->reach == KB_REACH_WAIT)
+		return false;
+	epoch = READ_ONCE(owner->inst->bridge->header->coverage_epoch);
+	if (epoch && epoch == entry->epoch)
+		return false;
+	return current->nvcsw != entry->switches || get_cycles() - entry->cycles >= owner->soonest;
+}
+
+/*
+ * Return whether a return without coverage must be reported: with the epoch 0 all are, and a host
+ * that records the kernel empties areas at returns and changes the epoch for that.
+ */
+static inline bool kb_owner_must_report(const struct kb_owner *owner)
+{
+	u64 epoch = READ_ONCE(owner->inst->bridge->header->coverage_epoch);
+
+	if (!epoch)
+		return true;
+	return READ_ONCE(kb_kernel_watched) && epoch != owner->coverage_epoch &&
+	       epoch != owner->empty_epoch;
+}
+
+/* The works that are queued are the call's too: it reaches a target if they do. */
+static void kb_entry_continue(struct kb_owner *owner)
+{
+	struct kb_entry *entry = &owner->entry;
+
+	if (entry->reach != KB_REACH_NONE && entry->reach != KB_REACH_WAIT)
+		return;
+	entry->reach = KB_REACH_CALL;
+	entry->epoch = READ_ONCE(owner->inst->bridge->header->coverage_epoch);
+	entry->switches = current->nvcsw;
+	entry->cycles = get_cycles();
+}
+
+/* Note the end of a system call. @fetched: the host has appended its coverage. */
+static inline void kb_entry_end(struct kb_owner *owner, bool fetched)
+{
+	if (!owner->entry.noted)
+		return;
+	owner->entry.noted = false;
+	if (owner->entry.reach == KB_REACH_LATER)
+		owner->unsettled = true;
+	else if (fetched)
+		owner->unsettled = false;
+}
+
+/* Count a return that is not reported. */
+static inline void kb_owner_count_return(struct kb_owner *owner)
+{
+	WRITE_ONCE(owner->unreported_returns, owner->unreported_returns + 1);
+	kb_entry_end(owner, false);
+}
+
+/* The host has not answered: the next call is to get the coverage since @since as well. */
+static void kb_entry_fail(struct kb_owner *owner, u64 since)
+{
+	kb_entry_end(owner, false);
+	if (since == KB_SINCE_NONE)
+		return;
+	owner->unsettled = true;
+	owner->later_since = min(owner->later_since, since);
+}
+
+/* Make the host append the owner's coverage since a position. */
+static void kb_owner_fetch(struct kb_owner *owner, u64 since)
 {
 	struct kb_instance *inst = owner->inst;
 	struct kb_header *header = inst->bridge->header;
@@ -158,11 +321,18 @@ static void kb_owner_fetch(struct kb_owner *owner)
 	if (!kb_instance_settle(inst)) {
 		atomic64_inc(&inst->skipped);
 		kb_skipped_count(inst->bridge);
+		kb_entry_fail(owner, since);
 		return;
 	}
 	owner->unreported_returns = 0;
-	err = kb_request(inst, KB_OP_RETURN, owner->id, owner->nr, returns, 0);
-	if (!err)
+	err = kb_request(inst, KB_OP_RETURN, owner->id, owner->nr, returns, since);
+	if (err)
+		kb_entry_fail(owner, since);
+	else
+		kb_entry_end(owner, since != KB_SINCE_NONE);
+	if (!err && since == KB_SINCE_NONE)
+		owner->empty_epoch = epoch;
+	else if (!err)
 		owner->coverage_epoch = epoch;
 	else if (err == -EINVAL && owner->stream)
 		/* The host's command has ended, and this task still runs. */
@@ -186,6 +356,7 @@ static void kb_owner_return_work(struct callback_head *head)
 {
 	struct kb_owner *owner = container_of(head, struct kb_owner, return_work);
 	struct kb_instance *inst = owner->inst;
+	bool fetches;
 
 	/*
 	 * Works run in the reverse order of queueing, so works that the call itself queued (close()
@@ -198,15 +369,21 @@ static void kb_owner_return_work(struct callback_head *head)
 		return;
 	}
 	owner->return_queued = false;
+	/* Before the lock, for which it may sleep. */
+	rcu_read_lock();
+	fetches = READ_ONCE(inst->owner) == owner && kb_owner_must_fetch(owner);
+	rcu_read_unlock();
 	mutex_lock(&inst->lock);
 	if (inst->owner == owner) {
 		kb_recording_pause(inst);
 		if (owner->calls && kb_calls_are_many(owner))
 			kb_owner_report_calls(owner);
-		if (inst->owner == owner && kb_owner_may_have_coverage(owner))
-			kb_owner_fetch(owner);
+		if (inst->owner == owner && fetches)
+			kb_owner_fetch(owner, owner->entry.noted ? owner->entry.since : 0);
+		else if (inst->owner == owner && kb_owner_must_report(owner))
+			kb_owner_fetch(owner, KB_SINCE_NONE);
 		else
-			WRITE_ONCE(owner->unreported_returns, owner->unreported_returns + 1);
+			kb_owner_count_return(owner);
 		/* A signal is the task's own work: it comes next, or it made this work run. */
 		kb_recording_resume_at_exit(inst, owner->return_alone && !signal_pending(current));
 	}
@@ -231,7 +408,7 @@ static void kb_owner_exit_work(struct callback_head *head)
 /* Handle the end of an owner's system call. Must be called within an RCU read-side section. */
 static inline void kb_owner_call_end(struct kb_owner *owner, struct pt_regs *regs, long result)
 {
-	bool many = false;
+	bool many = false, works;
 
 	if (unlikely(owner->calls)) {
 		kb_call_returns(owner, regs, result);
@@ -239,12 +416,15 @@ static inline void kb_owner_call_end(struct kb_owner *owner, struct pt_regs *reg
 	}
 	if (owner->return_queued)
 		return;
-	/* A work that is already queued may still change the epoch. */
-	if (owner->ignores_returns || (!kb_owner_may_have_coverage(owner) &&
-				       !READ_ONCE(current->task_works) && !many)) {
-		WRITE_ONCE(owner->unreported_returns, owner->unreported_returns + 1);
+	/* A work that is already queued may still reach a target. */
+	works = READ_ONCE(current->task_works);
+	if (owner->ignores_returns || (!works && !many && !kb_owner_must_fetch(owner) &&
+				       !(owner->entry.noted && kb_owner_must_report(owner)))) {
+		kb_owner_count_return(owner);
 		return;
 	}
+	if (works && owner->entry.noted)
+		kb_entry_continue(owner);
 	/* Another task may have ended it just now. */
 	if (!kref_get_unless_zero(&owner->ref))
 		return;
@@ -304,6 +484,24 @@ void kb_process_exit(void *unused, struct task_struct *task)
 		kb_owner_put(owner);
 }
 
+/* Let a new owner, which is current, and others tell their calls apart from the next one on. */
+static void kb_owner_tell_calls(struct kb_owner *owner)
+{
+	owner->later_since = ~0ULL;
+	owner->entries_number = READ_ONCE(kb_entries_number);
+	if (!READ_ONCE(kb_entries_noted)) {
+		/* Calls that it makes until then will not have been noted. */
+		owner->entries_number--;
+		return;
+	}
+	/* Without sys_enter calls get what is covered between them, too. */
+	if (kb_hooks_install_enter() || !owner->tells_calls)
+		return;
+	/* The present call is the one by which it starts, and reaches nothing. */
+	owner->entry.reach = KB_REACH_NONE;
+	owner->entry.noted = true;
+}
+
 /**
  * kb_owner_start() - make current the owner, if the host agrees
  * @inst: the instance; settled
@@ -319,7 +517,7 @@ int kb_owner_start(struct kb_instance *inst, enum kb_op op, u64 arg0, u64 arg1, 
 	const struct kb_response *response = &inst->bridge->responses[inst->slot];
 	u64 mine = kb_current_id();
 	struct kb_owner *owner;
-	u64 flags;
+	u64 flags, soonest_ns;
 	int err;
 
 	lockdep_assert_held(&inst->lock);
@@ -349,6 +547,9 @@ int kb_owner_start(struct kb_instance *inst, enum kb_op op, u64 arg0, u64 arg1, 
 	}
 	flags = READ_ONCE(response->flags);
 	owner->ignores_returns = flags & KB_ANSWER_SILENT;
+	soonest_ns = READ_ONCE(response->soonest_ns);
+	owner->tells_calls = soonest_ns && !owner->ignores_returns;
+	owner->soonest = div_u64(soonest_ns * tsc_khz, USEC_PER_SEC);
 	if (op == KB_OP_STREAM) {
 		owner->stream = arg0;
 		owner->follows_children = arg2;
@@ -370,7 +571,9 @@ int kb_owner_start(struct kb_instance *inst, enum kb_op op, u64 arg0, u64 arg1, 
 	WRITE_ONCE(inst->owner, owner);
 	spin_lock(&kb_owners_lock);
 	hash_add_rcu(kb_owners, &owner->node, (unsigned long)owner->task);
+	kb_owners_count(owner, 1);
 	spin_unlock(&kb_owners_lock);
+	kb_owner_tell_calls(owner);
 	set_syscall_work(SYSCALL_TRACEPOINT);
 	return 0;
 }

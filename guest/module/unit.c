@@ -9,6 +9,7 @@
 #include "transport.c"
 #include "owners.c"
 #include "calls.c"
+#include "reach.c"
 #include "follow.c"
 #include "hooks.c"
 #include "device.c"

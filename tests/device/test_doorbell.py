@@ -282,6 +282,34 @@ def test_reset_rewound_guest_is_served_anew(bench: Bench) -> None:
     assert bench.doorbell.counters.repaired == 0
 
 
+def test_coverage_position_is_shown_again_after_repair_and_reset(bench: Bench) -> None:
+    doorbell, control = bench.doorbell, bench.region.control
+    doorbell.call(lambda: doorbell.set_coverage_position(41))
+    assert control[HeaderWord.COVERAGE_POSITION] == 41
+    control[HeaderWord.COVERAGE_POSITION] = 7
+    deadline = time.monotonic() + 10
+    while control[HeaderWord.COVERAGE_POSITION] != 41 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert control[HeaderWord.COVERAGE_POSITION] == 41
+    doorbell.call(doorbell.reset)
+    assert control[HeaderWord.COVERAGE_POSITION] == 41
+
+
+@pytest.mark.parametrize("soonest_ns", [0, 10_000])
+def test_answer_to_enable_says_how_soon_a_target_can_answer(soonest_ns: int) -> None:
+    bench = Bench(0.0)
+    try:
+        bench.doorbell.stop()
+        bench.doorbell = Doorbell(
+            bench.region, bench.device, bench.server.bell, soonest_ns=soonest_ns
+        )
+        bench.doorbell.start()
+        bench.guest.trace(0)
+        assert bench.guest.answer(0, ResponseWord.SOONEST_NS) == soonest_ns
+    finally:
+        bench.close()
+
+
 def test_reset_keeps_what_the_guest_counted_before(bench: Bench) -> None:
     control, doorbell = bench.guest.control, bench.doorbell
     words = HeaderWord.GUEST_TIMEOUTS, HeaderWord.GUEST_SKIPPED, HeaderWord.GUEST_UNTRACED

@@ -173,8 +173,10 @@ class Numbers:
 
     def __init__(self, steps: Sequence[Sequence[int] | BaseException]) -> None:
         self.steps = iter(steps)
+        self.since: list[int] = []
 
-    def collect(self, cursor: object) -> Sequence[int]:
+    def collect(self, cursor: object, since: int = 0) -> Sequence[int]:
+        self.since.append(since)
         step = next(self.steps)
         if isinstance(step, BaseException):
             raise step
@@ -200,6 +202,7 @@ returns = st.lists(
         st.integers(0, 200),
         st.integers(0, 3),
         st.sampled_from(["area", "area", "area", "bitmap", "no area", "no cursor", "no owner"]),
+        st.sampled_from([0, 0, 1, 2**64 - 2, abi.SINCE_NONE]),
     ),
     max_size=12,
 )
@@ -209,7 +212,7 @@ returns = st.lists(
 @given(st.integers(2, 40), returns, st.booleans(), st.booleans(), st.integers(0, 5))
 def test_return_handler_compiled_answers_as_plain(
     size: int,
-    steps: list[tuple[list[int], int, int, int, int, str]],
+    steps: list[tuple[list[int], int, int, int, int, str, int]],
     syscall_pcs: bool,
     watched: bool,
     room: int,
@@ -220,8 +223,9 @@ def test_return_handler_compiled_answers_as_plain(
         totals, unique, updates = kind.Totals(), set[int](), list[int]()
         state = kind.KcovState(7)
         # What is collected in vain would be missing from the next step's PCs.
+        coverage = Numbers([containers(pcs)[container] for pcs, container, *_ in steps])
         handler = kind.ReturnHandler(
-            Numbers([containers(pcs)[container] for pcs, container, *_ in steps]),
+            coverage,
             totals,
             unique,
             syscall_pc if syscall_pcs else None,
@@ -230,12 +234,12 @@ def test_return_handler_compiled_answers_as_plain(
         )
         area = kind.AreaWords(memory, size)
         answers: list[object] = []
-        for _, _, task, number, unreported, what in steps:
+        for _, _, task, number, unreported, what, since in steps:
             state.owner = None if what == "no owner" else TASK
             state.area = None if what == "no area" else area
             state.cursor = None if what == "no cursor" else "cursor"
             area.bitmap_words = 1 if what == "bitmap" else 0
-            answers.append(handler.syscall_return(state, task, number, unreported))
+            answers.append(handler.syscall_return(state, task, number, unreported, since))
             if what == "area":
                 handler.append(state, area, [1, 2, 3])
         outcomes.append(
@@ -244,6 +248,7 @@ def test_return_handler_compiled_answers_as_plain(
                 memory.tolist(),
                 unique,
                 updates,
+                coverage.since,
                 *(state.appended, state.dropped),
                 *(totals.returns, totals.appended, totals.dropped),
             ]
@@ -271,9 +276,10 @@ class Slots:
         slots: list[object] = [None] * abi.SLOTS
         slots[self.SLOT] = self.state
         self.totals = kind.Totals()
+        self.coverage = Numbers(steps)
         self.poller = kind.ReturnPoller(
             self.control,
-            kind.ReturnHandler(Numbers(steps), self.totals, set(), None, None, no_room),
+            kind.ReturnHandler(self.coverage, self.totals, set(), None, None, no_room),
             slots,
             self.handled,
             self.answered,
@@ -322,6 +328,21 @@ def test_serve_return_of_owner_answers(kind: ModuleType) -> None:
     assert slots.handled[Slots.SLOT] == slots.answered[Slots.SLOT] == 3
     assert slots.totals.returns == 2**32, "no more than a guest can have made"
     assert not slots.poller.serve(Slots.SLOT), "it is not new any more"
+
+
+@each_kind
+def test_serve_return_of_a_call_that_reached_nothing_collects_nothing(kind: ModuleType) -> None:
+    slots = Slots(kind, [11], [12])
+    slots.post(1, ARG2=abi.SINCE_NONE)
+    assert slots.poller.serve(Slots.SLOT)
+    assert slots.words[0] == 0
+    assert slots.coverage.since == []
+    for sequence, since in ((2, 0), (3, 99)):
+        slots.post(sequence, ARG2=since)
+        assert slots.poller.serve(Slots.SLOT)
+    assert slots.words.tolist()[:3] == [2, 11, 12]
+    assert slots.coverage.since == [0, 99]
+    assert slots.totals.returns == 3
 
 
 @each_kind

@@ -37,7 +37,7 @@ class ListCoverage:
         self.cursors.append([len(self.covered)])
         return self.cursors[-1]
 
-    def collect(self, cursor: list[int]) -> Sequence[int]:
+    def collect(self, cursor: list[int], since: int = 0) -> Sequence[int]:
         news = self.covered[cursor[0] :]
         cursor[0] = len(self.covered)
         return news

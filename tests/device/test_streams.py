@@ -43,7 +43,7 @@ class Covered:
     def open_cursor(self) -> list[int]:
         return [len(self.pcs)]
 
-    def collect(self, cursor: list[int]) -> Sequence[int]:
+    def collect(self, cursor: list[int], since: int = 0) -> Sequence[int]:
         news = self.pcs[cursor[0] :]
         cursor[0] = len(self.pcs)
         return news

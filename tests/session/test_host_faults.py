@@ -127,7 +127,7 @@ def test_source_raises_guest_continues_without_pcs(
     assert device is not None
     assert doorbell is not None
 
-    def collect(cursor: object) -> Sequence[int]:
+    def collect(cursor: object, since: int = 0) -> Sequence[int]:
         raise RuntimeError("no such luck")
 
     with monkeypatch.context() as patch:

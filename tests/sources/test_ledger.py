@@ -122,6 +122,189 @@ TestLedgerMachine.settings = settings(
 )
 
 
+class WorkMachine(RuleBasedStateMachine):
+    """Readers whose work begins and ends: each covers blocks during it, others are nobody's work.
+
+    The model knows which readers were open when a block was covered. No block is covered twice, so
+    a PC stands for that event.
+    """
+
+    readers = Bundle("readers")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source = Fountain()
+        self.position = 0
+        self.ledger = Ledger([self.source], on_position=self.set_position)
+        self.next = 0
+        # By reader: the position when its work began, what it covered since, what it was given.
+        self.since: dict[Cursor, int] = {}
+        self.own: dict[Cursor, set[PC]] = {}
+        self.given: dict[Cursor, set[PC]] = {}
+        self.could_get: dict[PC, set[Cursor]] = {}
+        # What was consumed by another's collect, and so given, before the reader's work began.
+        self.foreign: dict[Cursor, set[PC]] = {}
+        self.pending: set[PC] = set()
+        self.claimed: set[PC] = set()
+
+    def set_position(self, position: int) -> None:
+        assert position > self.position
+        self.position = position
+
+    def cover(self, count: int) -> set[PC]:
+        pcs = set(range(self.next, self.next + count))
+        self.next += count
+        self.source.covered += sorted(pcs)
+        self.pending |= pcs
+        for pc in pcs:
+            self.could_get[pc] = set(self.given)
+        return pcs
+
+    @rule(target=readers)
+    def open(self) -> Cursor:
+        cursor = self.ledger.open_cursor()
+        self.pending.clear()
+        self.given[cursor], self.own[cursor], self.foreign[cursor] = set(), set(), set()
+        self.since[cursor] = self.position
+        return cursor
+
+    @rule(reader=readers)
+    def begin(self, reader: Cursor) -> None:
+        """Work after which the reader did not ask, because it covered nothing, ends here."""
+        if self.own[reader]:
+            self.end(reader)
+        self.since[reader] = self.position
+        self.foreign[reader] = set(self.claimed)
+
+    @rule(reader=readers, count=st.integers(1, 4))
+    def work(self, reader: Cursor, count: int) -> None:
+        self.own[reader] |= self.cover(count)
+
+    @rule(count=st.integers(1, 3))
+    def cover_for_nobody(self, count: int) -> None:
+        self.cover(count)
+
+    @rule(reader=readers)
+    def end(self, reader: Cursor) -> None:
+        news = self.ledger.collect(reader, self.since[reader])
+        assert len(set(news)) == len(news)
+        assert news == sorted(news), "in the order in which they were covered"
+        assert self.own[reader] <= set(news), "what it covered"
+        assert not self.given[reader] & set(news), "nothing twice"
+        assert self.pending <= set(news), "what it consumed"
+        assert not self.foreign[reader] & set(news), "nothing that another was given before"
+        assert all(reader in self.could_get[pc] for pc in news)
+        self.given[reader] |= set(news)
+        self.claimed |= set(news)
+        self.pending.clear()
+        self.own[reader].clear()
+        self.since[reader] = self.position
+        self.foreign[reader] = set(self.claimed)
+
+    @rule()
+    def drain(self) -> None:
+        self.ledger.drain()
+        self.pending.clear()
+
+    @rule(reader=readers)
+    def fail(self, reader: Cursor) -> None:
+        self.source.broken = True
+        with pytest.raises(SourceError):
+            self.ledger.collect(reader, self.since[reader])
+        self.source.broken = False
+
+    @rule(reader=consumes(readers))
+    def close(self, reader: Cursor) -> None:
+        self.ledger.close_cursor(reader)
+        for by_reader in (self.own, self.foreign, self.given):
+            del by_reader[reader]
+        del self.since[reader]
+        for readers in self.could_get.values():
+            readers.discard(reader)
+
+    @rule(data=st.data())
+    def all_end(self, data: st.DataObject) -> None:
+        """Once all have asked, each block has been given to a reader that was open, if one is."""
+        for reader in data.draw(st.permutations(list(self.given))):
+            self.end(reader)
+        given = set[PC]().union(*self.given.values()) if self.given else set()
+        for pc, readers in self.could_get.items():
+            assert not readers or pc in given | self.claimed
+
+
+TestWorkMachine = WorkMachine.TestCase
+TestWorkMachine.settings = settings(
+    max_examples=examples(100), stateful_step_count=40, deadline=None
+)
+
+
+def test_work_that_asks_gets_nothing_that_another_was_given_before() -> None:
+    positions: list[int] = []
+    source = Fountain()
+    ledger = Ledger([source], on_position=positions.append)
+    one, two = ledger.open_cursor(), ledger.open_cursor()
+    source.covered = [1, 2]
+    assert ledger.collect(one) == [1, 2]
+    since = positions[-1]
+    assert since == ledger.position == 2
+    source.covered = [3]
+    assert ledger.collect(two, since) == [3]
+    # Work that overlaps.
+    assert ledger.collect(one, since) == [3]
+
+
+def test_work_that_asks_gets_what_nobody_was_given() -> None:
+    source = Fountain()
+    ledger = Ledger([source])
+    one, two = ledger.open_cursor(), ledger.open_cursor()
+    source.covered = [1]
+    ledger.drain()
+    source.covered = [2]
+    late = ledger.open_cursor()
+    # Not from before it was opened.
+    assert ledger.collect(late, ledger.position) == []
+    source.covered = [3]
+    assert ledger.collect(two, ledger.position) == [1, 2, 3]
+    assert ledger.collect(one, ledger.position) == []
+
+
+def test_a_block_that_is_covered_again_and_given_is_nobodys_no_more() -> None:
+    source = Fountain()
+    ledger = Ledger([source])
+    one, two = ledger.open_cursor(), ledger.open_cursor()
+    source.covered = [1, 2]
+    ledger.drain()
+    source.covered = [1]
+    since = ledger.position
+    assert ledger.collect(one, since) == [2, 1]
+    assert ledger.collect(two, ledger.position) == []
+
+
+def test_a_position_that_is_not_there_yet_counts_as_now() -> None:
+    source = Fountain()
+    ledger = Ledger([source])
+    one, two = ledger.open_cursor(), ledger.open_cursor()
+    source.covered = [1]
+    assert ledger.collect(one, 2**64 - 2) == [1]
+    source.covered = [2]
+    assert ledger.collect(two, 2**64 - 2) == [2]
+
+
+def test_the_last_cursor_gets_nothing_that_another_was_given_before() -> None:
+    source = Fountain()
+    ledger = Ledger([source])
+    one, two = ledger.open_cursor(), ledger.open_cursor()
+    source.covered = [1]
+    assert ledger.collect(two) == [1]
+    ledger.close_cursor(two)
+    source.covered = [2]
+    assert ledger.collect(one, ledger.position) == [2]
+    # From here on there is nothing to tell apart.
+    source.covered = [3]
+    assert ledger.collect(one, 2**64 - 2) == [3]
+    assert not ledger._covered
+
+
 def test_coverage_from_before_is_dropped_for_a_new_cursor() -> None:
     source = Fountain()
     ledger = Ledger([source])

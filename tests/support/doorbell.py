@@ -28,7 +28,7 @@ class Counting:
     def open_cursor(self) -> int:
         return 0
 
-    def collect(self, cursor: int) -> Sequence[int]:
+    def collect(self, cursor: int, since: int = 0) -> Sequence[int]:
         if self.broken:
             raise RuntimeError("the source is broken")
         if self.delay:

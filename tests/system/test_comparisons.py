@@ -54,7 +54,10 @@ def session(program: Path) -> Iterator[Session]:
     # Other tests have imported it, and what is imported already is not instrumented.
     before = take_away_pyroute2()
     try:
-        with bridge.boot(target="plan9", source="python", comparisons=True) as session:
+        # The threads of the program look up one name, and what one has asked serves the other.
+        with bridge.boot(
+            target="plan9", source="python", comparisons=True, attribution="all"
+        ) as session:
             session.put(program, "/tmp/compare", 0o755)
             yield session
     finally:

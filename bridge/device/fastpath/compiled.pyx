@@ -70,6 +70,7 @@ cdef Py_ssize_t _APPENDED = abi.ResponseWord.APPENDED
 cdef Py_ssize_t _DROPPED = abi.ResponseWord.DROPPED
 cdef uint64_t _RETURN = abi.Op.RETURN
 cdef uint64_t _UNREPORTED_MASK = abi.UNREPORTED_MASK
+cdef uint64_t _SINCE_NONE = abi.SINCE_NONE
 cdef uint64_t _EIO = errno.EIO
 cdef int _LOOKS = 64
 
@@ -234,12 +235,12 @@ cdef class ReturnHandler:
         # The PC of each system call, by its number.
         self._numbers = {}
 
-    def syscall_return(self, KcovState kcov, task, number, unreported):
-        """Append coverage since the owner's last return; return 0, or None if nothing was done."""
-        return 0 if self.answer(kcov, task, number, unreported) else None
+    def syscall_return(self, KcovState kcov, task, number, unreported, since=0):
+        """Append coverage of the owner's call; return 0, or None if nothing was done."""
+        return 0 if self.answer(kcov, task, number, unreported, since) else None
 
     cdef bint answer(
-        self, KcovState kcov, uint64_t task, uint64_t number, uint64_t unreported
+        self, KcovState kcov, uint64_t task, uint64_t number, uint64_t unreported, uint64_t since
     ) except -1:
         cdef AreaWords area
         cdef object first = None
@@ -251,7 +252,12 @@ cdef class ReturnHandler:
         if area._head:
             return False
         self._totals.returns += 1 + unreported
-        pcs = self._coverage.collect(kcov.cursor)
+        if since == 0:
+            pcs = self._coverage.collect(kcov.cursor)
+        elif since != _SINCE_NONE:
+            pcs = self._coverage.collect(kcov.cursor, since)
+        else:
+            pcs = ()
         if self.on_collected is not None:
             self.on_collected(kcov, pcs)
         if self._syscall_pc is not None:
@@ -408,7 +414,7 @@ cdef class ReturnPoller:
     cdef bint _serve(self, Py_ssize_t slot) except -1:
         cdef uint64_t *request
         cdef uint64_t *answer
-        cdef uint64_t sequence, generation, task, number, unreported, error
+        cdef uint64_t sequence, generation, task, number, unreported, since, error
         cdef KcovState kcov
         cdef object each
         if not 0 <= slot < _SLOTS or self._control.words == NULL:
@@ -427,9 +433,10 @@ cdef class ReturnPoller:
         task = kb_read(request + _TASK)
         number = kb_read(request + _ARG0)
         unreported = kb_read(request + _ARG0 + 1) & _UNREPORTED_MASK
+        since = kb_read(request + _ARG0 + 2)
         error = 0
         try:
-            if not self._handler.answer(kcov, task, number, unreported):
+            if not self._handler.answer(kcov, task, number, unreported, since):
                 return False
         except BaseException as failure:
             self._failed(failure)

@@ -16,6 +16,7 @@ from bridge.device.abi import (
     KICK_SLOT_BITS,
     REQUESTS_OFFSET,
     RESPONSES_OFFSET,
+    SINCE_NONE,
     SLOT_WORDS,
     SLOTS,
     UNREPORTED_MASK,
@@ -45,6 +46,7 @@ _GENERATION = int(RequestWord.GENERATION)
 _TASK = int(RequestWord.TASK)
 _ARG0 = int(RequestWord.ARG0)
 _ARG1 = int(RequestWord.ARG1)
+_ARG2 = int(RequestWord.ARG2)
 _ANSWER_SEQ = int(ResponseWord.SEQ)
 _ERROR = int(ResponseWord.ERROR)
 _APPENDED = int(ResponseWord.APPENDED)
@@ -145,8 +147,11 @@ K = TypeVar("K", bound=KcovState[Any, Any])
 class Collector(Protocol[C_contra]):
     """Returns new coverage for a cursor."""
 
-    def collect(self, cursor: C_contra) -> Sequence[int]:
-        """Return what was covered since the cursor's last collect, each block once."""
+    def collect(self, cursor: C_contra, since: int = 0) -> Sequence[int]:
+        """Return what was covered since the cursor's last collect, each block once.
+
+        ``since`` as for :meth:`bridge.sources.ledger.Ledger.collect`.
+        """
 
 
 class ReturnHandler(Generic[K]):
@@ -182,13 +187,17 @@ class ReturnHandler(Generic[K]):
         self._append_rest = append_rest
         self.on_collected: Callable[[K, Sequence[int]], object] | None = None
 
-    def syscall_return(self, kcov: K, task: int, number: int, unreported: int) -> int | None:
-        """Append coverage since the last return of an owner that traces plain PCs.
+    def syscall_return(
+        self, kcov: K, task: int, number: int, unreported: int, since: int = 0
+    ) -> int | None:
+        """Append coverage of the present call of an owner that traces plain PCs.
 
         Args:
             task: the task that returns.
             number: the system call's number.
             unreported: returns since the last request.
+            since: the position from which on coverage is the call's; 0: all since the owner's last
+                return; SINCE_NONE: none of it.
 
         Returns:
             0, or None if nothing was done: another task, or another mode of tracing.
@@ -198,7 +207,7 @@ class ReturnHandler(Generic[K]):
         if kcov.owner != task or area is None or cursor is None or area.bitmap_words:
             return None
         self._totals.returns += 1 + unreported
-        pcs = self._coverage.collect(cursor)
+        pcs = self._coverage.collect(cursor, since) if since != SINCE_NONE else ()
         if self.on_collected is not None:
             self.on_collected(kcov, pcs)
         if self._syscall_pc is not None:
@@ -306,6 +315,7 @@ class ReturnPoller(Generic[K]):
                 control[request + _TASK],
                 control[request + _ARG0],
                 control[request + _ARG1] & UNREPORTED_MASK,
+                control[request + _ARG2],
             )
             if done is None:
                 return False
