@@ -306,6 +306,13 @@ def test_answer_to_enable_says_how_soon_a_target_can_answer(soonest_ns: int) -> 
         bench.doorbell.start()
         bench.guest.trace(0)
         assert bench.guest.answer(0, ResponseWord.SOONEST_NS) == soonest_ns
+        # What is read as one is to miss nothing.
+        stream = Stream(1 << 16)
+        bench.doorbell.call(lambda: bench.device.open_stream(stream))
+        joins = bench.guest.call(1, Op.STREAM, task=TASK + 1, arg0=stream.number, arg1=1)
+        assert joins == 0
+        assert bench.guest.answer(1, ResponseWord.SOONEST_NS) == 0
+        bench.doorbell.call(lambda: bench.device.close_stream(stream))
     finally:
         bench.close()
 
