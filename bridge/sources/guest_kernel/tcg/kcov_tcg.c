@@ -362,25 +362,31 @@ out:
 
 /*
  * Do what append() does, without a bitmap, if nothing but the area changes: the block is in the
- * plan's table, and the area is neither full nor half full. Else return false; append() follows.
+ * plan's table, and the area is not half full. Else return false; append() follows.
  */
 static inline bool append_at_once(const struct vcpu *vcpu, struct owner *owner,
 				  const struct block *block)
 {
 	uint64_t *area = owner->area, count;
 
-	if (unlikely(!expedited || !atomic_load_explicit(&block->seen, memory_order_relaxed)))
+	if (unlikely(!expedited))
 		return false;
 	__atomic_store_n(vcpu->busy, owner->busy, __ATOMIC_RELAXED);
 	__atomic_signal_fence(__ATOMIC_SEQ_CST);
 	if (unlikely(load(&plan->epoch) != vcpu->epoch))
 		return false;
 	count = __atomic_load_n(&area[0], __ATOMIC_RELAXED);
-	if (unlikely(count >= owner->most || count == owner->half))
+	if (unlikely(count == owner->half))
 		return false;
-	__atomic_store_n(&area[count + 1], block->pc, __ATOMIC_RELAXED);
-	__atomic_store_n(&area[0], count + 1, __ATOMIC_RELEASE);
-	owner->slot->appended++;
+	if (likely(count < owner->most)) {
+		if (unlikely(!atomic_load_explicit(&block->seen, memory_order_relaxed)))
+			return false;
+		__atomic_store_n(&area[count + 1], block->pc, __ATOMIC_RELAXED);
+		__atomic_store_n(&area[0], count + 1, __ATOMIC_RELEASE);
+		owner->slot->appended++;
+	} else {
+		owner->slot->dropped++;
+	}
 	__atomic_store_n(vcpu->busy, 0, __ATOMIC_RELEASE);
 	return true;
 }
