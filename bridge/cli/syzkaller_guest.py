@@ -169,6 +169,8 @@ def set_up(session: Session, campaign: Campaign, key: str) -> None:
     lines += [f"modprobe -q {module} || true\n" for module in _MODULES]
     # syz_usb_connect of each program has a controller of its own; 32 are the most.
     lines += [f"modprobe -q dummy_hcd num={min(campaign.procs, 32)} || true\n"]
+    # All of a kernel's own is built in: it need not start modprobe for each name.
+    lines += ["[ -d /lib/modules/$(uname -r)/kernel ] || echo >/proc/sys/kernel/modprobe\n"]
     lines += [_SWAP_FILE]
     lines += [show_script(mounts_of(session.guest))]
     # Last: the manager begins when it can log in.
