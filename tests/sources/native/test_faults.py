@@ -129,6 +129,4 @@ def test_threads_are_told_apart(source: NativeSource, tmp_path: Path) -> None:
     threads = source.thread_of
     assert of_one
     assert {threads[pc].name for pc in pcs} == {"threads"}
-    assert {threads[pc].id for pc in of_one}.isdisjoint(
-        threads[pc].id for pc in set(pcs) - of_one
-    )
+    assert {threads[pc].id for pc in of_one}.isdisjoint(threads[pc].id for pc in set(pcs) - of_one)
