@@ -29,6 +29,10 @@ WORKERS ?= -n auto --dist loadfile --no-loadscope-reorder
 STORM ?= 10000000
 ANSWERS ?= 10000000
 
+# The checkout of syzkaller for `make syzkaller-check`, built by you.
+SYZKALLER ?=
+export SYZKALLER
+
 # The Debian release of `make test-on`.
 RELEASE ?=
 
@@ -41,7 +45,7 @@ SOURCES := bridge tests examples docs setup.py
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help run check-guest image bench test test-unit test-all test-on storm answers executor kills fuzz-kills fuzz-workers conformance reference lint docs screenshots dist format venv packages packages-test clean distclean
+.PHONY: help run check-guest image bench test test-unit test-all test-on storm answers executor kills fuzz-kills fuzz-workers syzkaller-kills syzkaller-check conformance reference lint docs screenshots dist format venv packages packages-test clean distclean
 
 help: ## print this help
 	@awk -F ' ## ' '/^##@/ { print "\n" substr($$0, 5) } \
@@ -94,6 +98,12 @@ fuzz-kills: packages-test $(VENV)/installed-dev ## kill each of two campaigns 50
 
 fuzz-workers: packages-test $(VENV)/installed-dev ## kill workers in network namespaces for 5 minutes (as root)
 	$(VENV)/bin/python -m pytest -s tests/fuzz/campaign_workers.py $(ARGS)
+
+syzkaller-kills: packages-test $(VENV)/installed-dev ## kill what syzkaller's manager starts 15 times, and compare what is left
+	$(VENV)/bin/python -m pytest -s tests/cli/syzkaller_kills.py $(ARGS)
+
+syzkaller-check: packages-test $(VENV)/installed-dev ## run your own syz-manager of SYZKALLER=directory for some minutes, and check its pages
+	$(VENV)/bin/python -m pytest -s tests/cli/syzkaller_manager.py $(ARGS)
 
 test-all: packages-test ## run test-unit on each Python of PYTHONS that is found
 	@found=; for version in $(PYTHONS); do \

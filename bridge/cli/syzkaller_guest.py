@@ -8,6 +8,7 @@ covered is added to what the other guests of the campaign covered.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -22,11 +23,12 @@ from pathlib import Path
 
 from bridge.cli.syzkaller_directory import COVERAGE, Campaign, locked, public_key
 from bridge.cli.syzkaller_sandbox import mounts_of, show_script
-from bridge.errors import BridgeError, GuestLostError, GuestSetupError
+from bridge.errors import BridgeError, GuestLostError, GuestSetupError, InfrastructureError
 from bridge.results import summary as summaries
 from bridge.results.merge import covered_blocks, merge_results, merge_stats
 from bridge.session.session import Session
 from bridge.session.stats import Stats
+from bridge.util.files import cannot_write
 
 __all__ = ["GUESTS_FILE", "main", "set_up"]
 
@@ -34,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 GUESTS_FILE = "guests.jsonl"
 """In the directory of the results: a line for each guest that ended."""
+
+_PART = "guest-"
+"""What the names of directories begin with that have what one guest left."""
 
 _LAST_WORDS_SECONDS = 3.0
 """So long the manager may read what a guest said that was lost."""
@@ -73,6 +78,10 @@ def main(argv: Sequence[str]) -> int:
     except BridgeError as error:
         logger.error("%s", error.report())
         return error.exit_status
+    except OSError as error:
+        # No room on the disk, most likely.
+        logger.error("%s", cannot_write(directory / COVERAGE, error).report())
+        return InfrastructureError.exit_status
     except KeyboardInterrupt:
         return 130
 
@@ -95,7 +104,7 @@ class _Machine:
         settings = self._campaign.machine_settings()
         results = self._directory / COVERAGE
         results.mkdir(exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix="guest-", dir=results))
+        part = self._claimed_part(results)
         session = Session(settings, part, ssh_port=self._port)
         began, why = time.time(), ""
         try:
@@ -123,6 +132,14 @@ class _Machine:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             self._keep(session.stats(), part, results, began, why)
 
+    def _claimed_part(self, results: Path) -> Path:
+        """Make the directory for what this guest leaves; it is locked while this process lives."""
+        with locked(results):
+            part = Path(tempfile.mkdtemp(prefix=_PART, dir=results))
+            self._part_lock = os.open(part, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(self._part_lock, fcntl.LOCK_EX)
+        return part
+
     def _watch_manager(self) -> None:
         """Wait for the end of stdin, which is the end of what the manager started."""
         while os.read(0, 1024):
@@ -135,21 +152,46 @@ class _Machine:
     def _keep(self, stats: Stats, part: Path, results: Path, began: float, why: str) -> None:
         """Add what this guest covered to the results of all."""
         with locked(results):
-            try:
-                merge_results(part, results)
-            except BridgeError as error:
-                logger.error("what the guest covered stays in %s: %s", part, error.report())
-            else:
-                shutil.rmtree(part, ignore_errors=True)
+            _merge(part, results)
+            for left in sorted(results.glob(f"{_PART}*")):
+                # Of a guest whose process was killed, or that found no room on the disk.
+                if left != part and not _is_locked(left):
+                    _merge(left, results)
             seconds = round(time.time() - began, 3)
             stats.instances = []
             line = {"began": began, "seconds": seconds, "end": why, "stats": stats.as_dict()}
-            with (results / GUESTS_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
             try:
+                with (results / GUESTS_FILE).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
                 _write_summary(results)
-            except BridgeError as error:
-                logger.error("the summary of all guests is not up to date: %s", error.report())
+            except (BridgeError, OSError) as error:
+                what = error.report() if isinstance(error, BridgeError) else error.strerror
+                logger.error("the figures of all guests are not up to date: %s", what)
+
+
+def _merge(part: Path, results: Path) -> None:
+    """Add what one guest left to the results; it stays where it is if that fails."""
+    try:
+        merge_results(part, results)
+    except BridgeError as error:
+        logger.error("what the guest covered stays in %s: %s", part, error.report())
+    else:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _is_locked(part: Path) -> bool:
+    """Whether the process lives that :meth:`_Machine._claimed_part` made a directory for."""
+    try:
+        descriptor = os.open(part, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def set_up(session: Session, campaign: Campaign, key: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
@@ -31,12 +32,13 @@ from bridge.cli.syzkaller_descriptions import (
     description,
 )
 from bridge.cli.syzkaller_directory import COVERAGE, Campaign, PinnedImage, public_key
-from bridge.cli.syzkaller_guest import GUESTS_FILE
+from bridge.cli.syzkaller_guest import GUESTS_FILE, _Machine
 from bridge.cli.syzkaller_sandbox import INPUTS, mount_points, show_script
 from bridge.config import Settings
 from bridge.device.abi import KCOV_CMP_CONST, KCOV_CMP_SIZE
-from bridge.errors import ImageError, UsageError
+from bridge.errors import ImageError, InfrastructureError, UsageError
 from bridge.guest.images.recipe import Sources
+from bridge.session.stats import Stats
 from bridge.sources.guest_kernel import BLOCKS_FILE
 from bridge.sources.pcs import PC_BASE, SYSCALL_SLOTS, syscall_pc
 from bridge.targets import TARGET_ADDRESS, Endpoint, UdpEndpoint
@@ -259,6 +261,50 @@ def test_stand_in_tells_a_second_manager_where_it_prints(
     assert done.returncode == 2
     assert "another manager (process" in done.stderr
     assert "make a directory for each" in done.stderr
+
+
+def test_what_a_killed_guest_left_is_added_by_the_next_one(tmp_path: Path) -> None:
+    results = tmp_path / COVERAGE
+    killed, alive, own = (results / f"guest-{name}" for name in ("killed", "alive", "own"))
+    for number, part in enumerate((killed, alive, own)):
+        part.mkdir(parents=True)
+        (part / BLOCKS_FILE).write_text(f"0xffffffff8100000{number}\t4\n")
+    machine = _Machine(tmp_path, Campaign(Settings(), PinnedImage(name="any")), 0)
+    with contextlib.ExitStack() as stack:
+        descriptor = os.open(alive, os.O_RDONLY)
+        stack.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        machine._keep(Stats(returns=3), own, results, time.time(), "the manager ended the guest")
+        assert sorted(results.glob("guest-*")) == [alive]
+    assert (results / BLOCKS_FILE).read_text().split()[::2] == [
+        "0xffffffff81000000",
+        "0xffffffff81000002",
+    ]
+    assert json.loads((results / "summary.json").read_text())["returns"] == 3
+
+
+def test_full_disk_keeps_what_the_guest_left_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    results = tmp_path / COVERAGE
+    part = results / "guest-own"
+    part.mkdir(parents=True)
+    (part / BLOCKS_FILE).write_text("0xffffffff81000000\t4\n")
+    (results / BLOCKS_FILE).write_text("0xffffffff81000001\t4\n")
+
+    def full(*_: object, **__: object) -> None:
+        raise InfrastructureError("cannot write: No space left on device")
+
+    machine = _Machine(tmp_path, Campaign(Settings(), PinnedImage(name="any")), 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("bridge.cli.syzkaller_guest.merge_results", full)
+        machine._keep(Stats(), part, results, time.time(), "")
+    assert f"what the guest covered stays in {part}" in caplog.text
+    assert (part / BLOCKS_FILE).exists()
+    other = results / "guest-other"
+    other.mkdir()
+    machine._keep(Stats(), other, results, time.time(), "")
+    assert len((results / BLOCKS_FILE).read_text().splitlines()) == 2
 
 
 class Manager:
