@@ -50,6 +50,7 @@ from bridge.session.launcher import Attempt, Launcher, RunningGuest, first_attem
 from bridge.session.stats import Measured, Stats
 from bridge.session.status import StatusServer
 from bridge.session.target_host import InProcessTarget, TargetHost, TargetState, stop_target
+from bridge.sources.comparisons import Comparing
 from bridge.sources.guest_kernel.source import GuestKernel
 from bridge.sources.ledger import Cursor
 from bridge.sources.pcs import BlockTable, Location
@@ -202,13 +203,15 @@ class Session:
         stack.callback(watch.close)
         self._measured.append(watch)
         source, native = host.source, host.native
-        comparing = None if isinstance(source, IsolatedTarget) else source
+        comparing: Comparing | None = None if isinstance(source, IsolatedTarget) else source
+        if comparing is None:
+            comparing = native
         device = DeviceHost(
             settings.region << 20,
             source=source,
             native=native,
             comparing=comparing if settings.comparisons else None,
-            threads=source,
+            threads=source if source is not None else native,
             kernel=watch.kernel,
             personality=Personality(settings.personality),
             syscall_pcs=settings.syscall_pcs,

@@ -8,10 +8,13 @@ import logging
 import os
 import threading
 from array import array
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
+from bridge.device.abi import Comparison
 from bridge.device.calls import HostThread
 from bridge.errors import SourceError
 from bridge.sources import PC
@@ -25,6 +28,10 @@ from bridge.sources.native.processes import descendants, read_code, shares
 __all__ = ["NativeSource"]
 
 _log = logging.getLogger(__name__)
+
+
+_TYPE_BITS: Final = 7
+"""KCOV_CMP_CONST and KCOV_CMP_SIZE(): all that a program may set of a record's type."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ class NativeSource:
         self._index_of: dict[tuple[str, Kind], int] = {}
         self._indices = 0
         self._go: list[_Go] = []
+        # Of modules whose blocks all have places: these, sorted, with the blocks' numbers.
+        self._orders: dict[int, list[tuple[int, int]]] = {}
         self._nonsense = 0
         self._covered = 0  # at the end
         self._threads = ThreadOfPc()
@@ -238,6 +247,45 @@ class NativeSource:
     def thread_of(self) -> Mapping[PC, HostThread]:
         """As :class:`bridge.sources.by_thread.ByThread`."""
         return self._threads.thread_of
+
+    def record_comparisons(self, on: bool) -> None:
+        """As :class:`bridge.sources.comparisons.Comparing`."""
+        with self._lock:
+            if self._memory is not None:
+                self._memory.record_comparisons(on)
+
+    def consume_comparisons(self) -> tuple[list[Comparison], int]:
+        """As :class:`bridge.sources.comparisons.Comparing`.
+
+        A comparison's PC is that of the last block of its module that begins before it, in the
+        order of addresses; 0 if that is not known.
+        """
+        with self._lock:
+            memory = self._memory
+            if memory is None:
+                return [], 0
+            noted, lost = memory.take_comparisons()
+            if noted:
+                self._place_new(memory)
+            return [
+                (kind & _TYPE_BITS, left, right, self._pc_before(module, place))
+                for kind, left, right, module, place in noted
+            ], lost
+
+    def _pc_before(self, index: int, place: int) -> PC:
+        """Return the PC of the block in which a place of a module is, as far as that is known."""
+        known = self._said.get(index)
+        if known is None:
+            return 0
+        module = known[0]
+        order = self._orders.get(index)
+        if order is None:
+            self._read_places()
+            order = sorted((at, number) for number, at in enumerate(module.places) if at)
+            if all(module.places):
+                self._orders[index] = order
+        at = bisect_right(order, (place, module.count)) - 1
+        return module.pc(order[at][1]) if at >= 0 else 0
 
     def places(self) -> NativePlaces:
         """Return what the PCs stand for; for one thread."""
