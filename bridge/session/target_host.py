@@ -233,7 +233,7 @@ class InProcessTarget:
         thread, source, native = self.thread, self.source, self.native
         place = (epoch.file, epoch.offset) if epoch is not None else None
         if native is not None:
-            native.start(place)
+            native.start(place, deliver)
             if self._out is not None:
                 self._stack.callback(native.save, self._out / NATIVE_FILE)
             self._stack.callback(native.stop)

@@ -121,6 +121,7 @@ _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
             *(c_uint32, c_uint32, c_uint64),
         ),
     ),
+    "kbn_apart": (c_uint32, (pointer, pointer, c_uint32, pointer)),
     "kbn_unknown": (c_uint32, (pointer,)),
     "kbn_compare": (None, (pointer, c_uint32)),
     "kbn_take_compares": (c_uint32, (pointer, pointer, c_uint32, pointer)),
@@ -346,6 +347,16 @@ class NativeMemory:
         self._slots += [slots, looked_at]
         self._go_first = first
         return first
+
+    def apart(self, blocks: array[int]) -> list[PC]:
+        """Return the PCs of blocks that ran on behalf of a handle, by their numbers."""
+        if self._reader is None or not blocks:
+            return []
+        out = array("Q", bytes(8 * len(blocks)))
+        count = self._library.kbn_apart(
+            self._reader, blocks.buffer_info()[0], len(blocks), out.buffer_info()[0]
+        )
+        return out[:count].tolist()
 
     def found_unknown(self) -> bool:
         """Return whether the last :meth:`drain` met words of a Go program that are not known."""

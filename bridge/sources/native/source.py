@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import threading
@@ -20,10 +21,12 @@ from bridge.errors import SourceError
 from bridge.sources import PC
 from bridge.sources.by_thread import ThreadOfPc
 from bridge.sources.native.go import GoProgram, find_go_program
+from bridge.sources.native.handles import HandleServer
 from bridge.sources.native.memory import VARIABLE, Kind, NativeMemory, Range, Said, find_calls
 from bridge.sources.native.modules import ModuleTable, NativeModule, module_key
 from bridge.sources.native.places import NativePlaces
 from bridge.sources.native.processes import descendants, read_code, shares
+from bridge.sources.remote import Deliver
 
 __all__ = ["NativeSource"]
 
@@ -62,6 +65,7 @@ class NativeSource:
         self._lock = threading.Lock()
         self._memory: NativeMemory | None = None
         self._running = False
+        self._handles: HandleServer | None = None
         # What a program says of each module of the table, by its index in the memory.
         self._said: dict[int, tuple[NativeModule, Said, array[int] | None]] = {}
         self._index_of: dict[tuple[str, Kind], int] = {}
@@ -69,17 +73,20 @@ class NativeSource:
         self._go: list[_Go] = []
         # Of modules whose blocks all have places: these, sorted, with the blocks' numbers.
         self._orders: dict[int, list[tuple[int, int]]] = {}
+        # A look that met blocks of a module without PCs has cleared PENDING, and left them.
+        self._placed_since = False
         self._nonsense = 0
         self._covered = 0  # at the end
         self._threads = ThreadOfPc()
         self._by_thread = False
 
-    def start(self, epoch: tuple[str, int] | None = None) -> None:
+    def start(self, epoch: tuple[str, int] | None = None, deliver: Deliver | None = None) -> None:
         """Make the memory; programs that are started from now on are covered.
 
         Args:
             epoch: a file and the offset in it of the word that new coverage changes; see
                 :mod:`bridge.device.coverage_epoch`.
+            deliver: takes what runs on behalf of handles.
 
         Raises:
             SourceError: there is no memory, or the source was started before.
@@ -87,8 +94,26 @@ class NativeSource:
         """
         if self._memory is not None:
             raise SourceError(f"the source {self.name} was already started", hint="make a new one")
-        self._memory = NativeMemory(epoch)
+        name = ""
+        if deliver is not None:
+            try:
+                self._handles = HandleServer(functools.partial(self._give, deliver))
+            except OSError as error:
+                raise SourceError(f"no socket for handles: {error.strerror}") from error
+            name = self._handles.name
+        self._memory = NativeMemory(epoch, name)
         self._running = True
+
+    def _give(self, deliver: Deliver, handle: int, blocks: array[int]) -> None:
+        with self._lock:
+            memory = self._memory
+            if memory is None or not self._running:
+                return
+            self._place_new(memory)
+            pcs = memory.apart(blocks)
+            self.given += len(pcs)
+        # Not under the lock, which the doorbell's thread needs to consume.
+        deliver(handle, pcs)
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -167,9 +192,10 @@ class NativeSource:
         memory = self._memory
         if memory is None:
             return []
-        pcs = memory.drain()
+        pcs = memory.drain() if not self._placed_since else None
         if pcs is None:
             self._place_new(memory)
+            self._placed_since = False
             pcs = memory.drain(force=True) or []
         if self._go and memory.found_unknown():
             pcs += self._learn(memory)
@@ -182,6 +208,7 @@ class NativeSource:
         """Give PCs to the blocks of modules that were loaded since the last call."""
         for said in memory.new_modules():
             index, self._indices = self._indices, self._indices + 1
+            self._placed_since = True
             if said is None:
                 self._nonsense += 1
                 memory.place(None, 0)
@@ -327,6 +354,8 @@ class NativeSource:
 
         Programs that still run count for nobody from then on.
         """
+        if self._handles is not None:
+            self._handles.close()
         with self._lock:
             memory = self._memory
             if memory is None or not self._running:

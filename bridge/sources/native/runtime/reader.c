@@ -504,6 +504,22 @@ static size_t take_words(struct kbn_reader *reader, struct words *words, uint64_
 	return at;
 }
 
+/* Write the PCs of blocks that ran on behalf of a handle; return how many have one. */
+EXPORT uint32_t kbn_apart(struct kbn_reader *reader, const uint32_t *blocks, uint32_t count,
+			  uint64_t *out)
+{
+	size_t at = 0;
+	uint32_t i;
+
+	for (i = 0; i < count; i++) {
+		const struct placed *placed = find(reader, blocks[i]);
+
+		if (placed)
+			at = give(reader, placed, blocks[i], 0, out, at, count);
+	}
+	return (uint32_t)at;
+}
+
 /* A comparison as it is taken. */
 struct kbn_taken {
 	uint64_t type, left, right, module, place;
