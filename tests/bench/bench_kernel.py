@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What watching the guest kernel costs, against the same guest without the plugin.
 
-    python -m tests.bench.bench_kernel [--rounds N] [--reference]
+    python -m tests.bench.bench_kernel [--rounds N] [--reference] [--kinds A,B,...]
 
 Each round boots a guest of each kind in turn (A B C ...), all under TCG with one vCPU, and runs the
 same work in it: a loop of 80,000 system calls (``loop.c``), file work (copying a tree in memory),
@@ -12,7 +12,12 @@ QEMU has at the end.
 
 * "no plugin": the baseline;
 * "idle": the plugin is there, and nobody traces;
-* "traced": the work is traced (kcov-exec, each PC once a process);
+* "callbacks": the work is traced, but the plugin's callback returns at once and records nothing:
+  what QEMU's calls of a plugin cost, whatever it does;
+* "traced": the work is traced, as by ``kcov-bridge run``: the host keeps the PCs, each once a
+  process;
+* "kcov-exec": the work is traced by a program in the guest (``kcov-exec -u -f``), which opens and
+  maps a device for each process;
 * "-d exec": QEMU's own log of executed blocks, to /dev/null, switched on after the boot, for
   comparison; a tenth of the work, and ten times the seconds, for it is that slow.
 
@@ -39,6 +44,7 @@ from bridge.config import Settings
 from bridge.guest.guest_image import ProjectImage
 from bridge.guest.images import build, compile_for_guest
 from bridge.session.session import Session
+from bridge.sources.guest_kernel import plugin
 from bridge.vm.accel import Accelerator
 from bridge.vm.config import MachineConfig
 from tests.system import reference
@@ -70,11 +76,29 @@ def _arguments(*extra: str) -> Iterator[None]:
         ProjectImage.machine_config = original  # type: ignore[method-assign]
 
 
-def _run(session: Session, before: str = "", share: int = 1) -> dict[str, float]:
+@contextmanager
+def _recording_nothing() -> Iterator[None]:
+    """A plugin whose callback does nothing."""
+    original = plugin.build_plugin
+    program = dataclasses.replace(plugin.PLUGIN, flags=(*plugin.PLUGIN.flags, "-DRECORD_NOTHING"))
+
+    def build_empty(qemu: str) -> Path:
+        return original(qemu, program=program)
+
+    plugin.build_plugin = build_empty  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        plugin.build_plugin = original
+
+
+def _run(
+    session: Session, before: str = "", share: int = 1, traced: bool = False
+) -> dict[str, float]:
     """Seconds of each work, by the guest's clock, and QEMU's memory in MiB.
 
     ``before`` is put in front of the shell. ``share``: only so small a part is done, and its time
-    multiplied.
+    multiplied. ``traced``: as by ``kcov-bridge run``.
     """
     with tempfile.TemporaryDirectory(prefix="kcov-bridge-") as directory:
         loop = compile_for_guest(build(), _LOOP, Path(directory) / "loop")
@@ -85,7 +109,8 @@ def _run(session: Session, before: str = "", share: int = 1) -> dict[str, float]
         # The shell itself is traced, so that its loop is; its children follow.
         warm = command.format(count // share // 10)
         script = f"{warm}; date +%s%N >&2; {work}; date +%s%N >&2"
-        result = session.run(f"{before} sh -c {script!r}", timeout=1800)
+        run = session.kcov if traced else session.run
+        result = run(f"{before} sh -c {script!r}", timeout=1800)
         assert result.exit_status == 0, result.stderr.decode()
         lines = result.stderr.decode().split("\n")
         start, end = (int(line) for line in lines if line.isdigit())
@@ -103,12 +128,18 @@ def _kinds(with_reference: bool) -> dict[str, Callable[[], dict[str, float]]]:
             target="none", accel="tcg", source=source, memory=512, image=image, boot_timeout=300
         )
 
-    def plain(source: str, before: str = "") -> Callable[[], dict[str, float]]:
+    def plain(
+        source: str, before: str = "", traced: bool = False
+    ) -> Callable[[], dict[str, float]]:
         def run() -> dict[str, float]:
             with boot(source) as session:
-                return _run(session, before)
+                return _run(session, before, traced=traced)
 
         return run
+
+    def callbacks() -> dict[str, float]:
+        with _recording_nothing(), boot("kernel") as session:
+            return _run(session, traced=True)
 
     def logged() -> dict[str, float]:
         with (
@@ -131,7 +162,9 @@ def _kinds(with_reference: bool) -> dict[str, Callable[[], dict[str, float]]]:
     kinds = {
         "no plugin": plain("python"),
         "idle": plain("kernel"),
-        "traced": plain("kernel", "kcov-exec -u -f --"),
+        "callbacks": callbacks,
+        "traced": plain("kernel", traced=True),
+        "kcov-exec": plain("kernel", "kcov-exec -u -f --"),
         "-d exec": logged,
     }
     if with_reference:
@@ -147,8 +180,14 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=3, help="of each kind (default: 3)")
     parser.add_argument("--reference", action="store_true", help="the kernel with CONFIG_KCOV too")
+    parser.add_argument("--kinds", metavar="A,B,...", help='these alone, beside "no plugin"')
     arguments = parser.parse_args()
     kinds = _kinds(arguments.reference)
+    if arguments.kinds:
+        wanted = {"no plugin", *arguments.kinds.split(",")}
+        if unknown := wanted - kinds.keys():
+            parser.error(f"no such kind: {', '.join(unknown)}; there are {', '.join(kinds)}")
+        kinds = {name: run for name, run in kinds.items() if name in wanted}
     taken: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for number in range(arguments.rounds):
         for kind, run in kinds.items():

@@ -633,7 +633,7 @@ static __attribute__((noinline)) void block_runs_anew(struct vcpu *vcpu, block_i
 /*
  * QEMU calls this before each execution of a block of kernel code. Half of the time that a traced
  * system call takes may be spent here, so what happens most of the time is done without memory of
- * the block, and in two dozen instructions: tasks that own nothing, and blocks that are in a bitmap.
+ * the block, and in thirty instructions: tasks that own nothing, and blocks that are in a bitmap.
  */
 static void block_runs(unsigned int index, void *data)
 {
@@ -641,6 +641,9 @@ static void block_runs(unsigned int index, void *data)
 	block_id id = (block_id)data, bit = id | 1;
 	struct owner *owner;
 
+#ifdef RECORD_NOTHING	/* tests/bench/bench_kernel.py measures what the calls alone cost. */
+	return;
+#endif
 	if (unlikely(load(&plan->epoch) != vcpu->epoch || *vcpu->current != vcpu->task))
 		return block_runs_after_change(vcpu, id);
 	owner = vcpu->owner;
