@@ -12,6 +12,7 @@ from bridge.cli.last_run import find_run
 from bridge.errors import UsageError
 from bridge.results.elf_export import write_elf
 from bridge.results.kernel_export import FORMATS
+from bridge.results.native_export import native_lcov
 from bridge.util.files import write_atomically
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
@@ -27,10 +28,12 @@ examples:
   kcov-bridge export --format rawcover >rawcover.txt
   kcov-bridge export --format drcov -o kernel.drcov
   kcov-bridge export --format lcov --vmlinux vmlinux -o kernel.info
+  kcov-bridge export --format native-lcov -o native.info && genhtml -o html native.info
   kcov-bridge export --format elf -o vmlinux && addr2line -fe vmlinux <build/run/pcs.txt
 """
 
 _ELF = "elf"
+_NATIVE = "native-lcov"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,11 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_directory(parser)
     parser.add_argument(
         "--format",
-        choices=sorted([*FORMATS, _ELF]),
+        choices=sorted([*FORMATS, _ELF, _NATIVE]),
         required=True,
         help="rawcover: PCs, for syzkaller's tools; drcov: blocks, for disassemblers; lcov: lines "
         "and functions, for genhtml (needs debug information); elf: the target's blocks and the "
-        "kernel's names, for programs that read DWARF (needs binutils, and -o FILE)",
+        "kernel's names, for programs that read DWARF (needs binutils, and -o FILE); native-lcov: "
+        "lines and functions of the target's native programs, for genhtml",
     )
     parser.add_argument(
         "-o",
@@ -70,7 +74,10 @@ def run(args: argparse.Namespace) -> int:
             )
         write_elf(find_run(args.run), Path(args.output))
         return 0
-    data = FORMATS[args.format](find_run(args.run), args.vmlinux)
+    if args.format == _NATIVE:
+        data = native_lcov(find_run(args.run))
+    else:
+        data = FORMATS[args.format](find_run(args.run), args.vmlinux)
     if args.output == "-":
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
