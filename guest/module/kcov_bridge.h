@@ -144,6 +144,8 @@ enum kb_reach {
 	KB_REACH_WAIT,
 	/* It may leave work to a target, or find what an earlier call left to it. */
 	KB_REACH_LATER,
+	/* Only works that the kernel does after its end may reach one. */
+	KB_REACH_WORKS,
 };
 
 /**

@@ -235,20 +235,25 @@ void kb_owner_call_begin(struct kb_owner *owner, struct pt_regs *regs, long numb
 static inline bool kb_owner_must_fetch(const struct kb_owner *owner)
 {
 	const struct kb_entry *entry = &owner->entry;
+	bool slept;
 	u64 epoch;
 
 	if (!entry->noted || entry->reach == KB_REACH_LATER)
 		return kb_owner_may_have_coverage(owner);
 	if (entry->reach == KB_REACH_NONE)
 		return false;
-	if (owner->unsettled)
+	if (owner->unsettled && entry->reach != KB_REACH_WORKS)
 		return kb_owner_may_have_coverage(owner);
 	if (entry->reach == KB_REACH_WAIT)
 		return false;
 	epoch = READ_ONCE(owner->inst->bridge->header->coverage_epoch);
 	if (epoch && epoch == entry->epoch)
 		return false;
-	return current->nvcsw != entry->switches || get_cycles() - entry->cycles >= owner->soonest;
+	slept = current->nvcsw != entry->switches;
+	/* Before its works a task may have to leave the processor, because of the same tick. */
+	if (slept || entry->reach == KB_REACH_WORKS)
+		return slept;
+	return get_cycles() - entry->cycles >= owner->soonest;
 }
 
 /*
@@ -265,17 +270,17 @@ static inline bool kb_owner_must_report(const struct kb_owner *owner)
 	       epoch != owner->empty_epoch;
 }
 
-/* The works that are queued are the call's too: it reaches a target if they do. */
+/* The works that are queued are the call's too: one that reaches nothing does if they do. */
 static void kb_entry_continue(struct kb_owner *owner)
 {
 	struct kb_entry *entry = &owner->entry;
 
-	if (entry->reach != KB_REACH_NONE && entry->reach != KB_REACH_WAIT)
+	if (entry->reach != KB_REACH_NONE &&
+	    (entry->reach != KB_REACH_WAIT || owner->unsettled))
 		return;
-	entry->reach = KB_REACH_CALL;
+	entry->reach = KB_REACH_WORKS;
 	entry->epoch = READ_ONCE(owner->inst->bridge->header->coverage_epoch);
 	entry->switches = current->nvcsw;
-	entry->cycles = get_cycles();
 }
 
 /* Note the end of a system call. @fetched: the host has appended its coverage. */
