@@ -24,7 +24,11 @@
 #define WORKERS 3
 #define AHEAD 64
 
+#ifdef __clang__
 #define PLAIN __attribute__((no_sanitize("coverage")))
+#else
+#define PLAIN
+#endif
 
 struct kbn_reader;
 struct said {
