@@ -111,6 +111,7 @@ PLAIN static int child(void)
 	while (__atomic_load_n(&shared->single, __ATOMIC_ACQUIRE) != 2 * BLOCKS + 1)
 		sched_yield();
 	if (fork() == 0) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
 		work(&shared->workers[2]);
 		_exit(0);
 	}
