@@ -343,7 +343,9 @@ class Session:
         self.partial_calls = calls
 
     def _explain(self, logged: LoggedCalls, pcs: Sequence[int]) -> Sequence[Call]:
-        return ExplainedCalls(logged, pcs, CodeFinder(self.symbolize, self.functions.at))
+        native = self._symbolizer.native_function
+        code = CodeFinder(self.symbolize, self.functions.at, native)
+        return ExplainedCalls(logged, pcs, code)
 
     @functools.cached_property
     def functions(self) -> FunctionIndex:

@@ -22,6 +22,7 @@ from bridge.sources.pcs import BlockTable, Location
 if TYPE_CHECKING:
     from bridge.sources.guest_kernel.lines import Lines
     from bridge.sources.guest_kernel.symbols import KernelSymbols
+    from bridge.sources.native.debug import Frame
     from bridge.sources.native.places import NativePlaces
 
 __all__ = [
@@ -125,6 +126,10 @@ class Symbolizer:
     def lookup(self, pc: PC) -> Location | None:
         """Return the location of a PC, or of any other address of its slot; None if unknown."""
         return self._table.lookup(pc)
+
+    def native_function(self, pc: PC) -> Frame | None:
+        """Return the innermost function of a native program that a PC belongs to, or None."""
+        return self._native.innermost(pc) if self._native is not None else None
 
     def text(self, pc: PC) -> str | None:
         """Return the printed location of a PC; None for an unknown one."""

@@ -15,9 +15,10 @@ class HostCode:
     """Code of the target that ran for a call.
 
     Attributes:
-        file: its name as in the coverage files.
+        file: its name as in the coverage files; for native code as its compiler wrote it, or the
+            module's name without debug information.
         function: the name as ``__qualname__`` has it, without ``<locals>``; "" for code of the
-            module or of a class.
+            module or of a class. For native code the innermost function, "" if it is not known.
         lines: numbers of the covered lines, sorted.
         thread: the thread of the target that ran it last for the call; None if that is not known.
     """

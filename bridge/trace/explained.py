@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import overload
 
 from bridge.device.calls import LoggedCall, LoggedCalls
+from bridge.sources.native.debug import Frame
 from bridge.sources.pcs import SYSCALL_FILE, Location
 from bridge.trace.arguments import arguments_text
 from bridge.trace.call import Call, HostCode, HostThread
@@ -40,15 +41,18 @@ class CodeFinder:
         symbolize: returns the location of a PC of the target, the text for one of the guest's
             kernel, or None.
         function_at: returns the function of a line of a file.
+        native: returns the function of a PC of a native program, or None.
     """
 
     def __init__(
         self,
         symbolize: Callable[[int], Location | str | None],
         function_at: Callable[[str, int], str],
+        native: Callable[[int], Frame | None] = lambda pc: None,
     ) -> None:
         self._symbolize = symbolize
         self._function_at = function_at
+        self._native = native
         self._known: dict[int, HostCode | str | None] = {}
 
     def find(
@@ -77,6 +81,8 @@ class CodeFinder:
         return host, tuple(kernel)
 
     def _look_up(self, pc: int) -> HostCode | str | None:
+        if (frame := self._native(pc)) is not None:
+            return HostCode(frame.file, frame.function, (frame.line,) if frame.line else ())
         place = self._symbolize(pc)
         if isinstance(place, str):
             return kernel_function(place)

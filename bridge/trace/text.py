@@ -70,7 +70,7 @@ def host_text(host: Sequence[HostCode], threads: bool | None = None) -> str:
     names = _short({code.file: None for code in host})
     for code in host:
         lines = ranges_text(code.lines)
-        text = f"{code.function} {lines}" if code.function else lines
+        text = " ".join(part for part in (code.function, lines) if part)
         by_thread.setdefault(code.thread, {}).setdefault(code.file, []).append(text)
     if threads is None:
         threads = len(by_thread) > 1

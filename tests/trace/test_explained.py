@@ -14,10 +14,12 @@ import pytest
 from bridge.device.abi import CALL_WORDS_BITS, CallFlag, CallLogWord, CallWord
 from bridge.device.calls import CallBook, CallLog
 from bridge.device.region import Region
+from bridge.sources.native.debug import Frame
 from bridge.sources.pcs import BlockTable, Location, syscall_pc
 from bridge.sources.python.functions import FunctionIndex, functions_of
 from bridge.trace import HostCode
 from bridge.trace.explained import CodeFinder, ExplainedCalls, kernel_function
+from bridge.trace.text import host_text
 
 SOURCE = """\
 def outer(x):
@@ -138,3 +140,13 @@ def test_function_index_has_the_innermost_function() -> None:
 
 def json_decoder() -> str:
     return json.decoder.__file__
+
+
+def test_code_finder_names_functions_of_native_programs() -> None:
+    frames = {8: Frame("serve", "/src/a.c", 7, 3), 24: Frame("serve", "/src/a.c", 9, 1)}
+    frames[40] = Frame("start", "/src/b.s", 0, 0)
+    finder = CodeFinder(lambda pc: "vfs_read+0x10" if pc == 1 else None, lambda *_: "", frames.get)
+    host, kernel = finder.find([24, 1, 8, 40])
+    assert kernel == ("vfs_read",)
+    assert host == (HostCode("/src/a.c", "serve", (7, 9)), HostCode("/src/b.s", "start", ()))
+    assert host_text(host) == "a.c: serve 7, 9; b.s: start"

@@ -42,6 +42,17 @@ class NativePlaces:
         symbols = self._symbols_of(module) if address else None
         return symbols.frames(address) if symbols is not None else []
 
+    def innermost(self, pc: PC) -> Frame | None:
+        """Return the innermost function that a PC belongs to; None for an unknown PC.
+
+        Without debug information its file is the module's name, and its line is 0.
+        """
+        found = self.table.lookup(pc)
+        if found is None:
+            return None
+        frames = self.frames(*found)
+        return frames[0] if frames else Frame("", found[0].name, 0, 0)
+
     def text(self, pc: PC, prefix: str = "") -> str | None:
         """Return the place of a PC, or of any other address of its slot; None for an unknown one.
 
