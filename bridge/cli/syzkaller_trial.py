@@ -15,9 +15,10 @@ from pathlib import Path
 from bridge.cli.syzkaller_directory import Campaign, Trial, public_key
 from bridge.cli.syzkaller_guest import set_up
 from bridge.cli.syzkaller_sandbox import look
-from bridge.errors import BridgeError, MissingDependencyError
+from bridge.errors import BridgeError, InfrastructureError, MissingDependencyError
 from bridge.results.kernel_object import write_kernel_object
 from bridge.session.session import Session
+from bridge.sources.guest_kernel import SYMBOLS_FILE
 
 __all__ = ["KERNEL_OBJECT", "try_guest"]
 
@@ -48,18 +49,37 @@ def try_guest(directory: Path, campaign: Campaign) -> Trial:
             if campaign.settings.target != "none":
                 offer = look(session.guest, session.target)
             set_up(session, campaign, public_key(directory))
-            if session.kernel is not None:
+            recorded = session.kernel is not None
+            if recorded:
                 _load_all_modules(session)
-        return Trial(_make_object(Path(part), directory / KERNEL_OBJECT), offer)
+        made = _make_object(Path(part), directory / KERNEL_OBJECT, kernel=recorded)
+        return Trial(made, offer)
 
 
-def _make_object(part: Path, directory: Path) -> Path | None:
+def _make_object(part: Path, directory: Path, *, kernel: bool) -> Path | None:
+    """Make ``kernel_obj`` of what the guest has left; return None if there is nothing to show.
+
+    Args:
+        kernel: the kernel was recorded, so the names of its functions are there.
+
+    Raises:
+        InfrastructureError: they are missing, or the object cannot be written.
+    """
+    if kernel and not (part / SYMBOLS_FILE).is_file():
+        # The session has said why.
+        raise InfrastructureError(
+            f"{directory} cannot be made: {SYMBOLS_FILE} was not saved",
+            hint="does the disk have room left?",
+        )
     try:
         shown = write_kernel_object(part, directory)
     except MissingDependencyError as error:
         logger.warning("the manager's /cover will show nothing: %s", error.report())
         return None
     if not shown:
+        logger.warning(
+            "the manager's /cover will show nothing: neither the kernel nor a target is recorded"
+        )
         return None
     logger.info("the manager's /cover shows %s", shown)
     return directory

@@ -34,6 +34,7 @@ from bridge.cli.syzkaller_descriptions import (
 from bridge.cli.syzkaller_directory import COVERAGE, Campaign, PinnedImage, public_key
 from bridge.cli.syzkaller_guest import GUESTS_FILE, _Machine
 from bridge.cli.syzkaller_sandbox import INPUTS, mount_points, show_script
+from bridge.cli.syzkaller_trial import KERNEL_OBJECT, _make_object
 from bridge.config import Settings
 from bridge.device.abi import KCOV_CMP_CONST, KCOV_CMP_SIZE
 from bridge.errors import ImageError, InfrastructureError, UsageError
@@ -305,6 +306,15 @@ def test_full_disk_keeps_what_the_guest_left_and_says_so(
     other.mkdir()
     machine._keep(Stats(), other, results, time.time(), "")
     assert len((results / BLOCKS_FILE).read_text().splitlines()) == 2
+
+
+def test_kernel_object_symbols_were_not_saved_is_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(InfrastructureError, match=r"kernel-symbols.tsv was not saved"):
+        _make_object(tmp_path, tmp_path / KERNEL_OBJECT, kernel=True)
+    assert _make_object(tmp_path, tmp_path / KERNEL_OBJECT, kernel=False) is None
+    assert "/cover will show nothing" in caplog.text
 
 
 class Manager:
