@@ -272,7 +272,7 @@ class _Server:
 
     def _prepare(self, session: Session) -> None:
         guest, wanted = session.guest, self._provisions
-        load_modules(guest, wanted.modules)
+        load_modules(guest, wanted.modules, "--module names")
         for file in wanted.files:
             parent = str(Path(file.remote).parent)
             guest.run(["mkdir", "-p", "--", parent], check=True)
@@ -289,10 +289,8 @@ class _Server:
         write = self._streams.write_err
         done = guest.run(command, stdout=write, stderr=write)
         if done.exit_status:
-            raise GuestSetupError(
-                f"{setup} failed in the guest (exit status {done.exit_status})",
-                evidence=(done.stdout + done.stderr)[-4096:].decode(errors="replace"),
-            )
+            # What it printed is on stderr already.
+            raise GuestSetupError(f"{setup} failed in the guest (exit status {done.exit_status})")
 
     def _hold(self, session: Session) -> BridgeError:
         """Wait until the guest is lost; return why."""

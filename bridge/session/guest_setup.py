@@ -28,8 +28,11 @@ _IMAGE_HINT = (
 )
 
 
-def load_modules(guest: Guest, modules: Sequence[str]) -> None:
+def load_modules(guest: Guest, modules: Sequence[str], who: str = "the target needs") -> None:
     """Load kernel modules in the guest.
+
+    Args:
+        who: wants them, for an error: "MODULE, which …".
 
     Raises:
         GuestSetupError: the image lacks one, or the kernel refuses it.
@@ -41,7 +44,7 @@ def load_modules(guest: Guest, modules: Sequence[str]) -> None:
         said = (result.stdout + result.stderr).decode(errors="replace")
         if "not found in directory" in said:
             raise GuestSetupError(
-                f"the guest's image has no kernel module {module}, which the target needs",
+                f"the guest's image has no kernel module {module}, which {who}",
                 evidence=said,
                 hint=_IMAGE_HINT.format(option="--module", names=module),
             )

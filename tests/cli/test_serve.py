@@ -89,6 +89,26 @@ def test_serve_guest_is_killed_comes_back_on_its_port_and_nothing_is_lost(tmp_pa
         assert "Accepted publickey" not in each.read_text(errors="replace")
 
 
+@pytest.mark.vm
+def test_serve_what_a_guest_needs_fails_ends_with_the_cause(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = guest_image()
+    setup = tmp_path / "setup"
+    setup.write_text("echo said; exit 3\n")
+    words = ["serve", "--image", image.name, "--target", "none", "--source", "python"]
+    words += ["--out", str(tmp_path / "out")]
+    assert main([*words, "--guest-setup", str(setup)]) == 125
+    said = capsys.readouterr().err
+    assert f"{setup} failed in the guest (exit status 3)" in said
+    # Once: it was shown as it came.
+    assert said.count("said\n") == 1
+    assert main([*words, "--module", "no_such"]) == 125
+    said = capsys.readouterr().err
+    assert "no kernel module no_such, which --module names" in said
+    assert "kcov-bridge image build --module no_such" in said
+
+
 @pytest.mark.parametrize("port", ["-1", "65536", "ssh"])
 def test_serve_impossible_port_is_refused(
     port: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
