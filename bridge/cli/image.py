@@ -114,8 +114,8 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
         "--recipe",
         "--suite",
         metavar="RECIPE",
-        help="recipe to build the image from: bookworm, trixie, sid, or a file PATH.toml "
-        "of your own (default: the recipe that "
+        help="recipe to build the image from: bookworm, trixie, sid, syzkaller, or a file "
+        "PATH.toml of your own (default: the recipe that "
         f"the setting `image` names, or {DEFAULT_RECIPE})",
     )
     command.add_argument(

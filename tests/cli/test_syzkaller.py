@@ -213,6 +213,12 @@ def managers(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
             process = subprocess.Popen([program, "600"])
             stack.callback(process.wait)
             stack.callback(process.kill)
+            # The kernel names a process a moment after its parent goes on.
+            name = Path(f"/proc/{process.pid}/comm")
+            deadline = time.monotonic() + 30
+            while name.read_text() != "syz-manager\n":
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
             return process
 
         yield start

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import ROOT, sources
+from tests.support.native import CARGO, needs_cargo
 
 pytestmark = pytest.mark.vm
 
@@ -31,8 +32,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(EXAMPLES, tmp_path_factory.mktemp("copy") / "examples"))
 
 
-def _shell(block: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+def _shell(block: str, cwd: Path, *places: Path) -> subprocess.CompletedProcess[str]:
+    """Run a block of a page; ``places`` come first on its PATH."""
+    path = os.pathsep.join(
+        [*map(str, places), str(Path(sys.executable).parent), os.environ["PATH"]]
+    )
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block],
         cwd=cwd,
@@ -64,6 +68,15 @@ def test_example_target_is_covered_by_a_guest_that_uses_it(directory: Path) -> N
     assert any(line.startswith("key_value.py:") for line in lines)
 
 
+@needs_cargo
+def test_example_server_in_rust_is_covered_by_a_guest_that_uses_it(directory: Path) -> None:
+    done = _shell(_block_that_has("native_rust"), directory, Path(str(CARGO)).parent)
+    assert "42" in done.stdout.splitlines()
+    symbolized = _shell("kcov-bridge symbolize <build/run/pcs.txt", directory)
+    assert "main.rs:" in symbolized.stdout
+    assert "lines::add" in symbolized.stdout
+
+
 def test_example_sensor_is_read_through_its_driver(directory: Path) -> None:
     done = _shell(_block_that_has("lm75_target"), directory)
     assert done.stdout.splitlines()[0].isdecimal()
@@ -89,7 +102,7 @@ def test_example_script_tells_what_each_command_reached_first(directory: Path) -
 
 
 def test_example_commands_are_all_run_by_these_tests() -> None:
-    assert len(_blocks(EXAMPLES / "README.md", "sh")) == 6
+    assert len(_blocks(EXAMPLES / "README.md", "sh")) == 7
     page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\w+\.(?:py|c)\b", page))
     assert named == {path.name for path in sources() if path.parent == EXAMPLES} - {"README.md"}

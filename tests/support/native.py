@@ -15,7 +15,9 @@ from bridge.sources import PC
 from bridge.sources.native.build import build_runtime
 from bridge.sources.native.source import NativeSource
 
-__all__ = ["DATA", "GUARDS", "build", "functions", "lines", "needs_clang", "run"]
+__all__ = [
+    *("CARGO", "DATA", "GUARDS", "build", "functions", "lines", "needs_cargo", "needs_clang", "run")
+]
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "native"
 GUARDS = ("-fsanitize-coverage=trace-pc-guard,pc-table",)
@@ -23,6 +25,20 @@ GUARDS = ("-fsanitize-coverage=trace-pc-guard,pc-table",)
 needs_clang = pytest.mark.skipif(
     shutil.which("clang") is None, reason="clang is missing: apt-get install clang"
 )
+
+
+def _find_cargo() -> str | None:
+    """Return a cargo that runs: rustup leaves one that does not where it has no tool chain."""
+    for place in (None, str(Path.home() / ".cargo" / "bin"), "/usr/bin"):
+        cargo = shutil.which("cargo", path=place)
+        if cargo and not subprocess.run([cargo, "--version"], capture_output=True).returncode:
+            return cargo
+    return None
+
+
+CARGO = _find_cargo()
+
+needs_cargo = pytest.mark.skipif(CARGO is None, reason="no cargo runs: apt-get install cargo")
 
 
 def build(

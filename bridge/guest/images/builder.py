@@ -288,9 +288,14 @@ class _Builder:
             build_root = _BuildRoot(temporary / "build-root", commands)
             self._make_build_root(build_root, temporary, commands)
             release, version = self._unpack_kernel(build_root, temporary)
+            tree = build_root.root / "kernel" / "lib" / "modules" / release
+            wanted = (*self.recipe.boot_modules, *self.recipe.modules)
+            made = {_module_name(source) for source in self.recipe.source_modules}
+            # Before the compiler runs, so that a misspelt name costs no more time than it must.
+            _Modules(tree).require(name for name in wanted if _module_name(name) not in made)
             self._build_source_modules(build_root, release)
-            modules = _Modules(build_root.root / "kernel" / "lib" / "modules" / release)
-            modules.require((*self.recipe.boot_modules, *self.recipe.modules))
+            modules = _Modules(tree)
+            modules.require(wanted)
             ModulePlacement(modules.text_sizes()).save(temporary / "modules.json")
             self._make_boot_archive(build_root, modules, temporary)
             packages = self._make_root(build_root, modules, release, temporary, commands)

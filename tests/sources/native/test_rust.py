@@ -15,12 +15,11 @@ import pytest
 from bridge.sources.native.build import build_runtime
 from bridge.sources.native.source import NativeSource
 from bridge.targets.program import listens
-from tests.support.native import functions
+from tests.support.native import CARGO, functions, needs_cargo
 
 ROOT = Path(__file__).resolve().parents[3]
-CARGO = shutil.which("cargo") or shutil.which("cargo", path=str(Path.home() / ".cargo" / "bin"))
 
-pytestmark = pytest.mark.skipif(CARGO is None, reason="cargo is missing: apt-get install cargo")
+pytestmark = needs_cargo
 
 
 @pytest.fixture(name="program", scope="module")
