@@ -257,7 +257,7 @@ def prepare(
 def _describe_target(
     directory: Path, checkout: Path, campaign: Campaign, offer: Offer | None
 ) -> str:
-    """Write what guests reach of the target; return the description, "" if there is none."""
+    """Write a description of what guests reach of the target; return it, or "" without a target."""
     if offer is None:
         return ""
     files = {DESCRIPTION_FILE: description(offer), CONST_FILE: constants()}
@@ -321,7 +321,7 @@ def _check_kernel(directory: Path, image: PinnedImage) -> None:
     try:
         before = Campaign.load(directory).image
     except UsageError:
-        # The remains of a version that did not say so.
+        # An older version, whose campaign.json does not name the image, left these results.
         return
     if before.kernel != image.kernel:
         raise UsageError(

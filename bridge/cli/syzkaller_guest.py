@@ -209,7 +209,7 @@ def set_up(session: Session, campaign: Campaign, key: str) -> None:
     lines = [f"echo {value} > /proc/sys/kernel/{name}\n" for name, value in values.items()]
     # An image of one's own may lack some: their features are off then.
     lines += [f"modprobe -q {module} || true\n" for module in _MODULES]
-    # syz_usb_connect of each program has a controller of its own; 32 are the most.
+    # Each program that calls syz_usb_connect uses its own controller; there are 32 at most.
     lines += [f"modprobe -q dummy_hcd num={min(campaign.procs, 32)} || true\n"]
     # All of a kernel's own is built in: it need not start modprobe for each name.
     lines += ["[ -d /lib/modules/$(uname -r)/kernel ] || echo >/proc/sys/kernel/modprobe\n"]
