@@ -33,10 +33,22 @@ def programs() -> dict[str, Path]:
     return {name: guest_program(HERE / f"{name}.c") for name in ("executor", "eight")}
 
 
-@pytest.fixture(scope="module", params=[1, SEVERAL_CPUS], ids=["1cpu", "several-cpus"])
+def sessions(attribution: str) -> pytest.MarkDecorator:
+    """Run a test with one and with several processors."""
+    return pytest.mark.parametrize(
+        "session",
+        [(1, attribution), (SEVERAL_CPUS, attribution)],
+        ids=["1cpu", "several-cpus"],
+        indirect=True,
+        scope="module",
+    )
+
+
+@pytest.fixture(scope="module")
 def session(request: pytest.FixtureRequest, programs: dict[str, Path]) -> Iterator[Session]:
+    cpus, attribution = request.param
     with bridge.boot(
-        target="plan9", source="python", syscall_pcs=True, cpus=request.param
+        target="plan9", source="python", syscall_pcs=True, cpus=cpus, attribution=attribution
     ) as session:
         for name, program in programs.items():
             session.put(program, f"/tmp/{name}", 0o755)
@@ -61,6 +73,7 @@ def assert_nothing_is_left(session: Session) -> None:
     assert device.totals.dropped == 0
 
 
+@sessions("call")
 def test_an_executor(session: Session) -> None:
     result = session.run(f"/tmp/executor --remote --dir {MOUNT} {CALLS}", timeout=120 + CALLS / 50)
     assert result.exit_status == 0, result.stderr.decode()
@@ -74,6 +87,8 @@ def test_an_executor(session: Session) -> None:
     assert_nothing_is_left(session)
 
 
+# By call a thread is given what was covered during its own calls, not what its neighbours did.
+@sessions("all")
 def test_eight_instances_are_all_given_everything(session: Session) -> None:
     last = syscall_pc(SYSCALL_SLOTS - 1)
     assert last is not None
