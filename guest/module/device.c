@@ -426,10 +426,12 @@ static void kb_instance_detach(struct kb_instance *inst)
  * @bridge: the device; its files are gone
  *
  * Current requests end first. Later ones fail with ENODEV.
+ *
+ * Return: how many there were.
  */
-void kb_instances_detach(struct kb_bridge *bridge)
+unsigned int kb_instances_detach(struct kb_bridge *bridge)
 {
-	unsigned int slot;
+	unsigned int slot, detached = 0;
 
 	/* From here on no instance is made, nor for a task that is followed. */
 	spin_lock(&bridge->slots_lock);
@@ -452,7 +454,9 @@ void kb_instances_detach(struct kb_bridge *bridge)
 		}
 		kb_instance_detach(inst);
 		kref_put(&inst->ref, kb_instance_free);
+		detached++;
 	}
 	/* Wait for writes through the old pointer to a hidden flag. */
 	synchronize_rcu();
+	return detached;
 }

@@ -415,7 +415,7 @@ extern const struct file_operations kb_device_fops;
 
 struct kb_instance *kb_instance_new(struct kb_bridge *bridge, struct address_space *mapping);
 void kb_instance_free(struct kref *ref);
-void kb_instances_detach(struct kb_bridge *bridge);
+unsigned int kb_instances_detach(struct kb_bridge *bridge);
 
 /* wire.c */
 

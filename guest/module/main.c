@@ -233,6 +233,7 @@ put:
 static void kb_remove(struct pci_dev *pdev)
 {
 	struct kb_bridge *bridge = pci_get_drvdata(pdev);
+	unsigned int detached;
 
 	/* From here on the device cannot be opened. */
 	debugfs_remove(bridge->host_file);
@@ -240,7 +241,9 @@ static void kb_remove(struct pci_dev *pdev)
 	debugfs_remove(bridge->device_file);
 	misc_deregister(&kb_misc);
 	kb_wires_stop();
-	kb_instances_detach(bridge);
+	detached = kb_instances_detach(bridge);
+	if (detached)
+		pci_warn(pdev, "removed: the %u open instances trace nothing more\n", detached);
 	kb_hooks_remove();
 	kb_calls_stop(bridge);
 	kb_watch_stop(bridge);

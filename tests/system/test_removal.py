@@ -91,6 +91,8 @@ def test_removal_under_kcov_exec_ends_the_command_as_usual(guest: Session) -> No
         timeout=60,
     )
     assert "State:" in done.text
+    said = guest.run("dmesg | grep -F 'removed: the 1 open instances trace nothing more'")
+    assert said.exit_status == 0
     guest.guest.run("echo 1 >/sys/bus/pci/rescan", check=True)
     assert guest.run("kcov-doc").exit_status == 0
 
