@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         http=args.http,
         only_target=args.only_target,
     )
-    words = prepare(args.directory, args.syzkaller, campaign, try_guest)
+    words = prepare(args.directory, args.syzkaller, campaign, try_guest, start=args.start)
     if args.start:
         args.streams.err.flush()
         os.execv(words[0], words)

@@ -195,15 +195,19 @@ def prepare(
     checkout: Path,
     campaign: Campaign,
     try_guest: Callable[[Path, Campaign], Trial],
+    *,
+    start: bool = False,
 ) -> list[str]:
     """Make the directory, or bring it up to date; return the command that starts the manager.
 
     Args:
         try_guest: boots a guest and looks at it.
+        start: the manager is started at once, so that it must know the calls that it is told of.
 
     Raises:
-        UsageError: the checkout is too old or not built, the machine has too little memory, or a
-            manager runs in the directory.
+        UsageError: the checkout is too old or not built, or does not know the calls that reach
+            the target while nothing else is to be called; the machine has too little memory; or
+            a manager runs in the directory.
         BridgeError: no guest can be started.
     """
     checkout = checkout.expanduser().absolute()
@@ -242,21 +246,21 @@ def prepare(
         stand_in.chmod(0o755)
         campaign.save(directory)
         trial = try_guest(directory, campaign)
-        text = _describe_target(directory, checkout, campaign, trial.offer)
+        text = _describe_target(directory, campaign, trial.offer)
         config = _manager_config(directory, checkout, campaign, accelerator.name)
         if campaign.only_target:
             config["enable_syscalls"] = [*calls_in(text), "close"]
         if trial.kernel_object is not None:
             config["kernel_obj"] = str(trial.kernel_object)
         write_atomically(directory / "manager.cfg", json.dumps(config, indent=1) + "\n")
+        if text and not _knows(checkout, directory):
+            _tell(checkout, directory, refuse=start and campaign.only_target)
     except OSError as error:
         raise InfrastructureError(f"{directory} cannot be used: {error}") from error
     return [str(checkout / _PROGRAMS[0]), f"-config={directory / 'manager.cfg'}"]
 
 
-def _describe_target(
-    directory: Path, checkout: Path, campaign: Campaign, offer: Offer | None
-) -> str:
+def _describe_target(directory: Path, campaign: Campaign, offer: Offer | None) -> str:
     """Write a description of what guests reach of the target; return it, or "" without a target."""
     if offer is None:
         return ""
@@ -266,14 +270,30 @@ def _describe_target(
     if not offer:
         logger.warning("the target %s offers nothing to programs", campaign.settings.target)
         return ""
-    there = checkout / "sys" / "linux"
-    if any(_text_of(there / name) != text for name, text in files.items()):
-        logger.warning(
-            "syzkaller does not know the target yet; to tell it: "
-            "cp %s/kcov_bridge.txt* %s && make -C %s manager executor execprog",
-            *(shlex.quote(str(path)) for path in (directory, there, checkout)),
-        )
     return files[DESCRIPTION_FILE]
+
+
+def _knows(checkout: Path, directory: Path) -> bool:
+    """Return whether the checkout was built with the description in the directory."""
+    built = (checkout / _PROGRAMS[0]).stat().st_mtime
+    for name in (DESCRIPTION_FILE, CONST_FILE):
+        copy = checkout / "sys" / "linux" / name
+        if _text_of(copy) != _text_of(directory / name) or copy.stat().st_mtime > built:
+            return False
+    return True
+
+
+def _tell(checkout: Path, directory: Path, *, refuse: bool) -> None:
+    """Say how syzkaller gets to know the target; an error if it must know it now."""
+    problem = "syzkaller does not know the target yet"
+    way = "cp {}/kcov_bridge.txt* {} && make -C {} manager executor execprog".format(
+        *(shlex.quote(str(path)) for path in (directory, checkout / "sys" / "linux", checkout))
+    )
+    if refuse:
+        raise UsageError(
+            f"{problem}, and is to call nothing else", hint=f"to tell it, and start again: {way}"
+        )
+    logger.warning("%s; to tell it: %s", problem, way)
 
 
 def _text_of(path: Path) -> str | None:

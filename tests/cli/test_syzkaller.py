@@ -25,13 +25,14 @@ import pytest
 from bridge.cli.main import main
 from bridge.cli.syzkaller_claim import claim, manager_of
 from bridge.cli.syzkaller_descriptions import (
+    CONST_FILE,
     DESCRIPTION_FILE,
     Device,
     Offer,
     constants,
     description,
 )
-from bridge.cli.syzkaller_directory import COVERAGE, Campaign, PinnedImage, public_key
+from bridge.cli.syzkaller_directory import COVERAGE, Campaign, PinnedImage, _knows, public_key
 from bridge.cli.syzkaller_guest import GUESTS_FILE, _Machine
 from bridge.cli.syzkaller_sandbox import INPUTS, mount_points, show_script
 from bridge.cli.syzkaller_trial import KERNEL_OBJECT, _make_object
@@ -143,6 +144,23 @@ def test_description_many_files_names_those_near_the_root() -> None:
     (line,) = re.findall(r"^kcov_bridge_path = (.*)$", text, re.MULTILINE)
     assert line.startswith(f'"{INPUTS}/target", "{INPUTS}/target/deep", ')
     assert line.count(",") == 199
+
+
+def test_target_is_known_to_a_checkout_that_was_built_with_its_description(tmp_path: Path) -> None:
+    there = checkout(tmp_path / "s") / "sys" / "linux"
+    there.mkdir(parents=True)
+    for name in (DESCRIPTION_FILE, CONST_FILE):
+        (tmp_path / name).write_text(name)
+    assert not _knows(tmp_path / "s", tmp_path)
+    for name in (DESCRIPTION_FILE, CONST_FILE):
+        shutil.copy(tmp_path / name, there)
+        os.utime(there / name, (1e9, 1e9))
+    assert _knows(tmp_path / "s", tmp_path)
+    os.utime(tmp_path / "s" / _BUILT[0], (1e8, 1e8))
+    assert not _knows(tmp_path / "s", tmp_path)
+    os.utime(tmp_path / "s" / _BUILT[0])
+    (there / CONST_FILE).write_text("of another target")
+    assert not _knows(tmp_path / "s", tmp_path)
 
 
 def test_mounts_of_the_target_are_shown_in_order() -> None:
@@ -422,7 +440,10 @@ def test_syzkaller_guests_are_killed_and_panic_results_of_all_are_merged(
     said = capsys.readouterr()
     started = said.out.split()
     assert started == [f"{tmp_path}/s/bin/syz-manager", f"-config={directory}/manager.cfg"]
-    assert f"cp {directory}/kcov_bridge.txt* {tmp_path}/s/sys/linux" in said.err
+    way = f"cp {directory}/kcov_bridge.txt* {tmp_path}/s/sys/linux"
+    assert way in said.err
+    assert main([*words, "--panic-on-warn", "--only-target", "--start"]) == 2
+    assert way in capsys.readouterr().err
     offered = (directory / DESCRIPTION_FILE).read_text()
     assert '"/syz-inputs/target/README"' in offered
     assert f"port\tconst[{GUEST_PORT}, int16be]" in offered
