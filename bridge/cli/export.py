@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if args.format == _ELF:
         if args.output == "-":
             raise UsageError(
-                "an ELF object has up to 240 MiB, nearly all of it a hole, so it needs a file",
+                "an ELF object has up to 500 MiB, nearly all of it a hole, so it needs a file",
                 hint="name a file with -o; syzkaller wants the name vmlinux",
             )
         write_elf(find_run(args.run), Path(args.output))

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """An ELF object for synthetic PCs, so that programs that read DWARF show the target's source.
 
-Each block is a call of ``__sanitizer_cov_trace_pc`` that ends at the block's PC, as the compiler of
-a kernel with kcov places them; all 16 addresses of the block's slot have its line. Each source file
+Blocks of Python and of native programs (:mod:`bridge.results.compile_units`) are treated alike.
+Each is a call of ``__sanitizer_cov_trace_pc`` that ends at the block's PC, as the compiler of a
+kernel with kcov places them; all 16 addresses of the block's slot have its line. Each source file
 is a compile unit with a line table of its own (the assembler's ``.loc`` makes one for the whole
 object, which a reader would go through for each unit). A function of the source is a symbol for
 each run of its blocks: where an inner function lies between, a second symbol has ``.2`` at its end.
+A native function that is inlined is an entry of its own in the function around it.
 
 All calls are in one section ``.text``, because syzkaller looks nowhere else. It spans the space of
-synthetic PCs and is a hole of the file where no block is. Functions of the guest's kernel are
-symbols of sections without content, at their canonical addresses.
+synthetic PCs from the first block on, and is a hole of the file where no block is. Functions of the
+guest's kernel are symbols of sections without content, at their canonical addresses.
 """
 
 from __future__ import annotations
 
-import ast
 import logging
 import shutil
 import subprocess
@@ -24,33 +25,25 @@ from itertools import groupby
 from pathlib import Path
 from typing import Final
 
-from bridge.errors import InfrastructureError, MissingDependencyError, SourceError, UsageError
-from bridge.results.report.host import COVERAGE_FILE, find_paths, measured_files
-from bridge.results.run_directory import load_blocks
+from bridge.errors import InfrastructureError, MissingDependencyError, UsageError
+from bridge.results.compile_units import (
+    CompileUnit,
+    PlacedBlock,
+    native_units,
+    python_units,
+    system_call_units,
+)
 from bridge.sources import PC
 from bridge.sources.guest_kernel import SYMBOLS_FILE
 from bridge.sources.guest_kernel.symbols import KernelSymbols, Symbol
-from bridge.sources.pcs import (
-    PC_BASE,
-    SLOT_BYTES,
-    SYSCALL_FILE,
-    SYSCALL_SLOTS,
-    BlockTable,
-    syscall_pc,
-)
-from bridge.sources.python.blocks import decode_source
-from bridge.sources.symbolize import BLOCKS_FILE
-from bridge.trace.names import system_calls
+from bridge.sources.pcs import PC_BASE, SLOT_BYTES, SYSCALL_SLOTS
 from bridge.util.files import atomic_output, cannot_write
 from bridge.util.packages import apt_line
 
 __all__ = [
     "CALLBACK",
-    "CompileUnit",
     "KernelText",
     "Names",
-    "PlacedBlock",
-    "compile_units",
     "kernel_symbols",
     "kernel_texts",
     "line_table",
@@ -81,95 +74,26 @@ _SLOT_CODE: Final = f"""\
 # PCs without a call: those of the guest's kernel. A text with "gcc" and no version counts as one.
 _COMMENT: Final = "made by kcov-bridge, not by gcc: the kernel's functions have no calls of kcov"
 
-# DWARF 4. Compile units with and without DW_AT_comp_dir, and functions: tag, children, then pairs
-# of attribute and form.
+# DWARF 4. Compile units with and without DW_AT_comp_dir, functions without and with others inlined
+# into them, and inlined ones: tag, children, then pairs of attribute and form.
 _ABBREVIATIONS: Final = """\
 \t.section .debug_abbrev,"",@progbits
 \t.uleb128 1,0x11,1, 0x13,0x05, 0x03,0x08, 0x1b,0x08, 0x11,0x01, 0x12,0x07, 0x10,0x17, 0,0
 \t.uleb128 2,0x11,1, 0x13,0x05, 0x03,0x08, 0x11,0x01, 0x12,0x07, 0x10,0x17, 0,0
 \t.uleb128 3,0x2e,0, 0x03,0x08, 0x11,0x01, 0x12,0x07, 0x3a,0x0f, 0x3b,0x0f, 0,0
+\t.uleb128 4,0x2e,1, 0x03,0x08, 0x11,0x01, 0x12,0x07, 0x3a,0x0f, 0x3b,0x0f, 0,0
+\t.uleb128 5,0x1d,1, 0x03,0x08, 0x11,0x01, 0x12,0x07, 0x58,0x0f, 0x59,0x0f, 0x57,0x0f, 0,0
 \t.byte 0
 """
 _LANGUAGE_PYTHON: Final = 0x14
+_LANGUAGE_C: Final = 0x0C
+"""DW_LANG_C99, for native code of all languages: names are as a reader is to show them."""
 
 _PIECE: Final = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
-class PlacedBlock:
-    """A block: its PC, line and column, and the function that it belongs to."""
-
-    pc: PC
-    line: int
-    column: int
-    function: str
-    """Dotted, from the top-level package."""
-    function_line: int
-
-
-@dataclass(frozen=True, slots=True)
-class CompileUnit:
-    """A source file with its blocks, at consecutive slots."""
-
-    name: str
-    """The path below ``directory``."""
-    directory: str
-    """Absolute; empty if the file was not found."""
-    blocks: tuple[PlacedBlock, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Code:
-    """A function or class of a source: its dotted name and the lines of its body."""
-
-    name: str
-    line: int
-    first: int
-    last: int
-
-
-def compile_units(run: Path) -> tuple[list[CompileUnit], list[CompileUnit]]:
-    """Return the source files of a run's target, and system calls, as compile units.
-
-    A source that is missing has lines but no functions; a source that is newer than the run may
-    have others. Both are said in a warning.
-
-    Raises:
-        UsageError: the run has no block table, or no block.
-        SourceError: the table is damaged.
-    """
-    table = load_blocks(run)
-    if not len(table):
-        raise UsageError(
-            f"{run / BLOCKS_FILE} has no block",
-            hint="run with a target of Python; see docs/targets.md",
-        )
-    data = run / COVERAGE_FILE
-    paths = find_paths(table.files, measured_files([data]) if data.is_file() else ())
-    written = (run / BLOCKS_FILE).stat().st_mtime
-    units, missing, newer = [], [], []
-    for name in table.files:
-        path = Path(paths[name])
-        try:
-            text = path.read_bytes()
-            if path.stat().st_mtime > written:
-                newer.append(name)
-        except OSError:
-            text = None
-            missing.append(name)
-        if unit := _unit(table, name, path, text):
-            units.append(unit)
-    for names, problem in (
-        (missing, "were not found: they have no functions, and relative paths"),
-        (newer, "were changed after the run: their functions may be others now"),
-    ):
-        if names:
-            _log.warning("%d source files %s (%s ...)", len(names), problem, names[0])
-    return units, _system_call_units()
-
-
 def write_elf(run: Path, output: Path) -> None:
-    """Write the object of a run's block table and kernel symbols, whole or not at all.
+    """Write the object of a run's blocks and kernel symbols, whole or not at all.
 
     Raises:
         UsageError: the run has no blocks of a target.
@@ -177,11 +101,18 @@ def write_elf(run: Path, output: Path) -> None:
         MissingDependencyError: there is no assembler or linker.
         InfrastructureError: they fail, or the file cannot be written.
     """
-    units, calls = compile_units(run)
+    units = [*python_units(run), *native_units(run)]
+    if not units:
+        raise UsageError(
+            f"{run} has no block of a target",
+            hint="name the directory of a finished run with --run, of a target in Python or of "
+            "native programs; see docs/targets.md",
+        )
+    every = [*system_call_units(), *units]
     path = run / SYMBOLS_FILE
     kernel = KernelSymbols.load(path) if path.is_file() else None
     texts = kernel_texts(kernel)
-    link(output, _assembly(calls + units, texts, kernel), _linker_script(calls + units, texts))
+    link(output, _assembly(every, texts, kernel), _linker_script(every, texts))
     blocks, status = sum(len(unit.blocks) for unit in units), output.stat()
     _log.info(
         "%d blocks of %d source files in %s: %.1f MiB, %.1f MiB of them on the disk",
@@ -210,69 +141,6 @@ def link(output: Path, assembly: Iterable[str], script: str) -> None:
             _copy_with_holes(linked, part)
     except OSError as error:
         raise cannot_write(output, error) from error
-
-
-def _unit(table: BlockTable, name: str, path: Path, text: bytes | None) -> CompileUnit | None:
-    """Return the unit of a file of the table; None if it has no block."""
-    file = table.file(name)
-    blocks = file.blocks() if file is not None else []
-    if file is None or not blocks:
-        return None
-    module = name.rpartition(".")[0].replace("/", ".").removesuffix(".__init__")
-    codes = _codes(text) if text is not None else []
-    owners: list[_Code | None] = [None] * (blocks[-1].end_line + 1)
-    # An inner function comes after the one that it lies in.
-    for code in codes:
-        for line in range(code.first, min(code.last + 1, len(owners))):
-            owners[line] = code
-    placed = []
-    for index, block in enumerate(blocks):
-        owner = owners[block.start_line]
-        function = f"{module}.{owner.name if owner else '<module>'}"
-        line = owner.line if owner else 1
-        pc = file.pc(index)
-        placed.append(PlacedBlock(pc, block.start_line, block.start_col, function, line))
-    directory = str(path).removesuffix(f"/{name}") if text is not None else ""
-    if directory == str(path):
-        # Found elsewhere, or named by its absolute path.
-        return CompileUnit(path.name, str(path.parent), tuple(placed))
-    return CompileUnit(name, directory, tuple(placed))
-
-
-def _codes(text: bytes) -> list[_Code]:
-    """Return the functions and classes of a source, outer ones first; none if it is no Python."""
-    try:
-        tree = ast.parse(decode_source(text))
-    except (SyntaxError, ValueError, RecursionError, SourceError):
-        return []
-    found = []
-    todo: list[tuple[ast.AST, str]] = [(tree, "")]
-    while todo:
-        node, prefix = todo.pop()
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            # The header belongs to the code around it.
-            first = min(
-                each.lineno for each in (node.body[0], *getattr(node.body[0], "decorator_list", []))
-            )
-            found.append(
-                _Code(f"{prefix}{node.name}", node.lineno, first, node.end_lineno or first)
-            )
-            prefix = f"{prefix}{node.name}."
-        todo += ((child, prefix) for child in ast.iter_child_nodes(node))
-    return sorted(found, key=lambda code: (code.first, -code.last))
-
-
-def _system_call_units() -> list[CompileUnit]:
-    """Return a unit for each run of numbers that Linux has, by number."""
-    units = []
-    known = sorted(system_calls().items())
-    for _, group in groupby(enumerate(known), key=lambda each: each[1][0] - each[0]):
-        blocks = []
-        for _, (number, call) in group:
-            if (pc := syscall_pc(number)) is not None:
-                blocks.append(PlacedBlock(pc, number, 1, f"syscall.{call.name}", number))
-        units.append(CompileUnit(SYSCALL_FILE, "", tuple(blocks)))
-    return units
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,30 +214,54 @@ def _unit_assembly(number: int, unit: CompileUnit, names: Names) -> Iterator[str
     """Yield code, symbols, debug information and line table of a source file."""
     first = unit.blocks[0].pc - _HALF
     size = len(unit.blocks) * SLOT_BYTES
+    files = {"": 1, unit.name: 1}
+    for block in unit.blocks:
+        for file in (block.file, *(each.call_file for each in block.inlined)):
+            files.setdefault(file, len(files))
     yield f'\t.section .text.{number},"ax",@progbits\n.Lt{number}:\n'
     yield f"\t.rept {len(unit.blocks)}\n{_SLOT_CODE}\t.endr\n"
-    functions = []
+    entries = []
     for (name, line), group in groupby(
-        unit.blocks, lambda each: (each.function, each.function_line)
+        unit.blocks,
+        lambda each: (each.function, each.function_line if unit.is_python else 0),
     ):
         run = list(group)
         start, extent = run[0].pc - _HALF, len(run) * SLOT_BYTES
         label = names.quoted(name)
         yield f"\t.set {label},.Lt{number}+{start - first}\n"
         yield f"\t.type {label},@function\n\t.size {label},{extent}\n"
-        functions.append((name, line, start, extent))
-    yield unit_entry(number, unit.name, unit.directory, _LANGUAGE_PYTHON, first, size)
-    for name, line, start, extent in functions:
-        yield f"\t.uleb128 3\n{_string(name)}\t.8byte {start:#x},{extent}\n\t.uleb128 1,{line}\n"
-    yield line_table(number, unit.name)
+        inlined = "".join(_inlined_entry(block, files) for block in run)
+        # Where native functions begin is not known: their first block is nearest.
+        at = line or min(block.function_line for block in run)
+        entries.append(
+            f"\t.uleb128 {4 if inlined else 3}\n{_string(name)}\t.8byte {start:#x},{extent}\n"
+            f"\t.uleb128 1,{at}\n" + (f"{inlined}\t.byte 0\n" if inlined else "")
+        )
+    language = _LANGUAGE_PYTHON if unit.is_python else _LANGUAGE_C
+    yield unit_entry(number, unit.name, unit.directory, language, first, size)
+    yield from entries
+    yield line_table(number, *list(files)[1:])
     yield f"\t.byte 0,9,2\n\t.8byte {first:#x}\n"
-    line = 1
+    line, at = 1, 1
     for block in unit.blocks:
+        if files[block.file] != at:
+            at = files[block.file]
+            yield f"\t.uleb128 4,{at}\n"
         # Set the column, advance the line, add a row, advance the address.
         yield f"\t.uleb128 5,{block.column}\n\t.sleb128 3,{block.line - line}\n"
         yield f"\t.byte 1,9,{SLOT_BYTES},0\n"
         line = block.line
     yield f"\t.byte 0,1,1\n.Lle{number}:\n"
+
+
+def _inlined_entry(block: PlacedBlock, files: Mapping[str, int]) -> str:
+    """Return the entries of the functions that a block is inlined from, one in the other."""
+    text = ""
+    for each in block.inlined:
+        text += f"\t.uleb128 5\n{_string(each.function)}"
+        text += f"\t.8byte {block.pc - _HALF:#x},{SLOT_BYTES}\n"
+        text += f"\t.uleb128 {files[each.call_file]},{each.call_line},{each.call_column}\n"
+    return text + "\t.byte 0\n" * len(block.inlined)
 
 
 def unit_entry(number: int, name: str, directory: str, language: int, first: PC, size: int) -> str:
@@ -380,17 +272,18 @@ def unit_entry(number: int, name: str, directory: str, language: int, first: PC,
     return text + f"\t.8byte {first:#x},{size}\n\t.4byte .Lls{number}\n"
 
 
-def line_table(number: int, name: str) -> str:
+def line_table(number: int, *files: str) -> str:
     """Return the end of a compile unit, and the head of its line table.
 
-    The table is of version 4: 13 opcodes, one file, in the unit's directory. What follows are its
+    The table is of version 4: 13 opcodes, and files in the unit's directory. What follows are its
     rows, and the label ``.Lle`` with the number.
     """
     text = f"\t.byte 0\n.Lie{number}:\n\t.section .debug_line\n.Lls{number}:\n"
     text += f"\t.4byte .Lle{number}-.Llb{number}\n.Llb{number}:\n\t.2byte 4\n"
     text += f"\t.4byte .Llp{number}-.Llh{number}\n.Llh{number}:\n"
     text += "\t.byte 1,1,1,-5,14,13, 0,1,1,1,1,0,0,0,1,0,0,1, 0\n"
-    return text + f"{_string(name)}\t.byte 0,0,0, 0\n.Llp{number}:\n"
+    text += "".join(f"{_string(file)}\t.byte 0,0,0\n" for file in files)
+    return text + f"\t.byte 0\n.Llp{number}:\n"
 
 
 def kernel_symbols(
@@ -423,7 +316,9 @@ def _string(text: str) -> str:
 def _linker_script(units: list[CompileUnit], texts: list[KernelText]) -> str:
     parts = [(unit.blocks[0].pc - _HALF, f".text.{n}") for n, unit in enumerate(units)]
     parts.append((_CALLBACK_PC, ".text.callback"))
-    return linker_script(parts, PC_BASE, texts)
+    # Native blocks lie below those of Python.
+    base = min(PC_BASE, *(at for at, _ in parts)) & -SLOT_BYTES
+    return linker_script(parts, base, texts)
 
 
 def linker_script(
@@ -467,7 +362,7 @@ def _do(command: list[str]) -> None:
         raise InfrastructureError(
             f"{Path(command[0]).name} failed with status {done.returncode}",
             evidence=done.stderr[-2000:],
-            hint="does the disk have room for 300 MiB, and is binutils up to date?",
+            hint="does the disk have room for 600 MiB, and is binutils up to date?",
         )
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from bridge.results.compile_units import has_blocks
 from bridge.results.elf_export import (
     CALLBACK,
     KernelText,
@@ -34,13 +35,11 @@ from bridge.results.elf_export import (
     unit_entry,
     write_elf,
 )
-from bridge.results.run_directory import load_blocks
 from bridge.sources import PC
 from bridge.sources.guest_kernel import SYMBOLS_FILE
 from bridge.sources.guest_kernel.filters import KERNEL
 from bridge.sources.guest_kernel.symbols import KernelSymbols, Symbol
 from bridge.sources.pcs import SYSCALL_FILE
-from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.trace.names import system_calls
 from bridge.util.files import remove, write_atomically
 
@@ -87,7 +86,7 @@ def write_kernel_object(run: Path, directory: Path) -> str:
     directory.mkdir(exist_ok=True)
     remove(directory / LISTINGS)
     output = directory / OBJECT
-    if (run / BLOCKS_FILE).is_file() and len(load_blocks(run)):
+    if has_blocks(run):
         write_elf(run, output)
         _write_system_calls(directory)
         return "lines of the target"

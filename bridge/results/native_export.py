@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from bridge.errors import UsageError
 from bridge.results.run_directory import load_native
 from bridge.sources.native.places import NativePlaces
 
-__all__ = ["native_lcov"]
+__all__ = ["NO_LINES_HINT", "native_lcov"]
+
+NO_LINES_HINT: Final = "build the programs with -g, and keep their files until the export"
 
 
 class _File:
@@ -42,11 +45,16 @@ def native_lcov(run: Path) -> bytes:
             f"{run} has no native coverage",
             hint="run with a target that starts native programs; see docs/native.md",
         )
+    if not len(places.table):
+        raise UsageError(
+            "no native program of the run has told of its blocks",
+            hint="build the target's programs with coverage; see docs/native.md",
+        )
     files = _files(places)
     if not files:
         raise UsageError(
             "no native block of the run has a line",
-            hint="build the programs with -g, and keep their files until the export",
+            hint=NO_LINES_HINT,
         )
     return "".join(_record(name, files[name]) for name in sorted(files)).encode(
         errors="surrogateescape"

@@ -15,7 +15,8 @@ import pytest
 
 from bridge.cli.main import main
 from bridge.errors import InfrastructureError, MissingDependencyError, UsageError
-from bridge.results.elf_export import compile_units, write_elf
+from bridge.results.compile_units import python_units, system_call_units
+from bridge.results.elf_export import write_elf
 from bridge.sources.guest_kernel.symbols import KernelSymbols
 from bridge.sources.pcs import BlockTable
 from bridge.trace.names import system_calls
@@ -148,7 +149,7 @@ def test_covered_pcs_of_a_real_run_are_blocks(run: Path) -> None:
 
 
 def test_calls_end_at_the_pcs_and_nowhere_else(run: Path, vmlinux: Path) -> None:
-    calls, slots = compile_units(run)[0], compile_units(run)[1]
+    calls, slots = python_units(run), system_call_units()
     pcs = {block.pc for unit in calls + slots for block in unit.blocks}
     assert pcs > set(expected(run))
     assert len(pcs) == len(expected(run)) + len(system_calls())
@@ -229,7 +230,7 @@ def test_source_that_is_newer_is_said(
     BlockTable.from_sources({"odd.py": "a = 1\n"}).save(tmp_path / "blocks.tsv")
     os.utime(tmp_path / "blocks.tsv", (1000, 1000))
     with caplog.at_level(logging.WARNING):
-        (unit,) = compile_units(tmp_path)[0]
+        (unit,) = python_units(tmp_path)
     assert [block.function for block in unit.blocks] == ["odd.<module>"]
     assert "were changed after the run" in caplog.text
 
@@ -242,7 +243,7 @@ def test_export_without_blocks_or_file_fails(
     assert "name a file with -o" in capsys.readouterr().err
     arguments += ["-o", str(tmp_path / "out")]
     assert main(arguments) == UsageError.exit_status
-    assert "no block table" in capsys.readouterr().err
+    assert "has no block of a target" in capsys.readouterr().err
     BlockTable().save(tmp_path / "blocks.tsv")
     assert main(arguments) == UsageError.exit_status
     assert "has no block" in capsys.readouterr().err

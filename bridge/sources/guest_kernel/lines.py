@@ -22,7 +22,7 @@ from typing import Final
 
 from bridge.errors import SourceError, UsageError
 from bridge.sources import PC
-from bridge.sources.guest_kernel.libdw import DebugFile, Unit
+from bridge.sources.guest_kernel.debug_file import DebugFile, Unit
 from bridge.sources.guest_kernel.placement import MODULES_BASE, core_text_sections, module_name
 from bridge.sources.guest_kernel.symbols import KernelSymbols
 

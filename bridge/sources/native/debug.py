@@ -2,8 +2,6 @@
 """Functions and lines of native code, by elfutils' libdw.
 
 Also of inlined code, and of stripped files whose debug information is installed by its build id.
-
-The functions are declared here as in ``elfutils/libdwfl.h`` and ``libdw.h``.
 """
 
 from __future__ import annotations
@@ -12,23 +10,25 @@ import ctypes
 import functools
 import re
 from bisect import bisect_right
-from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_uint, c_uint64, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from bridge.errors import MissingDependencyError
+from bridge.sources import libdw
 
 __all__ = ["Frame", "NativeSymbols"]
 
-_LIBRARY: Final = "libdw.so.1"
 _RUST_HASH: Final = re.compile("::h[0-9a-f]{16}$")
+_NO_FILE: Final = "???"
+"""What libdw has at index 0 of a table that begins at 1."""
 _TAG_INLINED: Final = 0x1D
 _TAG_FUNCTION: Final = 0x2E
-_AT_CALL_LINE: Final = 0x59
-_AT_CALL_FILE: Final = 0x58
-_AT_CALL_COLUMN: Final = 0x57
-_AT_COMP_DIR: Final = 0x1B
+_TAG_CATCH: Final = 0x25
+_TAG_LEXICAL_BLOCK: Final = 0x0B
+_TAG_TRY: Final = 0x32
+_INSIDE: Final = frozenset({_TAG_INLINED, _TAG_CATCH, _TAG_LEXICAL_BLOCK, _TAG_TRY})
+"""What functions are inlined into, beside functions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,85 +40,6 @@ class Frame:
     """As the compiler wrote it, absolute if the compiler said where it worked; empty: not known."""
     line: int
     column: int
-
-
-class _Die(Structure):
-    """``Dwarf_Die``."""
-
-    _fields_ = (
-        ("addr", c_void_p),
-        ("cu", c_void_p),
-        ("abbrev", c_void_p),
-        ("padding", ctypes.c_long),
-    )
-
-
-class _Attribute(Structure):
-    """``Dwarf_Attribute``."""
-
-    _fields_ = (("code", c_uint), ("form", c_uint), ("value", c_void_p), ("cu", c_void_p))
-
-
-class _Callbacks(Structure):
-    """``Dwfl_Callbacks``."""
-
-    _fields_ = (
-        ("find_elf", c_void_p),
-        ("find_debuginfo", c_void_p),
-        ("section_address", c_void_p),
-        ("debuginfo_path", c_void_p),
-    )
-
-
-_PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
-    "dwfl_begin": (c_void_p, (POINTER(_Callbacks),)),
-    "dwfl_end": (None, (c_void_p,)),
-    "dwfl_report_offline": (c_void_p, (c_void_p, c_char_p, c_char_p, c_int)),
-    "dwfl_report_end": (c_int, (c_void_p, c_void_p, c_void_p)),
-    "dwfl_module_getelf": (c_void_p, (c_void_p, POINTER(c_uint64))),
-    "dwfl_module_build_id": (c_int, (c_void_p, POINTER(c_void_p), POINTER(c_uint64))),
-    "dwfl_module_addrname": (c_char_p, (c_void_p, c_uint64)),
-    "dwfl_module_nextcu": (c_void_p, (c_void_p, c_void_p, POINTER(c_uint64))),
-    "dwarf_ranges": (
-        ctypes.c_ssize_t,
-        (
-            *(c_void_p, ctypes.c_ssize_t),
-            *(POINTER(c_uint64), POINTER(c_uint64), POINTER(c_uint64)),
-        ),
-    ),
-    "dwarf_getsrc_die": (c_void_p, (c_void_p, c_uint64)),
-    "dwarf_lineno": (c_int, (c_void_p, POINTER(c_int))),
-    "dwarf_linecol": (c_int, (c_void_p, POINTER(c_int))),
-    "dwarf_linesrc": (c_char_p, (c_void_p, c_void_p, c_void_p)),
-    "dwarf_getscopes": (c_int, (c_void_p, c_uint64, POINTER(POINTER(_Die)))),
-    "dwarf_getscopes_die": (c_int, (POINTER(_Die), POINTER(POINTER(_Die)))),
-    "dwarf_tag": (c_int, (POINTER(_Die),)),
-    "dwarf_diename": (c_char_p, (POINTER(_Die),)),
-    "dwarf_attr": (c_void_p, (c_void_p, c_uint, POINTER(_Attribute))),
-    "dwarf_formudata": (c_int, (POINTER(_Attribute), POINTER(c_uint64))),
-    "dwarf_formstring": (c_char_p, (POINTER(_Attribute),)),
-    "dwarf_getsrcfiles": (c_int, (c_void_p, POINTER(c_void_p), POINTER(ctypes.c_size_t))),
-    "dwarf_filesrc": (
-        c_char_p,
-        (c_void_p, ctypes.c_size_t, POINTER(c_uint64), POINTER(c_uint64)),
-    ),
-}
-
-
-@functools.cache
-def _library() -> Any:
-    try:
-        library = ctypes.CDLL(_LIBRARY)
-        for name, (result, arguments) in _PROTOTYPES.items():
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
-    except (OSError, AttributeError) as error:
-        raise MissingDependencyError(
-            f"functions and lines of native code need elfutils' {_LIBRARY}",
-            evidence=str(error),
-            hint="apt-get install libdw1",
-        ) from error
-    return library
 
 
 _free = ctypes.CDLL(None).free
@@ -133,13 +54,13 @@ class NativeSymbols:
     """
 
     def __init__(self, path: Path) -> None:
-        self._dw = dw = _library()
+        self._dw = dw = libdw.load()
 
         def of(name: str) -> int | None:
             return ctypes.cast(getattr(dw, name), c_void_p).value
 
         # Kept alive for the library.
-        self._callbacks = _Callbacks(
+        self._callbacks = libdw.Callbacks(
             of("dwfl_build_id_find_elf"),
             of("dwfl_standard_find_debuginfo"),
             of("dwfl_offline_section_address"),
@@ -159,6 +80,8 @@ class NativeSymbols:
             else:
                 self._module = None
         self._starts, self._units = self._code()
+        # Of each unit: starts of its functions' code, and end and function of each.
+        self._functions: dict[int, tuple[list[int], list[tuple[int, libdw.Die]]]] = {}
 
     @property
     def build_id(self) -> bytes:
@@ -184,7 +107,6 @@ class NativeSymbols:
         clang writes no table of them (.debug_aranges), which libdw itself relies on.
         """
         dw, bias = self._dw, c_uint64()
-        base, start, end = c_uint64(), c_uint64(), c_uint64()
         found: list[tuple[int, int, int]] = []
         unit: int | None = None
         while self._module:
@@ -192,14 +114,8 @@ class NativeSymbols:
             if not unit:
                 break
             self._debug_bias = bias.value
-            offset = 0
-            while True:
-                offset = dw.dwarf_ranges(unit, offset, byref(base), byref(start), byref(end))
-                if offset <= 0:
-                    break
-                # Code that the linker left out is at 0.
-                if 0 < start.value < end.value:
-                    found.append((start.value, end.value, unit))
+            # Code that the linker left out is at 0.
+            found += ((start, end, unit) for start, end in libdw.ranges(unit) if start)
         found.sort()
         return [each[0] for each in found], [each[1:] for each in found]
 
@@ -220,7 +136,7 @@ class NativeSymbols:
         file, line, column = self._source(unit, in_debug) if unit else ("", 0, 0)
         scopes = self._scopes(unit, in_debug) if unit else []
         if not scopes:
-            name = _demangled(_text(self._dw.dwfl_module_addrname(self._module, at)))
+            name = _demangled(libdw.decoded(self._dw.dwfl_module_addrname(self._module, at)))
             return [Frame(name or "?", file, line, column)] if name or line else []
         frames = []
         for name, called_from in scopes:
@@ -236,64 +152,88 @@ class NativeSymbols:
         line, column = c_int(), c_int()
         dw.dwarf_lineno(found, byref(line))
         dw.dwarf_linecol(found, byref(column))
-        file = _text(dw.dwarf_linesrc(found, None, None))
+        file = libdw.decoded(dw.dwarf_linesrc(found, None, None))
         return self._absolute(unit, file), line.value, column.value
 
     def _absolute(self, unit: int, file: str) -> str:
         if not file or file.startswith("/"):
             return file
-        attribute = _Attribute()
-        if not self._dw.dwarf_attr(unit, _AT_COMP_DIR, byref(attribute)):
-            return file
-        directory = _text(self._dw.dwarf_formstring(byref(attribute)))
+        directory = libdw.directory(unit)
         return f"{directory}/{file}" if directory else file
 
     def _scopes(self, unit: int, at: int) -> list[tuple[str, tuple[str, int, int]]]:
         """Return the functions around an address, each with the place that it was inlined at."""
         dw = self._dw
-        dies, around = POINTER(_Die)(), POINTER(_Die)()
-        count = dw.dwarf_getscopes(unit, at, byref(dies))
-        if count <= 0:
+        die = self._function(unit, at)
+        if die is None:
             return []
-        # Those around inlined code are the scopes of its text; of the code itself they are these.
-        inner = dw.dwarf_getscopes_die(dies, byref(around))
-        if inner > 0:
-            _free(dies)
-            dies, count = around, inner
-        found = []
-        try:
-            for index in range(count):
-                die = dies[index]
-                tag = dw.dwarf_tag(byref(die))
-                if tag not in (_TAG_INLINED, _TAG_FUNCTION):
-                    continue
-                name = _text(dw.dwarf_diename(byref(die))) or "?"
-                if tag == _TAG_FUNCTION:
-                    found.append((name, ("", 0, 0)))
-                    break
+        found: list[tuple[str, tuple[str, int, int]]] = []
+        while die is not None:
+            tag = dw.dwarf_tag(byref(die))
+            if tag == _TAG_FUNCTION:
+                found.append((self._name(die), ("", 0, 0)))
+            elif tag == _TAG_INLINED:
                 place = (
-                    self._absolute(unit, self._file(unit, self._number(die, _AT_CALL_FILE))),
-                    self._number(die, _AT_CALL_LINE),
-                    self._number(die, _AT_CALL_COLUMN),
+                    self._absolute(
+                        unit, self._file(unit, libdw.number(byref(die), libdw.AT_CALL_FILE))
+                    ),
+                    libdw.number(byref(die), libdw.AT_CALL_LINE),
+                    libdw.number(byref(die), libdw.AT_CALL_COLUMN),
                 )
-                found.append((name, place))
-        finally:
-            _free(dies)
-        return found
+                found.append((self._name(die), place))
+            die = next(
+                (
+                    child
+                    for child in libdw.children(die)
+                    if dw.dwarf_tag(byref(child)) in _INSIDE
+                    and dw.dwarf_haspc(byref(child), at) > 0
+                ),
+                None,
+            )
+        return found[::-1]
 
-    def _number(self, die: _Die, name: int) -> int:
-        attribute, value = _Attribute(), c_uint64()
-        if not self._dw.dwarf_attr(byref(die), name, byref(attribute)):
-            return 0
-        return value.value if self._dw.dwarf_formudata(byref(attribute), byref(value)) == 0 else 0
+    def _function(self, unit: int, at: int) -> libdw.Die | None:
+        """Return the function of a unit that has an address, as ``dwarf_getscopes`` would.
+
+        That does not look into namespaces, where clang and rustc have functions.
+        """
+        if unit not in self._functions:
+            functions: list[tuple[int, int, libdw.Die]] = []
+
+            def add(die: Any, _: object) -> int:
+                copy = libdw.Die.from_buffer_copy(die.contents)
+                functions.extend((*each, copy) for each in libdw.ranges(die) if each[0])
+                return 0
+
+            self._dw.dwarf_getfuncs(unit, libdw.FUNCTION_CALLBACK(add), None, 0)
+            functions.sort(key=lambda each: each[:2])
+            self._functions[unit] = (
+                [start for start, _, _ in functions],
+                [(end, die) for _, end, die in functions],
+            )
+        starts, functions_of = self._functions[unit]
+        index = bisect_right(starts, at) - 1
+        if index < 0 or at >= functions_of[index][0]:
+            return None
+        return functions_of[index][1]
+
+    def _name(self, die: libdw.Die) -> str:
+        """Return a function's name, with its namespaces and classes if that can be told."""
+        linkage = libdw.text(byref(die), libdw.AT_LINKAGE_NAME)
+        name = _demangled(linkage)
+        if not name or name == linkage:
+            name = libdw.decoded(self._dw.dwarf_diename(byref(die)))
+        return name or "?"
 
     def _file(self, unit: int, index: int) -> str:
+        """Return a file of a unit's table, which begins at 1 up to DWARF 4, and at 0 since then."""
         files, count = c_void_p(), ctypes.c_size_t()
-        if not index or self._dw.dwarf_getsrcfiles(unit, byref(files), byref(count)) != 0:
+        if self._dw.dwarf_getsrcfiles(unit, byref(files), byref(count)) != 0:
             return ""
         if index >= count.value:
             return ""
-        return _text(self._dw.dwarf_filesrc(files, index, None, None))
+        file = libdw.decoded(self._dw.dwarf_filesrc(files, index, None, None))
+        return "" if file == _NO_FILE else file
 
 
 @functools.cache
@@ -323,7 +263,3 @@ def _demangled(name: str) -> str:
         _free(found)
     # rustc adds a hash.
     return _RUST_HASH.sub("", text)
-
-
-def _text(value: bytes | None) -> str:
-    return value.decode(errors="replace") if value else ""

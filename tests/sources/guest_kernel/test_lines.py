@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bridge.errors import MissingDependencyError, SourceError, UsageError
-from bridge.sources.guest_kernel import libdw
+from bridge.sources import libdw
 from bridge.sources.guest_kernel.code import KernelCode
 from bridge.sources.guest_kernel.filters import KernelFilter
 from bridge.sources.guest_kernel.lines import Lines, find_modules, find_vmlinux
@@ -267,7 +267,7 @@ def test_a_kernel_of_another_build(vmlinux: Path, module: Path) -> None:
 
 def test_without_the_library(vmlinux: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libdw, "_LIBRARY", "libnone.so.1")
-    libdw._library.cache_clear()
+    libdw.load.cache_clear()
     with pytest.raises(MissingDependencyError, match=r"libnone\.so\.1") as caught:
         Lines(vmlinux)
     assert "libdw1" in caught.value.hint

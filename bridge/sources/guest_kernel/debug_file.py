@@ -1,27 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Debug information through elfutils' libdw: compile units, their code, their lines.
-
-The functions are declared here as in ``elfutils/libdw.h`` and ``libdwfl.h``. The library (Debian's
-``libdw1``) is loaded when the first file is opened.
-"""
+"""Debug information of the guest's kernel: compile units, their code, their lines."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 from collections.abc import Iterator, Mapping
 from ctypes import (
     CFUNCTYPE,
     POINTER,
-    Structure,
     byref,
     c_bool,
     c_char_p,
     c_int,
     c_size_t,
     c_ubyte,
-    c_uint,
     c_uint16,
     c_uint32,
     c_uint64,
@@ -31,38 +24,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from bridge.errors import MissingDependencyError, SourceError, UsageError
+from bridge.errors import SourceError, UsageError
+from bridge.sources import libdw
 
 __all__ = ["DebugFile", "Row", "Unit"]
 
-_LIBRARY: Final = "libdw.so.1"
-
 _DWARF_C_READ: Final = 0
 _DW_UT_COMPILE: Final = 0x01
-_DW_AT_COMP_DIR: Final = 0x1B
 _OMITTED: Final = (1 << 64) - 1
 """libdwfl's address of a section that is not in memory."""
 
 Row = tuple[int, str | None, int]
 """A row of a line table: address, file as the compiler wrote it, line. A row without a file ends a
 sequence and has no code at its address."""
-
-
-class _Die(Structure):
-    """``Dwarf_Die``."""
-
-    _fields_ = (
-        ("addr", c_void_p),
-        ("cu", c_void_p),
-        ("abbrev", c_void_p),
-        ("padding", ctypes.c_long),
-    )
-
-
-class _Attribute(Structure):
-    """``Dwarf_Attribute``."""
-
-    _fields_ = (("code", c_uint), ("form", c_uint), ("value", c_void_p), ("cu", c_void_p))
 
 
 _FIND = CFUNCTYPE(
@@ -78,70 +52,6 @@ _SECTION = CFUNCTYPE(
 )
 
 
-class _Callbacks(Structure):
-    """``Dwfl_Callbacks``."""
-
-    _fields_ = (
-        ("find_elf", _FIND),
-        ("find_debuginfo", _FIND_DEBUG),
-        ("section_address", _SECTION),
-        ("debuginfo_path", c_void_p),
-    )
-
-
-_PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
-    "dwarf_begin": (c_void_p, (c_int, c_int)),
-    "dwarf_end": (c_int, (c_void_p,)),
-    "dwarf_errmsg": (c_char_p, (c_int,)),
-    "dwarf_get_units": (
-        c_int,
-        (
-            *(c_void_p, c_void_p, POINTER(c_void_p), POINTER(c_uint16), POINTER(c_ubyte)),
-            *(POINTER(_Die), POINTER(_Die)),
-        ),
-    ),
-    "dwarf_diename": (c_char_p, (POINTER(_Die),)),
-    "dwarf_attr": (c_void_p, (POINTER(_Die), c_uint, POINTER(_Attribute))),
-    "dwarf_formstring": (c_char_p, (POINTER(_Attribute),)),
-    "dwarf_ranges": (
-        ctypes.c_ssize_t,
-        (
-            *(POINTER(_Die), ctypes.c_ssize_t),
-            *(POINTER(c_uint64), POINTER(c_uint64), POINTER(c_uint64)),
-        ),
-    ),
-    "dwarf_getsrclines": (c_int, (POINTER(_Die), POINTER(c_void_p), POINTER(c_size_t))),
-    "dwarf_getsrc_die": (c_void_p, (POINTER(_Die), c_uint64)),
-    "dwarf_onesrcline": (c_void_p, (c_void_p, c_size_t)),
-    "dwarf_lineaddr": (c_int, (c_void_p, POINTER(c_uint64))),
-    "dwarf_lineno": (c_int, (c_void_p, POINTER(c_int))),
-    "dwarf_lineendsequence": (c_int, (c_void_p, POINTER(c_bool))),
-    "dwarf_linesrc": (c_char_p, (c_void_p, c_void_p, c_void_p)),
-    "dwfl_begin": (c_void_p, (POINTER(_Callbacks),)),
-    "dwfl_end": (None, (c_void_p,)),
-    "dwfl_errmsg": (c_char_p, (c_int,)),
-    "dwfl_report_module": (c_void_p, (c_void_p, c_char_p, c_uint64, c_uint64)),
-    "dwfl_report_end": (c_int, (c_void_p, c_void_p, c_void_p)),
-    "dwfl_module_getdwarf": (c_void_p, (c_void_p, POINTER(c_uint64))),
-}
-
-
-@functools.cache
-def _library() -> Any:
-    try:
-        library = ctypes.CDLL(_LIBRARY)
-        for name, (result, arguments) in _PROTOTYPES.items():
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
-    except (OSError, AttributeError) as error:
-        raise MissingDependencyError(
-            f"source lines of the kernel need elfutils' {_LIBRARY}",
-            evidence=str(error),
-            hint="apt-get install libdw1",
-        ) from error
-    return library
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Unit:
     """A compile unit; valid while its file is open."""
@@ -152,7 +62,7 @@ class Unit:
     """The compiler's working directory."""
     ranges: tuple[tuple[int, int], ...]
     """Its code: start and end addresses."""
-    die: _Die
+    die: libdw.Die
 
 
 class DebugFile:
@@ -177,7 +87,7 @@ class DebugFile:
         self._descriptor = -1
         self._dwfl: int | None = None
         self._dwarf: int | None = None
-        self._dw = _library()
+        self._dw = libdw.load()
         try:
             with path.open("rb") as file:
                 if file.read(4) != b"\x7fELF":
@@ -219,7 +129,10 @@ class DebugFile:
             return 0
 
         # Kept alive, because the Dwfl may call them.
-        self._callbacks = _Callbacks(_FIND(find), _FIND_DEBUG(find_debug), _SECTION(address), None)
+        self._called = (_FIND(find), _FIND_DEBUG(find_debug), _SECTION(address))
+        self._callbacks = libdw.Callbacks(
+            *(ctypes.cast(each, c_void_p).value for each in self._called), None
+        )
         self._dwfl = self._dw.dwfl_begin(byref(self._callbacks))
         start = min(sections.values(), default=0)
         module = self._dw.dwfl_report_module(self._dwfl, b"module", start, start + size)
@@ -262,7 +175,7 @@ class DebugFile:
         """Return all compile units that have code; raises SourceError."""
         cu, version, kind = c_void_p(), c_uint16(), c_ubyte()
         while True:
-            die = _Die()
+            die = libdw.Die()
             more = self._dw.dwarf_get_units(
                 self._dwarf, cu, byref(cu), byref(version), byref(kind), byref(die), None
             )
@@ -270,31 +183,15 @@ class DebugFile:
                 return
             if more < 0:
                 raise self.damaged()
-            if kind.value == _DW_UT_COMPILE and (ranges := tuple(self._ranges(die))):
+            if kind.value == _DW_UT_COMPILE and (
+                ranges := tuple(libdw.ranges(byref(die), self.damaged))
+            ):
                 yield Unit(
-                    (self._dw.dwarf_diename(die) or b"").decode(errors="replace"),
-                    self._directory(die),
+                    libdw.decoded(self._dw.dwarf_diename(byref(die))),
+                    libdw.directory(byref(die)),
                     ranges,
                     die,
                 )
-
-    def _directory(self, die: _Die) -> str:
-        attribute = _Attribute()
-        if not self._dw.dwarf_attr(die, _DW_AT_COMP_DIR, attribute):
-            return ""
-        return (self._dw.dwarf_formstring(attribute) or b"").decode(errors="replace")
-
-    def _ranges(self, die: _Die) -> Iterator[tuple[int, int]]:
-        base, start, end = c_uint64(), c_uint64(), c_uint64()
-        offset = 0
-        while True:
-            offset = self._dw.dwarf_ranges(die, offset, byref(base), byref(start), byref(end))
-            if offset < 0:
-                raise self.damaged()
-            if offset == 0:
-                return
-            if start.value < end.value:
-                yield start.value, end.value
 
     def line(self, unit: Unit, address: int) -> tuple[str, int] | None:
         """Return file and line of an address of a unit; None if the table has none.
@@ -302,7 +199,7 @@ class DebugFile:
         Raises:
             SourceError: the table is damaged.
         """
-        found = self._dw.dwarf_getsrc_die(unit.die, address)
+        found = self._dw.dwarf_getsrc_die(byref(unit.die), address)
         if not found:
             return None
         _, file, line = self._row(found)
@@ -312,7 +209,7 @@ class DebugFile:
     def rows(self, unit: Unit) -> Iterator[Row]:
         """Return the line table of a unit, sorted by address; raises as :meth:`line`."""
         lines, count = c_void_p(), c_size_t()
-        if self._dw.dwarf_getsrclines(unit.die, byref(lines), byref(count)) != 0:
+        if self._dw.dwarf_getsrclines(byref(unit.die), byref(lines), byref(count)) != 0:
             raise self.damaged()
         for index in range(count.value):
             yield self._row(self._dw.dwarf_onesrcline(lines, index))
