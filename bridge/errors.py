@@ -103,7 +103,7 @@ class KernelUnknownError(SourceError):
 
 
 class TargetError(InfrastructureError):
-    """The target raised, or is not what it should be."""
+    """The target raised, is not what it should be, or could not be built."""
 
 
 class CacheError(InfrastructureError):

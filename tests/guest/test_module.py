@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from bridge.guest.images.builder import _Base, _BuildRoot, _recipe_lock
-from bridge.guest.images.command import Commands, Phases
 from bridge.guest.images.recipe import Sources
 from bridge.guest.images.store import base_directory
+from bridge.util.commands import Commands, Phases
 from tests.support.programs import guest_image
 
 pytestmark = pytest.mark.vm  # no machine, but an image's build root

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from bridge.guest.images import Image
 from bridge.guest.images.builder import _Base, _BuildRoot, _recipe_lock
-from bridge.guest.images.command import Commands, Phases, print_progress
 from bridge.guest.images.store import base_directory
 from bridge.session.session import Session
 from bridge.util.cache import cache_directory
+from bridge.util.commands import Commands, Phases, print_progress
 from tests.support.programs import guest_image
 
 __all__ = ["SOURCES", "fault_module", "load_faults", "provoke"]

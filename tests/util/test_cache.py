@@ -69,7 +69,7 @@ def test_locked_holder_killed_lock_goes_with_its_last_child(tmp_path: Path) -> N
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from bridge.guest.images.command import *\n"
+        "from bridge.util.commands import *\n"
         "from bridge.util.cache import locked\n"
         "with locked(Path(sys.argv[1]), 'it', print) as fd:\n"
         "    commands = Commands(Path(sys.argv[1] + '.log'), Phases(print), (fd,))\n"

@@ -35,7 +35,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from bridge.errors import ImageError, MissingDependencyError
 from bridge.guest.images.archive import EPOCH, Entry, normalise_tar, read_tree, write_newc
-from bridge.guest.images.command import Commands, Phases, Progress, disk_full, print_progress
 from bridge.guest.images.recipe import DEFAULT_RECIPE, Recipe, Sources
 from bridge.guest.images.store import (
     FILES,
@@ -50,6 +49,7 @@ from bridge.guest.images.store import (
 )
 from bridge.sources.guest_kernel.placement import ModulePlacement, core_text_size
 from bridge.util.cache import cache_directory, lock_file, locked
+from bridge.util.commands import Commands, Phases, Progress, disk_full, print_progress
 from bridge.util.files import atomic_output, remove
 
 __all__ = ["build", "compile_for_guest"]

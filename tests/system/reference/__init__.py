@@ -53,7 +53,6 @@ from bridge.guest.images.builder import (
     _recipe_lock,
     _write_json,
 )
-from bridge.guest.images.command import Commands, Phases, Progress, disk_full, print_progress
 from bridge.guest.images.recipe import Sources
 from bridge.guest.images.store import (
     FILES,
@@ -65,6 +64,7 @@ from bridge.guest.images.store import (
     sha256_of,
 )
 from bridge.util.cache import cache_directory, lock_file, locked
+from bridge.util.commands import Commands, Phases, Progress, disk_full, print_progress
 
 __all__ = ["VARIANTS", "build"]
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The programs and phases of a build: commands with a log, phases with progress."""
+"""The programs and phases of a build: commands with a log, phases with progress.
+
+Guest images are built with them, and the programs of native targets.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from bridge.errors import ImageError, MissingDependencyError
+from bridge.errors import BridgeError, ImageError, MissingDependencyError
 
 __all__ = ["Commands", "Phases", "Progress", "disk_full", "print_progress"]
 
@@ -32,9 +35,9 @@ _TICK_SECONDS = 10.0
 _TERM_SECONDS = 10.0
 
 
-def print_progress(line: str) -> None:
-    """Print progress to stderr."""
-    print(f"image: {line}", file=sys.stderr, flush=True)
+def print_progress(line: str, product: str = "image") -> None:
+    """Print progress of the build of a product to stderr."""
+    print(f"{product}: {line}", file=sys.stderr, flush=True)
 
 
 class Phases:
@@ -71,12 +74,29 @@ class Commands:
 
     Each runs in its own session, with its output in a log. Programs inherit ``keep_fds``, so a lock
     remains held while one runs, even if this process was killed.
+
+    Args:
+        log: the file of their output.
+        phases: reports how the build goes on.
+        keep_fds: descriptors that the programs inherit.
+        product: what is built, for messages.
+        error: what a program that fails raises.
     """
 
-    def __init__(self, log: Path, phases: Phases, keep_fds: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        log: Path,
+        phases: Phases,
+        keep_fds: Sequence[int] = (),
+        *,
+        product: str = "the image",
+        error: type[BridgeError] = ImageError,
+    ) -> None:
         self.log = log
         self.phases = phases
         self._keep_fds = tuple(keep_fds)
+        self._product = product
+        self._error = error
 
     def run(
         self,
@@ -96,7 +116,8 @@ class Commands:
             seconds: its time limit.
 
         Raises:
-            ImageError: it failed; the evidence is the end of its output.
+            ImageError: it failed; the evidence is the end of its output. (Or another class of
+                error, if the constructor was given one.)
             MissingDependencyError: the program is not installed.
         """
         with self.log.open("ab") as log:
@@ -152,17 +173,17 @@ class Commands:
                 _kill_group(process, signal.SIGKILL)
                 end = None
 
-    def _failure(self, argv: Sequence[str], what: str, why: str, start: int) -> ImageError:
+    def _failure(self, argv: Sequence[str], what: str, why: str, start: int) -> BridgeError:
         with self.log.open("rb") as log:
             log.seek(start)
             lines = log.read().decode(errors="replace").splitlines()
         evidence = "\n".join(deque(lines, maxlen=_EVIDENCE_LINES))
         if os.strerror(errno.ENOSPC) in evidence:
-            return disk_full(self.log.parent)
+            return disk_full(self.log.parent, product=self._product, error=self._error)
         hint = ""
         if any(sign in evidence for sign in _APT_NO_MIRROR):
             hint = "check the network, or name another mirror of Debian: KCOV_BRIDGE_MIRROR=URI"
-        return ImageError(
+        return self._error(
             f"{what} failed: {Path(argv[0]).name} ended with {why}", evidence=evidence, hint=hint
         )
 
@@ -204,13 +225,19 @@ def _kill_group(process: subprocess.Popen[bytes], number: signal.Signals) -> Non
         os.killpg(process.pid, number)
 
 
-def disk_full(directory: Path, needed: int = 0) -> ImageError:
+def disk_full(
+    directory: Path,
+    needed: int = 0,
+    *,
+    product: str = "the image",
+    error: type[BridgeError] = ImageError,
+) -> BridgeError:
     """Return the error for a full disk; ``needed`` in bytes, 0 if unknown."""
     existing = next(path for path in (directory, *directory.parents) if path.exists())
     status = os.statvfs(existing)
     free = status.f_bavail * status.f_frsize
     wants = f", {needed >> 20} MiB are needed" if needed else ""
-    return ImageError(
-        f"there is no room to build the image: {free >> 20} MiB are free in {existing}{wants}",
+    return error(
+        f"there is no room to build {product}: {free >> 20} MiB are free in {existing}{wants}",
         hint="make room, or set KCOV_BRIDGE_CACHE to a directory on another disk",
     )

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs of a build: their log, their failures, and their end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bridge.errors import ImageError, MissingDependencyError
+from bridge.util.commands import Commands, Phases
+from tests.support import ROOT
+
+
+def test_a_failing_command_shows_the_end_of_its_output(tmp_path: Path) -> None:
+    commands = Commands(tmp_path / "log", Phases(lambda line: None))
+    commands.run(["echo", "earlier"], what="talking")
+    with pytest.raises(ImageError) as caught:
+        commands.run(["sh", "-c", "seq 100; echo bad >&2; exit 3"], what="counting")
+    assert "counting failed" in caught.value.message
+    assert "status 3" in caught.value.message
+    assert caught.value.evidence.endswith("100\nbad")
+    assert len(caught.value.evidence.splitlines()) == 15
+    with pytest.raises(MissingDependencyError):
+        commands.run(["no-such-program"], what="nothing")
+
+
+def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
+    commands = Commands(tmp_path / "log", Phases(lambda line: None))
+    with pytest.raises(ImageError, match="no room"):
+        commands.run(["sh", "-c", "cat /proc/version > /dev/full"], what="writing")
+
+
+def test_commands_run_unreachable_mirror_hint_names_the_setting(tmp_path: Path) -> None:
+    (tmp_path / "sources").write_text("deb http://127.0.0.1:1/ bookworm main\n")
+    for directory in ("state/lists/partial", "cache/archives/partial"):
+        (tmp_path / directory).mkdir(parents=True)
+    places = {"Etc::SourceList": "sources", "State": "state", "Cache": "cache"}
+    options = [f"-oDir::{key}={tmp_path / name}" for key, name in places.items()]
+    options += ["-oDir::Etc::SourceParts=-", f"-oDir::State::status={os.devnull}"]
+    commands = Commands(tmp_path / "log", Phases(lambda line: None))
+    with pytest.raises(ImageError) as caught:
+        commands.run(["apt-get", "update", "--error-on=any", *options], what="updating")
+    assert "KCOV_BRIDGE_MIRROR" in caught.value.hint
+
+
+def test_a_command_that_does_not_read_its_input_is_an_error(tmp_path: Path) -> None:
+    commands = Commands(tmp_path / "log", Phases(lambda line: None))
+    with pytest.raises(ImageError, match="failed"):
+        commands.run(["false"], what="feeding", feed=lambda out: out.writelines([bytes(1 << 20)]))
+
+
+def test_a_command_has_bounded_time_and_dies_with_its_children(tmp_path: Path) -> None:
+    commands = Commands(tmp_path / "log", Phases(lambda line: None))
+    start = time.monotonic()
+    with pytest.raises(ImageError, match="signal 9"):
+        commands.run(["sh", "-c", "sleep 60 & wait"], what="sleeping", seconds=0.5)
+    assert time.monotonic() - start < 10
+
+
+def test_ctrl_c_ends_what_runs(tmp_path: Path) -> None:
+    marker = tmp_path / "pid"
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from bridge.util.commands import *\n"
+        "commands = Commands(Path(sys.argv[1]), Phases(print))\n"
+        "commands.run(['sh', '-c', 'echo $$ > ' + sys.argv[2] + '; exec sleep 60'], what='x')\n"
+    )
+    words = [sys.executable, "-c", script, str(tmp_path / "log"), str(marker)]
+    builder = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE)
+    while not marker.exists() or not marker.read_text().strip():
+        time.sleep(0.01)
+    builder.send_signal(signal.SIGINT)
+    _, error = builder.communicate(timeout=20)
+    assert b"KeyboardInterrupt" in error
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(marker.read_text()), 0)
