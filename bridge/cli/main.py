@@ -131,6 +131,7 @@ _SUBCOMMANDS = {
     "report": "make a page of a finished run or of tests, for a browser; also LCOV and others",
     "status": "show the figures of the running bridges",
     "bench": "measure what the bridge costs, beside baselines",
+    "target": "build the programs of native targets, and list all targets",
     "image": "build, list and remove guest images",
 }
 """What each subcommand does; ``bridge.cli.NAME`` carries it out."""

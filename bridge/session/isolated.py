@@ -348,6 +348,9 @@ class IsolatedTarget:
         """As :class:`bridge.sources.python.source.PythonSource`."""
         return len(self._covered)
 
+    def build_programs(self) -> None:
+        """Do nothing: native programs are not covered in a process of its own."""
+
     def start(self, deliver: Deliver, epoch: EpochWord | None = None) -> Description:
         """As :class:`bridge.session.target_host.TargetHost`.
 

@@ -194,6 +194,7 @@ class Session:
         self._measured.append(host)
         # Before an image is built for it, which takes minutes.
         require_qemu(settings.qemu)
+        host.build_programs()
         if settings.vmlinux is not None:
             from bridge.sources.guest_kernel.lines import find_vmlinux
 

@@ -83,6 +83,13 @@ class TargetHost(Protocol):
     def fault_memory(self) -> int | None:
         """A descriptor of the memory whose first word is that number, if there is one."""
 
+    def build_programs(self) -> None:
+        """Build programs of the target that are missing; takes minutes, unlike :meth:`start`.
+
+        Raises:
+            BridgeError: one cannot be built.
+        """
+
     def start(self, deliver: Deliver, epoch: EpochWord | None = None) -> Description:
         """Start the source, then the target; return when the target serves.
 
@@ -227,6 +234,13 @@ class InProcessTarget:
     def fault_memory(self) -> int | None:
         """As :class:`TargetHost`."""
         return None
+
+    def build_programs(self) -> None:
+        """As :class:`TargetHost`: on the caller's thread, where a Ctrl-C ends the build."""
+        build: Callable[[], None] | None = member_of(self.target, "build_programs", None)
+        if build is not None:
+            with foreign(self._who, "while its programs were built"):
+                build()
 
     def start(self, deliver: Deliver, epoch: EpochWord | None = None) -> Description:
         """As :class:`TargetHost`."""

@@ -176,6 +176,12 @@ class NativeTarget(Target, Protocol):
     def native(self) -> bool:
         """Whether it does; read before :meth:`start`."""
 
+    def build_programs(self) -> None:
+        """Build programs that are missing, with progress on stderr; called before :meth:`start`.
+
+        It may take minutes, and runs on the thread of who starts the session.
+        """
+
     @property
     def processes(self) -> Sequence[int]:
         """The processes of its Go programs, which no run time announces; valid after start."""

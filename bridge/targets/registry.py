@@ -10,6 +10,7 @@ not import the code under test at its top level: ``start()`` does that, while it
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import os
@@ -21,6 +22,7 @@ from typing import Any, cast
 from bridge.errors import TargetError, UsageError
 from bridge.targets import DEFAULT_TARGET, Target
 from bridge.targets.none import NoTarget
+from bridge.targets.programs import PROGRAMS, target_class
 from bridge.targets.thread import foreign
 
 __all__ = ["TargetMaker", "check_name", "create", "find_factory", "made", "names"]
@@ -36,9 +38,14 @@ def _plan9(directory: Path | None) -> Target:
     return Plan9Target(directory)
 
 
+def _program(name: str, directory: Path | None) -> Target:
+    return target_class(name)(directory)
+
+
 _BUILT_IN: dict[str, Callable[[Path | None], Target]] = {
     DEFAULT_TARGET: _plan9,
     "none": NoTarget,
+    **{name: functools.partial(_program, name) for name in PROGRAMS},
 }
 
 _MEMBERS = ("name", "packages", "start", "stop")

@@ -165,6 +165,12 @@ class CompositeTarget:
             if (cover := getattr(target, "cover_programs", None)) is not None:
                 cover(environment)
 
+    def build_programs(self) -> None:
+        """Build the programs of those that have some, as far as they are missing."""
+        for target in self.targets:
+            if (build := getattr(target, "build_programs", None)) is not None:
+                build()
+
     def start(self) -> None:
         """Start all of them, or none."""
         with ExitStack() as stack:

@@ -22,6 +22,7 @@ from pyroute2.plan9.client import Plan9ClientSocket
 from bridge.errors import TargetError, UsageError
 from bridge.targets import MOUNT_POINT, TARGET_ADDRESS, Target
 from bridge.targets.plan9 import GUEST_PORT, Plan9Target
+from bridge.targets.programs import PROGRAMS
 from bridge.targets.registry import create, names
 from bridge.targets.tree import Entry, built_in, read_directory
 from tests.support.endpoints import tcp_port
@@ -293,7 +294,7 @@ def test_plan9_guest_setup_mounts_the_server(plan9: Plan9Target) -> None:
 
 
 def test_names_and_none() -> None:
-    assert names() == ("plan9", "none")
+    assert names() == ("plan9", "none", *PROGRAMS)
     target = create("none")
     target.start()
     assert target.packages == ()
