@@ -28,6 +28,7 @@ from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.trace.names import system_calls
 
 __all__ = [
+    "MANY_BLOCKS",
     "CompileUnit",
     "Inlined",
     "PlacedBlock",
@@ -39,7 +40,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-_MANY_BLOCKS: Final = 20_000
+MANY_BLOCKS: Final = 20_000
 """Their lines take longer than two seconds to read."""
 
 
@@ -152,7 +153,7 @@ def native_units(run: Path) -> Iterator[CompileUnit]:
     places = load_native(run)
     if places is None:
         return
-    if len(places.table) > _MANY_BLOCKS:
+    if len(places.table) > MANY_BLOCKS:
         _log.info("reading the lines of %d native blocks", len(places.table))
     without = 0
     for module in places.table:
