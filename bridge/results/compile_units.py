@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Final
 
 from bridge.errors import SourceError
-from bridge.results.native_export import NO_LINES_HINT
+from bridge.results.native_export import MANY_BLOCKS, NO_LINES_HINT
 from bridge.results.report.host import COVERAGE_FILE, find_paths, measured_files
 from bridge.results.run_directory import load_blocks, load_native
 from bridge.sources import PC
@@ -28,7 +27,6 @@ from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.trace.names import system_calls
 
 __all__ = [
-    "MANY_BLOCKS",
     "CompileUnit",
     "Inlined",
     "PlacedBlock",
@@ -39,9 +37,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-
-MANY_BLOCKS: Final = 20_000
-"""Their lines take longer than two seconds to read."""
 
 
 @dataclass(frozen=True, slots=True)

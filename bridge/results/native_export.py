@@ -12,9 +12,12 @@ from bridge.results.code_file import CodeFile
 from bridge.results.run_directory import load_native
 from bridge.sources.native.places import NativePlaces
 
-__all__ = ["NO_LINES_HINT", "add_files", "lcov_of", "native_lcov"]
+__all__ = ["MANY_BLOCKS", "NO_LINES_HINT", "add_files", "lcov_of", "native_lcov"]
 
 NO_LINES_HINT: Final = "build the programs with -g, and keep their files until the export"
+
+MANY_BLOCKS: Final = 20_000
+"""Their lines take longer than two seconds to read."""
 
 
 def native_lcov(run: Path) -> bytes:

@@ -16,9 +16,8 @@ from typing import Any, Final
 from bridge.errors import BridgeError, InfrastructureError, UsageError
 from bridge.results import summary
 from bridge.results.code_file import CodeFile
-from bridge.results.compile_units import MANY_BLOCKS
 from bridge.results.coverage_files import HTML_DIRECTORY
-from bridge.results.native_export import add_files
+from bridge.results.native_export import MANY_BLOCKS, add_files
 from bridge.results.report.host import (
     COVERAGE_FILE,
     HostData,
