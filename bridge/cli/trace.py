@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -13,14 +14,15 @@ from bridge.cli.last_run import find_run
 from bridge.errors import UsageError
 from bridge.trace import Call, TraceReader, read_traces
 from bridge.trace.perfetto import perfetto_text
-from bridge.trace.text import render_trace
+from bridge.trace.table import rows, table
+from bridge.trace.text import FUNCTIONS, render_trace
 from bridge.trace.trace_file import call_line
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
 DESCRIPTION = """\
-Print the system calls of a run that was traced, each with its result, its time, the target's lines
-and the guest kernel's functions that it reached.
+Print the system calls of a run that was traced, each with its result, its time, the guest kernel's
+functions and the target's lines that it reached; or a table of how much each system call reached.
 """
 
 EPILOG = """\
@@ -28,6 +30,8 @@ examples:
   kcov-bridge trace
   kcov-bridge trace --call openat --call read
   kcov-bridge trace --reached server.py
+  kcov-bridge trace --reached nbd_queue_rq --functions all
+  kcov-bridge trace --table
   kcov-bridge trace --format perfetto >trace.json
 """
 
@@ -55,6 +59,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "in its name",
     )
 
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="a line for each system call, in place of each call: how many blocks of the target "
+        "all of them reached, and which functions",
+    )
+    parser.add_argument(
+        "--functions",
+        type=_functions,
+        default=FUNCTIONS,
+        metavar="NUMBER",
+        help="how many functions of the kernel, and of each of its modules, a line names; with "
+        "--table, of the target; or all (default: %(default)s)",
+    )
+
+
+def _functions(text: str) -> int | None:
+    """Read a number of functions; None for all."""
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor all")
+    return int(text)
+
 
 def run(args: argparse.Namespace) -> int:
     """Print the trace; return 0.
@@ -71,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         )
     calls = _chosen(readers, args.call, args.reached)
     try:
-        for piece in _pieces(args.format, calls):
+        for piece in _pieces(args, calls):
             sys.stdout.write(piece)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -81,13 +109,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _pieces(form: str, calls: Iterator[Call]) -> Iterator[str]:
-    if form == "perfetto":
+def _pieces(args: argparse.Namespace, calls: Iterator[Call]) -> Iterator[str]:
+    form: str = args.format
+    if args.table:
+        if form == "perfetto":
+            raise UsageError(
+                "a table is text or JSON", hint="leave out --table, or --format perfetto"
+            )
+        found = rows(calls)
+        if form == "json":
+            yield json.dumps([row.as_dict() for row in found], indent=1) + "\n"
+        else:
+            yield from (f"{line}\n" for line in table(found, args.functions))
+    elif form == "perfetto":
         yield from perfetto_text(calls)
     elif form == "json":
         yield from (f"{call_line(call)}\n" for call in calls)
     else:
-        yield from (f"{line}\n" for line in render_trace(calls))
+        yield from (f"{line}\n" for line in render_trace(calls, functions=args.functions))
 
 
 def _chosen(

@@ -221,7 +221,7 @@ class Trace(Tracer):
             last[:0] = calls[-(count - len(last)) :]
             if len(last) >= count:
                 break
-        plain = [dataclasses.replace(call, host=(), kernel=()) for call in last]
+        plain = [dataclasses.replace(call, host=(), kernel=(), modules=()) for call in last]
         return list(render_trace(plain, thread=True))
 
     def new_since(self, other: Trace) -> dict[str, list[int]]:
@@ -361,7 +361,8 @@ def _by_calls(calls: Sequence[Call]) -> str:
     if not calls:
         return ""
     texts = dict.fromkeys(
-        call_text(dataclasses.replace(call, seconds=None, host=(), kernel=())) for call in calls
+        call_text(dataclasses.replace(call, seconds=None, host=(), kernel=(), modules=()))
+        for call in calls
     )
     shown = list(texts)[:_CALLS_SHOWN]
     more = len(calls) - len(shown)

@@ -21,12 +21,14 @@ class HostCode:
             module or of a class. For native code the innermost function, "" if it is not known.
         lines: numbers of the covered lines, sorted.
         thread: the thread of the target that ran it last for the call; None if that is not known.
+        pcs: the PCs of its blocks that ran, sorted; empty in traces that an earlier version wrote.
     """
 
     file: str
     function: str
     lines: tuple[int, ...]
     thread: HostThread | None = None
+    pcs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class Call:
         error: the name of the errno that it returned, or None.
         host: the target's code that ran for it, in the order in which the files came.
         kernel: functions of the guest's kernel that it reached, in order, each once.
+        modules: those of them that belong to loadable modules, by module: drivers, file systems.
         test: the test during which it ran, or None.
     """
 
@@ -59,4 +62,5 @@ class Call:
     error: str | None = None
     host: tuple[HostCode, ...] = ()
     kernel: tuple[str, ...] = ()
+    modules: tuple[tuple[str, tuple[str, ...]], ...] = ()
     test: str | None = None

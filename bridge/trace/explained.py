@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import overload
+from typing import NamedTuple, overload
 
 from bridge.device.calls import LoggedCall, LoggedCalls
 from bridge.sources.native.debug import Frame
@@ -13,18 +13,35 @@ from bridge.trace.arguments import arguments_text
 from bridge.trace.call import Call, HostCode, HostThread
 from bridge.trace.names import call_name, error_name
 
-__all__ = ["CodeFinder", "ExplainedCalls", "kernel_function"]
+__all__ = ["Code", "CodeFinder", "ExplainedCalls", "kernel_function"]
 
 _NANOSECOND = 1e-9
 
 
-def kernel_function(text: str) -> str:
-    """Return the function in ``[file:line ]function+0xoffset[ [module]]``."""
+class _KernelCode(NamedTuple):
+    """A function of the guest's kernel, and its module; "" for the kernel's own."""
+
+    function: str
+    module: str
+
+
+def kernel_function(text: str) -> _KernelCode:
+    """Return function and module in ``[file:line ]function+0xoffset[ [module]]``."""
+    module = ""
     for word in reversed(text.split()):
         name, plus, _ = word.partition("+0x")
         if plus:
-            return name
-    return text
+            return _KernelCode(name, module)
+        module = word[1:-1] if word.startswith("[") and word.endswith("]") else ""
+    return _KernelCode(text, "")
+
+
+class Code(NamedTuple):
+    """The code of some PCs, in the order in which they came: as the fields of a call."""
+
+    host: tuple[HostCode, ...]
+    kernel: tuple[str, ...]
+    modules: tuple[tuple[str, tuple[str, ...]], ...]
 
 
 ThreadAt = Callable[[int, int], HostThread | None]
@@ -53,34 +70,40 @@ class CodeFinder:
         self._symbolize = symbolize
         self._function_at = function_at
         self._native = native
-        self._known: dict[int, HostCode | str | None] = {}
+        self._known: dict[int, HostCode | _KernelCode | None] = {}
 
-    def find(
-        self, pcs: Iterable[int], thread_at: ThreadAt = _nobody
-    ) -> tuple[tuple[HostCode, ...], tuple[str, ...]]:
-        """Return the target's code and the kernel's functions, in the order in which they came.
+    def find(self, pcs: Iterable[int], thread_at: ThreadAt = _nobody) -> Code:
+        """Return the target's code and the kernel's functions.
 
         ``thread_at``: returns the target's thread of a PC, by its index among these PCs.
         """
-        lines: dict[tuple[str, str, HostThread | None], set[int]] = {}
+        ran: dict[tuple[str, str, HostThread | None], tuple[set[int], set[int]]] = {}
         kernel: dict[str, None] = {}
+        modules: dict[str, dict[str, None]] = {}
         for index, pc in enumerate(pcs):
             try:
                 code = self._known[pc]
             except KeyError:
                 code = self._known[pc] = self._look_up(pc)
-            if isinstance(code, str):
-                kernel[code] = None
+            if isinstance(code, _KernelCode):
+                kernel[code.function] = None
+                if code.module:
+                    modules.setdefault(code.module, {})[code.function] = None
             elif code is not None:
                 key = code.file, code.function, thread_at(index, pc)
-                lines.setdefault(key, set()).update(code.lines)
-        host = tuple(
-            HostCode(file, function, tuple(sorted(numbers)), thread)
-            for (file, function, thread), numbers in lines.items()
+                lines, blocks = ran.setdefault(key, (set(), set()))
+                lines.update(code.lines)
+                blocks.add(pc)
+        return Code(
+            tuple(
+                HostCode(file, function, tuple(sorted(lines)), thread, tuple(sorted(blocks)))
+                for (file, function, thread), (lines, blocks) in ran.items()
+            ),
+            tuple(kernel),
+            tuple((module, tuple(functions)) for module, functions in modules.items()),
         )
-        return host, tuple(kernel)
 
-    def _look_up(self, pc: int) -> HostCode | str | None:
+    def _look_up(self, pc: int) -> HostCode | _KernelCode | None:
         if (frame := self._native(pc)) is not None:
             return HostCode(frame.file, frame.function, (frame.line,) if frame.line else ())
         place = self._symbolize(pc)
@@ -131,7 +154,7 @@ class ExplainedCalls(Sequence[Call]):
 
     def _explain(self, logged: LoggedCall) -> Call:
         start = logged.start
-        host, kernel = self._code.find(
+        code = self._code.find(
             self._pcs[start : logged.stop],
             (lambda index, pc: logged.thread_at(start + index, pc)) if logged.threads else _nobody,
         )
@@ -153,6 +176,7 @@ class ExplainedCalls(Sequence[Call]):
             arguments=arguments,
             result=result,
             error=error_name(result) if result is not None else None,
-            host=host,
-            kernel=kernel,
+            host=code.host,
+            kernel=code.kernel,
+            modules=code.modules,
         )

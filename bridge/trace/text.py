@@ -11,20 +11,23 @@ from bridge.sources.python.functions import ranges_text
 from bridge.trace.call import Call, HostCode, HostThread
 from bridge.trace.names import error_text
 
-__all__ = ["call_text", "host_text", "render_trace", "thread_text"]
+__all__ = ["FUNCTIONS", "call_text", "duration", "host_text", "render_trace", "some", "thread_text"]
 
 _POINTERS: Final = frozenset({"mmap", "brk", "mremap", "shmat"})
 """Calls that return an address."""
-_KERNEL_FUNCTIONS: Final = 6
-"""How many functions of the kernel a line shows."""
+FUNCTIONS: Final = 6
+"""How many functions of the kernel, and of each of its modules, a line shows."""
 
 
-def render_trace(calls: Iterable[Call], *, thread: bool | None = None) -> Iterator[str]:
+def render_trace(
+    calls: Iterable[Call], *, thread: bool | None = None, functions: int | None = FUNCTIONS
+) -> Iterator[str]:
     """Yield a line for each call, without its end.
 
     Args:
         thread: begin each line with the thread; None: from the second thread on. The threads of the
             target are named from their second one on.
+        functions: how many functions of the kernel, and of each of its modules, to show; None: all.
     """
     first: int | None = None
     ran: set[HostThread] = set()
@@ -36,27 +39,39 @@ def render_trace(calls: Iterable[Call], *, thread: bool | None = None) -> Iterat
             call,
             thread=call.thread != first if thread is None else thread,
             target_threads=len(ran) > 1,
+            functions=functions,
         )
 
 
-def call_text(call: Call, *, thread: bool = False, target_threads: bool | None = None) -> str:
+def call_text(
+    call: Call,
+    *,
+    thread: bool = False,
+    target_threads: bool | None = None,
+    functions: int | None = FUNCTIONS,
+) -> str:
     """Return a call as one line: ``openat("…") = 3  1.2 ms → server.py: Session.walk 120-134``.
+
+    The functions of the kernel come before the target's, and those of modules by themselves:
+    ``→ kernel: vfs_write and 9 more → nbd: nbd_queue_rq → protocol.c: …``.
 
     Args:
         thread: begin with the thread.
         target_threads: name the threads of the target; None: if there are several in the call.
+        functions: as for :func:`render_trace`.
     """
     arguments = "..." if call.arguments is None else ", ".join(call.arguments)
     parts = [f"[{_plain(call.command)} {call.thread}] " if thread else ""]
     parts.append(f"{call.name}({arguments}) = {_result(call)}")
     if call.seconds is not None:
-        parts.append(f"  {_duration(call.seconds)}")
+        parts.append(f"  {duration(call.seconds)}")
+    of_modules = {name for _, names in call.modules for name in names}
+    own = tuple(name for name in call.kernel if name not in of_modules)
+    for place, names in (("kernel", own), *call.modules):
+        if names:
+            parts.append(f" → {place}: {some(names, functions)}")
     if call.host:
         parts.append(f" → {host_text(call.host, target_threads)}")
-    if call.kernel:
-        shown = ", ".join(call.kernel[:_KERNEL_FUNCTIONS])
-        more = len(call.kernel) - _KERNEL_FUNCTIONS
-        parts.append(f" → kernel: {shown}" + (f" and {more} more" if more > 0 else ""))
     return "".join(parts)
 
 
@@ -79,6 +94,13 @@ def host_text(host: Sequence[HostCode], threads: bool | None = None) -> str:
         + "; ".join(f"{names[file]}: {', '.join(texts)}" for file, texts in files.items())
         for thread, files in by_thread.items()
     )
+
+
+def some(names: Sequence[str], most: int | None) -> str:
+    """Return names as a list: the first of them, and how many more there are; None: all."""
+    shown = ", ".join(names[:most])
+    more = len(names) - most if most is not None else 0
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def thread_text(thread: HostThread) -> str:
@@ -107,7 +129,8 @@ def _result(call: Call) -> str:
     return f"{result:#x}" if call.name in _POINTERS else str(result)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time as text: ``1.2 ms``."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}" if seconds < 1000 else f"{seconds:.0f} s"

@@ -206,10 +206,13 @@ def _as_dict(call: Call) -> dict[str, Any]:
                 "function": code.function,
                 "lines": list(code.lines),
                 "thread": dataclasses.asdict(code.thread) if code.thread is not None else None,
+                # As text: readers of other languages round a number of 64 bits.
+                "pcs": [f"{pc:#x}" for pc in code.pcs],
             }
             for code in call.host
         ],
         "kernel": list(call.kernel),
+        "modules": {module: list(functions) for module, functions in call.modules},
         "test": call.test,
     }
 
@@ -232,10 +235,15 @@ def _from_dict(values: dict[str, Any]) -> Call:
                 _text(code["function"]),
                 tuple(map(int, code["lines"])),
                 _thread(code.get("thread")),
+                tuple(int(pc, 16) for pc in code.get("pcs", ())),
             )
             for code in values["host"]
         ),
         kernel=tuple(map(_text, values["kernel"])),
+        modules=tuple(
+            (module, tuple(map(_text, functions)))
+            for module, functions in values.get("modules", {}).items()
+        ),
         test=_text(values.get("test")) or None,
     )
 

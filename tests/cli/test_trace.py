@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,22 @@ def test_run_trace_prints_and_leaves_the_calls(tmp_path: Path) -> None:
     stuck = "mkfifo /tmp/fifo; exec cat /tmp/fifo"
     bridge(*run, f"--trace={text}", "--timeout", "4", "--", "sh", "-c", stuck, status=124)
     assert text.read_text().splitlines()[-1] == 'openat(AT_FDCWD, "/tmp/fifo", O_RDONLY) = ?'
+
+
+def test_trace_table_and_functions(tmp_path: Path) -> None:
+    with TraceWriter(tmp_path / "trace.jsonl", TraceHeader()) as writer:
+        writer.write_all([*CALLS, replace(CALLS[1], kernel=tuple("abcdefgh"))])
+    show = ("trace", "--run", tmp_path)
+    lines = bridge(*show, "--table").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["system", "openat", "read", "exit_group"]
+    assert lines[1].endswith("  f")
+    (first, *_) = json.loads(bridge(*show, "--table", "--format", "json").stdout)
+    assert (first["name"], first["blocks"], first["functions"]) == ("openat", 1, ["f"])
+    assert "f and 2 more" in bridge(*show).stdout
+    assert "→ kernel: a and 7 more" in bridge(*show, "--functions", "1").stdout
+    assert "g, h" in bridge(*show, "--functions", "all").stdout
+    assert "neither a number nor all" in bridge(*show, "--functions", "x", status=2).stderr
+    assert "--table" in bridge(*show, "--table", "--format", "perfetto", status=2).stderr
 
 
 def test_trace_without_a_trace_says_how_to_record_one(tmp_path: Path) -> None:

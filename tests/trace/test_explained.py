@@ -99,13 +99,14 @@ def test_explained_calls_have_names_times_and_code() -> None:
     assert (opened.start, opened.thread, opened.command) == (0.0, 312, "cat")
     assert opened.seconds == pytest.approx(0.002)
     assert opened.host == (
-        HostCode("pkg/m.py", "C.method", (10,)),
-        HostCode("pkg/m.py", "outer.inner", (3,)),
+        HostCode("pkg/m.py", "C.method", (10,), pcs=(line[10],)),
+        HostCode("pkg/m.py", "outer.inner", (3,), pcs=(line[3],)),
     )
     assert opened.kernel == ("vfs_read",)
+    assert opened.modules == (("ext4", ("vfs_read",)),)
     # A clock that runs backwards is the guest's affair.
     assert (getpid.name, getpid.seconds, getpid.start) == ("getpid", 0.0, 2.0)
-    assert getpid.host == (HostCode("pkg/m.py", "C.method", (10,)),)
+    assert getpid.host == (HostCode("pkg/m.py", "C.method", (10,), pcs=(line[10],)),)
     assert (exits.result, exits.seconds, exits.error, exits.host) == (None, None, None, ())
     assert (odd.name, odd.arguments) == ("ia32_syscall_20", None)
     assert calls[1:3] == [getpid, exits]
@@ -114,16 +115,16 @@ def test_explained_calls_have_names_times_and_code() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "name"),
+    ("text", "name", "module"),
     [
-        ("vfs_read+0x1f", "vfs_read"),
-        ("v9fs_open+0x0 [9p]", "v9fs_open"),
-        ("fs/read_write.c:12 vfs_read+0x1f", "vfs_read"),
-        ("nothing", "nothing"),
+        ("vfs_read+0x1f", "vfs_read", ""),
+        ("v9fs_open+0x0 [9p]", "v9fs_open", "9p"),
+        ("fs/read_write.c:12 vfs_read+0x1f", "vfs_read", ""),
+        ("nothing", "nothing", ""),
     ],
 )
-def test_kernel_function_of_each_form(text: str, name: str) -> None:
-    assert kernel_function(text) == name
+def test_kernel_function_of_each_form(text: str, name: str, module: str) -> None:
+    assert kernel_function(text) == (name, module)
 
 
 def test_function_index_has_the_innermost_function() -> None:
@@ -146,7 +147,10 @@ def test_code_finder_names_functions_of_native_programs() -> None:
     frames = {8: Frame("serve", "/src/a.c", 7, 3), 24: Frame("serve", "/src/a.c", 9, 1)}
     frames[40] = Frame("start", "/src/b.s", 0, 0)
     finder = CodeFinder(lambda pc: "vfs_read+0x10" if pc == 1 else None, lambda *_: "", frames.get)
-    host, kernel = finder.find([24, 1, 8, 40])
-    assert kernel == ("vfs_read",)
-    assert host == (HostCode("/src/a.c", "serve", (7, 9)), HostCode("/src/b.s", "start", ()))
+    host, kernel, modules = finder.find([24, 1, 8, 40, 24])
+    assert (kernel, modules) == (("vfs_read",), ())
+    assert host == (
+        HostCode("/src/a.c", "serve", (7, 9), pcs=(8, 24)),
+        HostCode("/src/b.s", "start", (), pcs=(40,)),
+    )
     assert host_text(host) == "a.c: serve 7, 9; b.s: start"

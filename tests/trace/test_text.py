@@ -59,6 +59,19 @@ def test_call_text_shows_some_of_the_kernels_functions() -> None:
     )
 
 
+def test_call_text_shows_the_functions_of_modules_on_the_way_to_the_target() -> None:
+    queue = tuple(f"queue{number}" for number in range(3))
+    call = replace(
+        CALL, host=(WALK,), kernel=("f0", *queue, "f1"), modules=(("nbd", queue), ("9p", ()))
+    )
+    code = "server.py: Session.walk 120-134"
+    assert call_text(call, functions=2).endswith(
+        f"1.2 ms → kernel: f0, f1 → nbd: queue0, queue1 and 1 more → {code}"
+    )
+    assert f"→ nbd: {', '.join(queue)} →" in call_text(call)
+    assert f"→ nbd: {', '.join(queue)} →" in call_text(call, functions=None)
+
+
 def test_call_text_of_a_hostile_name_has_no_control_characters() -> None:
     text = call_text(replace(CALL, command="\x1b[2J\n"), thread=True)
     assert text.startswith("[?[2J? 312] openat(")

@@ -30,8 +30,9 @@ CALL = Call(
     arguments=("AT_FDCWD", '"/mnt/target/README"', "O_RDONLY"),
     result=-2,
     error="ENOENT",
-    host=(HostCode("pkg/server.py", "Session.walk", (120, 121)),),
-    kernel=("do_sys_openat2", "path_openat"),
+    host=(HostCode("pkg/server.py", "Session.walk", (120, 121), pcs=(0xFFFFFFFFF0000010,)),),
+    kernel=("do_sys_openat2", "ext4_lookup"),
+    modules=(("ext4", ("ext4_lookup",)),),
     test="test_x.py::test_y",
 )
 UNFINISHED = Call(1.5, None, 312, "cat", 231, "exit_group", None, None)
@@ -74,9 +75,11 @@ def test_trace_file_lines_have_the_documented_keys(tmp_path: Path) -> None:
                 "function": "Session.walk",
                 "lines": [120, 121],
                 "thread": None,
+                "pcs": ["0xfffffffff0000010"],
             }
         ],
-        "kernel": ["do_sys_openat2", "path_openat"],
+        "kernel": ["do_sys_openat2", "ext4_lookup"],
+        "modules": {"ext4": ["ext4_lookup"]},
         "test": "test_x.py::test_y",
     }
 
