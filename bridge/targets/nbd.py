@@ -170,6 +170,8 @@ class NbdDisk:
             guest_modules=("nbd",),
             guest_setup=(
                 f"{shlex.join(('perl', '-e', _CONNECT, *words))}\n"
+                # With a scheduler a worker of the kernel runs the driver's code, for no call.
+                f"echo none >/sys/block/{shlex.quote(Path(self.node).name)}/queue/scheduler\n"
                 f"mkdir -p {DEVICE_DIRECTORY}\n"
                 f"ln -sfn {shlex.quote(self.node)} {link}\n"
             ),
