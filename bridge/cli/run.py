@@ -11,7 +11,8 @@ __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
 DESCRIPTION = """\
 Boot a guest, start the target on this machine under coverage, mount it in the guest, and run a
-command there under kcov. Without a command, run the default workload: file work on the target.
+command there under kcov. Without a command, run the target's workload: for the default one, file
+work.
 """
 
 EPILOG = """\

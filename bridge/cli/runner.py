@@ -25,6 +25,7 @@ from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
 from bridge.sources.guest_kernel import SYMBOLS_FILE
 from bridge.sources.symbolize import BLOCKS_FILE, NATIVE_FILE
 from bridge.targets import DEFAULT_TARGET, MOUNT_POINT
+from bridge.targets.programs import PROGRAMS, target_class
 from bridge.targets.registry import check_name
 from bridge.trace import Call, TraceHeader, TraceWriter
 from bridge.trace.perfetto import PERFETTO_FILE, write_perfetto
@@ -66,6 +67,9 @@ def run(
         UsageError: another run is writing to ``settings.out``.
         BridgeError: what ended the run.
     """
+    if not command and settings.target in PROGRAMS:
+        workload = target_class(settings.target).workload
+        command = ["sh", "-c", workload] if workload else []
     if not command and settings.target != DEFAULT_TARGET:
         check_name(settings.target)
         raise UsageError(

@@ -289,6 +289,9 @@ class BuiltTarget(ProgramTarget):
     """How it is built."""
     summary = ""
     """What the target is, in some words."""
+    workload = ""
+    """A script for the guest's ``sh`` that uses the target: what ``kcov-bridge run`` runs if it is
+    given no command."""
 
     def __init__(self, directory: Path | None = None) -> None:
         super().__init__(directory)

@@ -2,7 +2,7 @@
 """Source packages of Debian, fetched by apt, which checks the archive's signature.
 
 apt gets lists and a cache of its own, so neither root nor a ``deb-src`` in the system's sources is
-needed. The mirror is the system's, or what ``KCOV_BRIDGE_MIRROR`` names, or deb.debian.org.
+needed. The mirror is what ``KCOV_BRIDGE_MIRROR`` names, or the system's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from bridge.util.commands import Commands
 
 __all__ = ["DebianSource"]
 
-_MIRROR: Final = "http://deb.debian.org/debian"
 _KEYRING: Final = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _CHANGE: Final = re.compile(r"\S+ \(([^)]+)\)")
 """How ``debian/changelog`` begins, with the version: deb-changelog(5)."""
@@ -54,7 +53,7 @@ class DebianSource:
             each.mkdir(parents=True)
         unpacked.mkdir()
         sources = state / "sources.list"
-        sources.write_text(f"deb-src {_mirror()} {self.release} main\n", encoding="utf-8")
+        sources.write_text(f"deb-src {self._mirror()} {self.release} main\n", encoding="utf-8")
         settings = {
             "Dir::Etc::SourceList": sources,
             "Dir::Etc::SourceParts": "-",
@@ -77,27 +76,31 @@ class DebianSource:
             raise TargetError(f"the source of {self.package} does not say its version")
         return top, match[1]
 
-
-def _mirror() -> str:
-    """Return options and URI of a mirror of Debian, as in a line of sources.list(5)."""
-    wanted = os.environ.get("KCOV_BRIDGE_MIRROR", "")
-    if "://" in wanted and not wanted.split()[1:]:
-        return f"[signed-by={_KEYRING}] {wanted}"
-    # Origin and label are Debian's for its main archive alone. Nothing is listed before the first
-    # `apt-get update`, as in a new container.
-    listed = subprocess.run(
-        [
-            *("apt-get", "indextargets", "--format", "$(LABEL) $(REPO_URI) $(SIGNED_BY)"),
-            *("Created-By: Packages", "Origin: Debian"),
-        ],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    ).stdout
-    for line in listed.splitlines():
-        label, uri, *key = line.split()
-        if label == "Debian":
-            by = f"[signed-by={key[0]}] " if key and key[0].startswith("/") else ""
-            return f"{by}{uri}"
-    return f"[signed-by={_KEYRING}] {_MIRROR}"
+    def _mirror(self) -> str:
+        """Return options and URI of a mirror of Debian, as in a line of sources.list(5)."""
+        wanted = os.environ.get("KCOV_BRIDGE_MIRROR", "")
+        # mmdebstrap takes other things too, which say nothing about other releases.
+        if "://" in wanted and len(wanted.split()) == 1:
+            return f"[signed-by={_KEYRING}] {wanted}"
+        # Origin and label are Debian's for its main archive alone.
+        listed = subprocess.run(
+            [
+                *("apt-get", "indextargets", "--format", "$(LABEL) $(REPO_URI) $(SIGNED_BY)"),
+                *("Created-By: Packages", "Origin: Debian"),
+            ],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        ).stdout
+        for line in listed.splitlines():
+            label, uri, *key = line.split()
+            if label == "Debian":
+                by = f"[signed-by={key[0]}] " if key and key[0].startswith("/") else ""
+                return f"{by}{uri}"
+        raise TargetError(
+            f"the source of {self.package} comes from Debian's archive, and apt knows none here",
+            # A new container has no lists of packages.
+            hint="on Debian run `sudo apt-get update`; elsewhere name a mirror of Debian: "
+            "KCOV_BRIDGE_MIRROR=URI",
+        )

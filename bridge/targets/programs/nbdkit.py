@@ -70,7 +70,22 @@ class Nbdkit(BuiltTarget):
     name = "nbdkit"
     summary = "nbdkit (C): a disk in its memory, at /dev/nbd0"
     program = NBDKIT
+    workload = " && ".join(
+        (
+            # Lazily, the kernel would write in the background, during whatever call.
+            "mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0 /dev/nbd0",
+            "mount /dev/nbd0 /mnt",
+            "cp /usr/bin/perl /mnt/file",
+            "sync /mnt/file",
+            "rm /mnt/file",
+            "fstrim /mnt",
+            "umount /mnt",
+            "dd if=/dev/nbd0 of=/dev/null bs=64k count=16 iflag=direct status=none",
+            "blkdiscard -f /dev/nbd0",
+        )
+    )
     size = "64M"
+    """The disk's size, as nbdkit reads it."""
 
     def command(self) -> Sequence[str | Path]:
         """Serve a disk on a Unix socket."""
