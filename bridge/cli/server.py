@@ -371,7 +371,9 @@ class _Server:
         data_file = self._out / COVERAGE_FILE
         stats = merge_stats(self._stats)
         with noted("the figures of all guests", problems):
-            stats.blocks_covered, stats.kernel_blocks_covered = covered_blocks(self._out)
+            blocks = covered_blocks(self._out)
+            stats.blocks_covered, stats.blocks_total = blocks.covered, blocks.total
+            stats.kernel_blocks_covered = blocks.kernel
             stats.pcs_unique = len(self._unique) + (stats.kernel_blocks_covered or 0)
         if data_file.is_file():
             with noted("the HTML report", problems):

@@ -90,6 +90,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep to the calls that reach the target",
     )
+    parser.add_argument(
+        "--images",
+        action="store_true",
+        help="programs mount disk images, too: seconds each under TCG, hundreds to begin with",
+    )
     parser.add_argument("--start", action="store_true", help="start the manager at once")
     add_settings(parser, _SETTINGS, defaults=_DEFAULTS)
 
@@ -118,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
         panic_on_warn=args.panic_on_warn,
         http=args.http,
         only_target=args.only_target,
+        images=args.images,
     )
     words = prepare(args.directory, args.syzkaller, campaign, try_guest, start=args.start)
     if args.start:

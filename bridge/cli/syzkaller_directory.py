@@ -75,6 +75,9 @@ _PLACES = ("vmlinux", "modules.json")
 """The files of an image on which the PCs of its kernel depend."""
 _OWN_MEMORY_MIB = 300
 """What QEMU and the bridge need beside the guest's memory, about."""
+_IMAGE_CALLS = ("syz_mount_image", "syz_read_part_table")
+"""They mount a disk image that the manager sends: seconds under TCG. The manager generates none of
+them (``no_generate`` in its ``sys/linux/filesystem.txt``), but has hundreds of seeds with them."""
 _PROGRAMS = ("bin/syz-manager", "bin/linux_amd64/syz-executor", "bin/linux_amd64/syz-execprog")
 
 
@@ -141,6 +144,8 @@ class Campaign:
     http: str = "127.0.0.1:56741"
     only_target: bool = False
     """Whether the manager keeps to the calls of the target's description."""
+    images: bool = False
+    """Whether programs mount disk images; see :data:`_IMAGE_CALLS`."""
 
     def save(self, directory: Path) -> None:
         """Write it."""
@@ -363,6 +368,7 @@ def _stand_in(directory: Path) -> str:
 def _manager_config(
     directory: Path, checkout: Path, campaign: Campaign, accelerator: str
 ) -> dict[str, Any]:
+    calls = [] if campaign.images or campaign.only_target else list(_IMAGE_CALLS)
     return {
         "name": "kcov-bridge",
         "target": "linux/amd64",
@@ -375,6 +381,10 @@ def _manager_config(
         "procs": campaign.procs,
         "sandbox": "none",
         "cover": True,
+        "disable_syscalls": calls,
+        # Coverage of what other tasks do for a program: only a target has it. After a program with
+        # calls of USB the executor waits for it, under TCG for five seconds.
+        "experimental": {"remote_cover": campaign.settings.target != "none"},
         "type": "qemu",
         "vm": {
             "count": campaign.count,

@@ -242,7 +242,9 @@ def _write_summary(results: Path) -> None:
             guests.append(Stats(**values["stats"]))
             seconds += values["seconds"]
     stats = merge_stats(guests)
-    stats.blocks_covered, stats.kernel_blocks_covered = covered_blocks(results)
+    blocks = covered_blocks(results)
+    stats.blocks_covered, stats.blocks_total = blocks.covered, blocks.total
+    stats.kernel_blocks_covered = blocks.kernel
     found = summaries.Summary(
         stats, exit_status=0, command=("syzkaller",), run_seconds=round(seconds, 3)
     )

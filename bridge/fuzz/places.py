@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the PCs of a campaign mean: kept by each job while its machine runs, read by the report.
 
-A job writes into its directory what a run writes into its own: the block table of the target, the
-symbols and the covered blocks of the guest's kernel; and beside that, in ``modules``, the kernel
-modules of which something was covered, as the guest has them.
+A job writes into its directory what a run writes into its own: the block table of the target, its
+native modules, the symbols and the covered blocks of the guest's kernel; and beside that, in
+``modules``, the kernel modules of which something was covered, as the guest has them.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
 from bridge.sources.guest_kernel import SYMBOLS_FILE
 from bridge.sources.guest_kernel.lines import Lines, find_modules, find_vmlinux
 from bridge.sources.guest_kernel.symbols import KernelSymbols
+from bridge.sources.native.modules import ModuleTable, NativeModule
+from bridge.sources.native.places import NativePlaces
+from bridge.sources.native.source import NativeSource
 from bridge.sources.pcs import PC_BASE, SLOT_BYTES, SYSCALL_FILE, SYSCALL_SLOTS, BlockTable
 from bridge.sources.python.blocks import decode_source
-from bridge.sources.symbolize import BLOCKS_FILE
+from bridge.sources.symbolize import BLOCKS_FILE, NATIVE_FILE
 from bridge.util.files import atomic_output, remove_partials, write_atomically
 
-__all__ = ["Places", "is_syscall_pc", "keep_places", "tidy_places"]
+__all__ = ["Places", "is_syscall_pc", "keep_native", "keep_places", "tidy_places"]
 
 _MODULES: Final = "modules"
 _TEXT: Final = 160
@@ -64,6 +67,8 @@ def keep_places(session: Session, directory: Path) -> None:
             raise InfrastructureError(
                 f"cannot write {directory / BLOCKS_FILE}: {error.strerror}"
             ) from error
+    if session.native is not None:
+        keep_native(session.native, directory / NATIVE_FILE)
     if session.kernel is None:
         return
     path = directory / KERNEL_BLOCKS_FILE
@@ -74,6 +79,26 @@ def keep_places(session: Session, directory: Path) -> None:
         write_atomically(path, "".join(f"{b.start:#x}\t{b.size}\n" for b in sorted(set(blocks))))
     if (directory / SYMBOLS_FILE).is_file():
         _keep_modules(session, directory, blocks)
+
+
+def keep_native(source: NativeSource, path: Path) -> None:
+    """Add what a source knows to what an earlier machine of the job has left.
+
+    Raises:
+        SourceError: that is damaged.
+        InfrastructureError: the file cannot be written.
+    """
+    table = source.places().table
+    if path.is_file():
+        merged = ModuleTable.load(path)
+        _say_left_out(merged.merge(table))
+        table = merged
+    table.save(path)
+
+
+def _say_left_out(modules: Iterable[NativeModule]) -> None:
+    for module in modules:
+        _log.warning("the PCs of %s in one guest are those of another module", module.path)
 
 
 def tidy_places(directory: Path) -> None:
@@ -132,7 +157,7 @@ class Places:
         problems: gets what is not known, and why.
 
     Attributes:
-        table: of the target; None if it is not known.
+        table: of the target's packages of Python; None if it is not known.
         symbols: of the guest's kernel; None if they are not known.
         sources: path of each file of the target that is there, by its name in the table.
 
@@ -164,7 +189,11 @@ class Places:
             } - {SYSCALL_FILE}
             found = {name: Path(path) for name, path in find_paths(names, ()).items()}
             self.sources = {name: path for name, path in found.items() if path.is_file()}
-        elif any(not is_kernel_pc(pc) and not is_syscall_pc(pc) for pc in covered):
+        self._native = self._find_native()
+        if self.table is None and any(
+            not is_kernel_pc(pc) and not is_syscall_pc(pc) and self._of_native(pc)[0] == f"{pc:#x}"
+            for pc in covered
+        ):
             problems.append(f"there is no {BLOCKS_FILE}: the lines of PCs are not known")
         if symbols := self._files(SYMBOLS_FILE):
             # The job that knows most modules.
@@ -185,10 +214,27 @@ class Places:
             return (f"{line[0]}:{line[1]}" if line else offset), symbol.name, offset if line else ""
         location = self.table.lookup(pc) if self.table is not None else None
         if location is None:
-            return f"{pc:#x}", "", ""
+            return self._of_native(pc)
         lines = location.block.lines
         place = f"{lines[0]}-{lines[-1]}" if len(lines) > 1 else f"{lines[0]}"
         return f"{location.file}:{place}", "", self._line(location.file, lines[0])
+
+    def _of_native(self, pc: PC) -> tuple[str, str, str]:
+        frame = self._native.innermost(pc) if self._native is not None else None
+        if frame is None:
+            return f"{pc:#x}", "", ""
+        if not frame.line:
+            place = self._native.text(pc) if self._native is not None else None
+            return place or f"{pc:#x}", frame.function, ""
+        self.sources.setdefault(frame.file, Path(frame.file))
+        return f"{frame.file}:{frame.line}", frame.function, self._line(frame.file, frame.line)
+
+    def _find_native(self) -> NativePlaces | None:
+        """Return the native modules of all jobs; None without any."""
+        table = ModuleTable()
+        for path in self._files(NATIVE_FILE):
+            _say_left_out(table.merge(ModuleTable.load(path)))
+        return NativePlaces(table) if len(table) else None
 
     def kernel_blocks(self) -> list[Block]:
         """Return the blocks of the guest's kernel that any job recorded."""

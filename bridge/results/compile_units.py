@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Final
 
 from bridge.errors import SourceError
-from bridge.results.native_export import NO_LINES_HINT
+from bridge.results.native_export import MANY_BLOCKS, NO_LINES_HINT
 from bridge.results.report.host import COVERAGE_FILE, find_paths, measured_files
 from bridge.results.run_directory import load_blocks, load_native
 from bridge.sources import PC
@@ -38,9 +37,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-
-_MANY_BLOCKS: Final = 20_000
-"""Their lines take longer than two seconds to read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +148,7 @@ def native_units(run: Path) -> Iterator[CompileUnit]:
     places = load_native(run)
     if places is None:
         return
-    if len(places.table) > _MANY_BLOCKS:
+    if len(places.table) > MANY_BLOCKS:
         _log.info("reading the lines of %d native blocks", len(places.table))
     without = 0
     for module in places.table:

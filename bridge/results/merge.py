@@ -3,21 +3,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from bridge.errors import InfrastructureError
 from bridge.results.kernel_export import read_blocks
+from bridge.results.run_directory import load_native
 from bridge.session.stats import Stats
 from bridge.sources import PC
 from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
 from bridge.sources.guest_kernel import SYMBOLS_FILE
 from bridge.sources.pcs import BlockTable
-from bridge.sources.symbolize import BLOCKS_FILE
+from bridge.sources.symbolize import BLOCKS_FILE, NATIVE_FILE
 from bridge.util.files import cannot_write, write_atomically
 
-__all__ = ["COVERAGE_FILE", "covered_blocks", "merge_results", "merge_stats"]
+__all__ = ["COVERAGE_FILE", "Blocks", "covered_blocks", "merge_results", "merge_stats"]
+
+_log = logging.getLogger(__name__)
 
 COVERAGE_FILE = ".coverage"
 """coverage.py's data in a run's directory."""
@@ -42,6 +47,7 @@ def merge_results(part: Path, run: Path) -> None:
     try:
         _merge_coverage(part / COVERAGE_FILE, run / COVERAGE_FILE)
         _move(part / BLOCKS_FILE, run / BLOCKS_FILE)
+        _merge_native(part / NATIVE_FILE, run / NATIVE_FILE)
         _merge_kernel_blocks(part / KERNEL_BLOCKS_FILE, run / KERNEL_BLOCKS_FILE)
         symbols, kept = part / SYMBOLS_FILE, run / SYMBOLS_FILE
         if kept.is_file() and symbols.is_file() and kept.stat().st_size > symbols.stat().st_size:
@@ -54,6 +60,24 @@ def merge_results(part: Path, run: Path) -> None:
 def _move(file: Path, destination: Path) -> None:
     if file.is_file():
         file.replace(destination)
+
+
+def _merge_native(file: Path, destination: Path) -> None:
+    if not file.is_file() or not destination.is_file():
+        _move(file, destination)
+        return
+    # Most runs have nothing native; the imports are not for them.
+    from bridge.sources.native.modules import ModuleTable
+
+    table = ModuleTable.load(destination)
+    for module in table.merge(ModuleTable.load(file)):
+        _log.warning(
+            "what a guest covered of %s is left out: its PCs are those of another module of an "
+            "earlier guest",
+            module.path,
+        )
+    table.save(destination)
+    file.unlink()
 
 
 def _merge_kernel_blocks(file: Path, destination: Path) -> None:
@@ -90,8 +114,19 @@ def _merge_coverage(file: Path, destination: Path) -> None:
     _move(file, destination)
 
 
-def covered_blocks(run: Path) -> tuple[int, int | None]:
-    """Return how many blocks of the target a run covered, and of the kernel (None: no source).
+class Blocks(NamedTuple):
+    """Figures of a run's directory."""
+
+    covered: int
+    """Of the target: in Python and native."""
+    total: int
+    """Of the target."""
+    kernel: int | None
+    """Covered ones of the guest's kernel; None if that was no source."""
+
+
+def covered_blocks(run: Path) -> Blocks:
+    """Return how many blocks a run covered.
 
     Raises:
         SourceError: a file is damaged.
@@ -99,12 +134,19 @@ def covered_blocks(run: Path) -> tuple[int, int | None]:
     """
     kernel = run / KERNEL_BLOCKS_FILE
     of_kernel = len(read_blocks(kernel)) if kernel.is_file() else None
-    if not (run / COVERAGE_FILE).is_file() or not (run / BLOCKS_FILE).is_file():
-        return 0, of_kernel
+    covered = total = 0
+    if (native := load_native(run)) is not None:
+        covered = sum(module.covered.count(1) for module in native.table)
+        total = len(native.table)
+    if not (run / BLOCKS_FILE).is_file():
+        return Blocks(covered, total, of_kernel)
+    table = BlockTable.load(run / BLOCKS_FILE)
+    total += len(table)
+    if not (run / COVERAGE_FILE).is_file():
+        return Blocks(covered, total, of_kernel)
     import coverage
     from coverage.exceptions import CoverageException
 
-    table = BlockTable.load(run / BLOCKS_FILE)
     data = coverage.CoverageData(str(run / COVERAGE_FILE))
     found: set[PC] = set()
     try:
@@ -121,7 +163,7 @@ def covered_blocks(run: Path) -> tuple[int, int | None]:
         raise InfrastructureError(
             f"{run / COVERAGE_FILE} cannot be read as coverage data", evidence=str(error)
         ) from error
-    return len(found), of_kernel
+    return Blocks(covered + len(found), total, of_kernel)
 
 
 def merge_stats(each: Iterable[Stats]) -> Stats:
@@ -133,7 +175,7 @@ def merge_stats(each: Iterable[Stats]) -> Stats:
         merged = replace(
             stats,
             instances=[],
-            blocks_total=stats.blocks_total or merged.blocks_total,
+            blocks_total=max(stats.blocks_total, merged.blocks_total),
             target_answered=stats.target_answered or merged.target_answered,
             problem=stats.problem or merged.problem,
         )

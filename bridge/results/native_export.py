@@ -3,30 +3,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from bridge.errors import UsageError
+from bridge.results.code_file import CodeFile
 from bridge.results.run_directory import load_native
 from bridge.sources.native.places import NativePlaces
 
-__all__ = ["NO_LINES_HINT", "native_lcov"]
+__all__ = ["MANY_BLOCKS", "NO_LINES_HINT", "add_files", "lcov_of", "native_lcov"]
 
 NO_LINES_HINT: Final = "build the programs with -g, and keep their files until the export"
 
-
-class _File:
-    """Lines and functions of a source file, with whether they ran."""
-
-    def __init__(self) -> None:
-        self.lines: dict[int, bool] = {}
-        self.functions: dict[str, tuple[int, bool]] = {}
-
-    def add(self, first: int, last: int, function: str, ran: bool) -> None:
-        for line in range(first, last + 1):
-            self.lines[line] = self.lines.get(line, False) or ran
-        start, before = self.functions.get(function, (first, False))
-        self.functions[function] = min(start, first), before or ran
+MANY_BLOCKS: Final = 20_000
+"""Their lines take longer than two seconds to read."""
 
 
 def native_lcov(run: Path) -> bytes:
@@ -50,48 +41,32 @@ def native_lcov(run: Path) -> bytes:
             "no native program of the run has told of its blocks",
             hint="build the target's programs with coverage; see docs/native.md",
         )
-    files = _files(places)
+    files: dict[str, CodeFile] = {}
+    add_files(files, places)
     if not files:
         raise UsageError(
             "no native block of the run has a line",
             hint=NO_LINES_HINT,
         )
-    return "".join(_record(name, files[name]) for name in sorted(files)).encode(
-        errors="surrogateescape"
-    )
+    return lcov_of(files).encode(errors="surrogateescape")
 
 
-def _files(places: NativePlaces) -> dict[str, _File]:
-    files: dict[str, _File] = {}
+def lcov_of(files: Mapping[str, CodeFile]) -> str:
+    """Return files as LCOV, sorted by name."""
+    return "".join(files[name].lcov(name) for name in sorted(files))
+
+
+def add_files(files: dict[str, CodeFile], places: NativePlaces) -> None:
+    """Add the files of a run's native modules, by path, to those of other runs."""
     for module in places.table:
         for index in range(module.count):
             ran = index < len(module.covered) and module.covered[index] != 0
             if module.blocks:
                 block = module.blocks[index]
-                file = files.setdefault(block.file, _File())
+                file = files.setdefault(block.file, CodeFile())
                 file.add(block.line, block.end_line, block.function, ran)
                 continue
             for frame in places.frames(module, index):
                 if frame.file and frame.line:
-                    file = files.setdefault(frame.file, _File())
+                    file = files.setdefault(frame.file, CodeFile())
                     file.add(frame.line, frame.line, frame.function, ran)
-    return files
-
-
-def _record(name: str, file: _File) -> str:
-    functions = sorted((line, function, ran) for function, (line, ran) in file.functions.items())
-    lines = sorted(file.lines.items())
-    return "\n".join(
-        [
-            "TN:",
-            f"SF:{name}",
-            *(f"FN:{line},{function}" for line, function, _ in functions),
-            *(f"FNDA:{int(ran)},{function}" for _, function, ran in functions),
-            f"FNF:{len(functions)}",
-            f"FNH:{sum(ran for _, _, ran in functions)}",
-            *(f"DA:{line},{int(ran)}" for line, ran in lines),
-            f"LF:{len(lines)}",
-            f"LH:{sum(ran for _, ran in lines)}",
-            "end_of_record\n",
-        ]
-    )

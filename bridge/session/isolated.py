@@ -381,6 +381,12 @@ class IsolatedTarget:
             answer = running.conclude(self.name, _READY)
             description = Description.from_dict(answer["description"])
             self.name = description.name
+            if answer["native"]:
+                logger.warning(
+                    "the native programs of the target %s are not covered: its own process "
+                    "(--isolate) covers its packages of Python alone",
+                    self.name,
+                )
             # Imported here, for a run that isolates nothing.
             from bridge.sources.python.lines import LineMemory
             from bridge.sources.python.source import block_table
@@ -680,7 +686,16 @@ def _target_process(
     own_threads: list[threading.Thread] = []
     host = _host(order, faults, own_threads, (answers.socket, asks.socket), count)
     stack.callback(host.stop)
-    source = host.source
+    source, native = host.source, host.native
+    # Nothing here hands over what it would cover.
+    host.native = None
+    if source is None and native is not None:
+        raise UsageError(
+            f"the target {host.name} is native programs, and these are covered only without "
+            "--isolate",
+            hint="leave out --isolate: the programs are processes of their own anyway. In a test, "
+            'take reset="restart" for reset="fork"',
+        )
     if source is None:
         raise UsageError(
             f"the target {host.name} cannot run in a process of its own: it covers no packages",
@@ -710,6 +725,7 @@ def _target_process(
         "description": description.as_dict(),
         "packages": source.packages,
         "lines": source.shared_lines,
+        "native": native is not None,
     }
     answers.send(_READY, json.dumps(answer).encode())
     ready.set()

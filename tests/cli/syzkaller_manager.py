@@ -106,7 +106,7 @@ def test_manager_shows_functions_of_the_kernel_and_nothing_is_lost(
     assert re.search(r"^0xffffffff8[0-9a-f]{7},,.*,functions/vmlinux,false,", lines, re.M)
     assert "functions%2fvmlinux" in html
     said = log.read_text(errors="replace")
-    for feature in ("Coverage", "ExtraCoverage", "SandboxNone", "NetInjection"):
+    for feature in ("Coverage", "SandboxNone", "NetInjection"):
         assert re.search(rf"^{feature} *: enabled", said, re.M), said[-4000:]
     # All that the manager has is in the results of the guests, which it killed.
     results = directory / COVERAGE

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,14 @@ from bridge.cli.syzkaller_descriptions import (
     constants,
     description,
 )
-from bridge.cli.syzkaller_directory import COVERAGE, Campaign, PinnedImage, _knows, public_key
+from bridge.cli.syzkaller_directory import (
+    COVERAGE,
+    Campaign,
+    PinnedImage,
+    _knows,
+    _manager_config,
+    public_key,
+)
 from bridge.cli.syzkaller_guest import GUESTS_FILE, _Machine
 from bridge.cli.syzkaller_sandbox import INPUTS, mount_points, show_script
 from bridge.cli.syzkaller_trial import KERNEL_OBJECT, _make_object
@@ -98,6 +106,21 @@ def test_campaign_kernel_is_no_source_has_a_pc_for_each_call() -> None:
     settings = Campaign(Settings(accel="tcg"), pinned).machine_settings()
     assert not settings.syscall_pcs
     assert settings.syscall_comparisons
+
+
+def test_manager_waits_for_no_coverage_that_cannot_come_and_mounts_images_if_told(
+    tmp_path: Path,
+) -> None:
+    def config(campaign: Campaign) -> dict[str, Any]:
+        return _manager_config(tmp_path, tmp_path, campaign, "tcg")
+
+    kernel = Campaign(Settings(target="none"))
+    assert config(kernel)["disable_syscalls"] == ["syz_mount_image", "syz_read_part_table"]
+    assert config(kernel)["experimental"] == {"remote_cover": False}
+    assert config(replace(kernel, images=True))["disable_syscalls"] == []
+    target = config(Campaign(Settings(target="plan9"), only_target=True))
+    assert target["disable_syscalls"] == []
+    assert target["experimental"] == {"remote_cover": True}
 
 
 def test_key_cannot_be_read_says_what_to_do(tmp_path: Path) -> None:

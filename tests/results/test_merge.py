@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
 
 import coverage
@@ -11,6 +12,7 @@ import pytest
 from bridge.errors import BridgeError
 from bridge.results.merge import covered_blocks, merge_results, merge_stats
 from bridge.session.stats import Stats
+from bridge.sources.native.modules import ModuleTable
 from bridge.sources.pcs import BlockTable
 from tests.support.coverage_data import executed
 
@@ -44,22 +46,60 @@ def test_merge_results_of_two_guests_are_those_of_both(tmp_path: Path, module: P
     run.mkdir()
     first = results(tmp_path / "1", module, [1, 2, 3], {0: 16, 32: 4})
     merge_results(first, run)
-    assert covered_blocks(run)[1] == 2
+    assert covered_blocks(run).kernel == 2
     merge_results(results(tmp_path / "2", module, [1, 2, 5], {32: 8, 64: 4}), run)
     assert executed(run / ".coverage") == {str(module): [1, 2, 3, 5]}
     assert (run / "kernel-blocks.tsv").read_text().split() == [
         *(f"{BASE:#x}", "16", f"{BASE + 32:#x}", "8", f"{BASE + 64:#x}", "4")
     ]
     table = BlockTable.load(run / "blocks.tsv")
-    assert covered_blocks(run) == (len(table), 3)
+    assert covered_blocks(run) == (len(table), len(table), 3)
     assert not list(first.iterdir()), "all of it was taken over"
+
+
+def native(directory: Path, *modules: tuple[str, int, bytes]) -> Path:
+    """What a guest leaves that loaded these native modules: key, blocks, and which were covered."""
+    directory.mkdir()
+    table = ModuleTable()
+    for key, count, covered in modules:
+        module = table.add(key, f"/lib/{key}", count)
+        module.covered = covered
+        module.places = array("I", (0x1000 + at if ran else 0 for at, ran in enumerate(covered)))
+    table.save(directory / "native.tsv")
+    return directory
+
+
+def test_merge_native_modules_of_two_guests_are_those_of_both(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    merge_results(native(tmp_path / "1", ("one", 3, b"\1\0\0")), run)
+    second = native(tmp_path / "2", ("two", 2, b"\0\1"), ("one", 3, b"\1\0\1"))
+    merge_results(second, run)
+    table = {module.key: module for module in ModuleTable.load(run / "native.tsv")}
+    assert {key: module.covered for key, module in table.items()} == {
+        "one": b"\1\0\1",
+        "two": b"\0\1",
+    }
+    assert list(table["one"].places) == [0x1000, 0, 0x1002]
+    assert covered_blocks(run) == (3, 5, None)
+    assert not list(second.iterdir())
+
+
+def test_merge_native_module_whose_pcs_are_taken_is_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = native(tmp_path / "run", ("one", 3, b"\1\0\0"))
+    part = native(tmp_path / "1", ("one", 4, b"\1\1\1\1"))
+    merge_results(part, run)
+    assert covered_blocks(run) == (1, 3, None)
+    assert "/lib/one is left out" in caplog.text
 
 
 def test_merge_results_of_a_guest_that_left_none_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     (tmp_path / "run").mkdir()
     merge_results(tmp_path / "1", tmp_path / "run")
-    assert covered_blocks(tmp_path / "run") == (0, None)
+    assert covered_blocks(tmp_path / "run") == (0, 0, None)
     assert not list((tmp_path / "run").iterdir())
 
 

@@ -345,6 +345,13 @@ def test_isolated_no_target_is_a_usage_error(tmp_path: Path) -> None:
         IsolatedTarget("none", None, tmp_path).start(nowhere)
 
 
+def test_isolated_native_programs_are_a_usage_error(tmp_path: Path) -> None:
+    target = "tests.system.native_targets:LineServer"
+    with pytest.raises(UsageError, match="only without --isolate") as raised:
+        IsolatedTarget(target, None, tmp_path).start(nowhere)
+    assert "leave out --isolate" in str(raised.value.hint)
+
+
 def test_isolated_target_with_a_fault_of_the_tracer_raises_it_and_gives_the_pcs(
     own_target: OwnTarget,
 ) -> None:

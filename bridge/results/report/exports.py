@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report's coverage for programs: LCOV, Cobertura and JSON, by coverage.py's own reporters.
 
-Lines and functions of the guest's kernel follow where a run has them and the kernel's debug
-information is installed. Without that information its functions have no files: the JSON export
-lists them, the others leave them out.
+Lines and functions of native programs follow, and those of the guest's kernel where a run has them
+and the kernel's debug information is installed. Without that information its functions have no
+files: the JSON export lists them, the others leave them out.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import logging
 import time
 import warnings
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -22,23 +21,16 @@ from typing import Any, Final
 import bridge
 from bridge.errors import InfrastructureError, UsageError
 from bridge.results import kernel_export
+from bridge.results.code_file import CodeFile
 from bridge.results.coverage_files import with_absolute_path
+from bridge.results.native_export import lcov_of
 from bridge.results.report.gather import Report
 from bridge.results.report.host import HostData
 from bridge.sources.guest_kernel import BLOCKS_FILE, SYMBOLS_FILE
 
-__all__ = ["EXPORTS", "KernelFile", "kernel_lcov", "parse_lcov"]
+__all__ = ["EXPORTS", "kernel_lcov", "parse_lcov"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class KernelFile:
-    """Lines and functions of a source file of the kernel, each with whether it was covered."""
-
-    lines: dict[int, bool] = field(default_factory=dict)
-    functions: dict[str, tuple[int, bool]] = field(default_factory=dict)
-    """Line and cover by name."""
 
 
 def kernel_lcov(report: Report, vmlinux: Path | None = None) -> str:
@@ -56,15 +48,15 @@ def kernel_lcov(report: Report, vmlinux: Path | None = None) -> str:
     return "".join(parts)
 
 
-def parse_lcov(text: str) -> dict[str, KernelFile]:
+def parse_lcov(text: str) -> dict[str, CodeFile]:
     """Return what an LCOV text of :mod:`bridge.results.kernel_export` has, by file."""
-    files: dict[str, KernelFile] = {}
-    file = KernelFile()
+    files: dict[str, CodeFile] = {}
+    file = CodeFile()
     starts: dict[str, int] = {}
     for record in text.splitlines():
         kind, _, rest = record.partition(":")
         if kind == "SF":
-            file = files.setdefault(rest, KernelFile())
+            file = files.setdefault(rest, CodeFile())
             starts = {}
         elif kind == "FN":
             line, _, name = rest.partition(",")
@@ -82,18 +74,26 @@ def parse_lcov(text: str) -> dict[str, KernelFile]:
 def _lcov(report: Report, host: HostData, vmlinux: Path | None) -> str:
     text = _by_coverage(host, "lcov")
     text = "".join(map(with_absolute_path, text.splitlines(keepends=True)))
-    return text + kernel_lcov(report, vmlinux)
+    return text + lcov_of(report.native) + kernel_lcov(report, vmlinux)
 
 
 def _cobertura(report: Report, host: HostData, vmlinux: Path | None) -> str:
     text = _by_coverage(host, "xml")
-    files = parse_lcov(kernel_lcov(report, vmlinux))
-    if not files:
+    kernel = parse_lcov(kernel_lcov(report, vmlinux))
+    if not kernel and not report.native:
         return text
     root = ET.fromstring(text) if text else _empty_cobertura()
+    for name, files in (("native", report.native), ("kernel", kernel)):
+        if files:
+            _add_package(root, name, files)
+    ET.indent(root, "\t")
+    return "<?xml version='1.0' encoding='utf-8'?>\n" + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _add_package(root: ET.Element, name: str, files: Mapping[str, CodeFile]) -> None:
     packages = root.find("packages")
     assert isinstance(packages, ET.Element)
-    package = ET.SubElement(packages, "package", name="kernel", complexity="0")
+    package = ET.SubElement(packages, "package", name=name, complexity="0")
     classes = ET.SubElement(package, "classes")
     valid = covered = 0
     for name, file in sorted(files.items()):
@@ -123,8 +123,6 @@ def _cobertura(report: Report, host: HostData, vmlinux: Path | None) -> str:
     root.set("lines-valid", str(valid))
     root.set("lines-covered", str(covered))
     root.set("line-rate", _rate(covered, valid))
-    ET.indent(root, "\t")
-    return "<?xml version='1.0' encoding='utf-8'?>\n" + ET.tostring(root, encoding="unicode") + "\n"
 
 
 def _empty_cobertura() -> ET.Element:
@@ -160,15 +158,25 @@ def _json(report: Report, host: HostData, vmlinux: Path | None) -> str:
                 {"name": name, "module": module, "blocks": blocks, "pcs": pcs}
                 for (name, module), (blocks, pcs) in sorted(functions.items())
             ],
-            "files": {
-                name: {
-                    "executed_lines": sorted(line for line, hit in file.lines.items() if hit),
-                    "missing_lines": sorted(line for line, hit in file.lines.items() if not hit),
-                }
-                for name, file in sorted(files.items())
-            },
+            "files": _json_files(files),
+        }
+    if report.native:
+        values["native"] = {
+            "blocks_covered": sum(each.count(1) for each in report.native_covered.values()),
+            "blocks_total": sum(map(len, report.native_covered.values())),
+            "files": _json_files(report.native),
         }
     return json.dumps(values, indent=1) + "\n"
+
+
+def _json_files(files: Mapping[str, CodeFile]) -> dict[str, dict[str, list[int]]]:
+    return {
+        name: {
+            "executed_lines": sorted(line for line, hit in file.lines.items() if hit),
+            "missing_lines": sorted(line for line, hit in file.lines.items() if not hit),
+        }
+        for name, file in sorted(files.items())
+    }
 
 
 def _by_coverage(host: HostData, kind: str) -> str:

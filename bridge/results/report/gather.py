@@ -15,7 +15,9 @@ from typing import Any, Final
 
 from bridge.errors import BridgeError, InfrastructureError, UsageError
 from bridge.results import summary
+from bridge.results.code_file import CodeFile
 from bridge.results.coverage_files import HTML_DIRECTORY
+from bridge.results.native_export import MANY_BLOCKS, add_files
 from bridge.results.report.host import (
     COVERAGE_FILE,
     HostData,
@@ -23,10 +25,14 @@ from bridge.results.report.host import (
     find_paths,
     join_coverage,
     measured_files,
+    native_files,
 )
 from bridge.results.report.pcs import PCS_FILE, PcFigures, TSeries, thin_out
+from bridge.results.run_directory import load_native
 from bridge.results.test_record import RECORD_FILE, RecordedTest, read_records, record_files
 from bridge.sources.guest_kernel import SYMBOLS_FILE
+from bridge.sources.native.modules import ModuleTable
+from bridge.sources.symbolize import NATIVE_FILE
 from bridge.trace import Call, TraceHeader, read_traces
 from bridge.trace.perfetto import PERFETTO_FILE
 from bridge.trace.trace_file import TRACE_FILE
@@ -90,6 +96,11 @@ class Report:
     tests: list[RecordedTest] = field(default_factory=list)
     """In the order in which they began."""
     files: list[SourceFile] = field(default_factory=list)
+    """Of the host: Python's, then those of native programs."""
+    native: dict[str, CodeFile] = field(default_factory=dict)
+    """Lines and functions of native programs, by path."""
+    native_covered: dict[str, bytes] = field(default_factory=dict)
+    """Of each native module, by its key: a byte for each block, 1 if it was covered."""
     lines_by_test: dict[str, dict[str, set[int]]] = field(default_factory=dict)
     """Statements that each test reached, by path."""
     calls: list[tuple[int, Call]] = field(default_factory=list)
@@ -156,12 +167,42 @@ def gather(directories: Sequence[Path]) -> Iterator[tuple[Report, HostData]]:
     with join_coverage(data_files, tests) as host:
         written = [path.stat().st_mtime for path in data_files]
         report.files = host.files(max(written, default=None))
+        report.files += _native_files(report)
         report.tests = recorded
         by_path = {file.path: file for file in report.files}
         _add_lines_of_tests(report, host, by_path)
         report.calls = traced
         _add_figures_of_calls(report, by_path)
         yield report, host
+
+
+def _native_files(report: Report) -> list[SourceFile]:
+    """Read the native modules of all runs into ``native``; return their files for the page."""
+    written = []
+    for run in report.runs:
+        places = load_native(run.path)
+        if places is not None:
+            _announce_blocks(len(places.table))
+            add_files(report.native, places)
+            _add_covered(report.native_covered, places.table)
+            written.append((run.path / NATIVE_FILE).stat().st_mtime)
+    return native_files(report.native, max(written, default=0.0))
+
+
+def _add_covered(covered: dict[str, bytes], table: ModuleTable) -> None:
+    for module in table:
+        now = module.covered.ljust(module.count, b"\0")
+        before = covered.get(module.key, b"")
+        if len(before) != len(now):
+            covered[module.key] = now
+            continue
+        either = int.from_bytes(before, "big") | int.from_bytes(now, "big")
+        covered[module.key] = either.to_bytes(len(now), "big")
+
+
+def _announce_blocks(blocks: int) -> None:
+    if blocks > MANY_BLOCKS:
+        _log.info("reading the lines of %d native blocks", blocks)
 
 
 def _read_run(path: Path, report: Report) -> RunDirectory:
@@ -172,7 +213,7 @@ def _read_run(path: Path, report: Report) -> RunDirectory:
             "(--guest-report)",
         )
     run = RunDirectory(path)
-    names = (_SUMMARY_FILE, PCS_FILE, COVERAGE_FILE, SYMBOLS_FILE)
+    names = (_SUMMARY_FILE, PCS_FILE, COVERAGE_FILE, SYMBOLS_FILE, NATIVE_FILE)
     if not any((path / name).is_file() for name in names) and not (
         record_files(path) or any(path.glob("trace*.jsonl"))
     ):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lines of host code: coverage data of runs and records of tests, joined and analysed.
 
-Which lines count, and which were reached, is what coverage.py says: a statement of several lines
-counts once, as its first line.
+Which lines of Python count, and which were reached, is what coverage.py says: a statement of
+several lines counts once, as its first line. Of native programs the lines of blocks count.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Final
 
 from bridge.errors import InfrastructureError
+from bridge.results.code_file import CodeFile
 
 if TYPE_CHECKING:
     from coverage import Coverage, CoverageData
@@ -31,6 +32,7 @@ __all__ = [
     "find_paths",
     "join_coverage",
     "measured_files",
+    "native_files",
     "short_names",
 ]
 
@@ -39,6 +41,8 @@ COVERAGE_FILE: Final = ".coverage"
 
 _SOURCE_BYTES: Final = 4 << 20
 """A larger file is shown without its text."""
+_NATIVE_BYTES: Final = 24 << 20
+"""Of the texts of native programs, all together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +254,47 @@ def _analyse(
     if not file.statements:
         file.statements = set(file.reached)
     return file
+
+
+def native_files(files: Mapping[str, CodeFile], written: float) -> list[SourceFile]:
+    """Return the files of native programs, sorted by path.
+
+    Those of which no line ran are without their text, and so are files beyond a page's worth.
+
+    Args:
+        written: when the coverage was, in seconds since the epoch; a source that is newer is
+            doubtful.
+    """
+    found = []
+    room = _NATIVE_BYTES
+    there = sorted(path for path in files if Path(path).is_file())
+    names = dict(zip(there, short_names(there), strict=True))
+    for path, code in sorted(files.items()):
+        file = SourceFile(path, names.get(path, path), statements=set(code.lines))
+        file.reached = {line for line, ran in code.lines.items() if ran}
+        file.functions = sorted(
+            (
+                Function(function, first, code.last_lines[function])
+                for function, (first, _) in code.functions.items()
+            ),
+            key=lambda each: (each.first, -each.last),
+        )
+        try:
+            status = Path(path).stat()
+            if not file.reached:
+                file.problem = "no line of it ran, so its text is not here"
+            elif status.st_size > min(room, _SOURCE_BYTES):
+                file.problem = "the page has no room for its text"
+            else:
+                text = Path(path).read_text(encoding="utf-8", errors="replace")
+                room -= status.st_size
+                file.text = text.split("\n")
+                if status.st_mtime > written:
+                    file.problem = "the file was changed after the run: its lines may be others now"
+        except OSError as error:
+            file.problem = f"the source cannot be shown: {error.strerror}"
+        found.append(file)
+    return found
 
 
 def find_paths(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:

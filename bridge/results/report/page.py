@@ -213,6 +213,8 @@ def _totals(report: Report) -> dict[str, Any]:
         "calls": len(report.calls) or calls or sum(test.calls or 0 for test in report.tests),
         "pcs": sum(pcs) if pcs else sum(test_pcs) if test_pcs else None,
         "pcsDifferent": sum(int(figures.get("pcs_unique") or 0) for figures in summaries),
+        "nativeCovered": sum(each.count(1) for each in report.native_covered.values()),
+        "nativeBlocks": sum(map(len, report.native_covered.values())),
         "kernelBlocks": sum(kernel_blocks) if kernel_blocks else None,
     }
 
@@ -285,7 +287,7 @@ def _series(report: Report) -> list[dict[str, Any]]:
 
 def _hot(report: Report, number_of: dict[str, int]) -> dict[str, Any]:
     """Return what ran most: blocks of the PCs, or lines of the trace where there are none."""
-    by_name = {file.name: number for number, file in enumerate(report.files)}
+    by_name = {file.name: number for number, file in enumerate(report.files)} | number_of
     host = sorted(
         (block for run in report.runs for block in run.pcs.hot_host), key=lambda each: -each.count
     )

@@ -9,10 +9,11 @@ from typing import Final
 
 from bridge.errors import InfrastructureError, SourceError
 from bridge.results.kernel_export import is_kernel_pc
-from bridge.results.run_directory import load_blocks
+from bridge.results.run_directory import load_blocks, load_native
 from bridge.sources import PC
 from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
 from bridge.sources.guest_kernel import SYMBOLS_FILE
+from bridge.sources.native.modules import NATIVE_BASE, NATIVE_END
 from bridge.sources.pcs import PC_BASE, SLOT_BYTES, SYSCALL_SLOTS
 from bridge.sources.symbolize import BLOCKS_FILE
 
@@ -36,7 +37,7 @@ class HotBlock:
     """A block and how often it was recorded."""
 
     place: str
-    """Name of the file, or of the kernel's function."""
+    """Name of the file (native: its path), or of the kernel's function."""
     detail: str
     """Lines of the file, or the offset in the function."""
     line: int
@@ -80,19 +81,18 @@ class PcFigures:
         """
         figures = cls()
         counts = figures._count(run / PCS_FILE)
-        host = sorted(
-            (-count, pc)
-            for pc, count in counts.items()
-            if not is_kernel_pc(pc) and pc >= _SYSCALLS_END
-        )
-        if (run / BLOCKS_FILE).is_file():
-            table = load_blocks(run)
-            for negative, pc in host[:_HOTTEST]:
-                location = table.lookup(pc)
-                if location is not None:
-                    lines = location.block.lines
-                    text = f"{lines[0]}-{lines[-1]}" if len(lines) > 1 else f"{lines[0]}"
-                    figures.hot_host.append(HotBlock(location.file, text, lines[0], -negative))
+        host = sorted((-count, pc) for pc, count in counts.items() if _is_of_target(pc))
+        table = load_blocks(run) if (run / BLOCKS_FILE).is_file() else None
+        native = load_native(run)
+        for negative, pc in host[:_HOTTEST]:
+            location = table.lookup(pc) if table is not None else None
+            if location is not None:
+                lines = location.block.lines
+                text = f"{lines[0]}-{lines[-1]}" if len(lines) > 1 else f"{lines[0]}"
+                figures.hot_host.append(HotBlock(location.file, text, lines[0], -negative))
+            elif native is not None and (frame := native.innermost(pc)) is not None:
+                text = f"{frame.line}" if frame.line else "?"
+                figures.hot_host.append(HotBlock(frame.file, text, frame.line, -negative))
         if (run / SYMBOLS_FILE).is_file():
             figures._add_kernel(run, counts)
         return figures
@@ -114,7 +114,7 @@ class PcFigures:
                         if pc not in counts:
                             if is_kernel_pc(pc):
                                 kernel.append((number, len(kernel) + 1))
-                            elif pc >= _SYSCALLS_END:
+                            elif _is_of_target(pc):
                                 host.append((number, len(host) + 1))
                             counts[pc] = 0
                     counts[pc] += 1
@@ -158,6 +158,10 @@ class PcFigures:
                 self.hot_kernel.append(
                     HotBlock(symbol.name, f"+{pc - symbol.start:#x}{module}", 0, -negative)
                 )
+
+
+def _is_of_target(pc: PC) -> bool:
+    return NATIVE_BASE <= pc < NATIVE_END or pc >= _SYSCALLS_END
 
 
 def thin_out(points: TSeries, end: float) -> TSeries:

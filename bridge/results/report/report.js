@@ -102,6 +102,7 @@ function cards() {
     found.push(card("tests", "Tests passed", count(outcomes.passed || 0), `of ${count(totals.tests)}`, rest, bar));
   }
   if (totals.statements) found.push(card("lines", "Host lines reached", count(totals.reached), `of ${count(totals.statements)}`, `${percent(totals.reached, totals.statements)} in ${counted(D.files.length, "file")}`, meter(totals.reached / totals.statements)));
+  if (totals.nativeBlocks) found.push(card("native", "Native blocks covered", count(totals.nativeCovered), `of ${count(totals.nativeBlocks)}`, percent(totals.nativeCovered, totals.nativeBlocks), meter(totals.nativeCovered / totals.nativeBlocks)));
   if (totals.calls) found.push(card("calls", "System calls", count(totals.calls), "", D.syscalls.length ? `${counted(D.syscalls.length, "kind")}, ${count(D.syscalls.reduce((n, each) => n + each.hostCalls, 0))} reached the host` : "returns that were traced"));
   if (totals.pcs !== null) found.push(card("pcs", "PCs", count(totals.pcs), "", totals.pcsDifferent ? `${count(totals.pcsDifferent)} different` : "recorded by the tests"));
   if (D.kernel.length) found.push(card("kernel", "Kernel functions", count(D.kernel.length), "", totals.kernelBlocks ? `${count(totals.kernelBlocks)} basic blocks` : "named by the trace"));
@@ -256,6 +257,8 @@ function source(panel) {
     const text = D.files[number].text;
     for (let at = opens.length; at < line; at++) opens.push(at ? split(text[at - 1], opens[at - 1], () => {}) : "");
     if (!text[line - 1]) return " ";
+    // The words of other languages are others.
+    if (!D.files[number].path.endsWith(".py")) return text[line - 1];
     const spans = [];
     split(text[line - 1], opens[line - 1], (kind, part) => spans.push(kind ? h("span", { class: kind }, part) : part));
     return spans;
@@ -290,7 +293,7 @@ function source(panel) {
     detail.scrollTop = 0;
   }
   panel.append(h("div", { class: "toolbar" }, h("label", {}, "File ", files), D.tests.length ? h("label", {}, "Reached by ", testSelect) : null, functions, next), h("div", { class: "toolbar" }, legend, status), h("div", { class: "split" }, h("div", {}, list.element, list.note), detail));
-  const least = D.files.map((file, at) => [size(file.reached), at]).sort((a, b) => b[0] - a[0] || a[1] - b[1]);
+  const least = D.files.map((file, at) => [file.text.length ? size(file.reached) : -1, at]).sort((a, b) => b[0] - a[0] || a[1] - b[1]);
   load(least[0][1]);
   showSourceIn = (file, line, test) => { if (test !== undefined) { chosen = test; testSelect.value = test; } load(file); if (line) jump(line); list.element.focus(); };
 }

@@ -90,6 +90,21 @@ class NativeModule:
         """Its file's name, without the directory."""
         return Path(self.path).name or "?"
 
+    def is_same(self, other: NativeModule) -> bool:
+        """Return whether a module of another run has the same blocks at the same PCs."""
+        return (self.key, self.first_pc, self.count) == (other.key, other.first_pc, other.count)
+
+    def add(self, other: NativeModule) -> None:
+        """Add what another run knows of the same module."""
+        either = int.from_bytes(self.covered.ljust(self.count, b"\0"), "big")
+        either |= int.from_bytes(other.covered.ljust(self.count, b"\0"), "big")
+        self.covered = either.to_bytes(self.count, "big")
+        if not all(self.places) and len(self.places) == len(other.places):
+            pairs = zip(self.places, other.places, strict=True)
+            self.places = array("I", (mine or theirs for mine, theirs in pairs))
+        elif not self.places:
+            self.places = other.places
+
     def pc(self, index: int) -> PC:
         """Return the PC of a block."""
         return self.first_pc + index * SLOT_BYTES
@@ -128,6 +143,30 @@ class ModuleTable:
         )
         self._enter(module)
         return module
+
+    def merge(self, other: ModuleTable) -> list[NativeModule]:
+        """Add what another guest covered: places that it knows, and blocks that ran.
+
+        Returns:
+            Modules of the other table that cannot be added: their PCs are taken. That is so only
+            if several modules wanted one place, and were loaded in another order.
+        """
+        left = []
+        for module in other:
+            mine = next((each for each in self._modules if each.is_same(module)), None)
+            if mine is not None:
+                mine.add(module)
+            elif self._is_free(module):
+                self._enter(module)
+            else:
+                left.append(module)
+        return left
+
+    def _is_free(self, module: NativeModule) -> bool:
+        return all(
+            module.pc(module.count) <= each.first_pc or each.pc(each.count) <= module.first_pc
+            for each in self._modules
+        )
 
     def lookup(self, pc: PC) -> tuple[NativeModule, int] | None:
         """Return module and number of the block that an address of its slot stands for."""
@@ -194,6 +233,8 @@ class ModuleTable:
                     [_block(text) for text in places.split() if after == "source"],
                     bytes(digit == "1" for digit in covered),
                 )
+                if max(len(module.places), len(module.blocks), len(module.covered)) > module.count:
+                    raise ValueError("more than its blocks")
             except (ValueError, OverflowError) as error:
                 raise SourceError(f"{path} is damaged", evidence=line[:80]) from error
             table._enter(module)
