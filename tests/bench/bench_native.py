@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What native coverage costs: a look of the bridge, and a block in the program.
 
-    python tests/bench/bench_native.py
+    python -m tests.bench.bench_native
 
 By number of known and of new blocks it prints the median of the looks, in microseconds of processor
 time of this thread; and the processor time in nanoseconds of a block that was covered before.
@@ -9,15 +9,16 @@ time of this thread; and the processor time in nanoseconds of a block that was c
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 from bridge.sources.native.build import build_runtime
 from bridge.sources.native.source import NativeSource
+from tests.support.line_program import line_program
 
 HERE = Path(__file__).parent
 ROUNDS = 500
@@ -34,35 +35,22 @@ def measure(program: Path, blocks: int) -> None:
     """Print a line for each number of new blocks."""
     source = NativeSource()
     source.start()
-    with subprocess.Popen(
-        [str(program), str(blocks)],
-        env={**os.environ, **source.environment},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        stdin, stdout = process.stdin, process.stdout
-        assert stdin is not None
-        assert stdout is not None
-
-        def ask(line: str) -> str:
-            stdin.write(f"{line}\n")
-            stdin.flush()
-            return stdout.readline().strip()
-
+    with line_program([program, str(blocks)], source.environment) as running:
+        ask = running.ask
         ask("0")
-        assert len(source.consume()) == blocks
+        if len(source.consume()) != blocks:
+            sys.exit("not all blocks were covered at first")
         for new in (0, 1, 10, 100, 1000):
             taken = []
             for _ in range(ROUNDS):
                 ask(str(new))
                 took, count = look(source)
-                assert count == new, (count, new)
+                if count != new:
+                    sys.exit(f"{count} blocks were covered and not {new}")
                 taken.append(took)
             print(f"{blocks:>9,} known, {new:>5,} new: {statistics.median(taken):8.2f} us a look")
         ask("1024")
         print(f"{blocks:>9,} known: {ask('hits')} ns a block that was covered before")
-        stdin.close()
     source.stop()
 
 

@@ -4,14 +4,13 @@
     python -m tests.bench.bench_native_peer
 
 gVisor's way by Go's public API (``go_peer/main.go``): the program writes all its counters, decodes
-them and clears them (runtime/coverage). The bridge reads and clears them in place. The ways take
-turns on the same program, after the same work. It prints the medians in microseconds: of time for
-gVisor's way, of processor time and of time for the bridge's.
+them and clears them (runtime/coverage). The bridge reads them in place. The ways take
+turns, each with a process of the program, after the same work. It prints the medians in
+microseconds: of time for gVisor's way, of time and of processor time for the bridge's.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ import time
 from pathlib import Path
 
 from bridge.sources.native.source import NativeSource
+from tests.support.line_program import line_program
 
 HERE = Path(__file__).parent / "go_peer"
 PACKAGES = "./...,encoding/...,net/http,reflect,fmt"
@@ -39,43 +39,34 @@ def measure(program: Path) -> None:
     """Print a row for each of two amounts of work."""
     source = NativeSource()
     source.start()
-    with subprocess.Popen(
-        [str(program)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "GOCOVERDIR": str(program.parent)},
-    ) as process:
-        stdin, stdout = process.stdin, process.stdout
-        assert stdin is not None
-        assert stdout is not None
-
-        def ask(line: str) -> str:
-            stdin.write(f"{line}\n")
-            stdin.flush()
-            return stdout.readline().strip()
-
-        ask("encode")
-        source.add_process(process.pid)
+    environment = {"GOCOVERDIR": str(program.parent)}
+    with line_program([program], environment) as peer, line_program([program]) as running:
+        peer.ask("encode")
+        running.ask("encode")
+        source.add_process(running.process.pid)
         source.consume()
         for work in ("little", "encode"):
-            theirs, cpu, ours, blocks, found = [], [], [], 0, 0
+            theirs, ours, cpu, idle = [], [], [], []
+            blocks = found = 0
             for _ in range(ROUNDS):
-                took, number = ask(f"{work} peer").split()
+                took, number = peer.ask(f"{work} peer").split()
                 theirs.append(int(took) / 1000)
                 found = int(number)
-                ask(work)
+                running.ask(work)
                 start, start_cpu = time.perf_counter_ns(), time.thread_time_ns()
                 blocks = len(source.consume())
                 cpu.append((time.thread_time_ns() - start_cpu) / 1000)
                 ours.append((time.perf_counter_ns() - start) / 1000)
-            peer, mine = statistics.median(theirs), statistics.median(ours)
+                start_cpu = time.thread_time_ns()
+                source.consume()
+                idle.append((time.thread_time_ns() - start_cpu) / 1000)
+            way, mine = statistics.median(theirs), statistics.median(ours)
             print(
                 f"{source.blocks_total:,} blocks, {found} and {blocks} covered at a return: "
-                f"gVisor's way {peer:.1f} us, ours {mine:.1f} us "
-                f"({statistics.median(cpu):.1f} us of processor time): {peer / mine:.1f}x"
+                f"gVisor's way {way:.1f} us, ours {mine:.1f} us "
+                f"({statistics.median(cpu):.1f} us of processor time): {way / mine:.1f}x; a look "
+                f"without news {statistics.median(idle):.1f} us"
             )
-        stdin.close()
     source.stop()
 
 

@@ -8,8 +8,9 @@ are: ``runtime.covctrs`` to ``runtime.ecovctrs`` are the counters, and
 **Counters** are words of 32 bits. Those of a function lie together behind a header: their number,
 the number of the package, and the number of the function in it (``internal/coverage/defs.go`` of
 Go). All is 0 until the function runs first; each run writes the header before it raises a counter.
-So the bridge learns where a function's counters are when it has run. It clears counters, never a
-header.
+So the bridge learns where a function's counters are when it has run. It keeps what it has read: a
+counter that is another at the next look has run. Only with ``-covermode=set``, where a counter is a
+flag, it writes to the program: it clears the counters, never a header.
 
 **Metadata** of a package (``internal/coverage/encodemeta``) is a header, an offset for each
 function, a table of texts, and for each function its name, its file and its blocks with lines and
@@ -41,12 +42,13 @@ _BLOB: Final = struct.Struct("<QI16s4xQQqBB6x")
 """``rtcov.CovMetaBlob``: address, length, hash, path (address and length), number, mode,
 granularity."""
 _PER_BLOCK: Final = 1
+_SET: Final = 1
+"""``coverage.CtrModeSet``: a block sets its counter to 1."""
 _HEADER_WORDS: Final = 3
 _MOST_PACKAGES: Final = 1 << 14
 _MOST_BYTES: Final = 64 << 20
 _UNKNOWN: Final = -2
 _NO_COUNTER: Final = -1
-_LOOKED_AT: Final = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class GoProgram:
         path: the program's file.
         blocks: all blocks, by package, in the order of its functions and their texts.
         address: of the counters.
-        slots, looked_at: as for :meth:`bridge.sources.native.memory.NativeMemory.add_words`.
+        slots, flags: as for :meth:`bridge.sources.native.memory.NativeMemory.add_words`.
 
     Args:
         process: its number.
@@ -85,8 +87,8 @@ class GoProgram:
         if not 0 <= words <= _MOST_BYTES // 4:
             raise SourceError(f"{path} has counters from {self.address:#x} to {end:#x}")
         self.slots = array("i", [_UNKNOWN]) * words
-        self.looked_at = array("I", [_LOOKED_AT]) * words
         self.blocks: list[SourceBlock] = []
+        self.flags = False
         self._functions: dict[tuple[int, int], _Function] = {}
         self.key = self._read_packages(symbols[_PACKAGES])
 
@@ -115,9 +117,10 @@ class GoProgram:
         data = self._read(at, count * _BLOB.size)
         packages = []
         for slot, blob in enumerate(_BLOB.iter_unpack(data)):
-            place, length, digest, path_at, path_length, hard_coded, _, granularity = blob
+            place, length, digest, path_at, path_length, hard_coded, mode, granularity = blob
             if granularity != _PER_BLOCK:
                 raise SourceError(f"{self.path} has a counter for each function, not each block")
+            self.flags = self.flags or mode == _SET
             path = self._read(path_at, path_length).decode(errors="replace")
             # A number of Go's own packages is in the program's code, others are given here.
             number = hard_coded if hard_coded != -1 else slot + 1
@@ -151,7 +154,6 @@ class GoProgram:
                 return
             for offset in range(_HEADER_WORDS):
                 self.slots[at + offset] = _NO_COUNTER
-                self.looked_at[at + offset] = 0
             at += _HEADER_WORDS
             for index in range(min(function.blocks, len(words) - at)):
                 self.slots[at + index] = function.first + index

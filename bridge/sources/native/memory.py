@@ -109,7 +109,7 @@ _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "kbn_lost": (c_uint64, (pointer,)),
     "kbn_other_layout": (c_uint32, (pointer,)),
     "kbn_new_ranges": (c_uint32, (pointer, pointer, c_uint32)),
-    "kbn_add_range": (c_int, (pointer, c_int, c_uint32, c_uint64, c_uint32, c_uint32)),
+    "kbn_add_range": (c_int, (pointer, c_int, c_uint32, c_uint32, c_uint64, c_uint32, c_uint32)),
     "kbn_calls": (
         c_uint32,
         (c_char_p, c_uint64, c_uint64, c_uint64, c_uint32, pointer, pointer, c_uint32),
@@ -117,7 +117,7 @@ _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "kbn_add_words": (
         c_int,
         (
-            *(pointer, c_int, c_uint64, c_uint32, pointer, pointer),
+            *(pointer, c_int, c_uint32, c_uint64, c_uint32, c_int, pointer),
             *(c_uint32, c_uint32, c_uint64),
         ),
     ),
@@ -302,28 +302,37 @@ class NativeMemory:
         """
         return self._reader is not None and bool(
             self._library.kbn_add_range(
-                self._reader, descriptor, found.entry, found.address, first, found.count
+                self._reader,
+                descriptor,
+                found.process,
+                found.entry,
+                found.address,
+                first,
+                found.count,
             )
         )
 
     def add_words(
         self,
         descriptor: int,
+        process: int,
         address: int,
         slots: array[int],
-        looked_at: array[int],
         blocks: int,
         first_pc: PC,
+        *,
+        flags: bool,
     ) -> int | None:
         """Read the counters of a Go program from now on.
 
         Args:
             descriptor: of its ``/proc/PID/mem``; becomes the memory's own if there is room.
+            process: its number.
             address: of the first word.
             slots: of each word the number of its block; -1: no counter; -2: not known yet. May be
                 changed, as long as its length stays.
-            looked_at: of each word 0 for one that is no counter, else all ones. As ``slots``.
             blocks: their number.
+            flags: the program sets its counters, and does not count up; so they are cleared.
 
         Returns:
             The first block's number for :meth:`ever`; None if there is no room.
@@ -334,17 +343,18 @@ class NativeMemory:
         added = self._library.kbn_add_words(
             self._reader,
             descriptor,
+            process,
             address,
             len(slots),
+            flags,
             slots.buffer_info()[0],
-            looked_at.buffer_info()[0],
             first,
             blocks,
             first_pc,
         )
         if not added:
             return None
-        self._slots += [slots, looked_at]
+        self._slots.append(slots)
         self._go_first = first
         return first
 

@@ -165,11 +165,12 @@ class NativeSource:
         memory_of_process = os.dup(program.memory)
         first = memory.add_words(
             memory_of_process,
+            program.process,
             program.address,
             program.slots,
-            program.looked_at,
             len(program.blocks),
             module.first_pc,
+            flags=program.flags,
         )
         if first is None:
             os.close(memory_of_process)

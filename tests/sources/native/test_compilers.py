@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import pytest
 
 from bridge.sources.native.build import build_runtime
 from bridge.sources.native.source import NativeSource
+from tests.support.line_program import line_program
 from tests.support.native import build, functions, needs_clang, run
 
 PROGRAM = """\
@@ -117,23 +117,15 @@ def test_form_a_running_program_is_read(
     source: NativeSource, tmp_path: Path, compiler: str, form: str
 ) -> None:
     made = program(tmp_path, compiler, form)
-    with subprocess.Popen(
-        [made, "small", "wait", "thread", "wait"],
-        env={**os.environ, **source.environment},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdout.readline()
+    words: list[str | Path] = [made, "small", "wait", "thread", "wait"]
+    with line_program(words, source.environment) as running:
+        running.read()
         assert functions(source, source.consume()) == {"main", "small"}
         assert source.consume() == []
-        process.stdin.write(b"x")
-        process.stdin.flush()
-        process.stdout.readline()
+        running.ask("")
         assert functions(source, source.consume()) == {"main", "in_thread", "large"}
-        process.stdin.write(b"x")
-    assert process.returncode == 0
+        running.send("")
+    assert running.process.returncode == 0
 
 
 @pytest.mark.parametrize(("compiler", "form"), FORMS)

@@ -37,9 +37,15 @@ struct placed {
 	const int32_t *slots;
 };
 
-/* Counters in a process that the bridge has looked at; read through its /proc/PID/mem. */
+/* The memory of a process. */
+struct process {
+	int fd; /* of its /proc/PID/mem: of this memory, whatever gets the number. -1: it has ended */
+	pid_t number;
+};
+
+/* Counters in a process that the bridge has looked at. */
 struct counters {
-	int fd; /* -1: free. It stays that of the same memory, whatever gets the process's number. */
+	struct process process;
 	uint32_t entry;
 	uint64_t address;
 	uint32_t first;
@@ -50,14 +56,18 @@ struct counters {
 
 /* The counters of a Go program, which are words among others: see go.py. */
 struct words {
-	int fd; /* -1: the process has ended */
+	struct process process;
 	uint64_t address;
 	uint32_t count;
+	int flags; /* they are set and not counted up */
 	/* Of each word: its block, -1 for one that is no counter, or UNKNOWN. */
 	const int32_t *slots;
-	const uint32_t *looked_at; /* of each word: 0 for one that is no counter, else all ones */
+	uint32_t *before; /* what each was at the last look; 0 for one that is UNKNOWN */
+	uint8_t *used; /* of WORDS_PER_GROUP words each: whether one was ever not 0 BEFORE */
 	struct placed placed;
 };
+
+#define WORDS_PER_GROUP 16
 
 #define UNKNOWN (-2)
 
@@ -91,6 +101,21 @@ static void *private_memory(size_t bytes)
 	return map == MAP_FAILED ? NULL : map;
 }
 
+/* Bytes of what is kept of a program's words: BEFORE and then USED. */
+static size_t words_bytes(uint32_t count)
+{
+	return 4ull * count + count / WORDS_PER_GROUP + 1;
+}
+
+static void end_words(struct words *words)
+{
+	if (words->process.fd < 0)
+		return;
+	close(words->process.fd);
+	words->process.fd = -1;
+	munmap(words->before, words_bytes(words->count));
+}
+
 EXPORT void kbn_close(struct kbn_reader *reader)
 {
 	uint32_t i;
@@ -106,11 +131,10 @@ EXPORT void kbn_close(struct kbn_reader *reader)
 	if (reader->copy_of_words)
 		munmap(reader->copy_of_words, 4ull * KBN_MOST_BLOCKS);
 	for (i = 0; i < reader->used; i++)
-		if (reader->counters[i].fd >= 0)
-			close(reader->counters[i].fd);
+		if (reader->counters[i].process.fd >= 0)
+			close(reader->counters[i].process.fd);
 	for (i = 0; i < reader->words_used; i++)
-		if (reader->words[i].fd >= 0)
-			close(reader->words[i].fd);
+		end_words(&reader->words[i]);
 	munmap(reader, sizeof(*reader));
 }
 
@@ -357,22 +381,47 @@ EXPORT uint32_t kbn_new_ranges(struct kbn_reader *reader, uint64_t *out, uint32_
 	return at;
 }
 
-/* Read counters through FD, which becomes the reader's, from now on. Return 0 if there is no room. */
-EXPORT int kbn_add_range(struct kbn_reader *reader, int fd, uint32_t entry, uint64_t address,
-			 uint32_t first, uint32_t count)
+/*
+ * Copy memory of a process; return 0 if it has ended, executed another program, or unmapped it.
+ *
+ * process_vm_readv() takes half as long as a read of /proc/PID/mem, but goes by the process's number,
+ * which another program may have by now. So what it has copied counts only if is_alive() afterwards.
+ */
+static int copy_from(const struct process *process, void *to, size_t bytes, uint64_t address)
+{
+	struct iovec local = { to, bytes }, remote = { (void *)(uintptr_t)address, bytes };
+
+	return process_vm_readv(process->number, &local, 1, &remote, 1, 0) == (ssize_t)bytes ||
+	       pread(process->fd, to, bytes, (off_t)address) == (ssize_t)bytes;
+}
+
+/* Return whether the process still has the memory that it had when it was added. */
+static int is_alive(const struct process *process, uint64_t address)
+{
+	char byte;
+
+	return pread(process->fd, &byte, 1, (off_t)address) == 1;
+}
+
+/*
+ * Read counters of a process from now on; FD is of its /proc/PID/mem and becomes the reader's. Return 0
+ * if there is no room.
+ */
+EXPORT int kbn_add_range(struct kbn_reader *reader, int fd, uint32_t number, uint32_t entry,
+			 uint64_t address, uint32_t first, uint32_t count)
 {
 	struct counters *counters = NULL;
 	uint32_t i;
 
 	for (i = 0; i < reader->used && !counters; i++)
-		if (reader->counters[i].fd < 0)
+		if (reader->counters[i].process.fd < 0)
 			counters = &reader->counters[i];
 	if (!counters) {
 		if (reader->used == KBN_MOST_RANGES)
 			return 0;
 		counters = &reader->counters[reader->used++];
 	}
-	counters->fd = fd;
+	counters->process = (struct process){ fd, (pid_t)number };
 	counters->entry = entry;
 	counters->address = address;
 	counters->first = first;
@@ -391,14 +440,10 @@ static size_t take_counters(struct kbn_reader *reader, struct counters *counters
 	static const uint8_t zeroes[4096];
 	const struct placed *placed = find(reader, counters->first);
 	uint32_t i = 0, count = counters->count;
-	ssize_t got = pread(counters->fd, reader->copy, count, (off_t)counters->address);
+	int alive = 0;
 
-	if (got < (ssize_t)count || !placed) {
-		/* The process has ended, executed another program, or unloaded the module. */
-		close(counters->fd);
-		counters->fd = -1;
-		return at;
-	}
+	if (!placed || !copy_from(&counters->process, reader->copy, count, counters->address))
+		goto ended;
 	while (i < count) {
 		uint32_t start;
 
@@ -412,38 +457,50 @@ static size_t take_counters(struct kbn_reader *reader, struct counters *counters
 				break;
 		if (i == count || !reader->copy[i])
 			continue;
+		if (!alive && !is_alive(&counters->process, counters->address))
+			goto ended;
+		alive = 1;
 		start = i;
 		while (i < count && reader->copy[i] && i - start < sizeof(zeroes))
 			at = give(reader, placed, counters->first + i++, 0, out, at, room);
-		if (pwrite(counters->fd, zeroes, i - start, (off_t)(counters->address + start)) < 0)
+		if (pwrite(counters->process.fd, zeroes, i - start,
+			   (off_t)(counters->address + start)) < 0)
 			return at;
 	}
+	return at;
+ended:
+	close(counters->process.fd);
+	counters->process.fd = -1;
 	return at;
 }
 
 /*
- * Read counters of a Go program from now on, through FD, which becomes the reader's. SLOTS and LOOKED_AT
- * as in struct words, they must stay there; its blocks have numbers from FIRST on for kbn_ever(), and
- * PCs from FIRST_PC on. Return 0 if there is no room.
+ * Read counters of a Go program from now on; FD and NUMBER as for kbn_add_range(). FLAGS and SLOTS as in
+ * struct words, the latter must stay there; its blocks have numbers from FIRST on for kbn_ever(), and PCs
+ * from FIRST_PC on. Return 0 if there is no room.
  */
-EXPORT int kbn_add_words(struct kbn_reader *reader, int fd, uint64_t address, uint32_t count,
-			 const int32_t *slots, const uint32_t *looked_at, uint32_t first,
+EXPORT int kbn_add_words(struct kbn_reader *reader, int fd, uint32_t number, uint64_t address,
+			 uint32_t count, int flags, const int32_t *slots, uint32_t first,
 			 uint32_t blocks, uint64_t first_pc)
 {
 	struct words *words = NULL;
+	uint32_t *before;
 	uint32_t i;
 
 	for (i = 0; i < reader->words_used && !words; i++)
-		if (reader->words[i].fd < 0)
+		if (reader->words[i].process.fd < 0)
 			words = &reader->words[i];
-	if (count > KBN_MOST_BLOCKS || blocks > KBN_MOST_BLOCKS - first)
+	if (!count || count > KBN_MOST_BLOCKS || blocks > KBN_MOST_BLOCKS - first)
 		return 0;
-	if (!words) {
-		if (reader->words_used == MOST_WORDS)
-			return 0;
+	if (!words && reader->words_used == MOST_WORDS)
+		return 0;
+	before = private_memory(words_bytes(count));
+	if (!before)
+		return 0;
+	if (!words)
 		words = &reader->words[reader->words_used++];
-	}
-	*words = (struct words){fd, address, count, slots, looked_at, {first, first + blocks, first_pc, NULL}};
+	*words = (struct words){ { fd, (pid_t)number }, address, count, flags, slots, before,
+				 (uint8_t *)(before + count), { first, first + blocks, first_pc, NULL } };
 	return 1;
 }
 
@@ -456,51 +513,73 @@ EXPORT uint32_t kbn_unknown(struct kbn_reader *reader)
 	return unknown;
 }
 
-/* Take the counters of a Go program that are not 0, and clear just these: as take_counters(). */
+/* Return the first word from AT on, up to END, that is another than at the last look. */
+static uint32_t next_changed(const uint32_t *now, const uint32_t *before, uint32_t at, uint32_t end)
+{
+	while (at < end && now[at] == before[at])
+		at++;
+	return at;
+}
+
+/* Return whether a whole group of words is 0. */
+static int is_clear(const uint32_t *group)
+{
+	const __m128i *four = (const void *)group;
+	__m128i any = _mm_or_si128(
+		_mm_or_si128(_mm_loadu_si128(four), _mm_loadu_si128(four + 1)),
+		_mm_or_si128(_mm_loadu_si128(four + 2), _mm_loadu_si128(four + 3)));
+
+	return _mm_movemask_epi8(_mm_cmpeq_epi8(any, _mm_setzero_si128())) == 0xffff;
+}
+
+/*
+ * Take the counters of a Go program that have changed since the last look, and leave them as they are. One
+ * that is 0 now was cleared by the program itself. A counter that runs 2^32 times between two looks is
+ * missed. Flags are cleared: one that is set between reading and clearing is in this answer, as above.
+ */
 static size_t take_words(struct kbn_reader *reader, struct words *words, uint64_t *out, size_t at,
 			 size_t room)
 {
-	static const uint32_t zeroes[1024];
-	uint32_t *copy = reader->copy_of_words, count = words->count, i = 0;
-	size_t bytes = sizeof(*copy) * (size_t)count;
+	static const uint32_t zero;
+	uint32_t *now = reader->copy_of_words, *before = words->before, count = words->count;
+	uint32_t group, end, i;
+	int alive = 0;
 
-	if (pread(words->fd, copy, bytes, (off_t)words->address) < (ssize_t)bytes) {
-		close(words->fd);
-		words->fd = -1;
-		return at;
-	}
-	while (i < count) {
-		uint32_t start;
+	if (!copy_from(&words->process, now, sizeof(*now) * (size_t)count, words->address))
+		goto ended;
+	for (group = 0; group < count; group = end) {
+		uint8_t *used = &words->used[group / WORDS_PER_GROUP];
 
-		if (i + 4 <= count) {
-			__m128i four = _mm_and_si128(
-				_mm_loadu_si128((const __m128i *)(copy + i)),
-				_mm_loadu_si128((const __m128i *)(words->looked_at + i)));
+		end = group + WORDS_PER_GROUP < count ? group + WORDS_PER_GROUP : count;
+		/* Most functions have never run: their words are 0, and what they were is not read. */
+		if (!*used && end == group + WORDS_PER_GROUP && is_clear(now + group))
+			continue;
+		for (i = next_changed(now, before, group, end); i < end;
+		     i = next_changed(now, before, i + 1, end)) {
+			int32_t slot = words->slots[i];
 
-			if (_mm_movemask_epi8(_mm_cmpeq_epi32(four, _mm_setzero_si128())) == 0xffff) {
-				i += 4;
+			if (!alive && !is_alive(&words->process, words->address))
+				goto ended;
+			alive = 1;
+			if (slot == UNKNOWN) {
+				reader->unknown = 1;
 				continue;
 			}
+			if (slot >= 0 && now[i])
+				at = give(reader, &words->placed,
+					  words->placed.first + (uint32_t)slot, 0, out, at, room);
+			if (slot < 0 || !words->flags) {
+				before[i] = now[i];
+				*used = 1;
+			} else if (pwrite(words->process.fd, &zero, sizeof(zero),
+					  (off_t)(words->address + sizeof(zero) * i)) < 0) {
+				return at;
+			}
 		}
-		if (!copy[i] || words->slots[i] == -1) {
-			i++;
-			continue;
-		}
-		if (words->slots[i] == UNKNOWN) {
-			reader->unknown = 1;
-			i++;
-			continue;
-		}
-		start = i;
-		while (i < count && copy[i] && words->slots[i] >= 0 && i - start < 1024) {
-			at = give(reader, &words->placed,
-				  words->placed.first + (uint32_t)words->slots[i], 0, out, at, room);
-			i++;
-		}
-		if (pwrite(words->fd, zeroes, sizeof(*copy) * (i - start),
-			   (off_t)(words->address + sizeof(*copy) * start)) < 0)
-			return at;
 	}
+	return at;
+ended:
+	end_words(words);
 	return at;
 }
 
@@ -624,10 +703,10 @@ EXPORT long kbn_drain(struct kbn_reader *reader, uint64_t *out, size_t room, int
 	    (kbn_modules(reader) > reader->known || has_new_range(reader)))
 		return -1;
 	for (group = 0; group < reader->used; group++)
-		if (reader->counters[group].fd >= 0)
+		if (reader->counters[group].process.fd >= 0)
 			at = take_counters(reader, &reader->counters[group], out, at, room);
 	for (group = 0; group < reader->words_used; group++)
-		if (reader->words[group].fd >= 0)
+		if (reader->words[group].process.fd >= 0)
 			at = take_words(reader, &reader->words[group], out, at, room);
 	if (!force && !all && !LOAD(&reader->header->pending))
 		goto done;
