@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import logging
 import shutil
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Final
 
-from bridge.errors import InfrastructureError, MissingDependencyError, UsageError
+from bridge.errors import MissingDependencyError, UsageError
 from bridge.results.compile_units import (
     CompileUnit,
     PlacedBlock,
@@ -37,6 +36,7 @@ from bridge.sources import PC
 from bridge.sources.guest_kernel import SYMBOLS_FILE
 from bridge.sources.guest_kernel.symbols import KernelSymbols, Symbol
 from bridge.sources.pcs import PC_BASE, SLOT_BYTES, SYSCALL_SLOTS
+from bridge.util.compile import run_tool
 from bridge.util.files import atomic_output, cannot_write
 from bridge.util.packages import apt_line
 
@@ -350,20 +350,11 @@ def _tool(name: str) -> str:
 
 
 def _do(command: list[str]) -> None:
-    done = subprocess.run(
+    run_tool(
         command,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
+        f"{Path(command[0]).name} failed",
+        "does the disk have room for 600 MiB, and is binutils up to date?",
     )
-    if done.returncode:
-        raise InfrastructureError(
-            f"{Path(command[0]).name} failed with status {done.returncode}",
-            evidence=done.stderr[-2000:],
-            hint="does the disk have room for 600 MiB, and is binutils up to date?",
-        )
 
 
 def _copy_with_holes(source: Path, destination: Path) -> None:

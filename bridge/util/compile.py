@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,33 @@ from bridge.errors import InfrastructureError, MissingDependencyError
 from bridge.util.cache import cache_directory, cache_errors
 from bridge.util.files import atomic_output
 
-__all__ = ["COMPILER_REMEDY", "CProgram"]
+__all__ = ["COMPILER_REMEDY", "CProgram", "run_tool"]
 
 COMPILER_REMEDY = "install gcc and libc6-dev"
+
+_SAID = 4000
+"""How much of what a tool said an error shows."""
+
+
+def run_tool(command: Sequence[str], failure: str, hint: str = "") -> None:
+    """Run a compiler, assembler or the like, which says nothing unless it fails.
+
+    Args:
+        failure: what the error says.
+
+    Raises:
+        InfrastructureError: it ends with another status than 0; has the end of what it said.
+    """
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        raise InfrastructureError(failure, evidence=done.stderr[-_SAID:], hint=hint)
 
 
 @dataclass(frozen=True)
@@ -77,13 +102,7 @@ class CProgram:
         compiler = self._compiler()
         with atomic_output(output) as part:
             command = [compiler, *self.flags, *flags, "-o", str(part), str(self.source)]
-            done = subprocess.run(
-                command, capture_output=True, text=True, errors="replace", check=False
-            )
-            if done.returncode:
-                raise InfrastructureError(
-                    f"{self.name} does not compile", evidence=done.stderr, hint=COMPILER_REMEDY
-                )
+            run_tool(command, f"{self.name} does not compile", COMPILER_REMEDY)
 
     def _file_name(self) -> str:
         version = subprocess.run(

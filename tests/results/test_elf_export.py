@@ -260,7 +260,7 @@ def test_missing_or_failing_binutils_is_an_error(
     for name, status in (("as", 1), ("ld", 0)):
         (tmp_path / name).write_text(f"#!/bin/sh\necho broken >&2\nexit {status}\n")
         (tmp_path / name).chmod(0o755)
-    with pytest.raises(InfrastructureError, match="as failed with status 1"):
+    with pytest.raises(InfrastructureError, match="as failed"):
         write_elf(run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["as", "ld"]
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bridge.errors import InfrastructureError, MissingDependencyError
+from bridge.errors import MissingDependencyError
 from bridge.util.cache import cache_errors, cache_folder
-from bridge.util.compile import COMPILER_REMEDY, CProgram
+from bridge.util.compile import COMPILER_REMEDY, CProgram, run_tool
 
 __all__ = ["READER", "RUNTIME", "Runtime", "build_runtime"]
 
@@ -119,17 +118,11 @@ def build_runtime() -> Runtime:
         made.directory.mkdir()
         shutil.copy(shared, made.shared)
         shutil.copy(_HEADER, made.header)
-        done = subprocess.run(
+        run_tool(
             [archiver, "rcsD", str(made.archive), str(compiled)],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
+            "the run time for native code cannot be archived",
+            COMPILER_REMEDY,
         )
-        if done.returncode:
-            raise InfrastructureError(
-                "the run time for native code cannot be archived", evidence=done.stderr
-            )
         try:
             made.directory.rename(runtime.directory)
         except OSError:
