@@ -111,7 +111,8 @@ def _prepare(kernel: str, directory: Path, arguments: argparse.Namespace) -> lis
     debug = None
     if kernel != "stock":
         image = reference.build(kernel)
-        debug = image_directory(image.name) / "vmlinux.debug"
+        if kernel == "kcov":
+            debug = image_directory(image.name) / "vmlinux.debug"
         flags = ["--image", image.name, "--source", "python" if kernel == "kcov" else "kernel"]
     flags += ["--syzkaller", str(arguments.syzkaller), "--procs", str(arguments.procs)]
     flags += ["--memory", str(arguments.memory), "--cpus", str(arguments.cpus)]
@@ -122,7 +123,7 @@ def _prepare(kernel: str, directory: Path, arguments: argparse.Namespace) -> lis
     if done.returncode:
         raise InfrastructureError(f"kcov-bridge syzkaller ended with status {done.returncode}")
     if debug is not None and debug.is_file():
-        # With its debug information the manager knows the kernel's PCs.
+        # Its calls of kcov tell the manager which PCs there are. The others have an object of ours.
         objects = directory / "reference_obj"
         objects.mkdir(exist_ok=True)
         with contextlib.suppress(FileExistsError):
