@@ -23,7 +23,7 @@ printed starts the manager. What all guests covered together is in DIR/coverage.
 EPILOG = """\
 examples:
   kcov-bridge syzkaller fuzz --syzkaller ~/syzkaller
-  kcov-bridge syzkaller fuzz --syzkaller ~/syzkaller --count 2 --procs 4 --panic-on-warn
+  kcov-bridge syzkaller fuzz --syzkaller ~/syzkaller --count 2 --procs 8 --panic-on-warn
   kcov-bridge syzkaller fuzz --syzkaller ~/syzkaller --start
   kcov-bridge syzkaller fuzz --syzkaller ~/syzkaller --target plan9 --only-target
 
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for flag, default, text in (
         ("--count", 1, "guests at a time"),
-        ("--procs", 2, "programs at a time in each guest"),
+        ("--procs", 4, "programs at a time in each guest"),
         ("--loglevel", 7, "messages of the kernel up to this level are on the console"),
     ):
         parser.add_argument(
@@ -95,6 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="programs mount disk images, too: seconds each under TCG, hundreds to begin with",
     )
+    parser.add_argument(
+        "--usb",
+        action="store_true",
+        help="programs emulate USB devices, too: up to 30 seconds each under TCG",
+    )
     parser.add_argument("--start", action="store_true", help="start the manager at once")
     add_settings(parser, _SETTINGS, defaults=_DEFAULTS)
 
@@ -124,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
         http=args.http,
         only_target=args.only_target,
         images=args.images,
+        usb=args.usb,
     )
     words = prepare(args.directory, args.syzkaller, campaign, try_guest, start=args.start)
     if args.start:

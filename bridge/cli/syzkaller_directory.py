@@ -78,6 +78,9 @@ _OWN_MEMORY_MIB = 300
 _IMAGE_CALLS = ("syz_mount_image", "syz_read_part_table")
 """They mount a disk image that the manager sends: seconds under TCG. The manager generates none of
 them (``no_generate`` in its ``sys/linux/filesystem.txt``), but has hundreds of seeds with them."""
+_USB_CALLS = ("syz_usb_*",)
+"""They wait for a device of theirs to be probed, under TCG up to 30 seconds (``timeout`` in
+``sys/linux/vusb.txt``), and tasks of the kernel probe it, whose coverage is nobody's."""
 _PROGRAMS = ("bin/syz-manager", "bin/linux_amd64/syz-executor", "bin/linux_amd64/syz-execprog")
 
 
@@ -137,7 +140,7 @@ class Campaign:
     settings: Settings
     image: PinnedImage = PinnedImage()
     count: int = 1
-    procs: int = 2
+    procs: int = 4
     loglevel: int = 7
     panic_on_oops: bool = True
     panic_on_warn: bool = False
@@ -146,6 +149,8 @@ class Campaign:
     """Whether the manager keeps to the calls of the target's description."""
     images: bool = False
     """Whether programs mount disk images; see :data:`_IMAGE_CALLS`."""
+    usb: bool = False
+    """Whether programs emulate USB devices; see :data:`_USB_CALLS`."""
 
     def save(self, directory: Path) -> None:
         """Write it."""
@@ -368,7 +373,10 @@ def _stand_in(directory: Path) -> str:
 def _manager_config(
     directory: Path, checkout: Path, campaign: Campaign, accelerator: str
 ) -> dict[str, Any]:
-    calls = [] if campaign.images or campaign.only_target else list(_IMAGE_CALLS)
+    left_out: list[str] = []
+    if not campaign.only_target:
+        left_out += () if campaign.images else _IMAGE_CALLS
+        left_out += () if campaign.usb else _USB_CALLS
     return {
         "name": "kcov-bridge",
         "target": "linux/amd64",
@@ -381,7 +389,7 @@ def _manager_config(
         "procs": campaign.procs,
         "sandbox": "none",
         "cover": True,
-        "disable_syscalls": calls,
+        "disable_syscalls": left_out,
         # Coverage of what other tasks do for a program: only a target has it. After a program with
         # calls of USB the executor waits for it, under TCG for five seconds.
         "experimental": {"remote_cover": campaign.settings.target != "none"},

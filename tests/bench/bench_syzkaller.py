@@ -278,7 +278,7 @@ def main() -> int:
     parser.add_argument(
         "--kernels", default="stock,kcov", metavar="A,B,...", help=f"of {', '.join(KERNELS)}"
     )
-    parser.add_argument("--procs", type=int, default=2, metavar="N", help="programs at a time (2)")
+    parser.add_argument("--procs", type=int, default=4, metavar="N", help="programs at a time (4)")
     parser.add_argument("--memory", type=int, default=1024, metavar="MIB", help="(1024)")
     parser.add_argument("--cpus", type=int, default=1, metavar="N", help="vCPUs (1)")
     parser.add_argument("--out", type=Path, default=Path("build/bench_syzkaller"), metavar="DIR")

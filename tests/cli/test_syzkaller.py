@@ -108,16 +108,18 @@ def test_campaign_kernel_is_no_source_has_a_pc_for_each_call() -> None:
     assert settings.syscall_comparisons
 
 
-def test_manager_waits_for_no_coverage_that_cannot_come_and_mounts_images_if_told(
+def test_manager_leaves_out_slow_calls_and_waits_for_no_coverage_that_cannot_come(
     tmp_path: Path,
 ) -> None:
     def config(campaign: Campaign) -> dict[str, Any]:
         return _manager_config(tmp_path, tmp_path, campaign, "tcg")
 
     kernel = Campaign(Settings(target="none"))
-    assert config(kernel)["disable_syscalls"] == ["syz_mount_image", "syz_read_part_table"]
+    images = ["syz_mount_image", "syz_read_part_table"]
+    assert config(kernel)["disable_syscalls"] == [*images, "syz_usb_*"]
     assert config(kernel)["experimental"] == {"remote_cover": False}
-    assert config(replace(kernel, images=True))["disable_syscalls"] == []
+    assert config(replace(kernel, images=True))["disable_syscalls"] == ["syz_usb_*"]
+    assert config(replace(kernel, usb=True))["disable_syscalls"] == images
     target = config(Campaign(Settings(target="plan9"), only_target=True))
     assert target["disable_syscalls"] == []
     assert target["experimental"] == {"remote_cover": True}
