@@ -149,6 +149,45 @@ def test_form_a_library_that_is_loaded_and_unloaded_has_blocks(
     assert functions(source, source.consume()) == {"main", "loaded"}
 
 
+def test_gcc_a_library_at_the_place_of_another_has_blocks_of_its_own(
+    source: NativeSource, tmp_path: Path
+) -> None:
+    compiler, form = FORMS[-1].values
+    shared = build_runtime().shared_flags
+    libraries = []
+    for name in ("first", "second"):
+        path = tmp_path / f"{name}.c"
+        inner = f"{name}_inner"
+        path.write_text(
+            f"__attribute__((noinline)) int {inner}(int x) {{ return x * 3; }}\n"
+            f"int loaded(int x) {{ return {inner}(x) + 1; }}\n"
+        )
+        libraries.append(
+            build(
+                *(tmp_path / f"{name}.so", path, "-shared", "-fPIC"),
+                compiler=str(compiler),
+                coverage=[str(form)],
+                linked=shared,
+            )
+        )
+    main = tmp_path / "program.c"
+    main.write_text(PROGRAM)
+    # As a user links it, and with the run time as an archive.
+    for number, linked in enumerate((shared, ("-rdynamic", *build_runtime().link_flags))):
+        made = build(
+            tmp_path / f"program{number}",
+            main,
+            compiler=str(compiler),
+            coverage=[str(form)],
+            linked=linked,
+        )
+        words = [word for library in libraries for word in ("load", str(library))] * 3
+        assert run(source, made, *words).returncode == 0
+        assert functions(source, source.consume()) == {
+            *("main", "loaded", "first_inner", "second_inner")
+        }
+
+
 @pytest.mark.parametrize(
     ("compiler", "form"), [each for each in FORMS if "inline" not in str(each.values[1])]
 )

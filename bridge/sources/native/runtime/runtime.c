@@ -35,6 +35,7 @@
 #define _GNU_SOURCE
 #include "kcov_bridge.h"
 
+#include <dlfcn.h>
 #include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -80,7 +81,7 @@ static int attached; /* 0: not tried, 1: no, 2: yes */
 struct local {
 	uintptr_t base;	 /* what the loader adds to addresses of the file */
 	uintptr_t start; /* guards, counters or code */
-	uintptr_t bytes;
+	uintptr_t bytes; /* 0: it was unloaded */
 	uint32_t first;
 	uint32_t count;
 	uint32_t module; /* index of its entry */
@@ -405,7 +406,7 @@ static struct local *add_local(uint32_t kind, uintptr_t start, uintptr_t bytes, 
 
 	/* After dlclose another module may lie there. */
 	for (i = 0; i < known; i++)
-		if (locals[i].kind == kind && locals[i].start == start)
+		if (locals[i].kind == kind && (locals[i].start == start || !locals[i].bytes))
 			local = &locals[i];
 	if (!local && known == MOST_LOCAL) {
 		__atomic_fetch_add(&shared->lost_blocks, count, __ATOMIC_RELAXED);
@@ -422,11 +423,12 @@ static struct local *add_local(uint32_t kind, uintptr_t start, uintptr_t bytes, 
 		local = &locals[known];
 	local->base = found->base;
 	local->start = start;
-	local->bytes = bytes;
 	local->first = module_entry((uint32_t)index)->first;
 	local->count = count;
 	local->module = (uint32_t)index;
 	local->kind = kind;
+	/* Last: code is found by it. */
+	STORE(&local->bytes, bytes);
 	if (local == &locals[known])
 		STORE(&local_count, known + 1);
 	return local;
@@ -562,6 +564,36 @@ static const struct local *find_text(uintptr_t address)
 		if (locals[i].kind == KBN_TEXT && address - locals[i].start < locals[i].bytes)
 			return &locals[i];
 	return NULL;
+}
+
+static int still_there(struct dl_phdr_info *info, size_t size, void *argument)
+{
+	const struct local *local = argument;
+
+	(void)size;
+	return info->dlpi_addr == local->base;
+}
+
+/*
+ * In place of the C library's, which it calls: forget code that is gone, because trace-pc does not say
+ * that another library lies there now. No thread runs code of a library that is unloaded.
+ */
+EXPORT int dlclose(void *handle)
+{
+	static int (*next)(void *handle);
+	uint32_t i;
+	int result;
+
+	if (!LOAD(&next))
+		STORE(&next, (int (*)(void *))dlsym(RTLD_NEXT, "dlclose"));
+	result = LOAD(&next)(handle);
+	pthread_mutex_lock(&local_lock);
+	for (i = 0; i < local_count; i++)
+		if (locals[i].kind == KBN_TEXT && locals[i].bytes &&
+		    !dl_iterate_phdr(still_there, &locals[i]))
+			STORE(&locals[i].bytes, 0);
+	pthread_mutex_unlock(&local_lock);
+	return result;
 }
 
 static const struct local *__attribute__((noinline)) add_text(uintptr_t address)
