@@ -38,6 +38,9 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
+_MODULE = "(module)"
+"""Module-level code. ``<module>`` would be HTML on syzkaller's page ``/cover``, and not be seen."""
+
 
 @dataclass(frozen=True, slots=True)
 class Inlined:
@@ -196,7 +199,7 @@ def _unit(table: BlockTable, name: str, path: Path, text: bytes | None) -> Compi
     placed = []
     for index, block in enumerate(blocks):
         owner = owners[block.start_line]
-        function = f"{module}.{owner.name if owner else '<module>'}"
+        function = f"{module}.{owner.name if owner else _MODULE}"
         line = owner.line if owner else 1
         pc = file.pc(index)
         placed.append(PlacedBlock(pc, block.start_line, block.start_col, function, line))

@@ -76,7 +76,7 @@ BODIES = {
     "Shop.price": range(10, 19),
     "Shop": range(5, 10),
     "unused": range(23, 24),
-    "<module>": range(1, 23),
+    "(module)": range(1, 23),
 }
 """The lines of the code of each function, inner ones first; a header is of the code around it."""
 
@@ -123,7 +123,7 @@ def expected(run: Path) -> dict[int, tuple[str, str]]:
     found = {}
     for pc, location in BlockTable.load(run / "blocks.tsv"):
         line = location.block.start_line
-        name = "<module>"
+        name = "(module)"
         if location.file == "bazaar/shop.py":
             name = next(name for name, lines in BODIES.items() if line in lines)
         module = location.file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
@@ -218,7 +218,7 @@ def test_source_that_is_gone_has_lines(
     write_elf(tmp_path, tmp_path / "out")
     pcs = [pc for pc, _ in BlockTable.load(tmp_path / "blocks.tsv")]
     names = places(tmp_path / "out", *pcs)
-    assert names == [("gone.it.<module>", f"gone/it.py:{line}") for line in (1, 3)]
+    assert names == [("gone.it.(module)", f"gone/it.py:{line}") for line in (1, 3)]
     assert "1 source files were not found" in caplog.text
 
 
@@ -231,7 +231,7 @@ def test_source_that_is_newer_is_said(
     os.utime(tmp_path / "blocks.tsv", (1000, 1000))
     with caplog.at_level(logging.WARNING):
         (unit,) = python_units(tmp_path)
-    assert [block.function for block in unit.blocks] == ["odd.<module>"]
+    assert [block.function for block in unit.blocks] == ["odd.(module)"]
     assert "were changed after the run" in caplog.text
 
 
