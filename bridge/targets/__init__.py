@@ -14,6 +14,8 @@ from bridge.targets.devices import (
     Device,
     QemuDevice,
     SerialPort,
+    Tpm,
+    VhostUserFs,
     VirtioPort,
 )
 
@@ -32,8 +34,10 @@ __all__ = [
     "QemuDevice",
     "SerialPort",
     "Target",
+    "Tpm",
     "UdpEndpoint",
     "UnixEndpoint",
+    "VhostUserFs",
     "VirtioPort",
 ]
 

@@ -30,6 +30,8 @@ __all__ = [
     "QemuDevice",
     "QmpCommand",
     "SerialPort",
+    "Tpm",
+    "VhostUserFs",
     "VirtioPort",
     "check_device_name",
 ]
@@ -75,6 +77,8 @@ class QemuDevice:
             kernel one.
         can_be_saved: whether QEMU can save its state. If not, each guest boots, and none can be
             reset.
+        shared_memory: whether the target maps the guest's memory, as the back end of a vhost-user
+            device does.
     """
 
     name: str
@@ -86,6 +90,7 @@ class QemuDevice:
     guest_setup: str = ""
     kernel_arguments: tuple[str, ...] = ()
     can_be_saved: bool = True
+    shared_memory: bool = False
 
     def as_qemu(self) -> QemuDevice:
         """Return the device itself."""
@@ -108,6 +113,7 @@ class QemuDevice:
             guest_setup=values["guest_setup"],
             kernel_arguments=tuple(values["kernel_arguments"]),
             can_be_saved=values["can_be_saved"],
+            shared_memory=values["shared_memory"],
         )
 
 
@@ -284,6 +290,69 @@ class BlockDevice:
         )
 
 
+@dataclass(frozen=True)
+class VhostUserFs:
+    """A virtio file system (Linux' driver virtiofs) whose requests a vhost-user back end serves.
+
+    The back end maps the guest's memory. QEMU cannot save the device, so each guest boots.
+
+    Attributes:
+        name: the tag: ``mount -t virtiofs NAME DIRECTORY``. It has no link in ``/dev/target``.
+        address: the path of the Unix socket on which the back end listens.
+    """
+
+    name: str
+    address: Path
+
+    def as_qemu(self) -> QemuDevice:
+        """See :class:`Device`."""
+        chardev = _socket_chardev(self.name, self.address)
+        return QemuDevice(
+            name=self.name,
+            arguments=(
+                *chardev.arguments,
+                "-device",
+                f"vhost-user-fs-pci,id=target-{self.name},chardev={chardev.id},tag={self.name}",
+            ),
+            guest_modules=("virtiofs",),
+            can_be_saved=False,
+            shared_memory=True,
+        )
+
+
+@dataclass(frozen=True)
+class Tpm:
+    """A TPM behind a TIS interface (Linux' driver tpm_tis), emulated by the target.
+
+    The target speaks the protocol of swtpm's control channel (QEMU's
+    ``docs/specs/tpm.rst``, "the QEMU TPM emulator device"). The TPM has state that QEMU would ask
+    for in a snapshot, so each guest boots.
+
+    Attributes:
+        name: the guest's TPM is ``/dev/target/NAME``, a link to ``/dev/tpm…``.
+        address: the path of the Unix socket on which the target takes control commands.
+    """
+
+    name: str
+    address: Path
+
+    def as_qemu(self) -> QemuDevice:
+        """See :class:`Device`."""
+        chardev = _socket_chardev(self.name, self.address)
+        return QemuDevice(
+            name=self.name,
+            arguments=(
+                *chardev.arguments,
+                *("-tpmdev", f"emulator,id=target-{self.name},chardev={chardev.id}"),
+                *("-device", f"tpm-tis,tpmdev=target-{self.name}"),
+            ),
+            guest_setup=_link(
+                self.name, 'for tpm in /sys/class/tpm/tpm*; do echo "/dev/${tpm##*/}"; break; done'
+            ),
+            can_be_saved=False,
+        )
+
+
 def check_device_name(name: object) -> str:
     """Return a name that QEMU, the guest and a file system take.
 
@@ -325,6 +394,20 @@ class _Chardev:
         self.backend = backend
         self.arguments = ("-chardev", options)
         self.nowhere = ("-chardev", f"null,id={self.id}")
+
+
+def _socket_chardev(name: str, address: Path) -> _Chardev:
+    """Return the connection to a Unix socket, over which descriptors are passed.
+
+    Raises:
+        TargetError: the address is something else.
+    """
+    if isinstance(address, int) or _is_terminal(name, address):
+        raise TargetError(
+            f"the device {name!r} is to be at {address}, which is no Unix socket",
+            hint="the target must listen there: socket.AF_UNIX, SOCK_STREAM",
+        )
+    return _Chardev(name, address)
 
 
 def _is_terminal(name: str, address: Path) -> bool:

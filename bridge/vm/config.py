@@ -261,6 +261,8 @@ def qemu_command(config: MachineConfig, fds: BackendFds) -> list[str]:
                 fds.memory.ram, fds.memory.saved, fds.restorer, config.memory_mib
             )
             chardevs += ["-plugin", f"file={_escaped(config.restorer)},{given}"]
+    else:
+        chardevs += _shared_memory(config)
     return [
         *_machine(config, bounded_code=fds.restorer is not None),
         *chardevs,
@@ -301,6 +303,14 @@ def _memory(config: MachineConfig, fds: MemoryFds) -> list[str]:
     return command
 
 
+def _shared_memory(config: MachineConfig) -> list[str]:
+    """Return the options for a memory that a device's back end can map, if one needs that."""
+    if not any(device.shared_memory for device in config.devices):
+        return []
+    ram = f"memory-backend-memfd,id=ram,size={config.memory_mib}M,share=on"
+    return ["-object", ram, "-machine", "memory-backend=ram"]
+
+
 def paste_command(config: MachineConfig) -> str:
     """Return the command to paste into a shell.
 
@@ -311,6 +321,7 @@ def paste_command(config: MachineConfig) -> str:
     return shlex.join(
         [
             *_machine(config),
+            *_shared_memory(config),
             *console,
             *_disks(config),
             *_network(config),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -12,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from bridge.errors import TargetError
-from bridge.targets import BlockDevice, Device, QemuDevice, SerialPort, VirtioPort
+from bridge.targets import (
+    BlockDevice,
+    Device,
+    QemuDevice,
+    SerialPort,
+    Tpm,
+    VhostUserFs,
+    VirtioPort,
+)
 from bridge.targets.description import describe
 from bridge.targets.none import NoTarget
 
@@ -74,6 +83,19 @@ def test_as_qemu_a_path_is_absolute_and_escaped(
     assert f"socket,id=target-it-link,path={escaped}" in device.arguments
 
 
+@pytest.mark.parametrize("kind", [VhostUserFs, Tpm])
+def test_as_qemu_a_device_with_a_back_end_on_a_socket_cannot_be_saved(
+    kind: Callable[[str, Path], Device], listening: Path
+) -> None:
+    device = kind("it", listening).as_qemu()
+    assert not device.can_be_saved
+    assert device.shared_memory == (kind is VhostUserFs)
+    (chardev,) = (word for word in device.arguments if word.startswith("socket,id="))
+    assert chardev.endswith(str(listening).replace(",", ",,"))
+    assert any("target-it-link" in word for word in device.arguments if word != chardev)
+    assert QemuDevice.from_dict(dataclasses.asdict(device)) == device
+
+
 def test_as_qemu_a_terminal_gets_the_back_end_for_terminals() -> None:
     master, slave = os.openpty()
     with contextlib.closing(os.fdopen(master)), contextlib.closing(os.fdopen(slave)):
@@ -94,6 +116,8 @@ def test_as_qemu_a_terminal_gets_the_back_end_for_terminals() -> None:
         (VirtioPort("it", Path("/dev")), "no socket"),
         (VirtioPort("it", "/run/it"), "pathlib.Path"),  # type: ignore[arg-type]
         (BlockDevice("it", 4000, size=1000), "1000 bytes"),
+        (Tpm("it", 4000), "no Unix socket"),  # type: ignore[arg-type]
+        (VhostUserFs("it", Path("/nowhere/socket")), "No such file"),
         (QemuDevice("it", "-device edu"), "must be a tuple of texts"),  # type: ignore[arg-type]
         (QemuDevice("it", (), on_start=(("stop",),)), "on_start"),  # type: ignore[arg-type]
         (QemuDevice("a/b", ()), "cannot have the name 'a/b'"),

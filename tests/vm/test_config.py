@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bridge.errors import QemuError, UsageError
-from bridge.targets import TARGET_ADDRESS, Endpoint
+from bridge.targets import TARGET_ADDRESS, Endpoint, QemuDevice
 from bridge.vm.accel import Accelerator
 from bridge.vm.config import BackendFds, MachineConfig, paste_command, qemu_command
 from bridge.vm.network import EpochWord, find_ssh_port, netdev_option
@@ -52,6 +52,14 @@ def test_command_channel_is_a_port_of_its_own_controller() -> None:
         "virtserialport,bus=agent-ports.0,chardev=agent,name=kcov-bridge.agent",
     ]
     assert not any("agent" in word for word in qemu_command(MachineConfig(TCG), FDS))
+
+
+def test_command_shared_memory_only_where_a_device_needs_it() -> None:
+    device = QemuDevice("it", ("-device", "it"), can_be_saved=False, shared_memory=True)
+    command = qemu_command(MachineConfig(TCG, devices=(device,), memory_mib=300), FDS)
+    assert options(command, "-object") == ["memory-backend-memfd,id=ram,size=300M,share=on"]
+    assert "memory-backend=ram" in options(command, "-machine")
+    assert options(qemu_command(MachineConfig(TCG), FDS), "-object") == []
 
 
 def test_processor_and_boot_time_follow_the_accelerator() -> None:
