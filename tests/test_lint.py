@@ -37,6 +37,7 @@ NO_SPDX_NAMES = {
     "LICENSING",
     "py.typed",
     ".gitignore",
+    "go.sum",
 }
 
 NO_SPDX_IN = ("tests/data/", "tests/fuzz/data/", "images/root/")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bridge.errors import UsageError
 
-__all__ = ["MAX_BYTES", "MAX_ENTRIES", "Entry", "built_in", "read_directory"]
+__all__ = ["MAX_BYTES", "MAX_ENTRIES", "Entry", "built_in", "read_directory", "write_tree"]
 
 _log = logging.getLogger(__name__)
 
@@ -113,3 +113,17 @@ def read_directory(directory: Path) -> tuple[Entry, ...]:
             ", ".join(left_out[:3]) + (", …" if len(left_out) > 3 else ""),
         )
     return tuple(entries)
+
+
+def write_tree(place: Path, directory: Path | None) -> None:
+    """Write a copy of a directory, or the built-in tree for None, to a place that is not there yet.
+
+    Raises:
+        UsageError: as :func:`read_directory`.
+    """
+    place.mkdir()
+    for entry in built_in() if directory is None else read_directory(directory):
+        if entry.content is None:
+            (place / entry.path).mkdir()
+        else:
+            (place / entry.path).write_bytes(entry.content)

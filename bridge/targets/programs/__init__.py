@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PROGRAMS", "target_class"]
 
-PROGRAMS: Final = {"nbdkit": "Nbdkit"}
+PROGRAMS: Final = {"nbdkit": "Nbdkit", "gonfs": "Gonfs"}
 """The names of these targets, and the class of each in the module of that name."""
 
 
