@@ -106,6 +106,7 @@ _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "kbn_places": (pointer, (pointer,)),
     "kbn_covered": (c_uint64, (pointer,)),
     "kbn_ever": (pointer, (pointer,)),
+    "kbn_taken": (pointer, (pointer,)),
     "kbn_lost": (c_uint64, (pointer,)),
     "kbn_other_layout": (c_uint32, (pointer,)),
     "kbn_new_ranges": (c_uint32, (pointer, pointer, c_uint32)),
@@ -397,14 +398,20 @@ class NativeMemory:
         return array("I", ctypes.string_at(start, 4 * count))
 
     def ever(self, first: int, count: int) -> bytes:
-        """Return a byte for each of these blocks: 1 if it was ever drained."""
+        """Return a byte for each of these blocks: 1 if it was ever drained, or taken."""
         if self._reader is None:
             return bytes(count)
         return ctypes.string_at(self._library.kbn_ever(self._reader) + first, count)
 
+    def taken(self, first: int, count: int) -> bytes:
+        """Return a byte for each of these blocks: not 0 if its program recorded it itself."""
+        if self._reader is None:
+            return bytes(count)
+        return ctypes.string_at(self._library.kbn_taken(self._reader) + first, count)
+
     @property
     def covered(self) -> int:
-        """Number of different blocks that were drained."""
+        """Number of different blocks that were drained, or taken by their program."""
         return int(self._library.kbn_covered(self._reader)) if self._reader is not None else 0
 
     @property

@@ -77,6 +77,7 @@ class NativeSource:
         self._placed_since = False
         self._nonsense = 0
         self._covered = 0  # at the end
+        self._taken: set[PC] = set()
         self._threads = ThreadOfPc()
         self._by_thread = False
 
@@ -131,6 +132,23 @@ class NativeSource:
         """Number of different blocks that :meth:`consume` has returned."""
         memory = self._memory
         return memory.covered if memory is not None and self._running else self._covered
+
+    @property
+    def taken(self) -> set[PC]:
+        """Blocks that a program recorded itself (``kcov_bridge_take_blocks`` in its header)."""
+        with self._lock:
+            if self._memory is not None and self._running:
+                self._read_taken(self._memory)
+            return self._taken
+
+    def _read_taken(self, memory: NativeMemory) -> None:
+        self._taken = {
+            module.pc(index)
+            for module, said, slots in self._said.values()
+            if slots is None
+            for index, byte in enumerate(memory.taken(said.first, said.count))
+            if byte
+        }
 
     def consume(self) -> list[PC]:
         """As :class:`bridge.sources.Consumed`; by module, and in the compiler's order."""
@@ -367,6 +385,7 @@ class NativeSource:
             self.given += len(memory.drain(everything=True) or [])
             if self._go and memory.found_unknown():
                 self.given += len(self._learn(memory))
+            self._read_taken(memory)
             self._read_places()
             self._say_what_is_lost(memory)
             self._covered = memory.covered

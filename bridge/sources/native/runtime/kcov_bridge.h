@@ -25,6 +25,15 @@ extern const uint32_t kcov_bridge_layout;
 void kcov_bridge_handle_begin(uint64_t handle);
 void kcov_bridge_handle_end(void);
 
+/*
+ * From now on TAKE gets the PC of each block that this thread runs, instead of the bridge; NULL ends
+ * that. It returns whether it recorded the block; no other area gets it. For a program that writes
+ * areas itself, as QEMU does with the bridge's plugin, or that wants some work recorded for nobody.
+ * Only blocks of trace-pc-guard. Returns what took them before.
+ */
+typedef int (*kcov_bridge_taker)(uint64_t pc);
+kcov_bridge_taker kcov_bridge_take_blocks(kcov_bridge_taker take);
+
 #ifdef __cplusplus
 }
 #endif

@@ -60,7 +60,8 @@ struct kbn_header {
 	uint64_t pending;	 /* a value of the coverage epoch; 0: nothing is covered */
 	uint64_t compares;	 /* number of comparisons that were recorded */
 	uint32_t comparing;	 /* the bridge takes comparisons */
-	uint8_t line[44];
+	uint32_t taking;	 /* a program takes blocks of its threads itself */
+	uint8_t line[40];
 	char epoch_path[128];	 /* empty: nobody relies on the coverage epoch */
 	char handles[108];	 /* name of the abstract socket that takes handles */
 };
@@ -87,7 +88,10 @@ struct kbn_module {
 	uint8_t id[KBN_BUILD_ID];
 	char path[KBN_PATH];
 	uint32_t call_bytes; /* KBN_TEXT: 5 or 6 */
-	uint8_t spare[188];
+	uint8_t spare[4];
+	/* Of the first block, written by the bridge; 0: not yet, or blocks and PCs do not go together. */
+	uint64_t first_pc;
+	uint8_t spare_end[176];
 };
 
 /* Counters that lie in the memory of a process. */
@@ -114,18 +118,23 @@ struct kbn_compare {
 
 #define KBN_MOST_COMPARES (1u << 16)
 
+/* Bytes between the PCs of two blocks: SLOT_BYTES in bridge/sources/pcs.py. */
+#define KBN_SLOT_BYTES 16
+
 #define KBN_MODULES_AT 20480
 #define KBN_RANGES_AT (KBN_MODULES_AT + 512u * KBN_MOST_MODULES)
 #define KBN_DIRTY_AT (KBN_RANGES_AT + 24u * KBN_MOST_RANGES)
 #define KBN_PCS_AT (KBN_DIRTY_AT + KBN_MOST_BLOCKS / KBN_GROUP)
 #define KBN_HIT_AT (KBN_PCS_AT + 4ull * KBN_MOST_BLOCKS)
 #define KBN_COMPARES_AT (KBN_HIT_AT + KBN_MOST_BLOCKS)
-#define KBN_BYTES (KBN_COMPARES_AT + 40ull * KBN_MOST_COMPARES)
+/* A byte for each block: 1 if the program itself recorded it, see kcov_bridge_take_blocks(). */
+#define KBN_TAKEN_AT (KBN_COMPARES_AT + 40ull * KBN_MOST_COMPARES)
+#define KBN_BYTES (KBN_TAKEN_AT + KBN_MOST_BLOCKS)
 
 _Static_assert(sizeof(struct kbn_thread) == KBN_THREAD_BYTES, "as in threads.py");
 _Static_assert(sizeof(struct kbn_module) == 512, "KBN_RANGES_AT");
 _Static_assert(sizeof(struct kbn_range) == 24, "KBN_DIRTY_AT");
-_Static_assert(sizeof(struct kbn_compare) == 40, "KBN_BYTES");
+_Static_assert(sizeof(struct kbn_compare) == 40, "KBN_TAKEN_AT");
 _Static_assert(__builtin_offsetof(struct kbn_header, by_thread) == 12, "as in threads.py");
 _Static_assert(__builtin_offsetof(struct kbn_header, pending) == 64, "a cache line of its own");
 _Static_assert(sizeof(struct kbn_header) <= KBN_THREADS_AT, "the threads follow");

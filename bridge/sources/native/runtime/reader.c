@@ -25,7 +25,6 @@
 #define LOAD(p) __atomic_load_n((p), __ATOMIC_RELAXED)
 #define EXCHANGE(p, v) __atomic_exchange_n((p), (v), __ATOMIC_SEQ_CST)
 
-#define SLOT_BYTES 16
 #define THREAD_SHIFT 56
 
 /* A module as the reader was told, in the order of its first blocks. */
@@ -76,6 +75,7 @@ struct kbn_reader {
 	struct kbn_header *header;
 	uint8_t *dirty;
 	uint64_t *hit;
+	const uint8_t *taken;
 	uint8_t *ever; /* for each block, whether it was ever covered */
 	uint64_t covered;
 	uint64_t given;
@@ -167,6 +167,7 @@ EXPORT struct kbn_reader *kbn_open(int fd, const char *epoch_path, uint64_t epoc
 	reader->header = header = (void *)reader->memory;
 	reader->dirty = (uint8_t *)reader->memory + KBN_DIRTY_AT;
 	reader->hit = (uint64_t *)(reader->memory + KBN_HIT_AT);
+	reader->taken = (const uint8_t *)reader->memory + KBN_TAKEN_AT;
 	reader->end = KBN_GROUP;
 	header->layout = KBN_LAYOUT;
 	header->bytes = KBN_BYTES;
@@ -236,10 +237,13 @@ EXPORT int kbn_said(const struct kbn_reader *reader, uint32_t index, struct kbn_
 EXPORT void kbn_place(struct kbn_reader *reader, uint32_t first, uint32_t count, uint64_t first_pc,
 		      const int32_t *slots)
 {
+	struct kbn_module *entry = (void *)(reader->memory + KBN_MODULES_AT);
 	struct placed *placed;
 
 	if (reader->known >= KBN_MOST_MODULES)
 		return;
+	if (count && !slots)
+		__atomic_store_n(&entry[reader->known].first_pc, first_pc, __ATOMIC_RELEASE);
 	placed = &reader->placed[reader->known++];
 	if (!count) {
 		/* Keeps the order, and has no block. */
@@ -259,14 +263,39 @@ EXPORT const uint32_t *kbn_places(const struct kbn_reader *reader)
 	return (const void *)(reader->memory + KBN_PCS_AT);
 }
 
-EXPORT uint64_t kbn_covered(const struct kbn_reader *reader)
+/* Count blocks that programs took themselves. */
+static void count_taken(struct kbn_reader *reader)
 {
+	uint32_t i, block;
+
+	if (!LOAD(&reader->header->taking))
+		return;
+	for (i = 0; i < reader->known; i++) {
+		for (block = reader->placed[i].first; block < reader->placed[i].end; block++) {
+			if (reader->ever[block] || !LOAD(&reader->taken[block]))
+				continue;
+			reader->ever[block] = 1;
+			reader->covered++;
+		}
+	}
+}
+
+EXPORT uint64_t kbn_covered(struct kbn_reader *reader)
+{
+	count_taken(reader);
 	return reader->covered;
 }
 
-EXPORT const uint8_t *kbn_ever(const struct kbn_reader *reader)
+EXPORT const uint8_t *kbn_ever(struct kbn_reader *reader)
 {
+	count_taken(reader);
 	return reader->ever;
+}
+
+/* Return a byte for each block that is not 0 if a program took it itself. */
+EXPORT const uint8_t *kbn_taken(const struct kbn_reader *reader)
+{
+	return reader->taken;
 }
 
 /* A word of the header that says what was lost: blocks, or the layout of another run time. */
@@ -315,7 +344,7 @@ static size_t give(struct kbn_reader *reader, const struct placed *placed, uint3
 		reader->ever[block] = 1;
 		reader->covered++;
 	}
-	pc = placed->first_pc + (uint64_t)slot * SLOT_BYTES;
+	pc = placed->first_pc + (uint64_t)slot * KBN_SLOT_BYTES;
 	if (number && number < 0xff)
 		pc = (pc & ((1ull << THREAD_SHIFT) - 1)) | number << THREAD_SHIFT;
 	out[at] = pc;

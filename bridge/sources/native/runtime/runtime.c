@@ -71,6 +71,7 @@ static struct kbn_header *shared;
 static uint8_t *hit;
 static uint8_t *dirty;
 static uint32_t *pcs;
+static uint8_t *taken;
 /* A word of our own where nobody relies on the epoch. */
 static uint64_t *epoch;
 static uint64_t own_epoch;
@@ -95,6 +96,8 @@ static pthread_mutex_t local_lock = PTHREAD_MUTEX_INITIALIZER;
 static TLS uint32_t fast_number = NO_NUMBER;
 static TLS uint32_t number_of_thread;
 static TLS uint32_t thread_id;
+/* Takes this thread's blocks; see kcov_bridge.h. */
+static TLS kcov_bridge_taker take_block;
 
 #define LOAD(p) __atomic_load_n((p), __ATOMIC_RELAXED)
 #define STORE(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
@@ -153,6 +156,7 @@ static void attach_locked(void)
 	hit = (uint8_t *)header + KBN_HIT_AT;
 	dirty = (uint8_t *)header + KBN_DIRTY_AT;
 	pcs = (uint32_t *)((char *)header + KBN_PCS_AT);
+	taken = (uint8_t *)header + KBN_TAKEN_AT;
 	/* The bridge reads counters in this process; with Yama it has to be let. */
 	prctl(PR_SET_PTRACER, (unsigned long)header->bridge_pid, 0, 0, 0);
 	pthread_atfork(NULL, NULL, forked);
@@ -231,7 +235,8 @@ static void __attribute__((noinline)) take_number(void)
 		STORE(&entry->state, (uint8_t)KBN_USED);
 		STORE(&shared->next_thread, (uint8_t)(number - 1));
 		number_of_thread = number;
-		fast_number = number;
+		if (!take_block)
+			fast_number = number;
 		errno = saved;
 		return;
 	}
@@ -255,6 +260,7 @@ static uint64_t new_epoch(void)
 
 static int is_apart(void);
 static void keep_apart(uint32_t block, uint32_t place);
+static int give_to_taker(uint32_t block, uint32_t place);
 
 /* Set all levels of a block whose HIT may be set; place is 0, or where it lies in its module. */
 static void __attribute__((noinline)) note(uint32_t block, uint32_t place)
@@ -265,6 +271,8 @@ static void __attribute__((noinline)) note(uint32_t block, uint32_t place)
 		keep_apart(block, place);
 		return;
 	}
+	if (unlikely(take_block) && give_to_taker(block, place))
+		return;
 	if (unlikely(!number_of_thread))
 		take_number();
 	if (!LOAD(&hit[block])) {
@@ -483,6 +491,7 @@ static void forked(void)
 
 	fast_number = NO_NUMBER;
 	number_of_thread = 0;
+	take_block = NULL;
 	/* Another thread of the parent may have held it. */
 	pthread_mutex_init(&local_lock, NULL);
 	for (i = 0; i < local_count; i++)
@@ -915,10 +924,51 @@ EXPORT void kcov_bridge_handle_end(void)
 	if (!done)
 		return;
 	apart = NULL;
-	if (number_of_thread > KBN_OTHER_THREAD)
+	if (number_of_thread > KBN_OTHER_THREAD && !take_block)
 		fast_number = number_of_thread;
 	if (done->count)
 		deliver(done);
 	munmap(done, sizeof(*done));
 	errno = saved;
+}
+
+/* ---- blocks that the program takes itself: see kcov_bridge.h */
+
+/* Give a block to this thread's taker; return 0 if it is none of trace-pc-guard. */
+static int give_to_taker(uint32_t block, uint32_t place)
+{
+	uint32_t count = __atomic_load_n(&local_count, __ATOMIC_ACQUIRE), i;
+	int saved = errno;
+
+	for (i = 0; i < count; i++) {
+		uint32_t number = block - locals[i].first;
+		uint64_t first_pc;
+
+		if (locals[i].kind != KBN_GUARDS || number >= locals[i].count)
+			continue;
+		if (place && !LOAD(&pcs[block]))
+			STORE(&pcs[block], place);
+		/* Before the bridge has given the module its PCs, nobody traces. */
+		first_pc = LOAD(&module_entry(locals[i].module)->first_pc);
+		if (first_pc && take_block(first_pc + (uint64_t)number * KBN_SLOT_BYTES))
+			STORE(&taken[block], (uint8_t)1);
+		errno = saved;
+		return 1;
+	}
+	return 0;
+}
+
+EXPORT kcov_bridge_taker kcov_bridge_take_blocks(kcov_bridge_taker take)
+{
+	kcov_bridge_taker before = take_block;
+
+	if (!attach())
+		return NULL;
+	take_block = take;
+	fast_number = NO_NUMBER;
+	if (take)
+		STORE(&shared->taking, 1u);
+	else if (number_of_thread > KBN_OTHER_THREAD && !is_apart())
+		fast_number = number_of_thread;
+	return before;
 }
