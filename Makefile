@@ -45,7 +45,7 @@ SOURCES := bridge tests examples docs setup.py
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help run check-guest image native-targets bench test test-unit test-all test-on storm answers executor kills fuzz-kills fuzz-workers syzkaller-kills syzkaller-check conformance reference lint docs screenshots dist format venv packages packages-test clean distclean
+.PHONY: help run check-guest image native-targets qemu-devices bench test test-unit test-all test-on storm answers executor kills fuzz-kills fuzz-workers syzkaller-kills syzkaller-check conformance reference lint docs screenshots dist format venv packages packages-test clean distclean
 
 help: ## print this help
 	@awk -F ' ## ' '/^##@/ { print "\n" substr($$0, 5) } \
@@ -71,6 +71,9 @@ image: packages $(VENV)/installed ## build the default guest image
 
 native-targets: packages $(VENV)/installed ## build the programs of all native targets, with coverage
 	$(VENV)/bin/kcov-bridge target build --all $(ARGS)
+
+qemu-devices: packages $(VENV)/installed ## build a QEMU whose own device models are covered (half an hour)
+	$(VENV)/bin/python -m bridge.vm.device_models
 
 bench: packages-test $(VENV)/installed-bench ## measure what the bridge costs; needs a quiet machine and minutes: build/bench.json
 	@mkdir -p build

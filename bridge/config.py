@@ -370,6 +370,14 @@ class Settings:
         default="qemu-system-x86_64",
         metadata=_about(Kind.NAME_OR_PATH, "the QEMU program to start", metavar="PROGRAM"),
     )
+    qemu_devices: bool = field(
+        default=False,
+        metadata=_about(
+            Kind.FLAG,
+            "also record QEMU's own device models, of the QEMU that `make qemu-devices` builds "
+            "(docs/native.md)",
+        ),
+    )
 
     def __post_init__(self) -> None:
         for name, option in options().items():

@@ -49,6 +49,7 @@ from bridge.vm.snapshot import Loading, Snapshot, new_memory
 if TYPE_CHECKING:
     # Imported while the guest goes on: it takes longest.
     from bridge.guest.guest import Guest
+    from bridge.session.device_models import DeviceModels
 
 __all__ = ["Attempt", "Launcher", "RunningGuest", "first_attempt", "next_attempt"]
 
@@ -318,6 +319,7 @@ class Launcher:
         coverage_epoch: what the relays to the target must write; None where they need not.
         out: where ``console.log`` goes; None for nowhere.
         ssh_port: the port of 127.0.0.1 for SSH; 0 for a free one.
+        models: QEMU's device models, where they are a source.
     """
 
     def __init__(
@@ -330,6 +332,7 @@ class Launcher:
         target: Description,
         *,
         coverage_epoch: EpochWord | None = None,
+        models: DeviceModels | None = None,
         out: Path | None = None,
         ssh_port: int = 0,
     ) -> None:
@@ -340,6 +343,13 @@ class Launcher:
         self._target = target
         self._console = out / "console.log" if out is not None else None
         config = image.machine_config(settings, accelerator)
+        self._models = models
+        if models is not None:
+            config = dataclasses.replace(
+                config,
+                extra_args=(*config.extra_args, *models.extra_args),
+                environment=tuple(models.environment.items()),
+            )
         with ExitStack() as stack:
             self._gate = RelayGate()
             stack.callback(self._gate.close)
@@ -439,6 +449,10 @@ class Launcher:
             stack.callback(machine.close)
             try:
                 machine.start()
+                if self._models is not None:
+                    # What it covers of itself when it starts is nobody's.
+                    device.consume()
+                    self._models.check(machine)
             except QemuError as error:
                 if loading is not None:
                     loading.check()

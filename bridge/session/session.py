@@ -72,6 +72,7 @@ from bridge.vm.snapshot import Snapshot
 if TYPE_CHECKING:
     # Imported while the guest goes on: it takes longest.
     from bridge.guest.guest import CommandResult, Guest, Input, Output, Word
+    from bridge.session.device_models import DeviceModels
     from bridge.sources.native.source import NativeSource
     from bridge.sources.python.source import PythonSource
 
@@ -93,6 +94,7 @@ class _Parts:
     target: Description
     by_region: bool
     host: TargetHost
+    native: NativeSource | None
     watch: KernelWatch
     device: DeviceHost
     running: RunningGuest
@@ -155,6 +157,10 @@ class Session:
         if self._entered:
             raise UsageError("a session is entered once", hint="make a new one")
         self._entered = True
+        if self.settings.qemu_devices:
+            from bridge.session.device_models import with_covered_qemu
+
+            self.settings = with_covered_qemu(self.settings)
         attempt: Attempt | None = first_attempt(self.settings)
         while attempt is not None:
             logger.info("accelerator: %s", attempt.accelerator)
@@ -188,10 +194,17 @@ class Session:
     def _assemble(self, stack: ExitStack, attempt: Attempt) -> _Parts:
         settings = self.settings
         out = self._output_directory()
-        host = self._target_host(out, measured="python" in attempt.sources)
+        models: DeviceModels | None = None
+        if settings.qemu_devices:
+            from bridge.session.device_models import DeviceModels
+
+            models = DeviceModels(out)
+        host = self._target_host(out, models, measured="python" in attempt.sources)
         # For a start that goes no further; see below.
         stack.push(functools.partial(stop_target, host))
         self._measured.append(host)
+        if models is not None:
+            self._measured.append(models)
         # Before an image is built for it, which takes minutes.
         require_qemu(settings.qemu)
         host.build_programs()
@@ -203,10 +216,10 @@ class Session:
         watch = watch_kernel(settings, image, wanted="kernel" in attempt.sources)
         stack.callback(watch.close)
         self._measured.append(watch)
-        source, native = host.source, host.native
+        source, native = host.source, models.native if models is not None else host.native
         comparing: Comparing | None = None if isinstance(source, IsolatedTarget) else source
         if comparing is None:
-            comparing = native
+            comparing = host.native
         device = DeviceHost(
             settings.region << 20,
             source=source,
@@ -224,11 +237,15 @@ class Session:
         )
         stack.callback(device.close)
         self._measured.append(device)
+        if models is not None:
+            stack.callback(models.close)
         stack.enter_context(StatusServer(self.status))
         # After the doorbell, whose thread must not be measured.
         stack.push(functools.partial(stop_target, host))
         # With a PC for each return the guest is to report every return.
         coverage_epoch = device.coverage_epoch if not settings.syscall_pcs else None
+        if models is not None:
+            models.start(device, device.deliver, coverage_epoch)
         target = self._reached(host.start(device.deliver, coverage_epoch), device)
         if coverage_epoch is not None:
             device.rely_on_epoch()
@@ -245,6 +262,7 @@ class Session:
             watch,
             target,
             coverage_epoch=coverage_epoch,
+            models=models,
             out=out,
             ssh_port=self._ssh_port,
         )
@@ -276,13 +294,16 @@ class Session:
             target,
             device.serves_wires,
             host,
+            native,
             watch,
             device,
             running,
             executor,
         )
 
-    def _target_host(self, out: Path | None, *, measured: bool) -> TargetHost:
+    def _target_host(
+        self, out: Path | None, models: DeviceModels | None, *, measured: bool
+    ) -> TargetHost:
         settings = self.settings
         if self._target_state is TargetState.FORK and not measured:
             raise UsageError(
@@ -302,6 +323,7 @@ class Session:
             settings.target_dir,
             measured=measured,
             comparisons=settings.comparisons,
+            shared=models.native if models is not None else None,
             out=out,
             start_seconds=settings.target_timeout,
         )
@@ -405,8 +427,8 @@ class Session:
 
     @property
     def native(self) -> NativeSource | None:
-        """What covers the native programs of the target; None where nothing does."""
-        return self._running.host.native
+        """What covers the target's native programs and QEMU's devices; None where nothing does."""
+        return self._running.native
 
     @property
     def kernel(self) -> GuestKernel | None:
@@ -697,6 +719,9 @@ class Session:
         keep = self._target_state is TargetState.KEEP
         with parts.running.resetting(parts.device, None if keep else renew):
             parts.watch.restore_modules(parts.device.call)
+            if parts.native is not None:
+                # What QEMU's devices covered when they were reset is nobody's.
+                parts.device.consume()
             _set_up(parts.running, parts.target)
         self.events.publish(Reset(parts.running.resets))
 
@@ -732,7 +757,7 @@ class Session:
     @functools.cached_property
     def _symbolizer(self) -> Symbolizer:
         parts = self._running
-        source, native = parts.host.source, parts.host.native
+        source, native = parts.host.source, parts.native
         return Symbolizer(
             source.table if source is not None else BlockTable(),
             kernel=parts.watch.places(),

@@ -172,6 +172,7 @@ class InProcessTarget:
         start_seconds: how long it may take to start; None for no limit.
         measured: whether the packages of the target are covered.
         comparisons: whether what they compare is recorded.
+        shared: a source that covers other native programs, and is to cover those of the target.
         out: directory for ``.coverage`` and ``blocks.tsv``; None for nowhere.
 
     Raises:
@@ -186,10 +187,12 @@ class InProcessTarget:
         *,
         measured: bool = True,
         comparisons: bool = False,
+        shared: NativeSource | None = None,
         out: Path | None = None,
         start_seconds: float | None = None,
     ) -> None:
         self._out = out
+        self._shared = shared
         self._start_seconds = start_seconds
         self._serving: ServingThreads | None = None
         self._make = functools.partial(create_target, target, directory)
@@ -213,7 +216,7 @@ class InProcessTarget:
             if measured and native:
                 from bridge.sources.native.source import NativeSource
 
-                self.native = NativeSource()
+                self.native = shared or NativeSource()
         except BaseException:
             # A thread that is stuck says less than what it was left for.
             with suppress(TargetError):
@@ -246,7 +249,7 @@ class InProcessTarget:
         """As :class:`TargetHost`."""
         thread, source, native = self.thread, self.source, self.native
         place = (epoch.file, epoch.offset) if epoch is not None else None
-        if native is not None:
+        if native is not None and native is not self._shared:
             native.start(place, deliver)
             if self._out is not None:
                 self._stack.callback(native.save, self._out / NATIVE_FILE)
@@ -334,7 +337,7 @@ class InProcessTarget:
     def fill(self, stats: Stats) -> None:
         """As :class:`bridge.session.stats.Measured`."""
         stats.target = self.name
-        fill_blocks(stats, self.source, self.native)
+        fill_blocks(stats, self.source, self.native if self.native is not self._shared else None)
 
 
 def _processes_of(target: Target) -> Sequence[int]:

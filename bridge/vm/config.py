@@ -97,6 +97,7 @@ class MachineConfig:
         plugin: watches the guest kernel (:mod:`bridge.sources.guest_kernel`).
         restorer: the plugin that restores the guest's memory (:mod:`bridge.vm.restorer`), with
             TCG; None to restore it from outside.
+        environment: further variables for QEMU.
 
     Raises:
         UsageError: a value is impossible, or a file is missing.
@@ -127,6 +128,7 @@ class MachineConfig:
     sandbox: bool = True
     plugin: Path | None = field(default=None, metadata=_WIRING)
     restorer: Path | None = field(default=None, metadata=_WIRING)
+    environment: tuple[tuple[str, str], ...] = field(default=(), metadata=_WIRING)
     extra_args: tuple[str, ...] = ()
     name: str = field(default="kcov-bridge", metadata=_WIRING)
 

@@ -338,6 +338,7 @@ class Machine:
             qemu_command(self.config, fds),
             name="QEMU",
             pass_fds=fds.all,
+            env={**os.environ, **dict(self.config.environment)},
             on_end=self._on_process_end,
         )
         stack.callback(self._process.kill)

@@ -4,11 +4,11 @@
     python -m tests.bench.bench_kernel [--rounds N] [--reference] [--kinds A,B,...]
 
 Each round boots a guest of each kind in turn (A B C ...), all under TCG with one vCPU, and runs the
-same work in it: a loop of 80,000 system calls (``loop.c``), file work (copying a tree in memory),
-and a shell script that starts many processes. The guest itself takes the time, after a tenth of the
-work that does not count: the first ENABLE has all code translated anew. Printed are medians, the
-fastest and the slowest, and the ratio of the medians to the guest without plugin; and what memory
-QEMU has at the end.
+same work in it: a loop of 80,000 system calls (``loop.c``), file work (copying a tree in memory), a
+shell script that starts many processes, and 2,000 reads from the disk past the cache. The guest
+itself takes the time, after a tenth of the work that does not count: the first ENABLE has all code
+translated anew. Printed are medians, the fastest and the slowest, and the ratio of the medians to
+the guest without plugin; and what memory QEMU has at the end.
 
 * "no plugin": the baseline;
 * "idle": the plugin is there, and nobody traces;
@@ -20,6 +20,11 @@ QEMU has at the end.
   maps a device for each process;
 * "-d exec": QEMU's own log of executed blocks, to /dev/null, switched on after the boot, for
   comparison; a tenth of the work, and ten times the seconds, for it is that slow.
+
+If the QEMU of ``make qemu-devices`` is built, there are two more kinds:
+
+* "covered QEMU": traced, with this QEMU, whose devices are not recorded;
+* "devices": traced, and its devices are.
 
 ``--reference`` does all this with the kernel of ``make reference`` without CONFIG_KCOV in place of
 the stock image's, and adds the same kernel built with it: "kcov off", and "kcov on", traced by its
@@ -38,6 +43,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import bridge
 from bridge.config import Settings
@@ -47,12 +53,14 @@ from bridge.session.session import Session
 from bridge.sources.guest_kernel import plugin
 from bridge.vm.accel import Accelerator
 from bridge.vm.config import MachineConfig
+from bridge.vm.device_models import QEMU, find_qemu
 from tests.system import reference
 
 WORK = {
     "system calls": ("/tmp/loop {}", 20_000),
     "files": ("for i in $(seq {}); do cp -r /etc /tmp/a; rm -r /tmp/a; done", 10),
     "processes": ("for i in $(seq {}); do /bin/true; done", 100),
+    "disk": ("dd if=/dev/vda of=/dev/null bs=4096 count={} iflag=direct status=none", 2_000),
 }
 """What the guest's shell does, and how many of it."""
 _LOOP = Path(__file__).with_name("loop.c")
@@ -123,16 +131,22 @@ def _run(
 def _kinds(with_reference: bool) -> dict[str, Callable[[], dict[str, float]]]:
     image = reference.build("plain").name if with_reference else None
 
-    def boot(source: str, image: str | None = image) -> Session:
+    def boot(source: str, image: str | None = image, **settings: Any) -> Session:
         return bridge.boot(
-            target="none", accel="tcg", source=source, memory=512, image=image, boot_timeout=300
+            **settings,
+            target="none",
+            accel="tcg",
+            source=source,
+            memory=512,
+            image=image,
+            boot_timeout=300,
         )
 
     def plain(
-        source: str, before: str = "", traced: bool = False
+        source: str, before: str = "", traced: bool = False, **settings: Any
     ) -> Callable[[], dict[str, float]]:
         def run() -> dict[str, float]:
-            with boot(source) as session:
+            with boot(source, **settings) as session:
                 return _run(session, before, traced=traced)
 
         return run
@@ -167,6 +181,9 @@ def _kinds(with_reference: bool) -> dict[str, Callable[[], dict[str, float]]]:
         "kcov-exec": plain("kernel", "kcov-exec -u -f --"),
         "-d exec": logged,
     }
+    if QEMU.find() is not None:
+        kinds["covered QEMU"] = plain("kernel", traced=True, qemu=str(find_qemu()))
+        kinds["devices"] = plain("kernel", traced=True, qemu_devices=True)
     if with_reference:
         kinds["kcov off"] = own("")
         kinds["kcov on"] = own("KCOV_EXEC_DEVICE=/sys/kernel/debug/kcov kcov-exec -f --")

@@ -17,6 +17,9 @@
  * The marker also shows where QEMU keeps the guest's memory: the module reports the marker's offset
  * in that memory, and QEMU reports the address from which it reads the marker's code.
  *
+ * If QEMU's own device models were built with coverage (docs/native.md), the plugin appends their
+ * blocks too, between those of the kernel code that made a device work: device_runs().
+ *
  * Arguments: plan=FD,region=FD, inherited from the bridge.
  */
 #define _GNU_SOURCE
@@ -182,10 +185,22 @@ static struct owner owners[PLAN_SLOTS];
 
 static qemu_plugin_id_t plugin_id;
 static bool insn_data_copies;
-static any_cb trans_cb;
+static any_cb trans_cb, idle_cb;
 /* The bridge calls membarrier(2), and this process is registered for it. */
 static bool expedited;
 static void *insn_data_symbol;
+/* kcov_bridge_take_blocks() in bridge/sources/native/runtime/kcov_bridge.h; NULL in other QEMUs. */
+typedef int (*block_taker)(uint64_t pc);
+static block_taker (*take_blocks)(block_taker take);
+/* That runs on this thread; NULL where it is not known, and on threads of no vCPU. */
+static __thread struct vcpu *this_vcpu;
+
+/* Blocks of device models that this thread ran lately, by PC. */
+#define KNOWN_DEVICE_BLOCKS	4096
+static __thread struct {
+	uint64_t pc;
+	block_id id;
+} device_blocks[KNOWN_DEVICE_BLOCKS];
 
 /* Guards the variables below, because every vCPU translates. */
 static pthread_mutex_t translation = PTHREAD_MUTEX_INITIALIZER;
@@ -826,6 +841,57 @@ static block_id intern(const struct block *wanted)
 	return (block_id)number * 2 + !(wanted->flags & (BLOCK_SPECIAL | BLOCK_EXIT));
 }
 
+/* Return the block that stands for a PC of QEMU's own device models; 0 for none. */
+static block_id device_block(uint64_t pc)
+{
+	size_t at = pc / 16 % KNOWN_DEVICE_BLOCKS;
+
+	if (device_blocks[at].pc != pc) {
+		/* Not in the plan's table of blocks, which is the kernel's. */
+		struct block block = { .start = pc, .pc = pc, .seen = true };
+
+		pthread_mutex_lock(&translation);
+		device_blocks[at].id = intern(&block);
+		if (!device_blocks[at].id)
+			plan->blocks_lost++;
+		pthread_mutex_unlock(&translation);
+		device_blocks[at].pc = pc;
+	}
+	return device_blocks[at].id;
+}
+
+/*
+ * A device model runs a block on a vCPU's thread, because the guest's code has accessed the device.
+ * Append its PC if that is an owner's own work, as for the kernel's blocks; return whether it is.
+ */
+static int device_runs(uint64_t pc)
+{
+	struct vcpu *vcpu = this_vcpu;
+	struct owner *owner;
+	block_id id;
+
+	do {
+		if (load(&plan->epoch) != vcpu->epoch || *vcpu->current != vcpu->task)
+			find_owner(vcpu, load(&plan->epoch));
+		owner = vcpu->owner;
+		if (!owner || owner->interrupt != INTERRUPT_NONE || owner->switching ||
+		    *vcpu->preempt & (HARD_OR_NMI | SERVING_SOFTIRQ) ||
+		    atomic_load_explicit(owner->hidden, memory_order_relaxed) & PLAN_HIDDEN_MASK)
+			return 0;
+		id = device_block(pc);
+	} while (id && !append(vcpu, owner, id));
+	return id != 0;
+}
+
+/* Take the blocks of device models on this thread, which is the vCPU's. */
+static void watch_devices(unsigned int index)
+{
+	if (!take_blocks || this_vcpu)
+		return;
+	this_vcpu = &vcpus[index];
+	take_blocks(device_runs);
+}
+
 static void reset_done(void);
 
 /* Start or stop watching if the bridge asked for it; on a vCPU's thread. */
@@ -845,14 +911,22 @@ static void marker_runs(unsigned int index, void *data)
 	struct vcpu *vcpu = &vcpus[index];
 
 	(void)data;
+	watch_devices(index);
 	find_owner(vcpu, load(&plan->epoch));
 	if (vcpu->owner)
 		atomic_store(vcpu->owner->hidden, PLAN_HIDDEN_SEEN);
 }
 
-static void vcpu_idles(void)
+static void vcpu_idles(unsigned int index)
 {
+	watch_devices(index);
 	follow_plan();
+}
+
+static void vcpu_idles_with_id(qemu_plugin_id_t id, unsigned int index)
+{
+	(void)id;
+	vcpu_idles(index);
 }
 
 static void block_translated(struct qemu_plugin_tb *tb)
@@ -940,7 +1014,7 @@ static void reset_done(void)
 		vcpus[i].epoch = 0;
 	if (plan->have)
 		qemu_plugin_register_vcpu_tb_trans_cb(plugin_id, trans_cb, NULL);
-	qemu_plugin_register_vcpu_idle_cb(plugin_id, vcpu_idles, NULL);
+	qemu_plugin_register_vcpu_idle_cb(plugin_id, idle_cb, NULL);
 	follow_plan();
 }
 
@@ -992,6 +1066,9 @@ int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, 
 	insn_data_copies = qemu_plugin_version >= 3;
 	trans_cb = info->version.cur >= API_WITHOUT_ID ? (any_cb)block_translated :
 							 (any_cb)block_translated_with_id;
+	idle_cb = info->version.cur >= API_WITHOUT_ID ? (any_cb)vcpu_idles :
+							(any_cb)vcpu_idles_with_id;
+	take_blocks = dlsym(RTLD_DEFAULT, "kcov_bridge_take_blocks");
 	cpus = (void *)((uint8_t *)plan + PLAN_CPUS_OFFSET);
 	slots = (void *)((uint8_t *)plan + PLAN_SLOTS_OFFSET);
 	blocks = (void *)((uint8_t *)plan + PLAN_BLOCKS_OFFSET);
@@ -1000,6 +1077,6 @@ int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, 
 		    !syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED, 0, 0);
 	store(&plan->expedited, expedited);
 	store(&plan->api, info->version.cur);
-	qemu_plugin_register_vcpu_idle_cb(id, vcpu_idles, NULL);
+	qemu_plugin_register_vcpu_idle_cb(id, idle_cb, NULL);
 	return 0;
 }
