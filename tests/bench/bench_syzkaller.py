@@ -2,6 +2,7 @@
 """syzkaller's manager on the stock kernel and on a kernel that was built with CONFIG_KCOV, in turn.
 
     python -m tests.bench.bench_syzkaller --syzkaller CHECKOUT [--minutes N] [--kernels A,B,...]
+        [-- FLAGS]
 
 The checkout is your own, and built (docs/syzkaller.md). The kernels:
 
@@ -10,17 +11,19 @@ The checkout is your own, and built (docs/syzkaller.md). The kernels:
 * ``plain``: the same without CONFIG_KCOV, recorded by QEMU.
 
 Each has a directory of its own below ``--out``, made by ``kcov-bridge syzkaller`` with the same
-flags, and begins without a corpus. The manager is the same, and so are its settings, accelerator,
-memory and number of programs at a time. The reference kernels have fewer drivers and file systems
-than the stock kernel, so programs on them have less to do; ``plain`` beside ``kcov`` tells what
-recording costs. :mod:`tests.system.reference` says what it takes to build the reference kernels.
+flags (FLAGS among them, as ``--images --usb``), and begins without a corpus. The manager is the
+same, and so are its settings, accelerator, memory and number of programs at a time. The reference
+kernels have fewer drivers and file systems than the stock kernel, so programs on them have less to
+do; ``plain`` beside ``kcov`` tells what recording costs. :mod:`tests.system.reference` says what it
+takes to build the reference kernels.
 
 The figures are the manager's own (its flag ``-bench``). Programs are those of the fuzzer ("exec
 gen", "exec fuzz", "exec candidate" and so on), the time is that in which it fuzzes ("fuzzing"):
-booting, and the manager's first look at a guest, do not count. The functions are those of all PCs
-in the manager's corpus (its page ``/rawcover``); ``functions.tsv`` has each one and its number of
-PCs for each kernel. On ``stock`` and ``plain`` each basic block is a PC; with CONFIG_KCOV the
-compiler leaves out some. So functions can be compared better than PCs.
+booting, and the manager's first look at a guest, do not count. On a machine with other work, the
+programs in a minute of the guest's processor time tell more than those in a minute. The functions
+are those of all PCs in the manager's corpus (its page ``/rawcover``); ``functions.tsv`` has each
+one and its number of PCs for each kernel. On ``stock`` and ``plain`` each basic block is a PC; with
+CONFIG_KCOV the compiler leaves out some. So functions can be compared better than PCs.
 """
 
 from __future__ import annotations
@@ -71,11 +74,13 @@ class Turn:
 
     Attributes:
         figures: the manager's, by their names, at the end.
+        samples: programs and processor seconds of the guest, each time the figures came.
         functions: the number of PCs in the corpus by function; empty if unknown.
         problem: why it is unknown.
     """
 
     figures: dict[str, int] = field(default_factory=dict)
+    samples: list[tuple[int, float]] = field(default_factory=list)
     functions: Counter[str] = field(default_factory=Counter)
     problem: str = ""
 
@@ -93,6 +98,29 @@ class Turn:
     def rate(self) -> float:
         """Programs a minute."""
         return self.programs * 60 / max(1.0, self.seconds)
+
+    @property
+    def per_processor_minute(self) -> float:
+        """Programs a minute of processor time, once the first figures have come."""
+        if len(self.samples) < 2:
+            return 0.0
+        (first, before), (last, after) = self.samples[0], self.samples[-1]
+        return (last - first) * 60 / max(1.0, after - before)
+
+
+def processor_seconds(process: int) -> float:
+    """Return the processor time of all that a process has started, itself left out."""
+    ticks: dict[int, tuple[int, int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # proc(5): after the name ppid is the second field, utime the twelfth, and so on.
+            fields = path.read_text().rpartition(")")[2].split()
+            ticks[int(path.parent.name)] = int(fields[1]), sum(map(int, fields[11:15]))
+    found, total = {process}, 0
+    while more := {pid for pid, (parent, _) in ticks.items() if parent in found} - found:
+        found |= more
+        total += sum(ticks[pid][1] for pid in more)
+    return total / os.sysconf("SC_CLK_TCK")
 
 
 def last_figures(text: str) -> dict[str, int] | None:
@@ -116,7 +144,7 @@ def _prepare(kernel: str, directory: Path, arguments: argparse.Namespace) -> lis
         flags = ["--image", image.name, "--source", "python" if kernel == "kcov" else "kernel"]
     flags += ["--syzkaller", str(arguments.syzkaller), "--procs", str(arguments.procs)]
     flags += ["--memory", str(arguments.memory), "--cpus", str(arguments.cpus)]
-    flags += ["--accel", "tcg", "--http", _HTTP]
+    flags += ["--accel", "tcg", "--http", _HTTP, *arguments.flags]
     done = subprocess.run(
         [*COMMAND, "syzkaller", str(directory), *flags], stdout=subprocess.PIPE, text=True
     )
@@ -191,6 +219,9 @@ def _turn(kernel: str, directory: Path, arguments: argparse.Namespace) -> Turn:
                 figures = last_figures((directory / "bench.json").read_text())
                 if figures is not None and figures != turn.figures:
                     turn.figures = figures
+                    if turn.seconds:
+                        sample = turn.programs, processor_seconds(process.pid)
+                        turn.samples.append(sample)
                     row = ", ".join(f"{name} {figures.get(name, 0)}" for name in _PRINTED)
                     print(
                         f"{kernel}: {turn.seconds:.0f} s, {turn.programs} programs, {row}",
@@ -229,6 +260,7 @@ def _report(turns: dict[str, Turn], out: Path) -> None:
     names = list(turns)
     rows: dict[str, list[str]] = {
         "programs a minute": [f"{turn.rate:.1f}" for turn in turns.values()],
+        "... of processor": [f"{turn.per_processor_minute:.1f}" for turn in turns.values()],
         "programs": [str(turn.programs) for turn in turns.values()],
         "seconds of fuzzing": [f"{turn.seconds:.0f}" for turn in turns.values()],
         **{
@@ -252,7 +284,11 @@ def _report(turns: dict[str, Turn], out: Path) -> None:
         if name == "kcov" or "kcov" not in turns:
             continue
         ours, kcov = turns[name], turns["kcov"]
-        print(f"{name} has {ours.rate / max(kcov.rate, 1e-9):.2f} times the programs of kcov")
+        print(
+            f"{name} has {ours.rate / max(kcov.rate, 1e-9):.2f} times the programs of kcov, "
+            f"{ours.per_processor_minute / max(kcov.per_processor_minute, 1e-9):.2f} times those "
+            "of a processor's minute"
+        )
         if ours.functions and kcov.functions:
             both = len(ours.functions.keys() & kcov.functions.keys())
             print(
@@ -282,6 +318,7 @@ def main() -> int:
     parser.add_argument("--memory", type=int, default=1024, metavar="MIB", help="(1024)")
     parser.add_argument("--cpus", type=int, default=1, metavar="N", help="vCPUs (1)")
     parser.add_argument("--out", type=Path, default=Path("build/bench_syzkaller"), metavar="DIR")
+    parser.add_argument("flags", nargs="*", metavar="FLAGS", help="of kcov-bridge syzkaller")
     arguments = parser.parse_args()
     kernels = arguments.kernels.split(",")
     if unknown := set(kernels) - set(KERNELS):
