@@ -22,7 +22,6 @@ import pytest
 
 from bridge.cli.main import main
 from bridge.cli.syzkaller_directory import COVERAGE
-from bridge.cli.syzkaller_guest import GUESTS_FILE
 from bridge.results.kernel_export import read_blocks
 
 pytestmark = pytest.mark.vm
@@ -111,7 +110,8 @@ def test_manager_shows_functions_of_the_kernel_and_nothing_is_lost(
     # All that the manager has is in the results of the guests, which it killed.
     results = directory / COVERAGE
     deadline = time.monotonic() + 120
-    while not (results / GUESTS_FILE).exists() or list(results.glob("guest-*")):
+    # The summary is the last that a guest writes.
+    while not (results / "summary.json").exists() or list(results.glob("guest-*")):
         assert time.monotonic() < deadline, sorted(results.iterdir())
         time.sleep(0.5)
     starts = {block.start for block in read_blocks(results / "kernel-blocks.tsv")}
