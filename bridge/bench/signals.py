@@ -2,29 +2,37 @@
 """What the kcov device adds to system calls, measured in the guest by ``kcov-bench``.
 
 ``signal``: each call's return finds new coverage, a block of Python code and the PC of the call's
-number. The baseline is the floor (:mod:`bridge.bench.floor`) in the same guest, with a host that is
-awake and with one that always sleeps. ``idle``: the return finds no coverage; the baseline is the
-same call with kcov off. ``trace``: calls of a command whose system calls are traced
-(``run --trace``); the baseline is the same command without a trace. ``others``: calls of a task
-that owns nothing, while another task does; the baseline is a guest without the module.
+number; ``native-signal``: a block of native code, and that PC. The baseline is the floor
+(:mod:`bridge.bench.floor`) in the same guest, with a host that is awake and with one that always
+sleeps. ``idle``: the return finds no coverage; the baseline is the same call with kcov off.
+``trace``: calls of a command whose system calls are traced (``run --trace``); the baseline is the
+same command without a trace. ``others``: calls of a task that owns nothing, while another task
+does; the baseline is a guest without the module.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from bridge.bench.floor import FLOOR, floor
 from bridge.bench.measurement import Bench, Measurement, take_turns
 from bridge.bench.stats import Aim, Comparison, Of, Series
-from bridge.bench.targets import COVERED_TARGET, cover_before_each_look
+from bridge.bench.targets import (
+    COVERED_TARGET,
+    NATIVE_TARGET,
+    cover_before_each_look,
+    cover_native_before_each_look,
+)
 from bridge.errors import InfrastructureError
 from bridge.session.session import Session
 from bridge.sources.python.source import PythonSource
 
-__all__ = ["IDLE", "OTHERS", "SIGNAL", "TRACE", "stay_awake"]
+__all__ = ["IDLE", "NATIVE_SIGNAL", "OTHERS", "SIGNAL", "TRACE", "stay_awake"]
 
 _NEEDED = 5
 _SIGNAL_AIM = Aim(2.0)
@@ -60,14 +68,23 @@ def _check(session: Session) -> None:
         )
 
 
-def _measure_signal(bench: Bench) -> None:
+def _cover_python(session: Session, scratch: Path) -> None:
+    if isinstance(session.source, PythonSource):
+        cover_before_each_look(session.source)
+
+
+def _cover_native(session: Session, scratch: Path) -> None:
+    if session.native is not None:
+        cover_native_before_each_look(session.native, scratch)
+
+
+def _measure_signal(target: str, cover: Callable[[Session, Path], None], bench: Bench) -> None:
     FLOOR.build()
-    settings = bench.settings(target=COVERED_TARGET, syscall_pcs=True)
+    settings = bench.settings(target=target, syscall_pcs=True)
     count = 1_000 if bench.quick else 10_000
     bench.progress("booting a guest")
-    with Session(settings, None) as session:
-        assert isinstance(session.source, PythonSource)
-        cover_before_each_look(session.source)
+    with TemporaryDirectory() as scratch, Session(settings, None) as session:
+        cover(session, Path(scratch))
 
         def ours(seconds: float) -> _Figures:
             stay_awake(session, seconds)
@@ -196,7 +213,16 @@ def _measure_others(bench: Bench) -> None:
         bench.add(Comparison(call, "us", ours, baseline, _NEEDED, aims=(_OTHERS_AIM,)))
 
 
-SIGNAL = Measurement("signal", "a system call whose return finds new coverage", _measure_signal)
+SIGNAL = Measurement(
+    "signal",
+    "a system call whose return finds new coverage",
+    functools.partial(_measure_signal, COVERED_TARGET, _cover_python),
+)
+NATIVE_SIGNAL = Measurement(
+    "native-signal",
+    "a system call whose return finds new coverage of a native program",
+    functools.partial(_measure_signal, NATIVE_TARGET, _cover_native),
+)
 IDLE = Measurement("idle", "a system call of an owner whose return finds nothing", _measure_idle)
 TRACE = Measurement("trace", "a system call in a command that is traced", _measure_trace)
 OTHERS = Measurement("others", "system calls of tasks that own nothing", _measure_others)

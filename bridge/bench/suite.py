@@ -20,6 +20,7 @@ _log = logging.getLogger("bridge.bench")
 
 _MEASUREMENTS = (
     ("signals", "SIGNAL"),
+    ("signals", "NATIVE_SIGNAL"),
     ("signals", "IDLE"),
     ("signals", "TRACE"),
     ("signals", "OTHERS"),

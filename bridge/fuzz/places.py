@@ -19,6 +19,7 @@ from bridge.fuzz.records import CampaignRecord
 from bridge.fuzz.store import JOBS_DIRECTORY
 from bridge.guest.images.store import Image, list_images
 from bridge.results.kernel_export import Block, is_kernel_pc, read_blocks
+from bridge.results.merge import add_native
 from bridge.results.report.host import find_paths
 from bridge.session.session import Session
 from bridge.sources import PC
@@ -28,13 +29,12 @@ from bridge.sources.guest_kernel.lines import Lines, find_modules, find_vmlinux
 from bridge.sources.guest_kernel.symbols import KernelSymbols
 from bridge.sources.native.modules import ModuleTable, NativeModule
 from bridge.sources.native.places import NativePlaces
-from bridge.sources.native.source import NativeSource
 from bridge.sources.pcs import PC_BASE, SLOT_BYTES, SYSCALL_FILE, SYSCALL_SLOTS, BlockTable
 from bridge.sources.python.blocks import decode_source
 from bridge.sources.symbolize import BLOCKS_FILE, NATIVE_FILE
 from bridge.util.files import atomic_output, remove_partials, write_atomically
 
-__all__ = ["Places", "is_syscall_pc", "keep_native", "keep_places", "tidy_places"]
+__all__ = ["Places", "is_syscall_pc", "keep_places", "tidy_places"]
 
 _MODULES: Final = "modules"
 _TEXT: Final = 160
@@ -68,7 +68,7 @@ def keep_places(session: Session, directory: Path) -> None:
                 f"cannot write {directory / BLOCKS_FILE}: {error.strerror}"
             ) from error
     if session.native is not None:
-        keep_native(session.native, directory / NATIVE_FILE)
+        add_native(session.native.places().table, directory / NATIVE_FILE)
     if session.kernel is None:
         return
     path = directory / KERNEL_BLOCKS_FILE
@@ -79,21 +79,6 @@ def keep_places(session: Session, directory: Path) -> None:
         write_atomically(path, "".join(f"{b.start:#x}\t{b.size}\n" for b in sorted(set(blocks))))
     if (directory / SYMBOLS_FILE).is_file():
         _keep_modules(session, directory, blocks)
-
-
-def keep_native(source: NativeSource, path: Path) -> None:
-    """Add what a source knows to what an earlier machine of the job has left.
-
-    Raises:
-        SourceError: that is damaged.
-        InfrastructureError: the file cannot be written.
-    """
-    table = source.places().table
-    if path.is_file():
-        merged = ModuleTable.load(path)
-        _say_left_out(merged.merge(table))
-        table = merged
-    table.save(path)
 
 
 def _say_left_out(modules: Iterable[NativeModule]) -> None:

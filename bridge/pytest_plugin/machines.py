@@ -31,6 +31,7 @@ from bridge.pytest_plugin.request import (
     report_directory,
     request_of,
 )
+from bridge.results.merge import add_native
 from bridge.results.test_record import EVIDENCE_DIRECTORY
 from bridge.session.health import (
     CoreDump,
@@ -42,6 +43,7 @@ from bridge.session.health import (
     symptoms,
 )
 from bridge.session.session import Session
+from bridge.sources.symbolize import NATIVE_FILE
 from bridge.targets.faults import TargetFaults
 from bridge.trace.call import Call
 
@@ -84,6 +86,7 @@ class Options:
         ignore: what does not make a test fail.
         keep: which guests outlive their tests: ``always``, ``failed``, or None for none.
         evidence: where what is known of failed tests is kept; None for nowhere.
+        native: the file that gets what was covered of native programs; None for nowhere.
         workers: how many processes may start guests at the same time.
     """
 
@@ -92,6 +95,7 @@ class Options:
     ignore: tuple[re.Pattern[str], ...]
     keep: str | None
     evidence: Path | None = None
+    native: Path | None = None
     workers: int = 1
 
 
@@ -111,7 +115,8 @@ def options_of(config: pytest.Config) -> Options:
     report = report_directory(config)
     evidence = report / EVIDENCE_DIRECTORY if report is not None else None
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
-    return Options(given, option.guest_scope, ignore, option.guest_keep, evidence, workers)
+    native = report / NATIVE_FILE if report is not None else None
+    return Options(given, option.guest_scope, ignore, option.guest_keep, evidence, native, workers)
 
 
 @dataclass(frozen=True)
@@ -529,6 +534,16 @@ class Machines:
                 warn(f"a guest did not end in order: {error.report()}")
         finally:
             self._add_lines(guest)
+            self._add_native(guest)
+
+    def _add_native(self, guest: _Guest) -> None:
+        native = guest.session.native
+        if native is None or self.options.native is None:
+            return
+        try:
+            add_native(native.places().table, self.options.native)
+        except BridgeError as error:
+            warn(f"the report lacks native programs: {error.report()}")
 
     def _forget(self, guest: _Guest) -> None:
         if self._alive.get(guest.machine) is guest:

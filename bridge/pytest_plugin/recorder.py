@@ -41,6 +41,7 @@ from bridge.results.test_record import (
     remove_records,
 )
 from bridge.session.session import Session
+from bridge.sources.symbolize import NATIVE_FILE
 from bridge.trace import TraceHeader, TraceWriter
 from bridge.trace.trace_file import TRACE_FILE
 
@@ -65,7 +66,10 @@ def prepare(config: pytest.Config) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         remove_records(directory)
         traces = directory.glob("trace.*.jsonl")
-        for path in (*traces, *(directory / name for name in (TRACE_FILE, _COVERAGE_FILE, _PAGE))):
+        for path in (
+            *traces,
+            *(directory / name for name in (TRACE_FILE, _COVERAGE_FILE, NATIVE_FILE, _PAGE)),
+        ):
             path.unlink(missing_ok=True)
         shutil.rmtree(directory / EVIDENCE_DIRECTORY, ignore_errors=True)
     except BridgeError as error:

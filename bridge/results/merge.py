@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +18,19 @@ from bridge.session.stats import Stats
 from bridge.sources import PC
 from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
 from bridge.sources.guest_kernel import SYMBOLS_FILE
+from bridge.sources.native.modules import ModuleTable
 from bridge.sources.pcs import BlockTable
 from bridge.sources.symbolize import BLOCKS_FILE, NATIVE_FILE
 from bridge.util.files import cannot_write, write_atomically
 
-__all__ = ["COVERAGE_FILE", "Blocks", "covered_blocks", "merge_results", "merge_stats"]
+__all__ = [
+    "COVERAGE_FILE",
+    "Blocks",
+    "add_native",
+    "covered_blocks",
+    "merge_results",
+    "merge_stats",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -66,18 +76,35 @@ def _merge_native(file: Path, destination: Path) -> None:
     if not file.is_file() or not destination.is_file():
         _move(file, destination)
         return
-    # Most runs have nothing native; the imports are not for them.
-    from bridge.sources.native.modules import ModuleTable
-
-    table = ModuleTable.load(destination)
-    for module in table.merge(ModuleTable.load(file)):
-        _log.warning(
-            "what a guest covered of %s is left out: its PCs are those of another module of an "
-            "earlier guest",
-            module.path,
-        )
-    table.save(destination)
+    add_native(ModuleTable.load(file), destination)
     file.unlink()
+
+
+def add_native(table: ModuleTable, destination: Path) -> None:
+    """Add native modules, and what was covered of them, to those in a file, which may be missing.
+
+    Several processes may do so at once.
+
+    Raises:
+        SourceError: the file is damaged.
+        InfrastructureError: it cannot be written.
+    """
+    try:
+        directory = os.open(destination.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise cannot_write(destination, error) from error
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        merged = ModuleTable.load(destination) if destination.is_file() else ModuleTable()
+        for module in merged.merge(table):
+            _log.warning(
+                "what a guest covered of %s is left out: its PCs are those of another module of "
+                "an earlier guest",
+                module.path,
+            )
+        merged.save(destination)
+    finally:
+        os.close(directory)
 
 
 def _merge_kernel_blocks(file: Path, destination: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bridge.fuzz.places import keep_native
 from bridge.fuzz.progress import PROGRESS_FILE, ProgressWriter, Sample
 from bridge.fuzz.records import read_record
 from bridge.fuzz.report import CampaignReport
 from bridge.fuzz.store import JOBS_DIRECTORY, Offer, Store
+from bridge.results.merge import add_native
 from bridge.sources.native.modules import ModuleTable
 from bridge.sources.native.source import NativeSource
 from bridge.sources.symbolize import NATIVE_FILE
@@ -40,7 +40,7 @@ def test_places_of_native_pcs_are_known_of_all_jobs_and_machines(tmp_path: Path)
             source.start()
             run(source, program, *words)
             pcs += source.consume()
-            keep_native(source, directory / NATIVE_FILE)
+            add_native(source.places().table, directory / NATIVE_FILE)
             source.stop()
         store.add([Offer(b"x", 1.0, 1, pcs)])
         progress.write(Sample(1.0, 1, len(set(pcs)), 1))

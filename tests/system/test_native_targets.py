@@ -4,17 +4,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from bridge.config import Settings
+from bridge.device.abi import KCOV_CMP_CONST, KCOV_CMP_SIZE
 from bridge.session.session import Session
 from bridge.targets import TARGET_ADDRESS
 from tests.support.native import DATA, needs_clang
+from tests.support.programs import guest_program
 
 pytestmark = [pytest.mark.vm, needs_clang]
 
+REQUESTS = {
+    "target": "tests.system.native_targets:RequestServer",
+    "source": "python",
+    "comparisons": True,
+}
 LINES = {"target": "tests.system.native_targets:LineServer", "source": "python"}
 
 
@@ -57,6 +65,54 @@ def test_native_server_an_instance_does_not_take_blocks_from_another(session: Se
     both = session.kcov(["bash", "-c", f"{ask('add 1 1')[2]} & {ask('add 1 1')[2]}; wait"])
     assert both.stdout.split() == [b"2", b"2"]
     assert "add" in code_of(session, list(both.pcs))
+
+
+def request(requests: str) -> list[str]:
+    """A command that sends requests, each when the one before is answered."""
+    script = f"exec 3<>/dev/tcp/{TARGET_ADDRESS}/80"
+    for each in requests:
+        script += f"; printf {each} >&3; head -c 1 <&3"
+    return ["bash", "-c", script]
+
+
+def functions_of(session: Session, pcs: Iterable[int]) -> set[str]:
+    """Functions of native PCs; others are left out."""
+    native = session.native
+    assert native is not None
+    frames = (native.places().innermost(pc) for pc in pcs)
+    return {frame.function for frame in frames if frame is not None}
+
+
+@pytest.mark.guest(**REQUESTS)
+def test_native_work_for_a_handle_goes_to_the_instance_that_enabled_it(session: Session) -> None:
+    session.put(guest_program(Path(__file__).with_name("remote.c")), "/tmp/remote", 0o755)
+    done = session.run(f"/tmp/remote {TARGET_ADDRESS} 80 mumcu", timeout=60)
+    assert done.exit_status == 0, done.stderr
+    found: dict[str, set[int]] = {"remote": set(), "plain": set()}
+    for kind, value in (row.split() for row in done.text.splitlines()):
+        if kind in found:
+            found[kind].add(int(value, 16))
+    assert functions_of(session, found["remote"]) == {"common_work", "usb_work"}
+    assert {"serve", "plain_work"} <= functions_of(session, found["plain"])
+    assert not {"common_work", "usb_work"} & functions_of(session, found["plain"])
+
+
+@pytest.mark.guest(**REQUESTS)
+def test_native_comparisons_are_those_of_the_request(session: Session) -> None:
+    records = session.compare(request("x"))
+    wanted = (KCOV_CMP_CONST | KCOV_CMP_SIZE(2), 0x6363, ord("x") * 0x101)
+    found = {record[:3]: record[3] for record in records}
+    assert wanted in found, [tuple(map(hex, record)) for record in records]
+    assert functions_of(session, [found[wanted]]) == {"plain_work"}
+
+
+@pytest.mark.guest(**REQUESTS)
+def test_native_trace_has_functions_lines_and_thread_of_the_call(session: Session) -> None:
+    calls = session.kcov(request("c"), trace=True, timeout=60).calls
+    host = [code for call in calls for code in call.host]
+    assert {"serve", "plain_work"} <= {code.function for code in host}
+    assert {code.file for code in host} == {str(DATA / "requests.c")}
+    assert {code.thread.name for code in host if code.thread is not None} == {"requests"}
 
 
 def test_native_run_leaves_what_symbolize_needs(tmp_path: Path) -> None:
