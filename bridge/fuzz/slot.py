@@ -66,7 +66,7 @@ from bridge.fuzz.stability import Stability
 from bridge.guest.guest import CommandResult
 from bridge.session.session import Session
 from bridge.session.target_host import TargetState
-from bridge.targets.registry import TargetMaker
+from bridge.targets.registry import TargetMaker, has_only_programs
 from bridge.util.laps import Laps
 
 __all__ = ["BuiltIn", "RunnerError", "Slot", "SlotOptions"]
@@ -371,6 +371,10 @@ class Slot:
         self.spared = 0
         self._slow_due = 0.0
         self._target = target
+        if target_state is TargetState.FORK and has_only_programs(
+            target or settings.target, settings.target_dir
+        ):
+            target_state = TargetState.RESTART
         self._target_state = target_state
         self._listeners = tuple(listeners)
         self._own_monitor = MachineMonitor()

@@ -21,11 +21,20 @@ from typing import Any, cast
 
 from bridge.errors import TargetError, UsageError
 from bridge.targets import DEFAULT_TARGET, Target
+from bridge.targets.description import member_of
 from bridge.targets.none import NoTarget
 from bridge.targets.programs import PROGRAMS, target_class
 from bridge.targets.thread import foreign
 
-__all__ = ["TargetMaker", "check_name", "create", "find_factory", "made", "names"]
+__all__ = [
+    "TargetMaker",
+    "check_name",
+    "create",
+    "find_factory",
+    "has_only_programs",
+    "made",
+    "names",
+]
 
 TargetMaker = Callable[[Path | None], Target]
 """Makes a target for a directory, the setting ``target_dir``."""
@@ -144,6 +153,23 @@ def find_factory(name: str) -> Callable[..., Any]:
         )
     found: Callable[..., Any] = factory
     return found
+
+
+def has_only_programs(target: str | TargetMaker, directory: Path | None = None) -> bool:
+    """Return whether a target covers native programs, and no package of Python.
+
+    Such a target needs no process of its own, because its programs have theirs. Only a target that
+    may be one is made, and dropped again.
+
+    Raises:
+        UsageError: the name stands for nothing.
+        TargetError: its module or its class raises something.
+    """
+    factory = find_factory(target) if isinstance(target, str) else target
+    if target not in PROGRAMS and not getattr(factory, "native", False):
+        return False
+    found = create(target, directory)
+    return bool(member_of(found, "native", False)) and not found.packages
 
 
 def made(name: str, make: Callable[[], Any]) -> Target:
