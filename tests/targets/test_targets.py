@@ -21,9 +21,10 @@ from pyroute2.plan9.client import Plan9ClientSocket
 
 from bridge.errors import TargetError, UsageError
 from bridge.targets import MOUNT_POINT, TARGET_ADDRESS, Target
+from bridge.targets.none import NoTarget
 from bridge.targets.plan9 import GUEST_PORT, Plan9Target
 from bridge.targets.programs import PROGRAMS
-from bridge.targets.registry import create, names
+from bridge.targets.registry import create, has_only_programs, names
 from bridge.targets.tree import Entry, built_in, read_directory
 from tests.support.endpoints import tcp_port
 
@@ -445,3 +446,18 @@ def test_tree_built_in_names_parents_first() -> None:
         if entry.content is None:
             seen.add(entry.path)
     assert len({entry.path for entry in built_in()}) == len(built_in())
+
+
+def test_has_only_programs_is_so_of_native_targets_alone() -> None:
+    assert has_only_programs("tests.system.native_targets:LineServer")
+    assert has_only_programs("nbdkit")
+    assert not has_only_programs("plan9")
+    assert not has_only_programs("none")
+    assert not has_only_programs(f"{__name__}:Both")
+
+
+class Both(NoTarget):
+    """A target with native programs and with packages of Python."""
+
+    native = True
+    packages = ("json",)
