@@ -14,10 +14,10 @@ from bridge.targets.programs.debian import DebianSource
 
 __all__ = ["NBDKIT", "Nbdkit"]
 
-_LANGUAGES: Final = ("golang", "lua", "ocaml", "perl", "python", "ruby", "rust", "tcl")
+_LANGUAGES: Final = ("golang", "lua", "ocaml", "perl", "python", "rust", "tcl")
 _LIBRARIES: Final = (
     *("bash-completions", "curl", "ext2", "gnutls", "iconv", "libblkio", "libguestfs", "liblzma"),
-    *("libnbd", "libvirt", "manpages", "selinux", "ssh", "vddk", "zlib", "zlib-ng"),
+    *("libnbd", "libvirt", "manpages", "selinux", "ssh", "zlib", "zlib-ng"),
 )
 """Left out, so that a build is the same on each machine, whatever libraries that has."""
 _DIRECTORIES: Final = (
@@ -60,6 +60,8 @@ NBDKIT: Final = Program(
         ),
     ),
     products=(_SERVER, _PLUGIN, _FILTER),
+    # Its configure asks for pkg-config, whatever is left out.
+    tools={"clang": "clang", "make": "make", "pkg-config": "pkgconf"},
 )
 """The server, the plugin ``memory`` and the filter ``cache``."""
 
