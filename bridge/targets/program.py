@@ -98,6 +98,8 @@ class ProgramTarget:
     start_seconds: float = 30.0
     """How long it may take until it is ready."""
     stop_signal: int = signal.SIGTERM
+    ends_with_guest: bool = False
+    """Whether it ends by itself, with status 0, when the guest's machine does: no failure then."""
     guest_modules: tuple[str, ...] = ()
     guest_setup = ""
     guest_teardown = ""
@@ -250,7 +252,7 @@ class ProgramTarget:
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         status = process.wait()
-        if not self._stopping:
+        if not self._stopping and (status or not self.ends_with_guest):
             said = self._written()
             report = _REPORT.search(said)
             # The report of a sanitizer is long, and says most where it begins.
