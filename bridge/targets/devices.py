@@ -326,7 +326,9 @@ class Tpm:
 
     The target speaks the protocol of swtpm's control channel (QEMU's
     ``docs/specs/tpm.rst``, "the QEMU TPM emulator device"). The TPM has state that QEMU would ask
-    for in a snapshot, so each guest boots.
+    for in a snapshot, so each guest boots. It boots without ACPI: for a TPM, QEMU's firmware puts
+    the ACPI tables where QEMU then loads the initramfs (seen with 7.2), so Linux is told to look at
+    the address of the interface.
 
     Attributes:
         name: the guest's TPM is ``/dev/target/NAME``, a link to ``/dev/tpm…``.
@@ -346,6 +348,7 @@ class Tpm:
                 *("-tpmdev", f"emulator,id=target-{self.name},chardev={chardev.id}"),
                 *("-device", f"tpm-tis,tpmdev=target-{self.name}"),
             ),
+            kernel_arguments=("acpi=off", "tpm_tis.force=1"),
             guest_setup=_link(
                 self.name, 'for tpm in /sys/class/tpm/tpm*; do echo "/dev/${tpm##*/}"; break; done'
             ),

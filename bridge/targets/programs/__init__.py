@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 __all__ = ["PROGRAMS", "target_class"]
 
-PROGRAMS: Final = {"nbdkit": "Nbdkit", "gonfs": "Gonfs"}
+PROGRAMS: Final = {
+    "nbdkit": "Nbdkit",
+    "gonfs": "Gonfs",
+    "virtiofsd": "Virtiofsd",
+    "mstpm": "Mstpm",
+}
 """The names of these targets, and the class of each in the module of that name."""
 
 
