@@ -211,7 +211,7 @@ def test_c_sources_compile_without_a_warning(name: str, tmp_path: Path) -> None:
     check(
         *(compiler, "-std=gnu11", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", *defined),
         *("-I", "tests/system/conformance", "-I", "guest/agent", "-I", "bridge/fuzz/shim"),
-        *("-c", name, "-o", str(tmp_path / "out.o")),
+        *("-I", "bridge/sources/native/runtime", "-c", name, "-o", str(tmp_path / "out.o")),
     )
 
 
