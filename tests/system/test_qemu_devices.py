@@ -6,7 +6,9 @@ Needs the QEMU that ``make qemu-devices`` builds; skipped without it.
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,10 +16,11 @@ from pathlib import Path
 import pytest
 
 from bridge.config import Settings
-from bridge.errors import MissingDependencyError
+from bridge.errors import GuestLostError, MissingDependencyError
 from bridge.results.run_directory import load_native
 from bridge.session.session import Session
 from bridge.sources.native.modules import NATIVE_BASE, NATIVE_END
+from bridge.sources.pcs import SLOT_BYTES
 from bridge.vm.config import DEFAULT_QEMU
 from bridge.vm.device_models import QEMU, find_qemu
 
@@ -68,6 +71,12 @@ def places(session: Session, pcs: Sequence[int]) -> list[tuple[str, str]]:
 
 def of_devices(pcs: Sequence[int]) -> list[int]:
     return [pc for pc in pcs if NATIVE_BASE <= pc < NATIVE_END]
+
+
+def alike(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether one read covered what the other did; one of them may also have loaded dd."""
+    fewer, more = sorted(({*one}, {*other}), key=len)
+    return len(fewer & more) > 0.8 * len(fewer) > 0
 
 
 def test_qemu_devices_lie_between_the_code_of_the_driver(session: Session) -> None:
@@ -126,15 +135,29 @@ def test_qemu_devices_have_the_same_pcs_after_a_reset_and_in_another_process(
         there = of_devices(other.kcov(READ).pcs)
         told = {pc: other.symbolize(pc) for pc in there}
         covered = other.stats().blocks_covered
-    for pcs in (again, there):
-        shared = len({*here} & {*pcs})
-        assert shared > 0.8 * max(len(set(here)), len(set(pcs)))
+    assert alike(here, again)
+    assert alike(here, there)
     kept = load_native(tmp_path)
     assert kept is not None
     assert {pc: kept.text(pc) for pc in there} == told
     (module,) = kept.table
     # Some more was covered after the look.
     assert covered <= sum(module.covered)
+
+
+def test_qemu_devices_are_kept_when_qemu_is_killed(session: Session, tmp_path: Path) -> None:
+    here = of_devices(session.kcov(READ).pcs)
+    with Session(SETTINGS, tmp_path) as killed:
+        killed.run(DIRECT)
+        there = of_devices(killed.kcov(READ).pcs)
+        os.kill(killed.machine.pid, signal.SIGKILL)
+        with pytest.raises(GuestLostError):
+            killed.kcov(READ)
+    assert alike(here, there)
+    kept = load_native(tmp_path)
+    assert kept is not None
+    (module,) = kept.table
+    assert all(module.covered[(pc - module.first_pc) // SLOT_BYTES] for pc in there)
 
 
 def test_qemu_devices_without_the_kernel(session: Session, tmp_path: Path) -> None:
