@@ -57,9 +57,8 @@ def needs(program: str, package: str) -> pytest.MarkDecorator:
 @needs("go", "golang-go")
 @pytest.mark.guest(target="gonfs")
 def test_gonfs_each_call_has_the_handler_of_its_operation(session: Session) -> None:
-    calls = traced(
-        session, "mkdir d; rmdir d; ln -s README l; echo text >f; mv f g; cat README; rm g l"
-    )
+    work = "mkdir d; rmdir d; ln -s README l; echo text >f; mv f g; cat README; rm g l"
+    calls = traced(session, f"cd {MOUNT_POINT}; {work}")
     for name, handler in (
         ("mkdir", "onMkdir"),
         ("symlinkat", "onSymlink"),
