@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from bridge.config import Settings
 from bridge.session.session import Session
 from bridge.targets import MOUNT_POINT
 from bridge.targets.programs.build import Program
+from bridge.targets.programs.gonfs import GONFS
 from bridge.targets.programs.mstpm import MSTPM
 from bridge.targets.programs.virtiofsd import VIRTIOFSD
 from bridge.trace import Call
@@ -40,21 +40,13 @@ def functions(calls: Sequence[Call]) -> set[str]:
     return {code.function for call in calls for code in call.host}
 
 
-def needs_built(program: Program) -> pytest.MarkDecorator:
-    """Skip where a program is not in the cache whose build would take minutes."""
-    return pytest.mark.skipif(
-        program.find() is None,
-        reason=f"{program.name} is not built: kcov-bridge target build {program.name}",
-    )
+def needs_tools(program: Program) -> pytest.MarkDecorator:
+    """Skip where a program cannot be built."""
+    missing = " ".join(program.missing())
+    return pytest.mark.skipif(bool(missing), reason=f"no {missing}: apt-get install {missing}")
 
 
-def needs(program: str, package: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(
-        shutil.which(program) is None, reason=f"{program} is missing: apt-get install {package}"
-    )
-
-
-@needs("go", "golang-go")
+@needs_tools(GONFS)
 @pytest.mark.guest(target="gonfs")
 def test_gonfs_each_call_has_the_handler_of_its_operation(session: Session) -> None:
     work = "mkdir d; rmdir d; ln -s README l; echo text >f; mv f g; cat README; rm g l"
@@ -77,7 +69,7 @@ def test_gonfs_each_call_has_the_handler_of_its_operation(session: Session) -> N
     assert 300 < stats.blocks_covered < stats.blocks_total
 
 
-@needs_built(VIRTIOFSD)
+@needs_tools(VIRTIOFSD)
 def test_virtiofsd_each_call_has_the_handler_of_its_operation(tmp_path: Path) -> None:
     settings = Settings(target="virtiofsd", source="python", target_dir=tmp_path / "served")
     (tmp_path / "served").mkdir()
@@ -99,7 +91,7 @@ def test_virtiofsd_each_call_has_the_handler_of_its_operation(tmp_path: Path) ->
     assert 1000 < stats.blocks_covered < stats.blocks_total
 
 
-@needs_built(MSTPM)
+@needs_tools(MSTPM)
 def test_mstpm_a_command_is_executed_during_its_write(tmp_path: Path) -> None:
     script = f"exec 3<>/dev/target/tpm; printf '{GET_RANDOM}' >&3; head -c 20 <&3 | od -An -v -tx1"
     with Session(Settings(target="mstpm", source="python"), tmp_path) as session:

@@ -198,15 +198,27 @@ class Program:
         runtime = build_runtime()
         digest = hashlib.sha256(f"{_FORMAT}\n{self!r}\n{runtime.directory}\n".encode())
         for command in self.versions:
-            with contextlib.suppress(FileNotFoundError):
-                digest.update(subprocess.run(command, capture_output=True, check=False).stdout)
+            digest.update(_printed(command) or b"")
         return cache_folder(_FOLDER) / f"{self.name}-{digest.hexdigest()[:12]}"
+
+    def missing(self) -> list[str]:
+        """Return the Debian packages that a build needs and that this machine lacks, in order.
+
+        A compiler that is there but does not run is missing: rustup leaves such a ``cargo`` where
+        it has no tool chain.
+        """
+        needed = {**self.source.tools, **self.tools}
+        absent = {package for probe, package in needed.items() if not found(probe)}
+        absent |= {
+            needed.get(command[0], command[0])
+            for command in self.versions
+            if _printed(command) is None
+        }
+        return sorted(absent)
 
     def _require(self) -> None:
         """Raise :class:`MissingDependencyError` if something is missing, with all that is."""
-        needed = {**self.source.tools, **self.tools}
-        missing = sorted({package for probe, package in needed.items() if not found(probe)})
-        if missing:
+        if missing := self.missing():
             raise MissingDependencyError(
                 f"building the program {self.name} needs: {', '.join(missing)}",
                 hint=f"on Debian: {apt_line(*missing)}",
@@ -265,6 +277,15 @@ class Program:
                 error.hint = "; ".join(filter(None, (error.hint, f"all that it printed: {kept}")))
             raise
         kept.unlink(missing_ok=True)
+
+
+def _printed(command: Sequence[str]) -> bytes | None:
+    """Return what a command prints, or None if it does not run."""
+    try:
+        done = subprocess.run(command, capture_output=True, check=False)
+    except OSError:
+        return None
+    return None if done.returncode else done.stdout
 
 
 def _filled(word: str, words: Mapping[str, str]) -> str:

@@ -170,6 +170,15 @@ def test_build_interrupted_leaves_nothing(programs: Path, tmp_path: Path) -> Non
         os.kill(int(marker.read_text()), 0)
 
 
+def test_missing_has_a_compiler_that_does_not_run() -> None:
+    program = dataclasses.replace(
+        ONE,
+        tools={"false": "some-compiler", "sh": "dash"},
+        versions=(("false",), ("sh", "-c", ":")),
+    )
+    assert program.missing() == ["some-compiler"]
+
+
 class One(BuiltTarget):
     name = "one"
     program = ONE
