@@ -282,7 +282,7 @@ class Program:
 def _printed(command: Sequence[str]) -> bytes | None:
     """Return what a command prints, or None if it does not run."""
     try:
-        done = subprocess.run(command, capture_output=True, check=False)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     except OSError:
         return None
     return None if done.returncode else done.stdout
