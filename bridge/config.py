@@ -151,7 +151,7 @@ class Settings:
         default=False,
         metadata=_about(
             Kind.FLAG,
-            "record what the target's Python code compares, for KCOV_TRACE_CMP; slows the target",
+            "record what the target compares, for KCOV_TRACE_CMP; slows a target in Python",
         ),
     )
     syscall_comparisons: bool = field(
@@ -245,7 +245,8 @@ class Settings:
         default="plan9",
         metadata=_about(
             Kind.TEXT,
-            "the host service under test: plan9, none, or module:Class of your own",
+            "the host service under test: a name that `target list` shows, or module:Class of "
+            "your own",
             metavar="NAME",
         ),
     )

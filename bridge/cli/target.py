@@ -7,10 +7,10 @@ import argparse
 import json
 from collections.abc import Callable
 
-from bridge.errors import UsageError
+from bridge.errors import CacheError, MissingDependencyError, UsageError
 from bridge.targets import registry
 from bridge.targets.programs import PROGRAMS, target_class
-from bridge.targets.programs.build import Program, built_programs
+from bridge.targets.programs.build import BuiltProgram, Program, built_programs
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
@@ -97,11 +97,19 @@ def _program(name: str) -> Program:
     )
 
 
+def _found(program: Program) -> BuiltProgram | None:
+    """Return a program if it is built; none is where there is no compiler, or no cache."""
+    try:
+        return program.find()
+    except (MissingDependencyError, CacheError):
+        return None
+
+
 def _list(args: argparse.Namespace) -> int:
     rows = []
     for name in registry.names():
         summary = target_class(name).summary if name in PROGRAMS else _SUMMARIES[name]
-        built = target_class(name).program.find() if name in PROGRAMS else None
+        built = _found(target_class(name).program) if name in PROGRAMS else None
         rows.append(
             {
                 "name": name,
