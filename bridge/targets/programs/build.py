@@ -33,7 +33,7 @@ from bridge.sources.native.build import build_runtime
 from bridge.targets.program import ProgramTarget
 from bridge.util.cache import cache_errors, cache_folder, lock_file, locked
 from bridge.util.commands import Commands, Phases, Progress, disk_full, print_progress
-from bridge.util.files import atomic_output, remove_partial
+from bridge.util.files import atomic_output, remove
 from bridge.util.packages import apt_line, found
 
 __all__ = ["BuiltProgram", "BuiltTarget", "Program", "Source", "Step", "built_programs"]
@@ -42,10 +42,12 @@ _FORMAT: Final = 1
 """Version of what is made of a recipe; all programs are built again after a change."""
 _FOLDER: Final = "programs"
 _RECORD: Final = "program.json"
+_DIGITS: Final = "[0-9a-f]" * 12
+"""A fingerprint, as a pattern of file names."""
 _NOT_INHERITED: Final = (
     *("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "OUT", "ARGS", "VENV", "PYTHON"),
     *("CC", "CXX", "CPP", "CFLAGS", "CPPFLAGS", "CXXFLAGS", "LDFLAGS", "LIBS", "CONFIG_SITE"),
-    *("RUSTFLAGS", "GOFLAGS", "DESTDIR"),
+    *("RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "GOFLAGS", "DESTDIR"),
 )
 """Variables that a make above this process, or the user's own builds, may have set."""
 
@@ -119,7 +121,8 @@ class BuiltProgram:
         Raises:
             CacheError: it cannot be removed.
         """
-        with cache_errors(f"the program {self.name}"):
+        # Another process may remove it at the same time.
+        with cache_errors(f"the program {self.name}"), contextlib.suppress(FileNotFoundError):
             doomed = self.directory.with_name(f".rm-{self.directory.name}-{os.getpid()}")
             self.directory.rename(doomed)
             shutil.rmtree(doomed)
@@ -180,7 +183,7 @@ class Program:
                 return built
             phases = Phases(tell)
             with cache_errors(f"the program {self.name}"):
-                remove_partial(place)
+                self._remove_partial(place.parent)
                 if shutil.disk_usage(place.parent).free < self.room:
                     raise disk_full(place.parent, self.room, product=self.name, error=TargetError)
                 with atomic_output(place) as part, self._log_kept(part, place):
@@ -193,6 +196,11 @@ class Program:
                 f"{phases.elapsed:.0f} s"
             )
             return built
+
+    def _remove_partial(self, folder: Path) -> None:
+        """Remove what killed builds left, also of other recipes; this build holds their lock."""
+        for left in folder.glob(f".{self.name}-{_DIGITS}.*"):
+            remove(left)
 
     def _place(self) -> Path:
         runtime = build_runtime()
@@ -296,7 +304,7 @@ def _filled(word: str, words: Mapping[str, str]) -> str:
 
 def built_programs(name: str | None = None) -> Sequence[BuiltProgram]:
     """Return the programs in the cache, or those of one name, also of older recipes."""
-    pattern = f"{name or '*'}-{'[0-9a-f]' * 12}"
+    pattern = f"{name or '*'}-{_DIGITS}"
     with contextlib.suppress(OSError):
         found = sorted(cache_folder(_FOLDER).glob(pattern))
         return [each for path in found if (each := BuiltProgram.load(path)) is not None]

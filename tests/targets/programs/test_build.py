@@ -19,6 +19,7 @@ from bridge.cli.main import main
 from bridge.errors import MissingDependencyError, TargetError
 from bridge.sources.native.build import build_runtime
 from bridge.sources.native.source import NativeSource
+from bridge.targets.programs import PROGRAMS
 from bridge.targets.programs.build import BuiltTarget, Program, Step, built_programs
 from bridge.targets.registry import create
 from bridge.util.cache import cache_folder
@@ -179,6 +180,24 @@ def test_missing_has_a_compiler_that_does_not_run() -> None:
     assert program.missing() == ["some-compiler"]
 
 
+@needs_clang
+def test_build_removes_what_killed_builds_of_its_program_left(programs: Path) -> None:
+    ours, others = programs / ".one-0123456789ab.abcdefgh", programs / ".one-more-0123456789ab.abcd"
+    for left in (ours, others):
+        (left / "one").mkdir(parents=True)
+    ONE.build(progress=silent)
+    assert not ours.exists()
+    assert others.exists()
+
+
+@needs_clang
+def test_remove_of_what_another_process_has_removed(programs: Path) -> None:
+    built = ONE.build(progress=silent)
+    built.remove()
+    built.remove()
+    assert not list(programs.iterdir())
+
+
 class One(BuiltTarget):
     name = "one"
     program = ONE
@@ -210,6 +229,16 @@ def test_target_list_has_all_targets(programs: Path, capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert out.splitlines()[0].startswith("plan9")
     assert "(not built yet)" in next(line for line in out.splitlines() if "nbdkit" in line)
+
+
+def test_target_list_without_a_compiler_or_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for cache in (tmp_path / "cache", Path(os.devnull, "cache")):
+        monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(cache))
+        assert main(["target", "list"]) == 0
+        assert capsys.readouterr().out.count("(not built yet)") == len(PROGRAMS)
 
 
 @pytest.mark.parametrize(
