@@ -29,6 +29,8 @@ Progress = Callable[[str], None]
 
 _APT_NO_MIRROR = ("Temporary failure resolving", "Could not resolve", "Could not connect")
 """What apt prints if it does not reach a mirror."""
+_APT = frozenset({"apt-get", "mmdebstrap"})
+"""Programs whose output is apt's; others use the same words for servers of their own."""
 
 _EVIDENCE_LINES = 15
 _TICK_SECONDS = 10.0
@@ -181,7 +183,8 @@ class Commands:
         if os.strerror(errno.ENOSPC) in evidence:
             return disk_full(self.log.parent, product=self._product, error=self._error)
         hint = ""
-        if any(sign in evidence for sign in _APT_NO_MIRROR):
+        of_apt = any(Path(word).name in _APT for word in argv)
+        if of_apt and any(sign in evidence for sign in _APT_NO_MIRROR):
             hint = "check the network, or name another mirror of Debian: KCOV_BRIDGE_MIRROR=URI"
         return self._error(
             f"{what} failed: {Path(argv[0]).name} ended with {why}", evidence=evidence, hint=hint

@@ -49,6 +49,14 @@ def test_commands_run_unreachable_mirror_hint_names_the_setting(tmp_path: Path) 
     assert "KCOV_BRIDGE_MIRROR" in caught.value.hint
 
 
+def test_commands_run_hint_names_no_mirror_of_debian_for_other_servers(tmp_path: Path) -> None:
+    commands = Commands(tmp_path / "log", Phases(lambda line: None))
+    with pytest.raises(ImageError) as caught:
+        # What cargo prints.
+        commands.run(["sh", "-c", "echo 'Could not resolve host: x'; exit 1"], what="fetching")
+    assert not caught.value.hint
+
+
 def test_a_command_that_does_not_read_its_input_is_an_error(tmp_path: Path) -> None:
     commands = Commands(tmp_path / "log", Phases(lambda line: None))
     with pytest.raises(ImageError, match="failed"):
