@@ -97,10 +97,12 @@ def host_text(host: Sequence[HostCode], threads: bool | None = None) -> str:
 
 
 def some(names: Sequence[str], most: int | None) -> str:
-    """Return names as a list: the first of them, and how many more there are; None: all."""
+    """Return functions as a list: the first of them, and how many more there are; None: all."""
     shown = ", ".join(names[:most])
     more = len(names) - most if most is not None else 0
-    return f"{shown} and {more} more" if more > 0 else shown
+    if more <= 0:
+        return shown
+    return f"{shown} and {more} more" if shown else f"functions: {more}"
 
 
 def thread_text(thread: HostThread) -> str:

@@ -138,7 +138,7 @@ class TraceReader:
             for number, line in enumerate(lines, 2):
                 try:
                     yield _from_dict(json.loads(line))
-                except (ValueError, TypeError, KeyError) as error:
+                except (ValueError, TypeError, KeyError, AttributeError) as error:
                     raise InfrastructureError(
                         f"line {number} of {self._path} is damaged", evidence=repr(error)
                     ) from error

@@ -70,6 +70,7 @@ def test_call_text_shows_the_functions_of_modules_on_the_way_to_the_target() -> 
     )
     assert f"→ nbd: {', '.join(queue)} →" in call_text(call)
     assert f"→ nbd: {', '.join(queue)} →" in call_text(call, functions=None)
+    assert "→ kernel: functions: 2 → nbd: functions: 3 →" in call_text(call, functions=0)
 
 
 def test_call_text_of_a_hostile_name_has_no_control_characters() -> None:

@@ -130,6 +130,13 @@ def test_trace_file_of_another_version_is_refused(tmp_path: Path) -> None:
         TraceReader(path)
 
 
+def test_trace_file_modules_that_are_none_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "trace.jsonl", CALL)
+    path.write_text(path.read_text().replace('"modules":{"ext4":["ext4_lookup"]}', '"modules":[1]'))
+    with pytest.raises(InfrastructureError, match=r"line 2 of .*trace.jsonl is damaged"):
+        list(TraceReader(path))
+
+
 @pytest.mark.parametrize("line", ["{", "[]", '{"start": 1}', "null", '{"start": "x"}'])
 def test_trace_file_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     path = write(tmp_path / "trace.jsonl", CALL)
