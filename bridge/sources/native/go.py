@@ -92,6 +92,14 @@ class GoProgram:
         self._functions: dict[tuple[int, int], _Function] = {}
         self.key = self._read_packages(symbols[_PACKAGES])
 
+    @property
+    def running(self) -> bool:
+        """Whether the process has not ended, nor executed another program."""
+        try:
+            return bool(os.pread(self.memory, 1, self.address))
+        except OSError:
+            return False
+
     def close(self) -> None:
         """Close the descriptor. Safe to call twice."""
         memory, self.memory = self.memory, -1

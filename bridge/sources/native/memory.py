@@ -116,7 +116,7 @@ _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
         (c_char_p, c_uint64, c_uint64, c_uint64, c_uint32, pointer, pointer, c_uint32),
     ),
     "kbn_add_words": (
-        c_int,
+        c_uint32,
         (
             *(pointer, c_int, c_uint32, c_uint64, c_uint32, c_int, pointer),
             *(c_uint32, c_uint32, c_uint64),
@@ -205,6 +205,8 @@ class NativeMemory:
         self._words = memoryview(self._out).cast("Q")
         self._out_address = ctypes.addressof(c_char.from_buffer(self._out))
         self._slots: list[array[int]] = []
+        # Of processes of Go programs, by their entry in the reader.
+        self._slots_of_words: dict[int, array[int]] = {}
         self._placed = 0
         # Blocks of Go programs are numbered from the end on.
         self._go_first = _MOST_BLOCKS
@@ -323,6 +325,7 @@ class NativeMemory:
         first_pc: PC,
         *,
         flags: bool,
+        first: int | None = None,
     ) -> int | None:
         """Read the counters of a Go program from now on.
 
@@ -334,11 +337,13 @@ class NativeMemory:
                 changed, as long as its length stays.
             blocks: their number.
             flags: the program sets its counters, and does not count up; so they are cleared.
+            first: the answer for another process of the same program; None without one.
 
         Returns:
             The first block's number for :meth:`ever`; None if there is no room.
         """
-        first = self._go_first - blocks
+        if first is None:
+            first = self._go_first - blocks
         if self._reader is None or first < 0:
             return None
         added = self._library.kbn_add_words(
@@ -355,8 +360,8 @@ class NativeMemory:
         )
         if not added:
             return None
-        self._slots.append(slots)
-        self._go_first = first
+        self._slots_of_words[added] = slots
+        self._go_first = min(first, self._go_first)
         return first
 
     def apart(self, blocks: array[int]) -> list[PC]:

@@ -41,7 +41,6 @@ _TYPE_BITS: Final = 7
 class _Go:
     """A Go program that is covered, and the number of its first block in the memory."""
 
-    program: GoProgram
     module: NativeModule
     first: int
 
@@ -70,7 +69,9 @@ class NativeSource:
         self._said: dict[int, tuple[NativeModule, Said, array[int] | None]] = {}
         self._index_of: dict[tuple[str, Kind], int] = {}
         self._indices = 0
-        self._go: list[_Go] = []
+        # By key; several processes may run the same program, at once or one after the other.
+        self._go: dict[str, _Go] = {}
+        self._go_processes: list[GoProgram] = []
         # Of modules whose blocks all have places: these, sorted, with the blocks' numbers.
         self._orders: dict[int, list[tuple[int, int]]] = {}
         # A look that met blocks of a module without PCs has cleared PENDING, and left them.
@@ -173,10 +174,12 @@ class NativeSource:
                     _log.warning("process %d is not covered: %s", each, error.message)
 
     def _add_go(self, memory: NativeMemory, program: GoProgram) -> None:
-        for other in self._go:
-            if other.module.key == program.key:
-                module = other.module
-                break
+        for ended in [each for each in self._go_processes if not each.running]:
+            ended.close()
+            self._go_processes.remove(ended)
+        known = self._go.get(program.key)
+        if known is not None:
+            module = known.module
         else:
             module = self.table.add(program.key, program.path, len(program.blocks))
             module.blocks = program.blocks
@@ -189,20 +192,22 @@ class NativeSource:
             len(program.blocks),
             module.first_pc,
             flags=program.flags,
+            first=known.first if known is not None else None,
         )
         if first is None:
             os.close(memory_of_process)
             program.close()
             _log.warning("%s is not covered: there is no room", program.path)
             return
-        self._go.append(_Go(program, module, first))
+        self._go[program.key] = _Go(module, first)
+        self._go_processes.append(program)
         _log.debug("%s has %d blocks of Go", program.path, len(program.blocks))
 
     def _learn(self, memory: NativeMemory) -> list[PC]:
         """Look where functions of Go have their counters that have run now; return their PCs."""
-        for each in list(self._go):
+        for each in self._go_processes:
             try:
-                each.program.learn()
+                each.learn()
             except SourceError as error:
                 _log.debug("%s", error.message)
         return memory.drain(force=True) or []
@@ -361,12 +366,8 @@ class NativeSource:
                     covered[slots[at]] = 1
                     at = ever.find(1, at + 1)
                 module.covered = bytes(covered)
-        by_module: dict[str, int] = {}
-        for go in self._go:
-            # Several processes may run the same program.
-            ever = memory.ever(go.first, go.module.count)
-            by_module[go.module.key] = by_module.get(go.module.key, 0) | int.from_bytes(ever, "big")
-            go.module.covered = by_module[go.module.key].to_bytes(go.module.count, "big")
+        for go in self._go.values():
+            go.module.covered = memory.ever(go.first, go.module.count)
 
     def stop(self) -> None:
         """Stop the measurement. Safe to call twice, and on a source that never started.
@@ -390,8 +391,8 @@ class NativeSource:
             self._say_what_is_lost(memory)
             self._covered = memory.covered
             memory.close()
-            for each in self._go:
-                each.program.close()
+            for each in self._go_processes:
+                each.close()
 
     def _say_what_is_lost(self, memory: NativeMemory) -> None:
         if memory.other_layout:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.sources.native.build import READER, build_runtime
+from bridge.sources.native.build import READER, RUNTIME, build_runtime
 from bridge.sources.native.source import NativeSource
 from tests.support.native import build, functions, needs_clang, run
 
@@ -44,6 +44,25 @@ int main(int argc, char **argv) {
     }
     return sum == 1;
 }
+"""
+
+TAKES_ALL = """\
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include "layout.h"
+int main(void)
+{
+    int fd = open(getenv("KCOV_BRIDGE_NATIVE"), O_RDWR);
+    char *memory = mmap(NULL, KBN_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+
+    ((struct kbn_header *)memory)->taking = 1;
+    memset(memory + KBN_TAKEN_AT, 1, 1 << 16);
+    return 0;
+}
+/* The last block. */
+int __attribute__((section(".text.z"))) never(int x) { return x + 1; }
 """
 
 
@@ -86,6 +105,22 @@ def test_hostile_program_the_source_goes_on(
         run(source, hostile, str(seed + 100))
     source.record_threads(True)
     source.consume()
+
+
+def test_hostile_program_says_that_it_took_code_without_a_block(
+    source: NativeSource, tmp_path: Path
+) -> None:
+    path = tmp_path / "program.c"
+    path.write_text(TAKES_ALL)
+    trace_pc = ("-fsanitize-coverage=trace-pc",)
+    layout = RUNTIME.source.parent
+    made = build(tmp_path / "program", path, f"-I{layout}", compiler="gcc", coverage=trace_pc)
+    assert run(source, made).returncode == 0
+    assert functions(source, source.consume()) == {"main"}
+    source.refresh()
+    (module,) = source.table
+    assert 0 < sum(module.covered) < module.count
+    assert source.blocks_covered == sum(module.covered)
 
 
 def test_other_layout_is_said(

@@ -173,6 +173,28 @@ def test_go_program_that_has_ended_gives_no_blocks(program: Path) -> None:
     source.stop()
 
 
+def test_go_program_that_is_started_again_takes_no_more_room(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # There is room for the blocks of one.
+    monkeypatch.setattr("bridge.sources.native.memory._MOST_BLOCKS", 30)
+    source = NativeSource()
+    source.start()
+    found = []
+    for _ in range(4):
+        with started(program) as running:
+            running.read()
+            source.add_process(running.process.pid)
+            blocks(source)
+            assert running.ask("add 1 2") == "3"
+            ran = blocks(source)
+            descriptors = sum(1 for _ in Path("/proc/self/fd").iterdir())
+            found.append((ran, source.blocks_total, descriptors))
+    assert {"add 14", "add 18"} <= found[0][0]
+    assert found == [found[0]] * 4
+    source.stop()
+
+
 def test_go_block_that_always_runs_is_never_lost(
     source: NativeSource, running: LineProgram
 ) -> None:

@@ -271,6 +271,9 @@ static void count_taken(struct kbn_reader *reader)
 	if (!LOAD(&reader->header->taking))
 		return;
 	for (i = 0; i < reader->known; i++) {
+		/* Nobody takes blocks of gcc's trace-pc, of which some have no PC. */
+		if (reader->placed[i].slots)
+			continue;
 		for (block = reader->placed[i].first; block < reader->placed[i].end; block++) {
 			if (reader->ever[block] || !LOAD(&reader->taken[block]))
 				continue;
@@ -506,11 +509,12 @@ ended:
 /*
  * Read counters of a Go program from now on; FD and NUMBER as for kbn_add_range(). FLAGS and SLOTS as in
  * struct words, the latter must stay there; its blocks have numbers from FIRST on for kbn_ever(), and PCs
- * from FIRST_PC on. Return 0 if there is no room.
+ * from FIRST_PC on. Return the number of their entry, from 1 on, which may be that of a process that has
+ * ended; 0 if there is no room.
  */
-EXPORT int kbn_add_words(struct kbn_reader *reader, int fd, uint32_t number, uint64_t address,
-			 uint32_t count, int flags, const int32_t *slots, uint32_t first,
-			 uint32_t blocks, uint64_t first_pc)
+EXPORT uint32_t kbn_add_words(struct kbn_reader *reader, int fd, uint32_t number,
+			      uint64_t address, uint32_t count, int flags, const int32_t *slots,
+			      uint32_t first, uint32_t blocks, uint64_t first_pc)
 {
 	struct words *words = NULL;
 	uint32_t *before;
@@ -530,7 +534,7 @@ EXPORT int kbn_add_words(struct kbn_reader *reader, int fd, uint32_t number, uin
 		words = &reader->words[reader->words_used++];
 	*words = (struct words){ { fd, (pid_t)number }, address, count, flags, slots, before,
 				 (uint8_t *)(before + count), { first, first + blocks, first_pc, NULL } };
-	return 1;
+	return (uint32_t)(words - reader->words) + 1;
 }
 
 /* Return whether words were found since the last call that are UNKNOWN. */
