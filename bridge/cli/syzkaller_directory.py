@@ -216,8 +216,8 @@ def prepare(
 
     Raises:
         UsageError: the checkout is too old or not built, or does not know the calls that reach
-            the target while nothing else is to be called; the machine has too little memory; or
-            a manager runs in the directory.
+            the target while nothing else is to be called; flags exclude each other; the machine
+            has too little memory; or a manager runs in the directory.
         BridgeError: no guest can be started.
     """
     checkout = checkout.expanduser().absolute()
@@ -226,6 +226,11 @@ def prepare(
     check_name(campaign.settings.target)
     if campaign.only_target and campaign.settings.target == "none":
         raise UsageError("--only-target is given without a target", hint="--target NAME names one")
+    if campaign.only_target and (campaign.images or campaign.usb):
+        raise UsageError(
+            "--only-target leaves out disk images and USB",
+            hint="leave out --only-target, or --images and --usb",
+        )
     accelerator = choose_accelerator(campaign.settings.accel)
     campaign.settings.sources(accelerator.name)
     directory = directory.expanduser().absolute()

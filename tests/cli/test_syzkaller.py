@@ -95,6 +95,9 @@ def test_syzkaller_more_guests_than_memory_is_refused(
     assert "--procs: 0 is not allowed" in capsys.readouterr().err
     assert main([*words, "--only-target"]) == 2
     assert "without a target" in capsys.readouterr().err
+    for flag in ("--images", "--usb"):
+        assert main([*words, "--target", "plan9", "--only-target", flag]) == 2
+        assert "leaves out disk images and USB" in capsys.readouterr().err
 
 
 def test_campaign_kernel_is_no_source_has_a_pc_for_each_call() -> None:
