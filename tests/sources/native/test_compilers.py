@@ -188,6 +188,19 @@ def test_gcc_a_library_at_the_place_of_another_has_blocks_of_its_own(
         }
 
 
+def test_gcc_a_program_that_is_linked_statically_may_unload_a_library(
+    source: NativeSource, tmp_path: Path
+) -> None:
+    path = tmp_path / "library.c"
+    path.write_text(LIBRARY)
+    plain = build(
+        *(tmp_path / "library.so", path, "-shared", "-fPIC"), compiler="gcc", coverage=(), linked=()
+    )
+    made = program(tmp_path, "gcc", "-fsanitize-coverage=trace-pc", "-static")
+    assert run(source, made, "load", plain, "small").returncode == 0
+    assert functions(source, source.consume()) == {"main", "small"}
+
+
 @pytest.mark.parametrize(
     ("compiler", "form"), [each for each in FORMS if "inline" not in str(each.values[1])]
 )

@@ -29,7 +29,7 @@ void kcov_bridge_handle_end(void);
  * From now on TAKE gets the PC of each block that this thread runs, instead of the bridge; NULL ends
  * that. It returns whether it recorded the block; no other area gets it. For a program that writes
  * areas itself, as QEMU does with the bridge's plugin, or that wants some work recorded for nobody.
- * Only blocks of trace-pc-guard. Returns what took them before.
+ * Only blocks of trace-pc-guard. TAKE has to be built without coverage. Returns what took them before.
  */
 typedef int (*kcov_bridge_taker)(uint64_t pc);
 kcov_bridge_taker kcov_bridge_take_blocks(kcov_bridge_taker take);

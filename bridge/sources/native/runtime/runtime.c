@@ -595,6 +595,9 @@ EXPORT int dlclose(void *handle)
 
 	if (!LOAD(&next))
 		STORE(&next, (int (*)(void *))dlsym(RTLD_NEXT, "dlclose"));
+	/* In a program that is linked statically there is no other: the library stays. */
+	if (!LOAD(&next))
+		return 0;
 	result = LOAD(&next)(handle);
 	pthread_mutex_lock(&local_lock);
 	for (i = 0; i < local_count; i++)
