@@ -260,6 +260,7 @@ WIRING: dict[str, Any] = {
     "restorer": Path("/restorer.so"),
     "boot_timeout": 3.0,
     "name": "another",
+    "environment": (("KCOV_BRIDGE_NATIVE", "/proc/1/fd/6"),),
 }
 IDENTITY: dict[str, Any] = {
     "accelerator": Accelerator("kvm", "test"),
