@@ -80,7 +80,7 @@ _IMAGE_CALLS = ("syz_mount_image", "syz_read_part_table")
 them (``no_generate`` in its ``sys/linux/filesystem.txt``), but has hundreds of seeds with them."""
 _USB_CALLS = ("syz_usb_*",)
 """They wait for a device of theirs to be probed, under TCG up to 30 seconds (``timeout`` in
-``sys/linux/vusb.txt``), and tasks of the kernel probe it, whose coverage is nobody's."""
+``sys/linux/vusb.txt``), and tasks of the kernel, which are not recorded, probe it."""
 _PROGRAMS = ("bin/syz-manager", "bin/linux_amd64/syz-executor", "bin/linux_amd64/syz-execprog")
 
 
@@ -212,7 +212,7 @@ def prepare(
 
     Args:
         try_guest: boots a guest and looks at it.
-        start: the manager is started at once, so that it must know the calls that it is told of.
+        start: whether the manager is started at once; then it must know the calls of the target.
 
     Raises:
         UsageError: the checkout is too old or not built, or does not know the calls that reach
