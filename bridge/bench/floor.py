@@ -55,8 +55,10 @@ FLOOR = CProgram(
 
 
 @contextlib.contextmanager
-def floor(session: Session, *, asleep: bool) -> Iterator[None]:
+def floor(session: Session, *, asleep: bool = False, answer_ns: int = 0) -> Iterator[None]:
     """Have the floor answer the session's guest in place of its doorbell.
+
+    Each answer takes ``answer_ns`` nanoseconds longer than it has to.
 
     The guest must have no kcov instance open when this begins and ends.
     """
@@ -84,7 +86,8 @@ def floor(session: Session, *, asleep: bool) -> Iterator[None]:
         stack.callback(over.set)
         aside.wait()
         bell = doorbell._bell
-        arguments = [region.fd, region.size, bell, area.offset, "asleep" if asleep else "busy"]
+        way = "asleep" if asleep else "busy"
+        arguments = [region.fd, region.size, bell, area.offset, way, answer_ns]
         process = spawn([program, *map(str, arguments)], name="floor", pass_fds=(region.fd, bell))
         stack.callback(process.kill)
         yield

@@ -4,7 +4,9 @@
 ``signal``: each call's return finds new coverage, a block of Python code and the PC of the call's
 number; ``native-signal``: a block of native code, and that PC. The baseline is the floor
 (:mod:`bridge.bench.floor`) in the same guest, with a host that is awake and with one that always
-sleeps. ``idle``: the return finds no coverage; the baseline is the same call with kcov off.
+sleeps. For the quantiles above the median there is also a floor whose answers take as long as the
+bridge's: the longer a call takes, the more of them are hit by what stops a processor now and then,
+like its timer. ``idle``: the return finds no coverage; the baseline is the same call with kcov off.
 ``trace``: calls of a command whose system calls are traced (``run --trace``); the baseline is the
 same command without a trace. ``others``: calls of a task that owns nothing, while another task
 does; the baseline is a guest without the module.
@@ -39,6 +41,8 @@ _SIGNAL_AIM = Aim(2.0)
 _IDLE_AIM = Aim(0.5, of=Of.MORE)
 _OTHERS_AIM = Aim(1.02)
 _QUANTILES = ("p50", "p99", "p99.9")
+_BUSY = "floor, busy"
+_AS_SLOW = "floor, as slow"
 _TRACE_SECONDS = 120.0
 _MODULE = "/usr/lib/modules/$(uname -r)/extra/kcov_bridge.ko"
 
@@ -98,19 +102,37 @@ def _measure_signal(target: str, cover: Callable[[Session, Path], None], bench: 
             with floor(session, asleep=asleep):
                 return _run(session, "calls", str(count))
 
+        latest: dict[str, float] = {}
+
+        def kept(name: str, way: Callable[[], _Figures]) -> _Figures:
+            figures = way()
+            latest[name] = figures["on"]["p50"]
+            return figures
+
+        def as_slow() -> _Figures:
+            with floor(session, answer_ns=max(0, round(latest["ours"] - latest["floor"]))):
+                return _run(session, "calls", str(count))
+
         bench.progress("calls in turn: the bridge and the floor, awake and asleep")
         taken = take_turns(
             {
-                "awake": functools.partial(ours, settings.awake),
-                "floor, busy": functools.partial(least, False),
+                "awake": functools.partial(kept, "ours", functools.partial(ours, settings.awake)),
+                _BUSY: functools.partial(kept, "floor", functools.partial(least, False)),
+                _AS_SLOW: as_slow,
                 "asleep": functools.partial(ours, 0),
                 "floor, asleep": functools.partial(least, True),
             },
             _NEEDED if bench.quick else 15,
         )
         _check(session)
-    for way, baseline in (("awake", "floor, busy"), ("asleep", "floor, asleep")):
+    for way, baseline in (
+        ("awake", _BUSY),
+        ("awake", _AS_SLOW),
+        ("asleep", "floor, asleep"),
+    ):
         for part in _QUANTILES:
+            if baseline == _AS_SLOW and part == "p50":
+                continue
             aims = (_SIGNAL_AIM,) if (way, part) == ("awake", "p50") else ()
             pair = (_series(taken, way, "on", part), _series(taken, baseline, "on", part))
             bench.add(Comparison(f"host {way}, {part}", "us", *pair, _NEEDED, aims=aims))

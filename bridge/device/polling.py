@@ -26,6 +26,9 @@ MIN_PAUSE_NS = 4_000_000
 FREE_FAILURES = 2
 """How many polls in a row may fail without a pause if the processors are not contended. Each burst
 of calls ends with a failed poll."""
+MISSED_REQUESTS = 4
+"""So many requests in a row that polls would have seen end a pause. A poll that fails costs what
+these save: each of them had to wake a sleeping thread."""
 CLOSE_POLLS = 5
 """A poll follows a request if the previous one came at most this many times ``poll_ns`` earlier."""
 
@@ -64,6 +67,10 @@ class PollPolicy:
     * a failed poll, if they are contended or more than ``FREE_FAILURES`` polls in a row failed. The
       pause doubles with each failure and halves with each success.
 
+    It ends early after ``MISSED_REQUESTS`` requests, each within ``poll_ns`` of the one before,
+    unless the processors are contended then: many programs make their calls in bursts shorter than
+    a pause.
+
     Args:
         poll_ns: how long to poll after a request; 0: never. It may be changed at any time.
         cpu_contended: tells whether more threads are runnable than there are processors.
@@ -80,6 +87,7 @@ class PollPolicy:
         self._paused_until = 0
         self._pause_ns = MIN_PAUSE_NS
         self._failures = 0
+        self._missed = 0
 
     @property
     def paused(self) -> bool:
@@ -93,9 +101,12 @@ class PollPolicy:
             Whether a poll starts.
         """
         starts = False
+        since_last = now - self._last_request
         if now < self.poll_until:
             self._succeed()
-        if now - self._last_request < CLOSE_POLLS * self.poll_ns and now > self._paused_until:
+        elif now <= self._paused_until:
+            self._note_missed(since_last)
+        if since_last < CLOSE_POLLS * self.poll_ns and now > self._paused_until:
             starts = not self.poll_until
             self.poll_until = now + self.poll_ns
         self._last_request = self.looked = now
@@ -128,6 +139,15 @@ class PollPolicy:
         self.poll_until = 0
         self._fail(now)
         return False
+
+    def _note_missed(self, since_last: int) -> None:
+        """Note a request in a pause; end the pause if enough of them came close together."""
+        self._missed = self._missed + 1 if since_last < self.poll_ns else 0
+        if self._missed == MISSED_REQUESTS:
+            self._missed = 0
+            if not self._cpu_contended():
+                self._paused_until = 0
+                self._succeed()
 
     def _succeed(self) -> None:
         """Shrink the pause."""

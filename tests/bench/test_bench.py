@@ -489,6 +489,7 @@ def test_bench_of_a_signal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     names = {(each["ours"]["name"], each["baseline"]["name"]) for each in signals["comparisons"]}
     assert names == {
         ("awake", "floor, busy"),
+        ("awake", "floor, as slow"),
         ("asleep", "floor, asleep"),
         ("awake", "kcov off"),
     }

@@ -16,6 +16,7 @@ from bridge.device.polling import (
     FREE_FAILURES,
     MAX_PAUSE_NS,
     MIN_PAUSE_NS,
+    MISSED_REQUESTS,
     PREEMPTED_NS,
     CpuContention,
     PollPolicy,
@@ -118,11 +119,11 @@ def test_keep_polling_after_preemption_pauses_if_contended(contended: bool) -> N
     assert loop.keeps_polling(PREEMPTED_NS + 1) is not contended
     assert loop.policy.paused is contended
     if contended:
-        # The pause ends after MAX_PAUSE_NS, though requests come all the time.
+        # While they are contended it lasts MAX_PAUSE_NS, though requests come all the time.
         starts = 0
         paused_until = loop.now + MAX_PAUSE_NS
         while not starts and loop.now < 2 * paused_until:
-            starts = loop.request(POLL_NS) and loop.now
+            starts = loop.request(POLL_NS // 2) and loop.now
         assert 0 <= starts - paused_until <= POLL_NS
 
 
@@ -131,6 +132,48 @@ def test_keep_polling_contended_without_gap_goes_on() -> None:
     loop.poll()
     loop.contended = True
     assert loop.keeps_polling(PREEMPTED_NS)
+
+
+def paused() -> Loop:
+    """A loop in the longest pause, after nothing but failed polls."""
+    loop = Loop()
+    while loop.fail() < MAX_PAUSE_NS:
+        pass
+    loop.poll()
+    loop.look(POLL_NS - 1)
+    assert not loop.keeps_polling(1)
+    assert loop.policy.paused
+    loop.look(MIN_PAUSE_NS)
+    return loop
+
+
+def test_pause_ends_with_burst_that_polls_would_have_seen() -> None:
+    loop = paused()
+    assert [loop.request(POLL_NS - 1) for _ in range(MISSED_REQUESTS + 1)] == [
+        *[False] * MISSED_REQUESTS,
+        True,
+    ]
+    assert not loop.policy.paused
+    # It counts as a success, so the poll that it started may fail.
+    loop.look(POLL_NS - 1)
+    assert not loop.keeps_polling(1)
+    assert not loop.policy.paused
+
+
+@pytest.mark.parametrize("after", [POLL_NS, 2 * POLL_NS])
+def test_pause_goes_on_with_requests_that_polls_would_not_have_seen(after: int) -> None:
+    loop = paused()
+    assert not any(loop.request(after) for _ in range(2 * MISSED_REQUESTS))
+    assert loop.policy.paused
+
+
+def test_pause_goes_on_while_contended() -> None:
+    loop = paused()
+    loop.contended = True
+    assert not any(loop.request(1) for _ in range(3 * MISSED_REQUESTS))
+    assert loop.policy.paused
+    loop.contended = False
+    assert any(loop.request(1) for _ in range(MISSED_REQUESTS + 1))
 
 
 def test_failures_within_allowance_do_not_pause() -> None:
