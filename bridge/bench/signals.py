@@ -43,6 +43,7 @@ _OTHERS_AIM = Aim(1.02)
 _QUANTILES = ("p50", "p99", "p99.9")
 _BUSY = "floor, busy"
 _AS_SLOW = "floor, as slow"
+_ASLEEP = "floor, asleep"
 _TRACE_SECONDS = 120.0
 _MODULE = "/usr/lib/modules/$(uname -r)/extra/kcov_bridge.ko"
 
@@ -98,38 +99,27 @@ def _measure_signal(target: str, cover: Callable[[Session, Path], None], bench: 
                 raise InfrastructureError(f"{count} calls left {figures['pcs']} PCs, not two each")
             return figures
 
-        def least(asleep: bool) -> _Figures:
-            with floor(session, asleep=asleep):
+        def least(asleep: bool = False, answer_ns: int = 0) -> _Figures:
+            with floor(session, asleep=asleep, answer_ns=answer_ns):
                 return _run(session, "calls", str(count))
 
         latest: dict[str, float] = {}
 
-        def kept(name: str, way: Callable[[], _Figures]) -> _Figures:
-            figures = way()
+        def keep(name: str, figures: _Figures) -> _Figures:
             latest[name] = figures["on"]["p50"]
             return figures
 
-        def as_slow() -> _Figures:
-            with floor(session, answer_ns=max(0, round(latest["ours"] - latest["floor"]))):
-                return _run(session, "calls", str(count))
-
         bench.progress("calls in turn: the bridge and the floor, awake and asleep")
-        taken = take_turns(
-            {
-                "awake": functools.partial(kept, "ours", functools.partial(ours, settings.awake)),
-                _BUSY: functools.partial(kept, "floor", functools.partial(least, False)),
-                _AS_SLOW: as_slow,
-                "asleep": functools.partial(ours, 0),
-                "floor, asleep": functools.partial(least, True),
-            },
-            _NEEDED if bench.quick else 15,
-        )
+        ways: dict[str, Callable[[], _Figures]] = {
+            "awake": lambda: keep("awake", ours(settings.awake)),
+            _BUSY: lambda: keep(_BUSY, least()),
+            _AS_SLOW: lambda: least(answer_ns=max(0, round(latest["awake"] - latest[_BUSY]))),
+            "asleep": lambda: ours(0),
+            _ASLEEP: lambda: least(asleep=True),
+        }
+        taken = take_turns(ways, _NEEDED if bench.quick else 15)
         _check(session)
-    for way, baseline in (
-        ("awake", _BUSY),
-        ("awake", _AS_SLOW),
-        ("asleep", "floor, asleep"),
-    ):
+    for way, baseline in (("awake", _BUSY), ("awake", _AS_SLOW), ("asleep", _ASLEEP)):
         for part in _QUANTILES:
             if baseline == _AS_SLOW and part == "p50":
                 continue
