@@ -10,13 +10,14 @@ import contextlib
 import errno
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -32,6 +33,7 @@ _APT_NO_MIRROR = ("Temporary failure resolving", "Could not resolve", "Could not
 _APT = frozenset({"apt-get", "mmdebstrap"})
 """Programs whose output is apt's; others use the same words for servers of their own."""
 
+_SUPERVISOR = Path(__file__).with_name("supervise.py")
 _EVIDENCE_LINES = 15
 _TICK_SECONDS = 10.0
 _TERM_SECONDS = 10.0
@@ -74,8 +76,9 @@ class Phases:
 class Commands:
     """Runs the programs of a build.
 
-    Each runs in its own session, with its output in a log. Programs inherit ``keep_fds``, so a lock
-    remains held while one runs, even if this process was killed.
+    Each runs in its own session, with its output in a log, and ends with this process, whatever
+    kills that (:mod:`bridge.util.supervise`). Programs inherit ``keep_fds``, so a lock remains held
+    until they have ended.
 
     Args:
         log: the file of their output.
@@ -122,29 +125,31 @@ class Commands:
                 error, if the constructor was given one.)
             MissingDependencyError: the program is not installed.
         """
+        if cwd is not None and not cwd.is_dir():
+            raise self._error(f"{what}: {argv[0]} cannot run in {cwd}, which is no directory")
+        if not _is_there(argv[0], cwd, os.environ if env is None else env):
+            raise MissingDependencyError(
+                f"{what}: the program {argv[0]} is not installed",
+                hint="`kcov-bridge doctor` says how to install it",
+            )
+        supervisor = [sys.executable, "-I", "-S", str(_SUPERVISOR), str(os.getpid())]
         with self.log.open("ab") as log:
             log.write(f"$ {shlex.join(argv)}\n".encode())
             log.flush()
             start = log.tell()
             with contextlib.ExitStack() as stack:
-                try:
-                    with _interrupts_deferred():
-                        process = subprocess.Popen(
-                            argv,
-                            stdin=subprocess.PIPE if feed else subprocess.DEVNULL,
-                            stdout=log,
-                            stderr=log,
-                            env=env,
-                            cwd=cwd,
-                            pass_fds=self._keep_fds,
-                            start_new_session=True,
-                        )
-                        stack.enter_context(_ended(process))
-                except FileNotFoundError as error:
-                    raise MissingDependencyError(
-                        f"{what}: the program {argv[0]} is not installed",
-                        hint="`kcov-bridge doctor` says how to install it",
-                    ) from error
+                with _interrupts_deferred():
+                    process = subprocess.Popen(
+                        [*supervisor, *argv],
+                        stdin=subprocess.PIPE if feed else subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        env=env,
+                        cwd=cwd,
+                        pass_fds=self._keep_fds,
+                        start_new_session=True,
+                    )
+                    stack.enter_context(_ended(process))
                 broken = self._feed(process, feed)
                 status = self._wait(process, seconds)
         if status or broken is not None:
@@ -189,6 +194,13 @@ class Commands:
         return self._error(
             f"{what} failed: {Path(argv[0]).name} ended with {why}", evidence=evidence, hint=hint
         )
+
+
+def _is_there(program: str, cwd: Path | None, environment: Mapping[str, str]) -> bool:
+    """Return whether a program can be found, by a path from ``cwd`` or by its name on PATH."""
+    if "/" in program:
+        return (cwd or Path()).joinpath(program).is_file()
+    return shutil.which(program, path=environment.get("PATH")) is not None
 
 
 @contextlib.contextmanager

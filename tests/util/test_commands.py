@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -28,6 +30,21 @@ def test_a_failing_command_shows_the_end_of_its_output(tmp_path: Path) -> None:
     assert len(caught.value.evidence.splitlines()) == 15
     with pytest.raises(MissingDependencyError):
         commands.run(["no-such-program"], what="nothing")
+
+
+def test_commands_run_in_no_directory_says_so(tmp_path: Path) -> None:
+    commands = Commands(tmp_path / "log", Phases(lambda line: None))
+    with pytest.raises(ImageError, match=f"in {tmp_path}/no, which is no directory"):
+        commands.run(["true"], what="working", cwd=tmp_path / "no")
+
+
+def test_commands_run_what_cannot_be_executed_says_why(tmp_path: Path) -> None:
+    (tmp_path / "script").write_text("#!/no/such/interpreter\n")
+    (tmp_path / "script").chmod(0o755)
+    commands = Commands(tmp_path / "log", Phases(lambda line: None))
+    with pytest.raises(ImageError, match="status 127") as caught:
+        commands.run(["./script"], what="working", cwd=tmp_path)
+    assert os.strerror(errno.ENOENT) in caught.value.evidence
 
 
 def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
@@ -89,3 +106,43 @@ def test_ctrl_c_ends_what_runs(tmp_path: Path) -> None:
     assert b"KeyboardInterrupt" in error
     with pytest.raises(ProcessLookupError):
         os.kill(int(marker.read_text()), 0)
+
+
+def test_a_killed_bridge_leaves_no_process_of_a_make(tmp_path: Path) -> None:
+    jobs = [tmp_path / f"job-{number}" for number in range(3)]
+    makefile = tmp_path / "Makefile"
+    # One of them has to be killed.
+    makefile.write_text(
+        f"all: {' '.join(map(str, jobs))}\n"
+        f"{jobs[0]}: ; trap '' TERM; echo $$$$ >$@; while :; do sleep 1; done\n"
+        f"{' '.join(map(str, jobs[1:]))}: ; (sleep 600 & wait) & echo $$$$ >$@; wait\n"
+    )
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from bridge.util.commands import *\n"
+        "commands = Commands(Path(sys.argv[1]), Phases(print))\n"
+        "commands.run(['make', '-j3', '-f', sys.argv[2]], what='x')\n"
+    )
+    words = [sys.executable, "-c", script, str(tmp_path / "log"), str(makefile)]
+    builder = subprocess.Popen(words, cwd=ROOT)
+    while not all(job.exists() and job.read_text().strip() for job in jobs):
+        assert builder.poll() is None
+        time.sleep(0.01)
+    session = os.getsid(int(jobs[0].read_text()))
+    assert len(_of_session(session)) >= 8, "the supervisor, make, three shells, what they started"
+    builder.kill()
+    builder.wait()
+    deadline = time.monotonic() + 60
+    while left := _of_session(session):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def _of_session(session: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if os.getsid(int(entry.name)) == session:
+                found.append(int(entry.name))
+    return found
