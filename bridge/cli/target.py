@@ -5,9 +5,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from bridge.errors import CacheError, MissingDependencyError, UsageError
+from bridge.errors import (
+    BridgeError,
+    CacheError,
+    InfrastructureError,
+    MissingDependencyError,
+    UsageError,
+)
 from bridge.targets import registry
 from bridge.targets.programs import PROGRAMS, target_class
 from bridge.targets.programs.build import BuiltProgram, Program, built_programs
@@ -142,10 +148,35 @@ def _names(args: argparse.Namespace) -> list[str]:
     return names or list(PROGRAMS)
 
 
-def _build(args: argparse.Namespace) -> int:
-    for program in [_program(name) for name in _names(args)]:
-        print(program.build(force=args.force).directory, flush=True)
+def _for_each(names: Sequence[str], do: Callable[[str], None], done: str) -> int:
+    """Do something with the program of each target, whichever others fail; return 0.
+
+    Raises:
+        BridgeError: the failure, of the only target; else one that tells of all failures.
+    """
+    for name in names:
+        _program(name)
+    failed: dict[str, BridgeError] = {}
+    for name in names:
+        try:
+            do(name)
+        except BridgeError as error:
+            failed[name] = error
+    if failed and len(names) == 1:
+        raise failed[names[0]]
+    if failed:
+        raise InfrastructureError(
+            f"{len(failed)} of {len(names)} programs were not {done}: {', '.join(failed)}",
+            evidence="\n".join(f"{name}: {error.report()}" for name, error in failed.items()),
+        )
     return 0
+
+
+def _build(args: argparse.Namespace) -> int:
+    def build(name: str) -> None:
+        print(_program(name).build(force=args.force).directory, flush=True)
+
+    return _for_each(_names(args), build, "built")
 
 
 def _path(args: argparse.Namespace) -> int:
@@ -161,9 +192,9 @@ def _path(args: argparse.Namespace) -> int:
 
 
 def _rm(args: argparse.Namespace) -> int:
-    for name in _names(args):
-        _program(name)
+    def remove(name: str) -> None:
         for built in built_programs(name):
             built.remove()
-            print(f"removed {built.directory}")
-    return 0
+            print(f"removed {built.directory}", flush=True)
+
+    return _for_each(_names(args), remove, "removed")

@@ -14,7 +14,7 @@ from bridge.sources.native.source import NativeSource
 from bridge.sources.remote import Deliver
 from bridge.sources.symbolize import NATIVE_FILE
 from bridge.vm.config import DEFAULT_QEMU
-from bridge.vm.device_models import EXTRA_ARGS, find_qemu
+from bridge.vm.device_models import EXTRA_ARGS, QEMU, find_qemu
 from bridge.vm.machine import Machine
 from bridge.vm.network import EpochWord
 
@@ -54,7 +54,7 @@ class DeviceModels:
     @property
     def environment(self) -> Mapping[str, str]:
         """What QEMU must have in its environment."""
-        return self.native.environment
+        return {**self.native.environment, **QEMU.environment}
 
     @property
     def extra_args(self) -> Sequence[str]:

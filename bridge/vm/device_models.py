@@ -62,8 +62,7 @@ int __wrap_qemu_chr_be_can_write(void *chardev)
 }
 """
 _LINKED: Final = (
-    "{source}/quiet.o -Wl,--wrap=qemu_chr_be_can_write {archive} "
-    "-Wl,--export-dynamic-symbol=kcov_bridge_take_blocks"
+    "{source}/quiet.o -Wl,--wrap=qemu_chr_be_can_write -fno-sanitize-link-runtime {shared}"
 )
 _FEATURES: Final = (
     *("attr", "cap-ng", "coroutine-pool", "fdt", "kvm", "linux-aio", "plugins", "seccomp", "slirp"),

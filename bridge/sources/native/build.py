@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Final
 
 from bridge.errors import MissingDependencyError
 from bridge.util.cache import cache_errors, cache_folder
 from bridge.util.compile import COMPILER_REMEDY, CProgram, run_tool
 
-__all__ = ["READER", "RUNTIME", "Runtime", "build_runtime"]
+__all__ = ["READER", "RUNTIME", "RUNTIME_ABI", "Runtime", "build_runtime"]
 
 _HERE = Path(__file__).parent / "runtime"
 _FOLDER = "native"
@@ -32,6 +35,9 @@ RUNTIME = CProgram(
     ".so",
 )
 _OBJECT = CProgram(RUNTIME.name, RUNTIME.source, (*_FLAGS, "-c"), _FOLDER, RUNTIME.includes, ".o")
+RUNTIME_ABI: Final = 1
+"""Version of what a program calls in the shared object: one that was linked with it runs with any
+other of the same version."""
 READER = CProgram(
     "the reader of native coverage",
     _HERE / "reader.c",
@@ -76,6 +82,12 @@ class Runtime:
     def shared_flags(self) -> tuple[str, ...]:
         """The same with the shared object, for all parts of a program that has several."""
         return (str(self.shared), f"-Wl,-rpath,{self.directory}")
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Variables with which a program gets this shared object, wherever it was linked."""
+        given = os.environ.get("LD_LIBRARY_PATH")
+        return {"LD_LIBRARY_PATH": f"{self.directory}{f':{given}' if given else ''}"}
 
     @property
     def rust_flags(self) -> tuple[str, ...]:

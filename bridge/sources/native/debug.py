@@ -17,8 +17,11 @@ from typing import Any, Final
 
 from bridge.sources import libdw
 
-__all__ = ["Frame", "NativeSymbols"]
+__all__ = ["SOURCE_ROOT", "Frame", "NativeSymbols"]
 
+SOURCE_ROOT: Final = "/kcov-bridge/source"
+"""What debug information of programs that the bridge builds calls the directory ``source`` that the
+program's file is in: build ids, and so PCs, depend on no place of a cache."""
 _RUST_HASH: Final = re.compile("::h[0-9a-f]{16}$")
 _NO_FILE: Final = "???"
 """What libdw has at index 0 of a table that begins at 1."""
@@ -55,6 +58,7 @@ class NativeSymbols:
 
     def __init__(self, path: Path) -> None:
         self._dw = dw = libdw.load()
+        self._source_root = next((each for each in path.parents if each.name == "source"), None)
 
         def of(name: str) -> int | None:
             return ctypes.cast(getattr(dw, name), c_void_p).value
@@ -156,10 +160,12 @@ class NativeSymbols:
         return self._absolute(unit, file), line.value, column.value
 
     def _absolute(self, unit: int, file: str) -> str:
-        if not file or file.startswith("/"):
-            return file
-        directory = libdw.directory(unit)
-        return f"{directory}/{file}" if directory else file
+        if file and not file.startswith("/"):
+            directory = libdw.directory(unit)
+            file = f"{directory}/{file}" if directory else file
+        if self._source_root is not None and file.startswith(f"{SOURCE_ROOT}/"):
+            return f"{self._source_root}{file[len(SOURCE_ROOT) :]}"
+        return file
 
     def _scopes(self, unit: int, at: int) -> list[tuple[str, tuple[str, int, int]]]:
         """Return the functions around an address, each with the place that it was inlined at."""

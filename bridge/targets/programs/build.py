@@ -8,18 +8,26 @@ Layout below ``programs`` in the cache::
     NAME-FINGERPRINT/build.log      what the build printed
     NAME.log                        the same of the last build that failed
 
-The fingerprint is that of the recipe (:class:`Program`), the compilers and the run time, so after a
-change of one of them the program is built again. A directory appears by a rename when it is
-complete, and is never changed afterwards. A build holds the program's lock.
+The fingerprint is that of the recipe (source, steps and products), the compilers and the run time,
+so after a change of one of them the program is built again. A program that is linked with the run
+time's shared object gets that of the bridge that starts it (:attr:`Program.environment`), and is
+built again only if what it calls there changes. The one beside it in ``source`` is for other runs.
+
+A directory appears by a rename when it is complete, and is never changed afterwards. A build holds
+the program's lock.
+
+PCs depend on the contents of a program's file, so recipes keep the places of the cache out of it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -28,8 +36,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
-from bridge.errors import MissingDependencyError, TargetError
-from bridge.sources.native.build import build_runtime
+from bridge.errors import MissingDependencyError, TargetError, UsageError
+from bridge.sources.native.build import RUNTIME_ABI, build_runtime
+from bridge.sources.native.debug import SOURCE_ROOT
 from bridge.targets.program import ProgramTarget
 from bridge.util.cache import cache_errors, cache_folder, lock_file, locked
 from bridge.util.commands import Commands, Phases, Progress, disk_full, print_progress
@@ -38,7 +47,7 @@ from bridge.util.packages import apt_line, found
 
 __all__ = ["BuiltProgram", "BuiltTarget", "Program", "Source", "Step", "built_programs"]
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 """Version of what is made of a recipe; all programs are built again after a change."""
 _FOLDER: Final = "programs"
 _RECORD: Final = "program.json"
@@ -50,6 +59,18 @@ _NOT_INHERITED: Final = (
     *("RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "GOFLAGS", "DESTDIR"),
 )
 """Variables that a make above this process, or the user's own builds, may have set."""
+
+
+_RUN_PATH: Final = "$ORIGIN:$ORIGIN/.."
+"""Where the loader finds the run time's shared object in other runs: ld(1), LD_RUN_PATH."""
+
+
+_VERSION: Final = re.compile(r"(?<![\d.])\d+(?:\.\d+)+")
+_NEWER: Final = {
+    "cargo": "Debian 12 has cargo-web and rustc-web, rustup has it for all systems",
+    "go": "Debian 12 has golang-go in bookworm-backports, the Go project has it for all systems",
+}
+"""Where there is a newer one than a release of Debian has."""
 
 
 class Source(Protocol):
@@ -75,9 +96,10 @@ class Source(Protocol):
 class Step:
     """One command of a build.
 
-    In its words ``{archive}``, ``{shared}`` and ``{rust}`` stand for the flags that
-    ``kcov-bridge native`` prints, ``{jobs}`` for the number of processors, ``{source}`` for the
-    top of the source while it is built, and ``{place}`` for what it is called afterwards.
+    In its words ``{archive}`` and ``{rust}`` stand for the flags that ``kcov-bridge native``
+    prints, ``{shared}`` for the run time's shared object, ``{jobs}`` for the number of processors,
+    ``{source}`` for the top of the source while it is built, and ``{place}`` for what debug
+    information has to call it.
 
     Attributes:
         what: what it does, for progress: "compiling the server".
@@ -115,17 +137,59 @@ class BuiltProgram:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep others from removing it.
+
+        Raises:
+            MissingDependencyError: somebody has removed it.
+        """
+        # A lock on its record needs no right to write, and ends with this process.
+        with contextlib.ExitStack() as stack:
+            try:
+                record = stack.enter_context(self._record_locked(fcntl.LOCK_SH))
+                removed = os.fstat(record).st_nlink == 0
+            except (FileNotFoundError, BlockingIOError):
+                removed = True
+            if removed:
+                raise MissingDependencyError(
+                    f"the program {self.name} was removed just now", hint="run the command again"
+                )
+            yield
+
+    @contextlib.contextmanager
+    def _record_locked(self, operation: int) -> Iterator[int]:
+        """Hold a lock of flock(2) on the record; raises BlockingIOError if that would wait."""
+        record = os.open(self.directory / _RECORD, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(record, operation | fcntl.LOCK_NB)
+            yield record
+        finally:
+            os.close(record)
+
     def remove(self) -> None:
         """Remove it from the cache, whole or not at all for who looks for it.
 
         Raises:
+            UsageError: it is in use.
             CacheError: it cannot be removed.
         """
         # Another process may remove it at the same time.
         with cache_errors(f"the program {self.name}"), contextlib.suppress(FileNotFoundError):
-            doomed = self.directory.with_name(f".rm-{self.directory.name}-{os.getpid()}")
-            self.directory.rename(doomed)
-            shutil.rmtree(doomed)
+            try:
+                with self._record_locked(fcntl.LOCK_EX):
+                    self._remove()
+            except BlockingIOError:
+                raise UsageError(
+                    f"the program {self.directory.name} is in use by a session, and was not "
+                    "removed",
+                    hint="end what runs with this target first",
+                ) from None
+
+    def _remove(self) -> None:
+        doomed = self.directory.with_name(f".rm-{self.directory.name}-{os.getpid()}")
+        self.directory.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 @dataclass(frozen=True)
@@ -140,6 +204,7 @@ class Program:
         tools: what the steps need, and the Debian package of each: a program on PATH, or a file
             if it begins with ``/``.
         versions: commands whose output says which compilers there are.
+        oldest: the oldest version of some of these compilers that will do.
         minutes: how long a build takes on two processors, about.
         room: free space in bytes that a build needs.
     """
@@ -150,8 +215,31 @@ class Program:
     products: tuple[str, ...]
     tools: Mapping[str, str] = field(default_factory=lambda: {"clang": "clang", "make": "make"})
     versions: tuple[tuple[str, ...], ...] = (("clang", "--version"),)
+    oldest: Mapping[str, str] = field(default_factory=dict)
     minutes: int = 1
     room: int = 256 << 20
+
+    def _links(self, *flags: str) -> bool:
+        """Return whether a step has one of these words."""
+        return any(
+            flag in word
+            for step in self.steps
+            for word in (*step.command, *(text for _, text in step.environment))
+            for flag in flags
+        )
+
+    @property
+    def _shared(self) -> bool:
+        return self._links("{shared}")
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Variables that the program needs where the bridge starts it.
+
+        Raises:
+            MissingDependencyError: there is no compiler for the run time.
+        """
+        return build_runtime().environment if self._shared else {}
 
     def find(self) -> BuiltProgram | None:
         """Return the program if it is built, as this recipe says and with the present compilers.
@@ -176,7 +264,7 @@ class Program:
         place = self._place()
         if not force and (built := BuiltProgram.load(place)) is not None:
             return built
-        self._require()
+        self.require()
         tell = progress or functools.partial(print_progress, product=self.name)
         with locked(lock_file(f"program-{self.name}"), f"the program {self.name}", tell) as fd:
             if not force and (built := BuiltProgram.load(place)) is not None:
@@ -204,7 +292,10 @@ class Program:
 
     def _place(self) -> Path:
         runtime = build_runtime()
-        digest = hashlib.sha256(f"{_FORMAT}\n{self!r}\n{runtime.directory}\n".encode())
+        # Its name has a digest of what it was made of.
+        linked = runtime.directory.name if self._links("{archive}", "{rust}") else RUNTIME_ABI
+        recipe = (_FORMAT, self.name, self.source, self.steps, self.products, linked)
+        digest = hashlib.sha256(repr(recipe).encode())
         for command in self.versions:
             digest.update(_printed(command) or b"")
         return cache_folder(_FOLDER) / f"{self.name}-{digest.hexdigest()[:12]}"
@@ -224,13 +315,40 @@ class Program:
         }
         return sorted(absent)
 
-    def _require(self) -> None:
-        """Raise :class:`MissingDependencyError` if something is missing, with all that is."""
-        if missing := self.missing():
-            raise MissingDependencyError(
-                f"building the program {self.name} needs: {', '.join(missing)}",
-                hint=f"on Debian: {apt_line(*missing)}",
-            )
+    def too_old(self) -> Mapping[str, str]:
+        """Return the compilers that are here but too old, and the version of each."""
+        found = {}
+        for command in self.versions:
+            if (wanted := self.oldest.get(command[0])) is None:
+                continue
+            printed = (_printed(command) or b"").decode(errors="replace")
+            # A version that is none is the compiler's own business.
+            version = _VERSION.search(printed)
+            if version is not None and _parts(version[0]) < _parts(wanted):
+                found[command[0]] = version[0]
+        return found
+
+    def require(self) -> None:
+        """Check that this machine has what a build needs.
+
+        Raises:
+            MissingDependencyError: it lacks something, or has a version that is too old; the error
+                names all of it.
+        """
+        missing, old = self.missing(), self.too_old()
+        # A package of the release may be as old.
+        packages = {**self.source.tools, **self.tools}
+        newer = [name for name in self.oldest if name in old or packages.get(name) in missing]
+        if not missing and not old:
+            return
+        needs = [*missing]
+        for name, version in old.items():
+            needs.append(f"{name} {self.oldest[name]} or newer (this one is {version})")
+        hints = [f"on Debian: {apt_line(*missing)}"] if missing else []
+        hints += [f"{name} {self.oldest[name]}: {_NEWER[name]}" for name in newer if name in _NEWER]
+        raise MissingDependencyError(
+            f"building the program {self.name} needs: {', '.join(needs)}", hint="; ".join(hints)
+        )
 
     def _make(self, part: Path, place: Path, phases: Phases, fd: int) -> None:
         part.mkdir()
@@ -243,15 +361,18 @@ class Program:
         top.rename(source)
         shutil.rmtree(fetched)
         runtime = build_runtime()
+        plain = {name: text for name, text in os.environ.items() if name not in _NOT_INHERITED}
+        if self._shared:
+            shutil.copy(runtime.shared, source)
+            plain |= {**runtime.environment, "LD_RUN_PATH": _RUN_PATH}
         words = {
             "{archive}": shlex.join(runtime.link_flags),
-            "{shared}": shlex.join(runtime.shared_flags),
+            "{shared}": shlex.quote(str(runtime.shared)),
             "{rust}": " ".join(runtime.rust_flags),
             "{jobs}": str(os.cpu_count() or 1),
             "{source}": str(source),
-            "{place}": str(place / "source"),
+            "{place}": SOURCE_ROOT,
         }
-        plain = {name: text for name, text in os.environ.items() if name not in _NOT_INHERITED}
         for step in self.steps:
             phases.begin(step.what)
             commands.run(
@@ -296,6 +417,10 @@ def _printed(command: Sequence[str]) -> bytes | None:
     return None if done.returncode else done.stdout
 
 
+def _parts(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
 def _filled(word: str, words: Mapping[str, str]) -> str:
     for name, text in words.items():
         word = word.replace(name, text)
@@ -325,6 +450,7 @@ class BuiltTarget(ProgramTarget):
     def __init__(self, directory: Path | None = None) -> None:
         super().__init__(directory)
         self._built: BuiltProgram | None = None
+        self._use = contextlib.ExitStack()
 
     @property
     def built(self) -> BuiltProgram:
@@ -341,6 +467,24 @@ class BuiltTarget(ProgramTarget):
                 hint=f"build it: kcov-bridge target build {self.name}",
             )
         return self._built
+
+    def cover_programs(self, environment: Mapping[str, str]) -> None:
+        """As :class:`bridge.targets.program.ProgramTarget`."""
+        super().cover_programs({**environment, **self.program.environment})
+
+    def start(self) -> None:
+        """As :class:`bridge.targets.program.ProgramTarget`; the program cannot be removed then."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.built.in_use())
+            super().start()
+            self._use = stack.pop_all()
+
+    def stop(self) -> None:
+        """As :class:`bridge.targets.program.ProgramTarget`."""
+        try:
+            super().stop()
+        finally:
+            self._use.close()
 
     def build_programs(self) -> None:
         """Build the program if it is missing; called before :meth:`start`, takes minutes."""

@@ -30,6 +30,8 @@ VIRTIOFSD: Final = Program(
         "/usr/include/seccomp.h": "libseccomp-dev",
     },
     versions=(("cargo", "--version"), ("rustc", "--version")),
+    # The first that reads its Cargo.lock, of version 4.
+    oldest={"cargo": "1.78"},
     minutes=4,
     room=1 << 30,
 )

@@ -9,17 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from bridge.cli.main import main
-from bridge.errors import MissingDependencyError, TargetError
+from bridge.errors import MissingDependencyError, TargetError, UsageError
 from bridge.sources.native.build import build_runtime
 from bridge.sources.native.source import NativeSource
-from bridge.targets.programs import PROGRAMS
+from bridge.targets.programs import PROGRAMS, target_class
 from bridge.targets.programs.build import BuiltTarget, Program, Step, built_programs
 from bridge.targets.registry import create
 from bridge.util.cache import cache_folder
@@ -94,6 +94,73 @@ def test_build_makes_a_covered_program_once(programs: Path) -> None:
     assert {each.name for each in programs.iterdir()} == {built.directory.name}
 
 
+SHARED = dataclasses.replace(
+    COMPILED, command=tuple(word.replace("{archive}", "{shared}") for word in COMPILED.command)
+)
+
+
+@needs_clang
+def test_build_has_the_same_pcs_in_another_cache(
+    programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    covered = []
+    for cache in (programs.parent, tmp_path / "cache-with-a-longer-name"):
+        cache.mkdir(exist_ok=True)
+        if cache != programs.parent:
+            (cache / "native").symlink_to(cache_folder("native"))
+        monkeypatch.setenv("KCOV_BRIDGE_CACHE", str(cache))
+        built = dataclasses.replace(ONE, steps=(SHARED,)).build(progress=silent)
+        assert built.directory.is_relative_to(cache)
+        source = NativeSource()
+        source.start()
+        try:
+            assert run(source, built.source / "one").returncode == 2
+            pcs = source.consume()
+            assert {frame.file for pc in pcs if (frame := source.places().innermost(pc))} == {
+                f"{built.source}/one.c"
+            }
+        finally:
+            source.stop()
+        covered.append(pcs)
+    assert covered[0] == covered[1]
+    assert covered[0]
+
+
+@needs_clang
+def test_build_with_the_shared_object_runs_with_that_of_the_bridge(
+    programs: Path, tmp_path: Path
+) -> None:
+    program = dataclasses.replace(ONE, steps=(SHARED,))
+    built = program.build(progress=silent)
+    runtime = build_runtime()
+    for environment, where in (({}, built.source), (program.environment, runtime.directory)):
+        listed = subprocess.run(
+            ["ldd", built.source / "one"],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        (place,) = (line.split()[2] for line in listed.splitlines() if runtime.shared.name in line)
+        assert Path(place).resolve() == (where / runtime.shared.name).resolve()
+    assert not ONE.environment
+
+
+@needs_clang
+def test_find_of_another_run_time_is_no_build_of_what_has_linked_it(
+    programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = dataclasses.replace(ONE, name="other", steps=(SHARED,)).build(progress=silent)
+    linked = ONE.build(progress=silent)
+    changed = dataclasses.replace(
+        build_runtime(), directory=build_runtime().directory.with_name("kcov-bridge-changed")
+    )
+    monkeypatch.setattr("bridge.targets.programs.build.build_runtime", lambda: changed)
+    assert dataclasses.replace(ONE, name="other", steps=(SHARED,)).find() == shared
+    assert ONE.find() is None
+    assert linked.source.is_dir()
+
+
 @needs_clang
 def test_build_another_recipe_has_a_place_of_its_own(programs: Path) -> None:
     first = ONE.build(progress=silent)
@@ -143,6 +210,36 @@ def test_build_names_all_that_is_missing_before_it_begins(programs: Path) -> Non
     assert "dash" not in caught.value.message
     assert "apt-get install" in caught.value.hint
     assert not lines
+
+
+@pytest.fixture
+def old_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Go as old as that of Debian 12, first in PATH."""
+    (tmp_path / "go").write_text("#!/bin/sh\necho go version go1.19.8 linux/amd64\n")
+    (tmp_path / "go").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+def test_build_with_a_compiler_that_is_too_old_says_which_will_do(
+    programs: Path, old_go: None
+) -> None:
+    lines: list[str] = []
+    go = dataclasses.replace(
+        ONE,
+        tools={"no-such-tool": "some-package", "go": "golang-go"},
+        versions=(("go", "version"), ("sh", "-c", "echo 0.1")),
+        oldest={"go": "1.20"},
+    )
+    with pytest.raises(MissingDependencyError) as caught:
+        go.build(progress=lines.append)
+    assert caught.value.message.endswith(
+        "needs: some-package, go 1.20 or newer (this one is 1.19.8)"
+    )
+    assert "apt-get install --no-install-recommends some-package;" in caught.value.hint
+    assert "bookworm-backports" in caught.value.hint
+    assert not lines
+    for enough in ("1.19", "1.19.8", "1.9"):
+        assert not dataclasses.replace(go, oldest={"go": enough}).too_old()
 
 
 @needs_clang
@@ -201,6 +298,34 @@ def test_remove_of_what_another_process_has_removed(programs: Path) -> None:
 class One(BuiltTarget):
     name = "one"
     program = ONE
+
+
+SLEEP = Step("compiling", ("ln", "-s", "/bin/sleep", "one"))
+
+
+class Sleeper(BuiltTarget):
+    name = "sleeper"
+    program = dataclasses.replace(ONE, steps=(SLEEP,), tools={}, versions=())
+
+    def command(self) -> Sequence[str | Path]:
+        return [self.built.source / "one", "600"]
+
+
+def test_remove_of_a_program_that_runs_is_refused(programs: Path) -> None:
+    target = Sleeper()
+    target.build_programs()
+    built = target.built
+    target.start()
+    try:
+        with pytest.raises(UsageError, match="in use"):
+            built.remove()
+        assert built.source.is_dir()
+    finally:
+        target.stop()
+    built.remove()
+    with pytest.raises(MissingDependencyError, match="removed just now"):
+        target.start()
+    assert not list(programs.iterdir())
 
 
 @needs_clang
@@ -272,3 +397,39 @@ def test_target_rm_removes_all_builds(
     assert main(["target", "rm", "nbdkit"]) == 0
     assert not path.exists()
     assert not list(programs.iterdir())
+
+
+@needs_clang
+def test_target_build_all_builds_what_it_can(
+    programs: Path,
+    old_go: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in PROGRAMS:
+        kind = target_class(name)
+        if "go" not in kind.program.oldest:
+            monkeypatch.setattr(kind, "program", dataclasses.replace(ONE, name=name))
+    assert main(["target", "build", "--all"]) == 125
+    said = capsys.readouterr()
+    assert {each.name for each in built_programs()} == {"nbdkit", "virtiofsd"}
+    assert said.out.count("\n") == 2
+    assert "2 of 4 programs were not built: gonfs, mstpm" in said.err
+    assert said.err.count("go 1.20 or newer (this one is 1.19.8)") == 2
+
+
+@needs_clang
+def test_target_rm_all_leaves_what_is_in_use(
+    programs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("nbdkit", "gonfs"):
+        program = dataclasses.replace(ONE, name=name)
+        monkeypatch.setattr(type(create(name)), "program", program)
+        program.build(progress=silent)
+    (nbdkit,) = built_programs("nbdkit")
+    with nbdkit.in_use():
+        assert main(["target", "rm", "--all"]) == 125
+        assert [each.name for each in built_programs()] == ["nbdkit"]
+    said = capsys.readouterr()
+    assert "1 of 4 programs were not removed: nbdkit" in said.err
+    assert "in use by a session" in said.err

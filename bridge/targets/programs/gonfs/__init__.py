@@ -39,6 +39,8 @@ GONFS: Final = Program(
     products=("gonfs",),
     tools={"go": "golang-go"},
     versions=(("go", "version"),),
+    # As go.mod says.
+    oldest={"go": "1.20"},
 )
 """``main.go`` beside this file, on the modules that ``go.mod`` names."""
 

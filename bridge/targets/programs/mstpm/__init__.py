@@ -47,6 +47,8 @@ MSTPM: Final = Program(
         "/usr/include/openssl/evp.h": "libssl-dev",
     },
     versions=(("go", "version"), ("clang", "--version")),
+    # As go.mod says.
+    oldest={"go": "1.20"},
 )
 """``main.go`` beside this file, on ``go-tpm-tools/simulator``, which has the C."""
 
