@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from bridge.fuzz.slot import Slot
 from bridge.fuzz.slot_events import Evidence, Suspect
 from bridge.fuzz.titles import Fault, Kind, faults_of
 from bridge.session.target_host import TargetState
+from bridge.targets.scratch import ScratchDirectory
 
 __all__ = ["Attempt", "CaseRunner", "Executes", "open_finding", "packages_of", "wait_seconds"]
 
@@ -196,12 +196,11 @@ def open_finding(folder: Path) -> Iterator[tuple[Finding, bytes, Slot]]:
         exit_status=place.exit_status,
         settings=settings,
     )
-    with tempfile.TemporaryDirectory(prefix="kcov-bridge-") as directory:
-        slot = Slot(
-            settings, harness, Path(directory), target_state=TargetState(place.target_state)
-        )
-        with slot:
-            yield finding, case, slot
+    with contextlib.ExitStack() as stack:
+        scratch = ScratchDirectory("repro")
+        stack.callback(scratch.remove)
+        slot = Slot(settings, harness, scratch.make(), target_state=TargetState(place.target_state))
+        yield finding, case, stack.enter_context(slot)
 
 
 def packages_of(slot: Slot) -> tuple[str, ...]:

@@ -200,7 +200,7 @@ class ProgramTarget:
         environment = {**os.environ, **self.environment, **self._covering}
         with (self.scratch / "output").open("wb") as output:
             try:
-                return subprocess.Popen(
+                process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -218,6 +218,8 @@ class ProgramTarget:
                     f"the program {command[0]} of the target {self.name} cannot be started: "
                     f"{error.strerror}"
                 ) from error
+        self._scratch.kill_with_us(process.pid)
+        return process
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes], program: str) -> None:
         deadline = time.monotonic() + self.start_seconds
@@ -283,6 +285,7 @@ class ProgramTarget:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        self._scratch.kill_with_us(0)
 
     def _forget(self) -> None:
         self._scratch.remove()

@@ -3,11 +3,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
+from bridge.errors import InfrastructureError
+
 __all__ = ["ScratchDirectory"]
+
+_log = logging.getLogger(__name__)
+
+_GUARDIAN = Path(__file__).with_name("guardian.py")
+_END_SECONDS = 5.0
 
 
 class ScratchDirectory:
@@ -15,7 +27,8 @@ class ScratchDirectory:
 
     A target that is forked for each reset (``prepare()``) is killed, so it cannot remove what it
     made. If its ``prepare()`` calls :meth:`make`, each of the processes begins with :meth:`empty`
-    on the same directory, and the last one, which is stopped in order, removes it.
+    on the same directory, and the last one, which is stopped in order, removes it. If all of them
+    are killed, a process that outlives them does (:mod:`bridge.targets.guardian`).
 
     Args:
         name: a part of the directory's name.
@@ -24,15 +37,26 @@ class ScratchDirectory:
     def __init__(self, name: str) -> None:
         self._prefix = f"kcov-bridge-{name}-"
         self._path: Path | None = None
+        self._guardian: _Guardian | None = None
 
     def make(self) -> Path:
-        """Return the directory, which is made if there is none."""
+        """Return the directory, which is made if there is none.
+
+        Raises:
+            InfrastructureError: the process that would clean up cannot be started.
+        """
         if self._path is None:
-            self._path = Path(tempfile.mkdtemp(prefix=self._prefix))
+            path = Path(tempfile.mkdtemp(prefix=self._prefix))
+            try:
+                self._guardian = _Guardian(path)
+            except BaseException:
+                path.rmdir()
+                raise
+            self._path = path
         return self._path
 
     def empty(self) -> Path:
-        """Return the directory, made or emptied."""
+        """Return the directory, made or emptied; raises as :meth:`make`."""
         path = self.make()
         for entry in path.iterdir():
             if entry.is_dir() and not entry.is_symlink():
@@ -41,8 +65,64 @@ class ScratchDirectory:
                 entry.unlink()
         return path
 
+    def kill_with_us(self, group: int) -> None:
+        """Have a process group killed once all processes that share the directory have died.
+
+        Args:
+            group: its number; 0 for none, from when the group may have ended.
+        """
+        if self._guardian is not None:
+            self._guardian.kill(group)
+
     def remove(self) -> None:
         """Remove the directory and what is in it. Safe to call twice."""
         path, self._path = self._path, None
         if path is not None:
             shutil.rmtree(path, ignore_errors=True)
+        guardian, self._guardian = self._guardian, None
+        if guardian is not None:
+            guardian.release()
+
+
+class _Guardian:
+    """The process that removes a directory when those that share it have died.
+
+    Raises:
+        InfrastructureError: it cannot be started.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        # Forked processes inherit the pipe, programs do not.
+        reading, self._pipe = os.pipe()
+        self._parent = os.getpid()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_GUARDIAN), str(directory)],
+                stdin=reading,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            os.close(self._pipe)
+            raise InfrastructureError(
+                f"the process that cleans up after a target cannot be started: {error.strerror}",
+                hint="end some programs, or raise the limits of processes and files (ulimit)",
+            ) from error
+        finally:
+            os.close(reading)
+
+    def kill(self, group: int) -> None:
+        """Have it kill a process group then; 0 for none."""
+        try:
+            os.write(self._pipe, b"%d\n" % group)
+        except OSError as error:
+            _log.warning("nothing cleans up after the target if the bridge is killed: %s", error)
+
+    def release(self) -> None:
+        """Let go of it: it ends when no other process holds it."""
+        os.close(self._pipe)
+        if os.getpid() == self._parent:
+            # Processes that were forked may hold it for longer.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_SECONDS)

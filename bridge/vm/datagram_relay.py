@@ -9,16 +9,15 @@ address of the targets. One process serves all endpoints of a guest.
 from __future__ import annotations
 
 import logging
-import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from bridge.errors import InfrastructureError
 from bridge.targets import TARGET_ADDRESS, UdpEndpoint
+from bridge.targets.scratch import ScratchDirectory
 from bridge.vm.network import EpochWord
 from bridge.vm.process import Process, spawn
 
@@ -46,8 +45,9 @@ class DatagramRelay:
         self, endpoints: Sequence[UdpEndpoint], coverage_epoch: EpochWord | None = None
     ) -> None:
         with ExitStack() as stack:
-            self.directory = Path(tempfile.mkdtemp(prefix="kcov-bridge-"))
-            stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
+            scratch = ScratchDirectory("udp")
+            self.directory = scratch.make()
+            stack.callback(scratch.remove)
             # Bound here, so that QEMU finds it.
             frames = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
             frames.bind(str(self.directory / "relay"))

@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +54,72 @@ def test_program_that_ends_by_itself_has_failed_unless_its_guest_has_ended(
     target.stop()
     assert len(raised) == fails
     assert all(f"ended by itself, with status {status}" in each for each in raised)
+
+
+_KILLED = """
+import sys, time
+from bridge.targets.program import ProgramTarget
+
+
+class Serving(ProgramTarget):
+    name = "serving"
+    ready_line = "ready"
+
+    def command(self):
+        # Both hold the directory's file, the second one as the child of the first.
+        script = "exec 3<$0/output; sleep 1000 & echo ready $! >&2; exec sleep 1000"
+        return ["sh", "-c", script, str(self.scratch)]
+
+
+target = Serving()
+target.start()
+print(target.pid, target.output.split()[1], target.scratch, flush=True)
+if sys.argv[1] == "stop":
+    target.stop()
+    print("stopped", flush=True)
+time.sleep(1000)
+"""
+
+
+def processes_of(directory: Path) -> list[str]:
+    """The processes that hold something open below a directory or name it in their arguments."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            held = [str(link.readlink()) for link in (process / "fd").iterdir()]
+            held.append((process / "cmdline").read_text())
+        except OSError:
+            continue
+        if any(str(directory) in each for each in held):
+            found.append(process.name)
+    return found
+
+
+@pytest.mark.parametrize("way", ["kill", "stop"])
+def test_program_and_its_directory_are_gone_after_the_bridge_was_killed(
+    way: str, tmp_path: Path
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _KILLED, way],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        text=True,
+    ) as bridge:
+        try:
+            assert bridge.stdout is not None
+            pid, child, directory = bridge.stdout.readline().split()
+            assert tmp_path in Path(directory).parents
+            if way == "stop":
+                # In order: at once, while the bridge goes on.
+                assert bridge.stdout.readline() == "stopped\n"
+                assert processes_of(tmp_path) == []
+                assert list(tmp_path.iterdir()) == []
+            else:
+                assert {pid, child}.issubset(processes_of(tmp_path))
+        finally:
+            bridge.kill()
+    deadline = time.monotonic() + 10
+    while (processes_of(tmp_path) or any(tmp_path.iterdir())) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes_of(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
