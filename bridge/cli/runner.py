@@ -31,7 +31,7 @@ from bridge.trace import Call, TraceHeader, TraceWriter
 from bridge.trace.perfetto import PERFETTO_FILE, write_perfetto
 from bridge.trace.text import render_trace
 from bridge.trace.trace_file import TRACE_FILE
-from bridge.util.files import remove, remove_partial, write_stream
+from bridge.util.files import remove, remove_partial, unusable, write_stream
 from bridge.util.resources import guest_directory
 
 __all__ = ["claimed", "clear", "noted", "run", "shell"]
@@ -44,6 +44,7 @@ _RESULTS = (
     *(LCOV_FILE, HTML_DIRECTORY, REPORT_FILE, "console.log"),
     *(TRACE_FILE, PERFETTO_FILE, "guests"),
 )
+_OTHER = "choose another directory: --out DIR"
 _WORKLOAD = guest_directory() / "workload" / "files.sh"
 _EXAMPLE_BYTES = 2 << 20
 """More than kcov-doc prints where its area, 65,536 words, is full."""
@@ -153,7 +154,7 @@ def claimed(out: Path) -> Iterator[Path]:
         out.mkdir(parents=True, exist_ok=True)
         directory = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise _unusable(out, error) from error
+        raise unusable(out, error, hint=_OTHER) from error
     try:
         try:
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -187,20 +188,7 @@ def clear(out: Path) -> None:
             remove(out / name)
             remove_partial(out / name)
     except OSError as error:
-        raise _unusable(out, error) from error
-
-
-def _unusable(out: Path, error: OSError) -> BridgeError:
-    hint = "choose another directory: --out DIR"
-    for each in (out, *out.parents):
-        if each.exists() and not each.is_dir():
-            return UsageError(
-                f"the results cannot be written to {out}: {each} is a file", hint=hint
-            )
-    return InfrastructureError(
-        f"the directory {out} cannot be used: {error.strerror}",
-        hint=hint,
-    )
+        raise unusable(out, error, hint=_OTHER) from error
 
 
 class _Record:

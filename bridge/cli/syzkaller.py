@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import Final
@@ -31,6 +32,8 @@ Build syzkaller's parts before: make manager executor execprog. The defaults her
 stock kernel as the target: --image syzkaller --memory 1024 --target none. See docs/syzkaller.md.
 """
 
+_ADDRESS: Final = re.compile(r"[^\s/]*:[0-9]{1,5}")
+"""What the manager listens on: a name or an address of this machine, or none, and a port."""
 _SETTINGS = (
     *("target", "target_dir", "target_timeout", "transport"),
     *("source", "comparisons", "isolate"),
@@ -119,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(
                 f"{flag}: {value} is not allowed", hint=f"allowed is {least} to {most}"
             )
+    if not _ADDRESS.fullmatch(args.http):
+        raise UsageError(f"--http: {args.http} is no address", hint="an example is 127.0.0.1:56741")
     campaign = Campaign(
         settings,
         count=args.count,

@@ -44,14 +44,14 @@ from bridge.cli.syzkaller_descriptions import (
     description,
 )
 from bridge.config import Settings
-from bridge.errors import ImageError, InfrastructureError, UsageError
+from bridge.errors import ImageError, UsageError
 from bridge.guest.guest_image import ProjectImage, find_guest_image
 from bridge.guest.images import Image
 from bridge.guest.images.recipe import Sources
 from bridge.guest.images.store import image_directory
 from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
 from bridge.targets.registry import check_name
-from bridge.util.files import write_atomically
+from bridge.util.files import unusable, write_atomically
 from bridge.vm.accel import choose_accelerator
 
 __all__ = [
@@ -70,6 +70,7 @@ COVERAGE = "coverage"
 _CAMPAIGN = "campaign.json"
 _KEY = "id_ed25519"
 _VERSION = 2
+_OTHER = "give another DIR, as in kcov-bridge syzkaller ~/fuzz --syzkaller …"
 """Of ``campaign.json``. 2: it pins the image."""
 _PLACES = ("vmlinux", "modules.json")
 """The files of an image on which the PCs of its kernel depend."""
@@ -217,7 +218,7 @@ def prepare(
     Raises:
         UsageError: the checkout is too old or not built, or does not know the calls that reach
             the target while nothing else is to be called; flags exclude each other; the machine
-            has too little memory; or a manager runs in the directory.
+            has too little memory; the directory is none; or a manager runs in it.
         BridgeError: no guest can be started.
     """
     checkout = checkout.expanduser().absolute()
@@ -237,13 +238,18 @@ def prepare(
     if " " in str(directory):
         raise UsageError(
             f"the path {directory} has a space, which the manager does not take",
-            hint="give another DIR, as in kcov-bridge syzkaller ~/fuzz --syzkaller …",
+            hint=_OTHER,
         )
     if manager := manager_of(directory):
         raise UsageError(
             f"a manager (process {manager}) runs in {directory}",
             hint="end it before its directory is changed, or give another DIR",
         )
+    try:
+        for each in (directory, directory / "workdir", directory / COVERAGE):
+            each.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unusable(directory, error, hint=_OTHER) from error
     # Built here if it is missing, because the manager waits minutes at most.
     image = find_guest_image(campaign.settings)
     if not isinstance(image, ProjectImage):
@@ -251,9 +257,6 @@ def prepare(
     campaign = replace(campaign, image=PinnedImage.of(image.image))
     _check_kernel(directory, campaign.image)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name in ("workdir", COVERAGE):
-            (directory / name).mkdir(exist_ok=True)
         (directory / "image").write_bytes(b"")
         _make_key(directory)
         stand_in = directory / "qemu"
@@ -271,7 +274,7 @@ def prepare(
         if text and not _knows(checkout, directory):
             _tell(checkout, directory, refuse=start and campaign.only_target)
     except OSError as error:
-        raise InfrastructureError(f"{directory} cannot be used: {error}") from error
+        raise unusable(directory, error, hint=_OTHER) from error
     return [str(checkout / _PROGRAMS[0]), f"-config={directory / 'manager.cfg'}"]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final, Generic, Protocol, Self, TypeVar
 
-from bridge.errors import InfrastructureError
+from bridge.errors import BridgeError, InfrastructureError, UsageError
 
 __all__ = [
     "FileWriter",
@@ -22,6 +22,7 @@ __all__ = [
     "remove_partial",
     "remove_partials",
     "sync",
+    "unusable",
     "write_atomically",
     "write_stream",
 ]
@@ -195,3 +196,11 @@ def _sync_one(path: Path) -> None:
 
 def _is_directory(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
+
+
+def unusable(directory: Path, error: OSError, *, hint: str) -> BridgeError:
+    """Return the error of a directory that nothing can be written to."""
+    for each in (directory, *directory.parents):
+        if each.exists() and not each.is_dir():
+            return UsageError(f"{directory} cannot be used: {each} is a file", hint=hint)
+    return InfrastructureError(f"{directory} cannot be used: {error.strerror}", hint=hint)

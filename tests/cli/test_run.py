@@ -360,7 +360,7 @@ class TestWhatIsMissing:
         for out in (file, file / "run"):
             result = run(out, *QUICK, "--", "true")
             assert result.returncode == 2
-            assert f"the results cannot be written to {out}: {file} is a file" in result.stderr
+            assert f"{out} cannot be used: {file} is a file" in result.stderr
 
     def test_a_target_that_raises(self, image: Image, tmp_path: Path) -> None:
         (tmp_path / "broken_target.py").write_text(

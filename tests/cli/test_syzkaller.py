@@ -85,6 +85,27 @@ def test_syzkaller_checkout_cannot_be_used_says_what_to_do(
     assert not (tmp_path / "d").exists()
 
 
+def test_syzkaller_directory_is_a_file_is_refused_before_an_image_is_built(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    words = ["--syzkaller", str(checkout(tmp_path / "s"))]
+    for directory in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert main(["syzkaller", str(directory), *words]) == 2
+        said = capsys.readouterr().err
+        assert f"{directory} cannot be used: {tmp_path / 'file'} is a file" in said
+        assert "give another DIR" in said
+
+
+@pytest.mark.parametrize("address", ["here", "127.0.0.1", "http://here:80/", "a b:80", ":x"])
+def test_syzkaller_http_is_no_address_is_refused(
+    address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["syzkaller", str(tmp_path / "d"), "--syzkaller", str(checkout(tmp_path / "s"))]
+    assert main([*words, "--http", address]) == 2
+    assert f"--http: {address} is no address" in capsys.readouterr().err
+
+
 def test_syzkaller_more_guests_than_memory_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
