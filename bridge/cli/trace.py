@@ -68,10 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--functions",
         type=_functions,
-        default=FUNCTIONS,
+        default=argparse.SUPPRESS,
         metavar="NUMBER",
         help="how many functions of the kernel, and of each of its modules, a line names; with "
-        "--table, of the target; or all (default: %(default)s)",
+        f"--table, of the target; or all (default: {FUNCTIONS}); only for text",
     )
 
 
@@ -91,6 +91,14 @@ def run(args: argparse.Namespace) -> int:
         UsageError: the run has no trace.
         InfrastructureError: its file is damaged.
     """
+    functions: int | None = FUNCTIONS
+    if "functions" in args:
+        functions = args.functions
+        if args.format != "text":
+            raise UsageError(
+                f"--functions is for text: --format {args.format} has all functions of each call",
+                hint="leave out --functions, or --format",
+            )
     directory = find_run(args.run)
     readers = list(read_traces(directory))
     if not readers:
@@ -99,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         )
     calls = _chosen(readers, args.call, args.reached)
     try:
-        for piece in _pieces(args, calls):
+        for piece in _pieces(args, calls, functions):
             sys.stdout.write(piece)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -109,7 +117,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _pieces(args: argparse.Namespace, calls: Iterator[Call]) -> Iterator[str]:
+def _pieces(
+    args: argparse.Namespace, calls: Iterator[Call], functions: int | None
+) -> Iterator[str]:
     form: str = args.format
     if args.table:
         if form == "perfetto":
@@ -120,13 +130,13 @@ def _pieces(args: argparse.Namespace, calls: Iterator[Call]) -> Iterator[str]:
         if form == "json":
             yield json.dumps([row.as_dict() for row in found], indent=1) + "\n"
         else:
-            yield from (f"{line}\n" for line in table(found, args.functions))
+            yield from (f"{line}\n" for line in table(found, functions))
     elif form == "perfetto":
         yield from perfetto_text(calls)
     elif form == "json":
         yield from (f"{call_line(call)}\n" for call in calls)
     else:
-        yield from (f"{line}\n" for line in render_trace(calls, functions=args.functions))
+        yield from (f"{line}\n" for line in render_trace(calls, functions=functions))
 
 
 def _chosen(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,12 +11,12 @@ from bridge.config import Settings
 from bridge.errors import MissingDependencyError
 from bridge.session.device_host import DeviceHost
 from bridge.session.stats import Stats
+from bridge.sources.native.memory import PATH_BYTES
 from bridge.sources.native.source import NativeSource
 from bridge.sources.remote import Deliver
 from bridge.sources.symbolize import NATIVE_FILE
 from bridge.vm.config import DEFAULT_QEMU
 from bridge.vm.device_models import EXTRA_ARGS, QEMU, find_qemu
-from bridge.vm.machine import Machine
 from bridge.vm.network import EpochWord
 
 __all__ = ["DeviceModels", "with_covered_qemu"]
@@ -61,12 +62,12 @@ class DeviceModels:
         """Further options of QEMU."""
         return EXTRA_ARGS
 
-    def check(self, machine: Machine) -> None:
-        """Raise MissingDependencyError if QEMU, which runs, was not built with coverage."""
-        program = str(Path(f"/proc/{machine.pid}/exe").readlink())
-        if not any(module.path == program for module in self.native.table):
+    def check(self, process: int, qemu: str) -> None:
+        """Raise MissingDependencyError if QEMU, a running process, was not built with coverage."""
+        program = os.fsencode(Path(f"/proc/{process}/exe").readlink())[:PATH_BYTES]
+        if not any(os.fsencode(module.path) == program for module in self.native.table):
             raise MissingDependencyError(
-                f"the device models of {machine.config.qemu} are not covered: it was not built "
+                f"the device models of {qemu} are not covered: it was not built "
                 "with coverage and linked with the run time",
                 hint="leave out --qemu; `make qemu-devices` builds one",
             )

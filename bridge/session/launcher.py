@@ -452,7 +452,7 @@ class Launcher:
                 if self._models is not None:
                     # What it covers of itself when it starts is nobody's.
                     device.consume()
-                    self._models.check(machine)
+                    self._models.check(machine.pid, machine.config.qemu)
             except QemuError as error:
                 if loading is not None:
                     loading.check()

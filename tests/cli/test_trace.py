@@ -71,6 +71,9 @@ def test_trace_table_and_functions(tmp_path: Path) -> None:
     assert "f and 2 more" in bridge(*show).stdout
     assert "→ kernel: a and 7 more" in bridge(*show, "--functions", "1").stdout
     assert "g, h" in bridge(*show, "--functions", "all").stdout
+    for form in ("json", "perfetto"):
+        refused = bridge(*show, "--functions", "all", "--format", form, status=2).stderr
+        assert f"--functions is for text: --format {form}" in refused
     assert "neither a number nor all" in bridge(*show, "--functions", "x", status=2).stderr
     assert "--table" in bridge(*show, "--table", "--format", "perfetto", status=2).stderr
 

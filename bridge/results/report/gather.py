@@ -31,7 +31,7 @@ from bridge.results.report.pcs import PCS_FILE, PcFigures, TSeries, thin_out
 from bridge.results.run_directory import load_native
 from bridge.results.test_record import RECORD_FILE, RecordedTest, read_records, record_files
 from bridge.sources.guest_kernel import SYMBOLS_FILE
-from bridge.sources.native.modules import ModuleTable
+from bridge.sources.native.modules import ModuleIdentity, ModuleTable
 from bridge.sources.symbolize import NATIVE_FILE
 from bridge.trace import Call, TraceHeader, read_traces
 from bridge.trace.perfetto import PERFETTO_FILE
@@ -99,7 +99,7 @@ class Report:
     """Of the host: Python's, then those of native programs."""
     native: dict[str, CodeFile] = field(default_factory=dict)
     """Lines and functions of native programs, by path."""
-    native_covered: dict[str, bytes] = field(default_factory=dict)
+    native_covered: dict[ModuleIdentity, bytes] = field(default_factory=dict)
     """Of each native module, by its key: a byte for each block, 1 if it was covered."""
     lines_by_test: dict[str, dict[str, set[int]]] = field(default_factory=dict)
     """Statements that each test reached, by path."""
@@ -189,15 +189,12 @@ def _native_files(report: Report) -> list[SourceFile]:
     return native_files(report.native, max(written, default=0.0))
 
 
-def _add_covered(covered: dict[str, bytes], table: ModuleTable) -> None:
+def _add_covered(covered: dict[ModuleIdentity, bytes], table: ModuleTable) -> None:
+    """Add the covered blocks of a run, by what makes modules of several runs the same."""
     for module in table:
-        now = module.covered.ljust(module.count, b"\0")
-        before = covered.get(module.key, b"")
-        if len(before) != len(now):
-            covered[module.key] = now
-            continue
-        either = int.from_bytes(before, "big") | int.from_bytes(now, "big")
-        covered[module.key] = either.to_bytes(len(now), "big")
+        now = int.from_bytes(module.covered.ljust(module.count, b"\0"), "big")
+        now |= int.from_bytes(covered.get(module.identity, b""), "big")
+        covered[module.identity] = now.to_bytes(module.count, "big")
 
 
 def _announce_blocks(blocks: int) -> None:

@@ -23,13 +23,15 @@ from bridge.sources import PC
 from bridge.sources.native.build import READER
 from bridge.sources.python.threads import TABLE_END
 
-__all__ = ["VARIABLE", "Kind", "NativeMemory", "Range", "Said", "find_calls"]
+__all__ = ["PATH_BYTES", "VARIABLE", "Kind", "NativeMemory", "Range", "Said", "find_calls"]
 
 VARIABLE: Final = "KCOV_BRIDGE_NATIVE"
 """The environment variable that leads a program to the memory: ``KBN_VARIABLE``."""
 
 _BUILD_ID: Final = 32
 _PATH: Final = 256
+PATH_BYTES: Final = _PATH - 1
+"""A module's path is cut there: ``KBN_PATH``, which has room for the end of the string."""
 _MOST_BLOCKS: Final = 1 << 24
 
 

@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 from urllib.parse import quote, unquote
 
 from bridge.errors import SourceError
@@ -24,7 +24,18 @@ from bridge.sources import PC
 from bridge.sources.pcs import PC_BASE, SLOT_BYTES
 from bridge.util.files import write_atomically
 
-__all__ = ["NATIVE_BASE", "NATIVE_END", "ModuleTable", "NativeModule", "SourceBlock", "module_key"]
+__all__ = [
+    "NATIVE_BASE",
+    "NATIVE_END",
+    "ModuleIdentity",
+    "ModuleTable",
+    "NativeModule",
+    "SourceBlock",
+    "module_key",
+]
+
+ModuleIdentity: TypeAlias = tuple[str, PC, int]
+"""A module's key, the PC of its first block, and the number of its blocks."""
 
 NATIVE_BASE: Final = 0xFFFF_FFFF_E000_0000
 """The first address of native blocks: the end of those of kernel modules."""
@@ -90,9 +101,14 @@ class NativeModule:
         """Its file's name, without the directory."""
         return Path(self.path).name or "?"
 
+    @property
+    def identity(self) -> ModuleIdentity:
+        """Equal to that of a module of another run if it has the same blocks at the same PCs."""
+        return self.key, self.first_pc, self.count
+
     def is_same(self, other: NativeModule) -> bool:
         """Return whether a module of another run has the same blocks at the same PCs."""
-        return (self.key, self.first_pc, self.count) == (other.key, other.first_pc, other.count)
+        return self.identity == other.identity
 
     def add(self, other: NativeModule) -> None:
         """Add what another run knows of the same module."""

@@ -10,8 +10,9 @@ import os
 import threading
 from array import array
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +27,7 @@ from bridge.sources.native.memory import VARIABLE, Kind, NativeMemory, Range, Sa
 from bridge.sources.native.modules import ModuleTable, NativeModule, module_key
 from bridge.sources.native.places import NativePlaces
 from bridge.sources.native.processes import descendants, read_code, shares
+from bridge.sources.pcs import SLOT_BYTES
 from bridge.sources.remote import Deliver
 
 __all__ = ["NativeSource"]
@@ -43,6 +45,14 @@ class _Go:
 
     module: NativeModule
     first: int
+
+
+def _pcs_of(copies: Sequence[tuple[NativeModule, bytes]]) -> set[PC]:
+    """Return the PCs of the blocks whose byte is not 0."""
+    pcs: set[PC] = set()
+    for module, said in copies:
+        pcs.update(compress(range(module.first_pc, module.pc(len(said)), SLOT_BYTES), said))
+    return pcs
 
 
 class NativeSource:
@@ -138,18 +148,19 @@ class NativeSource:
     def taken(self) -> set[PC]:
         """Blocks that a program recorded itself (``kcov_bridge_take_blocks`` in its header)."""
         with self._lock:
-            if self._memory is not None and self._running:
-                self._read_taken(self._memory)
-            return self._taken
+            if self._memory is None or not self._running:
+                return self._taken
+            copies = self._copy_taken(self._memory)
+        # Not under the lock: a large program takes milliseconds, and consume() waits.
+        return _pcs_of(copies)
 
-    def _read_taken(self, memory: NativeMemory) -> None:
-        self._taken = {
-            module.pc(index)
+    def _copy_taken(self, memory: NativeMemory) -> list[tuple[NativeModule, bytes]]:
+        """Return a byte for each block that a program may have recorded itself."""
+        return [
+            (module, memory.taken(said.first, said.count))
             for module, said, slots in self._said.values()
             if slots is None
-            for index, byte in enumerate(memory.taken(said.first, said.count))
-            if byte
-        }
+        ]
 
     def consume(self) -> list[PC]:
         """As :class:`bridge.sources.Consumed`; by module, and in the compiler's order."""
@@ -386,7 +397,7 @@ class NativeSource:
             self.given += len(memory.drain(everything=True) or [])
             if self._go and memory.found_unknown():
                 self.given += len(self._learn(memory))
-            self._read_taken(memory)
+            self._taken = _pcs_of(self._copy_taken(memory))
             self._read_places()
             self._say_what_is_lost(memory)
             self._covered = memory.covered

@@ -20,7 +20,9 @@ from bridge.results.summary import Summary
 from bridge.results.test_record import Outcome, RecordedTest, RecordWriter
 from bridge.session.stats import Stats
 from bridge.sources.guest_kernel.symbols import KernelSymbols
+from bridge.sources.native.modules import ModuleTable
 from bridge.sources.pcs import BlockTable, syscall_pc
+from bridge.sources.symbolize import NATIVE_FILE
 from bridge.trace import Call, HostCode, TraceHeader, TraceWriter
 from tests.support.report_data import write_report_data
 
@@ -335,3 +337,17 @@ def test_find_paths_prefers_measured_files_then_modules_of_this_python() -> None
     assert found["json/decoder.py"] == os.path.realpath(json.decoder.__file__)
     assert found["/abs.py"] == "/abs.py"
     assert found["none.py"] == "none.py"
+
+
+def test_gather_adds_native_blocks_of_the_same_module_alone(tmp_path: Path) -> None:
+    # Two modules of one file have one build id: guards and counters.
+    runs = []
+    for name, guards, counters in (("one", b"\1\0\0", b"\0\1"), ("two", b"\0\0\1", b"\0\0")):
+        table = ModuleTable()
+        for covered in (guards, counters):
+            table.add("id", "/no/such/program", len(covered)).covered = covered
+        (tmp_path / name).mkdir()
+        table.save(tmp_path / name / NATIVE_FILE)
+        runs.append(tmp_path / name)
+    with gather(runs) as (report, _):
+        assert sorted(report.native_covered.values()) == [b"\0\1", b"\1\0\1"]
