@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import re
 from bisect import bisect_right
 from ctypes import POINTER, byref, c_char_p, c_int, c_uint64, c_void_p
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from bridge.sources import libdw
+from bridge.sources.native.rust import demangle_legacy, demangle_v0
 
 __all__ = ["SOURCE_ROOT", "Frame", "NativeSymbols"]
 
 SOURCE_ROOT: Final = "/kcov-bridge/source"
 """What debug information of programs that the bridge builds calls the directory ``source`` that the
 program's file is in: build ids, and so PCs, depend on no place of a cache."""
-_RUST_HASH: Final = re.compile("::h[0-9a-f]{16}$")
 _NO_FILE: Final = "???"
 """What libdw has at index 0 of a table that begins at 1."""
 _TAG_INLINED: Final = 0x1D
@@ -254,8 +253,11 @@ def _demangler() -> Any:
     return function
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def _demangled(name: str) -> str:
     """Return the name of a C++ or Rust function as its source has it, if that can be told."""
+    if name.startswith("_R"):
+        return demangle_v0(name) or name
     function = _demangler() if name.startswith("_Z") else None
     if function is None:
         return name
@@ -267,5 +269,4 @@ def _demangled(name: str) -> str:
         text = ctypes.string_at(found).decode(errors="replace")
     finally:
         _free(found)
-    # rustc adds a hash.
-    return _RUST_HASH.sub("", text)
+    return demangle_legacy(text)
