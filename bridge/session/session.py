@@ -16,6 +16,7 @@ import functools
 import logging
 import os
 import shlex
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ from bridge.trace.explained import CodeFinder, ExplainedCalls
 from bridge.vm.accel import Accelerator
 from bridge.vm.agent import Ready
 from bridge.vm.machine import Machine, require_qemu
-from bridge.vm.network import silent_endpoints
+from bridge.vm.network import served_devices, silent_endpoints
 from bridge.vm.restorer import Restored
 from bridge.vm.snapshot import Snapshot
 
@@ -83,6 +84,8 @@ logger = logging.getLogger(__name__)
 _SOONEST_NS = {"kvm": 10_000, "tcg": 50_000}
 """The shortest time in which a target can answer a call of the guest, by accelerator. The fastest
 way, through the region, takes several times as long; see docs/performance.md."""
+_END_SECONDS = 1.0
+_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ class _Parts:
     device: DeviceHost
     running: RunningGuest
     executor: Executor
+    served: frozenset[str]
+    """Devices whose back end is a process that ends with the machine."""
 
 
 class Session:
@@ -299,6 +304,7 @@ class Session:
             device,
             running,
             executor,
+            served_devices(target.devices),
         )
 
     def _target_host(
@@ -502,7 +508,22 @@ class Session:
                 f"the target no longer listens on its endpoint {name}"
                 for name in silent_endpoints(parts.running.endpoints)
             ),
+            *(
+                f"the target no longer serves its device {name}: the program has ended, and the "
+                "guest has not"
+                for name in self._unserved_devices()
+            ),
         ]
+
+    def _unserved_devices(self) -> list[str]:
+        """Return the devices whose back end has ended before the guest."""
+        parts = self._running
+        names = parts.served - served_devices(parts.target.devices)
+        # It also ends when QEMU does, which is perhaps not known yet.
+        deadline = time.monotonic() + _END_SECONDS
+        while names and self.machine.loss is None and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        return sorted(names) if self.machine.loss is None else []
 
     @property
     def target_in_guest(self) -> bool:

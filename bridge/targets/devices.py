@@ -79,6 +79,8 @@ class QemuDevice:
             reset.
         shared_memory: whether the target maps the guest's memory, as the back end of a vhost-user
             device does.
+        back_end: the path of the Unix socket of a back end that ends with its machine; one that
+            ends before has failed. Empty: there is none.
     """
 
     name: str
@@ -91,6 +93,7 @@ class QemuDevice:
     kernel_arguments: tuple[str, ...] = ()
     can_be_saved: bool = True
     shared_memory: bool = False
+    back_end: str = ""
 
     def as_qemu(self) -> QemuDevice:
         """Return the device itself."""
@@ -114,6 +117,7 @@ class QemuDevice:
             kernel_arguments=tuple(values["kernel_arguments"]),
             can_be_saved=values["can_be_saved"],
             shared_memory=values["shared_memory"],
+            back_end=values["back_end"],
         )
 
 
@@ -317,6 +321,7 @@ class VhostUserFs:
             guest_modules=("virtiofs",),
             can_be_saved=False,
             shared_memory=True,
+            back_end=str(self.address),
         )
 
 

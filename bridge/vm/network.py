@@ -27,7 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bridge.errors import BridgeError, QemuError, UsageError
-from bridge.targets import TARGET_ADDRESS, AnyEndpoint, Endpoint, UdpEndpoint, UnixEndpoint
+from bridge.targets import (
+    TARGET_ADDRESS,
+    AnyEndpoint,
+    Endpoint,
+    QemuDevice,
+    UdpEndpoint,
+    UnixEndpoint,
+)
 from bridge.util.compile import CProgram
 from bridge.vm.relay import SLOT
 
@@ -42,6 +49,7 @@ __all__ = [
     "compiled_relay",
     "find_ssh_port",
     "netdev_option",
+    "served_devices",
     "silent_endpoints",
 ]
 
@@ -143,6 +151,22 @@ def silent_endpoints(endpoints: Sequence[AnyEndpoint]) -> list[str]:
         return endpoint.host_port in (udp if isinstance(endpoint, UdpEndpoint) else tcp)
 
     return [each.name for each in endpoints if silent(each)]
+
+
+def served_devices(devices: Sequence[QemuDevice]) -> frozenset[str]:
+    """Return the names of those whose back end on the host has its socket.
+
+    One that has bound it by another path is not among them.
+    """
+    if not any(each.back_end for each in devices):
+        return frozenset()
+    try:
+        table = Path("/proc/net/unix").read_text(errors="surrogateescape")
+    except OSError:
+        return frozenset()
+    # The socket of a connection has the path of the one that listened.
+    used = {words[7] for line in table.splitlines() if len(words := line.split(maxsplit=7)) == 8}
+    return frozenset(each.name for each in devices if each.back_end in used)
 
 
 def _unused(ports: set[int], protocol: str) -> set[int]:

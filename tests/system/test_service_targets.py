@@ -16,6 +16,7 @@ from bridge.targets.programs.gonfs import GONFS
 from bridge.targets.programs.mstpm import MSTPM
 from bridge.targets.programs.virtiofsd import VIRTIOFSD
 from bridge.trace import Call
+from bridge.vm.network import served_devices
 
 pytestmark = pytest.mark.vm
 
@@ -78,6 +79,8 @@ def test_virtiofsd_each_call_has_the_handler_of_its_operation(tmp_path: Path) ->
         work = "mkdir d; rmdir d; echo text >f; mv f g; cat README"
         calls = traced(session, f"cd {MOUNT_POINT}; {work}")
         stats = session.stats()
+        assert not session.target_problems()
+        assert served_devices(session.target.devices) == {"files"}
     for name, handler in (
         ("mkdir", "mkdir"),
         ("rmdir", "rmdir"),
