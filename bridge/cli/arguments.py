@@ -8,6 +8,7 @@ directory and the debug information of its kernel.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -17,8 +18,20 @@ __all__ = [
     "add_run_directory",
     "add_settings",
     "add_vmlinux",
+    "duration",
     "settings_of",
 ]
+
+_UNITS = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+"""Seconds in a unit of time."""
+
+
+def duration(text: str) -> float:
+    """Read a time above 0: a number of seconds, or one with ms, s, m, h or d."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|[smhd]?)", text.strip())
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time such as 90s, 5m, 4h or 500ms")
+    return float(found[1]) * _UNITS[found[2]]
 
 
 def add_settings(

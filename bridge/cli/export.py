@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bridge.cli.arguments import add_run_directory, add_vmlinux
 from bridge.cli.last_run import find_run
+from bridge.cli.streams import writing
 from bridge.errors import UsageError
 from bridge.results.elf_export import write_elf
 from bridge.results.kernel_export import FORMATS
@@ -79,8 +80,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         data = FORMATS[args.format](find_run(args.run), args.vmlinux)
     if args.output == "-":
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+        with writing("stdout"):
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
     else:
         write_atomically(Path(args.output), data)
     return 0

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import re
 import sys
 from contextlib import ExitStack
 from importlib import import_module
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from bridge import config
-from bridge.cli.arguments import add_settings, settings_of
+from bridge.cli.arguments import add_settings, duration, settings_of
 from bridge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -65,7 +64,6 @@ _OTHERS: Final = frozenset(
 _DEFAULTS: Final = {"transport": "auto"}
 """Defaults of a campaign: the way of a message decides how many cases it executes."""
 
-_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _FOUND: Final = 1
 
 
@@ -107,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="engines with a VM each at the same time (default: 1, or as many as before)",
     )
     group.add_argument(
-        "--time", type=_duration, metavar="T", help="end after this time: 90s, 5m, 4h, 1d"
+        "--time", type=duration, metavar="T", help="end after this time: 90s, 5m, 4h, 1d"
     )
     group.add_argument(
         "--executions", type=_count, metavar="N", help="end after this many executions in all"
@@ -140,7 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--case-time",
-        type=_duration,
+        type=duration,
         metavar="T",
         help="limit of a case, such as 500ms (default: measured with the seeds)",
     )
@@ -324,11 +322,3 @@ def _count(text: str) -> int:
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
-
-
-def _duration(text: str) -> float:
-    """Read a time: a number of seconds, or one with ms, s, m, h or d."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|[smhd]?)", text.strip())
-    if found is None or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no time such as 90s, 5m, 4h or 500ms")
-    return float(found[1]) * (0.001 if found[2] == "ms" else _UNITS.get(found[2], 1))

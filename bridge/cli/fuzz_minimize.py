@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from bridge.cli.arguments import duration
 from bridge.cli.fuzz_repro import add_finding, check_finding
-from bridge.errors import UsageError
 from bridge.fuzz.minimize import minimize_finding
 from bridge.fuzz.repro import open_finding
 
@@ -21,7 +21,7 @@ program or a script that reproduces it without kcov-bridge.
 EPILOG = """\
 examples:
   kcov-bridge fuzz minimize build/fuzz/findings/assertionerror-in-walk-0123456789ab
-  kcov-bridge fuzz minimize --time 60 build/fuzz/findings/assertionerror-in-walk-0123456789ab
+  kcov-bridge fuzz minimize --time 1m build/fuzz/findings/assertionerror-in-walk-0123456789ab
 
 The folder then holds `minimized`, its readable form `minimized.txt`, and `reproducer.c` or a
 script.
@@ -34,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_finding(parser, times=5)
     parser.add_argument(
         "--time",
-        type=float,
+        type=duration,
         default=600.0,
-        metavar="SECONDS",
-        help="when to stop (default: %(default)s)",
+        metavar="T",
+        help="when to stop (default: 10m)",
     )
 
 
@@ -50,8 +50,6 @@ def run(args: argparse.Namespace) -> int:
         InfrastructureError: the folder cannot be written.
     """
     check_finding(args)
-    if not args.time > 0:
-        raise UsageError(f"--time {args.time:g}: it must be above 0")
 
     def progress(size: int, runs: int) -> None:
         print(f"{size} bytes after {runs} runs", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
+from bridge.cli.arguments import duration
 from bridge.errors import UsageError
 from bridge.fuzz.repro import CaseRunner, open_finding, packages_of
 
@@ -39,10 +40,10 @@ def add_finding(parser: argparse.ArgumentParser, times: int) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=duration,
         default=5.0,
-        metavar="SECONDS",
-        help="how long the case may take each time (default: %(default)s)",
+        metavar="T",
+        help="how long the case may take each time (default: 5s)",
     )
 
 
@@ -54,8 +55,8 @@ def check_finding(args: argparse.Namespace) -> None:
     """
     if args.times < 1:
         raise UsageError(f"-n {args.times}: the case must run at least once")
-    if not 0 < args.timeout < 86400:
-        raise UsageError(f"--timeout {args.timeout:g}: it must be above 0, and below a day")
+    if args.timeout >= 86400:
+        raise UsageError(f"--timeout {args.timeout:g}: it must be below a day")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

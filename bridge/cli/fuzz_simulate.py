@@ -18,8 +18,9 @@ DESCRIPTION = f"""\
 Measure the coordinator of a campaign with simulated workers: messages, bytes, processor time and
 memory. Merging, placement of jobs, the store and the messages are the campaign's own; what Dask's
 scheduler does to carry messages is not part of it. What workers find comes from a model of how
-coverage grows, fitted to {RECORDED.source}, or to a
-campaign of yours. One worker vanishes every 30 simulated seconds.
+coverage grows, fitted to a campaign of yours (--from), or to
+{RECORDED.source}.
+One worker vanishes every 30 simulated seconds.
 """
 
 EPILOG = """\

@@ -7,7 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from bridge.errors import BridgeError, InfrastructureError, UsageError
+from bridge.cli.streams import writing
+from bridge.errors import BridgeError, UsageError
 from bridge.fuzz.files_text import to_bytes, to_text
 from bridge.util.files import write_atomically
 
@@ -70,11 +71,9 @@ def _read(name: str) -> bytes:
 
 
 def _write(name: str, data: bytes) -> None:
-    try:
+    with writing("stdout" if name == "-" else name):
         if name != "-":
             write_atomically(Path(name), data)
         else:
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
-    except OSError as error:
-        raise InfrastructureError(f"{name} cannot be written: {error.strerror}") from error

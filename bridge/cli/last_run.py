@@ -10,7 +10,7 @@ import stat
 import sys
 from pathlib import Path
 
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, UsageError
 from bridge.sources.guest_kernel import SYMBOLS_FILE
 from bridge.sources.symbolize import BLOCKS_FILE
 from bridge.util.cache import cache_directory
@@ -44,8 +44,15 @@ def find_run(given: Path | None, *, stdin: bool = False, flag: str = "--run DIR"
         given: what ``--run`` says.
         stdin: PCs come from stdin, so the run that wrote that file is meant, if it is one of a run.
         flag: the argument that names another, for the log.
+
+    Raises:
+        UsageError: ``given`` is no directory.
     """
     if given is not None:
+        if not given.is_dir():
+            raise UsageError(
+                f"there is no directory {given}", hint=f"{flag} names that of a finished run"
+            )
         return given
     beside = _beside_stdin() if stdin else None
     last = _last()

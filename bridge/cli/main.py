@@ -33,7 +33,7 @@ from types import FrameType
 from typing import Any, Protocol, TextIO, cast
 
 import bridge
-from bridge.cli.streams import Streams, own_streams, reserve_descriptors
+from bridge.cli.streams import Streams, check_stdout, own_streams, reserve_descriptors
 from bridge.errors import BridgeError, UsageError
 
 __all__ = ["entry", "main", "make_parser"]
@@ -82,6 +82,7 @@ class _Parser(argparse.ArgumentParser):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=formatter, allow_abbrev=False, **rest)
         self._fill = fill
+        _add_common(self)
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -127,7 +128,7 @@ _SUBCOMMANDS = {
     "symbolize": "print the source of each PC",
     "trace": "print the system calls of a run, with the code that each reached",
     "fuzz": "fuzz what stands behind the guest's system calls",
-    "export": "write the guest kernel's coverage for other programs",
+    "export": "write coverage for other programs: viewers of kernel coverage, addr2line, genhtml",
     "report": "make a page of a finished run or of tests, for a browser; also LCOV and others",
     "status": "show the figures of the running bridges",
     "bench": "measure what the bridge costs, beside baselines",
@@ -176,13 +177,11 @@ def make_parser(*, complete: bool = False) -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"{_PROGRAM} {bridge.__version__}")
-    _add_common(parser)
     commands = parser.add_subparsers(dest="subcommand", metavar="COMMAND")
     for name, text in _SUBCOMMANDS.items():
         usage = _USAGES.get(name)
         fill = functools.partial(_fill, name)
         command = commands.add_parser(name, help=text, usage=usage, fill=fill)
-        _add_common(command)
         if complete:
             _fill_all(command)
     return parser
@@ -312,8 +311,14 @@ def _main(arguments: Sequence[str], streams: Streams) -> int:
                 traceback.print_exc(file=streams.err)
 
     try:
-        args = _parse(arguments)
+        try:
+            args = _parse(arguments)
+        except SystemExit:
+            # argparse ends --help and --version this way.
+            sys.stdout.flush()
+            raise
         if args is None:
+            sys.stdout.flush()
             return 0
         verbosity = getattr(args, "verbose", 0)
         args.streams = streams
@@ -324,7 +329,6 @@ def _main(arguments: Sequence[str], streams: Streams) -> int:
                 stdout.flush()
             return status
     except SystemExit as stop:
-        # argparse ends --help and --version this way.
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
     except BridgeError as error:
         complain(error.report())
@@ -348,4 +352,11 @@ def _main(arguments: Sequence[str], streams: Streams) -> int:
 def entry() -> None:
     """Run :func:`main` as a process: the console script."""
     reserve_descriptors()
-    sys.exit(main())
+    check_stdout()
+    status = main()
+    try:
+        sys.stdout.flush()
+    except (BridgeError, OSError):
+        # It was said. The interpreter's own flush at exit would say it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)

@@ -8,8 +8,10 @@ it was started to go, through descriptors of its own.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
+import io
 import os
 import select
 import signal
@@ -23,7 +25,14 @@ from typing import TextIO
 from bridge.errors import InfrastructureError
 from bridge.util.descriptors import write_all
 
-__all__ = ["StandardInput", "Streams", "own_streams", "reserve_descriptors"]
+__all__ = [
+    "StandardInput",
+    "Streams",
+    "check_stdout",
+    "own_streams",
+    "reserve_descriptors",
+    "writing",
+]
 
 _BACKGROUND_SECONDS = 0.25
 """How often a job in the background looks whether it has the terminal."""
@@ -47,6 +56,53 @@ def reserve_descriptors() -> None:
             stream = open(descriptor, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output; an error names it."""
+
+    def write(self, text: str, /) -> int:
+        with writing("stdout"):
+            return super().write(text)
+
+    def flush(self) -> None:
+        with writing("stdout"):
+            super().flush()
+
+
+@contextlib.contextmanager
+def writing(stream: str) -> Iterator[None]:
+    """Raise :class:`InfrastructureError` for what cannot be written to ``stream``."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise InfrastructureError(f"{stream} cannot be written: {error.strerror}") from error
+
+
+def _encode_anyway(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Give back the bytes of a path as they are, and escape what the encoding has no room for."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+def check_stdout() -> None:
+    """Have ``sys.stdout`` raise :class:`InfrastructureError` when it cannot be written.
+
+    It takes any text, whatever the encoding of the locale. A reader that goes away stays a
+    BrokenPipeError.
+    """
+    codecs.register_error("kcov-bridge", _encode_anyway)
+    before = sys.stdout
+    sys.stdout = _Output(
+        open(before.fileno(), "wb", closefd=False),  # noqa: SIM115
+        encoding=before.encoding,
+        errors="kcov-bridge",
+        line_buffering=bool(before.line_buffering),
+    )
 
 
 @dataclass(frozen=True)
@@ -174,11 +230,5 @@ def _write(stream: TextIO, name: str, data: bytes) -> None:
     except (OSError, ValueError, AttributeError):
         stream.write(data.decode(errors="backslashreplace"))
         return
-    try:
+    with writing(name):
         write_all(descriptor, data)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise InfrastructureError(
-            f"the command's output cannot be written to {name}: {error.strerror}"
-        ) from error

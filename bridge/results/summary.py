@@ -122,7 +122,7 @@ def _blocks(stats: Stats) -> str:
     total = stats.blocks_total
     if total or kernel is None:
         share = f" ({100 * stats.blocks_covered / total:.1f} %)" if total else ""
-        text.append(f"{stats.blocks_covered:,} of {total:,} covered{share}")
+        text.append(f"{stats.blocks_covered:,} of {total:,} of the target{share}")
     return "; ".join(text)
 
 

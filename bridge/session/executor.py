@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 from bridge.device.abi import SLOTS, Comparison
 from bridge.device.calls import CallBook, LoggedCalls
 from bridge.device.streams import Stream
-from bridge.errors import DoorbellError, IncompleteError
+from bridge.errors import DoorbellError, IncompleteError, RunTimeoutError
+from bridge.guest.guest import line_of
 from bridge.session.device_host import DeviceHost, reason_of
 from bridge.sources.comparisons import LIMIT as COMPARISONS_LIMIT
 from bridge.trace.call import Call
@@ -212,12 +213,13 @@ class GuestExecutor:
                 close()
 
         options = ["-s", f"{stream.number:#x}", *(["-f"] if follow else [])]
+        words = ["kcov-exec", *options, "--", *command]
         try:
             before = self._device.unanswered()
             failures = self._device.source_failures
             self._device.open_stream(stream)
             result = self._guest.run(
-                ["kcov-exec", *options, "--", *command],
+                words,
                 timeout=timeout,
                 stdout=stdout,
                 stderr=stderr,
@@ -226,6 +228,11 @@ class GuestExecutor:
             )
             close()
             after = self._device.unanswered()
+        except RunTimeoutError as error:
+            close_if_possible()
+            # It names the command that the caller gave.
+            message = error.message.replace(line_of(words), line_of(command))
+            raise RunTimeoutError(message, evidence=error.evidence, hint=error.hint) from None
         except BaseException:
             close_if_possible()
             raise

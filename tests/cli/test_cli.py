@@ -15,12 +15,13 @@ from types import ModuleType
 
 import pytest
 
-from bridge.cli.main import main
+from bridge.cli.main import main, make_parser
 from bridge.config import Settings
 from bridge.errors import (
     BootTimeoutError,
     BridgeError,
     GuestPanicError,
+    InfrastructureError,
     QemuError,
     RunTimeoutError,
     UsageError,
@@ -316,6 +317,39 @@ def test_main_stderr_is_full_the_status_is_the_errors_own() -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=full)
     assert done.returncode == UsageError.exit_status
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--version"], ["run", "--help"], ["target", "list"], ["bench", "--list"]],
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_main_stdout_is_full_says_so(arguments: list[str], unbuffered: str) -> None:
+    command = [sys.executable, "-m", "bridge", *arguments]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment
+        )
+    assert done.returncode == InfrastructureError.exit_status
+    assert done.stderr == "kcov-bridge: error: stdout cannot be written: No space left on device\n"
+
+
+def test_main_stdout_of_a_narrow_encoding_takes_any_text_and_path(tmp_path: Path) -> None:
+    script = "import bridge.cli.streams as s; s.check_stdout(); print('1 \\u2192 2 \\udcff')"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout == b"1 \\u2192 2 \xff\n"
+
+
+@pytest.mark.parametrize("action", [["image", "list"], ["target", "list"], ["fuzz", "report", "x"]])
+def test_flags_of_all_commands_are_those_of_each_action(action: list[str]) -> None:
+    args = make_parser(complete=True).parse_args([*action, "-vv", "-q"])
+    assert (args.verbose, args.quiet) == (2, True)
 
 
 def test_main_leaves_signals_and_loggers_as_they_were(runner: Callable[[Runner], None]) -> None:

@@ -205,7 +205,7 @@ def test_run_with_closed_streams(image: Image, tmp_path: Path, closed: str) -> N
 def test_run_output_that_cannot_be_written_is_said(image: Image, tmp_path: Path) -> None:
     result = shell("$run echo much >/dev/full", tmp_path)
     assert result.returncode == 125
-    assert b"cannot be written to stdout: No space left on device" in result.stderr
+    assert b"stdout cannot be written: No space left on device" in result.stderr
 
 
 def test_run_arguments_arrive_byte_for_byte(image: Image, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -195,7 +196,7 @@ class TestCommands:
         script = "cat /mnt/target/*; sleep 100"
         result = run(tmp_path, *PYTHON, "--timeout", "4", "--", "sh", "-c", script)
         assert result.returncode == 124
-        assert "did not end within 4 s" in result.stderr
+        assert f"did not end within 4 s: {shlex.join(('sh', '-c', script))}\n" in result.stderr
         assert summary(tmp_path)["exit_status"] == 124
         # What the shell had opened by then is there, though it never came to write it.
         assert pcs(tmp_path)

@@ -138,7 +138,7 @@ def test_reading_what_is_no_summary(tmp_path: Path, text: str, message: str) -> 
 
 def test_summary_text_has_the_figures() -> None:
     text = summary.render(FIGURES)
-    assert "310 of 620 covered (50.0 %)" in text
+    assert "310 of 620 of the target (50.0 %)" in text
     assert "54,000 appended, 310 different, 45.0 a call" in text
     assert "6.1.0-1-amd64, tcg" in text
     assert "ended by" not in text
