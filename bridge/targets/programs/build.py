@@ -97,9 +97,10 @@ class Step:
     """One command of a build.
 
     In its words ``{archive}`` and ``{rust}`` stand for the flags that ``kcov-bridge native``
-    prints, ``{shared}`` for the run time's shared object, ``{jobs}`` for the number of processors,
-    ``{source}`` for the top of the source while it is built, and ``{place}`` for what debug
-    information has to call it.
+    prints, ``{shared}`` for the run time's shared object, ``{runtime}`` for the directory in which
+    a linker finds that as ``-lkcovbridge``, ``{jobs}`` for the number of processors, ``{source}``
+    for the top of the source while it is built, and ``{place}`` for what debug information has to
+    call it.
 
     Attributes:
         what: what it does, for progress: "compiling the server".
@@ -230,7 +231,7 @@ class Program:
 
     @property
     def _shared(self) -> bool:
-        return self._links("{shared}")
+        return self._links("{shared}", "{runtime}")
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -368,6 +369,7 @@ class Program:
         words = {
             "{archive}": shlex.join(runtime.link_flags),
             "{shared}": shlex.quote(str(runtime.shared)),
+            "{runtime}": str(runtime.directory),
             "{rust}": " ".join(runtime.rust_flags),
             "{jobs}": str(os.cpu_count() or 1),
             "{source}": str(source),

@@ -24,19 +24,19 @@ MSTPM: Final = Program(
             (
                 *("go", "build", "-buildvcs=false", "-mod=readonly", "-o", "mstpm"),
                 # Go's own code for what else would be C.
-                *("-tags=netgo,osusergo", "."),
+                "-tags=netgo,osusergo",
+                # Go's own id depends on the place of the source.
+                *("-ldflags=-buildid= -extldflags=-Wl,--build-id", "."),
             ),
             environment=(
-                ("CC", "clang"),
+                # Go records the flags below in the program, so places are not among them.
+                ("CC", "clang -fsanitize-coverage-allowlist={source}/coverage.txt"),
+                ("LIBRARY_PATH", "{runtime}"),
                 ("CGO_ENABLED", "1"),
                 ("GOTOOLCHAIN", "local"),
-                (
-                    "CGO_CFLAGS",
-                    "-g -O1 -fsanitize-coverage=trace-pc-guard,pc-table "
-                    "-fsanitize-coverage-allowlist={source}/coverage.txt",
-                ),
+                ("CGO_CFLAGS", "-g -O1 -fsanitize-coverage=trace-pc-guard,pc-table"),
                 # Go links each of its packages in C with these, so there may be no archive.
-                ("CGO_LDFLAGS", "-fno-sanitize-link-runtime {shared}"),
+                ("CGO_LDFLAGS", "-fno-sanitize-link-runtime -lkcovbridge"),
             ),
         ),
     ),
