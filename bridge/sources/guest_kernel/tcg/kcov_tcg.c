@@ -101,9 +101,8 @@ struct block {
 } __attribute__((aligned(32)));
 
 /*
- * What a callback gets: the number of a block times 2, plus 1 unless the block is one of
- * BLOCK_SPECIAL or BLOCK_EXIT. Numbers begin with 1; block 0 is none, and all zero. With the 1 this
- * is the block's bit in bitmaps, of which the bridge uses the even ones.
+ * What a callback gets: the number of a block times 2, plus 1. This is the block's bit in bitmaps,
+ * of which the bridge uses the even ones. Numbers begin with 1; block 0 is none, and all zero.
  */
 typedef uintptr_t block_id;
 
@@ -121,19 +120,24 @@ enum interrupt {
  * first, in one cache line.
  */
 struct owner {
+	/*
+	 * The number of bits below which a block in the bitmap needs nothing else: bitmap_bits, or 0
+	 * while irregular.
+	 */
+	uint64_t regular_bits;
 	/* The slot's bitmap and area in the region as of the vCPU's epoch; &nowhere for no area. */
 	uint64_t *bitmap;
-	uint64_t bitmap_bits;
-	uint64_t *area;
-	uint64_t most, half;
 	/* The previous block that this task ran, not counting what interrupted it. */
 	block_id previous;
 	_Atomic uint64_t *hidden;
-
-	struct plan_slot *slot;
-	uint64_t busy;		/* for plan_cpu.busy */
 	/* Some of the state below matters to any next block. */
 	bool irregular;
+	uint64_t *area;
+	uint64_t most, half;
+
+	uint64_t bitmap_bits;
+	struct plan_slot *slot;
+	uint64_t busy;		/* for plan_cpu.busy */
 
 	/* The code of an interrupted block continues, perhaps in the middle. */
 	bool resumed;
@@ -155,6 +159,9 @@ struct owner {
 	unsigned int depth;
 	uint64_t task, number;
 } __attribute__((aligned(64)));
+
+/* The owner of a task that owns nothing. Never written to. */
+static struct owner nobody;
 
 /* A vCPU's variables are here until it is known where the guest keeps them. */
 static uint64_t nowhere;
@@ -179,7 +186,7 @@ static uint64_t region_bytes;
 static _Atomic(uint8_t *) guest_memory;
 
 static struct vcpu vcpus[PLAN_CPUS] = {
-	[0 ... PLAN_CPUS - 1] = { .current = &nowhere },
+	[0 ... PLAN_CPUS - 1] = { .current = &nowhere, .owner = &nobody },
 };
 static struct owner owners[PLAN_SLOTS];
 
@@ -351,8 +358,8 @@ static bool append(const struct vcpu *vcpu, struct owner *owner, block_id id)
 	same = load(&plan->epoch) == vcpu->epoch;
 	if (!same || area == &nowhere)
 		goto out;
-	if ((id | 1) < owner->bitmap_bits) {
-		uint64_t *word = &owner->bitmap[id / 64], bit = 1ULL << (id | 1) % 64;
+	if (id < owner->bitmap_bits) {
+		uint64_t *word = &owner->bitmap[id / 64], bit = 1ULL << id % 64;
 
 		if (*word & bit)
 			goto out;
@@ -406,6 +413,12 @@ static inline bool append_at_once(const struct vcpu *vcpu, struct owner *owner,
 	return true;
 }
 
+static inline void set_irregular(struct owner *owner, bool irregular)
+{
+	owner->irregular = irregular;
+	owner->regular_bits = irregular ? 0 : owner->bitmap_bits;
+}
+
 /* Update the owner's area from the plan. */
 static void update_area(struct owner *owner)
 {
@@ -413,7 +426,7 @@ static void update_area(struct owner *owner)
 	uint64_t bitmap = owner->slot->bitmap_words;
 
 	owner->area = &nowhere;
-	owner->bitmap_bits = owner->most = owner->half = 0;
+	owner->regular_bits = owner->bitmap_bits = owner->most = owner->half = 0;
 	if (at % 8 || at > region_bytes || words > (region_bytes - at) / 8 || words < 2 ||
 	    bitmap > words - 2)
 		return;
@@ -423,6 +436,7 @@ static void update_area(struct owner *owner)
 	if (bitmap) {
 		owner->bitmap = (uint64_t *)(region + at);
 		owner->bitmap_bits = bitmap * 64;
+		set_irregular(owner, owner->irregular);
 	}
 }
 
@@ -431,7 +445,7 @@ static void find_owner(struct vcpu *vcpu, uint64_t epoch)
 {
 	struct plan_cpu *cpu = &cpus[vcpu - vcpus];
 
-	vcpu->owner = NULL;
+	vcpu->owner = &nobody;
 	/* Until the guest's memory is found, look again each time: no plan has the epoch 0. */
 	vcpu->epoch = atomic_load(&guest_memory) ? epoch : 0;
 	vcpu->current = guest_word(load(&cpu->current), 8);
@@ -608,8 +622,8 @@ static __attribute__((noinline)) void owner_runs(struct vcpu *vcpu, block_id id)
 		owner->previous = id;
 		owner->resumed = false;
 	}
-	owner->irregular = owner->scheduling || owner->interrupt != INTERRUPT_NONE ||
-			   owner->resumed || leaves_interrupt(owner);
+	set_irregular(owner, owner->scheduling || owner->interrupt != INTERRUPT_NONE ||
+				     owner->resumed || leaves_interrupt(owner));
 	if (!own || !(block->flags & BLOCK_RECORD) || owner->switching ||
 	    atomic_load_explicit(owner->hidden, memory_order_relaxed) & PLAN_HIDDEN_MASK ||
 	    continues_block(block_of(previous), block, resumed))
@@ -624,18 +638,22 @@ static __attribute__((noinline)) void owner_runs(struct vcpu *vcpu, block_id id)
 static __attribute__((noinline)) void block_runs_after_change(struct vcpu *vcpu, block_id id)
 {
 	find_owner(vcpu, load(&plan->epoch));
-	if (vcpu->owner)
+	if (vcpu->owner != &nobody)
 		owner_runs(vcpu, id);
 }
 
-/* Handle a block that is in no bitmap, in a regular state. */
+/* Handle a block to record, unless it is in a bitmap and the state is regular. */
 static __attribute__((noinline)) void block_runs_anew(struct vcpu *vcpu, block_id id)
 {
 	struct owner *owner = vcpu->owner;
 	const struct block *block = block_of(id), *previous = block_of(owner->previous);
 
-	if (block->flags & BLOCK_RECORD &&
-	    (block->start != block_end(previous) || previous->flags & BLOCK_ENDS_IN_BRANCH) &&
+	if (unlikely(owner->irregular))
+		return owner_runs(vcpu, id);
+	/* The next round of an instruction that repeats. */
+	if (id == owner->previous && block->flags & BLOCK_REPEATS && !block->last)
+		return;
+	if ((block->start != block_end(previous) || previous->flags & BLOCK_ENDS_IN_BRANCH) &&
 	    (owner->bitmap || previous->flags & BLOCK_REPEATS || block->flags & BLOCK_EXCLUSIVE ||
 	     *vcpu->preempt & (HARD_OR_NMI | SERVING_SOFTIRQ) ||
 	     atomic_load_explicit(owner->hidden, memory_order_relaxed) & PLAN_HIDDEN_MASK ||
@@ -646,14 +664,16 @@ static __attribute__((noinline)) void block_runs_anew(struct vcpu *vcpu, block_i
 }
 
 /*
- * QEMU calls this before each execution of a block of kernel code. Half of the time that a traced
- * system call takes may be spent here, so what happens most of the time is done without memory of
- * the block, and in thirty instructions: tasks that own nothing, and blocks that are in a bitmap.
+ * Handle a block of kernel code that is about to run. Hundreds of them run in a system call, so
+ * what happens most of the time is done without memory of the block, and in twenty instructions:
+ * tasks that own nothing, and blocks that are in a bitmap.
+ *
+ * @exit: the block is one of BLOCK_EXIT; @record: it is one of BLOCK_RECORD.
  */
-static void block_runs(unsigned int index, void *data)
+static inline __attribute__((always_inline)) void handle_block(unsigned int index, block_id id,
+							       bool exit, bool record)
 {
 	struct vcpu *vcpu = &vcpus[index];
-	block_id id = (block_id)data, bit = id | 1;
 	struct owner *owner;
 
 #ifdef RECORD_NOTHING	/* tests/bench/bench_kernel.py measures what the calls alone cost. */
@@ -662,16 +682,58 @@ static void block_runs(unsigned int index, void *data)
 	if (unlikely(load(&plan->epoch) != vcpu->epoch || *vcpu->current != vcpu->task))
 		return block_runs_after_change(vcpu, id);
 	owner = vcpu->owner;
-	if (!owner)
+	if ((exit || !record || id >= owner->regular_bits) && owner == &nobody)
 		return;
-	if (unlikely(owner->irregular))
+	if ((exit && atomic_load_explicit(owner->hidden, memory_order_relaxed)) ||
+	    (!record && unlikely(owner->irregular)))
 		return owner_runs(vcpu, id);
-	if (!(id & 1) && (block_of(id)->flags & BLOCK_SPECIAL ||
-			  atomic_load_explicit(owner->hidden, memory_order_relaxed)))
-		return owner_runs(vcpu, id);
-	if (bit >= owner->bitmap_bits || !(owner->bitmap[bit / 64] & 1ULL << bit % 64))
+	if (record && (id >= owner->regular_bits || !(owner->bitmap[id / 64] & 1ULL << id % 64)))
 		return block_runs_anew(vcpu, id);
 	owner->previous = id;
+}
+
+/* QEMU calls one of these before each execution of a block of kernel code. */
+static void recorded_block_runs(unsigned int index, void *data)
+{
+	handle_block(index, (block_id)data, false, true);
+}
+
+static void watched_block_runs(unsigned int index, void *data)
+{
+	handle_block(index, (block_id)data, false, false);
+}
+
+static void recorded_exit_runs(unsigned int index, void *data)
+{
+	handle_block(index, (block_id)data, true, true);
+}
+
+static void watched_exit_runs(unsigned int index, void *data)
+{
+	handle_block(index, (block_id)data, true, false);
+}
+
+static void special_block_runs(unsigned int index, void *data)
+{
+	struct vcpu *vcpu = &vcpus[index];
+
+#ifdef RECORD_NOTHING
+	return;
+#endif
+	if (unlikely(load(&plan->epoch) != vcpu->epoch || *vcpu->current != vcpu->task))
+		block_runs_after_change(vcpu, (block_id)data);
+	else if (vcpu->owner != &nobody)
+		owner_runs(vcpu, (block_id)data);
+}
+
+/* Return what QEMU is to call before a block with these flags. */
+static tb_exec_cb callback_of(uint32_t flags)
+{
+	if (flags & BLOCK_SPECIAL)
+		return special_block_runs;
+	if (flags & BLOCK_EXIT)
+		return flags & BLOCK_RECORD ? recorded_exit_runs : watched_exit_runs;
+	return flags & BLOCK_RECORD ? recorded_block_runs : watched_block_runs;
 }
 
 /* ---- translation --------------------------------------------------------------------------- */
@@ -838,7 +900,7 @@ static block_id intern(const struct block *wanted)
 		*bucket = number;
 		plan->translated = n_blocks;
 	}
-	return (block_id)number * 2 + !(wanted->flags & (BLOCK_SPECIAL | BLOCK_EXIT));
+	return (block_id)number * 2 + 1;
 }
 
 /* Return the block that stands for a PC of QEMU's own device models; 0 for none. */
@@ -874,7 +936,7 @@ static int device_runs(uint64_t pc)
 		if (load(&plan->epoch) != vcpu->epoch || *vcpu->current != vcpu->task)
 			find_owner(vcpu, load(&plan->epoch));
 		owner = vcpu->owner;
-		if (!owner || owner->interrupt != INTERRUPT_NONE || owner->switching ||
+		if (owner == &nobody || owner->interrupt != INTERRUPT_NONE || owner->switching ||
 		    *vcpu->preempt & (HARD_OR_NMI | SERVING_SOFTIRQ) ||
 		    atomic_load_explicit(owner->hidden, memory_order_relaxed) & PLAN_HIDDEN_MASK)
 			return 0;
@@ -913,7 +975,7 @@ static void marker_runs(unsigned int index, void *data)
 	(void)data;
 	watch_devices(index);
 	find_owner(vcpu, load(&plan->epoch));
-	if (vcpu->owner)
+	if (vcpu->owner != &nobody)
 		atomic_store(vcpu->owner->hidden, PLAN_HIDDEN_SEEN);
 }
 
@@ -984,9 +1046,11 @@ static void block_translated(struct qemu_plugin_tb *tb)
 		block.flags |= start == plan->syscall_entry ? BLOCK_SYSCALL : vector_flags(start);
 		/*
 		 * Other blocks need no callback: no recorded block continues one, because they
-		 * belong to other functions.
+		 * belong to other functions. Nor do the further rounds of an instruction in a block
+		 * that is only watched (memcpy(), memset()): its first round has told all.
 		 */
-		if (block.flags & (BLOCK_RECORD | BLOCK_SPECIAL | BLOCK_EXIT | BLOCK_WATCHED)) {
+		if (block.flags & (BLOCK_RECORD | BLOCK_SPECIAL | BLOCK_EXIT) ||
+		    (block.flags & BLOCK_WATCHED && !(block.flags & BLOCK_REPEATS && !block.last))) {
 			found = intern(&block);
 			if (!found)
 				plan->blocks_lost++;
@@ -994,8 +1058,8 @@ static void block_translated(struct qemu_plugin_tb *tb)
 	}
 	pthread_mutex_unlock(&translation);
 	if (found)
-		qemu_plugin_register_vcpu_tb_exec_cb(tb, block_runs, QEMU_PLUGIN_CB_NO_REGS,
-						     (void *)found);
+		qemu_plugin_register_vcpu_tb_exec_cb(tb, callback_of(block.flags),
+						     QEMU_PLUGIN_CB_NO_REGS, (void *)found);
 }
 
 static void block_translated_with_id(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
