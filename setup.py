@@ -58,4 +58,5 @@ class BuildWithSources(build_py):
         return [*super().get_source_files(), *self._copies()]
 
 
-setup(cmdclass={"build_py": BuildWithSources})
+# The compiled parts side by side.
+setup(cmdclass={"build_py": BuildWithSources}, options={"build_ext": {"parallel": True}})
