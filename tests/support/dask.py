@@ -69,7 +69,12 @@ class Scheduler:
             [*prefix, sys.executable, "-m", "dask", kind, *words],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            # A scheduler that is killed leaves its scratch space.
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "DASK_TEMPORARY_DIRECTORY": str(self._place),
+            },
             cwd=ROOT,
         )
         self._stack.callback(_end, process)
