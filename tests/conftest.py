@@ -32,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "guest(**settings): the fixture session has a guest with these settings of bridge.boot",
     )
+    config.addinivalue_line("markers", "first: builds a guest image that few others need")
     config.stash[_GUESTS] = Guests()
     # A shell has its background jobs ignore SIGINT and SIGQUIT, nohup SIGHUP; children inherit it.
     for number in _SIGNALS:
@@ -54,8 +55,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     order(items)
     if hasattr(config, "workerinput"):
-        # Workers take file by file: the long ones first, so that none is left at the end.
-        items.sort(key=lambda item: item.get_closest_marker("vm") is None)
+        # Workers take file by file: the long ones first, so that none is left at the end. Where the
+        # cache is empty, one builds the default image meanwhile, instead of waiting for it.
+        items.sort(key=lambda item: [item.get_closest_marker(n) is None for n in ("first", "vm")])
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

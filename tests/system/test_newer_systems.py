@@ -27,7 +27,7 @@ from tests.support.programs import guest_image
 from tests.system import conformance
 from tests.system.conformance import KNOWN_FAILURES, PROGRAMS
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.first]
 
 RELEASES = os.environ.get("KCOV_BRIDGE_TEST_RELEASES", "trixie").split()
 ROUNDS = 10
@@ -77,7 +77,7 @@ def test_build_plugin_makes_one_that_it_loads(qemu: str) -> None:
     assert why_not_loaded(qemu, build_plugin(qemu)) is None
 
 
-@pytest.mark.parametrize("newer", ["qemu", "kernel"])
+@pytest.mark.parametrize("newer", ["kernel", "qemu"])
 def test_a_call_has_the_pcs_of_both_sources_where_one_part_is_newer(
     release: str, qemu: str, newer: str
 ) -> None:
