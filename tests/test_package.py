@@ -66,7 +66,8 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = _copy_of_the_sources(directory / "tree")
     # With the tools of this environment; pip makes one of its own for `plain_wheel`.
     make = (sys.executable, "-m", "build", "--no-isolation", "--outdir", directory / "dist")
-    _call(*make, tree, cwd=directory)
+    # What the wheel holds is tested here, not how fast it is.
+    _call(*make, tree, cwd=directory, env={"CFLAGS": "-O0"})
     return directory / "dist"
 
 

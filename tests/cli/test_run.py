@@ -255,8 +255,17 @@ class TestTheGuestGoesAway:
 
 
 class TestInterrupted:
-    @pytest.mark.parametrize(("number", "options"), [(signal.SIGINT, []), (signal.SIGTERM, PYTHON)])
-    @pytest.mark.parametrize("phase", ["accelerator", "starting", "guest ready", "go"])
+    @pytest.mark.parametrize(
+        ("phase", "number", "options"),
+        [
+            ("accelerator", signal.SIGINT, PYTHON),
+            ("starting", signal.SIGINT, []),
+            ("starting", signal.SIGTERM, PYTHON),
+            ("guest ready", signal.SIGINT, PYTHON),
+            ("go", signal.SIGINT, PYTHON),
+            ("go", signal.SIGTERM, []),
+        ],
+    )
     def test_at_each_phase(
         self,
         image: Image,

@@ -232,15 +232,25 @@ def test_mounts_of_the_target_are_shown_in_order() -> None:
     assert show_script([]) == ""
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A campaign's directory, and the command that prepared it."""
+    place = tmp_path_factory.mktemp("prepared")
+    directory = place / "campaign"
+    words = ["syzkaller", str(directory), "--syzkaller", str(checkout(place / "s"))]
+    words += ["--image", guest_image().name, "--memory", "256"]
+    assert main(words) == 0
+    return directory, words
+
+
 @pytest.mark.vm
 def test_image_is_pinned(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    prepared: tuple[Path, list[str]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     image = guest_image()
-    directory = tmp_path / "campaign"
-    words = ["syzkaller", str(directory), "--syzkaller", str(checkout(tmp_path / "s"))]
-    words += ["--image", image.name, "--memory", "256"]
-    assert main(words) == 0
+    directory, words = prepared
     key = public_key(directory)
     pinned = Campaign.load(directory).image
     assert (pinned.name, pinned.release) == (image.name, image.kernel_release)
@@ -256,8 +266,6 @@ def test_image_is_pinned(
         other.find()
     assert "kcov-bridge syzkaller" in caught.value.hint
     # What is covered of one kernel is not added to what is covered of another.
-    replace(Campaign.load(directory), image=other).save(directory)
-    assert main(words) == 0
     replace(Campaign.load(directory), image=other).save(directory)
     (directory / COVERAGE / BLOCKS_FILE).touch()
     capsys.readouterr()
@@ -549,11 +557,10 @@ def test_syzkaller_guests_are_killed_and_panic_results_of_all_are_merged(
 
 
 @pytest.mark.vm
-def test_syzkaller_machine_is_killed_while_it_starts_leaves_no_process(tmp_path: Path) -> None:
-    image = guest_image()
-    directory = tmp_path / "campaign"
-    words = ["syzkaller", str(directory), "--syzkaller", str(checkout(tmp_path / "s"))]
-    assert main([*words, "--image", image.name, "--memory", "256", "--source", "python"]) == 0
+def test_syzkaller_machine_is_killed_while_it_starts_leaves_no_process(
+    prepared: tuple[Path, list[str]],
+) -> None:
+    directory, _ = prepared
     manager = Manager(directory)
     time.sleep(1)
     (child,) = map(
