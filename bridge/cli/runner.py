@@ -90,6 +90,8 @@ def _run(
     try:
         with session:
             record.exit_status = _work(session, command, record, streams)
+            for problem in session.target_problems():
+                logger.warning("%s", problem)
         _check_complete(session)
     except BaseException as error:
         record.failed(error)
