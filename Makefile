@@ -17,6 +17,8 @@ COMMAND = $(if $(CMD),-- sh -c "$$CMD")
 TESTS ?= examples/test_key_value.py
 PYTHON ?=
 export PYTHON
+# Tests start Python a thousand times; each would compile the whole package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The Pythons that `make test-all` looks for, on PATH and among pyenv's.
 PYTHONS ?= 3.11 3.12 3.13

@@ -83,6 +83,11 @@ def test_run_command_target_and_source_reach_the_guest_as_they_are(tmp_path: Pat
     assert f"<-c><{command}>" in done.stdout
 
 
+def test_commands_may_keep_compiled_modules() -> None:
+    show = ("make", "-s", "--eval=shown: ; @env", "shown")
+    assert "PYTHONDONTWRITEBYTECODE" not in sh(*show, PYTHONDONTWRITEBYTECODE="1").stdout
+
+
 def test_up_to_date_stamps_mean_no_pip(tmp_path: Path) -> None:
     venv = tmp_path / "venv"
     venv.mkdir()
