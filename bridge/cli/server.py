@@ -208,6 +208,7 @@ class _Server:
         self._port = port
         self._key = key
         self._as_json = as_json
+        self._ending = False
         self._guests = 0
         self._starts = 0
         self._stats: list[Stats] = []
@@ -224,6 +225,9 @@ class _Server:
                 try:
                     lost = self._serve_one()
                 except BridgeError as problem:
+                    if self._ending:
+                        # A signal came, and what the guest covered could not be kept.
+                        raise
                     failed = 1 if self._starts > before else failed + 1
                     lasting = isinstance(problem, GuestSetupError) or not self._starts
                     if lasting or failed > _FAILED_STARTS:
@@ -253,7 +257,11 @@ class _Server:
         lost: BridgeError | None = None
         try:
             with session:
-                self._prepare(session)
+                try:
+                    self._prepare(session)
+                except KeyboardInterrupt:
+                    self._ending = True
+                    raise
                 try:
                     self._starts += 1
                     self._say_ready(session)
@@ -261,6 +269,7 @@ class _Server:
                 except KeyboardInterrupt:
                     # The guest is powered down, and the session ends as one that did its work.
                     logger.info("ending")
+                    self._ending = True
                     return None
                 raise lost
         except BridgeError as error:

@@ -305,7 +305,9 @@ class Trace(Tracer):
         if not files:
             raise UsageError(
                 f"no file of the covered packages ends with {wanted.file}",
-                hint="is its package among the target's packages?",
+                hint="is its package among the target's packages?"
+                if self._code.table.files
+                else "the guest has no target: @pytest.mark.guest(target=NAME) names one",
             )
         if not wanted.function:
             return [(file, wanted.lines or None) for file in files]

@@ -90,6 +90,23 @@ def test_serve_guest_is_killed_comes_back_on_its_port_and_nothing_is_lost(tmp_pa
 
 
 @pytest.mark.vm
+def test_serve_results_cannot_be_kept_ends_all_the_same(tmp_path: Path) -> None:
+    guest_image()
+    out = tmp_path / "out"
+    with (
+        nothing_left(out),
+        start(out, "--json", "--source", "python", subcommand="serve") as server,
+    ):
+        assert event(server)["event"] == "ready"
+        (out / GUESTS_DIRECTORY / "1" / "blocks.tsv").mkdir()
+        server.send_signal(signal.SIGTERM)
+        stdout, stderr = server.communicate(timeout=120)
+    assert (server.returncode, stdout) == (125, ""), stderr
+    assert "blocks.tsv" in stderr
+    assert "starting another" not in stderr
+
+
+@pytest.mark.vm
 def test_serve_what_a_guest_needs_fails_ends_with_the_cause(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
