@@ -384,7 +384,7 @@ class TestTheGuestKernelAsASource:
                 return set(session.kcov(["stat", "/etc/passwd"], follow=False).pcs)
 
             before = trace()
-            for _ in range(3):
+            for _ in range(2):
                 # Code that is other code after the reset, at the same addresses.
                 session.run("modprobe nbd; rmmod nbd; modprobe vhci_hcd")
                 session.kcov(["cat", "/proc/modules"])

@@ -111,7 +111,10 @@ GREETING = b"NBDMAGICIHAVEOPT\0\3"
         (GREETING[:5], "does not serve the export 'disk'"),
     ],
 )
-def test_export_size_of_another_server_is_an_error(answer: bytes, message: str) -> None:
+def test_export_size_of_another_server_is_an_error(
+    answer: bytes, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bridge.targets.nbd._SECONDS", 3.0)
     server = answering(answer)
     try:
         with pytest.raises(TargetError, match=message):

@@ -60,6 +60,7 @@ def test_commands_run_unreachable_mirror_hint_names_the_setting(tmp_path: Path) 
     places = {"Etc::SourceList": "sources", "State": "state", "Cache": "cache"}
     options = [f"-oDir::{key}={tmp_path / name}" for key, name in places.items()]
     options += ["-oDir::Etc::SourceParts=-", f"-oDir::State::status={os.devnull}"]
+    options += ["-oAcquire::Retries=0"]
     commands = Commands(tmp_path / "log", Phases(lambda line: None))
     with pytest.raises(ImageError) as caught:
         commands.run(["apt-get", "update", "--error-on=any", *options], what="updating")
