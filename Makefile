@@ -107,7 +107,7 @@ fuzz-kills: packages-test $(VENV)/installed-dev ## kill each of two campaigns 50
 fuzz-workers: packages-test $(VENV)/installed-dev ## kill workers in network namespaces for 5 minutes (as root)
 	$(VENV)/bin/python -m pytest -s tests/fuzz/campaign_workers.py $(ARGS)
 
-syzkaller-kills: packages-test $(VENV)/installed-dev ## kill what syzkaller's manager starts 15 times, and compare what is left
+syzkaller-kills: packages-test $(VENV)/installed-dev ## kill what syzkaller's manager starts 15 times, and let guests break themselves
 	$(VENV)/bin/python -m pytest -s tests/cli/syzkaller_kills.py $(ARGS)
 
 syzkaller-check: packages-test $(VENV)/installed-dev ## run your own syz-manager of SYZKALLER=directory for some minutes, and check its pages

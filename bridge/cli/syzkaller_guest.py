@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bridge.cli.syzkaller_directory import COVERAGE, Campaign, locked, public_key
-from bridge.cli.syzkaller_sandbox import mounts_of, show_script
+from bridge.cli.syzkaller_sandbox import lost_mount, mounts_of, show_script
 from bridge.errors import BridgeError, GuestLostError, GuestSetupError, InfrastructureError
 from bridge.results import summary as summaries
 from bridge.results.merge import covered_blocks, merge_results, merge_stats
@@ -44,7 +44,11 @@ _LAST_WORDS_SECONDS = 3.0
 """So long the manager may read what a guest said that was lost."""
 
 _LOOK_SECONDS = 10.0
-"""How often the guest is asked for the names of modules that programs loaded."""
+"""How often the guest is asked for the names of modules that programs loaded, and whether it still
+has what programs need: the manager does not notice if they have no coverage, or reach no target."""
+
+_KCOV = "/sys/kernel/debug/kcov"
+_KCOV_SECONDS = 30.0
 
 _MODULES = (
     *("tun", "veth", "dummy", "vcan", "nlmon", "fuse", "loop", "binfmt_misc", "rfkill"),
@@ -96,6 +100,8 @@ class _Machine:
         self._ended = threading.Event()
         self._ready = False
         self._guard = threading.Lock()  # of _ready
+        # Set once, before _ended is.
+        self._lost = ""
 
     def run(self) -> int:
         """Serve until the guest is lost, or stdin ends; return the exit status."""
@@ -111,13 +117,17 @@ class _Machine:
             with session:
                 session.machine.console.listen(_write)
                 session.machine.add_loss_listener(lambda _: self._ended.set())
+                # Before any program of the manager runs.
+                mounts = mounts_of(session.guest)
                 set_up(session, self._campaign, public_key(self._directory))
                 with self._guard:
                     self._ready = True
-                while not self._ended.wait(_LOOK_SECONDS):
-                    _name_modules(session)
+                threading.Thread(target=self._look, args=(session, mounts), daemon=True).start()
+                self._ended.wait()
                 # The guest is not powered down: nobody needs what it has not yet written.
-                raise session.machine.loss or GuestLostError("the manager ended the guest")
+                raise session.machine.loss or GuestLostError(
+                    self._lost or "the manager ended the guest"
+                )
         except BridgeError as error:
             why = error.message
             if not self._ready:
@@ -139,6 +149,19 @@ class _Machine:
             self._part_lock = os.open(part, os.O_RDONLY | os.O_DIRECTORY)
             fcntl.flock(self._part_lock, fcntl.LOCK_EX)
         return part
+
+    def _look(self, session: Session, mounts: Sequence[str]) -> None:
+        """Look at the guest until the end, which does not wait for a guest that does not answer."""
+        before = ""
+        while not self._ended.wait(_LOOK_SECONDS):
+            _name_modules(session)
+            lost = _lost(session, mounts)
+            # What passes by itself is not found at two looks.
+            if lost and lost == before:
+                _write(f"kcov-bridge: {lost}; the guest ends\n".encode())
+                self._lost = lost
+                self._ended.set()
+            before = lost
 
     def _watch_manager(self) -> None:
         """Wait for the end of stdin, which is the end of what the manager started."""
@@ -230,6 +253,17 @@ def _name_modules(session: Session) -> None:
     """Have names for the functions of modules that programs loaded, as far as the guest answers."""
     with contextlib.suppress(BridgeError):
         session.load_symbols()
+
+
+def _lost(session: Session, mounts: Sequence[str]) -> str:
+    """Return what programs need and the guest has no more; "" if it has all, or does not say."""
+    with contextlib.suppress(BridgeError):
+        if session.guest.run(["test", "-e", _KCOV], timeout=_KCOV_SECONDS).exit_status == 1:
+            return f"{_KCOV} is gone from the guest"
+        if lost := lost_mount(session.guest, mounts):
+            return f"a mount of the target is lost: {lost}"
+    # If it is gone, the session knows.
+    return ""
 
 
 def _write_summary(results: Path) -> None:

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 
 from bridge.cli.syzkaller_descriptions import Device, Offer
 from bridge.errors import GuestSetupError
 from bridge.guest.guest import Guest
 from bridge.targets.description import Description
 
-__all__ = ["INPUTS", "look", "mount_points", "mounts_of", "show_script"]
+__all__ = ["INPUTS", "look", "lost_mount", "mount_points", "mounts_of", "show_script"]
 
 INPUTS = "/syz-inputs"
 """The directory of the guest that the executor binds into its sandboxes."""
@@ -33,6 +34,9 @@ _MOUNTS = "/mnt/"
 _LIST_BYTES = 1 << 20
 """As much of a mount's list of files is looked at."""
 _LIST_SECONDS = 60
+
+_STAT_SECONDS = 30
+"""A target that answers later is slow, and its mount is not lost."""
 
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
@@ -50,6 +54,26 @@ def mounts_of(guest: Guest) -> list[str]:
     """Return where something is mounted below /mnt in a guest, sorted."""
     done = guest.run(["cat", "/proc/self/mountinfo"], timeout=60, check=True)
     return mount_points(done.stdout.decode("utf-8", "surrogateescape"))
+
+
+def lost_mount(guest: Guest, mounts: Sequence[str]) -> str:
+    """Return which of these mounts is of no use any more, and why; "" if all are well.
+
+    A program may unmount one in the guest, or with MNT_FORCE in a sandbox, after which all calls
+    on it fail everywhere; and a target may cut a mount's connection.
+
+    Raises:
+        BridgeError: the guest does not say.
+    """
+    there = mounts_of(guest) if mounts else []
+    for mount in mounts:
+        if mount not in there:
+            return f"{mount} was unmounted"
+        done = guest.run(["stat", mount], timeout=_STAT_SECONDS)
+        # Where it says nothing, there was no memory for it to run.
+        if done.exit_status and (said := done.stderr.decode(errors="replace").strip()):
+            return said.removeprefix("stat: ")
+    return ""
 
 
 def mount_points(mountinfo: str) -> list[str]:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What syzkaller's manager starts is killed with SIGKILL again and again: nothing is left or lost.
 
+And guests break themselves: they end, or go on with all that programs need.
+
 ``make syzkaller-kills`` runs it: it takes minutes, and is no part of the whole suite.
 ``KCOV_BRIDGE_SYZKALLER_KILLS`` is the number of kills, ``KCOV_BRIDGE_KILLS_SEED`` repeats the
 moments of a run that failed.
@@ -27,6 +29,22 @@ from tests.support.programs import guest_image
 
 pytestmark = pytest.mark.vm
 
+_DEVICE = "/sys/bus/pci/drivers/kcov_bridge/0000:*"
+_GUEST_ENDS = {
+    "reboot": ("(sleep 1; reboot -f) & true", "the guest was reset from inside"),
+    "power off": ("(sleep 1; poweroff -f) & true", "switched off from inside"),
+    "device": (f"for each in {_DEVICE}; do echo 1 >$each/remove; done", "kcov is gone"),
+    "module": ("rmmod -f kcov_bridge", "kcov is gone"),
+    "mount": ("exec 3</mnt/target; umount -f /mnt/target", "a mount of the target is lost"),
+}
+"""What a guest does to itself, and why it ends then."""
+_GUEST_GOES_ON = {
+    "sleep": "echo mem >/sys/power/state; echo freeze >/sys/power/state",
+    "sshd": "(sleep 1; pkill -9 sshd) & true",
+    "disk": "dd if=/dev/zero of=/fill bs=1M; dd if=/dev/zero of=/dev/shm/fill bs=1M count=60",
+}
+_END_SECONDS = 120.0
+
 KILLS = int(os.environ.get("KCOV_BRIDGE_SYZKALLER_KILLS", "15"))
 SEED = int(os.environ.get("KCOV_BRIDGE_KILLS_SEED", random.SystemRandom().getrandbits(32)))
 LATEST = 10.0
@@ -38,6 +56,50 @@ def session_of(manager: Manager) -> int:
     pid = manager.machine.pid
     (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return int(child)
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a campaign with a target."""
+    top = tmp_path_factory.mktemp("guests")
+    words = ["syzkaller", str(top / "campaign"), "--syzkaller", str(checkout(top / "s"))]
+    words += ["--image", guest_image().name, "--source", "python", "--target", "plan9"]
+    assert main([*words, "--memory", "256"]) == 0
+    return top / "campaign"
+
+
+@pytest.mark.parametrize("what", _GUEST_ENDS)
+def test_guest_breaks_itself_ends_and_says_why(campaign: Path, what: str) -> None:
+    results = campaign / COVERAGE
+    before = len(guests(results, 0))
+    script, why = _GUEST_ENDS[what]
+    manager = Manager(campaign)
+    try:
+        manager.wait_ssh()
+        manager.ssh(script)
+        # It says much less than a pipe holds.
+        assert manager.machine.wait(_END_SECONDS) == 0
+    finally:
+        manager.kill()
+    assert why in str(guests(results, before + 1)[-1]["end"])
+
+
+@pytest.mark.parametrize("what", _GUEST_GOES_ON)
+def test_guest_breaks_nothing_goes_on(campaign: Path, what: str) -> None:
+    manager = Manager(campaign)
+    try:
+        manager.wait_ssh()
+        manager.ssh(_GUEST_GOES_ON[what])
+        # Longer than two looks at the guest.
+        time.sleep(25)
+        manager.wait_ssh()
+        # The calls have PCs, and the target answers.
+        done = manager.ssh("kcov-doc /mnt/target/README; cat /mnt/target/README")
+        assert "0xffffffff" in done.stdout, done.stderr
+        assert "Files to read" in done.stdout, done.stderr
+        assert manager.machine.poll() is None
+    finally:
+        manager.kill()
 
 
 def test_machines_are_killed_at_any_moment_nothing_is_left_or_lost(

@@ -41,13 +41,14 @@ from bridge.cli.syzkaller_directory import (
     _manager_config,
     public_key,
 )
-from bridge.cli.syzkaller_guest import GUESTS_FILE, _Machine
-from bridge.cli.syzkaller_sandbox import INPUTS, mount_points, show_script
+from bridge.cli.syzkaller_guest import GUESTS_FILE, _lost, _Machine
+from bridge.cli.syzkaller_sandbox import INPUTS, mount_points, mounts_of, show_script
 from bridge.cli.syzkaller_trial import KERNEL_OBJECT, _make_object
 from bridge.config import Settings
 from bridge.device.abi import KCOV_CMP_CONST, KCOV_CMP_SIZE
 from bridge.errors import ImageError, InfrastructureError, UsageError
 from bridge.guest.images.recipe import Sources
+from bridge.session.session import Session
 from bridge.session.stats import Stats
 from bridge.sources.guest_kernel import BLOCKS_FILE
 from bridge.sources.pcs import PC_BASE, SYSCALL_SLOTS, syscall_pc
@@ -56,6 +57,7 @@ from bridge.targets.plan9 import GUEST_PORT
 from tests.support.coverage_data import executed
 from tests.support.programs import guest_image, guest_program
 
+PCI_DEVICE = "/sys/bus/pci/drivers/kcov_bridge/0000:*"
 _BUILT = ("bin/syz-manager", "bin/linux_amd64/syz-executor", "bin/linux_amd64/syz-execprog")
 
 
@@ -576,3 +578,26 @@ def test_syzkaller_machine_is_killed_while_it_starts_leaves_no_process(
         time.sleep(0.1)
     with pytest.raises(ProcessLookupError):
         os.kill(child, signal.SIGCONT)
+
+
+@pytest.mark.vm
+@pytest.mark.guest(target="plan9", source="python")
+@pytest.mark.parametrize(
+    ("script", "lost"),
+    [
+        ("exec 3</mnt/target; umount -f /mnt/target", "cannot statx '/mnt/target'"),
+        ("umount /mnt/target", "/mnt/target was unmounted"),
+        (
+            f"for each in {PCI_DEVICE}; do echo 1 >$each/remove; done",
+            "/sys/kernel/debug/kcov is gone",
+        ),
+    ],
+    ids=["force", "unmount", "device"],
+)
+def test_guest_that_lost_what_programs_need_says_what(
+    session: Session, script: str, lost: str
+) -> None:
+    mounts = mounts_of(session.guest)
+    assert _lost(session, mounts) == ""
+    session.guest.run(script)
+    assert lost in _lost(session, mounts)
