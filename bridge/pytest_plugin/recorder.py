@@ -337,6 +337,9 @@ class Recorder:
         files, self.page = self._files, None
         if files is None or self._worker is not None:
             return
+        if not self._lines and not any(files.directory.glob("*.jsonl")):
+            # No test ran.
+            return
         # Imported here, for runs without a report.
         from bridge.results.coverage_files import HTML_DIRECTORY, make_html
         from bridge.results.report.page import write_report
