@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The real manager of syzkaller, built by the user, on the stock kernel: its pages, and its end.
 
+Where there is Chromium, the page of coverage is opened in it.
 ``make syzkaller-check SYZKALLER=directory`` runs it: it takes some minutes.
 """
 
@@ -10,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +25,7 @@ import pytest
 from bridge.cli.main import main
 from bridge.cli.syzkaller_directory import COVERAGE
 from bridge.results.kernel_export import read_blocks
+from tests.support.browser import chromium
 
 pytestmark = pytest.mark.vm
 
@@ -33,6 +36,16 @@ SECONDS = 1800.0
 """How long that may take: a busy machine is slow, and the machine check alone takes minutes."""
 CALL = 5
 """Bytes by which the manager moves PCs."""
+
+# What a person sees who clicks on a file: its covered lines.
+CLICK_FILE = """
+for (const directory of document.querySelectorAll("span.caret")) directory.click();
+const links = [...document.querySelectorAll('a[onclick^="onFileClick"]')];
+links.find((link) => link.textContent.trim() === arguments[0]).click();
+return [...document.querySelectorAll(".file")]
+  .filter((file) => getComputedStyle(file).display !== "none")
+  .flatMap((file) => [...file.querySelectorAll(".covered")].map((line) => line.textContent));
+"""
 
 
 class Pages:
@@ -75,6 +88,18 @@ def wait_for_corpus(process: subprocess.Popen[bytes], log: Path) -> None:
         time.sleep(1)
 
 
+def lines_in_browser(address: str) -> list[str] | None:
+    """Return the covered lines of the kernel as Chromium shows them; None without Chromium."""
+    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
+        print("no Chromium: the page was not opened")
+        return None
+    with chromium() as browser:
+        browser.driver.get(f"http://{address}/cover")
+        lines = [str(line) for line in browser.run(CLICK_FILE, "vmlinux")]
+        assert browser.errors() == []
+    return lines
+
+
 @pytest.mark.skipif(not CHECKOUT, reason="make syzkaller-check SYZKALLER=directory")
 def test_manager_shows_functions_of_the_kernel_and_nothing_is_lost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -94,6 +119,7 @@ def test_manager_shows_functions_of_the_kernel_and_nothing_is_lost(
             files = pages.get("filecover")
             lines = pages.get("rawcoverfiles")
             html = pages.get("cover")
+            shown = lines_in_browser(address)
             again = main(["syzkaller", str(directory), "--syzkaller", CHECKOUT])
     covered = [name for _, _, name, count, _ in functions if int(count)]
     print(f"{len(raw)} PCs, {len(covered)} of {len(functions)} functions")
@@ -104,6 +130,11 @@ def test_manager_shows_functions_of_the_kernel_and_nothing_is_lost(
     assert re.search(r"^,functions/vmlinux,[1-9]", files, re.M), files[:500]
     assert re.search(r"^0xffffffff8[0-9a-f]{7},,.*,functions/vmlinux,false,", lines, re.M)
     assert "functions%2fvmlinux" in html
+    if shown is not None:
+        # There may be more than a moment ago.
+        inside = [row for row in functions if row[1] == "functions/vmlinux" and int(row[3])]
+        assert len(shown) >= len(inside)
+        assert all(re.fullmatch(r"\s*0xffffffff8[0-9a-f]{7} +\d+  \S+\s*", line) for line in shown)
     said = log.read_text(errors="replace")
     for feature in ("Coverage", "SandboxNone", "NetInjection"):
         assert re.search(rf"^{feature} *: enabled", said, re.M), said[-4000:]
