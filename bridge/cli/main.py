@@ -355,7 +355,9 @@ def entry() -> None:
     check_stdout()
     status = main()
     try:
-        sys.stdout.flush()
+        # A target may have closed it.
+        if not sys.stdout.closed:
+            sys.stdout.flush()
     except (BridgeError, OSError):
         # It was said. The interpreter's own flush at exit would say it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -101,7 +101,8 @@ def check_stdout() -> None:
         open(before.fileno(), "wb", closefd=False),  # noqa: SIM115
         encoding=before.encoding,
         errors="kcov-bridge",
-        line_buffering=bool(before.line_buffering),
+        # PYTHONUNBUFFERED sets the second one alone.
+        line_buffering=bool(before.line_buffering or getattr(before, "write_through", False)),
     )
 
 

@@ -335,6 +335,33 @@ def test_main_stdout_is_full_says_so(arguments: list[str], unbuffered: str) -> N
     assert done.stderr == "kcov-bridge: error: stdout cannot be written: No space left on device\n"
 
 
+def test_main_stdout_was_closed_by_a_target_the_status_is_the_runs() -> None:
+    script = (
+        "import sys\n"
+        "import bridge.cli.main\n"
+        "bridge.cli.main.main = lambda: sys.stdout.close() or 7\n"
+        "bridge.cli.main.entry()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (7, "")
+
+
+def test_main_stdout_is_unbuffered_if_python_was_told_so() -> None:
+    script = (
+        "import os, sys, bridge.cli.streams as s\n"
+        "s.check_stdout(); print('line'); sys.stdin.read(); os._exit(0)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        out, _ = process.communicate("", timeout=60)
+    assert out == "line\n"
+
+
 def test_main_stdout_of_a_narrow_encoding_takes_any_text_and_path(tmp_path: Path) -> None:
     script = "import bridge.cli.streams as s; s.check_stdout(); print('1 \\u2192 2 \\udcff')"
     done = subprocess.run(
