@@ -47,6 +47,10 @@ _LOOK_SECONDS = 10.0
 """How often the guest is asked for the names of modules that programs loaded, and whether it still
 has what programs need: the manager does not notice if they have no coverage, or reach no target."""
 
+_LAST_LOOK_SECONDS = 2.0
+"""So long the end waits for a look that is going on, because names that come while the results are
+written would break them. A guest that does not answer any more tells no names."""
+
 _KCOV = "/sys/kernel/debug/kcov"
 _KCOV_SECONDS = 30.0
 
@@ -122,8 +126,10 @@ class _Machine:
                 set_up(session, self._campaign, public_key(self._directory))
                 with self._guard:
                     self._ready = True
-                threading.Thread(target=self._look, args=(session, mounts), daemon=True).start()
+                looks = threading.Thread(target=self._look, args=(session, mounts), daemon=True)
+                looks.start()
                 self._ended.wait()
+                looks.join(_LAST_LOOK_SECONDS)
                 # The guest is not powered down: nobody needs what it has not yet written.
                 raise session.machine.loss or GuestLostError(
                     self._lost or "the manager ended the guest"

@@ -70,8 +70,8 @@ def lost_mount(guest: Guest, mounts: Sequence[str]) -> str:
         if mount not in there:
             return f"{mount} was unmounted"
         done = guest.run(["stat", mount], timeout=_STAT_SECONDS)
-        # Where it says nothing, there was no memory for it to run.
-        if done.exit_status and (said := done.stderr.decode(errors="replace").strip()):
+        # Others are of a guest without the memory or the processes to run it.
+        if done.exit_status == 1 and (said := done.stderr.decode(errors="replace").strip()):
             return said.removeprefix("stat: ")
     return ""
 
