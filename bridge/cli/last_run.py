@@ -49,10 +49,13 @@ def find_run(given: Path | None, *, stdin: bool = False, flag: str = "--run DIR"
         UsageError: ``given`` is no directory.
     """
     if given is not None:
-        if not given.is_dir():
-            raise UsageError(
-                f"there is no directory {given}", hint=f"{flag} names that of a finished run"
-            )
+        hint = f"{flag} names that of a finished run"
+        try:
+            there = given.is_dir()
+        except OSError as error:
+            raise UsageError(f"{given} cannot be read: {error.strerror}", hint=hint) from error
+        if not there:
+            raise UsageError(f"there is no directory {given}", hint=hint)
         return given
     beside = _beside_stdin() if stdin else None
     last = _last()

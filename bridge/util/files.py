@@ -200,7 +200,9 @@ def _is_directory(path: Path) -> bool:
 
 def unusable(directory: Path, error: OSError, *, hint: str) -> BridgeError:
     """Return the error of a directory that nothing can be written to."""
-    for each in (directory, *directory.parents):
-        if each.exists() and not each.is_dir():
-            return UsageError(f"{directory} cannot be used: {each} is a file", hint=hint)
+    # What cannot be looked at is none that a file is in the place of.
+    with contextlib.suppress(OSError):
+        for each in (directory, *directory.parents):
+            if each.exists() and not each.is_dir():
+                return UsageError(f"{directory} cannot be used: {each} is a file", hint=hint)
     return InfrastructureError(f"{directory} cannot be used: {error.strerror}", hint=hint)

@@ -17,6 +17,7 @@ from bridge.util.files import (
     remove,
     remove_partial,
     remove_partials,
+    unusable,
     write_atomically,
 )
 
@@ -143,3 +144,13 @@ def test_remove_takes_files_links_trees_and_nothing(tmp_path: Path) -> None:
     for name in ("file", "tree", "nothing"):
         remove(tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a" * 300, f"{'a' * 300}/b"])
+def test_unusable_directory_that_cannot_be_looked_at_says_why(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / name
+    with pytest.raises(OSError, match="too long") as caught:
+        directory.mkdir(parents=True)
+    error = unusable(directory, caught.value, hint="another one")
+    assert isinstance(error, InfrastructureError)
+    assert error.message == f"{directory} cannot be used: File name too long"
