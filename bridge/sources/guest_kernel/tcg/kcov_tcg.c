@@ -3,7 +3,7 @@
  * kcov_tcg: a QEMU plugin that records PCs of a kernel built without CONFIG_KCOV, as the calls of
  * __sanitizer_cov_trace_pc() do in a kernel built with it.
  *
- * QEMU calls block_runs() before each basic block of kernel code that a vCPU executes. If the
+ * QEMU calls handle_block() before each basic block of kernel code that a vCPU executes. If the
  * current task owns an instance and is in its own kernel context, the plugin appends the block's PC
  * to the instance's area, at once and in order, as kernel/kcov.c does. The bridge writes the owner
  * of each instance to the plan (plan.h). The plugin reads the current task, and whether it is in an
@@ -11,7 +11,7 @@
  *
  * Without an owner the plugin watches no code, and QEMU translates as it does without a plugin.
  * Once there is an owner, the guest's module halts its vCPU, and QEMU translates all code again,
- * with calls of block_runs(). The module learns from the effect of its marker that watching has
+ * with calls of handle_block(). The module learns from the effect of its marker that watching has
  * started.
  *
  * The marker also shows where QEMU keeps the guest's memory: the module reports the marker's offset
