@@ -58,5 +58,4 @@ class BuildWithSources(build_py):
         return [*super().get_source_files(), *self._copies()]
 
 
-# The compiled parts side by side.
-setup(cmdclass={"build_py": BuildWithSources}, options={"build_ext": {"parallel": True}})
+setup(cmdclass={"build_py": BuildWithSources})
