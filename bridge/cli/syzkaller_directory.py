@@ -51,7 +51,7 @@ from bridge.guest.images.recipe import Sources
 from bridge.guest.images.store import image_directory
 from bridge.sources.guest_kernel import BLOCKS_FILE as KERNEL_BLOCKS_FILE
 from bridge.targets.registry import check_name
-from bridge.util.files import unusable, write_atomically
+from bridge.util.files import cannot_write, unusable, write_atomically
 from bridge.vm.accel import choose_accelerator
 
 __all__ = [
@@ -274,7 +274,7 @@ def prepare(
         if text and not _knows(checkout, directory):
             _tell(checkout, directory, refuse=start and campaign.only_target)
     except OSError as error:
-        raise unusable(directory, error, hint=_OTHER) from error
+        raise cannot_write(Path(error.filename or directory), error) from error
     return [str(checkout / _PROGRAMS[0]), f"-config={directory / 'manager.cfg'}"]
 
 
