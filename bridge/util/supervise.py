@@ -25,6 +25,9 @@ def start(program: list[str]) -> int:
     child = os.fork()
     if child:
         return child
+    # Python ignores these, and a program would go on to do so.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
     try:
         os.execvp(program[0], program)
     except OSError as error:

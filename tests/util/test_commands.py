@@ -47,6 +47,12 @@ def test_commands_run_what_cannot_be_executed_says_why(tmp_path: Path) -> None:
     assert os.strerror(errno.ENOENT) in caught.value.evidence
 
 
+def test_commands_run_what_writes_into_a_closed_pipe_ends_silently(tmp_path: Path) -> None:
+    commands = Commands(tmp_path / "log", Phases(lambda line: None))
+    commands.run(["sh", "-c", "yes | head -n 1"], what="writing")
+    assert commands.log.read_text().splitlines()[1:] == ["y"]
+
+
 def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
     commands = Commands(tmp_path / "log", Phases(lambda line: None))
     with pytest.raises(ImageError, match="no room"):
