@@ -32,6 +32,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
@@ -164,7 +165,11 @@ class BuiltProgram:
         record = os.open(self.directory / _RECORD, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.flock(record, operation | fcntl.LOCK_NB)
-            yield record
+            try:
+                yield record
+            finally:
+                # Processes that were forked meanwhile have it open, too.
+                fcntl.flock(record, fcntl.LOCK_UN)
         finally:
             os.close(record)
 
@@ -176,21 +181,33 @@ class BuiltProgram:
             CacheError: it cannot be removed.
         """
         # Another process may remove it at the same time.
-        with cache_errors(f"the program {self.name}"), contextlib.suppress(FileNotFoundError):
+        with (
+            cache_errors(f"the program {self.name}"),
+            contextlib.suppress(FileNotFoundError),
+            self.unused(),
+        ):
+            doomed = self.directory.with_name(f".rm-{self.directory.name}-{os.getpid()}")
+            self.directory.rename(doomed)
+            shutil.rmtree(doomed)
+
+    @contextlib.contextmanager
+    def unused(self) -> Iterator[None]:
+        """Keep others from using it; does nothing if somebody has removed it.
+
+        Raises:
+            UsageError: it is in use.
+        """
+        with contextlib.ExitStack() as stack:
             try:
-                with self._record_locked(fcntl.LOCK_EX):
-                    self._remove()
+                stack.enter_context(self._record_locked(fcntl.LOCK_EX))
+            except FileNotFoundError:
+                pass
             except BlockingIOError:
                 raise UsageError(
-                    f"the program {self.directory.name} is in use by a session, and was not "
-                    "removed",
+                    f"the program {self.directory.name} is in use by a session, and stays as it is",
                     hint="end what runs with this target first",
                 ) from None
-
-    def _remove(self) -> None:
-        doomed = self.directory.with_name(f".rm-{self.directory.name}-{os.getpid()}")
-        self.directory.rename(doomed)
-        shutil.rmtree(doomed)
+            yield
 
 
 @dataclass(frozen=True)
@@ -260,6 +277,7 @@ class Program:
         Raises:
             MissingDependencyError: this machine lacks what the build needs.
             TargetError: the source cannot be had, or does not compile.
+            UsageError: it is in use, and would be replaced.
             CacheError: the cache cannot be written.
         """
         place = self._place()
@@ -271,12 +289,15 @@ class Program:
             if not force and (built := BuiltProgram.load(place)) is not None:
                 return built
             phases = Phases(tell)
-            with cache_errors(f"the program {self.name}"):
+            with cache_errors(f"the program {self.name}"), contextlib.ExitStack() as stack:
+                with _unused(place):
+                    pass  # before it takes minutes
                 self._remove_partial(place.parent)
                 if shutil.disk_usage(place.parent).free < self.room:
                     raise disk_full(place.parent, self.room, product=self.name, error=TargetError)
                 with atomic_output(place) as part, self._log_kept(part, place):
                     self._make(part, place, phases, fd)
+                    stack.enter_context(_unused(place))
             built = BuiltProgram.load(place)
             if built is None:
                 raise TargetError(f"the program {self.name} was removed while it was built")
@@ -408,6 +429,12 @@ class Program:
                 error.hint = "; ".join(filter(None, (error.hint, f"all that it printed: {kept}")))
             raise
         kept.unlink(missing_ok=True)
+
+
+def _unused(place: Path) -> AbstractContextManager[None]:
+    """Keep others from using the program of a directory, if it has one; raises UsageError."""
+    built = BuiltProgram.load(place)
+    return built.unused() if built is not None else contextlib.nullcontext()
 
 
 def _printed(command: Sequence[str]) -> bytes | None:

@@ -319,9 +319,14 @@ def test_remove_of_a_program_that_runs_is_refused(programs: Path) -> None:
     try:
         with pytest.raises(UsageError, match="in use"):
             built.remove()
+        lines: list[str] = []
+        with pytest.raises(UsageError, match="in use"):
+            target.program.build(force=True, progress=lines.append)
+        assert not lines
         assert built.source.is_dir()
     finally:
         target.stop()
+    target.program.build(force=True, progress=silent)
     built.remove()
     with pytest.raises(MissingDependencyError, match="removed just now"):
         target.start()
