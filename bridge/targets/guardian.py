@@ -32,12 +32,12 @@ def main(argv: list[str]) -> int:
     if group:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(group, signal.SIGKILL)
-    import shutil  # takes longer to import than all the rest
-
     for _ in range(TRIES):
-        shutil.rmtree(directory, ignore_errors=True)
         if not os.path.lexists(directory):
             return 0
+        import shutil  # takes longer to import than all the rest
+
+        shutil.rmtree(directory, ignore_errors=True)
         # Processes that were killed may still have been writing.
         time.sleep(PAUSE_SECONDS)
     return 1

@@ -254,6 +254,9 @@ class ProgramTarget:
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         status = process.wait()
+        if not _group_exists(process.pid):
+            # Its number may be that of others from now on.
+            self._scratch.kill_with_us(0)
         if not self._stopping and (status or not self.ends_with_guest):
             said = self._written()
             report = _REPORT.search(said)
@@ -290,6 +293,16 @@ class ProgramTarget:
     def _forget(self) -> None:
         self._scratch.remove()
         self._place, self._port, self.pid = None, 0, 0
+
+
+def _group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _status(status: int) -> str:

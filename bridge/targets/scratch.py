@@ -92,23 +92,30 @@ class _Guardian:
     """
 
     def __init__(self, directory: Path) -> None:
-        # Forked processes inherit the pipe, programs do not.
-        reading, self._pipe = os.pipe()
         self._parent = os.getpid()
         try:
-            self._process = subprocess.Popen(
+            self._pipe, self._process = self._start(directory)
+        except OSError as error:
+            raise InfrastructureError(
+                f"the process that cleans up after a target cannot be started: {error.strerror}",
+                hint="end some programs, or raise the limits of processes and files (ulimit)",
+            ) from error
+
+    @staticmethod
+    def _start(directory: Path) -> tuple[int, subprocess.Popen[bytes]]:
+        # Forked processes inherit the pipe, programs do not.
+        reading, writing = os.pipe()
+        try:
+            return writing, subprocess.Popen(
                 [sys.executable, "-I", "-S", str(_GUARDIAN), str(directory)],
                 stdin=reading,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        except OSError as error:
-            os.close(self._pipe)
-            raise InfrastructureError(
-                f"the process that cleans up after a target cannot be started: {error.strerror}",
-                hint="end some programs, or raise the limits of processes and files (ulimit)",
-            ) from error
+        except BaseException:
+            os.close(writing)
+            raise
         finally:
             os.close(reading)
 
