@@ -134,7 +134,7 @@ class PollPolicy:
             if now - self.looked <= PREEMPTED_NS or not self._cpu_contended():
                 return True
             self.poll_until = 0
-            self._paused_until = now + MAX_PAUSE_NS
+            self._pause(now + MAX_PAUSE_NS)
             return False
         self.poll_until = 0
         self._fail(now)
@@ -149,6 +149,10 @@ class PollPolicy:
                 self._paused_until = 0
                 self._succeed()
 
+    def _pause(self, until: int) -> None:
+        self._paused_until = until
+        self._missed = 0
+
     def _succeed(self) -> None:
         """Shrink the pause."""
         self._pause_ns = max(self._pause_ns // 2, MIN_PAUSE_NS)
@@ -158,5 +162,5 @@ class PollPolicy:
         """Pause, and grow the pause."""
         self._failures += 1
         if self._failures > FREE_FAILURES or self._cpu_contended():
-            self._paused_until = max(self._paused_until, now + self._pause_ns)
+            self._pause(max(self._paused_until, now + self._pause_ns))
             self._pause_ns = min(2 * self._pause_ns, MAX_PAUSE_NS)

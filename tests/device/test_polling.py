@@ -176,6 +176,19 @@ def test_pause_goes_on_while_contended() -> None:
     assert any(loop.request(1) for _ in range(MISSED_REQUESTS + 1))
 
 
+def test_requests_of_an_earlier_pause_do_not_end_this_one() -> None:
+    loop = paused()
+    for after in (POLL_NS, *[1] * (MISSED_REQUESTS - 1)):
+        assert not loop.request(after)
+    loop.look(MAX_PAUSE_NS)
+    loop.poll()
+    loop.contended = True
+    assert not loop.keeps_polling(PREEMPTED_NS + 1)
+    loop.contended = False
+    assert not loop.request(1)
+    assert loop.policy.paused
+
+
 def test_failures_within_allowance_do_not_pause() -> None:
     loop = Loop()
     for _ in range(FREE_FAILURES):
