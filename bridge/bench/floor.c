@@ -6,7 +6,8 @@
  *	floor REGION-FD BYTES BELL-FD AREA-OFFSET busy|asleep NANOSECONDS
  *
  * "busy" looks at the shared word all the time, "asleep" waits for the doorbell's eventfd. Each
- * answer takes NANOSECONDS longer than it has to. Runs until it is killed. Every number of the layout comes from bridge/device/abi.py by floor.py.
+ * answer takes NANOSECONDS longer than it has to. Runs until it is killed. Every number of the layout
+ * comes from bridge/device/abi.py by floor.py.
  */
 #include <err.h>
 #include <poll.h>

@@ -100,7 +100,7 @@ class Report:
     native: dict[str, CodeFile] = field(default_factory=dict)
     """Lines and functions of native programs, by path."""
     native_covered: dict[ModuleIdentity, bytes] = field(default_factory=dict)
-    """Of each native module, by its key: a byte for each block, 1 if it was covered."""
+    """Of each native module: a byte for each block, 1 if it was covered."""
     lines_by_test: dict[str, dict[str, set[int]]] = field(default_factory=dict)
     """Statements that each test reached, by path."""
     calls: list[tuple[int, Call]] = field(default_factory=list)
