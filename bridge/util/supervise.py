@@ -6,9 +6,9 @@ Run as a script, by :mod:`bridge.util.commands`, as the leader of a session of i
 ``supervise.py BRIDGE PROGRAM [ARGUMENT ...]``
 
 A parent-death signal reaches one process, not the compilers that make and cargo start. So this
-process outlives the bridge, whatever kills that, and ends its own process group: first by SIGTERM,
-so that a program can clean up, then by SIGKILL. It ends as the program does. The script imports
-only what starts in a few milliseconds with ``-I -S``.
+process outlives the bridge, whatever kills that, and ends its own process group by SIGTERM, so that
+a program can clean up, then all of its session by SIGKILL: ninja gives each compiler a group. It
+ends as the program does. The script imports only what starts in a few milliseconds with ``-I -S``.
 """
 
 import os
@@ -45,6 +45,22 @@ def end_as(status: int) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
+def kill_session() -> None:
+    """Kill all processes of this one's session, and this one last."""
+    own = os.getpid()
+    # Twice, for those that are being started.
+    for _ in range(2):
+        with os.scandir("/proc") as entries:
+            processes = [int(entry.name) for entry in entries if entry.name.isdigit()]
+        for process in processes:
+            try:
+                if process != own and os.getsid(process) == own:
+                    os.kill(process, signal.SIGKILL)
+            except OSError:
+                continue
+    os.kill(own, signal.SIGKILL)
+
+
 def main(argv: list[str]) -> int:
     bridge, program = int(argv[1]), argv[2:]
     # A signal for the group is the program's; a handler does not outlast its exec.
@@ -71,7 +87,7 @@ def main(argv: list[str]) -> int:
     os.killpg(0, signal.SIGTERM)
     poll.unregister(bridge_fd)
     poll.poll(TERM_SECONDS * 1000)
-    os.killpg(0, signal.SIGKILL)
+    kill_session()
     return NOT_RUN
 
 

@@ -122,7 +122,9 @@ def test_a_killed_bridge_leaves_no_process_of_a_make(tmp_path: Path) -> None:
     makefile.write_text(
         f"all: {' '.join(map(str, jobs))}\n"
         f"{jobs[0]}: ; trap '' TERM; echo $$$$ >$@; while :; do sleep 1; done\n"
-        f"{' '.join(map(str, jobs[1:]))}: ; (sleep 600 & wait) & echo $$$$ >$@; wait\n"
+        f"{jobs[1]}: ; (sleep 600 & wait) & echo $$$$ >$@; wait\n"
+        # As those of ninja, in a group of its own.
+        f"{jobs[2]}: ; bash -c 'set -m; sleep 600 & echo $$$$ >$@; wait' & wait\n"
     )
     script = (
         "import sys\n"
