@@ -117,7 +117,8 @@ class ProgramTarget:
         self._covering: dict[str, str] = {}
         self._scratch = ScratchDirectory(type(self).__name__)
         self._place: Path | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        # The process group of the program; 0 once nobody is left in it.
+        self._group = 0
         self._stopping = False
         self._stack = ExitStack()
 
@@ -179,7 +180,7 @@ class ProgramTarget:
             stack.callback(self._forget)
             command = [str(word) for word in self.command()]
             process = self._launch(command)
-            self._process, self.pid = process, process.pid
+            self.pid = process.pid
             stack.callback(self._end, process)
             self.serves()
             self._wait_until_ready(process, command[0])
@@ -218,7 +219,8 @@ class ProgramTarget:
                     f"the program {command[0]} of the target {self.name} cannot be started: "
                     f"{error.strerror}"
                 ) from error
-        self._scratch.kill_with_us(process.pid)
+        self._group = process.pid
+        self._scratch.kill_with_us(self._group)
         return process
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes], program: str) -> None:
@@ -256,6 +258,7 @@ class ProgramTarget:
         status = process.wait()
         if not _group_exists(process.pid):
             # Its number may be that of others from now on.
+            self._group = 0
             self._scratch.kill_with_us(0)
         if not self._stopping and (status or not self.ends_with_guest):
             said = self._written()
@@ -285,8 +288,10 @@ class ProgramTarget:
                 process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 _log.warning("the program of the target %s did not end: it is killed", self.name)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+        group, self._group = self._group, 0
+        if group:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, signal.SIGKILL)
         process.wait()
         self._scratch.kill_with_us(0)
 

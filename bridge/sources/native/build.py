@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
-from bridge.errors import MissingDependencyError
+from bridge.errors import InfrastructureError, MissingDependencyError
 from bridge.util.cache import cache_errors, cache_folder
 from bridge.util.compile import COMPILER_REMEDY, CProgram, run_tool
 
@@ -85,7 +85,18 @@ class Runtime:
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """Variables with which a program gets this shared object, wherever it was linked."""
+        """Variables with which a program gets this shared object, wherever it was linked.
+
+        Raises:
+            InfrastructureError: the loader would split the path of the cache.
+        """
+        # ld.so(8): the directories are separated by either.
+        if any(each in str(self.directory) for each in ":;"):
+            raise InfrastructureError(
+                f"a covered program cannot be given what is in {self.directory}: the path has a "
+                "colon or a semicolon",
+                hint="name another cache: KCOV_BRIDGE_CACHE=DIR",
+            )
         given = os.environ.get("LD_LIBRARY_PATH")
         return {"LD_LIBRARY_PATH": f"{self.directory}{f':{given}' if given else ''}"}
 

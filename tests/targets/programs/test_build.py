@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from bridge.cli.main import main
-from bridge.errors import MissingDependencyError, TargetError, UsageError
-from bridge.sources.native.build import build_runtime
+from bridge.errors import InfrastructureError, MissingDependencyError, TargetError, UsageError
+from bridge.sources.native.build import Runtime, build_runtime
 from bridge.sources.native.source import NativeSource
 from bridge.targets.programs import PROGRAMS, target_class
 from bridge.targets.programs.build import BuiltTarget, Program, Step, built_programs
@@ -438,3 +438,10 @@ def test_target_rm_all_leaves_what_is_in_use(
     said = capsys.readouterr()
     assert "1 of 4 programs were not removed: nbdkit" in said.err
     assert "in use by a session" in said.err
+
+
+@pytest.mark.parametrize("name", ["a:b", "a;b"])
+def test_run_time_in_a_directory_that_the_loader_would_split_is_refused(name: str) -> None:
+    with pytest.raises(InfrastructureError, match="colon or a semicolon") as raised:
+        _ = Runtime(Path("/cache") / name).environment
+    assert "KCOV_BRIDGE_CACHE" in raised.value.hint
