@@ -66,6 +66,7 @@ def test_locked_second_process_waits_with_one_line(tmp_path: Path) -> None:
 
 def test_locked_holder_killed_lock_goes_with_its_last_child(tmp_path: Path) -> None:
     path = tmp_path / "it"
+    # When the holder is killed, the program gets SIGTERM first (bridge.util.supervise).
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
@@ -73,7 +74,7 @@ def test_locked_holder_killed_lock_goes_with_its_last_child(tmp_path: Path) -> N
         "from bridge.util.cache import locked\n"
         "with locked(Path(sys.argv[1]), 'it', print) as fd:\n"
         "    commands = Commands(Path(sys.argv[1] + '.log'), Phases(print), (fd,))\n"
-        "    commands.run(['sh', '-c', 'echo on; exec sleep 1'], what='sleeping')\n"
+        "    commands.run(['sh', '-c', 'trap \"\" TERM; echo on; exec sleep 2'], what='sleeping')\n"
     )
     builder = subprocess.Popen([sys.executable, "-c", script, str(path)], cwd=ROOT)
     log = tmp_path / "it.log"
