@@ -218,7 +218,7 @@ def prepare(
     Raises:
         UsageError: the checkout is too old or not built, or does not know the calls that reach
             the target while nothing else is to be called; flags exclude each other; the machine
-            has too little memory; the directory is none; or a manager runs in it.
+            has too little memory; the directory is a file; or a manager runs in it.
         BridgeError: no guest can be started.
     """
     checkout = checkout.expanduser().absolute()

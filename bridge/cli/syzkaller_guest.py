@@ -49,7 +49,7 @@ has what programs need: the manager does not notice if they have no coverage, or
 
 _LAST_LOOK_SECONDS = 2.0
 """So long the end waits for a look that is going on, because names that come while the results are
-written would break them. A guest that does not answer any more tells no names."""
+written would break them. A guest that no longer answers tells no names."""
 
 _KCOV = "/sys/kernel/debug/kcov"
 _KCOV_SECONDS = 30.0
