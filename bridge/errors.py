@@ -14,6 +14,7 @@ and, where there is one, a hint that says what to do next.
 from __future__ import annotations
 
 __all__ = [
+    "LIMITS_HINT",
     "BootTimeoutError",
     "BridgeError",
     "CacheError",
@@ -37,6 +38,9 @@ __all__ = [
     "UnwatchableError",
     "UsageError",
 ]
+
+LIMITS_HINT = "end some programs, or raise the limits of processes and files (ulimit)"
+"""What to do when a process cannot be started."""
 
 
 class BridgeError(Exception):

@@ -57,7 +57,7 @@ def mounts_of(guest: Guest) -> list[str]:
 
 
 def lost_mount(guest: Guest, mounts: Sequence[str]) -> str:
-    """Return which of these mounts is of no use any more, and why; "" if all are well.
+    """Return which of these mounts no longer works, and why; "" if all do.
 
     A program may unmount one in the guest, or with MNT_FORCE in a sandbox, after which all calls
     on it fail everywhere; and a target may cut a mount's connection.

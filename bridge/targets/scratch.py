@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bridge.errors import InfrastructureError
+from bridge.errors import LIMITS_HINT, InfrastructureError
 
 __all__ = ["ScratchDirectory"]
 
@@ -98,7 +98,7 @@ class _Guardian:
         except OSError as error:
             raise InfrastructureError(
                 f"the process that cleans up after a target cannot be started: {error.strerror}",
-                hint="end some programs, or raise the limits of processes and files (ulimit)",
+                hint=LIMITS_HINT,
             ) from error
 
     @staticmethod

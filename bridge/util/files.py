@@ -200,7 +200,7 @@ def _is_directory(path: Path) -> bool:
 
 def unusable(directory: Path, error: OSError, *, hint: str) -> BridgeError:
     """Return the error of a directory that nothing can be written to."""
-    # What cannot be looked at is none that a file is in the place of.
+    # A path that may not be looked at counts as no file.
     with contextlib.suppress(OSError):
         for each in (directory, *directory.parents):
             if each.exists() and not each.is_dir():

@@ -27,7 +27,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from queue import SimpleQueue
 
-from bridge.errors import InfrastructureError, MissingDependencyError
+from bridge.errors import LIMITS_HINT, InfrastructureError, MissingDependencyError
 
 __all__ = ["STDERR_LIMIT", "Process", "spawn"]
 
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 STDERR_LIMIT = 64 * 1024
 """Bytes at the end of a program's stderr that are kept."""
 
-_LIMITS = "end some programs, or raise the limits of processes and files (ulimit)"
 _LAUNCHER = Path(__file__).with_name("launch.py")
 
 
@@ -201,7 +200,9 @@ def spawn(
     try:
         _spawner().put(order)
     except RuntimeError as error:
-        raise InfrastructureError(f"{name} could not be started: {error}", hint=_LIMITS) from error
+        raise InfrastructureError(
+            f"{name} could not be started: {error}", hint=LIMITS_HINT
+        ) from error
     try:
         return order.result.result()
     except BaseException:
@@ -255,7 +256,7 @@ class _Order:
             raise InfrastructureError(
                 f"{self.name} could not be started: {error.strerror}",
                 evidence=shlex.join(self.command),
-                hint=_LIMITS,
+                hint=LIMITS_HINT,
             ) from error
         finally:
             os.close(reading)
@@ -282,7 +283,7 @@ class _Order:
             raise InfrastructureError(
                 f"{self.name} could not be started: {getattr(error, 'strerror', None) or error}",
                 evidence=shlex.join(self.command),
-                hint=_LIMITS,
+                hint=LIMITS_HINT,
             ) from error
 
 
