@@ -44,6 +44,8 @@ enum { SLOTS = 2, REQUESTS = 3, RESPONSES = 4, AREAS = 5, KICK = 16 };
 /* Words of a request and of a response; each takes 8. */
 enum { SEQ, OP, GENERATION, TASK, ARG0, ARG1, ARG2 };
 enum { AREA_OFFSET = 2 };
+/* KB_OP_MAP */
+enum { MAP = 2 };
 
 static volatile uint64_t *region;
 static volatile uint32_t *registers;
@@ -165,35 +167,56 @@ static uint64_t *kcov_open(int *fd, uint64_t size)
 	return area == MAP_FAILED ? NULL : area;
 }
 
+/* The slot of the area that begins with @first, mapped since the slots had the sequence numbers
+ * @before. A slot that an earlier storm wrote to may name the same area, so its MAP must be new.
+ */
+static uint64_t slot_of(uint64_t first, const uint64_t *before)
+{
+	uint64_t found = slots;
+
+	for (uint64_t slot = 0; slot < slots; slot++) {
+		uint64_t start = region[responses + slot * 8 + AREA_OFFSET] / 8;
+		const volatile uint64_t *request = &region[requests + slot * 8];
+
+		if (start < areas || start >= words || region[start] != first ||
+		    request[SEQ] == before[slot] || request[OP] != MAP)
+			continue;
+		if (found != slots) {
+			fprintf(stderr, "slots %lu and %lu have the same area\n",
+				(unsigned long)found, (unsigned long)slot);
+			exit(2);
+		}
+		found = slot;
+	}
+	return found;
+}
+
 static void set_out_canaries(void)
 {
+	uint64_t *before = calloc(slots, sizeof(*before));
 	int fd;
 
 	/* The first area has an address that is easily hit by chance: not a canary's. */
-	if (!kcov_open(&fd, CANARY_WORDS))
+	if (!before || !kcov_open(&fd, CANARY_WORDS))
 		die(DEVICE);
 	for (int i = 0; i < CANARIES; i++) {
 		struct canary *canary = &canaries[i];
 
+		for (uint64_t slot = 0; slot < slots; slot++)
+			before[slot] = region[requests + slot * 8 + SEQ];
 		canary->area = kcov_open(&fd, CANARY_WORDS);
 		if (!canary->area)
 			die("a canary");
 		for (int word = 0; word < CANARY_WORDS; word++)
 			canary->area[word] = pattern(i, word);
-		canary->slot = slots;
-		for (uint64_t slot = 0; slot < slots; slot++) {
-			uint64_t start = region[responses + slot * 8 + AREA_OFFSET] / 8;
-
-			if (start >= areas && start < words && region[start] == pattern(i, 0)) {
-				canary->slot = slot;
-				canary->start = start;
-			}
-		}
+		canary->slot = slot_of(pattern(i, 0), before);
 		if (canary->slot == slots) {
 			fprintf(stderr, "canary %d is nowhere in the region\n", i);
 			exit(2);
 		}
+		canary->start = region[responses + canary->slot * 8 + AREA_OFFSET] / 8;
 	}
+	free(before);
 }
 
 static int touched_canaries(void)

@@ -18,6 +18,7 @@ import pytest
 import bridge
 from bridge.session.session import Session
 from bridge.targets import TARGET_ADDRESS
+from tests.support.hangs import run_or_tell
 from tests.support.programs import guest_program
 
 pytestmark = pytest.mark.vm
@@ -251,7 +252,7 @@ def test_answers(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         # Nearly each call is a request where the answers do not come by TCP.
         quiet = 100 if target == TARGET else 4
         words += [str(THREADS), str(calls), SEED, str(quiet)]
-        result = session.run(words, timeout=120 + calls / 500)
+        result = run_or_tell(session, words, timeout=120 + calls / 500)
         told = session.doorbell.counters.requests - before
         print(result.text, result.stderr.decode(), f"told {told}")
         assert result.exit_status == 0, result.text + result.stderr.decode()
