@@ -207,8 +207,8 @@ class Doorbell(Generic[C]):
         self._answered: list[int] = [0] * SLOTS
         self._repair_at = 0
         self._guest_counts = (0, 0)
-        # What guests counted before they were reset: time-outs, skipped returns, untraced threads.
-        self._counted_before = (0, 0, 0)
+        # Its time-outs, skipped returns and untraced threads, when they were looked at.
+        self._guest_words = (0, 0, 0)
         self._epoch_changes = 0
         self._relayed = False
         self._coverage_epoch = 0
@@ -319,7 +319,7 @@ class Doorbell(Generic[C]):
             self._end(slot, kcov)
         # Their words in the header start at 0 again.
         self.look_at_guest()
-        self._counted_before = (self.guest_timeouts, self.guest_skipped, self.guest_untraced)
+        self._guest_words = (0, 0, 0)
         self._region.clear()
         # In place, because the compiled part shares these lists.
         self._handled[:] = self._answered[:] = [0] * SLOTS
@@ -340,10 +340,22 @@ class Doorbell(Generic[C]):
 
         On the doorbell's thread (see :meth:`call`).
         """
-        timeouts, skipped, untraced = self._counted_before
-        self.guest_timeouts = timeouts + self._control[HeaderWord.GUEST_TIMEOUTS]
-        self.guest_skipped = skipped + self._control[HeaderWord.GUEST_SKIPPED]
-        self.guest_untraced = untraced + self._control[HeaderWord.GUEST_UNTRACED]
+        control = self._control
+        words = (
+            control[HeaderWord.GUEST_TIMEOUTS],
+            control[HeaderWord.GUEST_SKIPPED],
+            control[HeaderWord.GUEST_UNTRACED],
+        )
+        # A word is less than before if the module was loaded again, or over what a hostile guest
+        # had written. What it counts now is new then.
+        timeouts, skipped, untraced = (
+            now - before if now >= before else now
+            for now, before in zip(words, self._guest_words, strict=True)
+        )
+        self._guest_words = words
+        self.guest_timeouts += timeouts
+        self.guest_skipped += skipped
+        self.guest_untraced += untraced
         self._look_for_answers()
 
     def _look_for_answers(self) -> None:

@@ -332,6 +332,16 @@ def test_reset_keeps_what_the_guest_counted_before(bench: Bench) -> None:
     assert doorbell.guest_untraced == 13
 
 
+def test_look_at_guest_counts_what_comes_after_any_value(bench: Bench) -> None:
+    control, doorbell = bench.guest.control, bench.doorbell
+    sums = []
+    for count in (4, 4, 2**63, 1, 3):
+        control[HeaderWord.GUEST_UNTRACED] = count
+        doorbell.call(doorbell.look_at_guest)
+        sums.append(doorbell.guest_untraced)
+    assert sums == [4, 4, 2**63, 2**63 + 1, 2**63 + 3]
+
+
 class Hanging:
     """Stands for QEMU's plugin where it hangs while it writes, so that nothing can be detached."""
 
