@@ -23,8 +23,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # The Pythons that `make test-all` looks for, on PATH and among pyenv's.
 PYTHONS ?= 3.11 3.12 3.13
 
-# How pytest runs tests side by side: whole files, two at a time. `make test ARGS=-n0` runs one after
-# the other; so does --pdb.
+# How pytest runs tests side by side: whole files; tests/conftest.py says how many at a time.
+# `make test ARGS=-n0` runs one after the other; so does --pdb.
 WORKERS ?= -n auto --dist loadfile --no-loadscope-reorder
 
 # Mutations of `make storm`, calls of `make answers`.

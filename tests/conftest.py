@@ -32,7 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "guest(**settings): the fixture session has a guest with these settings of bridge.boot",
     )
-    config.addinivalue_line("markers", "first: builds a guest image that few others need")
+    config.addinivalue_line(
+        "markers", "first: takes long, and does not begin with the default guest image"
+    )
     config.stash[_GUESTS] = Guests()
     # A shell has its background jobs ignore SIGINT and SIGQUIT, nohup SIGHUP; children inherit it.
     for number in _SIGNALS:
@@ -47,8 +49,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A guest takes up to two processors, its own and the one of the host code that serves it."""
-    return max(2, (os.cpu_count() or 1) // 2)
+    """A guest takes up to two processors, its own and the one of the host code that serves it; but
+    a test waits for a good part of its time, so three keep two processors busy."""
+    return max(3, (os.cpu_count() or 1) // 2)
 
 
 @pytest.hookimpl(trylast=True)
@@ -56,7 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     order(items)
     if hasattr(config, "workerinput"):
         # Workers take file by file: the long ones first, so that none is left at the end. Where the
-        # cache is empty, one builds the default image meanwhile, instead of waiting for it.
+        # cache is empty, one builds the default image; the others have what to do meanwhile.
         items.sort(key=lambda item: [item.get_closest_marker(n) is None for n in ("first", "vm")])
 
 

@@ -22,6 +22,8 @@ from tests.support import MARK, wait_until_gone
 from tests.support.dask import Scheduler
 from tests.support.fuzz_jobs import FailingJob, PlayedJob, PrintingJob, stream_pcs
 
+pytestmark = pytest.mark.first
+
 LENGTH = 120
 VALUES = {"length": LENGTH, "rate": 40, "finding": True}
 EVERYTHING = stream_pcs(0, LENGTH) | stream_pcs(1, LENGTH)
