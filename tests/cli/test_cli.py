@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +27,7 @@ from bridge.errors import (
     RunTimeoutError,
     UsageError,
 )
-from tests.support import Program
+from tests.support import ROOT, Program
 
 Runner = Callable[[Settings, list[str]], int]
 
@@ -240,6 +241,33 @@ def test_main_signal_ends_it_after_the_clean_up(number: signal.Signals, status: 
     assert out == "cleaned up\n"
     assert err.endswith("kcov-bridge: interrupted\n")
     assert "Traceback" not in err
+
+
+EARLY = """
+    import sys, time
+    import bridge.__main__
+
+    class Slow:
+        def find_spec(self, name, path=None, target=None):
+            if name == "bridge.cli.main":
+                print("importing", flush=True)
+                time.sleep(60)
+
+    sys.meta_path.insert(0, Slow())
+    bridge.__main__.main()
+"""
+
+
+def test_interrupt_while_the_command_is_imported_ends_it_quietly() -> None:
+    program = [sys.executable, "-c", textwrap.dedent(EARLY)]
+    with Program(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.line() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (130, "kcov-bridge: interrupted\n")
+    # What pip makes of it is such a program.
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"]["kcov-bridge"] == "bridge.__main__:main"
 
 
 def test_signal_ignored_at_start_stays_ignored() -> None:
