@@ -23,6 +23,9 @@ PR_SET_NO_NEW_PRIVS = 38
 
 def main(argv: list[str]) -> int:
     parent, error_fd, program = int(argv[1]), int(argv[2]), argv[4:]
+    # Python ignores it, and the exec would preserve that. SIGXFSZ stays ignored: a program that
+    # meets a limit of file sizes then says what it could not write.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.set_inheritable(error_fd, False)
     libc = ctypes.CDLL(None, use_errno=True)
     if (

@@ -72,6 +72,13 @@ def test_join_output_keeps_stdout_beside_stderr() -> None:
     assert process.stderr_text == "out\noops\n"
 
 
+def test_spawn_program_gets_the_default_of_sigpipe() -> None:
+    with spawn(["grep", "SigIgn", "/proc/self/status"], join_output=True) as process:
+        assert process.wait(10)
+    ignored = int(process.stderr_text.split()[1], 16)
+    assert not ignored & 1 << signal.SIGPIPE - 1
+
+
 def test_how_it_ended_signal_is_named() -> None:
     with spawn(["sleep", "300"]) as process:
         assert process.running
