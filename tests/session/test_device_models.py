@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,11 @@ def test_check_finds_a_program_at_a_long_path(tmp_path: Path) -> None:
                     with pytest.raises(MissingDependencyError, match="of some-qemu are not"):
                         models.check(running.pid, "some-qemu")
                     continue
+                deadline = time.monotonic() + 60
                 while not models.native.consume():
                     assert running.poll() is None
+                    assert time.monotonic() < deadline
+                    time.sleep(0.005)
                 models.check(running.pid, "some-qemu")
     finally:
         models.close()
