@@ -13,8 +13,8 @@ from bridge.bench.plot import plot
 from bridge.bench.suite import choose, measurements, take, title
 from bridge.bench.table import render
 from bridge.cli.arguments import add_settings, settings_of
-from bridge.errors import InfrastructureError, UsageError
-from bridge.util.files import write_atomically
+from bridge.errors import InfrastructureError
+from bridge.util.files import check_output, write_atomically
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print, write; return 0 if all was measured, whether or not the aims are met.
 
     Raises:
-        UsageError: a measurement or a directory does not exist.
+        UsageError: a measurement or a directory does not exist; before anything is measured.
         InfrastructureError: something could not be measured or written; the rest is printed first.
     """
     known = measurements()
@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
     output = None if str(args.output) == "-" else args.output
     as_json = args.json or output is None
     for path in (output, args.plot):
-        if path is not None and not path.parent.is_dir():
-            raise UsageError(f"there is no directory {path.parent} to write {path.name} into")
+        if path is not None:
+            check_output(path)
     head, results = take(chosen, settings, quick=args.quick)
     document = describe(head, results)
     text = json.dumps(document, indent=1) + "\n"

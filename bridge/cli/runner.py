@@ -31,7 +31,7 @@ from bridge.trace import Call, TraceHeader, TraceWriter
 from bridge.trace.perfetto import PERFETTO_FILE, write_perfetto
 from bridge.trace.text import render_trace
 from bridge.trace.trace_file import TRACE_FILE
-from bridge.util.files import remove, remove_partial, unusable, write_stream
+from bridge.util.files import check_output, remove, remove_partial, unusable, write_stream
 from bridge.util.resources import guest_directory
 
 __all__ = ["claimed", "clear", "noted", "run", "shell"]
@@ -65,7 +65,7 @@ def run(
         The command's exit status.
 
     Raises:
-        UsageError: another run is writing to ``settings.out``.
+        UsageError: another run is writing to ``settings.out``; there is no place for ``trace``.
         BridgeError: what ended the run.
     """
     if not command and settings.target in PROGRAMS:
@@ -79,6 +79,10 @@ def run(
         )
     with claimed(settings.out) as out:
         clear(out)
+        if trace is not None and trace != "-":
+            # A target may change the working directory.
+            trace = str(Path(trace).absolute())
+            check_output(Path(trace))
         return _run(settings, out, command, streams, trace)
 
 

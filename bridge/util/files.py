@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ __all__ = [
     "FileWriter",
     "atomic_output",
     "cannot_write",
+    "check_output",
     "remove",
     "remove_partial",
     "remove_partials",
@@ -121,15 +124,44 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 def write_stream(path: Path, pieces: Iterable[bytes | str]) -> None:
     """Write a file of many pieces, whole or not at all. Text is encoded as UTF-8.
 
+    A pipe or a device is written to, and not replaced.
+
     Raises:
         InfrastructureError: the file cannot be written.
     """
     try:
-        with atomic_output(path) as part, part.open("wb") as file:
+        with (
+            contextlib.nullcontext(path) if _is_stream(path) else atomic_output(path) as part,
+            part.open("wb") as file,
+        ):
             for piece in pieces:
                 file.write(
                     piece.encode(errors="backslashreplace") if isinstance(piece, str) else piece
                 )
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def check_output(path: Path) -> None:
+    """Raise now what :func:`write_stream` would raise at the end of a long work.
+
+    A file that is there stays as it is; that the disk may become full is not foreseen.
+
+    Raises:
+        UsageError: ``path`` is a directory, or in none.
+        InfrastructureError: it cannot be written.
+    """
+    try:
+        if path.is_dir():
+            raise UsageError(f"cannot write {path}: it is a directory")
+        if not path.parent.is_dir():
+            raise UsageError(f"there is no directory {path.parent} to write {path.name} into")
+        if _is_stream(path):
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        else:
+            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent):
+                pass
     except OSError as error:
         raise cannot_write(path, error) from error
 
@@ -196,6 +228,14 @@ def _sync_one(path: Path) -> None:
 
 def _is_directory(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
+
+
+def _is_stream(path: Path) -> bool:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
 
 
 def unusable(directory: Path, error: OSError, *, hint: str) -> BridgeError:

@@ -368,6 +368,7 @@ def test_bench_list_names_all_measurements(capsys: pytest.CaptureFixture[str]) -
         (["--only", ","], "there is no measurement"),
         (["-o", "/nowhere/at/all.json"], "there is no directory /nowhere/at"),
         (["--plot", "/nowhere/all.svg"], "there is no directory /nowhere"),
+        (["-o", "/"], "cannot write /: it is a directory"),
     ],
 )
 def test_wrong_usage_is_told_before_anything_is_measured(

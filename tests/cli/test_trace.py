@@ -59,6 +59,18 @@ def test_run_trace_prints_and_leaves_the_calls(tmp_path: Path) -> None:
     assert text.read_text().splitlines()[-1] == 'openat(AT_FDCWD, "/tmp/fifo", O_RDONLY) = ?'
 
 
+def test_run_trace_that_cannot_be_written_is_said_before_the_boot(tmp_path: Path) -> None:
+    for place, status, message in (
+        (tmp_path / "missing" / "trace", 2, "there is no directory"),
+        (tmp_path, 2, "it is a directory"),
+        (tmp_path / ("n" * 300), 125, "File name too long"),
+    ):
+        said = bridge("run", "--out", tmp_path / "out", f"--trace={place}", status=status).stderr
+        assert message in said
+        assert "booting" not in said
+        assert "accelerator" not in said
+
+
 def test_trace_table_and_functions(tmp_path: Path) -> None:
     with TraceWriter(tmp_path / "trace.jsonl", TraceHeader()) as writer:
         writer.write_all([*CALLS, replace(CALLS[1], kernel=tuple("abcdefgh"))])

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from bridge.errors import InfrastructureError
+from bridge.errors import InfrastructureError, UsageError
 from bridge.util.files import (
     atomic_output,
+    check_output,
     remove,
     remove_partial,
     remove_partials,
@@ -144,6 +145,36 @@ def test_remove_takes_files_links_trees_and_nothing(tmp_path: Path) -> None:
     for name in ("file", "tree", "nothing"):
         remove(tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+def test_check_output_says_it_and_leaves_what_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    check_output(path)
+    assert list(tmp_path.iterdir()) == []
+    path.write_text("kept")
+    check_output(path)
+    assert path.read_text() == "kept"
+    assert list(tmp_path.iterdir()) == [path]
+    for wrong in (tmp_path, path / "below", tmp_path / "missing" / "file"):
+        with pytest.raises(UsageError, match="directory"):
+            check_output(wrong)
+    for wrong in (Path("/proc/file"), tmp_path / ("n" * 300)):
+        with pytest.raises(InfrastructureError, match=r"cannot write .*: (No such|File name too)"):
+            check_output(wrong)
+
+
+def test_write_atomically_to_a_pipe_does_not_replace_it(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        for path in (pipe, Path(f"/proc/self/fd/{reader}")):
+            check_output(path)
+            write_atomically(path, "text")
+            assert os.read(reader, 10) == b"text"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
 
 
 @pytest.mark.parametrize("name", ["a" * 300, f"{'a' * 300}/b"])
