@@ -68,6 +68,10 @@ _STEADY_CLOCK = "tsc=unstable"
 """TCG's time-stamp counter belongs to QEMU's process and is not rewound with the guest
 (``cpu_get_ticks`` in QEMU). The guest would see a jump into the future, and report its tasks as
 locked up. The ACPI timer is rewound."""
+_NO_TIMER_CHECK = "no_timer_check"
+"""Linux counts the timer's interrupts while it boots, and panics ("IO-APIC + timer doesn't work")
+where a busy host delays them: ``timer_irq_works`` in arch/x86/kernel/apic/io_apic.c. Under KVM it
+leaves this out by itself."""
 
 
 CORE_DUMPS = "/tmp/kcov-bridge.core."
@@ -235,6 +239,8 @@ class ProjectImage:
         """See :class:`GuestImage`. ``settings.kernel`` replaces the image's kernel."""
         image = self._image
         cmdline = image.cmdline
+        if accelerator.name == "tcg":
+            cmdline = f"{cmdline} {_NO_TIMER_CHECK}"
         if settings.snapshot and accelerator.name == "tcg":
             cmdline = f"{cmdline} {_STEADY_CLOCK}"
         if settings.diagnose:

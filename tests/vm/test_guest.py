@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from bridge.config import Settings
 from bridge.device.ivshmem import IvshmemServer
 from bridge.device.region import Region
 from bridge.errors import (
@@ -22,10 +23,11 @@ from bridge.errors import (
     GuestPoweredOffError,
     RunTimeoutError,
 )
+from bridge.guest.guest_image import ProjectImage
 from bridge.guest.images import Image
 from bridge.guest.ssh import SshGuest
 from bridge.targets import TARGET_ADDRESS, Endpoint
-from bridge.vm.accel import choose_accelerator
+from bridge.vm.accel import Accelerator, choose_accelerator
 from bridge.vm.agent import Ready
 from bridge.vm.config import MachineConfig
 from bridge.vm.machine import Ending, Machine, State
@@ -50,6 +52,16 @@ class Booted:
 @pytest.fixture(scope="module")
 def image() -> Image:
     return guest_image()
+
+
+def test_guest_under_tcg_does_not_check_its_timer(image: Image) -> None:
+    """A busy host would fail that check, which is a panic."""
+    for accelerator, wanted in (
+        (Accelerator("tcg", "test"), True),
+        (Accelerator("kvm", "test"), False),
+    ):
+        config = ProjectImage(image).machine_config(Settings(), accelerator)
+        assert ("no_timer_check" in config.cmdline.split()) == wanted
 
 
 @contextlib.contextmanager

@@ -620,7 +620,7 @@ class _Builder:
                 *(qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
                 *("-machine", "q35", "-accel", "tcg", "-cpu", "max,la57=off", "-m", "256"),
                 *("-kernel", "vmlinux", "-initrd", "initrd.img", "-serial", "stdio"),
-                *("-append", "console=ttyS0 quiet panic=-1 kcov_init.symbols"),
+                *("-append", "console=ttyS0 quiet panic=-1 no_timer_check kcov_init.symbols"),
                 *("-drive", f"{drive}root.squashfs,id=root,readonly=on"),
                 *("-device", "virtio-blk-pci,drive=root"),
                 *("-drive", f"{drive}symbols,id=symbols"),
