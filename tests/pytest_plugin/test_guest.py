@@ -442,14 +442,14 @@ def test_guest_tests_of_one_machine_run_together(run: Run) -> None:
         def test_a(guest):
             seen.append(pid(guest))
 
-        @pytest.mark.guest(memory=192)
+        @pytest.mark.guest(syscall_pcs=True)
         def test_b(guest):
             seen.append(pid(guest))
 
         def test_c(guest):
             seen.append(pid(guest))
 
-        @pytest.mark.guest(memory=192)
+        @pytest.mark.guest(syscall_pcs=True)
         def test_d(guest):
             assert pid(guest) == seen[2] != seen[0] == seen[1]
         """
