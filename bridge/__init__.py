@@ -18,9 +18,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import TYPE_CHECKING, Any
 
+# Of this name type checkers know what it means. The module typing takes as long to import as all
+# else here, and the command wants Ctrl-C to work soon.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from bridge.config import Settings
     from bridge.errors import (
         BootTimeoutError,
