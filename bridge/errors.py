@@ -79,7 +79,7 @@ class InfrastructureError(BridgeError):
 
 
 class IncompleteError(InfrastructureError):
-    """A command ran, but not all that it covered could be kept."""
+    """Not all that a command covered could be kept, or it was not run."""
 
 
 class MissingDependencyError(InfrastructureError):

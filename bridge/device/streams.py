@@ -366,6 +366,7 @@ class Stream:
 
     Attributes:
         number: the stream's name for the guest, which cannot guess it.
+        joined: whether any thread has traced into it.
         untraced: number of processes and threads that could not be traced.
         dropped: number of comparisons of its threads that are missing, or of PCs that had no room
             in an area.
@@ -388,6 +389,7 @@ class Stream:
         self.comparisons = comparisons
         self.calls = calls
         self.unique_per_call = unique_per_call
+        self.joined = False
         self.untraced = 0
         self.dropped = 0
         self.failure: SourceError | None = None
@@ -413,6 +415,7 @@ class Stream:
 
     def begin(self, thread: object) -> None:
         """Add a thread, any object, which traces into the stream from now on."""
+        self.joined = True
         self._open[thread] = array("Q")
 
     def record(self, thread: object, words: bytes) -> None:

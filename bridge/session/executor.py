@@ -15,7 +15,7 @@ from bridge.device.abi import SLOTS, Comparison
 from bridge.device.calls import CallBook, LoggedCalls
 from bridge.device.streams import Stream
 from bridge.errors import DoorbellError, IncompleteError, RunTimeoutError
-from bridge.guest.guest import line_of
+from bridge.guest.guest import EVIDENCE, line_of
 from bridge.session.device_host import DeviceHost, reason_of
 from bridge.sources.comparisons import LIMIT as COMPARISONS_LIMIT
 from bridge.trace.call import Call
@@ -238,6 +238,14 @@ class GuestExecutor:
             raise
         finally:
             stream.finish()
+        if not stream.joined:
+            # Its process joins the stream before it executes the command.
+            raise IncompleteError(
+                f"the command was not run, because it could not be traced: {line_of(command)}",
+                evidence=result.stderr[-EVIDENCE:].decode(errors="replace"),
+                hint="the guest's message says why; if this machine did not answer the guest in "
+                "time, run the command again while it is less busy",
+            )
         failure = self._device.doorbell.last_failure
         if self._device.source_failures > failures and failure is not None:
             reason, evidence = reason_of(failure)

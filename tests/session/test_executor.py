@@ -32,12 +32,21 @@ class Source:
 
 
 class Here:
-    """Stands for the guest: a command is a function of this process."""
+    """Stands for the guest: a command is a function of this process, which covers nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: DeviceHost) -> None:
         self.command: Callable[[], object] = lambda: None
+        self.joins = True
+        self._host = host
 
     def run(self, command: Sequence[str], **_: object) -> CommandResult:
+        if not self.joins:
+            return CommandResult(125, b"", b"kcov-exec: Input/output error", False, 0.0)
+        device = self._host.device
+        kcov = self._host.call(device.open)
+        stream = int(command[command.index("-s") + 1], 0)
+        assert self._host.call(lambda: device.join_stream(kcov, 1, stream)) == 0
+        self._host.call(lambda: device.release(kcov))
         self.command()
         return CommandResult(0, b"", b"", False, 0.0)
 
@@ -49,13 +58,13 @@ def source() -> Source:
 
 @pytest.fixture
 def host(source: Source) -> Iterator[DeviceHost]:
-    with DeviceHost(1 << 20, source=source) as host:
+    with DeviceHost(1 << 20, source=source, syscall_comparisons=True) as host:
         yield host
 
 
 @pytest.fixture
-def guest() -> Here:
-    return Here()
+def guest(host: DeviceHost) -> Here:
+    return Here(host)
 
 
 @pytest.fixture
@@ -100,6 +109,13 @@ def test_kcov_source_fails_meanwhile_is_incomplete(
     assert len(cut_off) == 2
     guest.command = lambda: None
     assert kcov(executor) == 0, "what was before is no matter of this command"
+
+
+def test_kcov_that_cannot_join_is_an_error(executor: GuestExecutor, guest: Here) -> None:
+    guest.joins = False
+    with pytest.raises(IncompleteError, match=r"the command was not run, .*: true$") as raised:
+        kcov(executor)
+    assert raised.value.evidence == "kcov-exec: Input/output error"
 
 
 def test_compare_source_fails_meanwhile_is_incomplete(
