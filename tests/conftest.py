@@ -49,9 +49,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A guest takes up to two processors, its own and the one of the host code that serves it; but
-    a test waits for a good part of its time, so three keep two processors busy."""
-    return max(3, (os.cpu_count() or 1) // 2)
+    """A guest takes up to two processors, its own and the one of the host code that serves it."""
+    return max(2, (os.cpu_count() or 1) // 2)
 
 
 @pytest.hookimpl(trylast=True)
