@@ -19,15 +19,22 @@ for task in /proc/[0-9]*/task/*; do
     echo $task; head -1 $task/syscall; cat $task/stack; grep ctxt $task/status
   fi
 done
-ss -tanpoi; tail -3 /proc/interrupts; dmesg | tail -5
+ss -tanpoi; dmesg | tail -5
+grep LOC /proc/interrupts
+for cpu in $(seq 0 $(($(nproc) - 1))); do
+  timeout 5 taskset -c $cpu sleep 0.1; echo "a sleep on processor $cpu ends with $?"
+done
+grep LOC /proc/interrupts
 """
 _ON_HOST = (
     "ss -tanpo | grep -v LISTEN;"
-    "ps -eLo pid,ppid,tid,stat,wchan:20,pcpu,args | grep -v ' \\[' | cut -c1-160"
+    "ps -eLo pid,ppid,tid,stat,wchan:20,pcpu,args | grep -E 'qemu|relay' | cut -c1-160"
 )
 
 
-def run_or_tell(session: Session, words: list[str], timeout: float) -> CommandResult:
+def run_or_tell(
+    session: Session, words: list[str], timeout: float, env: dict[str, str] | None = None
+) -> CommandResult:
     """Run a program in the guest; if it hangs, the error says where it and this process are.
 
     Raises:
@@ -36,7 +43,10 @@ def run_or_tell(session: Session, words: list[str], timeout: float) -> CommandRe
     found: list[str] = []
     try:
         return session.guest.run(
-            words, timeout=timeout, before_kill=lambda: found.append(_state(session, words[0]))
+            words,
+            timeout=timeout,
+            env=env,
+            before_kill=lambda: found.append(_state(session, words[0])),
         )
     except RunTimeoutError as error:
         error.add_note("\n".join(found))

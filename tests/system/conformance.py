@@ -33,6 +33,7 @@ import bridge
 from bridge.errors import RunTimeoutError
 from bridge.session.session import Session
 from tests.support.guests import complaints, complaints_in_full
+from tests.support.hangs import run_or_tell
 from tests.support.programs import guest_program
 from tests.system import reference
 
@@ -165,9 +166,9 @@ def run_program(
     command = [f"{_GUEST_DIRECTORY}/{program}", device, personality]
     env = None if rounds is None else {"KCOV_ROUNDS": str(rounds)}
     try:
-        done = session.guest.run(command, timeout=timeout, env=env)
+        done = run_or_tell(session, command, timeout, env)
     except RunTimeoutError as error:
-        so_far = error.evidence or ""
+        so_far = "\n".join([error.evidence or "", *getattr(error, "__notes__", ())])
         return Result(program, (), f"not done after {timeout:g} s\n{so_far}", timeout)
     text = (done.stdout + done.stderr).decode(errors="replace")
     return parse(program, text, done.exit_status, done.seconds)
