@@ -56,7 +56,8 @@ def run_or_tell(
 def _state(session: Session, program: str) -> str:
     before = str(session.doorbell.counters) if session.doorbell is not None else ""
     try:
-        script = _IN_GUEST.format(name=program.rpartition("/")[2])
+        # TASK_COMM_LEN in Linux: 15 bytes and NUL.
+        script = _IN_GUEST.format(name=program.rpartition("/")[2][:15])
         guest = session.guest.run(["sh", "-c", script], timeout=60).text
     except BridgeError as error:
         guest = str(error)

@@ -36,7 +36,7 @@ SEED = int(os.environ.get("KCOV_BRIDGE_STORM_SEED", "1"))
 COPIES = 2000
 """Of a byte, by the command that is traced."""
 PATIENCE = 10
-"""How long the guest may take the host for gone after the storm, seconds."""
+"""How long the guest may consider the host gone after the storm, seconds."""
 AFTERWARDS = ["calls_append", "mmap_shared", "owner_ends", "threads", "area_reuse"]
 """What a fresh instance must be good for after the storm."""
 
@@ -134,7 +134,7 @@ def test_a_storm(personality: str, open_memory: None, caplog: pytest.LogCaptureF
                 missing.append(traced(session))
         print(missing)
         assert second.result().exit_status == 0, second.result().text
-        # For a moment the guest takes the host for gone; what it does not trace then is told.
+        # The guest may consider the host gone for a moment, and must report what it did not trace.
         end = time.monotonic() + PATIENCE
         while (left := traced(session)).startswith(("the PCs are incomplete", "the command was")):
             assert time.monotonic() < end, left
